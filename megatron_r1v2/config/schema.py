@@ -1,0 +1,285 @@
+"""Every setting of a run, with its default, its meaning and what is accepted.
+
+One YAML file holds a run; its sections are the classes below (`RunRecipe`). Megatron's own sizes are derived from the
+model's HF configuration; `model.transformer_config` passes anything else through to megatron-core verbatim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Layers(str, Enum):
+    """Which layer implementation megatron-core builds."""
+
+    local = "local"
+    te = "te"
+
+
+class Precision(str, Enum):
+    """The dtype of parameters and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Part(str, Enum):
+    """A part of the model that can be trained."""
+
+    vision = "vision"
+    adapter = "adapter"
+    language = "language"
+
+
+class LossAggregation(str, Enum):
+    """How token losses become one number: the mean of per-response means (eq. 8), or one mean over all tokens."""
+
+    sequence = "sequence"
+    token = "token"
+
+
+class Recompute(str, Enum):
+    """What the backward pass computes again instead of keeping."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class WandbMode(str, Enum):
+    """How Weights & Biases is used."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class RunConfig:
+    """What this run is called and where it writes."""
+
+    name: str = "r1v2"
+    """Shown in the report and in wandb."""
+    output_dir: str = "runs/r1v2"
+    """Everything the run writes goes below this folder."""
+    seed: int = 1234
+    """Seeds data order, sampling and buffer draws."""
+
+
+@dataclass
+class ModelConfig:
+    """Which weights to start from and how to compute with them."""
+
+    hf_path: str = ""
+    """Folder of the whole model in the layout of transformers' InternVL (see checkpoint_tools/reassemble.py)."""
+    checkpoint: str = ""
+    """A checkpoint folder of an earlier stage to take the weights from; empty: the weights in `hf_path`."""
+    layers: Layers = Layers.local
+    """local: torch and megatron-core only; te: TransformerEngine (GPU)."""
+    precision: Precision = Precision.bf16
+    """fp32 or bf16."""
+    transformer_config: dict[str, Any] = field(default_factory=dict)
+    """Passed to megatron-core's TransformerConfig of the language model as it stands."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is split over processes; data parallelism takes the rest of the world size."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    sequence: bool = False
+    """Sequence parallelism of the language model; needs tensor > 1."""
+    first_stage_layers: int = 0
+    """Language layers on the first stage, which also has the vision tower; 0: even split."""
+    timeout_minutes: float = 60.0
+    """How long a collective may wait before the run is ended."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from."""
+
+    train: str = ""
+    """Folder of WebDataset shards made by megatron_r1v2.data.prepare."""
+    validation: str = ""
+    """The same, for evaluation during training; empty: none."""
+    max_prompt_tokens: int = 4096
+    """A longer prompt is an error naming its key."""
+    max_tiles: int = 12
+    """Tiles an image is cut into at most, not counting the thumbnail."""
+    max_corrupt_fraction: float = 0.01
+    """Corrupt samples are skipped and counted; the run stops when they are more than this part of all read."""
+    shuffle_buffer: int = 1000
+    """Samples the reader holds to shuffle; 0 keeps the order of the shards."""
+
+
+@dataclass
+class GenerationConfig:
+    """How responses are sampled."""
+
+    responses_per_prompt: int = 8
+    """N of GRPO."""
+    max_response_tokens: int = 8192
+    """A response that reaches this is cut and marked "length"."""
+    temperature: float = 1.0
+    """Divides the logits; training uses the same."""
+    top_p: float = 1.0
+    """Nucleus; GRPO refuses anything below 1."""
+    stop_tokens: list[str] = field(default_factory=lambda: ["<|im_end|>"])
+    """Tokens, as text, that end a response."""
+    kv_cache_gib: float = 20.0
+    """Memory for keys and values of a generation phase, given back afterwards."""
+    max_requests: int = 256
+    """Responses in flight at once on one model replica."""
+    max_tokens_per_step: int = 8192
+    """Tokens one engine step may process: longer prefills are cut into chunks."""
+    feature_cache_gib: float = 16.0
+    """Image features kept for a step; what does not fit is computed again."""
+
+
+@dataclass
+class RewardConfig:
+    """How a response is scored: total = sum of weight x part, each part in [0, 1]."""
+
+    answer_weight: float = 1.0
+    """Is the last boxed answer right?"""
+    format_weight: float = 0.2
+    """<think>...</think> and then exactly one boxed answer."""
+    claim_pattern: str = ""
+    """Regular expression with groups `name` and `value` that finds visual claims; empty: none are looked for."""
+    verifier_workers: int = 2
+    """Processes that check answers, on each data-parallel rank."""
+    verifier_timeout_seconds: float = 5.0
+    """A check that takes longer scores 0 and is counted."""
+    shuffle: bool = False
+    """Control experiment: rewards are dealt to the wrong responses."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """GRPO as in the paper's equation 8; the rest is off by default."""
+
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high are clipped."""
+    kl_coefficient: float = 0.0
+    """Weight of the k3 estimate of KL(policy || reference)."""
+    loss_aggregation: LossAggregation = LossAggregation.sequence
+    """sequence (eq. 8) or token."""
+    advantage_epsilon: float = 1e-6
+    """Added to the standard deviation of a group."""
+    importance_cap: float = 0.0
+    """Truncated importance sampling between engine and training forward: the largest weight; 0: off."""
+    max_log_prob_difference: float = 0.5
+    """The run stops when the mean |engine - training| log-prob of a step exceeds this."""
+
+
+@dataclass
+class BufferConfig:
+    """The Selective Sample Buffer."""
+
+    enabled: bool = True
+    capacity: int = 4096
+    """Responses kept over all ranks."""
+    max_age: int = 20
+    """Responses generated more than this many steps ago are dropped."""
+    priority_exponent: float = 1.0
+    """alpha in p ~ |advantage|^alpha."""
+    target_effective_fraction: float = 0.6
+    """Fresh effective responses are topped up to this part of the batch."""
+    balance_modalities: bool = True
+    """Draw image and text responses in the proportion in which fresh ones were generated."""
+
+
+@dataclass
+class TrainConfig:
+    """The update."""
+
+    parts: list[Part] = field(default_factory=lambda: [Part.adapter])
+    """Which parts train: any of vision, adapter, language."""
+    steps: int = 100
+    """Steps of this stage."""
+    prompts_per_step: int = 64
+    """Prompts over all data-parallel ranks (rows, in the align stage)."""
+    updates_per_step: int = 1
+    """Optimizer steps that share one generation phase."""
+    micro_batch_size: int = 1
+    """Rows in one forward pass."""
+    learning_rate: float = 1e-6
+    min_learning_rate: float = 0.0
+    """Where the cosine decay ends."""
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    clip_grad: float = 1.0
+    """Norm to which gradients are clipped; 0: not."""
+    recompute: Recompute = Recompute.none
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming; checkpoints are below `run.output_dir`/checkpoints."""
+
+    every_steps: int = 10
+    """Also saved at the end of the stage; 0: only then."""
+    keep_last: int = 2
+    asynchronous: bool = True
+    """Write in the background."""
+    resume: bool = True
+    """Continue from the newest checkpoint in the folder, if there is one."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Pass@1 over repeated sampled runs."""
+
+    data: str = ""
+    """Folder of shards for the evaluate command; during training `data.validation` is used."""
+    every_steps: int = 0
+    """During training; 0: never."""
+    prompts: int = 0
+    """How many prompts, from the start of the shards; 0: all."""
+    runs: int = 5
+    """Sampled responses per prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    """Evaluations with the same seed see the same random numbers."""
+    stop_at_pass_at_1: float = 0.0
+    """A stage ends when validation Pass@1 reaches this; 0: never."""
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go; `run.output_dir`/metrics.jsonl is always written."""
+
+    wandb: WandbMode = WandbMode.disabled
+    wandb_project: str = "megatron_r1v2"
+    tensorboard: bool = False
+    sample_rollouts: int = 8
+    """Rollouts per step kept for the report."""
+
+
+@dataclass
+class RunRecipe:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,1 @@
+"""How good a model is: Pass@1 over repeated runs, format and hallucination rates."""

@@ -1,0 +1,1 @@
+"""Prompts to rollouts: the dynamic engine of megatron-core, fed with images."""

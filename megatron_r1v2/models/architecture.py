@@ -1,0 +1,175 @@
+"""The sizes of a model, read from its HF configuration and from nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PixelShuffle = Literal["v1", "v2"]
+
+
+@dataclass(frozen=True)
+class VisionArchitecture:
+    """An InternViT: the 6B family (RMSNorm, QK norm over all heads, no qkv bias) or the 300M family."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_size: int
+    image_size: int
+    """Pixels on each side of a tile."""
+    patch_size: int
+    norm: Literal["rms_norm", "layer_norm"]
+    norm_epsilon: float
+    qkv_bias: bool
+    qk_norm: bool
+
+    @property
+    def head_size(self) -> int:
+        """Return the channels of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_patches(self) -> int:
+        """Return the patches of one tile."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class LanguageArchitecture:
+    """A dense decoder of the Qwen2 / Llama / Qwen3 families."""
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    rope_theta: float
+    norm_epsilon: float
+    qkv_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True)
+class R1V2Architecture:
+    """The whole model."""
+
+    vision: VisionArchitecture
+    language: LanguageArchitecture
+    image_token_id: int
+    """Id of `<IMG_CONTEXT>` in this checkpoint's tokenizer."""
+    downsample_ratio: float
+    pixel_shuffle: PixelShuffle = "v2"
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Return F, the image tokens that one tile becomes."""
+        return int(self.vision.num_patches * self.downsample_ratio**2)
+
+    @property
+    def adapter_input_size(self) -> int:
+        """Return K, the channels of an image token before the adapter."""
+        return int(self.vision.hidden_size / self.downsample_ratio**2)
+
+
+def vision_architecture(hf: Mapping[str, Any]) -> VisionArchitecture:
+    """Read the vision tower's sizes from an `internvl_vision` configuration.
+
+    Raises:
+        ValueError: something is configured that the tower does not compute.
+    """
+    _require(hf, "model_type", ("internvl_vision",), "the vision tower")
+    _require(hf, "hidden_act", ("gelu",), "the vision tower")
+    if not hf.get("use_mean_pooling", True):
+        raise ValueError("vision_config.use_mean_pooling=false adds a final LayerNorm, which InternViT has not; set true")
+    return VisionArchitecture(
+        hidden_size=hf["hidden_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"],
+        ffn_size=hf["intermediate_size"],
+        image_size=_square(hf["image_size"], "vision_config.image_size"),
+        patch_size=_square(hf["patch_size"], "vision_config.patch_size"),
+        norm=hf["norm_type"],
+        norm_epsilon=hf["layer_norm_eps"],
+        qkv_bias=hf["attention_bias"],
+        qk_norm=hf["use_qk_norm"],
+    )
+
+
+def language_architecture(hf: Mapping[str, Any]) -> LanguageArchitecture:
+    """Read the language model's sizes from its HF configuration.
+
+    Raises:
+        ValueError: a family or a setting that the language model does not compute.
+    """
+    _require(hf, "model_type", tuple(_FAMILIES), "the language model")
+    _require(hf, "hidden_act", ("silu",), "the language model")
+    if hf.get("use_sliding_window"):
+        raise ValueError("text_config.use_sliding_window=true is not supported; accepted: false")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ValueError(f"text_config rope type {rope_type!r} is not supported; accepted: 'default'")
+    family = _FAMILIES[hf["model_type"]]
+    num_heads = hf["num_attention_heads"]
+    return LanguageArchitecture(
+        model_type=hf["model_type"],
+        hidden_size=hf["hidden_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+        head_size=hf.get("head_dim") or hf["hidden_size"] // num_heads,
+        ffn_size=hf["intermediate_size"],
+        vocab_size=hf["vocab_size"],
+        max_positions=hf["max_position_embeddings"],
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        norm_epsilon=hf["rms_norm_eps"],
+        qkv_bias=family["qkv_bias"],
+        qk_norm=family["qk_norm"],
+        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+
+def r1v2_architecture(hf: Mapping[str, Any]) -> R1V2Architecture:
+    """Read the whole model's sizes from an `internvl` configuration (transformers' InternVL layout).
+
+    Raises:
+        ValueError: something is configured that the model does not compute.
+    """
+    _require(hf, "model_type", ("internvl",), "the model")
+    _require(hf, "projector_hidden_act", ("gelu",), "the adapter")
+    _require(hf, "vision_feature_layer", (-1,), "the model")
+    _require(hf, "vision_feature_select_strategy", ("default",), "the model")
+    text = dict(hf["text_config"])
+    text["tie_word_embeddings"] = bool(hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    return R1V2Architecture(
+        vision=vision_architecture(hf["vision_config"]),
+        language=language_architecture(text),
+        image_token_id=hf["image_token_id"],
+        downsample_ratio=hf["downsample_ratio"],
+    )
+
+
+# What the HF configuration of a family implies without saying it: a new family is a new row.
+_FAMILIES: Mapping[str, Mapping[str, bool]] = {
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+}
+
+
+def _require(hf: Mapping[str, Any], key: str, accepted: tuple[Any, ...], what: str) -> None:
+    value = hf.get(key)
+    if value not in accepted:
+        raise ValueError(f"{key}={value!r} of {what} is not supported; accepted: {', '.join(map(repr, accepted))}")
+
+
+def _square(size: Any, name: str) -> int:
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if sides[0] != sides[1]:
+        raise ValueError(f"{name}={size!r} is not square; tiles and patches must have equal sides")
+    return int(sides[0])

@@ -1,0 +1,142 @@
+"""Process groups from the settings; the only place that asks megatron-core's parallel_state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_r1v2.config.schema import ParallelConfig
+from megatron_r1v2.parallel import cpu
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands in the layout, and the groups that it talks to."""
+
+    groups: ProcessGroupCollection
+    """megatron-core's collection: tp, pp, mp (tensor + pipeline), dp, cp, embd, ..."""
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Return whether this rank holds the embedding, the vision tower and the adapter."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Return whether this rank holds the output layer."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """Return whether this is the first rank of its model replica (TP 0 of stage 0)."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this is the one rank that writes logs."""
+        return self.is_replica_leader and self.data_rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Return the global rank of the last pipeline stage of this rank's pipeline."""
+        return dist.get_process_group_ranks(self.groups.pp)[-1]
+
+
+def check_world_size(settings: ParallelConfig, world_size: int) -> None:
+    """Refuse a layout that the number of processes cannot hold.
+
+    Raises:
+        ValueError: tensor x pipeline does not divide `world_size`, or sequence parallelism is asked for alone.
+    """
+    model_size = settings.tensor * settings.pipeline
+    if world_size % model_size:
+        raise ValueError(
+            f"parallel.tensor={settings.tensor} x parallel.pipeline={settings.pipeline} needs a multiple of "
+            f"{model_size} processes, got {world_size}; start more with torchrun --nproc-per-node, or lower one of them"
+        )
+    if settings.sequence and settings.tensor == 1:
+        raise ValueError(
+            "parallel.sequence=true splits activations over tensor-parallel ranks but parallel.tensor=1; "
+            "set parallel.tensor to 2 or more, or parallel.sequence=false"
+        )
+
+
+def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
+    """Start the process groups of this process: NCCL where there is a GPU for each rank, else gloo.
+
+    Args:
+        settings: the layout.
+        seed: of megatron-core's random-number trackers (weight initialisation, dropout).
+
+    Returns:
+        Where this process stands.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    check_world_size(settings, world_size)
+    cpu.install_if_needed()
+    device = _device()
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        dist.init_process_group(
+            backend="nccl" if _gpu_for_each_local_rank() else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(minutes=settings.timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=settings.tensor,
+        pipeline_model_parallel_size=settings.pipeline,
+        distributed_timeout_minutes=max(1, int(settings.timeout_minutes)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return current_context(device)
+
+
+def current_context(device: torch.device | None = None) -> ParallelContext:
+    """Return the context of the process groups that are already up."""
+    return ParallelContext(
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        device=device or _device(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def shut_down() -> None:
+    """End the process groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _gpu_for_each_local_rank() -> bool:
+    """Return whether NCCL can be used: it refuses two ranks on one device."""
+    return torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""Rollouts to scores: answer and format rules in worker processes, claims about images."""

@@ -1,0 +1,145 @@
+"""What crosses a boundary between two parts of the system; imports torch only.
+
+A step moves data in one direction:
+
+    Prompt -> Rollout -> ScoredRollout -> TrainingSample -> TrainingBatch
+
+Shape suffixes are explained in `megatron_r1v2/models/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Modality = Literal["image", "text"]
+AnswerType = Literal["numeric", "choice", "exact", "math"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, templated and tokenized, with its images cut into tiles.
+
+    Example: key "digits-000017", token_ids of "<|im_start|>user\n<img><IMG_CONTEXT>...</img>\n... <think>\n",
+    tiles_TCHW of shape [3, 3, 32, 32], answer "8", answer_type "numeric", facts {"left": "3", "right": "5"}.
+    """
+
+    key: str
+    """Unique over the data set; seeds, the buffer and the reports refer to it."""
+    messages: tuple[Mapping[str, str], ...]
+    """Chat messages ({"role": ..., "content": ...}); "<image>" in a content marks the place of an image."""
+    token_ids: tuple[int, ...]
+    """The templated prompt, each image expanded to its `<IMG_CONTEXT>` tokens, ending where the response begins."""
+    tiles_TCHW: torch.Tensor
+    """uint8 [T, 3, height, width]: all tiles of all images in order of appearance; T = 0 for a text-only prompt."""
+    answer: str
+    answer_type: AnswerType
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What is true of the images, by name; a claim that contradicts one is a hallucination."""
+    response: str | None = None
+    """A reference response (supervised data only): what follows the prompt, without the end-of-turn token."""
+
+    @property
+    def modality(self) -> Modality:
+        """Return "image" when the prompt has at least one tile."""
+        return "image" if self.tiles_TCHW.shape[0] else "text"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    Example: prompt_key "digits-000017", sample_index 3, token_ids (61, 12, 7, 2), one log-prob each,
+    policy_version 12, finish_reason "stop".
+    """
+
+    prompt_key: str
+    sample_index: int
+    """Which of the N responses to this prompt this is, 0 .. N-1."""
+    token_ids: tuple[int, ...]
+    """The response, the stop token included when there is one."""
+    rollout_log_probs: tuple[float, ...]
+    """The engine's log-probs of `token_ids` under the sampling distribution (divided by the temperature)."""
+    policy_version: int
+    """How many optimizer steps the weights that sampled this had seen."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with what the rewards said of it."""
+
+    rollout: Rollout
+    text: str
+    """The response as text, special tokens included, the stop token left out."""
+    rewards: Mapping[str, float]
+    """Each part of the reward by name, unweighted."""
+    total: float
+    """The weighted sum that the advantages are computed from."""
+    rule_correct: bool
+    """Whether the answer rule found the answer right; decides whether a group is effective."""
+    claims: tuple[tuple[str, str], ...] = ()
+    """What the response says of the images: (name, value)."""
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One response as the update sees it, whether fresh or replayed from the buffer."""
+
+    prompt_key: str
+    sample_index: int
+    token_ids: tuple[int, ...]
+    """Prompt and response together."""
+    prompt_length: int
+    """Tokens of the prompt: `token_ids[prompt_length:]` is the response, which alone is trained."""
+    old_log_probs: tuple[float, ...]
+    """Log-probs of the response by the training forward when it was generated; the ratio is taken against these."""
+    rollout_log_probs: tuple[float, ...]
+    advantage: float
+    reward: float
+    policy_version: int
+    group_effective: bool
+    """Whether the rule correctness of its group was not uniform."""
+    modality: Modality
+
+    @property
+    def response_length(self) -> int:
+        """Return the number of response tokens."""
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One microbatch, padded on the right, with all that the loss needs.
+
+    `labels_BS[b, s]` is the token after `token_ids_BS[b, s]`; every other [B, S] tensor is aligned with the labels.
+    """
+
+    token_ids_BS: torch.Tensor
+    """int64 [B, S]."""
+    position_ids_BS: torch.Tensor
+    """int64 [B, S]."""
+    labels_BS: torch.Tensor
+    """int64 [B, S]."""
+    response_mask_BS: torch.Tensor
+    """float32 [B, S]: 1 where the label is a response token."""
+    tiles_TCHW: torch.Tensor
+    """uint8 [T, 3, height, width]: the tiles of all rows, in row order."""
+    num_tiles_B: tuple[int, ...]
+    """How many of the tiles belong to each row."""
+    advantages_B: torch.Tensor
+    """float32 [B]."""
+    old_log_probs_BS: torch.Tensor
+    """float32 [B, S]."""
+    rollout_log_probs_BS: torch.Tensor
+    """float32 [B, S]."""
+    replayed_B: torch.Tensor
+    """bool [B]: the row comes from the buffer."""
+    weights_B: torch.Tensor
+    """float32 [B]: 1, or 0 for a row that only fills a microbatch."""
+    prompt_keys: tuple[str, ...]
+    """The prompt of each row, to find its cached image features."""
