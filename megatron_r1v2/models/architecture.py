@@ -24,6 +24,9 @@ class VisionArchitecture:
     norm_epsilon: float
     qkv_bias: bool
     qk_norm: bool
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from pixel values in [0, 1], per colour."""
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     @property
     def head_size(self) -> int:
@@ -87,7 +90,9 @@ def vision_architecture(hf: Mapping[str, Any]) -> VisionArchitecture:
     _require(hf, "model_type", ("internvl_vision",), "the vision tower")
     _require(hf, "hidden_act", ("gelu",), "the vision tower")
     if not hf.get("use_mean_pooling", True):
-        raise ValueError("vision_config.use_mean_pooling=false adds a final LayerNorm, which InternViT has not; set true")
+        raise ValueError(
+            "vision_config.use_mean_pooling=false adds a final LayerNorm, which InternViT has not; set true"
+        )
     return VisionArchitecture(
         hidden_size=hf["hidden_size"],
         num_layers=hf["num_hidden_layers"],

@@ -1,0 +1,62 @@
+"""The adapter between vision tower and language model: LayerNorm, Linear, GELU, Linear."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_r1v2.models.norms import LayerNorm
+
+
+class Adapter(MegatronModule):
+    """Image tokens after pixel shuffle to embeddings of the language model; the part that R1V2 trains."""
+
+    def __init__(
+        self, config: TransformerConfig, *, input_size: int, output_size: int, groups: ProcessGroupCollection
+    ) -> None:
+        """Build the adapter.
+
+        Args:
+            config: megatron-core's, without sequence parallelism.
+            input_size: K, channels after pixel shuffle.
+            output_size: H, hidden size of the language model.
+            groups: process groups; tp splits the hidden layer.
+        """
+        super().__init__(config=config)
+        self.norm = LayerNorm(config, input_size, eps=1e-5)
+        self.linear_fc1 = ColumnParallelLinear(
+            input_size,
+            output_size,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            gather_output=False,
+            tp_group=groups.tp,
+        )
+        self.linear_fc2 = RowParallelLinear(
+            output_size,
+            output_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=groups.tp,
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Project image tokens.
+
+        Args:
+            features: [..., K].
+
+        Returns:
+            [..., H].
+        """
+        hidden, _ = self.linear_fc1(self.norm(features))
+        output, _ = self.linear_fc2(F.gelu(hidden))
+        return output

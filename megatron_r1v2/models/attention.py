@@ -1,0 +1,117 @@
+"""Attention of the local layers: torch's scaled_dot_product_attention in megatron-core's SelfAttention."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import HAVE_FA3, SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_fa_min_version
+
+from megatron_r1v2.models import paged_attention
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal, full or packed attention in memory linear in the sequence length.
+
+    Rows are padded on the right, so a causal query never sees padding and no mask is needed.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, heads, D], or [tokens, heads, D] when packed.
+            key: [S, B, kv heads, D], or [tokens, kv heads, D]; as is `value`.
+            value: see `key`.
+            attention_mask: must be None: the mask type says all.
+            attn_mask_type: causal or no_mask; None: the layer's own.
+            attention_bias: must be None.
+            packed_seq_params: where the sequences of a packed row begin and end.
+
+        Returns:
+            [S, B, heads * D], or [tokens, heads, D] when packed.
+        """
+        assert attention_mask is None, "pad on the right and pass no mask"
+        assert attention_bias is None, "attention bias is not used by this model"
+        causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params, causal)
+        out_BNSD = self._attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), causal)
+        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams, causal: bool
+    ) -> torch.Tensor:
+        """Attend within each sequence of a packed row: a few sequences a row, so a loop is no cost."""
+        bounds = packed.cu_seqlens_q.tolist()
+        pieces = []
+        for start, end in itertools.pairwise(bounds):
+            rows = (tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+            pieces.append(self._attend(*rows, causal).squeeze(0).transpose(0, 1))
+        if bounds[-1] < query.shape[0]:
+            pieces.append(torch.zeros_like(query[bounds[-1] :]))
+        return torch.cat(pieces)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+class LocalSelfAttention(SelfAttention):
+    """megatron-core's SelfAttention, whose paged inference attention runs without flash-attn too."""
+
+    def flash_decode_and_prefill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        seqlens_k: torch.Tensor,
+        block_table: torch.Tensor,
+        is_decode_only: bool,
+    ) -> torch.Tensor:
+        """Attend over the paged key-value cache; see the base class for the arguments."""
+        arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
+        if HAVE_FA3 or is_fa_min_version("2.7.3"):
+            return super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)
+        return paged_attention.flash_decode_and_prefill(*arguments, block_table, is_decode_only)

@@ -1,0 +1,121 @@
+"""The language model: megatron-core's GPTModel with sizes from an HF configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_r1v2.models.architecture import LanguageArchitecture
+from megatron_r1v2.models.layer_specs import language_block_spec
+from megatron_r1v2.models.settings import ComputeSettings
+
+
+def padded_vocab_size(architecture: LanguageArchitecture, tensor_size: int) -> int:
+    """Return the rows of the embedding after padding to a multiple of the tensor-parallel ranks."""
+    return math.ceil(architecture.vocab_size / tensor_size) * tensor_size
+
+
+def language_transformer_config(architecture: LanguageArchitecture, settings: ComputeSettings) -> TransformerConfig:
+    """Translate the sizes to megatron-core's configuration.
+
+    Raises:
+        ValueError: the layout does not divide heads, MLP or layers; or `model.transformer_config` is refused.
+    """
+    _check_layout(architecture, settings)
+    arguments: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "num_attention_heads": architecture.num_heads,
+        "num_query_groups": architecture.num_kv_heads,
+        "kv_channels": architecture.head_size,
+        "ffn_hidden_size": architecture.ffn_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_epsilon,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.qkv_bias,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "pipeline_model_parallel_size": settings.pipeline,
+        "num_layers_in_first_pipeline_stage": settings.first_stage_layers or None,
+        "sequence_parallel": settings.sequence,
+        # Rows of a step differ in length, so pipeline stages tell each other the shape.
+        "variable_seq_lengths": settings.pipeline > 1,
+        **settings.shared(),
+    }
+    arguments |= settings.language_overrides
+    try:
+        return TransformerConfig(**arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"megatron-core refuses the language model's TransformerConfig: {error}; "
+            f"check model.transformer_config={dict(settings.language_overrides)} and the parallel section"
+        ) from error
+
+
+def build_language_model(
+    architecture: LanguageArchitecture,
+    config: TransformerConfig,
+    *,
+    groups: ProcessGroupCollection,
+    pre_process: bool,
+    post_process: bool,
+) -> GPTModel:
+    """Build this stage's part of the decoder.
+
+    Args:
+        architecture: the sizes.
+        config: from `language_transformer_config`.
+        groups: process groups.
+        pre_process: this stage holds the embedding.
+        post_process: this stage holds the output layer.
+
+    Returns:
+        The model, whose embedding comes out at full length (image features go in before it is scattered).
+    """
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=language_block_spec(config, groups),
+        vocab_size=padded_vocab_size(architecture, config.tensor_model_parallel_size),
+        max_sequence_length=architecture.max_positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(architecture.rope_theta),
+        scatter_embedding_sequence_parallel=False,
+        pg_collection=groups,
+    )
+
+
+def _check_layout(architecture: LanguageArchitecture, settings: ComputeSettings) -> None:
+    tensor, kv_heads = settings.tensor, architecture.num_kv_heads
+    for name, size in (("attention heads", architecture.num_heads), ("MLP channels", architecture.ffn_size)):
+        if size % tensor:
+            raise ValueError(
+                f"parallel.tensor={tensor} does not divide the language model's {size} {name}; "
+                f"use one of {_divisors(size, 16)}"
+            )
+    if kv_heads % tensor and tensor % kv_heads:
+        raise ValueError(
+            f"parallel.tensor={tensor} and the language model's {kv_heads} key-value heads do not divide each other; "
+            f"use a divisor or a multiple of {kv_heads}"
+        )
+    layers, stages, first = architecture.num_layers, settings.pipeline, settings.first_stage_layers
+    rest_stages, rest_layers = (stages - 1, layers - first) if first else (stages, layers)
+    if stages > 1 and (rest_layers < rest_stages or rest_layers % rest_stages):
+        raise ValueError(
+            f"parallel.pipeline={stages} with parallel.first_stage_layers={first} does not divide {layers} layers: "
+            f"{rest_layers} layers over {rest_stages} stages; choose first_stage_layers so that the rest divides"
+        )
+    if first and stages == 1:
+        raise ValueError(f"parallel.first_stage_layers={first} needs parallel.pipeline > 1; set it to 0")
+
+
+def _divisors(size: int, largest: int) -> list[int]:
+    return [candidate for candidate in range(1, largest + 1) if size % candidate == 0]

@@ -1,0 +1,90 @@
+"""Which modules megatron-core builds its layers from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_r1v2.models.architecture import VisionArchitecture
+from megatron_r1v2.models.attention import LocalSelfAttention, SDPACoreAttention
+from megatron_r1v2.models.norms import LayerNorm, RMSNorm
+from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
+
+
+def language_block_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> TransformerBlockSubmodules:
+    """Return the decoder's layers on this pipeline stage, and its final norm."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=LocalSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SDPACoreAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=_mlp(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    count = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def vision_block_spec(architecture: VisionArchitecture) -> TransformerBlockSubmodules:
+    """Return the layers of an InternViT; it has no final norm."""
+    norm = RMSNorm if architecture.norm == "rms_norm" else LayerNorm
+    layer = ModuleSpec(
+        module=ScaledTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=VisionSelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask, "architecture": architecture},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=partial(_column_linear, architecture.qkv_bias),
+                    core_attention=SDPACoreAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=_mlp(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=IdentityOp)
+
+
+def _mlp() -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+
+
+def _column_linear(with_bias: bool, *args: Any, bias: bool, **kwargs: Any) -> torch.nn.Module:
+    """Build the qkv projection with or without a bias whatever the other linears of the layer have.
+
+    megatron-core gives qkv a bias as soon as any linear has one; the 6B InternViT has biases everywhere but there.
+    """
+    build: Callable[..., torch.nn.Module] = ColumnParallelLinear
+    return build(*args, bias=with_bias, **kwargs)
