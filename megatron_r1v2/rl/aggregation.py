@@ -1,0 +1,87 @@
+"""How the losses and metrics of tokens add up, over rows, microbatches and ranks.
+
+Every loss is a sum over local rows divided by a global denominator, and every metric a pair (sum, count): both add up
+over microbatches and ranks, whatever the number of rows each of them has.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def token_weights(
+    response_mask_BS: torch.Tensor, aggregation: str, weights_B: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the factor of each token's loss in the sum over local rows.
+
+    "sequence": 1/|y_b| for each token of response b, so that a response counts as one (equation 8 of the R1V2 report);
+    "token": 1 for each token, so that a long response counts for more.
+
+    Args:
+        response_mask_BS: [B, S]: non-zero where a token is trained.
+        aggregation: "sequence" or "token".
+        weights_B: float [B]: weight of each row, 0 for one that only fills a microbatch; None: all 1.
+
+    Returns:
+        float32 [B, S]: 0 outside the mask; a row without response tokens is 0 everywhere.
+
+    Raises:
+        ValueError: When `aggregation` is neither of the two.
+    """
+    weights_BS = response_mask_BS.bool().float()
+    if aggregation == "sequence":
+        weights_BS = weights_BS / weights_BS.sum(dim=1, keepdim=True).clamp(min=1.0)
+    elif aggregation != "token":
+        raise ValueError(f'aggregation must be "sequence" or "token", got {aggregation!r}')
+    return weights_BS if weights_B is None else weights_BS * weights_B.float()[:, None]
+
+
+def sum_and_count(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return a metric as a pair that adds up: the weighted sum of the values and the sum of the weights.
+
+    Args:
+        values: Any shape.
+        weights: The same shape; 0 leaves a value out, whatever it is.
+
+    Returns:
+        float64 [2], detached: (sum, count).
+    """
+    weights = weights.detach().double()
+    values = values.detach().double().masked_fill(weights == 0, 0.0)
+    return torch.stack([(values * weights).sum(), weights.sum()])
+
+
+def mean_metrics(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Divide the added-up pairs; a metric with nothing to average (count 0) is left out.
+
+    Args:
+        sums: [2] tensors (sum, count) by name, added over all microbatches and ranks.
+
+    Returns:
+        The means by name.
+    """
+    pairs = {name: pair.tolist() for name, pair in sums.items()}
+    return {name: total / count for name, (total, count) in pairs.items() if count}
+
+
+def check_loss_inputs(denominator: float, shape_BS: torch.Size, **tensors: torch.Tensor | None) -> None:
+    """Refuse inputs that would give a wrong loss instead of an error.
+
+    Args:
+        denominator: Must be above 0.
+        shape_BS: What a [B, S] tensor must look like.
+        **tensors: By argument name: names ending in "_BS" must be [B, S], those in "_B" [B]; None is skipped.
+
+    Raises:
+        ValueError: Naming the argument, what it is and what it should be.
+    """
+    if not denominator > 0:
+        raise ValueError(f"denominator must be above 0 (the global number of sequences or tokens), got {denominator}")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        expected = tuple(shape_BS) if name.endswith("_BS") else (shape_BS[0],)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+        if name.endswith("log_probs_BS") and tensor.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} must be float32, got {tensor.dtype}: a ratio of 16-bit log-probs is noise")

@@ -1,0 +1,46 @@
+"""The supervised loss of the align stage."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_r1v2.rl.aggregation import check_loss_inputs, sum_and_count, token_weights
+
+
+def supervised_loss(
+    log_probs_BS: torch.Tensor,
+    response_mask_BS: torch.Tensor,
+    *,
+    denominator: float,
+    weights_B: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return this microbatch's part of the negative log-likelihood of the reference responses.
+
+    L = 1/denominator sum_b w_b sum_t -log p_bt: the mean over all response tokens of the global batch, as in the
+    supervised training of InternVL and Qwen. A sum, as `grpo.grpo_loss`: parts of one batch add up.
+
+    Args:
+        log_probs_BS: float32 [B, S]: of the labels.
+        response_mask_BS: [B, S]: 1 at response tokens; elsewhere the log-probs do not matter.
+        denominator: Response tokens of the global batch.
+        weights_B: float32 [B]: 0 for a row that only fills a microbatch; None: all 1.
+
+    Returns:
+        The loss, a scalar with gradient; and the metrics by name: "actor/nll", a float64 [2] pair (sum over tokens,
+        tokens).
+
+    Raises:
+        ValueError: On shapes that do not fit or 16-bit log-probs.
+    """
+    check_loss_inputs(
+        denominator,
+        log_probs_BS.shape,
+        log_probs_BS=log_probs_BS,
+        response_mask_BS=response_mask_BS,
+        weights_B=weights_B,
+    )
+    # Selecting before any arithmetic keeps NaN and infinity of padding out of the loss and of its gradient.
+    nll_BS = -torch.where(response_mask_BS.bool(), log_probs_BS, 0.0)
+    weights_BS = token_weights(response_mask_BS, "token", weights_B)
+    loss = (nll_BS * weights_BS).sum() / denominator
+    return loss, {"actor/nll": sum_and_count(nll_BS, weights_BS)}
