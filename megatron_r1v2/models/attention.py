@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import HAVE_FA3, SelfAttention
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import is_fa_min_version
 
 from megatron_r1v2.models import paged_attention
 
@@ -97,6 +98,14 @@ class SDPACoreAttention(MegatronModule):
 class LocalSelfAttention(SelfAttention):
     """megatron-core's SelfAttention, whose paged inference attention runs without flash-attn too."""
 
+    def forward(
+        self, *args: Any, inference_context: BaseInferenceContext | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend; see the base class for the arguments."""
+        if inference_context is not None and not paged_attention.is_flash_attention_usable():
+            inference_context = paged_attention.TorchAttentionContext(inference_context)
+        return super().forward(*args, inference_context=inference_context, **kwargs)
+
     def flash_decode_and_prefill(
         self,
         q: torch.Tensor,
@@ -112,6 +121,6 @@ class LocalSelfAttention(SelfAttention):
     ) -> torch.Tensor:
         """Attend over the paged key-value cache; see the base class for the arguments."""
         arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
-        if HAVE_FA3 or is_fa_min_version("2.7.3"):
+        if paged_attention.is_flash_attention_usable():
             return super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)
         return paged_attention.flash_decode_and_prefill(*arguments, block_table, is_decode_only)

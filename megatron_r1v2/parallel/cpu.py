@@ -1,4 +1,4 @@
-"""What lets megatron-core run where there is no CUDA device; installed by `parallel.groups.initialize`, never on import.
+"""What lets megatron-core run without a CUDA device; installed by `parallel.groups.initialize`, never on import.
 
 megatron-core asks torch.cuda for its device, its random numbers and its clocks without looking whether there is one.
 `REPLACEMENTS` is all that is changed, each row with the megatron-core call that needs it. A test takes each row out in

@@ -1,0 +1,151 @@
+"""Attention over megatron-core's paged key-value cache in plain torch, for where flash-attn is not installed.
+
+The cache is cut into blocks; a request owns the blocks in its row of the block table. The blocks of all requests are
+gathered into one padded batch and attended to by one SDPA call (two when some requests decode while others prefill).
+There is no loop over requests. Lengths here: R requests, L the longest sequence in the cache, Q the longest query.
+
+The cache must hold finite numbers everywhere: a masked position has weight 0, and 0 x NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.transformer.attention import HAVE_FA3, flash_attn_varlen_func
+from megatron.core.utils import is_fa_min_version
+
+
+def is_flash_attention_usable() -> bool:
+    """Return whether megatron-core can use flash-attn for the paged cache (FA3, or FA2 from 2.7.3 on)."""
+    return HAVE_FA3 or (flash_attn_varlen_func is not None and is_fa_min_version("2.7.3"))
+
+
+class TorchAttentionContext:
+    """An inference context that megatron-core's Attention.forward accepts where flash-attn is not installed.
+
+    Attention.forward refuses dynamic batching without flash-attn before it calls `flash_decode_and_prefill`, which we
+    override. That check is the only place in attention that asks `is_dynamic_batching`; all else goes to the context.
+    """
+
+    def __init__(self, context: BaseInferenceContext) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def is_dynamic_batching(self) -> bool:
+        """Return False, so that flash-attn is not asked for."""
+        return False
+
+
+def flash_decode_and_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    block_table: torch.Tensor,
+    is_decode_only: bool,
+    *,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """Attend causally from the newest tokens of each request to all its tokens in the cache.
+
+    Args:
+        q: [tokens, 1, heads, D]: the queries of all requests one after the other, then padding.
+        k: [blocks, block size, kv heads, D]: the cache of this layer, the new tokens included; as is `v`.
+        v: see `k`.
+        max_seqlen_q: Q.
+        max_seqlen_k: L, in tokens.
+        cu_seqlens_q: int32 [R + 1]: where the queries of each request begin.
+        cu_seqlens_k: int32 [R + 1]; not used, as in flash-attn with a block table.
+        seqlens_k: int32 [R]: tokens of each request in the cache; 0 for a padding request.
+        block_table: int32 [R, blocks of a request], -1 where there is none.
+        is_decode_only: every request has one query, so q has R rows.
+        softmax_scale: factor of the scores; None: 1 / sqrt(D).
+
+    Returns:
+        [tokens, 1, heads, D], zero for padding tokens.
+    """
+    table = block_table[:, : -(-max_seqlen_k // k.shape[1])].clamp(min=0).long()
+    if is_decode_only:
+        return _decode(q.squeeze(1), k, v, seqlens_k, table, max_seqlen_k, softmax_scale).unsqueeze(1)
+    queries = q.squeeze(1)
+    out = torch.zeros_like(queries)
+    starts = cu_seqlens_q[:-1].long()
+    lengths = cu_seqlens_q.diff().long()
+    decoding = (lengths == 1).nonzero(as_tuple=True)[0]
+    if len(decoding):
+        tokens = starts[decoding]
+        rows = (seqlens_k[decoding], table[decoding], max_seqlen_k, softmax_scale)
+        out[tokens] = _decode(queries[tokens], k, v, *rows)
+    prefilling = (lengths > 1).nonzero(as_tuple=True)[0]
+    if len(prefilling):
+        starts, lengths, table = starts[prefilling], lengths[prefilling], table[prefilling]
+        steps = torch.arange(max_seqlen_q, device=q.device)
+        is_query_RQ = steps < lengths[:, None]
+        index_RQ = (starts[:, None] + steps).clamp(max=len(queries) - 1)
+        last_key_RQ = (seqlens_k[prefilling] - lengths)[:, None] + steps
+        attended = _prefill(queries[index_RQ], k, v, last_key_RQ, table, max_seqlen_k, softmax_scale)
+        out[index_RQ[is_query_RQ]] = attended[is_query_RQ]
+    return out.unsqueeze(1)
+
+
+def _decode(
+    query_RND: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    table: torch.Tensor,
+    length: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attend with one query a request.
+
+    The query heads that share a key head take the place of the queries: grouped-query attention without repeating keys.
+    """
+    requests, heads, size = query_RND.shape
+    grouped = query_RND.view(requests, k.shape[2], heads // k.shape[2], size)
+    # A padding request has no keys: it gets one, since a row of nothing would be NaN.
+    mask = torch.arange(length, device=k.device) < seqlens_k.clamp(min=1)[:, None]
+    out = F.scaled_dot_product_attention(
+        grouped,
+        _gather(k, table, length),
+        _gather(v, table, length),
+        attn_mask=mask[:, None, None, :],
+        scale=scale,
+    )
+    return out.reshape(requests, heads, size)
+
+
+def _prefill(
+    query_RQND: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    last_key_RQ: torch.Tensor,
+    table: torch.Tensor,
+    length: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attend with several queries a request, each to the keys up to its own position."""
+    mask = torch.arange(length, device=k.device) <= last_key_RQ[:, :, None]
+    out = F.scaled_dot_product_attention(
+        query_RQND.transpose(1, 2),
+        _gather(k, table, length),
+        _gather(v, table, length),
+        attn_mask=mask[:, None],
+        scale=scale,
+        enable_gqa=query_RQND.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """Return [R, kv heads, length, D]: the blocks of each request in a row."""
+    return cache[table].flatten(1, 2)[:, :length].transpose(1, 2)
