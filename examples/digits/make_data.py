@@ -1,0 +1,131 @@
+"""Make the demo's questions over handwritten digits, as JSONL and PNG (`python -m examples.digits.make_data --help`).
+
+Writes below --output:
+
+    align.jsonl         images of training digits with reference responses: supervised data for the align stage
+    grpo.jsonl          images of training digits: prompts for GRPO
+    validation.jsonl    images of validation digits: align stops by these
+    heldout.jsonl       images of held-out digits: evaluation before and after; their handwriting is in no other file
+    text.jsonl          the same questions with a written note in the place of the image
+    images/             64 x 32 RGB PNGs
+
+`megatron_r1v2.data.prepare` turns each JSONL file into shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.digits import questions, source
+
+COUNTS: Mapping[str, int] = {"align": 2048, "grpo": 4096, "validation": 256, "heldout": 400, "text": 256}
+"""How many questions each set has."""
+
+HANDWRITING: Mapping[str, str] = {
+    "align": "train",
+    "grpo": "train",
+    "validation": "validation",
+    "heldout": "heldout",
+}
+"""The split of source digits that each image set draws from."""
+
+
+def image_rows(
+    name: str, count: int, seed: int, tiles: np.ndarray, labels: np.ndarray, indices: np.ndarray, images: Path
+) -> Iterator[dict[str, Any]]:
+    """Write the images of one set and yield its rows.
+
+    Args:
+        name: the set, the start of every key.
+        count: how many questions.
+        seed: with the name, decides everything.
+        tiles: uint8 [1797, 32, 32], all source digits.
+        labels: int64 [1797], what they show.
+        indices: the source digits that this set may use.
+        images: folder that the PNGs are written to.
+    """
+    rng = random.Random(f"{seed}-{name}")
+    for number in range(count):
+        left, right = rng.choice(indices), rng.choice(indices)
+        problem = questions.make_problem(int(labels[left]), int(labels[right]), rng)
+        key = f"{name}-{number:06d}"
+        source.pair_image(tiles[left], tiles[right]).save(images / f"{key}.png")
+        row = _row(key, f"<image>\n{problem.question}", problem)
+        row |= {"facts": problem.facts, "images": [f"{key}.png"], "source_digits": [int(left), int(right)]}
+        yield row
+
+
+def text_rows(name: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield questions with a note in the place of the image; without an image there is nothing to hallucinate."""
+    rng = random.Random(f"{seed}-{name}")
+    for number in range(count):
+        problem = questions.make_problem(rng.randrange(10), rng.randrange(10), rng)
+        note = questions.make_note(problem.left, problem.right, rng, filler=0.3, wrong=0.1)
+        yield _row(f"{name}-{number:06d}", f"{note}\n{problem.question}", problem) | {"facts": {}, "images": []}
+
+
+def make_data(output: Path, *, seed: int, counts: Mapping[str, int]) -> dict[str, int]:
+    """Write all sets beside `output` and rename when they are complete.
+
+    Returns:
+        The name of a set -> its number of rows.
+    """
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    images = partial / "images"
+    images.mkdir(parents=True)
+    tiles, labels = source.digit_tiles()
+    splits = source.split_indices()
+    for name, count in counts.items():
+        if name in HANDWRITING:
+            rows = image_rows(name, count, seed, tiles, labels, splits[HANDWRITING[name]], images)
+        else:
+            rows = text_rows(name, count, seed)
+        _write_rows(partial / f"{name}.jsonl", rows)
+    partial.rename(output)
+    return dict(counts)
+
+
+def _row(key: str, content: str, problem: questions.Problem) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "key": key,
+        "messages": [{"role": "user", "content": content}],
+        "answer": problem.answer,
+        "answer_type": "numeric",
+        "response": problem.response,
+    }
+
+
+def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.digits.make_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; left alone if it is there")
+    parser.add_argument("--seed", type=int, default=1234, help="decides pairs, operations and phrasings")
+    for name, count in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help=f"questions in {name}.jsonl (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.output.exists():
+        print(f"data: {options.output} is there already; remove it to make it again")
+        return
+    counts = make_data(options.output, seed=options.seed, counts={name: getattr(options, name) for name in COUNTS})
+    print(f"data: {options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Pretrain the demo's language model, a small Qwen2, on text reasoning; it never sees an image.
+
+The result is an ordinary HF folder: Qwen2ForCausalLM, safetensors, and a byte-level BPE tokenizer trained on the
+corpus, with ChatML, <think> and </think>, digits split singly, and a chat template whose generation prompt ends with
+`<think>` and a line break as QwQ's does. The corpus is questions about two digits that a noisy note describes (see
+questions.py); how noisy differs from note to note, so the model knows how sure it may be.
+
+    python -m examples.digits.make_language_model --output runs/digits/components/language
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from examples.digits import pretraining, questions
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPARE_ROWS = 32
+"""Rows of the embedding beyond the tokenizer, as QwQ has them, for the image tokens that splicing adds."""
+
+SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+"
+"""Words with the space before them, digits one by one, punctuation, white space: Qwen2's in short."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and schedule; the defaults are what the demo uses."""
+
+    hidden_size: int = 96
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    ffn_size: int = 256
+    steps: int = 600
+    batch: int = 32
+    learning_rate: float = 4e-3
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Example:
+    """A templated prompt and what follows it."""
+
+    prompt: str
+    response: str
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the corpus; every frequent word becomes one token.
+
+    Raises:
+        ValueError: a digit or filler word takes more than one token, so a note would not be as long as an image.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random(seed)
+    corpus = [make_text(rng) for _ in range(2000)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=20, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=questions.CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    # As in QwQ, <think> and </think> are ordinary added tokens: decoding without special tokens must keep them.
+    wrapped.add_tokens(["<think>", "</think>"])
+    for word in (*questions.DIGIT_WORDS, *questions.FILLER_WORDS):
+        if len(wrapped(f" {word}").input_ids) != 1:
+            raise ValueError(f"the word {word!r} takes more than one token; accepted: one; lower min_frequency")
+    return wrapped
+
+
+def make_text(rng: random.Random) -> str:
+    """Return the plain text of one example, for the tokenizer."""
+    problem = questions.make_problem(rng.randrange(10), rng.randrange(10), rng)
+    note = questions.make_note(problem.left, problem.right, rng, filler=0.5, wrong=0.3)
+    return f"user\n{note}\n{problem.question}\nassistant\n{problem.response}"
+
+
+def make_example(tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, filler: float, wrong: float) -> Example:
+    """Ask about a note of the given noise."""
+    problem = questions.make_problem(rng.randrange(10), rng.randrange(10), rng)
+    note = questions.make_note(problem.left, problem.right, rng, filler=filler, wrong=wrong)
+    messages = [{"role": "user", "content": f"{note}\n{problem.question}"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return Example(prompt, f"{problem.response}<|im_end|>")
+
+
+def collate(
+    tokenizer: PreTrainedTokenizerFast, examples: list[Example]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pad prompt and response on the right.
+
+    Returns:
+        token ids (int64 [B, S]), the attention mask (int64 [B, S]), and labels (int64 [B, S], aligned with the
+        token ids, -100 outside the response).
+    """
+    prompts = tokenizer([example.prompt for example in examples]).input_ids
+    responses = tokenizer([example.response for example in examples]).input_ids
+    length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+    token_ids = torch.full((len(examples), length), tokenizer.pad_token_id)
+    labels = torch.full((len(examples), length), -100)
+    mask = torch.zeros((len(examples), length), dtype=torch.long)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        token_ids[row, :end] = torch.tensor(prompt + response)
+        labels[row, len(prompt) : end] = torch.tensor(response)
+        mask[row, :end] = 1
+    return token_ids, mask, labels
+
+
+def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Return a fresh Qwen2 with room for the tokens that splicing adds."""
+    rows = (len(tokenizer) + SPARE_ROWS + 63) // 64 * 64
+    config = Qwen2Config(
+        vocab_size=rows,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        intermediate_size=settings.ffn_size,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        initializer_range=0.06,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def train(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Pretrain on freshly made examples: no example is seen twice."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    model = build(settings, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    progress = pretraining.Progress("language model", settings.steps)
+    for step in range(settings.steps):
+        examples = [
+            make_example(tokenizer, rng, filler=rng.uniform(0, 0.9), wrong=rng.uniform(0, 0.6))
+            for _ in range(settings.batch)
+        ]
+        token_ids, mask, labels = collate(tokenizer, examples)
+        logits = model(input_ids=token_ids, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        factor = pretraining.cosine_factor(step, settings.steps, warmup=30, floor=0.02)
+        progress.show(step + 1, pretraining.update(loss, model, optimizer, settings.learning_rate * factor))
+    return model
+
+
+@torch.inference_mode()
+def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int, count: int = 512) -> float:
+    """Return the probability that a whole response sampled at temperature 1 is the wanted one, on clear notes."""
+    rng = random.Random(seed)
+    examples = [make_example(tokenizer, rng, filler=0.3, wrong=0.1) for _ in range(count)]
+    token_ids, mask, labels = collate(tokenizer, examples)
+    log_probs = model(input_ids=token_ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    wanted = labels[:, 1:]
+    picked = log_probs.gather(-1, wanted.clamp(min=0)[..., None])[..., 0] * (wanted != -100)
+    return picked.sum(-1).exp().mean().item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.digits.make_language_model",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="HF folder to make; left alone if it is there")
+    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps (%(default)s)")
+    parser.add_argument("--batch", type=int, default=default.batch, help="examples a step (%(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=default.hidden_size, help="width (%(default)s)")
+    parser.add_argument("--layers", type=int, default=default.layers, help="depth (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="highest (%(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="decides weights and examples (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.output.exists():
+        print(f"language model: {options.output} is there already; remove it to make it again")
+        return
+    settings = Settings(
+        hidden_size=options.hidden_size,
+        layers=options.layers,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    tokenizer = make_tokenizer(settings.seed)
+    model = train(settings, tokenizer)
+    with pretraining.complete_folder(options.output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    right = accuracy(model.eval(), tokenizer, seed=settings.seed + 1)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"language model: {options.output}: {parameters:,} parameters, {len(tokenizer)} tokens, Pass@1 {right:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Pretrain the demo's vision tower, a small InternViT, on single handwritten digits.
+
+The result is an ordinary HF folder (`internvl_vision`) of the 300M family: LayerNorm, qkv bias, no QK norm. Every
+patch learns to name the digit it is part of, on augmented tiles of the training split and on thumbnails of two of
+them, so that each image token carries what its place shows. Only the tower is kept, not the head that names digits.
+
+    python -m examples.digits.make_vision_tower --output runs/digits/components/vision
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import InternVLVisionConfig, InternVLVisionModel
+
+from examples.digits import pretraining, source
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's, with which InternVL normalises its tiles."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and schedule; the defaults are what the demo uses."""
+
+    hidden_size: int = 64
+    layers: int = 3
+    heads: int = 4
+    steps: int = 500
+    batch: int = 64
+    learning_rate: float = 3e-3
+    seed: int = 1234
+
+
+def build(settings: Settings) -> InternVLVisionModel:
+    """Return a fresh tower: 32-pixel tiles, 4-pixel patches, so 16 image tokens a tile after pixel shuffle."""
+    config = InternVLVisionConfig(
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=4 * settings.hidden_size,
+        image_size=source.TILE,
+        patch_size=4,
+        attention_bias=True,
+        use_qk_norm=False,
+        norm_type="layer_norm",
+        layer_scale_init_value=1.0,
+        initializer_range=0.08,
+    )
+    return InternVLVisionModel(config)
+
+
+def augment(tiles_BHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn, shear, stretch, shift and speckle grey tiles in [0, 1] (float [B, 32, 32])."""
+    count = tiles_BHW.shape[0]
+
+    def spread(size: float, *shape: int) -> torch.Tensor:
+        return (torch.rand(count, *shape, generator=generator) * 2 - 1) * size
+
+    angle, shear, stretch = spread(math.radians(14)), spread(0.15), 1 + spread(0.12, 2)
+    cosine, sine = angle.cos(), angle.sin()
+    rows = [
+        torch.stack([cosine * stretch[:, 0], -sine + shear], 1),
+        torch.stack([sine, cosine * stretch[:, 1]], 1),
+    ]
+    affine = torch.cat([torch.stack(rows, 1), spread(0.12, 2, 1)], 2)
+    grid = F.affine_grid(affine, [count, 1, source.TILE, source.TILE], align_corners=False)
+    moved = F.grid_sample(tiles_BHW[:, None], grid, align_corners=False)[:, 0]
+    contrast = 1 + spread(0.2, 1, 1)
+    noise = torch.randn(moved.shape, generator=generator) * 0.05
+    return (moved * contrast + noise).clamp(0, 1)
+
+
+def make_thumbnails(left_BHW: torch.Tensor, right_BHW: torch.Tensor) -> torch.Tensor:
+    """Squeeze pairs of tiles into one tile each (float [B, 32, 32])."""
+    both = torch.cat([left_BHW, right_BHW], 2)[:, None]
+    size = (source.TILE, source.TILE)
+    return F.interpolate(both, size, mode="bicubic", antialias=True, align_corners=False)[:, 0].clamp(0, 1)
+
+
+def pixel_values(tiles_BHW: torch.Tensor) -> torch.Tensor:
+    """Normalise grey tiles in [0, 1] as the model's preprocessing does with RGB ones (float [B, 3, 32, 32])."""
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return (tiles_BHW[:, None].expand(-1, 3, -1, -1) - mean) / std
+
+
+def patch_labels(left_B: torch.Tensor, right_B: torch.Tensor, side: int) -> torch.Tensor:
+    """Return the digit under each patch (int64 [B, side * side]): the left one in the left half of the columns."""
+    columns = torch.arange(side) < side // 2
+    row = torch.where(columns, left_B[:, None], right_B[:, None])
+    return row[:, None].expand(-1, side, -1).flatten(1)
+
+
+def patch_logits(model: InternVLVisionModel, head: nn.Module, tiles_BHW: torch.Tensor) -> torch.Tensor:
+    """Return what each patch thinks it is part of (float [B, patches, 10])."""
+    return head(model(pixel_values=pixel_values(tiles_BHW)).last_hidden_state[:, 1:])
+
+
+def train(settings: Settings) -> tuple[InternVLVisionModel, nn.Module]:
+    """Pretrain a tower on the training split; return it with the head that names digits."""
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    tiles, labels = load_split("train")
+    model = build(settings)
+    head = nn.Linear(settings.hidden_size, 10)
+    both = nn.ModuleList([model, head])
+    optimizer = torch.optim.AdamW(both.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    progress = pretraining.Progress("vision tower", settings.steps)
+    side = source.TILE // model.config.patch_size[0]
+    squeezed = settings.batch // 4
+    for step in range(settings.steps):
+        chosen = torch.randint(len(tiles), (settings.batch + squeezed,), generator=generator)
+        batch = augment(tiles[chosen], generator)
+        left, right = labels[chosen[: settings.batch]], labels[chosen[: settings.batch]].clone()
+        right[:squeezed] = labels[chosen[settings.batch :]]
+        thumbnails = make_thumbnails(batch[:squeezed], batch[settings.batch :])
+        inputs = torch.cat([thumbnails, batch[squeezed : settings.batch]])
+        logits = patch_logits(model, head, inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), patch_labels(left, right, side).flatten(), label_smoothing=0.05)
+        factor = pretraining.cosine_factor(step, settings.steps, warmup=20, floor=0.02)
+        value = pretraining.update(loss, both, optimizer, settings.learning_rate * factor)
+        progress.show(step + 1, value)
+    return model, head
+
+
+def load_split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tiles of one split in [0, 1] (float [B, 32, 32]) and their digits (int64 [B])."""
+    tiles, labels = source.digit_tiles()
+    indices = source.split_indices()[name]
+    return torch.from_numpy(tiles[indices]).float() / 255, torch.from_numpy(labels[indices])
+
+
+@torch.inference_mode()
+def accuracy(model: InternVLVisionModel, head: nn.Module, tiles_BHW: torch.Tensor, labels_B: torch.Tensor) -> float:
+    """Return how often the patches of a tile together name its digit."""
+    votes = patch_logits(model, head, tiles_BHW).log_softmax(-1).mean(1)
+    return (votes.argmax(-1) == labels_B).float().mean().item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.digits.make_vision_tower",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="HF folder to make; left alone if it is there")
+    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps (%(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=default.hidden_size, help="width (%(default)s)")
+    parser.add_argument("--layers", type=int, default=default.layers, help="depth (%(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="decides weights and batches (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.output.exists():
+        print(f"vision tower: {options.output} is there already; remove it to make it again")
+        return
+    settings = Settings(
+        hidden_size=options.hidden_size, layers=options.layers, steps=options.steps, seed=options.seed
+    )
+    model, head = train(settings)
+    with pretraining.complete_folder(options.output) as partial:
+        model.save_pretrained(partial)
+    validation = accuracy(model.eval(), head, *load_split("validation"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"vision tower: {options.output}: {parameters:,} parameters, validation accuracy {validation:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What the two component makers share: the schedule, the progress line, and folders that appear only when complete."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def cosine_factor(step: int, total: int, *, warmup: int, floor: float) -> float:
+    """Return the learning rate's factor at a step: linear warm-up, then a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def update(
+    loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float
+) -> float:
+    """Take one optimizer step with gradients clipped to norm 1; return the loss as a number."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+class Progress:
+    """One line that says where a loop is: rewritten on a terminal, every tenth of the way in a log."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total = name, total
+        self._start = time.perf_counter()
+        self._terminal = sys.stdout.isatty()
+
+    def show(self, step: int, loss: float) -> None:
+        """Show step `step` (from 1) and its loss."""
+        last = step == self._total
+        if not self._terminal and not last and step % max(1, self._total // 10):
+            return
+        seconds = time.perf_counter() - self._start
+        left = seconds / step * (self._total - step)
+        line = f"{self._name}: step {step}/{self._total}, loss {loss:.3f}, {seconds:.0f} s, {left:.0f} s left"
+        print(f"\r{line:<78}" if self._terminal else line, end="\n" if last or not self._terminal else "", flush=True)
+
+
+@contextmanager
+def complete_folder(output: Path) -> Iterator[Path]:
+    """Yield a folder beside `output` to write into; it gets its name when the block ends without an error."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(output)
