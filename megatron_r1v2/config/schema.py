@@ -185,6 +185,7 @@ class BufferConfig:
     """The Selective Sample Buffer."""
 
     enabled: bool = True
+    """Keep effective responses and replay them; false: plain GRPO."""
     capacity: int = 4096
     """Responses kept over all ranks."""
     max_age: int = 20
@@ -212,15 +213,21 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Rows in one forward pass."""
     learning_rate: float = 1e-6
+    """The highest rate, reached after the warm-up."""
     min_learning_rate: float = 0.0
     """Where the cosine decay ends."""
     warmup_steps: int = 0
+    """Steps of linear warm-up."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     adam_beta1: float = 0.9
+    """Decay of the gradient average."""
     adam_beta2: float = 0.95
+    """Decay of the squared-gradient average."""
     clip_grad: float = 1.0
     """Norm to which gradients are clipped; 0: not."""
     recompute: Recompute = Recompute.none
+    """What the backward pass computes again to save memory: none, selective (core attention) or full (whole layers)."""
 
 
 @dataclass
@@ -230,6 +237,7 @@ class CheckpointConfig:
     every_steps: int = 10
     """Also saved at the end of the stage; 0: only then."""
     keep_last: int = 2
+    """Older checkpoints are deleted."""
     asynchronous: bool = True
     """Write in the background."""
     resume: bool = True
@@ -249,7 +257,9 @@ class EvaluationConfig:
     runs: int = 5
     """Sampled responses per prompt."""
     temperature: float = 1.0
+    """Divides the logits."""
     top_p: float = 1.0
+    """Nucleus; 1 samples from the whole distribution."""
     seed: int = 0
     """Evaluations with the same seed see the same random numbers."""
     stop_at_pass_at_1: float = 0.0
@@ -261,8 +271,11 @@ class LoggingConfig:
     """Where metrics go; `run.output_dir`/metrics.jsonl is always written."""
 
     wandb: WandbMode = WandbMode.disabled
+    """disabled, offline (to be synchronised later) or online."""
     wandb_project: str = "megatron_r1v2"
+    """The project that wandb files the run under."""
     tensorboard: bool = False
+    """Also write TensorBoard events below `run.output_dir`."""
     sample_rollouts: int = 8
     """Rollouts per step kept for the report."""
 

@@ -1,0 +1,57 @@
+# make demo        every stage on real images, on a CPU
+# make test        the tests of continuous integration
+# make test-full   with the slow ones too
+# make lint        ruff, mypy, shellcheck, hadolint
+# make gpu-test    what needs a CUDA device, with the Python of the container (nothing is installed)
+#
+# All but gpu-test install the versions of requirements.lock into .venv first, once: they need Python 3.11 or newer.
+# PIP_ARGS is passed to pip, for instance
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+VENV ?= .venv
+PIP_ARGS ?=
+# Test processes side by side; each may start ranks of its own, so one thread each.
+JOBS ?= 2
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-full lint gpu-test install clean
+
+demo: install
+	$(BIN)/python -m examples.digits.demo
+
+test: install
+	$(PYTEST) -m "not slow and not gpu"
+
+test-full: install
+	$(PYTEST) -m "not gpu" --timeout 3600
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources .ci/run slurm/*.sh
+	$(BIN)/hadolint Dockerfile
+
+gpu-test:
+	$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)
+
+# The copy of the lock file is written last, so a broken install is tried again.
+install:
+	@if ! cmp -s requirements.lock $(VENV)/installed.lock || ! cmp -s setup.py $(VENV)/installed.setup; then \
+		set -e; \
+		if [ -z "$(PYTHON)" ]; then echo "needs Python 3.11 or newer on PATH (or make PYTHON=...)" >&2; exit 1; fi; \
+		[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.lock; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+		cp requirements.lock $(VENV)/installed.lock; cp setup.py $(VENV)/installed.setup; \
+	fi
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,108 @@
+"""`RECIPE.yaml section.key=value ...`: the command line of every entry point, with a help made from the schema."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+from megatron_r1v2.config import schema
+from megatron_r1v2.config.load import load_recipe, settings_of
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.validate import Stage, check_stage
+
+
+def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
+    """Turn the arguments of an entry point into checked settings, or end the process with advice.
+
+    Args:
+        argv: the arguments without the program's name: a recipe, then `section.key=value` overrides.
+        stage: what is about to run; decides which files must exist.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SystemExit: 0 after `--help`; 2 after bad input, with one message on standard error.
+    """
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(_usage(stage), describe_settings(), sep="\n\n")
+        raise SystemExit(0)
+    try:
+        if not argv:
+            raise ValueError(f"no recipe given\n{_usage(stage)}\n--help lists every setting")
+        if argv[0].startswith("-") or "=" in argv[0]:
+            raise ValueError(f"the first argument must be a recipe, got {argv[0]!r}\n{_usage(stage)}")
+        recipe = load_recipe(argv[0], argv[1:])
+        check_stage(recipe, stage)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return recipe
+
+
+def describe_settings() -> str:
+    """Return every setting as text: section.key, what is accepted, the default, and the sentence below the field."""
+    documentation = _field_documentation()
+    lines: list[str] = []
+    for section, kind in settings_of(RunRecipe).items():
+        lines += [f"{section}: {_first_line(kind.__doc__)}", ""]
+        defaults = kind()
+        for key, expected in settings_of(kind).items():
+            default = _show(getattr(defaults, key))
+            lines.append(f"  {section}.{key}  <{_accepted(expected)}>  default: {default}")
+            text = documentation.get((kind.__name__, key), "")
+            lines += textwrap.wrap(text, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _usage(stage: Stage) -> str:
+    return (
+        f"usage: [torchrun ...] python -m megatron_r1v2.{stage} RECIPE.yaml [section.key=value ...]\n"
+        f"e.g.   python -m megatron_r1v2.{stage} recipe.yaml train.steps=200 'train.parts=[adapter, vision]'"
+    )
+
+
+def _field_documentation() -> dict[tuple[str, str], str]:
+    """Read the string literals below the fields, which Python itself throws away, from the schema's source."""
+    found: dict[tuple[str, str], str] = {}
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, below in zip(node.body, node.body[1:], strict=False):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                found[node.name, field.target.id] = inspect.cleandoc(str(below.value.value))
+    return found
+
+
+def _accepted(expected: Any) -> str:
+    origin = typing.get_origin(expected)
+    if origin is list:
+        return f"list of {_accepted(typing.get_args(expected)[0])}"
+    if origin is dict:
+        return "mapping"
+    if issubclass(expected, Enum):
+        return " | ".join(member.name for member in expected)
+    return {bool: "true | false", int: "whole number", float: "number", str: "text"}[expected]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_show(item) for item in value) + "]"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]

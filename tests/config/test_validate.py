@@ -1,0 +1,174 @@
+"""Ranges, combinations, paths, and layouts that must fit the model."""
+
+import json
+import sys
+
+import pytest
+
+from megatron_r1v2.config.load import settings_of
+from megatron_r1v2.config.schema import Layers, Part, Precision, RunRecipe, WandbMode
+from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_ranges, check_stage, read_hf_config
+
+# The sizes of QwQ-32B.
+QWQ = {
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 64,
+    "max_position_embeddings": 131072,
+}
+
+
+def recipe_with(**values):
+    """Return the defaults with `section__key=value` changed."""
+    recipe = RunRecipe()
+    for name, value in values.items():
+        section, key = name.split("__")
+        setattr(getattr(recipe, section), key, value)
+    return recipe
+
+
+def test_the_defaults_are_valid():
+    check_ranges(RunRecipe())
+    check_grpo(RunRecipe())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"parallel__tensor": 0}, "parallel.tensor=0 is out of range; accepted: 1 or more"),
+        ({"buffer__target_effective_fraction": 1.5}, "accepted: 0 to 1"),
+        ({"train__learning_rate": float("nan")}, "train.learning_rate=nan"),
+        ({"train__learning_rate": -1.0}, "train.learning_rate=-1"),
+        ({"generation__temperature": 0.0}, "generation.temperature=0.0 is out of range; accepted: more than 0"),
+        ({"evaluation__top_p": 1.1}, "evaluation.top_p=1.1 is out of range"),
+        ({"reward__answer_weight": -0.1}, "reward.answer_weight=-0.1"),
+        ({"train__adam_beta2": 1.0}, "train.adam_beta2=1"),
+        ({"train__min_learning_rate": 1.0}, "train.min_learning_rate=1.0 is above"),
+        ({"train__warmup_steps": 200}, "train.warmup_steps=200 is more than train.steps=100"),
+        ({"train__parts": []}, "train.parts is empty"),
+        ({"train__parts": [Part.adapter, Part.adapter]}, "names a part twice"),
+        ({"run__output_dir": " "}, "run.output_dir is empty"),
+        ({"generation__stop_tokens": []}, "generation.stop_tokens"),
+        ({"logging__wandb": WandbMode.offline, "logging__wandb_project": ""}, "logging.wandb_project is empty"),
+        ({"reward__claim_pattern": "(?P<name>a)"}, "has no group value"),
+        ({"reward__claim_pattern": "a"}, "has no group name and value"),
+        ({"reward__claim_pattern": "(?P<name>"}, "is not a regular expression"),
+        ({"parallel__sequence": True}, "parallel.sequence=true .* parallel.tensor=1"),
+        ({"model__layers": Layers.te, "model__precision": Precision.fp32}, "model.layers=te with model.precision=fp32"),
+        ({"evaluation__every_steps": 5}, "evaluation.every_steps=5 needs prompts: set data.validation"),
+        ({"evaluation__stop_at_pass_at_1": 0.5}, "evaluation.stop_at_pass_at_1=0.5 is never looked at"),
+    ],
+)
+def test_impossible_values_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        check_ranges(recipe_with(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"generation__top_p": 0.9}, "generation.top_p=0.9"),
+        ({"generation__responses_per_prompt": 1}, "generation.responses_per_prompt=1"),
+        ({"reward__answer_weight": 0.0, "reward__format_weight": 0.0}, "nothing to learn"),
+        ({"train__updates_per_step": 1000}, "train.updates_per_step=1000 is more than the 512 responses"),
+    ],
+)
+def test_grpo_refuses_what_it_cannot_learn_from(values, message):
+    check_ranges(recipe_with(**values))
+    with pytest.raises(ValueError, match=message):
+        check_grpo(recipe_with(**values))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "first", "message"),
+    [
+        (8, 1, 0, None),
+        (4, 4, 0, None),
+        (2, 4, 4, None),
+        (3, 1, 0, r"parallel.tensor=3 does not divide the language model's 40 attention heads.*1, 2, 4, 5, 8"),
+        (1, 3, 0, "parallel.pipeline=3 does not divide the language model's 64 layers"),
+        (1, 1, 4, "parallel.first_stage_layers=4 needs more than one pipeline stage"),
+        (1, 4, 5, "parallel.first_stage_layers=5 leaves 59 of 64 layers for 3 further stages"),
+        (1, 2, 64, "parallel.first_stage_layers=64 leaves none"),
+    ],
+)
+def test_the_layout_must_fit_the_language_model(tensor, pipeline, first, message):
+    hf_config = {"text_config": QWQ}
+    recipe = recipe_with(parallel__tensor=tensor, parallel__pipeline=pipeline, parallel__first_stage_layers=first)
+    if message is None:
+        check_model_fits(recipe, hf_config)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_model_fits(recipe, hf_config)
+
+
+def test_key_value_heads_may_be_copied_but_not_cut():
+    text = QWQ | {"intermediate_size": 27640}
+    check_model_fits(recipe_with(parallel__tensor=40), {"text_config": text})  # each of the 8 on 5 ranks
+    with pytest.raises(ValueError, match="parallel.tensor=20 and the language model's 8 key-value heads"):
+        check_model_fits(recipe_with(parallel__tensor=20), {"text_config": text})
+
+
+def test_ffn_and_hidden_size_must_divide_too():
+    recipe = recipe_with(parallel__tensor=4)
+    with pytest.raises(ValueError, match="27650 feed-forward channels"):
+        check_model_fits(recipe, {"text_config": QWQ | {"intermediate_size": 27650}})
+
+
+def test_prompt_and_response_must_fit_the_positions():
+    recipe = recipe_with(data__max_prompt_tokens=131072 - 8192 + 1)
+    with pytest.raises(ValueError, match="= 131073, but the model has 131072 positions"):
+        check_model_fits(recipe, {"text_config": QWQ})
+    check_model_fits(recipe_with(data__max_prompt_tokens=131072 - 8192), {"text_config": QWQ})
+
+
+def test_a_configuration_without_sizes_is_refused():
+    with pytest.raises(ValueError, match="lacks hidden_size"):
+        check_model_fits(RunRecipe(), {"text_config": {}})
+
+
+def test_each_stage_needs_its_files(tmp_path):
+    model, shards = tmp_path / "model", tmp_path / "shards"
+    model.mkdir()
+    with pytest.raises(ValueError, match="model.hf_path is not set; the grpo stage needs it"):
+        check_stage(RunRecipe(), "grpo")
+    with pytest.raises(ValueError, match="evaluation.data is not set; the evaluate stage needs it"):
+        check_stage(recipe_with(model__hf_path=str(model)), "evaluate")
+    recipe = recipe_with(model__hf_path=str(model), data__train=str(shards))
+    with pytest.raises(ValueError, match="data.train='.*shards' is not a folder"):
+        check_stage(recipe, "align")
+    shards.mkdir()
+    with pytest.raises(ValueError, match=r"has no config.json; give the folder of a whole model"):
+        check_stage(recipe, "align")
+    (model / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_hf_config(model)
+    (model / "config.json").write_text(json.dumps({"text_config": QWQ}), encoding="utf-8")
+    check_stage(recipe, "align")
+    recipe.parallel.tensor = 3
+    with pytest.raises(ValueError, match="parallel.tensor=3"):
+        check_stage(recipe, "grpo")
+
+
+def test_transformer_engine_must_be_installed(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": QWQ}), encoding="utf-8")
+    recipe = recipe_with(model__hf_path=str(tmp_path), data__train=str(tmp_path), model__layers=Layers.te)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(ValueError, match="model.layers=te needs TransformerEngine"):
+        check_stage(recipe, "grpo")
+
+
+def test_every_checked_name_is_a_setting():
+    from megatron_r1v2.config import validate
+
+    names = {f"{section}.{key}" for section, kind in settings_of(RunRecipe).items() for key in settings_of(kind)}
+    assert set(validate._RANGES) <= names
+    numbers = {
+        f"{section}.{key}"
+        for section, kind in settings_of(RunRecipe).items()
+        for key, expected in settings_of(kind).items()
+        if expected in (int, float)
+    }
+    assert numbers == set(validate._RANGES) | set(validate._POSITIVE), "a number without a range"
