@@ -1,0 +1,272 @@
+"""Checks of hostile text in worker processes with a time limit: a hang or crash fails one check, never the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1v2.rewards.answer import ANSWER_TYPES
+from megatron_r1v2.rewards.verifier_worker import LENGTH, STARTED, read_exactly
+from megatron_r1v2.types import AnswerType
+
+# How long a worker may take to start and to import what a check needs, on a loaded machine or a slow file system.
+START_SECONDS = 120.0
+_MAX_FAILED_STARTS = 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function to run in a worker.
+
+    Example: module "megatron_r1v2.rewards.claims", function "find_claims", arguments ("left 3", pattern).
+    """
+
+    module: str
+    """Imported by the worker, so it should import little."""
+    function: str
+    arguments: tuple[Any, ...]
+    """Passed as JSON, as the result is: tuples arrive as lists."""
+    imports: tuple[str, ...] = ()
+    """Further modules to import before the clock of the call starts."""
+
+
+def answer_call(text: str, answer: str, answer_type: AnswerType) -> Call:
+    """Return the call that tells whether a response's last boxed answer is right (a bool).
+
+    Args:
+        text: the response.
+        answer: the reference answer.
+        answer_type: how the two are compared.
+
+    Raises:
+        ValueError: an unknown answer type.
+    """
+    if answer_type not in ANSWER_TYPES:
+        raise ValueError(f"answer_type {answer_type!r} is unknown; use one of {', '.join(ANSWER_TYPES)}")
+    imports = ("megatron_r1v2.rewards.math_answer",) if answer_type == "math" else ()
+    return Call("megatron_r1v2.rewards.answer", "answer_is_correct", (text, answer, answer_type), imports)
+
+
+def claims_call(text: str, pattern: str) -> Call:
+    """Return the call that finds the claims of a response (a list of [name, value]).
+
+    Args:
+        text: the response.
+        pattern: `reward.claim_pattern`, already checked.
+    """
+    return Call("megatron_r1v2.rewards.claims", "find_claims", (text, pattern))
+
+
+class VerifierPool:
+    """Worker processes that check answers, replaced when a check hangs or kills one.
+
+    A worker is a fresh interpreter that imports neither torch nor megatron-core (about 50 ms), started without
+    forking this process, so a pool may be made in a process with threads and CUDA. Use it as a context manager, from
+    one thread at a time. Workers end with the pool, or with its process however that ends.
+
+    Args:
+        workers: how many processes (`reward.verifier_workers`).
+        timeout_seconds: wall-clock limit of one check (`reward.verifier_timeout_seconds`).
+
+    Raises:
+        ValueError: no worker, or no time.
+    """
+
+    timeouts: int
+    """Checks that ran past the limit, since the pool was made."""
+    crashes: int
+    """Checks that ended their worker."""
+
+    def __init__(self, workers: int, timeout_seconds: float) -> None:
+        if workers < 1:
+            raise ValueError(f"reward.verifier_workers={workers} checks nothing; set it to 1 or more")
+        if not 0 < timeout_seconds < float("inf"):
+            raise ValueError(f"reward.verifier_timeout_seconds={timeout_seconds} must be a number above 0")
+        self.timeouts = 0
+        self.crashes = 0
+        self._timeout_seconds = timeout_seconds
+        self._failed_starts = 0
+        self._workers = [_Worker(timeout_seconds) for _ in range(workers)]
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers and wait for them; the pool cannot be used afterwards."""
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Return the process ids of the workers now."""
+        return tuple(worker.process.pid for worker in self._workers)
+
+    def run(self, calls: Sequence[Call], *, failed: Any) -> list[Any]:
+        """Run functions in the workers.
+
+        Args:
+            calls: what to run.
+            failed: stands for the result of a call that hangs or crashes.
+
+        Returns:
+            The results in the order of the calls.
+
+        Raises:
+            RuntimeError: workers end before they start a check (the reason is on stderr), or the pool is closed.
+        """
+        if not self._workers:
+            raise RuntimeError("this VerifierPool is closed; make a new one")
+        results = [failed] * len(calls)
+        waiting = deque(range(len(calls)))
+        try:
+            while waiting or any(worker.call_index is not None for worker in self._workers):
+                for slot in range(len(self._workers)):
+                    if waiting and self._workers[slot].call_index is None:
+                        self._send(slot, waiting, calls)
+                self._wait(results, waiting)
+        finally:
+            # After an exception (Ctrl-C among others) an answer is still on its way, to a question nobody asks again.
+            for slot, worker in enumerate(self._workers):
+                if worker.call_index is not None:
+                    self._replace(slot)
+        return results
+
+    def _send(self, slot: int, waiting: deque[int], calls: Sequence[Call]) -> None:
+        index = waiting.popleft()
+        if not self._workers[slot].send(index, calls[index]):
+            self._start_failed(slot, waiting, index)
+
+    def _wait(self, results: list[Any], waiting: deque[int]) -> None:
+        """Wait for the next message or deadline, and act on every worker that has one."""
+        busy = [slot for slot, worker in enumerate(self._workers) if worker.call_index is not None]
+        if not busy:
+            return
+        deadline = min(self._workers[slot].deadline for slot in busy)
+        with selectors.DefaultSelector() as selector:
+            for slot in busy:
+                selector.register(self._workers[slot].connection, selectors.EVENT_READ, slot)
+            ready = {key.data for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+        now = time.monotonic()
+        for slot in busy:
+            # A result that has arrived counts, even when this process was too busy to look before the deadline.
+            if slot in ready:
+                self._read(slot, results, waiting)
+            elif now >= self._workers[slot].deadline:
+                self._failed(slot, waiting, timed_out=True)
+
+    def _read(self, slot: int, results: list[Any], waiting: deque[int]) -> None:
+        worker = self._workers[slot]
+        if not worker.started:
+            if not worker.read_started():
+                self._failed(slot, waiting, timed_out=False)
+            return
+        result = worker.read_result()
+        if result is None:
+            self._failed(slot, waiting, timed_out=False)
+            return
+        index, worker.call_index = worker.call_index, None
+        assert index is not None, "a worker that was asked nothing sent a result"
+        results[index] = json.loads(result)
+        self._failed_starts = 0
+
+    def _failed(self, slot: int, waiting: deque[int], *, timed_out: bool) -> None:
+        """Count what happened to a worker's call (its result stays `failed`) and replace the worker."""
+        worker = self._workers[slot]
+        assert worker.call_index is not None, "only a worker with a call can fail one"
+        if not worker.started:
+            self._start_failed(slot, waiting, worker.call_index)
+            return
+        # The worker's own alarm may be first when this process is slow.
+        if worker.end() == -signal.SIGALRM or timed_out:
+            self.timeouts += 1
+        else:
+            self.crashes += 1
+        self._failed_starts = 0
+        self._replace(slot)
+
+    def _start_failed(self, slot: int, waiting: deque[int], index: int) -> None:
+        """Give the call to a new worker: it was never tried. Wrong rewards for all would be worse than an error."""
+        exit_code = self._workers[slot].end()
+        self._failed_starts += 1
+        self._replace(slot)
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise RuntimeError(
+                f"{self._failed_starts} verifier workers in a row ended before they started a check (exit code "
+                f"{exit_code}); their error is on stderr. Is math-verify installed for {sys.executable}?"
+            )
+        waiting.appendleft(index)
+
+    def _replace(self, slot: int) -> None:
+        self._workers[slot].end()
+        self._workers[slot] = _Worker(self._timeout_seconds)
+
+
+class _Worker:
+    """One process, the socket to it, and the call it has, if any."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.call_index: int | None = None
+        self.started = False
+        self.deadline = 0.0
+        self._timeout_seconds = timeout_seconds
+        self.connection, theirs = socket.socketpair()
+        # Bounds a send to a worker that never reads, and a result that never ends.
+        self.connection.settimeout(START_SECONDS)
+        with theirs:
+            # The worker resolves imports as this process does; one thread: a check is small, and cores are shared.
+            paths = [path or os.getcwd() for path in sys.path]
+            environment = os.environ | {
+                "PYTHONPATH": os.pathsep.join(paths),
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            }
+            arguments = [str(theirs.fileno()), str(os.getpid()), str(timeout_seconds)]
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "megatron_r1v2.rewards.verifier_worker", *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def send(self, index: int, call: Call) -> bool:
+        """Hand a call over; False when the worker is gone."""
+        body = json.dumps([call.module, call.function, call.arguments, call.imports]).encode()
+        self.call_index, self.started = index, False
+        self.deadline = time.monotonic() + START_SECONDS
+        try:
+            self.connection.sendall(LENGTH.pack(len(body)) + body)
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            return False
+        return True
+
+    def read_started(self) -> bool:
+        """Note that the check runs from now on; False when the worker is gone."""
+        self.started = read_exactly(self.connection, len(STARTED)) == STARTED
+        self.deadline = time.monotonic() + self._timeout_seconds
+        return self.started
+
+    def read_result(self) -> bytes | None:
+        """Return the result as JSON, or None when the worker is gone."""
+        header = read_exactly(self.connection, LENGTH.size)
+        return read_exactly(self.connection, LENGTH.unpack(header)[0]) if header is not None else None
+
+    def end(self) -> int:
+        """End the process if it lives, wait for it, and return its exit code."""
+        self.connection.close()
+        self.process.kill()
+        return self.process.wait()
