@@ -1,0 +1,156 @@
+"""The operations of the two-way HF table: each knows both directions and the tensor-parallel split.
+
+`to_shard` makes what one tensor-parallel rank holds from the Hugging Face tensors of a parameter; `to_hf` makes those
+tensors again from the shards of all ranks, bit for bit. Both are plain arithmetic: no process group, no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Operation(Protocol):
+    """How one of our parameters and its Hugging Face tensors are made from each other."""
+
+    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """Return what rank `tensor_rank` of `tensor_size` holds.
+
+        Args:
+            tensors: the Hugging Face tensors, in the order of the table.
+            tensor_rank: which shard.
+            tensor_size: how many shards there are.
+        """
+        ...
+
+    def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Return the Hugging Face tensors.
+
+        Args:
+            shards: those of all tensor-parallel ranks, in rank order.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Every rank holds the whole tensor."""
+
+    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """Return the tensor itself."""
+        (tensor,) = tensors
+        return tensor
+
+    def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Return the first rank's copy."""
+        return (shards[0],)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Every rank holds an equal run of units (rows, columns, heads) along one dimension.
+
+    Covers column-parallel layers (`dim` 0), row-parallel ones (`dim` 1), padded heads and the padded vocabulary.
+    """
+
+    dim: int
+    num_units: int
+    """Units of the Hugging Face tensor."""
+    unit_size: int = 1
+    """Rows or columns of a unit."""
+    padded: bool = False
+    """Whether units of zeros are appended until the ranks divide them."""
+
+    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """Pad, then cut out this rank's run."""
+        (tensor,) = tensors
+        size = self.num_units * self.unit_size
+        if tensor.shape[self.dim] != size:
+            raise ValueError(f"dimension {self.dim} has {tensor.shape[self.dim]} entries, config.json implies {size}")
+        padded_size = padded_units(self.num_units, tensor_size) * self.unit_size if self.padded else size
+        if padded_size % tensor_size:
+            raise ValueError(f"{padded_size} entries cannot be split over parallel.tensor={tensor_size}")
+        length = padded_size // tensor_size
+        start = min(tensor_rank * length, size)
+        shard = tensor.narrow(self.dim, start, min(length, size - start))
+        missing = length - shard.shape[self.dim]
+        if not missing:
+            return shard
+        shape = list(shard.shape)
+        shape[self.dim] = missing
+        return torch.cat([shard, shard.new_zeros(shape)], dim=self.dim)
+
+    def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Join the runs and cut the padding."""
+        whole = torch.cat(list(shards), dim=self.dim)
+        return (whole.narrow(self.dim, 0, self.num_units * self.unit_size).contiguous(),)
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """Query, key and value rows, stored per key-value group as [its queries; its key; its value].
+
+    `num_groups` equals the number of heads where each head has its own key and value (the vision tower): then the
+    layout is [q_h; k_h; v_h] per head. With more ranks than groups a group's rows are cut, as megatron-core has it.
+    """
+
+    num_groups: int
+    queries_per_group: int
+    head_size: int
+    padded: bool = False
+    """Whether groups of zeros are appended until the ranks divide them."""
+
+    @property
+    def _split(self) -> Split:
+        if self.padded:
+            return Split(0, self.num_groups, (self.queries_per_group + 2) * self.head_size, padded=True)
+        return Split(0, self.num_groups * (self.queries_per_group + 2) * self.head_size)
+
+    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """Interleave [q; k; v] by group and cut out this rank's run."""
+        heads = (self.queries_per_group, 1, 1)
+        for tensor, count in zip(tensors, heads, strict=True):
+            rows = self.num_groups * count * self.head_size
+            if tensor.shape[0] != rows:
+                raise ValueError(f"query, key or value has {tensor.shape[0]} rows, config.json implies {rows}")
+        grouped = [
+            tensor.reshape(self.num_groups, count * self.head_size, *tensor.shape[1:])
+            for tensor, count in zip(tensors, heads, strict=True)
+        ]
+        joined = torch.cat(grouped, dim=1).flatten(0, 1)
+        return self._split.to_shard([joined], tensor_rank=tensor_rank, tensor_size=tensor_size)
+
+    def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Undo the interleaving of the joined shards."""
+        (joined,) = self._split.to_hf(shards)
+        grouped = joined.reshape(self.num_groups, -1, *joined.shape[1:])
+        parts = grouped.split([self.queries_per_group * self.head_size, self.head_size, self.head_size], dim=1)
+        return tuple(part.flatten(0, 1).contiguous() for part in parts)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Two column-parallel matrices of which each rank holds [its run of the first; its run of the second]."""
+
+    num_rows: int
+    """Rows of one matrix."""
+
+    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """Split each matrix alone: a run of the stacked one would give rank 0 nothing but the first."""
+        split = Split(0, self.num_rows)
+        runs = [split.to_shard([tensor], tensor_rank=tensor_rank, tensor_size=tensor_size) for tensor in tensors]
+        first, second = runs
+        return torch.cat([first, second])
+
+    def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Join the first halves, and the second halves."""
+        firsts, seconds = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat(firsts), torch.cat(seconds)
+
+
+def padded_units(num_units: int, tensor_size: int) -> int:
+    """Return the smallest multiple of `tensor_size` that is not below `num_units`."""
+    return -(-num_units // tensor_size) * tensor_size
