@@ -26,8 +26,8 @@ def filtered_prompt_pool(
     """Return the prompts whose offline rollouts are not uniform in rule correctness, the most telling first.
 
     The R1V2 report (arXiv 2504.16656, section on the SSB) runs the buffer over offline rollouts and trains on the
-    prompts that survive; it gives no order. Ours follows the buffer's own priority: the mean |advantage| of a group of 0/1
-    rewards with pass rate p is 2 sqrt(p (1 - p)), largest at p = 1/2. The weight is that to the power alpha.
+    prompts that survive; it gives no order. Ours follows the buffer's own priority: the mean |advantage| of a group of
+    0/1 rewards with pass rate p is 2 sqrt(p (1 - p)), largest at p = 1/2. The weight is that to the power alpha.
 
     Args:
         prompt_keys: The prompt of each rollout; rollouts of one prompt need not be neighbours nor equally many.

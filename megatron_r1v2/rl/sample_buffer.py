@@ -1,8 +1,8 @@
 """The Selective Sample Buffer: which effective responses of earlier steps are trained on again.
 
 This is the index: who is in the buffer, who is drawn, who is dropped. It is pure, and identical on every rank when
-every rank gives it the same entries in any order. The tokens and log-probs of the entries live in training/, which follows
-what `add` and `expire` return.
+every rank gives it the same entries in any order. The tokens and log-probs of the entries live in training/, which
+follows what `add` and `expire` return.
 """
 
 from __future__ import annotations
