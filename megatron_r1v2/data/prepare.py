@@ -1,0 +1,305 @@
+"""Turn JSONL and a folder of images into checked WebDataset shards: `python -m megatron_r1v2.data.prepare --help`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_r1v2.data.images import decode_image
+from megatron_r1v2.data.samples import (
+    IMAGE_PLACEHOLDER,
+    SCHEMA_VERSION,
+    Sample,
+    SampleError,
+    check_key,
+    encode_record,
+    image_name,
+)
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.types import AnswerType
+
+_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+_ERRORS_SHOWN = 20
+_DESCRIPTION = """\
+Turn JSONL and a folder of images into WebDataset shards that training reads.
+
+Every row and every image is checked first; the output folder appears only when all of it is written.
+Three kinds of rows are understood, told apart by their fields:
+
+  our own     {"messages": [{"role": "user", "content": "<image>\\nleft + right?"}], "answer": "8",
+               "answer_type": "numeric", "images": ["17.png"], "facts": {"left": "3", "right": "5"}}
+              optional: key, response (supervised data), chosen, rejected, margin, source
+  MMPR        {"question": "...", "chosen": "...", "rejected": "...", "image": "a.jpg"}
+  verl        {"prompt": [{"role": "user", "content": "<image>..."}], "images": [{"path": "a.jpg"}],
+               "reward_model": {"ground_truth": "8"}, "data_source": "..."}
+"""
+_EXAMPLE = """\
+example:
+  python -m megatron_r1v2.data.prepare questions.jsonl --images pictures --output data/train --check-only
+  python -m megatron_r1v2.data.prepare questions.jsonl --images pictures --output data/train
+then set data.train: data/train in the recipe.
+"""
+
+
+def read_samples(
+    path: str | Path,
+    images: str | Path,
+    *,
+    answer_type: AnswerType = "math",
+    report: Callable[[str], None] | None = None,
+) -> Iterator[Sample]:
+    """Read and check the rows of a JSONL file.
+
+    Args:
+        path: One JSON object a line; empty lines are passed over.
+        images: Folder that image paths are relative to.
+        answer_type: For rows that do not say how their answer is compared (verl, MMPR).
+        report: Called with the message of each bad row, which is then left out; without it the first one is raised.
+
+    Yields:
+        Checked samples, their images decoded once.
+
+    Raises:
+        ValueError: If the file cannot be read as JSONL, or, without `report`, for the first bad row, with its line.
+    """
+    source = Path(path)
+    _check_inputs(source, Path(images))
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", source.stem).strip("-") or "row"
+    lines_by_key: dict[str, int] = {}
+    with source.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                sample = _sample(line, f"{stem[:60]}-{number:08d}", Path(images), answer_type)
+                if sample.key in lines_by_key:
+                    raise SampleError(f"key {sample.key!r} was used in line {lines_by_key[sample.key]} already")
+            except SampleError as error:
+                message = f"{source}, line {number}: {error}"
+                if report is None:
+                    raise SampleError(message) from error
+                report(message)
+                continue
+            lines_by_key[sample.key] = number
+            yield sample
+
+
+def _check_inputs(source: Path, images: Path) -> None:
+    if source.suffix == ".parquet":
+        raise ValueError(
+            f"{source}: parquet is not supported yet (it would need pyarrow); write it as JSONL first, "
+            "for example with pandas: read_parquet(...).to_json(..., orient='records', lines=True)"
+        )
+    if not source.is_file():
+        raise ValueError(f"{source} does not exist; give a JSONL file")
+    if not images.is_dir():
+        raise ValueError(f"--images {images} is not a folder")
+
+
+def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType) -> Sample:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SampleError(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise SampleError(f"expected a JSON object, got {type(row).__name__}")
+    if "messages" in row:
+        fields = _own_fields(row)
+    elif {"question", "chosen", "rejected"} <= set(row):
+        fields = _mmpr_fields(row, answer_type)
+    elif {"prompt", "reward_model"} <= set(row):
+        fields = _verl_fields(row, answer_type)
+    else:
+        raise SampleError(
+            f"unknown kind of row with fields {', '.join(sorted(row))}; a row needs messages (our own), "
+            "question, chosen and rejected (MMPR), or prompt and reward_model (verl)"
+        )
+    key = str(fields.pop("key", default_key))
+    check_key(key)
+    encoded = [_load_image(images, path) for path in fields.pop("images")]
+    named = {image_name(index, extension): data for index, (extension, data) in enumerate(encoded)}
+    sample = Sample(key=key, images=named, **fields)
+    encode_record(sample)  # the schema is checked there
+    return sample
+
+
+def _own_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"key", "messages", "answer", "answer_type", "facts", "images"}
+    known |= {"response", "chosen", "rejected", "margin", "source"}
+    unknown = sorted(set(row) - known - {"schema"})
+    if unknown or row.get("schema", SCHEMA_VERSION) != SCHEMA_VERSION:
+        what = f"field {unknown[0]!r}" if unknown else f"schema {row['schema']!r} (accepted is {SCHEMA_VERSION})"
+        raise SampleError(f"unknown {what}; known fields: {', '.join(sorted(known))}")
+    fields = {name: value for name, value in row.items() if name in known}
+    return {
+        **fields,
+        "messages": _messages(row["messages"]),
+        "answer": row.get("answer", ""),
+        "answer_type": row.get("answer_type", "exact" if "answer" not in row else None),
+        "facts": _object(row.get("facts", {}), "facts"),
+        "images": _image_paths(row.get("images")),
+    }
+
+
+def _mmpr_fields(row: Mapping[str, Any], answer_type: AnswerType) -> dict[str, Any]:
+    paths = _image_paths(row.get("image"))
+    return {
+        "messages": _with_placeholders(_messages([{"role": "user", "content": row["question"]}]), len(paths)),
+        "answer": str(row.get("answer", "")),
+        "answer_type": answer_type,
+        "images": paths,
+        "chosen": row["chosen"],
+        "rejected": row["rejected"],
+        "margin": row.get("margin"),
+        "source": row.get("source"),
+    }
+
+
+def _verl_fields(row: Mapping[str, Any], answer_type: AnswerType) -> dict[str, Any]:
+    reward_model = _object(row["reward_model"], "reward_model")
+    if "ground_truth" not in reward_model:
+        raise SampleError(f"reward_model has no ground_truth, only {', '.join(sorted(reward_model)) or 'nothing'}")
+    paths = _image_paths(row.get("images"))
+    return {
+        "messages": _with_placeholders(_messages(row["prompt"]), len(paths)),
+        "answer": str(reward_model["ground_truth"]),
+        "answer_type": answer_type,
+        "images": paths,
+        "source": row.get("data_source"),
+    }
+
+
+def _object(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SampleError(f"{name} must be an object, got {value!r}")
+    return value
+
+
+def _messages(messages: object) -> tuple[dict[str, Any], ...]:
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
+    ):
+        raise SampleError(f"expected a list of messages with a text as content, got {messages!r}")
+    return tuple(dict(message) for message in messages)
+
+
+def _with_placeholders(messages: tuple[dict[str, Any], ...], images: int) -> tuple[dict[str, Any], ...]:
+    """Put images before the last message where a foreign row does not say where they belong, as InternVL does."""
+    if any(IMAGE_PLACEHOLDER in message["content"] for message in messages) or not messages:
+        return messages
+    content = f"{IMAGE_PLACEHOLDER}\n" * images + messages[-1]["content"]
+    return (*messages[:-1], {**messages[-1], "content": content})
+
+
+def _image_paths(value: object) -> list[str]:
+    if value is None or value == "":
+        return []
+    paths = []
+    for item in value if isinstance(value, list) else [value]:
+        path = item.get("path") or item.get("image") if isinstance(item, dict) else item
+        if not isinstance(path, str):
+            raise SampleError(
+                f"an image must be a path or an object with one under 'path' or 'image', got {item!r:.80}"
+            )
+        paths.append(path)
+    return paths
+
+
+def _load_image(folder: Path, name: str) -> tuple[str, bytes]:
+    path = folder / name
+    if not path.is_file():
+        raise SampleError(f"image {path} does not exist")
+    data = path.read_bytes()
+    image = decode_image(data, str(path))
+    with Image.open(io.BytesIO(data)) as encoded:
+        extension = _EXTENSIONS.get(encoded.format or "")
+    if extension:
+        return extension, data
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "png", buffer.getvalue()
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_r1v2.data.prepare",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", type=Path, help="JSONL file, one row a line")
+    parser.add_argument("--images", type=Path, default=Path(), help="folder that image paths are relative to")
+    parser.add_argument("--output", type=Path, help="folder to make; must not exist yet")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples in one tar file (1000)")
+    parser.add_argument(
+        "--answer-type",
+        choices=get_args(AnswerType),
+        default="math",
+        help="how answers of MMPR and verl rows are compared (math); our own rows say it themselves",
+    )
+    parser.add_argument("--check-only", action="store_true", help="check all rows, list what is wrong, write nothing")
+    arguments = parser.parse_args(argv)
+    if not arguments.check_only and arguments.output is None:
+        parser.error("--output is needed unless --check-only is given")
+    return arguments
+
+
+def _with_progress(samples: Iterator[Sample], path: Path, verb: str) -> Iterator[Sample]:
+    with path.open("rb") as file:
+        total = sum(1 for line in file if line.strip())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield from progress.track(samples, total=total, description=verb)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit status: 0, or 1 when the input has an error, which is printed.
+    """
+    arguments = _arguments(argv)
+    problems: list[str] = []
+    try:
+        _check_inputs(arguments.input, arguments.images)
+        samples = read_samples(
+            arguments.input,
+            arguments.images,
+            answer_type=arguments.answer_type,
+            report=problems.append if arguments.check_only else None,
+        )
+        samples = _with_progress(samples, arguments.input, "Checking" if arguments.check_only else "Writing")
+        if arguments.check_only:
+            count = sum(1 for _ in samples)
+        else:
+            count = write_shards(samples, arguments.output, arguments.samples_per_shard)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if not arguments.check_only:
+            print("Nothing was written. --check-only lists all bad rows at once.", file=sys.stderr)
+        return 1
+    for message in problems[:_ERRORS_SHOWN]:
+        print(f"error: {message}", file=sys.stderr)
+    if len(problems) > _ERRORS_SHOWN:
+        print(f"... and {len(problems) - _ERRORS_SHOWN} more", file=sys.stderr)
+    print(f"{count} samples are fine" + (f", {len(problems)} are not" if problems else ""))
+    if not arguments.check_only:
+        print(f"written to {arguments.output}; set data.train to it")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

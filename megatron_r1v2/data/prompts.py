@@ -1,0 +1,72 @@
+"""From the files of one sample to the prompt that the model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.images import decode_image, tile_image, tile_limit
+from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.types import Prompt
+
+
+class PromptBuilder:
+    """Turns samples into prompts for one model.
+
+    Args:
+        settings: The limits on tiles and prompt tokens.
+        tokenizer: The model's tokenizer.
+        tile_size: Pixels on each side of a tile: the model's image size.
+        tokens_per_tile: Image tokens of one tile.
+    """
+
+    def __init__(self, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._tile_size = tile_size
+        self._tokens_per_tile = tokens_per_tile
+
+    def build(self, key: str, parts: Mapping[str, bytes]) -> Prompt:
+        """Check, decode, tile, template and tokenize one sample.
+
+        Args:
+            key: The key of the sample.
+            parts: File contents by name without the key.
+
+        Returns:
+            The prompt.
+
+        Raises:
+            SampleError: If the sample is corrupt.
+            ValueError: If the prompt is longer than data.max_prompt_tokens.
+        """
+        sample = parse_sample(key, parts)
+        limit = tile_limit(self._settings.max_tiles, max(1, len(sample.images)))
+        tiles = [
+            tile_image(decode_image(data, f"{key}.{name}"), tile_size=self._tile_size, max_tiles=limit)
+            for name, data in sample.images.items()
+        ]
+        tiles_per_image = [image.shape[0] for image in tiles]
+        token_ids = self._tokenizer.encode_prompt(sample.messages, tiles_per_image, self._tokens_per_tile, key=key)
+        if len(token_ids) > self._settings.max_prompt_tokens:
+            raise ValueError(
+                f"sample {key!r}: the prompt has {len(token_ids)} tokens ({sum(tiles_per_image)} tiles of "
+                f"{self._tokens_per_tile}), data.max_prompt_tokens is {self._settings.max_prompt_tokens}; "
+                "raise it, lower data.max_tiles, or take the sample out"
+            )
+        return Prompt(
+            key=key,
+            messages=sample.messages,
+            token_ids=tuple(token_ids),
+            tiles_TCHW=torch.cat(tiles) if tiles else self._no_tiles(),
+            answer=sample.answer,
+            answer_type=sample.answer_type,
+            facts=sample.facts,
+            response=sample.response,
+        )
+
+    def _no_tiles(self) -> torch.Tensor:
+        return torch.zeros(0, 3, self._tile_size, self._tile_size, dtype=torch.uint8)

@@ -1,0 +1,239 @@
+"""One sample of a data set: what `KEY.json` and `KEY.0.png` of a shard hold, and what makes them acceptable.
+
+    {"schema": 1, "messages": [{"role": "user", "content": "<image>\\nWhat is left + right?"}], "answer": "8",
+     "answer_type": "numeric", "facts": {"left": "3", "right": "5"}, "images": ["0.png"]}
+
+`facts` and `images` may be left out. `response` (supervised data), `chosen`, `rejected` and `margin` (preference data)
+and `source` are optional; `answer` may be empty only where a `response` or a `chosen` is there to learn from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from megatron_r1v2.types import AnswerType
+
+SCHEMA_VERSION = 1
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_EXTENSIONS = ("png", "jpg", "webp")
+ROLES = ("system", "user", "assistant")
+
+# Energon splits a name at its first dot, ustar allows 100 characters, and a leading "__" means metadata.
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+_IMAGE_NAME = re.compile(r"[0-9]+\.(" + "|".join(IMAGE_EXTENSIONS) + ")")
+_REQUIRED = {"schema", "messages", "answer", "answer_type"}
+_OPTIONAL_TEXT = ("response", "chosen", "rejected", "source")
+_KNOWN = _REQUIRED | {"facts", "images", "margin", *_OPTIONAL_TEXT}
+
+
+class SampleError(ValueError):
+    """One sample is unusable; the data set as a whole may still be fine."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A checked sample.
+
+    Example: key "digits-000017", one user message with one "<image>", answer "8", images {"0.png": b"..."}.
+    """
+
+    key: str
+    """Unique over the data set: letters, digits, "_" and "-", at most 80."""
+    messages: tuple[Mapping[str, str], ...]
+    answer: str
+    answer_type: AnswerType
+    images: Mapping[str, bytes] = field(default_factory=dict)
+    """Encoded images by name ("0.png"), in the order of the "<image>" placeholders."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    response: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    margin: float | None = None
+    """Reward of `chosen` minus reward of `rejected`."""
+    source: str | None = None
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that cannot name files in a shard.
+
+    Args:
+        key: The key of a sample.
+
+    Raises:
+        SampleError: If it is not made of letters, digits, "_" and "-", or is too long.
+    """
+    if not _KEY.fullmatch(key):
+        raise SampleError(
+            f"sample key {key!r}: accepted are 1 to 80 letters, digits, '_' and '-', the first a letter or digit"
+        )
+
+
+def image_name(index: int, extension: str) -> str:
+    """Return the name of an image in a shard, without the key.
+
+    Args:
+        index: Its place among the images of the sample, from 0.
+        extension: One of `IMAGE_EXTENSIONS`.
+
+    Returns:
+        For example "0.png".
+    """
+    return f"{index}.{extension}"
+
+
+def encode_record(sample: Sample) -> bytes:
+    """Write the JSON part of a sample.
+
+    Args:
+        sample: What to write; checked as `parse_sample` does.
+
+    Returns:
+        UTF-8 JSON with sorted keys, so that equal samples give equal bytes.
+
+    Raises:
+        SampleError: If the sample would not be accepted when read.
+    """
+    record: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "messages": [dict(message) for message in sample.messages],
+        "answer": sample.answer,
+        "answer_type": sample.answer_type,
+        "facts": dict(sample.facts),
+        "images": list(sample.images),
+    }
+    for name in (*_OPTIONAL_TEXT, "margin"):
+        value = getattr(sample, name)
+        if value is not None:
+            record[name] = value
+    _check_record(record, sample.key)
+    check_key(sample.key)
+    return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
+
+
+def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
+    """Read a sample from the files that a shard holds under its key.
+
+    Args:
+        key: The key of the sample.
+        parts: File contents by name without the key: "json" and the images that it names.
+
+    Returns:
+        The sample; its images are not decoded yet.
+
+    Raises:
+        SampleError: If the JSON or a named image is missing, or the record breaks the schema.
+    """
+    if "json" not in parts:
+        raise SampleError(
+            f"sample {key!r}: no {key}.json in the shard (found: {', '.join(sorted(parts)) or 'nothing'})"
+        )
+    try:
+        record = json.loads(parts["json"])
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SampleError(f"sample {key!r}: {key}.json is not JSON: {error}") from error
+    _check_record(record, key)
+    names = record.get("images", [])
+    missing = [name for name in names if name not in parts]
+    if missing:
+        raise SampleError(f"sample {key!r}: image {key}.{missing[0]} is not in the shard")
+    return Sample(
+        key=key,
+        messages=tuple(record["messages"]),
+        answer=record["answer"],
+        answer_type=record["answer_type"],
+        images={name: parts[name] for name in names},
+        facts=record.get("facts", {}),
+        margin=record.get("margin"),
+        **{name: record.get(name) for name in _OPTIONAL_TEXT},
+    )
+
+
+def count_placeholders(messages: Iterable[Mapping[str, str]]) -> int:
+    """Count the places of images in messages.
+
+    Args:
+        messages: Chat messages.
+
+    Returns:
+        How often "<image>" occurs in their contents.
+    """
+    return sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
+
+
+def _check_record(record: object, key: str) -> None:
+    if not isinstance(record, dict):
+        raise SampleError(f"sample {key!r}: expected a JSON object, got {type(record).__name__}")
+    if record.get("schema") != SCHEMA_VERSION:
+        raise SampleError(
+            f"sample {key!r}: schema is {record.get('schema')!r}, accepted is {SCHEMA_VERSION}; "
+            "make the shards again with python -m megatron_r1v2.data.prepare"
+        )
+    absent, unknown = sorted(_REQUIRED - set(record)), sorted(set(record) - _KNOWN)
+    if absent or unknown:
+        what = f"lacks {', '.join(absent)}" if absent else f"has the unknown field {unknown[0]!r}"
+        raise SampleError(f"sample {key!r}: the record {what}; known fields: {', '.join(sorted(_KNOWN))}")
+    _check_messages(record["messages"], key)
+    _check_values(record, key)
+    _check_images(record, key)
+
+
+def _check_messages(messages: object, key: str) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise SampleError(f"sample {key!r}: messages must be a list with at least one message, got {messages!r}")
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or set(message) != {"role", "content"}
+            or message["role"] not in ROLES
+            or not isinstance(message["content"], str)
+        ):
+            raise SampleError(
+                f"sample {key!r}: a message is {{'role': one of {', '.join(ROLES)}, 'content': text}}, got {message!r}"
+            )
+    if messages[-1]["role"] != "user":
+        raise SampleError(
+            f"sample {key!r}: the last message must be the user's, got role {messages[-1]['role']!r}; "
+            "a reference answer goes into 'response'"
+        )
+
+
+def _check_values(record: Mapping[str, Any], key: str) -> None:
+    accepted = get_args(AnswerType)
+    if record["answer_type"] not in accepted:
+        raise SampleError(
+            f"sample {key!r}: answer_type is {record['answer_type']!r}, accepted are {', '.join(accepted)}"
+        )
+    for name in ("answer", *_OPTIONAL_TEXT):
+        if name in record and not isinstance(record[name], str):
+            raise SampleError(f"sample {key!r}: {name} must be text, got {record[name]!r}")
+    if not record["answer"].strip() and not (record.get("response") or record.get("chosen")):
+        raise SampleError(
+            f"sample {key!r}: answer is empty; only a sample with a 'response' or a 'chosen' may have none"
+        )
+    margin = record.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise SampleError(f"sample {key!r}: margin must be a number, got {margin!r}")
+    facts = record.get("facts", {})
+    if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
+        raise SampleError(f"sample {key!r}: facts must map names to text, got {facts!r}")
+
+
+def _check_images(record: Mapping[str, Any], key: str) -> None:
+    images = record.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(n, str) and _IMAGE_NAME.fullmatch(n) for n in images):
+        raise SampleError(
+            f"sample {key!r}: images must be a list of names like '0.png' "
+            f"({', '.join(IMAGE_EXTENSIONS)}), got {images!r}"
+        )
+    if len(set(images)) != len(images):
+        raise SampleError(f"sample {key!r}: images names one file twice: {images!r}")
+    placeholders = count_placeholders(record["messages"])
+    if placeholders != len(images):
+        raise SampleError(
+            f"sample {key!r}: the messages have {placeholders} {IMAGE_PLACEHOLDER} and there are {len(images)} images; "
+            f"each image needs its own {IMAGE_PLACEHOLDER}"
+        )

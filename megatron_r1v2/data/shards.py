@@ -1,0 +1,121 @@
+"""Folders of WebDataset shards that megatron-energon reads: writing them whole, and checking them before use."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron.energon import BaseWebdatasetFactory
+from webdataset import ShardWriter
+
+from megatron_r1v2.data.samples import Sample, SampleError, encode_record
+
+SPLIT = "train"
+_META = ".nv-meta"
+# For energon's own tools; the reader in stream.py builds the same class.
+_DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+_INDEX_ENTRY = struct.Struct("Q")
+
+
+def write_shards(samples: Iterable[Sample], folder: str | Path, samples_per_shard: int = 1000) -> int:
+    """Write a data set; the folder appears only when all of it is written, and equal samples give equal tar files.
+
+    Args:
+        samples: Checked samples with different keys.
+        folder: Must not exist yet.
+        samples_per_shard: Samples in one tar file.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ValueError: If the folder exists, `samples_per_shard` is below one, or there is no sample.
+        SampleError: If a sample breaks the schema or its key was there before.
+    """
+    target = Path(folder)
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}, accepted is 1 or more")
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another folder or delete it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
+    try:
+        count = _write_tars(samples, unfinished, samples_per_shard)
+        if not count:
+            raise ValueError(f"no samples to write to {target}")
+        _prepare_for_energon(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return count
+
+
+def _write_tars(samples: Iterable[Sample], folder: Path, samples_per_shard: int) -> int:
+    seen: set[str] = set()
+    # ShardWriter formats the whole path, so a percent sign in a folder's name must be doubled.
+    pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
+    with ShardWriter(pattern, maxcount=samples_per_shard, encoder=False, mtime=0, verbose=0) as writer:
+        for sample in samples:
+            if sample.key in seen:
+                raise SampleError(f"sample key {sample.key!r} occurs twice; keys must differ")
+            seen.add(sample.key)
+            writer.write({"__key__": sample.key, "json": encode_record(sample), **sample.images})
+    return len(seen)
+
+
+def _prepare_for_energon(folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    with contextlib.redirect_stdout(io.StringIO()):  # energon reports each step there
+        BaseWebdatasetFactory.prepare_dataset(
+            folder, names, split_parts_patterns=[(SPLIT, r".*\.tar")], shuffle_seed=None, workers=1
+        )
+    (folder / _META / "dataset.yaml").write_text(_DATASET_YAML)
+
+
+def check_shards(folder: str | Path) -> dict[str, int]:
+    """Check that a data set is complete on disk, without reading its samples.
+
+    Args:
+        folder: Made by `write_shards` or `energon prepare`.
+
+    Returns:
+        Samples by shard name, in reading order.
+
+    Raises:
+        ValueError: If the folder or its index is missing, or a shard is missing or shorter than when it was indexed.
+    """
+    root = Path(folder)
+    info = root / _META / ".info.json"
+    if not info.is_file():
+        raise ValueError(
+            f"{root} is not a prepared data set ({info} is missing); "
+            "make one with python -m megatron_r1v2.data.prepare, or run energon prepare on existing shards"
+        )
+    try:
+        shard_counts = json.loads(info.read_text())["shard_counts"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{info} is damaged ({error!r}); run energon prepare on {root} again") from error
+    for name in shard_counts:
+        tar, index = root / name, root / f"{name}.idx"
+        for path in (tar, index):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; copy the data set again or run energon prepare on {root}")
+        expected, size = _indexed_size(index), tar.stat().st_size
+        if size < expected:
+            raise ValueError(f"{tar} is truncated: {size} bytes of at least {expected}; copy or make it again")
+    return {str(name): int(count) for name, count in shard_counts.items()}
+
+
+def _indexed_size(index: Path) -> int:
+    """Return the offset at which the last sample of a shard ended when energon indexed it."""
+    raw = index.read_bytes()
+    if not raw or len(raw) % _INDEX_ENTRY.size:
+        raise ValueError(f"{index} is damaged: {len(raw)} bytes; run energon prepare on {index.parent} again")
+    return int(_INDEX_ENTRY.unpack(raw[-_INDEX_ENTRY.size :])[0])

@@ -1,0 +1,179 @@
+"""The model's own tokenizer and chat template; every special id comes from them, none from a constant."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, SampleError, count_placeholders
+
+IMAGE_START = "<img>"
+IMAGE_CONTEXT = "<IMG_CONTEXT>"
+IMAGE_END = "</img>"
+
+
+class ChatTokenizer:
+    """Templates and tokenizes prompts with a tokenizer from a local HF folder.
+
+    Args:
+        hf_path: Folder with tokenizer.json and a chat template; nothing is downloaded, no remote code is run.
+
+    Raises:
+        ValueError: If the folder, its tokenizer or its chat template is missing.
+    """
+
+    def __init__(self, hf_path: str | Path) -> None:
+        folder = Path(hf_path)
+        if not folder.is_dir():
+            raise ValueError(f"tokenizer folder {str(hf_path)!r} does not exist; give the folder of the HF model")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}") from error
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"{folder}: the tokenizer has no chat template; add chat_template.jinja of the model")
+        self._folder = folder
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of tokens, added ones included; the model's embedding may have more rows."""
+        return len(self._tokenizer)
+
+    @functools.cached_property
+    def image_token_id(self) -> int:
+        """Return the id of `<IMG_CONTEXT>`."""
+        return self.token_id(IMAGE_CONTEXT)
+
+    @property
+    def pad_id(self) -> int:
+        """Return the id that fills up rows."""
+        pad = self._tokenizer.pad_token_id
+        if pad is None:
+            raise ValueError(f"{self._folder}: the tokenizer has no pad token; set pad_token in tokenizer_config.json")
+        return int(pad)
+
+    def token_id(self, text: str) -> int:
+        """Return the id of a text that is one token.
+
+        Args:
+            text: For example "<|im_end|>".
+
+        Returns:
+            Its id.
+
+        Raises:
+            ValueError: If the tokenizer cuts it into more or fewer than one token.
+        """
+        ids = self._encode(text)
+        if len(ids) != 1:
+            raise ValueError(f"{self._folder}: {text!r} must be one token of the tokenizer, it is {len(ids)}: {ids}")
+        return ids[0]
+
+    def stop_ids(self, texts: Sequence[str]) -> list[int]:
+        """Return the ids that end a response.
+
+        Args:
+            texts: Tokens as text: generation.stop_tokens.
+
+        Returns:
+            Their ids in the same order.
+
+        Raises:
+            ValueError: If one is not exactly one token.
+        """
+        return [self.token_id(text) for text in texts]
+
+    def encode_prompt(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        tiles_per_image: Sequence[int],
+        tokens_per_tile: int,
+        *,
+        key: str = "",
+    ) -> list[int]:
+        """Template and tokenize a prompt, ending where the response begins.
+
+        Each `<image>` becomes `<img>`, `<IMG_CONTEXT>` x tiles x tokens_per_tile, `</img>`.
+
+        Args:
+            messages: Chat messages.
+            tiles_per_image: Tiles of each image, thumbnail included, in order of appearance.
+            tokens_per_tile: Image tokens of one tile (256 for 448 pixels).
+            key: The sample's key, for errors.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            SampleError: If placeholders and images differ in number, or the text has an image token of its own.
+        """
+        placeholders = count_placeholders(messages)
+        if placeholders != len(tiles_per_image):
+            raise SampleError(
+                f"sample {key!r}: the messages have {placeholders} {IMAGE_PLACEHOLDER} "
+                f"and there are {len(tiles_per_image)} images"
+            )
+        tiles = iter(tiles_per_image)
+        expanded = []
+        for message in messages:
+            self._refuse(message["content"], (IMAGE_START, IMAGE_CONTEXT, IMAGE_END), key)
+            text, *rest = message["content"].split(IMAGE_PLACEHOLDER)
+            for piece in rest:
+                text += IMAGE_START + IMAGE_CONTEXT * (next(tiles) * tokens_per_tile) + IMAGE_END + piece
+            expanded.append({**message, "content": text})
+        prompt = self._tokenizer.apply_chat_template(expanded, tokenize=False, add_generation_prompt=True)
+        ids = self._encode(prompt)
+        if tiles_per_image:
+            # A template that trims or drops contents would otherwise surface as a shape error deep in the model.
+            wanted, got = sum(tiles_per_image) * tokens_per_tile, ids.count(self.image_token_id)
+            if got != wanted:
+                raise ValueError(
+                    f"sample {key!r}: the templated prompt has {got} {IMAGE_CONTEXT} tokens where its images need "
+                    f"{wanted}; the chat template of {self._folder} does not keep the contents as they are"
+                )
+        return ids
+
+    def encode_response(self, text: str, end_token: str, *, key: str = "") -> list[int]:
+        """Tokenize a reference response with its end.
+
+        Args:
+            text: What follows the prompt, without the end-of-turn token.
+            end_token: The token that ends a response: the first of generation.stop_tokens.
+            key: The sample's key, for errors.
+
+        Returns:
+            Token ids, the last that of `end_token`.
+
+        Raises:
+            SampleError: If the text contains the end token or an image token.
+            ValueError: If `end_token` is not one token.
+        """
+        self._refuse(text, (IMAGE_START, IMAGE_CONTEXT, IMAGE_END, end_token), key)
+        return [*self._encode(text), self.token_id(end_token)]
+
+    def decode(self, ids: Sequence[int], keep_special: bool = True) -> str:
+        """Turn token ids into text.
+
+        Args:
+            ids: Token ids.
+            keep_special: Whether special tokens appear in the text.
+
+        Returns:
+            The text.
+        """
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    @staticmethod
+    def _refuse(text: str, forbidden: Sequence[str], key: str) -> None:
+        for token in forbidden:
+            if token in text:
+                raise SampleError(
+                    f"sample {key!r}: the text contains {token!r}, which the model would read as a token of its own; "
+                    f"mark images by {IMAGE_PLACEHOLDER} and leave control tokens to the template"
+                )
