@@ -1,0 +1,122 @@
+"""Rollouts for people: lines of `rollouts.jsonl`, each with its picture; training and evaluation share this."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from megatron_r1v2.rewards.claims import judge_claims
+from megatron_r1v2.types import Prompt, ScoredRollout
+
+# Twelve tiles of 448 pixels are over a megabyte as PNG; a report shows many pictures, each a few centimetres wide.
+MAX_PICTURE_SIDE = 448
+
+
+def rollout_record(step: int, prompt: Prompt, scored: ScoredRollout, *, advantage: float) -> dict[str, Any]:
+    """Return one line of `rollouts.jsonl`.
+
+    Args:
+        step: the training step, or that of the evaluated weights.
+        prompt: what was asked.
+        scored: the response.
+        advantage: as trained with; 0 in an evaluation.
+    """
+    verdicts = judge_claims(scored.claims, prompt.facts)
+    return {
+        "step": step,
+        "prompt_key": prompt.key,
+        "question": question(prompt.messages),
+        "answer": prompt.answer,
+        "text": scored.text,
+        "rewards": dict(scored.rewards),
+        "total": scored.total,
+        "advantage": advantage,
+        "correct": scored.rule_correct,
+        "claims": [[name, value, verdict] for (name, value), verdict in zip(scored.claims, verdicts, strict=True)],
+        "finish_reason": scored.rollout.finish_reason,
+        "response_tokens": len(scored.rollout.token_ids),
+        "image_png": picture_base64(prompt),
+    }
+
+
+def write_rollouts(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file of rollout lines beside its place and rename it.
+
+    Args:
+        path: for example `RUN/evaluation-after.rollouts.jsonl`; its folder is made when it is not there.
+        records: from `rollout_record`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    os.replace(beside, path)
+
+
+def question(messages: Sequence[Mapping[str, str]]) -> str:
+    """Return the text of the last user message, without image marks.
+
+    Args:
+        messages: the prompt's chat messages.
+    """
+    contents = [message["content"] for message in messages if message["role"] == "user"]
+    return contents[-1].replace("<image>", "").strip() if contents else ""
+
+
+def picture_base64(prompt: Prompt) -> str | None:
+    """Return the prompt's tiles put together, as a PNG in base64 of at most `MAX_PICTURE_SIDE`; None without tiles.
+
+    Args:
+        prompt: tiles_TCHW uint8 [T, 3, height, width].
+    """
+    if prompt.modality == "text":
+        return None
+    num_images = sum(message["content"].count("<image>") for message in prompt.messages)
+    picture_CHW = assemble_tiles(prompt.tiles_TCHW, one_image=num_images <= 1)
+    image = Image.fromarray(picture_CHW.permute(1, 2, 0).contiguous().cpu().numpy())
+    image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def assemble_tiles(tiles_TCHW: torch.Tensor, *, one_image: bool) -> torch.Tensor:
+    """Put tiles together to the picture that they were cut from.
+
+    With more than one tile of an image the last one is its thumbnail. A prompt does not say in how many rows an image
+    was cut, but its thumbnail shows it: of all grids, the one that looks most like the thumbnail when shrunk is taken.
+
+    Args:
+        tiles_TCHW: uint8 [T, 3, height, width], T >= 1, in row order.
+        one_image: False for tiles of several images, which are put in one row, thumbnails and all.
+
+    Returns:
+        uint8 [3, rows x height, columns x width].
+    """
+    if not one_image or len(tiles_TCHW) == 1:
+        return _grid(tiles_TCHW, rows=1)
+    cut_TCHW, thumbnail_CHW = tiles_TCHW[:-1], tiles_TCHW[-1].float()
+    pictures = [_grid(cut_TCHW, rows=rows) for rows in range(1, len(cut_TCHW) + 1) if len(cut_TCHW) % rows == 0]
+    size = (thumbnail_CHW.shape[1], thumbnail_CHW.shape[2])
+
+    def difference(picture_CHW: torch.Tensor) -> float:
+        shrunk_1CHW = torch.nn.functional.interpolate(picture_CHW.float()[None], size=size, mode="area")
+        return float((shrunk_1CHW[0] - thumbnail_CHW).abs().mean())
+
+    return min(pictures, key=difference)
+
+
+def _grid(tiles_TCHW: torch.Tensor, *, rows: int) -> torch.Tensor:
+    """Return the tiles in a grid of so many rows, [3, rows x height, columns x width]."""
+    num_tiles, channels, height, width = tiles_TCHW.shape
+    columns = num_tiles // rows
+    grid_RKCHW = tiles_TCHW.reshape(rows, columns, channels, height, width)
+    return grid_RKCHW.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
