@@ -45,6 +45,8 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         "sequence_parallel": settings.sequence,
         # Rows of a step differ in length, so pipeline stages tell each other the shape.
         "variable_seq_lengths": settings.pipeline > 1,
+        # There are no experts, but megatron-core refuses variable lengths beside its default dispatcher.
+        "moe_token_dispatcher_type": "alltoall",
         **settings.shared(),
     }
     arguments |= settings.language_overrides
