@@ -23,7 +23,7 @@ LENGTH = struct.Struct("!Q")
 
 # A hostile answer must not take the training's memory: beyond this the check alone gets a MemoryError.
 _MEMORY_BYTES = 4 << 30
-_ORPHAN_POLL_SECONDS = 5.0
+_ORPHAN_POLL_SECONDS = 1.0
 # The pool ends a check at its limit; this much later the kernel does, in case the pool's process is gone.
 _ORPHAN_GRACE_SECONDS = 2.0
 

@@ -13,11 +13,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_r1v2.rewards.answer import ANSWER_TYPES
 from megatron_r1v2.rewards.verifier_worker import LENGTH, STARTED, read_exactly
-from megatron_r1v2.types import AnswerType
+
+if TYPE_CHECKING:
+    from megatron_r1v2.types import AnswerType
 
 # How long a worker may take to start and to import what a check needs, on a loaded machine or a slow file system.
 START_SECONDS = 120.0

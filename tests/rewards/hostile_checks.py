@@ -1,0 +1,58 @@
+"""Checks that do to their worker what hostile answers can do; test_verifiers.py runs them in real workers."""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import time
+
+
+def echo(value):
+    return value
+
+
+def loaded_modules():
+    return sorted(sys.modules)
+
+
+def busy_loop():
+    while True:
+        pass
+
+
+def catastrophic_regex():
+    return re.match(r"(a+)+$", "a" * 60 + "b") is None
+
+
+def huge_power():
+    return 9**9**9 > 0
+
+
+def exit_at_once():
+    os._exit(0)
+
+
+def segfault():
+    ctypes.string_at(0)
+
+
+def take_all_memory():
+    return len(bytearray(1 << 40))
+
+
+def raise_error():
+    return {}["missing"]
+
+
+def recurse():
+    return recurse() + 1
+
+
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+    return os.getpid()
