@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 REQUIREMENTS = [
     "torch>=2.6",
     "megatron-core==0.16.1",
+    "einops>=0.7",  # megatron-core's attention calls it in dynamic inference, without requiring it
     "transformers>=5.0",
     "tokenizers>=0.22",
     "safetensors>=0.5",

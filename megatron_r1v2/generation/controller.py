@@ -1,0 +1,207 @@
+"""megatron-core's inference classes with our image features, our sampling and our stop tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+
+from megatron_r1v2.generation import sampling
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel.groups import ParallelContext
+
+
+class RolloutContext(DynamicInferenceContext):
+    """megatron-core's context, padding a step to fewer tokens: small batches run on CPUs too."""
+
+    TOKEN_ROUNDER = 16
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """Where the image tokens of a prompt are, and what takes their place; first pipeline stage only."""
+
+    positions_F: torch.Tensor
+    """int64 [F], ascending, on the CPU: positions in the prompt that hold `<IMG_CONTEXT>`."""
+    embeddings_FH: torch.Tensor
+    """[F, H]: the adapter's output, in the same order."""
+
+
+class ImageInferenceWrapper(GPTInferenceWrapper):
+    """Runs the language model on a step's tokens, with image features in the place of image tokens."""
+
+    def __init__(
+        self,
+        model: R1V2Model,
+        config: InferenceWrapperConfig,
+        inference_context: RolloutContext,
+        parallel: ParallelContext,
+    ) -> None:
+        """Wrap the language model.
+
+        Args:
+            model: this rank's part.
+            config: sizes and dtype for pipeline communication.
+            inference_context: which tokens of which requests a step holds.
+            parallel: process groups.
+        """
+        super().__init__(model.language, config, inference_context, parallel.groups)
+        self.images: dict[int, PromptImages] = {}
+        """By request id; the responses to one prompt share one object."""
+        self._language = model.language
+        self._tensor_group = parallel.groups.tp
+
+    def _forward(self, inference_input: dict[str, Any]) -> torch.Tensor:
+        # The callers run this under inference_mode. What is allocated then cannot be used by a later training step,
+        # and megatron-core keeps some of it: rotary embeddings (an lru_cache) and sequence-parallel buffers.
+        with torch.inference_mode(False), torch.no_grad():
+            tokens, positions = inference_input["tokens"], inference_input["position_ids"]
+            return self.model(
+                tokens,
+                positions,
+                None,
+                decoder_input=self._embed(tokens, positions) if self._language.pre_process else None,
+                inference_context=self.inference_context,
+                runtime_gather_output=True,
+            )
+
+    def _allocate_recv_buffer(self, batch_size: int, seq_len: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return super()._allocate_recv_buffer(batch_size, seq_len)
+
+    def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden_SBH = self._language.embedding(input_ids=tokens, position_ids=positions)
+        if self.images and not self.inference_context.is_decode_only():
+            self._put_images(hidden_SBH)
+        if self.sequence_parallel:
+            hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self._tensor_group)
+        return hidden_SBH
+
+    def _put_images(self, hidden_SBH: torch.Tensor) -> None:
+        """Replace the rows of image tokens.
+
+        A step holds some consecutive positions of each request: all of a prompt, a chunk of it, or after an eviction
+        prompt and response so far. What counts is the request and the position, whatever brought them here.
+        """
+        context = self.inference_context
+        rows = slice(context.paused_request_count, context.total_request_count)
+        places, embeddings = [], []
+        first_row = 0
+        for request, count, start in zip(
+            context.request_ids[rows].tolist(),
+            context.request_query_lengths[rows].tolist(),
+            context.request_kv_length_offsets[rows].tolist(),
+            strict=True,
+        ):
+            images = self.images.get(request)
+            if images is not None and count > 1:
+                bounds = torch.tensor([start, start + count])
+                low, high = torch.searchsorted(images.positions_F, bounds).tolist()
+                places.append(images.positions_F[low:high] + (first_row - start))
+                embeddings.append(images.embeddings_FH[low:high])
+            first_row += count
+        if places:
+            index_F = torch.cat(places).to(hidden_SBH.device)
+            hidden_SBH[index_F, 0] = torch.cat(embeddings).to(hidden_SBH.dtype)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a phase are drawn."""
+
+    temperature: float
+    top_p: float
+    stop_ids: frozenset[int]
+    vocab_size: int
+
+
+class RolloutController(TextGenerationController):
+    """Draws once per replica, with log-probs of the sampling distribution, and stops at any of a set of tokens."""
+
+    def __init__(self, model: ImageInferenceWrapper, parallel: ParallelContext, settings: Sampling) -> None:
+        """Make the controller.
+
+        Args:
+            model: the wrapped model.
+            parallel: process groups.
+            settings: how tokens are drawn.
+        """
+        super().__init__(model, _NoTokenizer(), pp_group=parallel.groups.pp)
+        self.response_keys: dict[int, int] = {}
+        """By request id; see sampling.response_key."""
+        self._context = model.inference_context
+        self._settings = settings
+        self._stop_ids = torch.tensor(sorted(settings.stop_ids), dtype=torch.int64, device=parallel.device)
+        self._model_group = parallel.groups.mp
+        # Ranks of a replica are ordered stage by stage: the first of the last stage draws for all.
+        ranks = dist.get_process_group_ranks(parallel.groups.mp)
+        self._drawing_rank = ranks[(parallel.pipeline_size - 1) * parallel.tensor_size]
+        self._draws = dist.get_rank() == self._drawing_rank
+        self._log_probs_R = torch.empty(0)
+
+    def _active(self) -> slice:
+        return slice(self._context.paused_request_count, self._context.total_request_count)
+
+    def _dynamic_step_forward_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """Run the model; logits stay on the last stage: only the drawn tokens are broadcast."""
+        inputs = {"tokens": input_ids, "position_ids": position_ids, "attention_mask": None}
+        return self.inference_wrapped_model.run_one_forward_step(inputs)
+
+    def _dynamic_step_sample_bookkeeping(self) -> None:
+        """Do nothing: all requests of a phase are drawn in the same way."""
+
+    def _dynamic_step_log_probs_bookkeeping(self) -> tuple[bool, bool]:
+        return True, False
+
+    def _dynamic_step_sample_logits(self, logits: torch.Tensor | None) -> None:
+        """Draw a token for each active request and tell all ranks of the replica."""
+        count = self._context.get_active_request_count()
+        drawn = torch.empty(2, count, dtype=torch.float64, device=self._stop_ids.device)
+        if self._draws:
+            assert logits is not None
+            keys = [self.response_keys[request] for request in self._context.request_ids[self._active()].tolist()]
+            keys_R = torch.tensor(keys, dtype=torch.int64, device=drawn.device)
+            uniforms_R = sampling.uniforms(keys_R, self._context.get_active_sequence_lengths().long())
+            drawn[0], drawn[1] = sampling.draw(
+                logits.squeeze(0),
+                uniforms_R,
+                temperature=self._settings.temperature,
+                top_p=self._settings.top_p,
+                vocab_size=self._settings.vocab_size,
+            )
+        if self._model_group.size() > 1:
+            dist.broadcast(drawn, src=self._drawing_rank, group=self._model_group)
+        self._sampled_tokens_cuda[:count] = drawn[0].long()
+        self._log_probs_R = drawn[1]
+
+    def _dynamic_step_calculate_log_probs(self, logits: torch.Tensor | None) -> tuple[list[list[float]], None]:
+        return [[log_prob] for log_prob in self._log_probs_R.tolist()], None
+
+    def _dynamic_step_context_bookkeeping(self) -> dict[str, torch.Tensor]:
+        """Let a request end at any stop token: megatron-core compares the token with one id a request.
+
+        The id is set to the token itself where that is a stop token. Not for a prompt of which a chunk is still to
+        come: its token is thrown away.
+        """
+        sampled = self._sampled_tokens_cuda[: self._context.get_active_request_count()]
+        termination = torch.where(torch.isin(sampled, self._stop_ids), sampled, -1)
+        if self._context.chunked_prefill_request_id != -1:
+            termination[-1] = -1
+        self._request_metadata["termination_id"][self._active()] = termination
+        return super()._dynamic_step_context_bookkeeping()
+
+
+class _NoTokenizer:
+    """megatron-core turns finished responses into text; nobody reads it, since rollouts carry ids."""
+
+    eod = -1
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        return ""

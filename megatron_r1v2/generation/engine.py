@@ -1,0 +1,208 @@
+"""Prompts to rollouts with megatron-core's dynamic inference engine, on the training model's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from megatron_r1v2.config.schema import GenerationConfig
+from megatron_r1v2.generation.controller import PromptImages, Sampling
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.generation.phase import GenerationPhase, Response
+from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.generation.sampling import response_key
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.types import Prompt, Rollout
+
+Progress = Callable[[int, int], None]
+"""(responses finished, tokens in them) on this replica so far."""
+
+
+class RolloutEngine:
+    """Generates responses on one model replica; every rank of the replica calls `generate` together."""
+
+    def __init__(
+        self,
+        model: R1V2Model,
+        *,
+        context: ParallelContext,
+        settings: GenerationConfig,
+        stop_ids: frozenset[int],
+        vocab_size: int,
+        max_prompt_tokens: int,
+        seed: int,
+    ) -> None:
+        """Remember what to generate with; allocates nothing.
+
+        Args:
+            model: this rank's part, not wrapped in DDP. With megatron-core's `overlap_param_gather` its weights are
+                stale after an optimizer step until `start_param_sync(force_sync=True)`.
+            context: where this rank stands.
+            settings: bounds of memory and batch.
+            stop_ids: tokens that end a response.
+            vocab_size: of the tokenizer; ids from here on are padding and never drawn.
+            max_prompt_tokens: a longer prompt is an error.
+            seed: of the sampling.
+
+        Raises:
+            ValueError: `generation.max_tokens_per_step` is below `generation.max_requests`.
+        """
+        if settings.max_tokens_per_step < settings.max_requests:
+            raise ValueError(
+                f"generation.max_tokens_per_step={settings.max_tokens_per_step} is below generation.max_requests="
+                f"{settings.max_requests}, but each request needs a token a step; raise one or lower the other"
+            )
+        self.model = model
+        self.parallel = context
+        self.settings = settings
+        self.stop_ids = stop_ids
+        self.vocab_size = vocab_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.seed = seed
+        self.num_evictions = 0
+        """Of the last phase: many mean that `generation.kv_cache_gib` is short."""
+
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        num_responses: int,
+        policy_version: int,
+        temperature: float,
+        features: FeatureCache,
+        max_response_tokens: int,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[Rollout]:
+        """Generate responses; the key-value cache lives as long as the call.
+
+        Args:
+            prompts: taken one by one as there is room; the same on all ranks of the replica.
+            num_responses: to each prompt.
+            policy_version: optimizer steps behind the weights.
+            temperature: divides the logits; 0 is greedy.
+            features: of images, filled as needed.
+            max_response_tokens: a response that reaches this ends with finish reason "length".
+            top_p: below 1 for evaluation only: log-probs stay those of the full distribution.
+            seed: instead of the engine's.
+            progress: called after every step.
+
+        Returns:
+            `num_responses` rollouts for each prompt, in the order of the prompts and then of `sample_index`, the same
+            on all ranks of the replica.
+
+        Raises:
+            ValueError: a prompt is too long, its image tokens do not match its tiles, or the cache holds no sequence.
+        """
+        seed = self.seed if seed is None else seed
+        with _evaluating(self.model), torch.no_grad():
+            phase = GenerationPhase(
+                self.model,
+                parallel=self.parallel,
+                settings=self.settings,
+                draw=Sampling(temperature, top_p, self.stop_ids, self.vocab_size),
+                max_sequence_tokens=self.max_prompt_tokens + max_response_tokens,
+            )
+            try:
+                taken: list[Prompt] = []
+                responses: dict[int, Response] = {}
+                for new in self._admissions(phase, prompts, num_responses):
+                    images = self._images(new, features)
+                    for prompt in new:
+                        for sample in range(num_responses):
+                            phase.add(
+                                len(taken) * num_responses + sample,
+                                prompt.token_ids,
+                                response_key=response_key(seed, policy_version, prompt.key, sample),
+                                images=images.get(prompt.key),
+                                max_response_tokens=max_response_tokens,
+                            )
+                        taken.append(prompt)
+                    responses |= {response.request_id: response for response in phase.step()}
+                    if progress is not None:
+                        progress(len(responses), sum(len(response.token_ids) for response in responses.values()))
+                self.num_evictions = phase.num_evictions
+            finally:
+                phase.close()
+        return [
+            self._rollout(responses[request], taken[request // num_responses], request % num_responses, policy_version)
+            for request in sorted(responses)
+        ]
+
+    def _admissions(
+        self, phase: GenerationPhase, prompts: Iterable[Prompt], num_responses: int
+    ) -> Iterator[list[Prompt]]:
+        """Yield, before each engine step, the prompts to begin with; end when nothing is left to do."""
+        source = iter(prompts)
+        exhausted = False
+        limit = self.settings.max_requests
+        if isinstance(prompts, SharedPromptQueue):
+            limit = min(limit, prompts.fair_share * num_responses)
+        while True:
+            new: list[Prompt] = []
+            while not exhausted:
+                in_flight = phase.num_in_flight + len(new) * num_responses
+                if in_flight and in_flight + num_responses > limit:
+                    break
+                prompt = next(source, None)
+                exhausted = prompt is None
+                if prompt is not None:
+                    self._check(prompt)
+                    new.append(prompt)
+            if not new and not phase.num_in_flight:
+                return
+            yield new
+
+    def _check(self, prompt: Prompt) -> None:
+        if len(prompt.token_ids) > self.max_prompt_tokens:
+            raise ValueError(
+                f"prompt {prompt.key!r} has {len(prompt.token_ids)} tokens, more than data.max_prompt_tokens="
+                f"{self.max_prompt_tokens}; raise the limit, lower data.max_tiles, or take the prompt out"
+            )
+        architecture = self.model.architecture
+        found = prompt.token_ids.count(architecture.image_token_id)
+        expected = prompt.tiles_TCHW.shape[0] * architecture.tokens_per_tile
+        if found != expected:
+            raise ValueError(
+                f"prompt {prompt.key!r} has {found} <IMG_CONTEXT> tokens (id {architecture.image_token_id}) but its "
+                f"{prompt.tiles_TCHW.shape[0]} tiles give {expected} embeddings; it was tokenized for other images"
+            )
+
+    def _images(self, prompts: Sequence[Prompt], features: FeatureCache) -> dict[str, PromptImages]:
+        """Return the image embeddings of prompts by key, on the first stage."""
+        prompts = [prompt for prompt in prompts if prompt.modality == "image"]
+        if not prompts or not self.parallel.is_first_stage:
+            return {}
+        image_token = self.model.architecture.image_token_id
+        images = {}
+        for prompt, features_TFK in zip(prompts, features.fill(prompts, self.model), strict=True):
+            is_image_S = torch.tensor(prompt.token_ids) == image_token
+            images[prompt.key] = PromptImages(
+                positions_F=is_image_S.nonzero(as_tuple=True)[0], embeddings_FH=self.model.adapt(features_TFK)
+            )
+        return images
+
+    def _rollout(self, response: Response, prompt: Prompt, sample_index: int, policy_version: int) -> Rollout:
+        return Rollout(
+            prompt_key=prompt.key,
+            sample_index=sample_index,
+            token_ids=response.token_ids,
+            rollout_log_probs=response.log_probs,
+            policy_version=policy_version,
+            finish_reason="stop" if response.token_ids[-1] in self.stop_ids else "length",
+        )
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch to eval mode, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
