@@ -1,0 +1,152 @@
+import dataclasses
+import io
+import json
+import random
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_r1v2.evaluation.pass_at_1 import (
+    EvaluationResult,
+    comparison_table,
+    evaluate_runs,
+    evaluation_path,
+    read_evaluation,
+    write_evaluation,
+)
+from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
+
+
+def _prompt(key):
+    return Prompt(key, (), (1,), torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "8", "numeric", {"left": "3"})
+
+
+def _scored(key, run, correct, *, tokens=4, claims=(("left", "3"),), well_formed=True):
+    rollout = Rollout(key, run, tuple(range(tokens)), (0.0,) * tokens, policy_version=7, finish_reason="stop")
+    rewards = {"answer": float(correct), "format": float(well_formed)}
+    return ScoredRollout(rollout, "", rewards, float(correct), correct, claims)
+
+
+def _evaluate(prompts, scored, name="before"):
+    return evaluate_runs(name, prompts, scored, temperature=1.0, top_p=1.0, seed=3, step=7)
+
+
+def _example():
+    prompts = [_prompt(key) for key in "abcd"]
+    correct = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]  # by run, then prompt: 0.5, 0.25, 0.75
+    scored = [
+        _scored(prompt.key, run, bool(correct[run][index]), tokens=4 + run)
+        for run in range(3)
+        for index, prompt in enumerate(prompts)
+    ]
+    scored[0] = dataclasses.replace(
+        scored[0], claims=(("left", "9"), ("left", "3")), rewards={"answer": 1, "format": 0}
+    )
+    scored[1] = dataclasses.replace(scored[1], claims=())
+    return prompts, scored
+
+
+def test_pass_at_1_is_the_mean_over_runs_with_its_deviation():
+    result = _evaluate(*_example())
+    assert result == EvaluationResult(
+        name="before",
+        pass_at_1=0.5,
+        pass_at_1_std=0.25,
+        runs=(0.5, 0.25, 0.75),
+        format_rate=11 / 12,
+        hallucination_rate=1 / 12,
+        claim_coverage=11 / 12,
+        mean_response_tokens=5.0,
+        num_prompts=4,
+        temperature=1.0,
+        top_p=1.0,
+        seed=3,
+        step=7,
+    )
+
+
+def test_the_order_of_the_responses_does_not_change_a_bit():
+    prompts, scored = _example()
+    expected = _evaluate(prompts, scored)
+    random.Random(0).shuffle(scored)
+    assert _evaluate(prompts[::-1], scored) == expected
+
+
+def test_one_run_has_no_deviation_and_no_claims_have_no_rate():
+    result = _evaluate([_prompt("a")], [_scored("a", 0, True, claims=())])
+    assert (result.pass_at_1, result.pass_at_1_std, result.runs) == (1.0, 0.0, (1.0,))
+    assert result.hallucination_rate is None
+    assert result.claim_coverage == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        ("", [], "needs prompts and responses, got 0 and 0"),
+        ("a", [], "needs prompts and responses, got 1 and 0"),
+        ("aa", [("a", 0)], "2 evaluation prompts have only 1 keys"),
+        ("a", [("a", 0), ("b", 0)], "answers 'b'"),
+        ("a", [("a", 0), ("a", 0)], "'a' has two responses in run 0"),
+        ("ab", [("a", 0), ("b", 0), ("a", 1)], r"\['b'\] have no response in run 1 of 2"),
+        ("a", [("a", 1)], "no response in run 0 of 2"),
+    ],
+)
+def test_every_prompt_must_be_in_every_run(prompts, responses, message):
+    with pytest.raises(ValueError, match=message):
+        _evaluate([_prompt(key) for key in prompts], [_scored(key, run, True) for key, run in responses])
+
+
+def test_the_record_has_the_agreed_fields_and_reads_back(tmp_path):
+    result = _evaluate(*_example(), name="after")
+    path = write_evaluation(tmp_path / "run", result)
+    assert path == tmp_path / "run" / "evaluation-after.json"
+    assert read_evaluation(path) == result
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert json.loads(path.read_text()).keys() == {
+        "name", "pass_at_1", "pass_at_1_std", "runs", "format_rate", "hallucination_rate", "claim_coverage",
+        "mean_response_tokens", "num_prompts", "temperature", "top_p", "seed", "step",
+    }  # fmt: skip
+
+
+def test_a_rate_that_does_not_exist_is_null(tmp_path):
+    path = write_evaluation(tmp_path, _evaluate([_prompt("a")], [_scored("a", 0, True, claims=())]))
+    assert json.loads(path.read_text())["hallucination_rate"] is None
+    assert read_evaluation(path).hallucination_rate is None
+
+
+@pytest.mark.parametrize("content", ["", '{"name": "before"', '{"name": "before"}', "[]", "\xff"])
+def test_a_broken_record_is_an_error_that_names_the_file(tmp_path, content):
+    path = tmp_path / "evaluation-before.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"evaluation-before.json .*run the evaluation again"):
+        read_evaluation(path)
+
+
+@pytest.mark.parametrize("name", ["", "../before", "a b", "a.b"])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="part of a file name"):
+        evaluation_path(tmp_path, name)
+
+
+def test_the_table_shows_before_and_after():
+    before = _evaluate(*_example())
+    after = _evaluate(
+        before_prompts := [_prompt(key) for key in "abcd"],
+        [_scored(prompt.key, run, True, claims=()) for run in range(3) for prompt in before_prompts],
+        name="after",
+    )
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(comparison_table([before, after]))
+    text = console.export_text()
+    rows = {line.split("\u2502")[1].strip(): line for line in text.splitlines() if line.startswith("\u2502")}
+    assert "50.0 % +- 25.0 %" in rows["Pass@1"]
+    assert "100.0 % +- 0.0 %" in rows["Pass@1"]
+    assert [cell.strip() for cell in rows["hallucination rate"].split("\u2502")[2:4]] == ["8.3 %", "-"]
+    assert "4 x 3" in rows["prompts x runs"]
+
+
+def test_evaluations_that_cannot_be_compared_are_not():
+    before = _evaluate(*_example())
+    with pytest.raises(ValueError, match="differ in"):
+        comparison_table([before, dataclasses.replace(before, name="after", seed=4)])
