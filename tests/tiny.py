@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
+import numpy
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.shards import write_shards
 
 # Qwen2's: every digit is a token of its own.
 QWEN2_PATTERN = (
@@ -41,4 +48,33 @@ def tiny_tokenizer(folder: str | Path, *, chat_template: str = CHAT_TEMPLATE) ->
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template
     )
     wrapped.save_pretrained(str(folder))
+    return Path(folder)
+
+
+def tiny_png(seed: int, *, width: int = 64, height: int = 32) -> bytes:
+    """Encode an image of random pixels, the same for the same seed."""
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tiny_sample(index: int, **changes: Any) -> Sample:
+    """Make the sample "digits-00INDEX": an image of two tiles, a question, its answer and facts."""
+    left, right = index % 10, index // 10 % 10
+    fields: dict[str, Any] = {
+        "key": f"digits-{index:04d}",
+        "messages": ({"role": "user", "content": "<image>\nWhat is left + right?"},),
+        "answer": str(left + right),
+        "answer_type": "numeric",
+        "images": {"0.png": tiny_png(index)},
+        "facts": {"left": str(left), "right": str(right)},
+        "response": f"left {left}, right {right}, {left}+{right}={left + right}</think>\\boxed{{{left + right}}}",
+    }
+    return Sample(**{**fields, **changes})
+
+
+def tiny_shards(folder: str | Path, count: int, *, samples_per_shard: int = 10) -> Path:
+    """Write a data set of `tiny_sample`s."""
+    write_shards((tiny_sample(index) for index in range(count)), folder, samples_per_shard)
     return Path(folder)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from megatron.energon import (
+    Cooker,
+    DefaultTaskEncoder,
+    Sample,
+    WorkerConfig,
+    basic_sample_keys,
+    edataclass,
+    get_loader,
+    get_train_dataset,
+    stateless,
+)
+
+from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.shards import check_shards, write_shards
+from tests.tiny import tiny_sample, tiny_shards
+
+
+@edataclass
+class Raw(Sample):
+    json: bytes
+
+
+@stateless
+def cook(sample: dict) -> Raw:
+    return Raw(**basic_sample_keys(sample), json=sample["json"])
+
+
+class RawEncoder(DefaultTaskEncoder):
+    cookers = (Cooker(cook),)
+    decoder = None
+
+    def __init__(self) -> None:
+        super().__init__(batch_type=Raw, raw_batch_type=Raw)
+
+
+def test_shards_hold_the_samples_in_order(tmp_path: Path) -> None:
+    folder = tiny_shards(tmp_path / "data", 25)
+    assert check_shards(folder) == {"shard-000000.tar": 10, "shard-000001.tar": 10, "shard-000002.tar": 5}
+    with tarfile.open(folder / "shard-000002.tar") as tar:
+        names = tar.getnames()
+    assert names[:2] == ["digits-0020.0.png", "digits-0020.json"]
+    assert len(names) == 10
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    first, second = tiny_shards(tmp_path / "a", 12), tiny_shards(tmp_path / "b%d", 12)
+    for name in ("shard-000000.tar", "shard-000001.tar", "shard-000001.tar.idx"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_energon_itself_reads_the_folder(tmp_path: Path) -> None:
+    folder = tiny_shards(tmp_path / "data", 12)
+    dataset = get_train_dataset(
+        folder,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=None,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        task_encoder=RawEncoder(),
+        repeat=False,
+    )
+    keys = sorted(sample.__key__ for sample in get_loader(dataset, watchdog_timeout_seconds=None))
+    assert keys == [f"digits-{index:04d}" for index in range(12)]
+
+
+def test_nothing_is_left_after_a_bad_sample(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="digits-0000.*twice"):
+        write_shards([tiny_sample(0), tiny_sample(0)], tmp_path / "data")
+    with pytest.raises(SampleError, match="digits-0001"):
+        write_shards([tiny_sample(0), tiny_sample(1, answer="", response=None)], tmp_path / "data")
+    with pytest.raises(ValueError, match="no samples"):
+        write_shards([], tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
+    folder = tiny_shards(tmp_path / "data", 1)
+    with pytest.raises(ValueError, match="exists already"):
+        write_shards([tiny_sample(5)], folder)
+    assert check_shards(folder) == {"shard-000000.tar": 1}
+
+
+def test_incomplete_data_sets_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a prepared data set"):
+        check_shards(tmp_path)
+    folder = tiny_shards(tmp_path / "data", 15)
+    shard = folder / "shard-000001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:5000])
+    with pytest.raises(ValueError, match=r"shard-000001\.tar is truncated: 5000 bytes of at least"):
+        check_shards(folder)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"shard-000001\.tar is missing"):
+        check_shards(folder)
+    shard.write_bytes(content)
+    check_shards(folder)
+    (folder / "shard-000001.tar.idx").write_bytes(b"123")
+    with pytest.raises(ValueError, match="is damaged: 3 bytes"):
+        check_shards(folder)
+    (folder / ".nv-meta" / ".info.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        check_shards(folder)
