@@ -12,7 +12,7 @@ def group_advantages(rewards_R: torch.Tensor, group_size: int, epsilon: float) -
 
     The standard deviation is the population's (divided by N, not N - 1): equation 6 takes it over the rewards of the
     group itself and estimates nothing beyond it; a group of one then has advantage 0 instead of NaN. Peers that divide
-    by N - 1 get values smaller by sqrt((N - 1) / N), 6.5 % at N = 8.
+    by N - 1 get values that are sqrt((N - 1) / N) of ours, 6.5 % less at N = 8.
 
     Args:
         rewards_R: float [R]: total rewards; responses to one prompt are neighbours.

@@ -307,7 +307,7 @@ def compose_batch(
         raise ValueError(f"buffer.target_effective_fraction must be in [0, 1], got {target_effective_fraction}")
     if len(generated) > batch_size or len({entry.sample_id for entry in generated}) != len(generated):
         raise ValueError(f"expected at most {batch_size} samples with distinct ids, got {len(generated)}")
-    # The small number undoes products such as 0.7 * 10 = 7.000000000000001, which would ask for one more.
+    # The small number undoes products such as 0.55 * 100 = 55.00000000000001, which would ask for one more.
     target = math.ceil(target_effective_fraction * batch_size - 1e-9)
     num_effective = sum(entry.effective for entry in generated)
     ineffective = sorted((e for e in generated if not e.effective), key=lambda e: (e.priority, e.sample_id))

@@ -154,6 +154,7 @@ def test_modalities_are_drawn_as_generated_and_filled_in_from_the_other():
         return Counter(name[0] for name in buffer.draw(1, count, 0, fresh))
 
     assert drawn(8, image=3, text=1) == {"i": 6, "t": 2}
+    assert drawn(4, image=2, text=1) == {"i": 3, "t": 1}
     assert drawn(5, image=1, text=1) == {"i": 3, "t": 2}
     assert drawn(10, image=8, text=0) == {"i": 10}
     assert drawn(16, image=2, text=6) == {"i": 10, "t": 6}
@@ -277,7 +278,7 @@ def test_replayed_samples_fill_the_room_of_missing_fresh_ones_first():
 
 
 def test_rounding_up_is_not_fooled_by_floating_point():
-    for batch_size, target, expected in ((10, 0.7, 7), (128, 0.6, 77), (10, 1.0, 10), (8, 0.0, 0)):
+    for batch_size, target, expected in ((100, 0.55, 55), (10, 0.7, 7), (128, 0.6, 77), (10, 1.0, 10), (8, 0.0, 0)):
         settings_ = PLAN | {"batch_size": batch_size, "target_effective_fraction": target}
         assert compose_batch(fresh_batch(0, batch_size, 0), None, **settings_).target_effective == expected
 
