@@ -1,0 +1,56 @@
+"""Pictures for the page: decoded, made small, and encoded again, so that only pixels get through."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+MAX_SIDE = 320
+MAX_BYTES = 20_000_000
+SMALL_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image ready for an `<img>` element."""
+
+    uri: str
+    width: int
+    height: int
+    pixelated: bool
+    """It is so small that it is shown enlarged, with hard edges."""
+
+
+def data_uri(png: Any) -> Picture | None:
+    """Turn the base64 image of a rollout into a small picture that stands in the page itself.
+
+    Args:
+        png: base64 text; anything else, or what is no image, gives no picture.
+
+    Returns:
+        The picture, or None.
+    """
+    if not isinstance(png, str) or not png or len(png) > MAX_BYTES:
+        return None
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(png, validate=True))) as file:
+            file.thumbnail((MAX_SIDE, MAX_SIDE))
+            image = file.convert("RGB")
+    except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+        return None
+    small = max(image.size) <= SMALL_SIDE
+    buffer = io.BytesIO()
+    # JPEG keeps a page of photographs below its size limit; digits a few pixels wide must stay exact.
+    if small:
+        image.save(buffer, format="PNG")
+    else:
+        image.save(buffer, format="JPEG", quality=80)
+    kind = "png" if small else "jpeg"
+    scale = max(1, 2 * SMALL_SIDE // max(image.size)) if small else 1
+    uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return Picture(uri=uri, width=image.width * scale, height=image.height * scale, pixelated=small)

@@ -1,0 +1,219 @@
+"""What a run folder holds, read with patience: files may be missing, and the last line may still be being written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+STEPS_SHOWN = 6
+ROLLOUTS_PER_STEP = 4
+PAIRS_SHOWN = 10
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The responses to one prompt before and after training."""
+
+    before: Json
+    after: Json
+
+    @property
+    def change(self) -> str:
+        """Return what became of the answer: "turned right", "turned wrong", "stayed right" or "stayed wrong"."""
+        right_before, right_after = bool(self.before.get("correct")), bool(self.after.get("correct"))
+        verb = "stayed" if right_before == right_after else "turned"
+        return f"{verb} {'right' if right_after else 'wrong'}"
+
+
+CHANGES = ("turned right", "turned wrong", "stayed wrong", "stayed right")
+
+
+@dataclass
+class Run:
+    """Everything the report shows."""
+
+    path: Path
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> metric -> value, ordered by step; of a step done twice (after a restart) the last counts."""
+    evaluations: list[Json] = field(default_factory=list)
+    rollouts: dict[int, list[Json]] = field(default_factory=dict)
+    """A few steps -> a few rollouts of each."""
+    pairs: list[Pair] = field(default_factory=list)
+    """A few prompts that were evaluated before and after."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """Of all prompts that were evaluated before and after: how many made each change."""
+    settings: str = ""
+    """The recipe as YAML, where the run saved one."""
+    notes: list[str] = field(default_factory=list)
+    """What is missing or damaged, for the reader of the report."""
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the steps that have a metric, and its values."""
+        steps = [step for step, values in self.metrics.items() if name in values]
+        return steps, [self.metrics[step][name] for step in steps]
+
+
+def read_run(path: Path | str) -> Run:
+    """Read a run folder.
+
+    Args:
+        path: the folder with metrics.jsonl and its companions (see `training`).
+
+    Returns:
+        What there is; what is not there or cannot be read is in the notes.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+    run = Run(Path(path))
+    if not run.path.is_dir():
+        raise ValueError(f"run folder {str(path)!r} does not exist; give a folder that a training run has written")
+    _read_metrics(run)
+    _read_rollouts(run)
+    _read_evaluations(run)
+    recipe = run.path / "recipe.yaml"
+    run.settings = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+    return run
+
+
+def _read_metrics(run: Run) -> None:
+    path = run.path / "metrics.jsonl"
+    if not path.is_file():
+        run.notes.append("There is no metrics.jsonl yet, so no curves are shown.")
+        return
+    found: dict[int, dict[str, float]] = {}
+    for _, row in _lines(path, run.notes):
+        numbers = {name: float(value) for name, value in row.items() if _is_number(value)}
+        step = numbers.pop("step", math.nan)
+        if math.isfinite(step):
+            found.setdefault(int(step), {}).update(numbers)
+    run.metrics = dict(sorted(found.items()))
+
+
+def _read_rollouts(run: Run) -> None:
+    path = run.path / "rollouts.jsonl"
+    if not path.is_file():
+        return
+    by_step: dict[int, list[tuple[bool, int]]] = {}
+    for offset, row in _lines(path, run.notes):
+        if _is_number(row.get("step")):
+            by_step.setdefault(int(row["step"]), []).append((bool(row.get("correct")), offset))
+    for step in _spread(sorted(by_step), STEPS_SHOWN):
+        rows = {json.dumps(row, sort_keys=True): row for row in _rows_at(path, _mixed(by_step[step]))}
+        run.rollouts[step] = list(rows.values())
+
+
+def _mixed(candidates: Sequence[tuple[bool, int]]) -> list[int]:
+    """Return the offsets of a few rollouts, wrong and right ones where there are both."""
+    # A restart may have written a step twice: the later lines are the ones that count.
+    latest = candidates[::-1]
+    wrong = [offset for correct, offset in latest if not correct]
+    right = [offset for correct, offset in latest if correct]
+    half = ROLLOUTS_PER_STEP // 2
+    chosen = wrong[: max(half, ROLLOUTS_PER_STEP - len(right))]
+    return chosen + right[: ROLLOUTS_PER_STEP - len(chosen)]
+
+
+def _read_evaluations(run: Run) -> None:
+    for path in sorted(run.path.glob("evaluation-*.json")):
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            run.notes.append(f"{path.name} is not readable and was left out.")
+            continue
+        if isinstance(loaded, dict):
+            run.evaluations.append({"name": path.stem.removeprefix("evaluation-"), **loaded})
+    order = {"before": -1, "after": 1}
+    run.evaluations.sort(key=lambda row: (order.get(row["name"], 0), _number(row.get("step"), 0.0), str(row["name"])))
+    before, after = (run.path / f"evaluation-{name}.rollouts.jsonl" for name in ("before", "after"))
+    if before.is_file() and after.is_file():
+        _pair_up(run, before, after)
+
+
+def _pair_up(run: Run, before: Path, after: Path) -> None:
+    first, second = _first_by_prompt(before, run.notes), _first_by_prompt(after, run.notes)
+    shared = [key for key in first if key in second]
+    run.changes = dict.fromkeys(CHANGES, 0)
+    by_change: dict[str, list[str]] = {change: [] for change in CHANGES}
+    for key in shared:
+        change = Pair({"correct": first[key][0]}, {"correct": second[key][0]}).change
+        run.changes[change] += 1
+        by_change[change].append(key)
+    # In turn from each kind, so that no kind is hidden.
+    chosen: list[str] = []
+    while len(chosen) < PAIRS_SHOWN and any(by_change.values()):
+        for change in CHANGES:
+            chosen += by_change[change][:1]
+            del by_change[change][:1]
+    chosen = chosen[:PAIRS_SHOWN]
+    rows_before = _rows_at(before, [first[key][1] for key in chosen])
+    rows_after = _rows_at(after, [second[key][1] for key in chosen])
+    pairs = [Pair(b, a) for b, a in zip(rows_before, rows_after, strict=True)]
+    run.pairs = sorted(pairs, key=lambda pair: CHANGES.index(pair.change))
+
+
+def _first_by_prompt(path: Path, notes: list[str]) -> dict[str, tuple[bool, int]]:
+    found: dict[str, tuple[bool, int]] = {}
+    for offset, row in _lines(path, notes):
+        found.setdefault(str(row.get("prompt_key")), (bool(row.get("correct")), offset))
+    return found
+
+
+def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
+    """Yield (byte offset, object) of each line; a half-written last line is expected, a damaged one is noted."""
+    damaged, offset = 0, 0
+    with path.open("rb") as file:
+        for raw in file:
+            row = _parse(raw)
+            if row is not None:
+                yield offset, row
+            elif raw.endswith(b"\n") and raw.strip():
+                damaged += 1
+            offset += len(raw)
+    if damaged:
+        notes.append(f"{path.name}: {damaged} damaged line{'s were' if damaged > 1 else ' was'} left out.")
+
+
+def _rows_at(path: Path, offsets: Sequence[int]) -> list[Json]:
+    rows: list[Json] = []
+    with path.open("rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            rows.append(_parse(file.readline()) or {})
+    return rows
+
+
+def _parse(raw: bytes) -> Json | None:
+    try:
+        row = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """Return at most `count` values, evenly spread, the first and the last among them."""
+    if len(values) <= count:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(value: Any, default: float) -> float:
+    return float(value) if _is_number(value) else default
+
+
+def mean_of(values: Mapping[int, Mapping[str, float]], name: str, part: slice) -> float | None:
+    """Return the mean of a metric over a part of the steps that have it, or None where none has."""
+    found = [row[name] for row in values.values() if name in row and math.isfinite(row[name])]
+    chosen = found[part]
+    return sum(chosen) / len(chosen) if chosen else None

@@ -1,0 +1,234 @@
+"""The report of made-up runs: complete, half-written, empty, hostile, and long."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from megatron_r1v2.report.page import GROUPS, write_report
+from megatron_r1v2.report.read import PAIRS_SHOWN, ROLLOUTS_PER_STEP, STEPS_SHOWN, read_run
+
+HOSTILE = "</span></script><script>alert(1)</script><img src=x onerror=alert(2)>\" ' {{ 7*7 }} \ud800 \x00"
+
+
+def png(width=64, height=32):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (10, 20, 30)).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def rollout(step=1, key="digits-0", correct=True, **other):
+    return {
+        "step": step,
+        "prompt_key": key,
+        "question": "What is left + right?",
+        "answer": "8",
+        "text": "left 3, right 5, 3+5=8</think>\\boxed{8}",
+        "rewards": {"answer": 1.0, "format": 0.5},
+        "total": 1.1,
+        "advantage": -0.25,
+        "correct": correct,
+        "claims": [["left", "3", True], ["right", "6", False], ["top", "1", None]],
+        "finish_reason": "stop",
+        "response_tokens": 12,
+        "image_png": png(),
+        **other,
+    }
+
+
+def write_lines(path, rows, end=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end, encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Elements, attributes and visible text of a page."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.elements, self.attributes, self.text = [], [], ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def read_page(run_dir):
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    assert not list(run_dir.glob(".report*")), "the temporary file is left behind"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def all_metric_names():
+    return [name.replace("*", "a_part") for _, charts in GROUPS for chart in charts for name in chart.metrics]
+
+
+def write_evaluations(tmp_path):
+    for name, rate, right in (("before", 0.5, 3), ("after", 0.9, 8)):
+        evaluation = {"name": name, "pass_at_1": rate, "pass_at_1_std": 0.012, "runs": [rate] * 5, "format_rate": 0.97}
+        evaluation |= {"hallucination_rate": 1 - rate, "claim_coverage": 0.99, "mean_response_tokens": 24.0}
+        evaluation |= {"num_prompts": 10, "temperature": 1.0, "top_p": 1.0, "seed": 0, "step": 0}
+        (tmp_path / f"evaluation-{name}.json").write_text(json.dumps(evaluation), encoding="utf-8")
+        lines = [rollout(0, f"digits-{i}", i < right) for i in range(10)]
+        write_lines(tmp_path / f"evaluation-{name}.rollouts.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    rows = [{"step": s, **dict.fromkeys(all_metric_names(), 0.5 + s / 100)} for s in range(1, 41)]
+    write_lines(folder / "metrics.jsonl", rows)
+    write_lines(folder / "rollouts.jsonl", [rollout(s, f"p{i}", i % 2 == 0) for s in range(1, 41) for i in range(8)])
+    write_evaluations(folder)
+    (folder / "recipe.yaml").write_text("run: {name: my run}\ntrain: {steps: 40}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_page(full_run):
+    return read_page(full_run)
+
+
+def test_a_finished_run_shows_everything(full_page):
+    page = full_page
+    for _, charts in GROUPS:
+        for chart in charts:
+            assert chart.title in page.text
+    assert page.elements.count("svg") == sum(len(charts) for _, charts in GROUPS)
+    assert page.elements.count("img") == PAIRS_SHOWN + STEPS_SHOWN * ROLLOUTS_PER_STEP
+    text = " ".join(page.text.split())
+    for expected in (
+        "my run",
+        "step 40 of 40",
+        "50.0 % \N{PLUS-MINUS SIGN} 1.2",
+        "90.0 % \N{PLUS-MINUS SIGN} 1.2",
+        "+40.0 points",
+        "-40.0 points",
+        "5 turned right, 0 turned wrong, 2 stayed wrong, 3 stayed right.",
+        "left 3 \N{CHECK MARK}",
+        "right 6 \N{BALLOT X}",
+        "top 1 ?",
+        "answer 1.00",
+        "advantage -0.25",
+        "\\boxed{8}",
+    ):
+        assert expected in text, expected
+
+
+def test_the_page_needs_nothing_from_outside(full_run, full_page):
+    assert not {"script", "link", "iframe", "object"} & set(full_page.elements)
+    for name, value in full_page.attributes:
+        if name in ("src", "href", "xlink:href", "action", "data"):
+            assert value.startswith(("#", "data:image/")), (name, value)
+    source = (full_run / "report.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\"'\s<>]+", source)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "url(http" not in source
+
+
+def test_hostile_text_stays_text(tmp_path):
+    row = rollout(question=HOSTILE, text=HOSTILE, prompt_key=HOSTILE, answer=HOSTILE, finish_reason=HOSTILE)
+    row |= {"claims": [[HOSTILE, HOSTILE, True]], "rewards": {HOSTILE: 1.0}, "image_png": HOSTILE, "correct": HOSTILE}
+    write_lines(tmp_path / "rollouts.jsonl", [row])
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, f"timing_s/{HOSTILE}": 1.0, "timing_s/$x^$": 2.0}])
+    for name in ("before", "after"):
+        write_lines(tmp_path / f"evaluation-{name}.rollouts.jsonl", [row])
+        (tmp_path / f"evaluation-{name}.json").write_text(
+            json.dumps({"name": name, "pass_at_1": HOSTILE, "seed": HOSTILE, "step": HOSTILE}), encoding="utf-8"
+        )
+    (tmp_path / "recipe.yaml").write_text(f"run: {{name: {json.dumps(HOSTILE)}}}\n# {HOSTILE[:40]}", encoding="utf-8")
+    page = read_page(tmp_path)
+    assert "script" not in page.elements
+    assert "img" not in page.elements
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7*7 }}" in page.text
+
+
+def test_a_run_that_is_still_going_is_shown_so_far(tmp_path):
+    rows = [{"step": 1, "actor/loss": 0.5}, {"step": 2, "actor/loss": float("nan")}, {"step": 3, "actor/loss": 0.25}]
+    write_lines(tmp_path / "metrics.jsonl", rows, end='{"step": 4, "actor/lo')
+    write_lines(tmp_path / "rollouts.jsonl", [rollout()], end='{"step": 4')
+    page = read_page(tmp_path)
+    assert page.elements.count("svg") == 1
+    assert "step 3" in page.text
+    assert "damaged" not in page.text
+
+
+def test_damaged_lines_in_the_middle_are_reported(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "actor/loss": 1}\n\xff\xfe{\n[1]\n\n{"step": 2, "actor/loss": 2}\n'
+    )
+    assert "metrics.jsonl: 2 damaged lines were left out." in read_page(tmp_path).text
+    assert list(read_run(tmp_path).metrics) == [1, 2]
+
+
+def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):
+    assert "There is no metrics.jsonl yet" in read_page(tmp_path).text
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="run folder '.*nowhere' does not exist"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_steps_repeated_after_a_restart_count_once(tmp_path):
+    rows = [{"step": s, "actor/loss": float(s)} for s in (1, 2, 3)] + [{"step": 2, "actor/loss": 20.0}]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    assert read_run(tmp_path).series("actor/loss") == ([1, 2, 3], [1.0, 20.0, 3.0])
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(2), rollout(2)])
+    assert len(read_run(tmp_path).rollouts[2]) == 1
+
+
+def test_wrong_and_right_responses_are_both_shown(tmp_path):
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(1, f"p{i}", correct=i != 5) for i in range(8)])
+    shown = read_run(tmp_path).rollouts[1]
+    assert [row["correct"] for row in shown] == [False, True, True, True]
+
+
+def test_conditions_that_differ_are_called_out(tmp_path):
+    write_evaluations(tmp_path)
+    path = tmp_path / "evaluation-after.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(evaluation | {"seed": 7}), encoding="utf-8")
+    text = read_page(tmp_path).text
+    assert "not measured under the same conditions" in text
+    assert text.count("differs") == 1
+
+
+def test_a_long_run_with_photographs_stays_small(tmp_path):
+    noise = Image.effect_noise((1400, 900), 90).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, format="PNG")
+    photograph = base64.b64encode(buffer.getvalue()).decode("ascii")
+    rows = [rollout(s, f"p{i}", image_png=photograph, text="x" * 60_000) for s in range(1, 5) for i in range(3)]
+    write_lines(tmp_path / "rollouts.jsonl", rows)
+    with (tmp_path / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for s in range(20_000):
+            file.write(json.dumps({"step": s, "actor/loss": s % 17, "critic/rewards/mean": s % 5}) + "\n")
+    page = read_page(tmp_path)
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+    assert "40000 characters left out" in page.text
+    assert page.elements.count("img") == 12
+
+
+@pytest.mark.parametrize("image", [None, 7, "", "!", "AAAA", base64.b64encode(b"GIF89a").decode(), png()[:-30]])
+def test_an_unreadable_image_is_left_out(tmp_path, image):
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(image_png=image)])
+    assert "img" not in read_page(tmp_path).elements
+
+
+@pytest.mark.parametrize("row", [{"step": 1}, {"step": 1, "claims": 5, "rewards": [1], "text": None, "total": "x"}])
+def test_rollouts_with_missing_fields_are_shown(tmp_path, row):
+    write_lines(tmp_path / "rollouts.jsonl", [row])
+    assert "Step 1" in read_page(tmp_path).text
