@@ -161,7 +161,14 @@ def tiny_hf_model(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     size = {"height": vision.image_size[0], "width": vision.image_size[0]}
-    GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=2).save_pretrained(folder)
+    GotOcr2ImageProcessorPil(
+        size=size,
+        crop_to_patches=True,
+        min_patches=1,
+        max_patches=2,
+        image_mean=[0.485, 0.456, 0.406],  # ImageNet's; the class defaults to CLIP's
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
 
