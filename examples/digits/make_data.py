@@ -17,16 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from examples.digits import questions, source
+from examples.digits import pretraining, questions, source
 
-COUNTS: Mapping[str, int] = {"align": 2048, "grpo": 4096, "validation": 256, "heldout": 400, "text": 256}
+COUNTS: Mapping[str, int] = {"align": 1024, "grpo": 4096, "validation": 256, "heldout": 400, "text": 256}
 """How many questions each set has."""
 
 HANDWRITING: Mapping[str, str] = {
@@ -59,8 +58,11 @@ def image_rows(
         key = f"{name}-{number:06d}"
         source.pair_image(tiles[left], tiles[right]).save(images / f"{key}.png")
         row = _row(key, f"<image>\n{problem.question}", problem)
-        row |= {"facts": problem.facts, "images": [f"{key}.png"], "source_digits": [int(left), int(right)]}
-        yield row
+        yield row | {
+            "facts": problem.facts,
+            "images": [f"{key}.png"],
+            "source": f"load_digits {left} {right}",
+        }
 
 
 def text_rows(name: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -78,19 +80,17 @@ def make_data(output: Path, *, seed: int, counts: Mapping[str, int]) -> dict[str
     Returns:
         The name of a set -> its number of rows.
     """
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    images = partial / "images"
-    images.mkdir(parents=True)
     tiles, labels = source.digit_tiles()
     splits = source.split_indices()
-    for name, count in counts.items():
-        if name in HANDWRITING:
-            rows = image_rows(name, count, seed, tiles, labels, splits[HANDWRITING[name]], images)
-        else:
-            rows = text_rows(name, count, seed)
-        _write_rows(partial / f"{name}.jsonl", rows)
-    partial.rename(output)
+    with pretraining.complete_folder(output) as partial:
+        images = partial / "images"
+        images.mkdir()
+        for name, count in counts.items():
+            if name in HANDWRITING:
+                rows = image_rows(name, count, seed, tiles, labels, splits[HANDWRITING[name]], images)
+            else:
+                rows = text_rows(name, count, seed)
+            _write_rows(partial / f"{name}.jsonl", rows)
     return dict(counts)
 
 

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from examples.digits import pretraining, questions
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 SPARE_ROWS = 32
 """Rows of the embedding beyond the tokenizer, as QwQ has them, for the image tokens that splicing adds."""
 
@@ -39,9 +38,10 @@ class Settings:
     heads: int = 4
     kv_heads: int = 2
     ffn_size: int = 256
-    steps: int = 600
+    steps: int = 450
     batch: int = 32
-    learning_rate: float = 4e-3
+    muon: float = 0.015
+    adam: float = 8e-3
     seed: int = 1234
 
 
@@ -156,7 +156,7 @@ def train(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCau
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
     model = build(settings, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = pretraining.Optimizers(model, muon=settings.muon, adam=settings.adam, steps=settings.steps)
     progress = pretraining.Progress("language model", settings.steps)
     for step in range(settings.steps):
         examples = [
@@ -166,8 +166,7 @@ def train(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCau
         token_ids, mask, labels = collate(tokenizer, examples)
         logits = model(input_ids=token_ids, attention_mask=mask).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        factor = pretraining.cosine_factor(step, settings.steps, warmup=30, floor=0.02)
-        progress.show(step + 1, pretraining.update(loss, model, optimizer, settings.learning_rate * factor))
+        progress.show(step + 1, optimizers.update(loss, step))
     return model
 
 
@@ -196,7 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=default.batch, help="examples a step (%(default)s)")
     parser.add_argument("--hidden-size", type=int, default=default.hidden_size, help="width (%(default)s)")
     parser.add_argument("--layers", type=int, default=default.layers, help="depth (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="highest (%(default)s)")
+    parser.add_argument("--muon", type=float, default=default.muon, help="peak rate of Muon (%(default)s)")
+    parser.add_argument("--adam", type=float, default=default.adam, help="peak rate of AdamW (%(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="decides weights and examples (%(default)s)")
     options = parser.parse_args(arguments)
     if options.output.exists():
@@ -207,7 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
         layers=options.layers,
         steps=options.steps,
         batch=options.batch,
-        learning_rate=options.learning_rate,
+        muon=options.muon,
+        adam=options.adam,
         seed=options.seed,
     )
     tokenizer = make_tokenizer(settings.seed)

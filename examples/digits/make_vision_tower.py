@@ -33,9 +33,10 @@ class Settings:
     hidden_size: int = 64
     layers: int = 3
     heads: int = 4
-    steps: int = 500
+    steps: int = 300
     batch: int = 64
-    learning_rate: float = 3e-3
+    muon: float = 0.02
+    adam: float = 3e-3
     seed: int = 1234
 
 
@@ -54,7 +55,10 @@ def build(settings: Settings) -> InternVLVisionModel:
         layer_scale_init_value=1.0,
         initializer_range=0.08,
     )
-    return InternVLVisionModel(config)
+    model = InternVLVisionModel(config)
+    # transformers starts the positions at zero, and patches that do not know where they are learn slowly.
+    nn.init.normal_(model.embeddings.position_embeddings, std=0.1)
+    return model
 
 
 def augment(tiles_BHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -111,7 +115,7 @@ def train(settings: Settings) -> tuple[InternVLVisionModel, nn.Module]:
     model = build(settings)
     head = nn.Linear(settings.hidden_size, 10)
     both = nn.ModuleList([model, head])
-    optimizer = torch.optim.AdamW(both.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    optimizers = pretraining.Optimizers(both, muon=settings.muon, adam=settings.adam, steps=settings.steps)
     progress = pretraining.Progress("vision tower", settings.steps)
     side = source.TILE // model.config.patch_size[0]
     squeezed = settings.batch // 4
@@ -124,9 +128,7 @@ def train(settings: Settings) -> tuple[InternVLVisionModel, nn.Module]:
         inputs = torch.cat([thumbnails, batch[squeezed : settings.batch]])
         logits = patch_logits(model, head, inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), patch_labels(left, right, side).flatten(), label_smoothing=0.05)
-        factor = pretraining.cosine_factor(step, settings.steps, warmup=20, floor=0.02)
-        value = pretraining.update(loss, both, optimizer, settings.learning_rate * factor)
-        progress.show(step + 1, value)
+        progress.show(step + 1, optimizers.update(loss, step))
     return model, head
 
 
@@ -161,9 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output.exists():
         print(f"vision tower: {options.output} is there already; remove it to make it again")
         return
-    settings = Settings(
-        hidden_size=options.hidden_size, layers=options.layers, steps=options.steps, seed=options.seed
-    )
+    settings = Settings(hidden_size=options.hidden_size, layers=options.layers, steps=options.steps, seed=options.seed)
     model, head = train(settings)
     with pretraining.complete_folder(options.output) as partial:
         model.save_pretrained(partial)
