@@ -24,9 +24,10 @@ exit "$status"
 launch() {
   local module=$1
   shift
-  local head_node gpus warned=0 status=0 srun_pid
-  local container=()
-  head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  local gpus warned=0 status=0 srun_pid
+  local nodes=() container=()
+  # Not "| head": scontrol may then die of SIGPIPE, and with pipefail the job with it.
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs with --gpus-per-node}
   if [[ -n "${R1V2_CONTAINER:-}" ]]; then
     container=(--container-image="$R1V2_CONTAINER" --container-mounts="${R1V2_MOUNTS:-$PWD:$PWD}"
@@ -37,7 +38,7 @@ launch() {
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     "${container[@]}" bash -c "$R1V2_NODE_SCRIPT" node \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$gpus" --rdzv-backend=c10d \
-    --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:$((20000 + SLURM_JOB_ID % 10000))" \
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
     -m "$module" "$@" &
   srun_pid=$!
   trap 'warned=1; kill -USR1 "$srun_pid" || true' USR1

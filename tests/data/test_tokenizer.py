@@ -31,7 +31,7 @@ def test_prompt_is_templated_and_images_are_expanded(tokenizer: ChatTokenizer) -
 
 
 def test_digits_are_single_tokens_and_text_survives(tokenizer: ChatTokenizer) -> None:
-    text = "12345 left 7, naïve 数学 \\boxed{12}"
+    text = "12345 left 7, na\u00efve \u6570\u5b66 \\boxed{12}"
     ids = tokenizer.encode_response(text, "<|im_end|>")
     assert tokenizer.decode(ids) == text + "<|im_end|>"
     assert tokenizer.decode(ids, keep_special=False) == text

@@ -1,0 +1,150 @@
+"""The shape of the tree: imports go one way, files stay short, the README tells the truth about what is where."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_r1v2"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *ROOT.glob("checkpoint_tools/**/*.py")])
+CODE = sorted([*SOURCES, *ROOT.glob("examples/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+
+# A part may import parts of a lower rank, and itself. Modules that are not listed (entry points) may import anything.
+RANKS = {
+    "types": 0,
+    "config": 0,
+    "parallel": 1,
+    "models": 2,
+    "data": 2,
+    "generation": 3,
+    "rewards": 3,
+    "rl": 3,
+    "evaluation": 4,
+    "training": 5,
+    "report": 6,
+    "planning": 6,
+    "serve": 6,
+}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py") if path.is_relative_to(PACKAGE) else ""
+
+
+def imports_of(path):
+    """Return (line, dotted module) of everything that a file imports, at any depth, under its absolute name."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno} imports relatively"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def violations_of_direction(path, imported):
+    """Return the imports that go up, or sideways between parts of one rank."""
+    part = part_of(path)
+    if part not in RANKS:
+        return []
+    wrong = []
+    for line, module in imported:
+        package, _, rest = module.partition(".")
+        other = rest.split(".")[0]
+        upwards = package == "megatron_r1v2" and other not in ("", part) and RANKS.get(other, 99) >= RANKS[part]
+        if upwards or package in ("checkpoint_tools", "examples", "tests"):
+            wrong.append((line, module))
+    return wrong
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_go_one_way(path):
+    wrong = violations_of_direction(path, imports_of(path))
+    assert not wrong, f"{name_of(path)} imports upwards or sideways: {wrong}"
+
+
+def test_an_upward_import_would_be_found():
+    path = PACKAGE / "models" / "vision.py"
+    assert violations_of_direction(path, [(1, "megatron_r1v2.training.step")])
+    assert violations_of_direction(path, [(1, "megatron_r1v2.data.shards")])
+    assert violations_of_direction(path, [(1, "megatron_r1v2.grpo")])
+    assert not violations_of_direction(path, [(1, "megatron_r1v2.parallel.groups"), (2, "torch")])
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("rl/*.py")), ids=name_of)
+def test_algorithms_know_nothing_but_torch_and_types(path):
+    outside = {module.split(".")[0] for _, module in imports_of(path)} - sys.stdlib_module_names
+    assert outside <= {"torch", "megatron_r1v2"}
+    ours = {module for _, module in imports_of(path) if module.startswith("megatron_r1v2.")}
+    assert all(module.startswith(("megatron_r1v2.types", "megatron_r1v2.rl.")) for module in ours), ours
+    assert not {module for _, module in imports_of(path) if module.startswith("torch.distributed")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_parallel_state_is_asked_in_one_place(path):
+    if part_of(path) == "parallel":
+        return
+    asked = [(line, module) for line, module in imports_of(path) if "parallel_state" in module]
+    assert not asked, f"{name_of(path)}: take process groups as arguments instead"
+    assert "parallel_state." not in path.read_text(encoding="utf-8")
+
+
+def test_no_folder_or_file_is_named_after_nothing():
+    vague = {"utils", "util", "common", "helpers", "helper", "misc"}
+    named = [
+        name_of(path) for path in CODE if vague & {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}
+    ]
+    assert not named
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_files_and_functions_stay_short(path):
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= 400, f"{name_of(path)} has {source.count(chr(10))} lines; split it"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = node.body[0] if ast.get_docstring(node) else None
+            documented = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+            length = node.end_lineno - node.lineno + 1 - documented
+            assert length <= 80, f"{name_of(path)}: {node.name} has {length} lines, not counting its docstring"
+
+
+def readable_files():
+    skipped = {".git", ".venv", "runs", "wandb", "build", "dist", "node_modules"}
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        hidden = any(part.startswith(".") and part not in (".ci", ".gitignore", ".dockerignore") for part in parts)
+        if hidden or skipped & set(parts) or any(part.endswith((".egg-info", "__pycache__")) for part in parts):
+            continue
+        if path.is_file() and path.suffix in {".py", ".md", ".sh", ".yaml", ".toml", ".html", ".css", ".lock", ""}:
+            yield path
+
+
+def test_text_is_ascii():
+    wrong = [name_of(path) for path in readable_files() if not path.read_bytes().isascii()]
+    assert not wrong
+
+
+def test_the_package_has_no_undocumented_folder():
+    folders = {name_of(path) + "/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= set(named_in_readme()), "README.md, file map: say what each folder is for"
+
+
+def test_the_readme_names_only_what_exists():
+    names = named_in_readme()
+    assert len(names) > 10
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def named_in_readme():
+    """Return the paths in the first column of the README's tables."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [name for row in re.findall(r"^\|([^|]*)\|", text, re.MULTILINE) for name in re.findall(r"`([^` ]+)`", row)]

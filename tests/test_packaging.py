@@ -1,0 +1,183 @@
+"""What is installed, what is shipped, and what the launch files promise."""
+
+import ast
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.validate import check_grpo, check_model_fits
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("examples/**/*.yaml"))
+SCRIPTS = sorted(ROOT.glob("slurm/*.sh"))
+
+
+def locked():
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def versions():
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in locked()}
+
+
+def setup_constant(name):
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (value,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name
+    )
+    return ast.literal_eval(value)
+
+
+def test_the_lock_file_pins_everything_exactly():
+    pins = locked()
+    assert len(pins) > 100
+    assert all([specifier.operator for specifier in pin.specifier] == ["=="] for pin in pins)
+    assert all(not Version(version).local for version in versions().values()), "a build of one machine"
+
+
+def test_the_lock_file_covers_what_setup_asks_for():
+    found = versions()
+    for text in setup_constant("REQUIREMENTS") + setup_constant("EXTRAS")["dev"]:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        assert name in found, f"{text} is not in requirements.lock"
+        assert requirement.specifier.contains(found[name]), f"{text} against {found[name]}"
+
+
+def test_nothing_for_gpus_and_no_wrong_apex_is_installed():
+    names = set(versions())
+    assert not [
+        name for name in names if name.startswith("nvidia") or name in ("apex", "transformer-engine", "flash-attn")
+    ]
+    wanted = [Requirement(text).name for texts in setup_constant("EXTRAS").values() for text in texts]
+    assert "apex" not in wanted
+
+
+def test_setup_imports_setuptools_only():
+    code = "import sys, runpy; sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')\n"
+    code += "assert not {'torch', 'megatron', 'megatron_r1v2'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "megatron_r1v2"
+
+
+def tracked_files():
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+KNOWN_SITES = {
+    "arxiv.org", "github.com", "nvcr.io", "download.pytorch.org", "pytorch.org", "huggingface.co", "www.w3.org",
+    "localhost", "127.0.0.1", "docs.nvidia.com", "example.com",
+}  # fmt: skip
+
+
+def test_files_know_nothing_of_the_machine_they_were_written_on():
+    machine_path = re.compile(r"(?<![\w.$}/])/(?:root|home|work|Users|mnt|srv)/\w")
+    site = re.compile(r"https?://([\w.-]+)")
+    for path in tracked_files():
+        if path == Path(__file__):
+            continue
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        assert not machine_path.search(text), f"{path.name}: {machine_path.search(text)}"
+        assert set(site.findall(text)) <= KNOWN_SITES, path.name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_is_valid(path):
+    load_recipe(path)
+
+
+def test_the_38b_recipe_fits_the_38b_model():
+    recipe = load_recipe(ROOT / "examples/r1v2_38b/grpo.yaml")
+    check_grpo(recipe)
+    qwq_32b = {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 64,
+        "max_position_embeddings": 131072,
+    }
+    check_model_fits(recipe, {"text_config": qwq_32b})
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_launch_scripts_set_resources_and_nothing_else(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\b(pkill|killall)\b(?!.*-P)", text), "processes are ended by id"
+    settings = {f"{section}.{key}" for section, keys in yaml.safe_load(example_recipe()).items() for key in keys}
+    assert not [name for name in settings if f"{name}=" in text], "settings belong into the recipe"
+    if path.name != "launch.sh":
+        assert "set -euo pipefail" in text
+        assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", text, re.MULTILINE)
+
+
+def example_recipe():
+    return (ROOT / "examples/r1v2_38b/grpo.yaml").read_text(encoding="utf-8")
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+# Stands for one node: drops srun's own options and runs the rest, passing USR1 on as the real one does.
+while [[ $1 == --* ]]; do echo "srun $1" >> "$LOG"; shift; done
+"$@" & pid=$!
+trap 'kill -USR1 $pid' USR1
+while kill -0 $pid 2>/dev/null; do wait $pid; done
+wait $pid
+"""
+
+FAKE_SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf 'n1\\nn2\\n'; else echo "$*" >> "$LOG"; fi
+"""
+
+FAKE_TORCHRUN = """#!/usr/bin/env bash
+# Dies of USR1 as the real one does; its worker saves and ends well.
+echo "torchrun $*" >> "$LOG"
+bash -c 'trap "echo saved >> $LOG; exit ${STATUS:-0}" USR1
+         echo ready >> $LOG; for i in {1..200}; do sleep 0.05; done; exit 9' &
+wait $!
+"""
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, True), (3, False)])
+def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, requeued):
+    if not shutil.which("pkill"):
+        pytest.skip("no pkill")
+    log = tmp_path / "log"
+    fakes = {"srun": FAKE_SRUN, "torchrun": FAKE_TORCHRUN, "scontrol": FAKE_SCONTROL}
+    for name, text in fakes.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(log), "STATUS": str(status), "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "123456", "SLURM_SUBMIT_DIR": str(ROOT),
+        "R1V2_CONTAINER": "image.sqsh",
+    }  # fmt: skip
+    job = subprocess.Popen(["bash", "slurm/grpo_38b.sh", "train.steps=7"], cwd=ROOT, env=environment)
+    while not (log.is_file() and "ready" in log.read_text(encoding="utf-8")):
+        assert job.poll() is None, "ended before the workers started"
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == status
+    lines = log.read_text(encoding="utf-8")
+    assert "saved" in lines
+    assert ("requeue 123456" in lines) == requeued
+    assert "srun --container-image=image.sqsh" in lines
+    assert (
+        "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=123456 --rdzv-endpoint=n1:23456 "
+        "-m megatron_r1v2.grpo examples/r1v2_38b/grpo.yaml train.steps=7"
+    ) in lines
