@@ -127,10 +127,14 @@ class TrainingBatch:
     """int64 [B, S]."""
     response_mask_BS: torch.Tensor
     """float32 [B, S]: 1 where the label is a response token."""
+    image_mask_BS: torch.Tensor
+    """bool [B, S]: the `<IMG_CONTEXT>` tokens of the prompt; one in a response is a word like any other."""
     tiles_TCHW: torch.Tensor
-    """uint8 [T, 3, height, width]: the tiles of all rows, in row order."""
-    num_tiles_B: tuple[int, ...]
-    """How many of the tiles belong to each row."""
+    """uint8 [T, 3, height, width]: the tiles of the distinct prompts of the batch."""
+    tile_index: torch.Tensor
+    """int64 [tiles of all rows in row order]: which of the distinct tiles each is; rows of one prompt share them."""
+    image_prompts: tuple[Prompt, ...]
+    """The distinct prompts that have tiles, in the order of `tiles_TCHW`."""
     advantages_B: torch.Tensor
     """float32 [B]."""
     old_log_probs_BS: torch.Tensor
@@ -141,5 +145,11 @@ class TrainingBatch:
     """bool [B]: the row comes from the buffer."""
     weights_B: torch.Tensor
     """float32 [B]: 1, or 0 for a row that only fills a microbatch."""
-    prompt_keys: tuple[str, ...]
-    """The prompt of each row, to find its cached image features."""
+    num_prompt_tokens_B: tuple[int, ...]
+    """Tokens before the response of each row."""
+    num_response_tokens_B: tuple[int, ...]
+    """Response tokens of each row."""
+    has_image_B: torch.Tensor
+    """bool [B]."""
+    reference_log_probs_BS: torch.Tensor | None = None
+    """float32 [B, S], where the loss has a KL term."""

@@ -88,20 +88,28 @@ class R1V2Model(MegatronModule):
                 version=self.architecture.pixel_shuffle,
             )
 
-    def adapt(self, features_TFK: torch.Tensor) -> torch.Tensor:
+    def adapt(self, features_TFK: torch.Tensor, tile_index: torch.Tensor | None = None) -> torch.Tensor:
         """Turn features into embeddings of the language model.
 
         Args:
             features_TFK: [T, F, K], from `encode_tiles`.
+            tile_index: int64 [tiles of all rows]: which tile each is, when rows share tiles; None: in order.
 
         Returns:
-            [T * F, H], in the order of the `<IMG_CONTEXT>` tokens.
+            [tiles of all rows * F, H], in the order of the `<IMG_CONTEXT>` tokens.
         """
         assert self.adapter is not None, "the adapter lives on the first pipeline stage"
-        return self.adapter(features_TFK).flatten(0, 1)
+        embeddings_TFH = self.adapter(features_TFK)
+        if tile_index is not None:
+            embeddings_TFH = embeddings_TFH[tile_index]
+        return embeddings_TFH.flatten(0, 1)
 
     def embed(
-        self, token_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, image_embeddings_FH: torch.Tensor | None
+        self,
+        token_ids_BS: torch.Tensor,
+        position_ids_BS: torch.Tensor,
+        image_embeddings_FH: torch.Tensor | None,
+        image_mask_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed tokens at full length, put the images in, then scatter to sequence parallel.
 
@@ -109,6 +117,8 @@ class R1V2Model(MegatronModule):
             token_ids_BS: int64 [B, S].
             position_ids_BS: int64 [B, S].
             image_embeddings_FH: [image tokens of all rows, H] in row order; None where there is no image.
+            image_mask_BS: bool [B, S], where the embeddings go; None: at every `<IMG_CONTEXT>` token. A response may
+                contain that token, which is then a word like any other.
 
         Returns:
             [S, B, H], or this rank's part of S under sequence parallelism.
@@ -117,7 +127,7 @@ class R1V2Model(MegatronModule):
             ValueError: the number of `<IMG_CONTEXT>` tokens and of embeddings differ.
         """
         hidden_SBH = self.language.embedding(input_ids=token_ids_BS, position_ids=position_ids_BS)
-        is_image_BS = token_ids_BS == self.architecture.image_token_id
+        is_image_BS = token_ids_BS == self.architecture.image_token_id if image_mask_BS is None else image_mask_BS
         num_tokens = int(is_image_BS.sum())
         num_embeddings = 0 if image_embeddings_FH is None else image_embeddings_FH.shape[0]
         if num_tokens != num_embeddings:
@@ -141,6 +151,8 @@ class R1V2Model(MegatronModule):
         *,
         tiles_TCHW: torch.Tensor | None = None,
         features_TFK: torch.Tensor | None = None,
+        tile_index: torch.Tensor | None = None,
+        image_mask_BS: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """Run this stage on a microbatch.
@@ -150,6 +162,8 @@ class R1V2Model(MegatronModule):
             position_ids_BS: int64 [B, S].
             tiles_TCHW: uint8 [T, 3, height, width]; used on the first stage when `features_TFK` is not given.
             features_TFK: [T, F, K], what `encode_tiles` gave for these tiles.
+            tile_index: int64 [tiles of all rows]: which of the T tiles each is, when rows share them; None: in order.
+            image_mask_BS: bool [B, S], see `embed`.
             packed_seq_params: where sequences begin and end when B = 1 packs several.
 
         Returns:
@@ -160,7 +174,8 @@ class R1V2Model(MegatronModule):
             if features_TFK is None and tiles_TCHW is not None and tiles_TCHW.shape[0]:
                 features_TFK = self.encode_tiles(tiles_TCHW)
             has_images = features_TFK is not None and features_TFK.shape[0] > 0
-            hidden_SBH = self.embed(token_ids_BS, position_ids_BS, self.adapt(features_TFK) if has_images else None)
+            embeddings_FH = self.adapt(features_TFK, tile_index) if has_images else None
+            hidden_SBH = self.embed(token_ids_BS, position_ids_BS, embeddings_FH, image_mask_BS)
         return self.language(
             input_ids=token_ids_BS,
             position_ids=position_ids_BS,

@@ -1,0 +1,20 @@
+"""`torchrun ... -m megatron_r1v2.align RECIPE.yaml section.key=value ...` runs the align stage; see `--help`."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_r1v2.config.command_line import parse_command_line
+
+
+def main() -> None:
+    """Run the stage and write its report."""
+    recipe = parse_command_line(sys.argv[1:], "align")
+    # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
+    from megatron_r1v2.training.align import run_align
+
+    run_align(recipe)
+
+
+if __name__ == "__main__":
+    main()

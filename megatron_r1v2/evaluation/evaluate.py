@@ -1,0 +1,82 @@
+"""Generates and scores responses to an evaluation set, over all replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_runs
+from megatron_r1v2.evaluation.records import rollout_record
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.types import Prompt, ScoredRollout
+
+# Evaluations share their random numbers, so the weights' version must not change them.
+_VERSION = 0
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What an evaluation needs apart from the prompts."""
+
+    engine: RolloutEngine
+    features: FeatureCache
+    settings: EvaluationConfig
+    reward: RewardConfig
+    pool: VerifierPool | None
+    decode: Callable[[Sequence[int]], str]
+    context: ParallelContext
+    max_response_tokens: int
+
+    def run(
+        self, prompts: Sequence[Prompt], *, name: str, step: int
+    ) -> tuple[EvaluationResult, list[dict[str, Any]], list[ScoredRollout]]:
+        """Evaluate the model that the engine holds.
+
+        Args:
+            prompts: the same on every rank.
+            name: of the evaluation.
+            step: training steps behind the weights.
+
+        Returns:
+            The result, a record of every response for people to look at, and the responses: on every rank, ordered by
+            prompt and run.
+        """
+        queue = SharedPromptQueue(prompts, context=self.context, name=f"evaluate-{name}-{step}")
+        rollouts = self.engine.generate(
+            queue,
+            num_responses=self.settings.runs,
+            policy_version=_VERSION,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            max_response_tokens=self.max_response_tokens,
+            features=self.features,
+            seed=self.settings.seed,
+        )
+        by_key = {prompt.key: prompt for prompt in prompts}
+        mine, _ = score_in_replica(
+            by_key, rollouts, decode=self.decode, settings=self.reward, pool=self.pool, context=self.context
+        )
+        order = {prompt.key: index for index, prompt in enumerate(prompts)}
+        scored = [response for part in objects.all_gather(mine, self.context.groups.dp) for response in part]
+        scored.sort(key=lambda response: (order[response.rollout.prompt_key], response.rollout.sample_index))
+        result = evaluate_runs(
+            name,
+            prompts,
+            scored,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            seed=self.settings.seed,
+            step=step,
+        )
+        records = [
+            rollout_record(step, by_key[response.rollout.prompt_key], response, advantage=0.0) for response in scored
+        ]
+        return result, records, scored

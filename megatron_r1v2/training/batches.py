@@ -1,0 +1,143 @@
+"""Samples to padded microbatches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+
+# Rows are padded to a multiple of this at least: a few lengths instead of many keep kernels and shapes few.
+LENGTH_MULTIPLE = 8
+
+
+def split_into_microbatches(lengths: Mapping[str, int], micro_batch_size: int) -> list[list[str]]:
+    """Group samples of similar length, so that little of a microbatch is padding.
+
+    Args:
+        lengths: tokens by sample id, of one update on this rank.
+        micro_batch_size: rows in a microbatch at most.
+
+    Returns:
+        Ids of each microbatch, longest rows first: memory that does not suffice shows at once.
+    """
+    ordered = sorted(lengths, key=lambda name: (-lengths[name], name))
+    return [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
+
+
+def collate(
+    samples: Sequence[TrainingSample],
+    prompts: Mapping[str, Prompt],
+    *,
+    pad_id: int,
+    image_token_id: int,
+    tensor_size: int,
+    replayed: Sequence[bool],
+    device: torch.device,
+    weights: Sequence[float] | None = None,
+) -> TrainingBatch:
+    """Pad samples into one microbatch.
+
+    Args:
+        samples: its rows; at least one.
+        prompts: by key, to find tiles.
+        pad_id: token that fills rows.
+        image_token_id: of `<IMG_CONTEXT>`.
+        tensor_size: TP ranks: sequence parallelism splits the length over them.
+        replayed: for each row, whether it comes from the buffer.
+        device: where the tensors go.
+        weights: per row; None: 1.
+
+    Returns:
+        The batch; column s predicts token s + 1.
+    """
+    multiple = math.lcm(LENGTH_MULTIPLE, tensor_size)
+    length = math.ceil((max(len(sample.token_ids) for sample in samples) - 1) / multiple) * multiple
+    rows = len(samples)
+    tokens = torch.full((rows, length + 1), pad_id, dtype=torch.int64)
+    mask = torch.zeros(rows, length)
+    old, rollout = torch.zeros(rows, length), torch.zeros(rows, length)
+    for row, sample in enumerate(samples):
+        ids = torch.tensor(sample.token_ids[: length + 1])
+        tokens[row, : len(ids)] = ids
+        # Column s holds the log-prob of token s + 1, so the response begins one column early.
+        span = slice(sample.prompt_length - 1, len(sample.token_ids) - 1)
+        mask[row, span] = 1.0
+        if sample.old_log_probs:
+            old[row, span] = torch.tensor(sample.old_log_probs)
+        if sample.rollout_log_probs:
+            rollout[row, span] = torch.tensor(sample.rollout_log_probs)
+    in_prompt = torch.arange(length) < torch.tensor([[sample.prompt_length] for sample in samples])
+    tiles, tile_index, image_prompts = _shared_tiles([prompts[sample.prompt_key] for sample in samples])
+    batch = TrainingBatch(
+        token_ids_BS=tokens[:, :-1].contiguous(),
+        position_ids_BS=torch.arange(length).expand(rows, length).contiguous(),
+        labels_BS=tokens[:, 1:].contiguous(),
+        response_mask_BS=mask,
+        image_mask_BS=(tokens[:, :-1] == image_token_id) & in_prompt,
+        tiles_TCHW=tiles,
+        tile_index=tile_index,
+        image_prompts=image_prompts,
+        advantages_B=torch.tensor([sample.advantage for sample in samples]),
+        old_log_probs_BS=old,
+        rollout_log_probs_BS=rollout,
+        replayed_B=torch.tensor(list(replayed), dtype=torch.bool),
+        weights_B=torch.tensor(list(weights) if weights is not None else [1.0] * rows),
+        num_prompt_tokens_B=tuple(sample.prompt_length for sample in samples),
+        num_response_tokens_B=tuple(sample.response_length for sample in samples),
+        has_image_B=torch.tensor([sample.modality == "image" for sample in samples]),
+    )
+    return _to_device(batch, device)
+
+
+def filler_sample(prompt: Prompt) -> TrainingSample:
+    """Return a sample for a rank that has none: megatron-core's schedule runs at least one microbatch.
+
+    Args:
+        prompt: any prompt, so that the shapes are usual ones.
+
+    Returns:
+        A sample with a response of one token, to be collated with weight 0.
+    """
+    return TrainingSample(
+        prompt_key=prompt.key,
+        sample_index=0,
+        token_ids=(*prompt.token_ids, prompt.token_ids[-1]),
+        prompt_length=len(prompt.token_ids),
+        old_log_probs=(),
+        rollout_log_probs=(),
+        advantage=0.0,
+        reward=0.0,
+        policy_version=0,
+        group_effective=False,
+        modality=prompt.modality,
+    )
+
+
+def _shared_tiles(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, tuple[Prompt, ...]]:
+    """Lay the tiles of distinct prompts one after the other, and say where each row's are."""
+    first_tile: dict[str, int] = {}
+    distinct: list[Prompt] = []
+    tiles: list[torch.Tensor] = []
+    index: list[torch.Tensor] = []
+    count = 0
+    for prompt in prompts:
+        num_tiles = prompt.tiles_TCHW.shape[0]
+        if num_tiles and prompt.key not in first_tile:
+            first_tile[prompt.key] = count
+            distinct.append(prompt)
+            tiles.append(prompt.tiles_TCHW)
+            count += num_tiles
+        if num_tiles:
+            index.append(torch.arange(num_tiles) + first_tile[prompt.key])
+    stacked = torch.cat(tiles) if tiles else prompts[0].tiles_TCHW
+    return stacked, torch.cat(index) if index else torch.zeros(0, dtype=torch.int64), tuple(distinct)
+
+
+def _to_device(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
+    fields = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()
+    }
+    return TrainingBatch(**fields)

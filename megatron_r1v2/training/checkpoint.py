@@ -1,0 +1,288 @@
+"""Checkpoints: weights and optimizer through megatron-core's torch_dist format, everything else beside them.
+
+A checkpoint is a folder `step-00000020`:
+
+    tensors/                                 trained weights and optimizer state (torch_dist); any layout loads them
+    state.pt                                 step, data position, buffer index, scheduler, counters
+    replay-D.pt                              the buffer's samples that data-parallel rank D holds
+    rng-R.pt                                 random states of rank R
+    recipe.yaml                              the settings of the run
+
+It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole.
+Parts of the model that do not train are not in it: they are in the model that the run started from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_r1v2.config.load import save_recipe
+from megatron_r1v2.config.schema import Part, RunRecipe
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel.groups import ParallelContext
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.pt"
+TENSORS = "tensors"
+_STEP_FOLDER = re.compile(r"step-(\d{8})$")
+# Tensors in their canonical shapes: the only optimizer format of 0.16.1 that loads at another TP, PP and DP.
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, *, keep_last: int, asynchronous: bool, context: ParallelContext) -> None:
+        """Open the folder.
+
+        Args:
+            folder: where the checkpoints are.
+            keep_last: older ones are deleted after each save.
+            asynchronous: write in the background.
+            context: process groups.
+        """
+        self.folder = folder
+        self.keep_last = keep_last
+        self.asynchronous = asynchronous
+        self.context = context
+        self._queue = AsyncCallsQueue(persistent=False)
+
+    def latest(self) -> Path | None:
+        """Return the newest finished checkpoint, the same on every rank; None: there is none."""
+        finished = finished_checkpoints(self.folder)
+        box = [str(finished[-1]) if finished else None]
+        dist.broadcast_object_list(box, src=0)
+        return Path(box[0]) if box[0] else None
+
+    def save(
+        self,
+        step: int,
+        model: R1V2Model,
+        optimizer: MegatronOptimizer,
+        *,
+        parts: Iterable[Part],
+        state: Mapping[str, Any],
+        replay: Mapping[str, Any],
+        recipe: RunRecipe,
+    ) -> Path:
+        """Save everything that a run needs to go on.
+
+        Args:
+            step: steps done.
+            model: this rank's part.
+            optimizer: of the trained parts.
+            parts: the trained ones, saved here.
+            state: the same on every rank; tensors, numbers, strings, and lists and dictionaries of them.
+            replay: what this data-parallel rank holds of the buffer.
+            recipe: the settings of the run.
+
+        Returns:
+            The folder that the checkpoint will have when it is finished.
+        """
+        self.finish_pending(blocking=True)
+        target = self.folder / f"step-{step:08d}"
+        partial = target.with_name(target.name + ".partial")
+        if self.context.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / TENSORS).mkdir(parents=True)
+        dist.barrier()
+        if self.context.is_main:
+            torch.save({**state, "parts": [Part(part).value for part in parts]}, partial / STATE_FILE)
+            save_recipe(recipe, partial / "recipe.yaml")
+        if self.context.is_replica_leader:
+            torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
+        torch.save(_random_states(), partial / f"rng-{dist.get_rank()}.pt")
+        sharded: ShardedStateDict = {"model": part_state(model, parts)}
+        if not optimizer.is_stub_optimizer:
+            sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
+        request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
+        dist.barrier()
+        if request is None:
+            self._publish(partial, target)
+        else:
+            request.add_finalize_fn(lambda: self._publish(partial, target))
+            self._queue.schedule_async_request(request)
+        return target
+
+    def finish_pending(self, *, blocking: bool) -> None:
+        """Publish what was written in the background since; called on all ranks after each step.
+
+        Args:
+            blocking: wait for what is still being written.
+        """
+        self._queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def load(
+        self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, parts: Iterable[Part]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Load a checkpoint into model and optimizer.
+
+        Args:
+            folder: a finished checkpoint.
+            model: this rank's part.
+            optimizer: of the trained parts.
+            parts: that the run trains; must be those of the checkpoint.
+
+        Returns:
+            What `save` was given as `state`, and the `replay` of every data-parallel rank of the saved run.
+
+        Raises:
+            ValueError: the checkpoint trained other parts.
+        """
+        state = load_state(folder)
+        wanted = [Part(part).value for part in parts]
+        if sorted(state["parts"]) != sorted(wanted):
+            raise ValueError(
+                f"checkpoint {folder} trained {state['parts']} but train.parts={wanted}; to start a new stage from its "
+                "weights set model.checkpoint to it and run.output_dir to a new folder"
+            )
+        sharded: ShardedStateDict = {"model": part_state(model, parts)}
+        if not optimizer.is_stub_optimizer:
+            sharded["optimizer"] = optimizer.sharded_state_dict(
+                sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
+            )
+        loaded = dist_checkpointing.load(sharded, str(folder / TENSORS))
+        _fill(model, loaded["model"], folder)
+        if not optimizer.is_stub_optimizer:
+            optimizer.load_state_dict(loaded["optimizer"])
+        _restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
+        shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+        return state, [torch.load(path, weights_only=True) for path in shards]
+
+    def _publish(self, partial: Path, target: Path) -> None:
+        """Give a finished checkpoint its name and delete the oldest; runs when every rank has written."""
+        if not self.context.is_main:
+            return
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        for old in finished_checkpoints(self.folder)[: -self.keep_last]:
+            shutil.rmtree(old)
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Return the finished checkpoints below a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _STEP_FOLDER.match(path.name))
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Turn what a user names (a checkpoint, a run, its checkpoints folder) into a checkpoint folder.
+
+    Raises:
+        ValueError: nothing finished is there.
+    """
+    folder = Path(path)
+    if (folder / TENSORS / "metadata.json").is_file():
+        return folder
+    for candidate in (folder, folder / "checkpoints"):
+        finished = finished_checkpoints(candidate)
+        if finished:
+            return finished[-1]
+    raise ValueError(
+        f"no finished checkpoint in {folder}; expected a folder with tensors/metadata.json, or step-NNNNNNNN folders in it "
+        "or in its checkpoints/"
+    )
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return what is beside the tensors of a checkpoint: step, parts, counters."""
+    return torch.load(folder / STATE_FILE, weights_only=True)
+
+
+def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, parts: Iterable[Part]) -> None:
+    """Save parts of a model, without optimizer, beside and renamed.
+
+    Args:
+        model: this rank's part.
+        folder: the checkpoint to make; must not exist.
+        context: process groups.
+        parts: what to save.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"output {folder} exists; name a new folder or delete it")
+    partial = folder.with_name(folder.name + ".partial")
+    if context.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        torch.save({"step": 0, "parts": [Part(part).value for part in parts]}, partial / STATE_FILE)
+    dist.barrier()
+    dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
+    dist.barrier()
+    if context.is_main:
+        os.rename(partial, folder)
+    dist.barrier()
+
+
+def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
+    """Load the parts that a checkpoint holds; the rest of the model stays as it is.
+
+    Args:
+        model: this rank's part.
+        folder: a finished checkpoint.
+
+    Returns:
+        The parts that were loaded.
+    """
+    parts = [Part(name) for name in load_state(folder)["parts"]]
+    loaded = dist_checkpointing.load({"model": part_state(model, parts)}, str(folder / TENSORS))
+    _fill(model, loaded["model"], folder)
+    return parts
+
+
+def part_state(model: R1V2Model, parts: Iterable[Part]) -> ShardedStateDict:
+    """Describe the parameters of some parts of the model to `dist_checkpointing`."""
+    names = {Part(part).value for part in parts}
+    sharded = model.sharded_state_dict()
+    return {key: value for key, value in sharded.items() if key.split(".", 1)[0] in names}
+
+
+def _fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:
+    result = model.load_state_dict(dict(loaded), strict=False)
+    wanted = {key.split(".", 1)[0] for key in loaded}
+    missing = [
+        key for key in result.missing_keys if key.split(".", 1)[0] in wanted and not key.endswith("_extra_state")
+    ]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"checkpoint {folder} does not fit the model: missing {missing[:5]}, unexpected "
+            f"{result.unexpected_keys[:5]}; model.hf_path must be the model that it was made from"
+        )
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(path: Path) -> None:
+    """Restore the generators; a run that resumes with more ranks has no file for the new ones."""
+    if not path.is_file():
+        logger.warning("no random states for this rank in %s: the layout has changed", path.parent)
+        return
+    states = torch.load(path, weights_only=True)
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,314 @@
+"""The GRPO stage: generate, score, select with the buffer, train (R1V2 report, section 3.3, equations 6 to 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_r1v2.config.schema import AlgorithmConfig, RunRecipe
+from megatron_r1v2.evaluation.records import rollout_record
+from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.score import reward_metrics
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.rl.grpo import grpo_loss
+from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
+from megatron_r1v2.rl.sample_buffer import SampleBuffer
+from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
+from megatron_r1v2.training.mismatch import mismatch_over_ranks
+from megatron_r1v2.training.optimizer import current_learning_rate
+from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
+from megatron_r1v2.training.selection import Selection, sample_id, select, training_sample
+from megatron_r1v2.training.session import Session, next_distinct, open_session
+from megatron_r1v2.training.validation import Validation
+from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingBatch, TrainingSample
+
+SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fraction", "ssb/trained_effective_fraction")
+
+
+def run_grpo(recipe: RunRecipe) -> Path:
+    """Run the stage to its end, from where it stopped when it was interrupted.
+
+    Args:
+        recipe: the settings.
+
+    Returns:
+        The run's folder.
+    """
+    with open_session(recipe, stage="grpo", shown=SHOWN) as session, session.verifiers() as pool:
+        stage = GrpoStage(session, pool)
+        validation = Validation(session, session.evaluator(stage.engine, pool))
+        finished = session.is_finished
+        while not finished:
+            stage.step()
+            finished = validation.is_reached() or session.is_finished
+            if session.should_save(last=finished):
+                stage.save(finished=finished)
+            session.end_step()
+    return Path(recipe.run.output_dir)
+
+
+class GrpoStage:
+    """The steps of a run, and what they carry from one to the next: the Selective Sample Buffer."""
+
+    def __init__(self, session: Session, pool: VerifierPool | None) -> None:
+        """Set up the stage, its buffer restored when the session was resumed.
+
+        Args:
+            session: the running stage.
+            pool: answer checkers, on the leader of each replica.
+        """
+        self.session = session
+        self.pool = pool
+        self.engine = session.engine()
+        self.store = ReplayStore()
+        self.buffer: SampleBuffer | None = None
+        settings = session.recipe.buffer
+        if settings.enabled:
+            self.buffer = SampleBuffer(
+                settings.capacity, settings.max_age, settings.priority_exponent, settings.balance_modalities
+            )
+            if "buffer" in session.loaded_state:
+                self.buffer.load_state_dict(session.loaded_state["buffer"])
+                self.store.load_state_dicts(
+                    session.loaded_replay, data_rank=session.context.data_rank, data_size=session.context.data_size
+                )
+
+    def step(self) -> None:
+        """Do one step of the paper: rollouts, rewards, advantages and buffer, update."""
+        session, timed = self.session, self.session.recorder.timed
+        prompts = next_distinct(session.stream, session.recipe.train.prompts_per_step)
+        with timed("generate"):
+            rollouts = self.generate(prompts)
+        with timed("reward"):
+            scored = self.score(prompts, rollouts)
+        selection = self.select(prompts, scored)
+        with timed("exchange"):
+            samples, sample_prompts = self.bring_samples(selection, prompts, scored)
+        with timed("log_probs"):
+            samples = self.add_old_log_probs(samples, sample_prompts)
+        with timed("update"):
+            self.update(selection, samples, sample_prompts | {"": prompts[0]})
+        self.remember(selection, samples, sample_prompts)
+        self.keep_rollouts(selection, prompts, scored)
+        session.step += 1
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Sample N responses to each prompt that this replica takes from the shared queue."""
+        session = self.session
+        settings = session.recipe.generation
+        features = session.policy.features or session.feature_cache()
+        features.clear()
+        return self.engine.generate(
+            SharedPromptQueue(prompts, context=session.context, name=f"grpo-{session.step}"),
+            num_responses=settings.responses_per_prompt,
+            policy_version=session.policy.version,
+            temperature=settings.temperature,
+            max_response_tokens=settings.max_response_tokens,
+            features=features,
+        )
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Score this replica's rollouts, and note the rewards of all replicas."""
+        session = self.session
+        scored, counts = score_in_replica(
+            {prompt.key: prompt for prompt in prompts},
+            rollouts,
+            decode=session.tokenizer.decode,
+            settings=session.recipe.reward,
+            pool=self.pool,
+            context=session.context,
+        )
+        world = objects.all_gather(counts, session.context.groups.dp)
+        session.recorder.note(reward_metrics({name: sum(part[name] for part in world) for name in counts}))
+        return scored
+
+    def select(self, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> Selection:
+        """Compute advantages over all replicas and top the effective samples up from the buffer."""
+        session = self.session
+        selection = select(
+            session.recipe,
+            self.buffer,
+            prompts,
+            scored,
+            step=session.step,
+            trains_text=session.trains_text,
+            context=session.context,
+        )
+        session.recorder.note(selection.metrics)
+        return selection
+
+    def bring_samples(
+        self, selection: Selection, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]
+    ) -> tuple[dict[str, TrainingSample], dict[str, Prompt]]:
+        """Send fresh and replayed samples from where they are to where they are trained."""
+        session = self.session
+        by_key = {prompt.key: prompt for prompt in prompts}
+        held = dict(self.store.samples)
+        for response in scored:
+            name = sample_id(session.step, response.rollout)
+            if name in selection.trainer:
+                held[name] = training_sample(response, by_key[response.rollout.prompt_key], selection.judged[name])
+        return send_to_trainers(
+            held,
+            self.store.prompts | by_key,
+            selection.trainer,
+            group=session.context.groups.dp,
+            device=session.context.device,
+        )
+
+    def add_old_log_probs(
+        self, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
+    ) -> dict[str, TrainingSample]:
+        """Compute the training forward's log-probs of fresh samples; replayed ones keep those they were stored with."""
+        session = self.session
+        fresh = {name: sample for name, sample in samples.items() if not sample.old_log_probs}
+        microbatches = self._split(fresh)
+        batches = [self._collate(names, fresh, prompts, replayed=()) for names in microbatches]
+        log_probs = session.policy.log_probs(batches)
+        result = dict(samples)
+        for names, log_probs_BS in zip(microbatches, log_probs, strict=True):
+            for row, name in enumerate(names):
+                span = slice(fresh[name].prompt_length - 1, len(fresh[name].token_ids) - 1)
+                result[name] = replace(fresh[name], old_log_probs=tuple(log_probs_BS[row, span].tolist()))
+        metrics = mismatch_over_ranks(batches, log_probs, session.context)
+        session.recorder.note(metrics)
+        check_mismatch(metrics, session.recipe.algorithm.max_log_prob_difference)
+        return result
+
+    def update(
+        self, selection: Selection, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
+    ) -> None:
+        """Take the optimizer steps of this batch; none when no sample has an advantage.
+
+        Args:
+            selection: the same on every rank.
+            samples: those that this rank trains.
+            prompts: by key; the one under "" fills the microbatch of a rank that has no sample.
+        """
+        policy, algorithm = self.session.policy, self.session.recipe.algorithm
+        values: dict[str, float] = {
+            "actor/lr": current_learning_rate(policy.optimizer),
+            "actor/updates": len(selection.updates),
+        }
+        for update in selection.updates:
+            mine = {name: samples[name] for name in update if name in samples}
+            batches = [
+                self._collate(names, mine, prompts, replayed=selection.plan.replayed) for names in self._split(mine)
+            ] or [self._filler(prompts[""])]
+            batches = self._with_reference(batches)
+            values |= policy.update(
+                batches, partial(batch_loss, algorithm=algorithm, denominator=selection.denominator)
+            )
+        self.session.recorder.note(values)
+
+    def remember(
+        self, selection: Selection, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
+    ) -> None:
+        """Put this step's effective samples into the buffer; each stays on the rank that trained it."""
+        if self.buffer is None:
+            return
+        dropped = self.buffer.add(selection.fresh_entries, self.session.step)
+        fresh = set(selection.plan.fresh)
+        self.store.add({name: sample for name, sample in samples.items() if name in fresh}, prompts)
+        self.store.drop(dropped)
+
+    def keep_rollouts(self, selection: Selection, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> None:
+        """Keep some of the main rank's rollouts for the report."""
+        session = self.session
+        if not session.context.is_main:
+            return
+        by_key = {prompt.key: prompt for prompt in prompts}
+        records = []
+        for response in scored[: session.recipe.logging.sample_rollouts]:
+            judged = selection.judged[sample_id(session.step, response.rollout)]
+            prompt = by_key[response.rollout.prompt_key]
+            records.append(rollout_record(session.step + 1, prompt, response, advantage=judged.advantage))
+        session.recorder.write_rollouts(records)
+
+    def save(self, *, finished: bool) -> None:
+        """Write a checkpoint."""
+        with self.session.recorder.timed("save"):
+            state = {"finished": finished}
+            if self.buffer is not None:
+                state |= {"buffer": self.buffer.state_dict()}
+            self.session.save(state, self.store.state_dict())
+
+    def _split(self, samples: Mapping[str, TrainingSample]) -> list[list[str]]:
+        lengths = {name: len(sample.token_ids) for name, sample in samples.items()}
+        return split_into_microbatches(lengths, self.session.recipe.train.micro_batch_size)
+
+    def _collate(
+        self,
+        names: Sequence[str],
+        samples: Mapping[str, TrainingSample],
+        prompts: Mapping[str, Prompt],
+        *,
+        replayed: Sequence[str],
+    ) -> TrainingBatch:
+        session = self.session
+        return collate(
+            [samples[name] for name in names],
+            prompts,
+            replayed=[name in replayed for name in names],
+            pad_id=session.tokenizer.pad_id,
+            image_token_id=session.architecture.image_token_id,
+            tensor_size=session.context.tensor_size,
+            device=session.context.device,
+        )
+
+    def _filler(self, prompt: Prompt) -> TrainingBatch:
+        batch = self._collate([""], {"": filler_sample(prompt)}, {prompt.key: prompt}, replayed=())
+        return replace(batch, weights_B=torch.zeros_like(batch.weights_B))
+
+    def _with_reference(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        session = self.session
+        if session.reference is None:
+            return batches
+        with session.reference.in_place_of(session.policy.model):
+            log_probs = session.policy.log_probs(batches)
+        return [
+            replace(batch, reference_log_probs_BS=log_probs_BS)
+            for batch, log_probs_BS in zip(batches, log_probs, strict=True)
+        ]
+
+
+def batch_loss(
+    log_probs_BS: torch.Tensor, batch: TrainingBatch, *, algorithm: AlgorithmConfig, denominator: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Give a microbatch to the GRPO loss.
+
+    Args:
+        log_probs_BS: float32 [B, S] of the policy in training.
+        batch: the microbatch.
+        algorithm: clip ranges, KL coefficient, aggregation.
+        denominator: of the whole batch over all ranks.
+
+    Returns:
+        This microbatch's part of the loss, and metrics as (sum, count) pairs.
+    """
+    importance_BS = None
+    if algorithm.importance_cap > 0:
+        importance_BS = truncated_importance_weights(
+            batch.old_log_probs_BS, batch.rollout_log_probs_BS, algorithm.importance_cap
+        )
+    return grpo_loss(
+        log_probs_BS,
+        batch.old_log_probs_BS,
+        batch.advantages_B,
+        batch.response_mask_BS,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        denominator=denominator,
+        aggregation=algorithm.loss_aggregation.value,
+        weights_B=batch.weights_B,
+        importance_weights_BS=importance_BS,
+        reference_log_probs_BS=batch.reference_log_probs_BS,
+        kl_coefficient=algorithm.kl_coefficient,
+        replayed_B=batch.replayed_B,
+    )

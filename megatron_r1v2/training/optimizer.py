@@ -1,0 +1,107 @@
+"""megatron-core's DDP, distributed optimizer and learning-rate schedule, from the settings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_r1v2.config.schema import TrainConfig
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel.groups import ParallelContext
+
+
+def wrap_with_ddp(model: R1V2Model, context: ParallelContext) -> DistributedDataParallel:
+    """Give what trains its gradient buffers; call after freezing.
+
+    Args:
+        model: this rank's part.
+        context: process groups.
+
+    Returns:
+        The wrapper that schedules run.
+    """
+    # Overlap would need every bucket's gradient in every microbatch, which a text-only one does not give
+    # (facts: an assertion in param_and_grad_buffer), so gradients are reduced after the last microbatch.
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        average_in_collective=False,
+    )
+    ddp = DistributedDataParallel(model.config, config, model, pg_collection=context.groups)
+    model.config.finalize_model_grads_func = _finalizer(context)
+    return ddp
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel, settings: TrainConfig
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Build the distributed Adam and its schedule: linear warm-up, then cosine to the minimum.
+
+    Args:
+        ddp: from `wrap_with_ddp`.
+        settings: learning rates, decay, clipping.
+
+    Returns:
+        The optimizer and the scheduler; `step(increment=1)` after each optimizer step.
+    """
+    model = ddp.module
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            clip_grad=settings.clip_grad,
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        [ddp],
+        # Checkpoints gather optimizer state over gloo groups, which megatron-core finds only by itself.
+        use_gloo_process_groups=True,
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    updates = max(1, settings.steps * settings.updates_per_step)
+    warmup = min(settings.warmup_steps * settings.updates_per_step, updates - 1)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=updates,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    # megatron-core sets the rate of step n after step n - 1, so without this the first one has rate init_lr.
+    scheduler.step(increment=0 if warmup == 0 else 1)
+    return optimizer, scheduler
+
+
+def current_learning_rate(optimizer: MegatronOptimizer) -> float:
+    """Return the learning rate of the next step (0 on a pipeline stage that trains nothing)."""
+    return max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
+
+
+def _finalizer(context: ParallelContext) -> Callable[..., None]:
+    """Bind our groups: megatron-core's schedules pass theirs only when they were given some."""
+
+    @functools.wraps(finalize_model_grads)
+    def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+        kwargs["pg_collection"] = context.groups
+        finalize_model_grads(model, num_tokens, **kwargs)
+
+    return finalize

@@ -1,0 +1,187 @@
+"""What a run writes while it goes: metrics as JSON lines, sample rollouts, a progress display, wandb, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_r1v2.config.schema import LoggingConfig, WandbMode
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+
+
+class Recorder:
+    """Collects the numbers of a step and writes them on the main rank; on the others it only keeps time."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        name: str,
+        stage: str,
+        total_steps: int,
+        first_step: int,
+        settings: LoggingConfig,
+        is_main: bool,
+        shown: Sequence[str],
+    ) -> None:
+        """Open the files; lines of steps that will be done again after a resume are cut off.
+
+        Args:
+            run_dir: where the files go.
+            name: of the run.
+            stage: shown before the progress bar.
+            total_steps: of the stage.
+            first_step: steps that are already done.
+            settings: which services to write to.
+            is_main: whether this rank writes.
+            shown: metrics for the progress display.
+        """
+        self.run_dir = run_dir
+        self.is_main = is_main
+        self.shown = shown
+        self.values: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        if not is_main:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for file in (METRICS_FILE, ROLLOUTS_FILE):
+            _cut_after(run_dir / file, first_step)
+        self._open_services(name, settings)
+        self._progress = Progress(
+            TextColumn(f"[bold]{stage}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(stage, total=total_steps, completed=first_step, numbers="")
+        self._progress.start()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds that the block takes to `timing_s/PHASE` of this step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"timing_s/{phase}"
+            self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - start
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Add numbers to this step."""
+        self.values.update(values)
+
+    def end_step(self, step: int) -> None:
+        """Write the numbers of a step and begin the next.
+
+        Args:
+            step: steps done.
+        """
+        now = time.perf_counter()
+        self.values["timing_s/step"] = now - self._started
+        self._started = now
+        values, self.values = self.values, {}
+        if not self.is_main:
+            return
+        _append(self.run_dir / METRICS_FILE, [{"step": step, **values}])
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        self._show(step, values)
+
+    def write_rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keep sample rollouts for the report."""
+        if self.is_main:
+            _append(self.run_dir / ROLLOUTS_FILE, records)
+
+    def say(self, message: str) -> None:
+        """Print a line, on the main rank."""
+        if self.is_main:
+            self._console.print(message, highlight=False)
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = "  ".join(f"{name.split('/')[-1]} {values[name]:.3g}" for name in self.shown if name in values)
+        if self._progress is not None and not self._progress.disable:
+            self._progress.update(self._task, completed=step, numbers=numbers)
+        else:
+            self.say(f"step {step}  {numbers}  {values['timing_s/step']:.2f} s")
+
+    def _open_services(self, name: str, settings: LoggingConfig) -> None:
+        # Both are slow to import and seldom on, so they are imported only where they are.
+        if settings.wandb is not WandbMode.disabled:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=settings.wandb_project,
+                name=name,
+                id=_stable_id(self.run_dir),
+                resume="allow",
+                mode=settings.wandb.value,
+                dir=str(self.run_dir),
+            )
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"))
+
+
+def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop lines of later steps (and a line cut in the middle): a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def _stable_id(run_dir: Path) -> str:
+    """Return wandb's id of this run, the same after a resume."""
+    file = run_dir / "wandb_id"
+    if not file.is_file():
+        file.write_text(f"{run_dir.name}-{time.time_ns():x}")
+    return file.read_text()

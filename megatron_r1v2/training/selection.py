@@ -1,0 +1,210 @@
+"""What a step trains on: advantages over all replicas, the buffer's draw, and which rank trains which sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_r1v2.config.schema import LossAggregation, RunRecipe
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.score import shuffle_rewards
+from megatron_r1v2.rl.advantages import effective_mask, group_advantages
+from megatron_r1v2.rl.sample_buffer import BatchPlan, BufferEntry, SampleBuffer, compose_batch
+from megatron_r1v2.training.replay import assign
+from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingSample
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A response as the selection sees it: everything but its tokens, which stay where they are."""
+
+    sample_id: str
+    advantage: float
+    reward: float
+    correct: bool
+    entry: BufferEntry
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step trains on; the same on every rank."""
+
+    judged: Mapping[str, Judged]
+    """All responses of the step by sample id."""
+    plan: BatchPlan
+    updates: tuple[tuple[str, ...], ...]
+    """Sample ids of each optimizer step."""
+    trainer: Mapping[str, int]
+    """Data-parallel rank that trains each sample."""
+    denominator: float
+    """Of the loss of one optimizer step: sequences or response tokens, samples of zero advantage included."""
+    metrics: Mapping[str, float]
+
+    @property
+    def fresh_entries(self) -> list[BufferEntry]:
+        """Return what the buffer may keep of this step."""
+        return [self.judged[sample_id].entry for sample_id in self.plan.fresh]
+
+
+def sample_id(step: int, rollout: Rollout) -> str:
+    """Name a response: unique over the run, since prompts of one step are distinct."""
+    return f"{rollout.prompt_key}/{step}/{rollout.sample_index}"
+
+
+def select(
+    recipe: RunRecipe,
+    buffer: SampleBuffer | None,
+    prompts: Sequence[Prompt],
+    scored: Sequence[ScoredRollout],
+    *,
+    step: int,
+    trains_text: bool,
+    context: ParallelContext,
+) -> Selection:
+    """Decide what the step trains on, from what every replica generated.
+
+    Args:
+        recipe: the settings.
+        buffer: drawn from; None: no replay.
+        prompts: of the step, the same on every rank.
+        scored: this replica's responses.
+        step: steps done before this one.
+        trains_text: whether a text-only prompt has a gradient; if not, its responses are left out and counted.
+        context: process groups.
+
+    Returns:
+        The selection, the same on every rank and for every number of data-parallel ranks.
+    """
+    group_size = recipe.generation.responses_per_prompt
+    everything = _gather(prompts, scored, context)
+    if recipe.reward.shuffle:
+        everything = [
+            (response, length)
+            for response, (_, length) in zip(
+                shuffle_rewards([response for response, _ in everything], seed=recipe.run.seed + step),
+                everything,
+                strict=True,
+            )
+        ]
+    judged = _judge(everything, prompts, group_size, recipe.algorithm.advantage_epsilon, step)
+    eligible = [item.entry for item in judged.values() if trains_text or item.entry.modality == "image"]
+    plan = compose_batch(
+        eligible,
+        buffer,
+        step=step,
+        seed=recipe.run.seed,
+        batch_size=len(eligible),
+        target_effective_fraction=recipe.buffer.target_effective_fraction,
+    )
+    # A KL term pulls at every response, so with one those without advantage need compute too.
+    computed = plan.compute + (plan.fresh_zero_advantage if recipe.algorithm.kl_coefficient > 0 else ())
+    lengths = {name: item.entry.response_length for name, item in judged.items()}
+    if buffer is not None:
+        lengths |= {name: buffer.entry(name).response_length for name in plan.replayed}
+    updates = _split_updates(computed, recipe.train.updates_per_step)
+    trainer = {}
+    for update in updates:
+        trainer |= assign({name: lengths[name] for name in update}, context.data_size)
+    by_tokens = recipe.algorithm.loss_aggregation is LossAggregation.token
+    total = plan.num_tokens if by_tokens else plan.num_sequences
+    effective = sum(item.entry.effective for item in judged.values())
+    return Selection(
+        judged=judged,
+        plan=plan,
+        updates=updates,
+        trainer=trainer,
+        denominator=total / max(1, len(updates)),
+        metrics={
+            **plan.metrics,
+            # Over all that was generated, left-out text-only prompts included.
+            "ssb/fresh_effective_fraction": effective / len(judged),
+            "data/text_only_left_out": len(judged) - len(eligible),
+            **_length_metrics([item.entry.response_length for item in judged.values()], everything),
+        },
+    )
+
+
+def training_sample(response: ScoredRollout, prompt: Prompt, judged: Judged) -> TrainingSample:
+    """Put a fresh response into the form that is trained; its old log-probs are not known yet.
+
+    Args:
+        response: with its tokens.
+        prompt: of the response.
+        judged: what the selection knows of it.
+    """
+    rollout = response.rollout
+    return TrainingSample(
+        prompt_key=prompt.key,
+        sample_index=rollout.sample_index,
+        token_ids=prompt.token_ids + rollout.token_ids,
+        prompt_length=len(prompt.token_ids),
+        old_log_probs=(),
+        rollout_log_probs=rollout.rollout_log_probs,
+        advantage=judged.advantage,
+        reward=judged.reward,
+        policy_version=rollout.policy_version,
+        group_effective=judged.entry.effective,
+        modality=prompt.modality,
+    )
+
+
+def _gather(
+    prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], context: ParallelContext
+) -> list[tuple[ScoredRollout, int]]:
+    """Gather all responses with their lengths but without their tokens, in the order of prompts and samples."""
+    light = [
+        (
+            replace(response, rollout=replace(response.rollout, token_ids=(), rollout_log_probs=()), text=""),
+            len(response.rollout.token_ids),
+        )
+        for response in scored
+    ]
+    order = {prompt.key: index for index, prompt in enumerate(prompts)}
+    everything = [item for part in objects.all_gather(light, context.groups.dp) for item in part]
+    everything.sort(key=lambda item: (order[item[0].rollout.prompt_key], item[0].rollout.sample_index))
+    return everything
+
+
+def _judge(
+    everything: Sequence[tuple[ScoredRollout, int]],
+    prompts: Sequence[Prompt],
+    group_size: int,
+    epsilon: float,
+    step: int,
+) -> dict[str, Judged]:
+    rewards_R = torch.tensor([response.total for response, _ in everything], dtype=torch.float64)
+    advantages = group_advantages(rewards_R, group_size, epsilon).tolist()
+    correct_R = torch.tensor([response.rule_correct for response, _ in everything])
+    effective = effective_mask(correct_R, group_size).tolist()
+    modality = {prompt.key: prompt.modality for prompt in prompts}
+    judged = {}
+    for (response, length), advantage, is_effective in zip(everything, advantages, effective, strict=True):
+        name = sample_id(step, response.rollout)
+        entry = BufferEntry(
+            sample_id=name,
+            prompt_key=response.rollout.prompt_key,
+            priority=abs(advantage),
+            modality=modality[response.rollout.prompt_key],
+            step=step,
+            response_length=length,
+            effective=is_effective,
+        )
+        judged[name] = Judged(name, advantage, response.total, response.rule_correct, entry)
+    return judged
+
+
+def _split_updates(ids: Sequence[str], updates_per_step: int) -> tuple[tuple[str, ...], ...]:
+    """Deal the samples to optimizer steps like cards, so that prompts and replayed samples spread over them."""
+    return tuple(part for part in (tuple(ids[start::updates_per_step]) for start in range(updates_per_step)) if part)
+
+
+def _length_metrics(lengths: Sequence[int], everything: Sequence[tuple[ScoredRollout, int]]) -> dict[str, float]:
+    cut = sum(response.rollout.finish_reason == "length" for response, _ in everything)
+    return {
+        "response_length/mean": sum(lengths) / len(lengths),
+        "response_length/max": max(lengths),
+        "response_length/clip_ratio": cut / len(lengths),
+    }

@@ -1,0 +1,302 @@
+"""Everything a stage works with, built from the settings: process groups, model, optimizer, data, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.config.load import save_recipe
+from megatron_r1v2.config.schema import Part, RunRecipe
+from megatron_r1v2.data.stream import PromptStream, read_prompts
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.evaluation.evaluate import Evaluator
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.models.hf_weights import load_hf_weights
+from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
+from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.training.checkpoint import CheckpointStore, load_weights, resolve_checkpoint
+from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
+from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.training.recorder import Recorder
+from megatron_r1v2.training.reference import ReferenceWeights
+from megatron_r1v2.types import Prompt
+
+
+@dataclass
+class LoadedModel:
+    """A model with its weights, tokenizer and sizes."""
+
+    model: R1V2Model
+    architecture: R1V2Architecture
+    tokenizer: ChatTokenizer
+    context: ParallelContext
+    recipe: RunRecipe
+
+    @property
+    def sampled_vocab_size(self) -> int:
+        """Return the ids that can be drawn: embeddings beyond the tokenizer were never trained."""
+        return min(self.tokenizer.vocab_size, self.architecture.language.vocab_size)
+
+    def engine(self) -> RolloutEngine:
+        """Return the rollout engine on the model's own weights."""
+        generation = self.recipe.generation
+        return RolloutEngine(
+            self.model,
+            context=self.context,
+            settings=generation,
+            stop_ids=frozenset(self.tokenizer.stop_ids(generation.stop_tokens)),
+            vocab_size=self.sampled_vocab_size,
+            max_prompt_tokens=self.recipe.data.max_prompt_tokens,
+            seed=self.recipe.run.seed,
+        )
+
+    def feature_cache(self) -> FeatureCache:
+        """Return an empty cache of image features."""
+        return FeatureCache(int(self.recipe.generation.feature_cache_gib * 2**30))
+
+    def evaluator(self, engine: RolloutEngine, pool: VerifierPool | None) -> Evaluator:
+        """Return what evaluates this model."""
+        return Evaluator(
+            engine=engine,
+            features=self.feature_cache(),
+            settings=self.recipe.evaluation,
+            reward=self.recipe.reward,
+            pool=pool,
+            decode=self.tokenizer.decode,
+            context=self.context,
+            max_response_tokens=self.recipe.generation.max_response_tokens,
+        )
+
+    def verifiers(self) -> Any:
+        """Return a context manager that gives a VerifierPool on the leader of each replica, None elsewhere."""
+        if not self.context.is_replica_leader:
+            return nullcontext(None)
+        reward = self.recipe.reward
+        return VerifierPool(reward.verifier_workers, reward.verifier_timeout_seconds)
+
+    def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
+        """Read a data set in its order."""
+        return read_prompts(
+            folder,
+            settings=self.recipe.data,
+            tokenizer=self.tokenizer,
+            tile_size=self.architecture.vision.image_size,
+            tokens_per_tile=self.architecture.tokens_per_tile,
+            count=count,
+        )
+
+
+@dataclass
+class Session(LoadedModel):
+    """A running stage."""
+
+    policy: Policy
+    stream: PromptStream
+    checkpoints: CheckpointStore
+    recorder: Recorder
+    reference: ReferenceWeights | None
+    step: int = 0
+    """Steps done."""
+    loaded_state: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint held that the stage itself must restore."""
+    loaded_replay: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def parts(self) -> list[Part]:
+        """Return what trains."""
+        return self.recipe.train.parts
+
+    @property
+    def trains_text(self) -> bool:
+        """Return whether a text-only prompt has a gradient: only the language model sees it."""
+        return Part.language in self.parts
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether nothing is left to do, also when a resumed stage had stopped early at its goal."""
+        return self.step >= self.recipe.train.steps or bool(self.loaded_state.get("finished", False))
+
+    def end_step(self) -> None:
+        """Publish finished checkpoints and write the numbers of the step."""
+        self.checkpoints.finish_pending(blocking=False)
+        self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
+        self.recorder.end_step(self.step)
+
+    def save(self, state: Mapping[str, Any], replay: Mapping[str, Any]) -> None:
+        """Write a checkpoint.
+
+        Args:
+            state: of the stage, the same on every rank.
+            replay: what this data-parallel rank holds of the buffer.
+        """
+        self.checkpoints.save(
+            self.step,
+            self.policy.model,
+            self.policy.optimizer,
+            parts=self.parts,
+            state={
+                "step": self.step,
+                "version": self.policy.version,
+                "scheduler": self.policy.scheduler.state_dict(),
+                "stream": self.stream.state_dict(),
+                **state,
+            },
+            replay=replay,
+            recipe=self.recipe,
+        )
+
+    def should_save(self, *, last: bool) -> bool:
+        """Return whether the step just done is one to save."""
+        every = self.recipe.checkpoint.every_steps
+        return last or (every > 0 and self.step % every == 0)
+
+
+@contextmanager
+def open_model(recipe: RunRecipe) -> Iterator[LoadedModel]:
+    """Start the process groups and load a model; everything ends with the block.
+
+    Args:
+        recipe: the settings.
+    """
+    context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
+    try:
+        yield load_model(recipe, context)
+    finally:
+        groups.shut_down()
+
+
+def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
+    """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
+
+    Args:
+        recipe: the settings.
+        context: process groups.
+    """
+    hf_path = Path(recipe.model.hf_path)
+    architecture = r1v2_architecture(json.loads((hf_path / "config.json").read_text()))
+    tokenizer = ChatTokenizer(hf_path)
+    if tokenizer.image_token_id != architecture.image_token_id:
+        raise ValueError(
+            f"{hf_path}: <IMG_CONTEXT> is token {tokenizer.image_token_id} of the tokenizer but config.json says "
+            f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
+        )
+    settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
+    load_hf_weights(model, hf_path, context, cast=True)
+    if recipe.model.checkpoint:
+        load_weights(model, resolve_checkpoint(recipe.model.checkpoint))
+    return LoadedModel(model=model, architecture=architecture, tokenizer=tokenizer, context=context, recipe=recipe)
+
+
+@contextmanager
+def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iterator[Session]:
+    """Start a stage, resumed from its newest checkpoint when there is one; everything ends with the block.
+
+    Args:
+        recipe: the settings.
+        stage: for the progress display.
+        shown: metrics for the progress display.
+    """
+    run_dir = Path(recipe.run.output_dir)
+    with open_model(recipe) as loaded:
+        model, context = loaded.model, loaded.context
+        freeze_all_but(model, recipe.train.parts)
+        reference = ReferenceWeights(model) if recipe.algorithm.kl_coefficient > 0 else None
+        ddp = wrap_with_ddp(model, context)
+        optimizer, scheduler = build_optimizer(ddp, recipe.train)
+        policy = Policy(
+            model=model,
+            ddp=ddp,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            context=context,
+            temperature=recipe.generation.temperature,
+            vocab_size=loaded.sampled_vocab_size,
+            features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
+        )
+        stream = PromptStream(
+            recipe.data.train,
+            settings=recipe.data,
+            tokenizer=loaded.tokenizer,
+            tile_size=loaded.architecture.vision.image_size,
+            tokens_per_tile=loaded.architecture.tokens_per_tile,
+            seed=recipe.run.seed,
+        )
+        checkpoints = CheckpointStore(
+            run_dir / "checkpoints",
+            keep_last=recipe.checkpoint.keep_last,
+            asynchronous=recipe.checkpoint.asynchronous,
+            context=context,
+        )
+        newest = checkpoints.latest() if recipe.checkpoint.resume else None
+        state, replay = _resume(newest, policy, stream, checkpoints, recipe)
+        with Recorder(
+            run_dir,
+            name=recipe.run.name,
+            stage=stage,
+            total_steps=recipe.train.steps,
+            first_step=state.get("step", 0),
+            settings=recipe.logging,
+            is_main=context.is_main,
+            shown=shown,
+        ) as recorder:
+            if newest is not None:
+                recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
+            if context.is_main:
+                save_recipe(recipe, run_dir / "recipe.yaml")
+            yield Session(
+                **vars(loaded),
+                policy=policy,
+                stream=stream,
+                checkpoints=checkpoints,
+                recorder=recorder,
+                reference=reference,
+                step=state.get("step", 0),
+                loaded_state=state,
+                loaded_replay=replay,
+            )
+            checkpoints.finish_pending(blocking=True)
+
+
+def _resume(
+    folder: Path | None, policy: Policy, stream: PromptStream, checkpoints: CheckpointStore, recipe: RunRecipe
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    if folder is None:
+        return {}, []
+    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, parts=recipe.train.parts)
+    policy.version = state["version"]
+    policy.scheduler.num_steps = 0  # its load_state_dict adds to this
+    policy.scheduler.load_state_dict(state["scheduler"])
+    stream.load_state_dict(state["stream"])
+    return state, replay
+
+
+def next_distinct(stream: PromptStream, count: int) -> list[Prompt]:
+    """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
+
+    Args:
+        stream: endless.
+        count: how many.
+
+    Raises:
+        ValueError: the data set has fewer.
+    """
+    found: dict[str, Prompt] = {}
+    for _ in range(20):
+        for prompt in stream.next(count - len(found)):
+            found.setdefault(prompt.key, prompt)
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(
+        f"data.train has only {len(found)} distinct prompts but train.prompts_per_step={count}; "
+        "lower train.prompts_per_step or give more data"
+    )
