@@ -11,22 +11,20 @@ questions.py); how noisy differs from note to note, so the model knows how sure 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from examples.digits import pretraining, questions
 
 SPARE_ROWS = 32
 """Rows of the embedding beyond the tokenizer, as QwQ has them, for the image tokens that splicing adds."""
-
-SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+"
-"""Words with the space before them, digits one by one, punctuation, white space: Qwen2's in short."""
 
 
 @dataclass(frozen=True)
@@ -53,51 +51,51 @@ class Example:
     response: str
 
 
-def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the corpus; every frequent word becomes one token.
+def make_tokenizer(seed: int) -> Qwen2Tokenizer:
+    """Train a byte-level BPE with Qwen2's splitting on the corpus; every frequent word becomes one token.
 
     Raises:
         ValueError: a digit or filler word takes more than one token, so a note would not be as long as an image.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    bare = Tokenizer(models.BPE())
+    # The class AutoTokenizer picks for qwen2 splits by its own rule, whatever the folder says: train with that rule.
+    untrained = Qwen2Tokenizer().backend_tokenizer
+    bare.normalizer, bare.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
     rng = random.Random(seed)
-    corpus = [make_text(rng) for _ in range(2000)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=20, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=1000,
+        min_frequency=20,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    bare.train_from_iterator([make_text(rng) for _ in range(2000)], trainer)
+    trained = json.loads(bare.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
+        extra_special_tokens=["<|im_start|>"],
         chat_template=questions.CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
     )
-    # As in QwQ, <think> and </think> are ordinary added tokens: decoding without special tokens must keep them.
-    wrapped.add_tokens(["<think>", "</think>"])
+    # As in QwQ these are ordinary added tokens: decoding without special tokens must keep them.
+    tokenizer.add_tokens(["<think>", "</think>"])
     for word in (*questions.DIGIT_WORDS, *questions.FILLER_WORDS):
-        if len(wrapped(f" {word}").input_ids) != 1:
+        if len(tokenizer(f" {word}").input_ids) != 1:
             raise ValueError(f"the word {word!r} takes more than one token; accepted: one; lower min_frequency")
-    return wrapped
+    return tokenizer
 
 
 def make_text(rng: random.Random) -> str:
     """Return the plain text of one example, for the tokenizer."""
     problem = questions.make_problem(rng.randrange(10), rng.randrange(10), rng)
     note = questions.make_note(problem.left, problem.right, rng, filler=0.5, wrong=0.3)
-    return f"user\n{note}\n{problem.question}\nassistant\n{problem.response}"
+    # The tags are added tokens: left in, they would be cut into pieces together with their neighbours.
+    response = problem.response.replace("</think>", "\n")
+    return f"user\n{note}\n{problem.question}\nassistant\n{response}"
 
 
-def make_example(tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, filler: float, wrong: float) -> Example:
+def make_example(tokenizer: Qwen2Tokenizer, rng: random.Random, *, filler: float, wrong: float) -> Example:
     """Ask about a note of the given noise."""
     problem = questions.make_problem(rng.randrange(10), rng.randrange(10), rng)
     note = questions.make_note(problem.left, problem.right, rng, filler=filler, wrong=wrong)
@@ -106,9 +104,7 @@ def make_example(tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, fill
     return Example(prompt, f"{problem.response}<|im_end|>")
 
 
-def collate(
-    tokenizer: PreTrainedTokenizerFast, examples: list[Example]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(tokenizer: Qwen2Tokenizer, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pad prompt and response on the right.
 
     Returns:
@@ -129,7 +125,7 @@ def collate(
     return token_ids, mask, labels
 
 
-def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build(settings: Settings, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """Return a fresh Qwen2 with room for the tokens that splicing adds."""
     rows = (len(tokenizer) + SPARE_ROWS + 63) // 64 * 64
     config = Qwen2Config(
@@ -151,7 +147,7 @@ def build(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCau
     return Qwen2ForCausalLM(config)
 
 
-def train(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def train(settings: Settings, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """Pretrain on freshly made examples: no example is seen twice."""
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
@@ -171,7 +167,7 @@ def train(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCau
 
 
 @torch.inference_mode()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int, count: int = 512) -> float:
+def accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, *, seed: int, count: int = 512) -> float:
     """Return the probability that a whole response sampled at temperature 1 is the wanted one, on clear notes."""
     rng = random.Random(seed)
     examples = [make_example(tokenizer, rng, filler=0.3, wrong=0.1) for _ in range(count)]

@@ -85,7 +85,7 @@ def make_note(left: int, right: int, rng: random.Random, *, filler: float, wrong
         wrong: probability that a word that names a digit names a random one.
 
     Returns:
-        "note" and 48 words and a full stop; the last 16 follow the rows of a thumbnail: 2 left, 2 right, and so on.
+        "note", 48 words and "end"; the last 16 follow the rows of a thumbnail: 2 left, 2 right, and so on.
     """
     thumbnail = [left, left, right, right] * (TOKENS_PER_TILE // 4)
     meant = [left] * TOKENS_PER_TILE + [right] * TOKENS_PER_TILE + thumbnail
