@@ -4,21 +4,9 @@
 #   R1V2_CONTAINER  image for srun --container-image (pyxis); empty: run in the environment of the job
 #   R1V2_MOUNTS     for --container-mounts; default: the submit folder at its own path
 
-# Runs on each node. torchrun would die of SIGUSR1, so its worker processes get it straight from here.
-# shellcheck disable=SC2016
-R1V2_NODE_SCRIPT='
-set -euo pipefail
-torchrun "$@" &
-torchrun_pid=$!
-trap "pkill -USR1 -P $torchrun_pid || true" USR1
-trap "kill -TERM $torchrun_pid || true" TERM
-while kill -0 "$torchrun_pid" 2>/dev/null; do
-  wait "$torchrun_pid" || true
-done
-status=0
-wait "$torchrun_pid" || status=$?
-exit "$status"
-'
+# Runs on each node. SLURM passes a signal to every process of the step. torchrun would die of SIGUSR1, so it starts with
+# the signal ignored; so do its workers, until the trainer asks to hear of it.
+R1V2_NODE_SCRIPT='trap "" USR1; exec torchrun "$@"'
 
 # launch MODULE RECIPE [section.key=value ...]
 launch() {
