@@ -85,8 +85,10 @@ def main() -> None:
     logging.disable(logging.WARNING)  # math-verify warns that its own time limit is off
     sys.tracebacklimit = 3  # a crash is counted by the pool; a thousand frames of sympy help nobody
     file_descriptor, parent, timeout_seconds = sys.argv[1:]
-    with socket.socket(fileno=int(file_descriptor)) as connection:
-        serve(connection, parent=int(parent), timeout_seconds=float(timeout_seconds))
+    # No `with`: the pool ends a worker whose socket closes, and an error must reach stderr before that. The traceback
+    # holds this frame, and so the socket, until it is printed.
+    connection = socket.socket(fileno=int(file_descriptor))
+    serve(connection, parent=int(parent), timeout_seconds=float(timeout_seconds))
 
 
 if __name__ == "__main__":

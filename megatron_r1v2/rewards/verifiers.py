@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # How long a worker may take to start and to import what a check needs, on a loaded machine or a slow file system.
 START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
+# A worker that failed to start exits by itself; its exit code and message say why.
+_EXIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class VerifierPool:
 
     def _start_failed(self, slot: int, waiting: deque[int], index: int) -> None:
         """Give the call to a new worker: it was never tried. Wrong rewards for all would be worse than an error."""
-        exit_code = self._workers[slot].end()
+        exit_code = self._workers[slot].end(patience_seconds=_EXIT_SECONDS)
         self._failed_starts += 1
         self._replace(slot)
         if self._failed_starts >= _MAX_FAILED_STARTS:
@@ -267,8 +270,14 @@ class _Worker:
         header = read_exactly(self.connection, LENGTH.size)
         return read_exactly(self.connection, LENGTH.unpack(header)[0]) if header is not None else None
 
-    def end(self) -> int:
-        """End the process if it lives, wait for it, and return its exit code."""
+    def end(self, *, patience_seconds: float = 0.0) -> int:
+        """End the process if it lives on, wait for it, and return its exit code.
+
+        Args:
+            patience_seconds: how long a process that is about to exit may take to do so with its own exit code.
+        """
         self.connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience_seconds)
         self.process.kill()
         return self.process.wait()

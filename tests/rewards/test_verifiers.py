@@ -112,7 +112,9 @@ def test_importing_what_a_check_needs_is_not_part_of_its_time(monkeypatch, tmp_p
 
 
 def test_a_package_that_is_missing_is_an_error_and_not_a_wrong_answer(pool, capfd):
-    with pytest.raises(RuntimeError, match="ended before they started a check .*Is math-verify installed"):
+    with pytest.raises(
+        RuntimeError, match=r"ended before they started a check \(exit code 1\).*Is math-verify installed"
+    ):
         pool.run([_answer(8), Call("broken_import", "check", ())], failed=False)
     assert "no_such_module_anywhere" in capfd.readouterr().err
     assert pool.run([_answer(8)], failed=False) == [True]
