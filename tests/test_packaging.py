@@ -80,7 +80,8 @@ def tracked_files():
 
 
 KNOWN_SITES = {
-    "arxiv.org", "github.com", "git-lfs.github.com", "nvcr.io", "download.pytorch.org", "pytorch.org", "huggingface.co", "www.w3.org",
+    "arxiv.org", "github.com", "git-lfs.github.com", "nvcr.io", "download.pytorch.org", "pytorch.org", "huggingface.co",
+    "www.w3.org",
     "localhost", "127.0.0.1", "docs.nvidia.com", "example.com",
 }  # fmt: skip
 
