@@ -28,9 +28,9 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "Mean total reward of the fresh responses, and each part before its weight.",
             ),
             Chart(
-                "Validation Pass@1",
-                ("validation/pass_at_1",),
-                "Share of sampled responses to held-back prompts that are right.",
+                "Validation",
+                ("validation/pass_at_1", "validation/format_rate"),
+                "Sampled responses to held-back prompts: how many are right, and how many have the right format.",
                 percent=True,
             ),
             Chart(
@@ -53,9 +53,9 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 percent=True,
                 target="buffer.target_effective_fraction",
             ),
-            Chart("Size", ("ssb/size", "ssb/replayed", "ssb/distinct_samples"), "Responses held, and drawn a step."),
-            Chart("Reuse", ("ssb/reuse_mean",), "How often a replayed response has been trained on."),
-            Chart("Age", ("ssb/age_mean", "ssb/age_max"), "Steps since a replayed response was generated."),
+            Chart("Size", ("ssb/size", "ssb/replayed", "ssb/distinct*"), "Responses held, and drawn a step."),
+            Chart("Reuse", ("ssb/reuse*",), "How often a replayed response has been trained on."),
+            Chart("Age", ("ssb/age*",), "Steps since a replayed response was generated."),
             Chart(
                 "Replayed responses in the update",
                 ("ssb/clip_fraction_replayed", "actor/pg_clipfrac", "ssb/gradient_share_replayed"),
@@ -79,10 +79,14 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
         "Optimisation",
         (
-            Chart("Loss", ("actor/loss",), "The loss of the update."),
+            Chart("Loss", ("actor/loss", "actor/nll", "actor/kl_loss"), "The loss of the update, and its parts."),
             Chart("Gradient norm", ("actor/grad_norm",), "Before clipping."),
             Chart("Learning rate", ("actor/lr",), "Of the optimizer step."),
-            Chart("Policy change in a step", ("actor/ppo_kl",), "KL between the old and the new policy, estimated."),
+            Chart(
+                "Policy change",
+                ("actor/ppo_kl", "ssb/ppo_kl_replayed"),
+                "KL between the policy that a response is weighed against and the trained one, estimated: all, replayed.",
+            ),
         ),
     ),
     (
