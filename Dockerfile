@@ -10,7 +10,7 @@ WORKDIR /workspace/megatron_r1v2
 COPY setup.py pyproject.toml README.md ./
 RUN mkdir -p megatron_r1v2 checkpoint_tools \
     && touch megatron_r1v2/__init__.py checkpoint_tools/__init__.py \
-    && pip install --no-cache-dir -e .
+    && pip install --no-cache-dir --no-build-isolation -e .
 
 # megatron-core 0.16.1 works with TransformerEngine 2.9 to 2.11: fail here rather than in a job.
 RUN python -c "import importlib.metadata as m; v = m.version('transformer_engine'); \
