@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test test-full lint gpu-test install clean
 
 demo: install
-	$(BIN)/python -m examples.digits.demo
+	$(BIN)/python -m examples.digits.run_demo
 
 test: install
 	$(PYTEST) -m "not slow and not gpu"

@@ -1,0 +1,159 @@
+"""Runs the demo's stages as processes: several at a time where they may, each with a log and a line of progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+POLL_SECONDS = 0.25
+TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo.
+
+    Example: Stage("align", "adapter until about half right", ("megatron_r1v2.align", "examples/digits/align.yaml")).
+    """
+
+    name: str
+    what: str
+    """Shown beside the name."""
+    command: tuple[str, ...]
+    """A module and its arguments, for `python -m`."""
+
+
+class StageError(RuntimeError):
+    """A stage failed; the message says which, and ends with the end of its log."""
+
+
+@dataclass
+class _Running:
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    log: Path
+    start: float
+
+
+class StageRunner:
+    """Runs stages below one folder and remembers which are done.
+
+    A finished stage leaves `stages/NAME.json` with its command and its seconds. The same command is not run again;
+    another command under the same name is an error, because later stages were made from the old result.
+
+    Args:
+        folder: where logs and records go.
+        threads: of each process, when one runs at a time.
+        console: where progress is shown.
+    """
+
+    def __init__(self, folder: Path, *, threads: int, console: Console) -> None:
+        self._logs, self._records = folder / "logs", folder / "stages"
+        self._threads, self._console = threads, console
+        self.seconds: dict[str, float] = {}
+        for path in (self._logs, self._records):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def run(self, *stages: Stage) -> None:
+        """Run stages side by side until all are done; the first that fails ends the others.
+
+        Raises:
+            StageError: a stage failed, or was done before with another command.
+        """
+        waiting = [stage for stage in stages if not self._is_done(stage)]
+        threads = max(1, self._threads // max(1, len(waiting)))
+        running = [self._start(stage, threads) for stage in waiting]
+        try:
+            with Live(console=self._console, refresh_per_second=4, transient=True) as live:
+                while running:
+                    live.update(Group(*(_line(item) for item in running)))
+                    time.sleep(POLL_SECONDS)
+                    running = [item for item in running if not self._finish(item)]
+        finally:
+            for item in running:
+                item.process.terminate()
+            for item in running:
+                item.process.wait()
+
+    def _is_done(self, stage: Stage) -> bool:
+        record = self._records / f"{stage.name}.json"
+        if not record.is_file():
+            return False
+        done = json.loads(record.read_text(encoding="utf-8"))
+        if done["command"] != list(stage.command):
+            raise StageError(
+                f"stage {stage.name} was done with another command ({' '.join(done['command'])}); "
+                f"now it would be {' '.join(stage.command)}. Use another --output, or remove this one to start again"
+            )
+        self.seconds[stage.name] = done["seconds"]
+        self._console.print(f"[dim]{stage.name:<16} done before ({done['seconds']:.0f} s)[/dim]", highlight=False)
+        return True
+
+    def _start(self, stage: Stage, threads: int) -> _Running:
+        log = self._logs / f"{stage.name}.log"
+        if not self._console.is_terminal:
+            self._console.print(f"{stage.name:<16} {stage.what} ...", highlight=False)
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *stage.command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=_environment(threads),
+            )
+        return _Running(stage, process, log, time.perf_counter())
+
+    def _finish(self, item: _Running) -> bool:
+        """Record a process that has ended; False while it runs."""
+        code = item.process.poll()
+        if code is None:
+            return False
+        seconds = time.perf_counter() - item.start
+        if code:
+            tail = "\n".join(_lines(item.log)[-TAIL_LINES:])
+            raise StageError(
+                f"stage {item.stage.name} failed with exit code {code} after {seconds:.0f} s; its log {item.log} ends:"
+                f"\n\n{tail}\n\ncommand: python -m {' '.join(item.stage.command)}"
+            )
+        self.seconds[item.stage.name] = seconds
+        record = self._records / f"{item.stage.name}.json"
+        beside = record.with_suffix(".json.part")
+        beside.write_text(json.dumps({"command": item.stage.command, "seconds": round(seconds, 1)}) + "\n")
+        os.replace(beside, record)
+        self._console.print(f"{item.stage.name:<16} {item.stage.what} ({seconds:.0f} s)", highlight=False)
+        return True
+
+
+def _environment(threads: int) -> Mapping[str, str]:
+    # The children import this repository also where it is not installed.
+    paths: Sequence[str] = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _line(item: _Running) -> Text:
+    lines = _lines(item.log)
+    seconds = time.perf_counter() - item.start
+    text = f"{item.stage.name:<16} {seconds:4.0f} s  {lines[-1].strip() if lines else item.stage.what}"
+    return Text(text, overflow="ellipsis", no_wrap=True)
+
+
+def _lines(log: Path) -> list[str]:
+    """Return the lines of a log that are not empty, a rewritten line in its last form."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()]
