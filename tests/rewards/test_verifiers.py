@@ -62,11 +62,11 @@ def test_a_hang_fails_one_check_and_the_others_go_on(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     with VerifierPool(3, TIMEOUT) as pool:
         before = set(pool.process_ids)
-        hangs = [_hostile("busy_loop"), _hostile("catastrophic_regex"), _hostile("huge_power")]
+        hangs = [_hostile(name) for name in ("busy_loop", "catastrophic_regex", "huge_power", "stop_itself")]
         start = time.perf_counter()
         results = pool.run([_answer(8), *hangs, *[_answer(8)] * 20, hangs[0]], failed=False)
-        assert results == [True, False, False, False, *[True] * 20, False]
-        assert (pool.timeouts, pool.crashes) == (4, 0)
+        assert results == [True, *[False] * 4, *[True] * 20, False]
+        assert (pool.timeouts, pool.crashes) == (5, 0)
         assert time.perf_counter() - start < 10 * TIMEOUT
         assert len(set(pool.process_ids)) == 3, "a worker that was ended must be replaced"
         assert not any(_is_alive(process_id) for process_id in before - set(pool.process_ids))
