@@ -85,7 +85,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart(
                 "Policy change",
                 ("actor/ppo_kl", "ssb/ppo_kl_replayed"),
-                "Estimated KL between the policy that a response is weighed against and the trained one: all, replayed.",
+                "Estimated KL between the policy a response is weighed against and the trained one: all, replayed.",
             ),
         ),
     ),
