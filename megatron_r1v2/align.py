@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from megatron_r1v2.config.command_line import parse_command_line
+from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries
 
 
 def main() -> None:
     """Run the stage and write its report."""
     recipe = parse_command_line(sys.argv[1:], "align")
+    quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
     from megatron_r1v2.training.align import run_align
 

@@ -7,6 +7,7 @@ import inspect
 import sys
 import textwrap
 import typing
+import warnings
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -44,6 +45,13 @@ def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     return recipe
+
+
+def quiet_libraries() -> None:
+    """Hide the warnings of libraries that a user can do nothing about (absent fused kernels, deprecations)."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for module in ("megatron", "torch"):
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
 
 
 def describe_settings() -> str:

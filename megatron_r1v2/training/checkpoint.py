@@ -33,6 +33,7 @@ from megatron_r1v2.config.load import save_recipe
 from megatron_r1v2.config.schema import Part, RunRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.training.optimizer import load_optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class CheckpointStore:
         optimizer: MegatronOptimizer,
         *,
         parts: Iterable[Part],
+        trained: Iterable[Part],
         state: Mapping[str, Any],
         replay: Mapping[str, Any],
         recipe: RunRecipe,
@@ -88,7 +90,8 @@ class CheckpointStore:
             step: steps done.
             model: this rank's part.
             optimizer: of the trained parts.
-            parts: the trained ones, saved here.
+            parts: those that differ from the HF model that the run started from; saved here.
+            trained: those that this stage trains.
             state: the same on every rank; tensors, numbers, strings, and lists and dictionaries of them.
             replay: what this data-parallel rank holds of the buffer.
             recipe: the settings of the run.
@@ -104,7 +107,8 @@ class CheckpointStore:
             (partial / TENSORS).mkdir(parents=True)
         dist.barrier()
         if self.context.is_main:
-            torch.save({**state, "parts": [Part(part).value for part in parts]}, partial / STATE_FILE)
+            names = {"parts": _names(parts), "trained": _names(trained)}
+            torch.save({**state, **names}, partial / STATE_FILE)
             save_recipe(recipe, partial / "recipe.yaml")
         if self.context.is_replica_leader:
             torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
@@ -130,7 +134,7 @@ class CheckpointStore:
         self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def load(
-        self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, parts: Iterable[Part]
+        self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, trained: Iterable[Part]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Load a checkpoint into model and optimizer.
 
@@ -138,7 +142,7 @@ class CheckpointStore:
             folder: a finished checkpoint.
             model: this rank's part.
             optimizer: of the trained parts.
-            parts: that the run trains; must be those of the checkpoint.
+            trained: the parts that the run trains; must be those of the checkpoint.
 
         Returns:
             What `save` was given as `state`, and the `replay` of every data-parallel rank of the saved run.
@@ -147,13 +151,12 @@ class CheckpointStore:
             ValueError: the checkpoint trained other parts.
         """
         state = load_state(folder)
-        wanted = [Part(part).value for part in parts]
-        if sorted(state["parts"]) != sorted(wanted):
+        if state["trained"] != _names(trained):
             raise ValueError(
-                f"checkpoint {folder} trained {state['parts']} but train.parts={wanted}; to start a new stage from its "
-                "weights set model.checkpoint to it and run.output_dir to a new folder"
+                f"checkpoint {folder} trained {state['trained']} but train.parts={_names(trained)}; to start a new stage "
+                "from its weights set model.checkpoint to it and run.output_dir to a new folder"
             )
-        sharded: ShardedStateDict = {"model": part_state(model, parts)}
+        sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
         if not optimizer.is_stub_optimizer:
             sharded["optimizer"] = optimizer.sharded_state_dict(
                 sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
@@ -161,7 +164,7 @@ class CheckpointStore:
         loaded = dist_checkpointing.load(sharded, str(folder / TENSORS))
         _fill(model, loaded["model"], folder)
         if not optimizer.is_stub_optimizer:
-            optimizer.load_state_dict(loaded["optimizer"])
+            load_optimizer_state(optimizer, loaded["optimizer"])
         _restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
         return state, [torch.load(path, weights_only=True) for path in shards]
@@ -197,7 +200,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         if finished:
             return finished[-1]
     raise ValueError(
-        f"no finished checkpoint in {folder}; expected a folder with tensors/metadata.json, or step-NNNNNNNN folders in it "
+        f"no finished checkpoint in {folder}; expected tensors/metadata.json in it, or step-NNNNNNNN folders in it "
         "or in its checkpoints/"
     )
 
@@ -224,8 +227,8 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
     partial = folder.with_name(folder.name + ".partial")
     if context.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        torch.save({"step": 0, "parts": [Part(part).value for part in parts]}, partial / STATE_FILE)
+        (partial / TENSORS).mkdir(parents=True)
+        torch.save({"step": 0, "version": 0, "parts": _names(parts), "trained": []}, partial / STATE_FILE)
     dist.barrier()
     dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
     dist.barrier()
@@ -252,9 +255,13 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
 
 def part_state(model: R1V2Model, parts: Iterable[Part]) -> ShardedStateDict:
     """Describe the parameters of some parts of the model to `dist_checkpointing`."""
-    names = {Part(part).value for part in parts}
+    names = _names(parts)
     sharded = model.sharded_state_dict()
     return {key: value for key, value in sharded.items() if key.split(".", 1)[0] in names}
+
+
+def _names(parts: Iterable[Part]) -> list[str]:
+    return sorted({Part(part).value for part in parts})
 
 
 def _fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:

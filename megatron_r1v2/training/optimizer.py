@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def build_optimizer(
         # Checkpoints gather optimizer state over gloo groups, which megatron-core finds only by itself.
         use_gloo_process_groups=True,
     )
+    _allocate_state(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     updates = max(1, settings.steps * settings.updates_per_step)
     warmup = min(settings.warmup_steps * settings.updates_per_step, updates - 1)
@@ -94,6 +95,47 @@ def build_optimizer(
 def current_learning_rate(optimizer: MegatronOptimizer) -> float:
     """Return the learning rate of the next step (0 on a pipeline stage that trains nothing)."""
     return max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, Any]) -> None:
+    """Load what `dist_checkpointing` read into the optimizer.
+
+    megatron-core 0.16.1 cannot load the `fully_reshardable` format into torch's Adam: it looks for every entry of
+    Adam's state, the step count included, among tensors that do not hold it (KeyError: 'step'); and it makes one tensor
+    the step count of all parameters, which each of them then increments. So the two halves are loaded one by one, and
+    every parameter gets a step count of its own.
+
+    Args:
+        optimizer: from `build_optimizer`, with one distributed optimizer in it.
+        loaded: its sharded state, loaded.
+    """
+    (part,) = optimizer.chained_optimizers
+    rest = dict(loaded)
+    tensors = rest.pop("param_state")
+    part.load_state_dict(rest)
+    states = part.optimizer.state.values()
+    steps = [state.pop("step", None) for state in states]
+    part.load_parameter_state_from_fully_reshardable(tensors)
+    for state, step in zip(states, steps, strict=True):
+        if step is not None:
+            state["step"] = step.clone()
+
+
+def _allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam the state it would make in its first step.
+
+    Without TransformerEngine or apex, megatron-core reads the step count out of that state when it saves or loads, and
+    fails when there is none: before the first step, which is when a checkpoint is loaded.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 def _finalizer(context: ParallelContext) -> Callable[..., None]:

@@ -23,7 +23,7 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.verifiers import VerifierPool
-from megatron_r1v2.training.checkpoint import CheckpointStore, load_weights, resolve_checkpoint
+from megatron_r1v2.training.checkpoint import CheckpointStore, load_state, load_weights, resolve_checkpoint
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
@@ -40,6 +40,10 @@ class LoadedModel:
     tokenizer: ChatTokenizer
     context: ParallelContext
     recipe: RunRecipe
+    changed_parts: list[Part]
+    """Parts whose weights are not those in `model.hf_path`."""
+    version: int
+    """Optimizer steps behind `model.checkpoint`."""
 
     @property
     def sampled_vocab_size(self) -> int:
@@ -142,7 +146,8 @@ class Session(LoadedModel):
             self.step,
             self.policy.model,
             self.policy.optimizer,
-            parts=self.parts,
+            parts={*self.parts, *self.changed_parts},
+            trained=self.parts,
             state={
                 "step": self.step,
                 "version": self.policy.version,
@@ -192,9 +197,19 @@ def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
     load_hf_weights(model, hf_path, context, cast=True)
+    changed, version = [], 0
     if recipe.model.checkpoint:
-        load_weights(model, resolve_checkpoint(recipe.model.checkpoint))
-    return LoadedModel(model=model, architecture=architecture, tokenizer=tokenizer, context=context, recipe=recipe)
+        checkpoint = resolve_checkpoint(recipe.model.checkpoint)
+        changed, version = load_weights(model, checkpoint), load_state(checkpoint)["version"]
+    return LoadedModel(
+        model=model,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        context=context,
+        recipe=recipe,
+        changed_parts=changed,
+        version=version,
+    )
 
 
 @contextmanager
@@ -272,7 +287,7 @@ def _resume(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if folder is None:
         return {}, []
-    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, parts=recipe.train.parts)
+    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=recipe.train.parts)
     policy.version = state["version"]
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this
     policy.scheduler.load_state_dict(state["scheduler"])
