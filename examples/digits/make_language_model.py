@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -36,7 +37,7 @@ class Settings:
     heads: int = 4
     kv_heads: int = 2
     ffn_size: int = 256
-    steps: int = 450
+    steps: int = 420
     batch: int = 32
     muon: float = 0.015
     adam: float = 8e-3
@@ -180,6 +181,7 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, *, seed: int, c
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
+    transformers.utils.logging.disable_progress_bar()
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits.make_language_model",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import InternVLVisionConfig, InternVLVisionModel
@@ -33,7 +34,7 @@ class Settings:
     hidden_size: int = 64
     layers: int = 3
     heads: int = 4
-    steps: int = 300
+    steps: int = 350
     batch: int = 64
     muon: float = 0.02
     adam: float = 3e-3
@@ -127,7 +128,7 @@ def train(settings: Settings) -> tuple[InternVLVisionModel, nn.Module]:
         thumbnails = make_thumbnails(batch[:squeezed], batch[settings.batch :])
         inputs = torch.cat([thumbnails, batch[squeezed : settings.batch]])
         logits = patch_logits(model, head, inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), patch_labels(left, right, side).flatten(), label_smoothing=0.05)
+        loss = F.cross_entropy(logits.flatten(0, 1), patch_labels(left, right, side).flatten(), label_smoothing=0.1)
         progress.show(step + 1, optimizers.update(loss, step))
     return model, head
 
@@ -148,6 +149,7 @@ def accuracy(model: InternVLVisionModel, head: nn.Module, tiles_BHW: torch.Tenso
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
+    transformers.utils.logging.disable_progress_bar()
     default = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits.make_vision_tower",

@@ -35,7 +35,8 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, *, muon: float, adam: float, steps: int) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             (matrices if parameter.ndim == 2 and ".layer" in name else rest).append(parameter)
         self._model, self._steps = model, steps

@@ -90,7 +90,7 @@ def make_note(left: int, right: int, rng: random.Random, *, filler: float, wrong
     thumbnail = [left, left, right, right] * (TOKENS_PER_TILE // 4)
     meant = [left] * TOKENS_PER_TILE + [right] * TOKENS_PER_TILE + thumbnail
     words = [_word(digit, rng, filler, wrong) for digit in meant]
-    return f"note {' '.join(words)}."
+    return f"note {' '.join(words)} end"
 
 
 def _word(digit: int, rng: random.Random, filler: float, wrong: float) -> str:
