@@ -78,8 +78,8 @@ class SDPACoreAttention(MegatronModule):
         bounds = packed.cu_seqlens_q.tolist()
         pieces = []
         for start, end in itertools.pairwise(bounds):
-            rows = (tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-            pieces.append(self._attend(*rows, causal).squeeze(0).transpose(0, 1))
+            q_1NSD, k_1NSD, v_1NSD = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+            pieces.append(self._attend(q_1NSD, k_1NSD, v_1NSD, causal).squeeze(0).transpose(0, 1))
         if bounds[-1] < query.shape[0]:
             pieces.append(torch.zeros_like(query[bounds[-1] :]))
         return torch.cat(pieces)

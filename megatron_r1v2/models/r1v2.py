@@ -173,8 +173,9 @@ class R1V2Model(MegatronModule):
         if self.pre_process:
             if features_TFK is None and tiles_TCHW is not None and tiles_TCHW.shape[0]:
                 features_TFK = self.encode_tiles(tiles_TCHW)
-            has_images = features_TFK is not None and features_TFK.shape[0] > 0
-            embeddings_FH = self.adapt(features_TFK, tile_index) if has_images else None
+            embeddings_FH = None
+            if features_TFK is not None and features_TFK.shape[0]:
+                embeddings_FH = self.adapt(features_TFK, tile_index)
             hidden_SBH = self.embed(token_ids_BS, position_ids_BS, embeddings_FH, image_mask_BS)
         return self.language(
             input_ids=token_ids_BS,

@@ -13,9 +13,9 @@ import torch.distributed as dist
 Item = TypeVar("Item")
 
 
-def all_gather(item: Item, group: dist.ProcessGroup) -> list[Item]:
-    """Return the item of every rank of the group, in rank order."""
-    gathered: list[Any] = [None] * group.size()
+def all_gather(item: Item, group: dist.ProcessGroup | None = None) -> list[Item]:
+    """Return the item of every rank of the group (None: of all ranks), in rank order."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, item, group=group)
     return gathered
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -137,7 +138,5 @@ def _shared_tiles(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _to_device(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
-    fields = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()
-    }
-    return TrainingBatch(**fields)
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)

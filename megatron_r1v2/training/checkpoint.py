@@ -153,8 +153,8 @@ class CheckpointStore:
         state = load_state(folder)
         if state["trained"] != _names(trained):
             raise ValueError(
-                f"checkpoint {folder} trained {state['trained']} but train.parts={_names(trained)}; to start a new stage "
-                "from its weights set model.checkpoint to it and run.output_dir to a new folder"
+                f"checkpoint {folder} trained {state['trained']} but train.parts={_names(trained)}; to start another "
+                "stage from its weights set model.checkpoint to it and run.output_dir to a new folder"
             )
         sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
         if not optimizer.is_stub_optimizer:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -234,7 +235,7 @@ class GrpoStage:
     def save(self, *, finished: bool) -> None:
         """Write a checkpoint."""
         with self.session.recorder.timed("save"):
-            state = {"finished": finished}
+            state: dict[str, Any] = {"finished": finished}
             if self.buffer is not None:
                 state |= {"buffer": self.buffer.state_dict()}
             self.session.save(state, self.store.state_dict())

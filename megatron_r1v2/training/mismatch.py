@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -35,7 +34,7 @@ def mismatch_over_ranks(
     ]
     sums = {name: pair.cpu() for name, pair in add_pairs([pairs for pairs, _ in parts]).items()}
     maxima = {name: value.cpu() for name, value in _largest([values for _, values in parts]).items()}
-    gathered = objects.all_gather((sums, maxima) if context.is_replica_leader else ({}, {}), dist.group.WORLD)
+    gathered = objects.all_gather((sums, maxima) if context.is_replica_leader else ({}, {}))
     return mismatch_metrics(add_pairs([pairs for pairs, _ in gathered]), _largest([values for _, values in gathered]))
 
 

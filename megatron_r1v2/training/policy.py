@@ -148,7 +148,7 @@ def combine(sums: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext
         float64 pairs by name, on every rank.
     """
     local = add_pairs(sums) if context.tensor_rank == 0 else {}
-    return add_pairs(objects.all_gather({name: pair.cpu() for name, pair in local.items()}, dist.group.WORLD))
+    return add_pairs(objects.all_gather({name: pair.cpu() for name, pair in local.items()}))
 
 
 def add_pairs(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

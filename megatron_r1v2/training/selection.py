@@ -105,7 +105,7 @@ def select(
     if buffer is not None:
         lengths |= {name: buffer.entry(name).response_length for name in plan.replayed}
     updates = _split_updates(computed, recipe.train.updates_per_step)
-    trainer = {}
+    trainer: dict[str, int] = {}
     for update in updates:
         trainer |= assign({name: lengths[name] for name in update}, context.data_size)
     by_tokens = recipe.algorithm.loss_aggregation is LossAggregation.token

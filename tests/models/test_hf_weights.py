@@ -76,6 +76,31 @@ def test_round_trip_is_bit_exact(folders, world_size, layouts):
     assert run_ranks(world_size, round_trip, chosen, layouts)[0] == []
 
 
+def differences_to_transformers(folders: dict[str, str]) -> dict[str, float]:
+    """Return, for each variant, max |ours - theirs| / max |theirs| of the logits of a prompt with two tiles."""
+    found = {}
+    for name, folder in folders.items():
+        theirs = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        ours, context = start(folder, tensor=1, pipeline=1, dtype=torch.float32)
+        load_hf_weights(ours, folder, context)
+        generator = torch.Generator().manual_seed(0)
+        tiles_TCHW = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        token_ids_BS = torch.randint(0, 250, (1, 50), generator=generator)
+        token_ids_BS[0, 3:35] = theirs.config.image_token_id
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        with torch.no_grad():
+            expected = theirs(input_ids=token_ids_BS, pixel_values=(tiles_TCHW / 255 - mean) / std).logits
+            got = ours(token_ids_BS, torch.arange(50)[None], tiles_TCHW=tiles_TCHW)
+        found[name] = float((got - expected).abs().max() / expected.abs().max())
+    return found
+
+
+def test_loaded_weights_compute_what_transformers_computes(folders):
+    """A round trip cannot see two tensors of equal shape that change places both ways; the logits can."""
+    (found,) = run_ranks(1, differences_to_transformers, folders)
+    assert max(found.values()) < 1e-5, found
+
+
 def save_and_refuse(folder: str, output: str) -> list[str]:
     model, context = start(folder, tensor=2, pipeline=1)
     load_hf_weights(model, folder, context)
