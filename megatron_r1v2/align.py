@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries
@@ -12,9 +13,12 @@ def main() -> None:
     recipe = parse_command_line(sys.argv[1:], "align")
     quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
+    from megatron_r1v2.report.page import write_report
     from megatron_r1v2.training.align import run_align
 
-    run_align(recipe)
+    run_dir = run_align(recipe)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"report: {write_report(run_dir)}")
 
 
 if __name__ == "__main__":

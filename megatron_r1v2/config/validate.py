@@ -186,8 +186,17 @@ def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
     missing = [key for key in _LANGUAGE_SIZES if key not in text]
     if missing:
         raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {', '.join(missing)}")
-    _check_tensor_parallel(recipe.parallel.tensor, text)
-    _check_pipeline(recipe, int(text["num_hidden_layers"]))
+    heads = int(text["num_attention_heads"])
+    check_layout(
+        tensor=recipe.parallel.tensor,
+        pipeline=recipe.parallel.pipeline,
+        first_stage_layers=recipe.parallel.first_stage_layers,
+        heads=heads,
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        hidden=int(text["hidden_size"]),
+        ffn=int(text["intermediate_size"]),
+        layers=int(text["num_hidden_layers"]),
+    )
     positions = int(text["max_position_embeddings"])
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     if longest > positions:
@@ -207,13 +216,36 @@ _LANGUAGE_SIZES = (
 )
 
 
-def _check_tensor_parallel(tensor: int, text: Mapping[str, Any]) -> None:
-    heads = int(text["num_attention_heads"])
-    kv_heads = int(text.get("num_key_value_heads") or heads)
+def check_layout(
+    *,
+    tensor: int,
+    pipeline: int,
+    first_stage_layers: int,
+    heads: int,
+    kv_heads: int,
+    hidden: int,
+    ffn: int,
+    layers: int,
+) -> None:
+    """Check that a layout divides the sizes of a language model.
+
+    Args:
+        tensor: `parallel.tensor`.
+        pipeline: `parallel.pipeline`.
+        first_stage_layers: `parallel.first_stage_layers`.
+        heads: attention heads.
+        kv_heads: key-value heads.
+        hidden: channels.
+        ffn: feed-forward channels.
+        layers: layers.
+
+    Raises:
+        ValueError: naming the setting and the size that it does not divide.
+    """
     for what, size in (
         ("attention heads (num_attention_heads)", heads),
-        ("channels (hidden_size)", int(text["hidden_size"])),
-        ("feed-forward channels (intermediate_size)", int(text["intermediate_size"])),
+        ("channels (hidden_size)", hidden),
+        ("feed-forward channels (intermediate_size)", ffn),
     ):
         if size % tensor:
             fitting = [n for n in range(1, heads + 1) if all(s % n == 0 for s in (heads, size))]
@@ -226,10 +258,10 @@ def _check_tensor_parallel(tensor: int, text: Mapping[str, Any]) -> None:
             f"parallel.tensor={tensor} and the language model's {kv_heads} key-value heads (num_key_value_heads) do "
             "not divide each other; choose a divisor or a multiple of the heads"
         )
+    _check_pipeline(pipeline, first_stage_layers, layers)
 
 
-def _check_pipeline(recipe: RunRecipe, layers: int) -> None:
-    stages, first = recipe.parallel.pipeline, recipe.parallel.first_stage_layers
+def _check_pipeline(stages: int, first: int, layers: int) -> None:
     if first and stages == 1:
         raise ValueError(
             f"parallel.first_stage_layers={first} needs more than one pipeline stage but parallel.pipeline=1; "

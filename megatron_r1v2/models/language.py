@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_r1v2.config.validate import check_layout
 from megatron_r1v2.models.architecture import LanguageArchitecture
 from megatron_r1v2.models.layer_specs import language_block_spec
 from megatron_r1v2.models.settings import ComputeSettings
@@ -26,7 +27,16 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
     Raises:
         ValueError: the layout does not divide heads, MLP or layers; or `model.transformer_config` is refused.
     """
-    _check_layout(architecture, settings)
+    check_layout(
+        tensor=settings.tensor,
+        pipeline=settings.pipeline,
+        first_stage_layers=settings.first_stage_layers,
+        heads=architecture.num_heads,
+        kv_heads=architecture.num_kv_heads,
+        hidden=architecture.hidden_size,
+        ffn=architecture.ffn_size,
+        layers=architecture.num_layers,
+    )
     arguments: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -93,31 +103,3 @@ def build_language_model(
         scatter_embedding_sequence_parallel=False,
         pg_collection=groups,
     )
-
-
-def _check_layout(architecture: LanguageArchitecture, settings: ComputeSettings) -> None:
-    tensor, kv_heads = settings.tensor, architecture.num_kv_heads
-    for name, size in (("attention heads", architecture.num_heads), ("MLP channels", architecture.ffn_size)):
-        if size % tensor:
-            raise ValueError(
-                f"parallel.tensor={tensor} does not divide the language model's {size} {name}; "
-                f"use one of {_divisors(size, 16)}"
-            )
-    if kv_heads % tensor and tensor % kv_heads:
-        raise ValueError(
-            f"parallel.tensor={tensor} and the language model's {kv_heads} key-value heads do not divide each other; "
-            f"use a divisor or a multiple of {kv_heads}"
-        )
-    layers, stages, first = architecture.num_layers, settings.pipeline, settings.first_stage_layers
-    rest_stages, rest_layers = (stages - 1, layers - first) if first else (stages, layers)
-    if stages > 1 and (rest_layers < rest_stages or rest_layers % rest_stages):
-        raise ValueError(
-            f"parallel.pipeline={stages} with parallel.first_stage_layers={first} does not divide {layers} layers: "
-            f"{rest_layers} layers over {rest_stages} stages; choose first_stage_layers so that the rest divides"
-        )
-    if first and stages == 1:
-        raise ValueError(f"parallel.first_stage_layers={first} needs parallel.pipeline > 1; set it to 0")
-
-
-def _divisors(size: int, largest: int) -> list[int]:
-    return [candidate for candidate in range(1, largest + 1) if size % candidate == 0]

@@ -32,11 +32,12 @@ def run_align(recipe: RunRecipe) -> Path:
     """
     with open_session(recipe, stage="align", shown=SHOWN) as session, session.verifiers() as pool:
         validation = Validation(session, session.evaluator(session.engine(), pool))
-        finished = session.is_finished
-        while not finished:
+        finished, stopping = session.is_finished, False
+        while not finished and not stopping:
             supervised_step(session)
             finished = validation.is_reached() or session.is_finished
-            if session.should_save(last=finished):
+            stopping = session.must_stop()
+            if session.should_save(last=finished or stopping):
                 with session.recorder.timed("save"):
                     session.save({"finished": finished}, {})
             session.end_step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -138,5 +139,7 @@ def _shared_tiles(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _to_device(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
-    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **tensors)
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **moved)

@@ -44,11 +44,12 @@ def run_grpo(recipe: RunRecipe) -> Path:
     with open_session(recipe, stage="grpo", shown=SHOWN) as session, session.verifiers() as pool:
         stage = GrpoStage(session, pool)
         validation = Validation(session, session.evaluator(stage.engine, pool))
-        finished = session.is_finished
-        while not finished:
+        finished, stopping = session.is_finished, False
+        while not finished and not stopping:
             stage.step()
             finished = validation.is_reached() or session.is_finished
-            if session.should_save(last=finished):
+            stopping = session.must_stop()
+            if session.should_save(last=finished or stopping):
                 stage.save(finished=finished)
             session.end_step()
     return Path(recipe.run.output_dir)

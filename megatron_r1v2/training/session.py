@@ -28,6 +28,7 @@ from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
 from megatron_r1v2.training.reference import ReferenceWeights
+from megatron_r1v2.training.stop_request import StopRequest
 from megatron_r1v2.types import Prompt
 
 
@@ -108,6 +109,7 @@ class Session(LoadedModel):
     checkpoints: CheckpointStore
     recorder: Recorder
     reference: ReferenceWeights | None
+    stop_request: StopRequest
     step: int = 0
     """Steps done."""
     loaded_state: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +130,13 @@ class Session(LoadedModel):
     def is_finished(self) -> bool:
         """Return whether nothing is left to do, also when a resumed stage had stopped early at its goal."""
         return self.step >= self.recipe.train.steps or bool(self.loaded_state.get("finished", False))
+
+    def must_stop(self) -> bool:
+        """Return whether the run was asked to save and end before it is finished."""
+        if not self.stop_request.is_made():
+            return False
+        self.recorder.say(f"asked to stop by SIGUSR1: saving after step {self.step}; start again to go on")
+        return True
 
     def end_step(self) -> None:
         """Publish finished checkpoints and write the numbers of the step."""
@@ -254,16 +263,19 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         )
         newest = checkpoints.latest() if recipe.checkpoint.resume else None
         state, replay = _resume(newest, policy, stream, checkpoints, recipe)
-        with Recorder(
-            run_dir,
-            name=recipe.run.name,
-            stage=stage,
-            total_steps=recipe.train.steps,
-            first_step=state.get("step", 0),
-            settings=recipe.logging,
-            is_main=context.is_main,
-            shown=shown,
-        ) as recorder:
+        with (
+            StopRequest(context.device) as stop_request,
+            Recorder(
+                run_dir,
+                name=recipe.run.name,
+                stage=stage,
+                total_steps=recipe.train.steps,
+                first_step=state.get("step", 0),
+                settings=recipe.logging,
+                is_main=context.is_main,
+                shown=shown,
+            ) as recorder,
+        ):
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
             if context.is_main:
@@ -275,6 +287,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 checkpoints=checkpoints,
                 recorder=recorder,
                 reference=reference,
+                stop_request=stop_request,
                 step=state.get("step", 0),
                 loaded_state=state,
                 loaded_replay=replay,
