@@ -112,8 +112,7 @@ def _decode(
     """
     requests, heads, size = query_RND.shape
     grouped = query_RND.view(requests, k.shape[2], heads // k.shape[2], size)
-    # A padding request has no keys: it gets one, since a row of nothing would be NaN.
-    mask = torch.arange(length, device=k.device) < seqlens_k.clamp(min=1)[:, None]
+    mask = torch.arange(length, device=k.device) < seqlens_k[:, None]
     out = F.scaled_dot_product_attention(
         grouped,
         _gather(k, table, length),

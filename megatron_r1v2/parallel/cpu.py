@@ -142,20 +142,16 @@ def _event(original: Any) -> Any:
 REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement("torch.cuda", "current_device", _returns(CPU), "ColumnParallelLinear.__init__ and nearly every layer"),
     Replacement("torch.cuda", "get_rng_state", _get_rng_state, "CudaRNGStatesTracker.add"),
-    Replacement("torch.cuda", "manual_seed", _manual_seed, "CudaRNGStatesTracker.add: every tracker's seed"),
+    Replacement("torch.cuda", "manual_seed", _manual_seed, "CudaRNGStatesTracker.add: the seed of each tracked state"),
     Replacement(_RNG, "_get_cuda_rng_state", _get_rng_state, "CudaRNGStatesTracker.fork"),
     Replacement(_RNG, "_set_cuda_rng_state", _set_rng_state, "CudaRNGStatesTracker.fork"),
-    Replacement("torch.cuda", "synchronize", _returns(None), "P2PCommunicator._communicate; checkpoint writers"),
+    Replacement("torch.cuda", "synchronize", _returns(None), "P2PCommunicator._communicate; FileSystemWriterAsync"),
     Replacement("torch.cuda", "Event", _event, "DynamicInferenceEngine.reset"),
     Replacement("torch.cuda.nvtx", "_nvtx.rangePushA", _returns(None), "DynamicInferenceEngine.async_forward"),
     Replacement("torch.cuda.nvtx", "_nvtx.rangePop", _returns(None), "DynamicInferenceEngine.async_forward"),
     Replacement("torch", "empty_like", _on_cpu, "TextGenerationController: pinned copies of request metadata"),
-    Replacement(
-        "megatron.core.inference.communication_utils", "_is_cuda", _returns(None), "recv_from_prev_pipeline_rank_"
-    ),
-    Replacement("torch", "Tensor.cuda", _returns_self, "save of a checkpoint by the fully parallel strategy"),
-    Replacement("torch.nn", "Module.cuda", _returns_self, "callers that move a GPTModel as megatron-core's own do"),
-    Replacement("torch", "tensor", _on_cpu, "DistributedOptimizer.__init__: found_inf"),
+    Replacement("torch", "Tensor.cuda", _returns_self, "LanguageModule: tied embeddings over pipeline stages"),
+    Replacement("torch", "tensor", _on_cpu, "MixedPrecisionOptimizer.__init__: found_inf"),
     Replacement("torch", "zeros", _on_cpu, "forward_backward_no_pipelining: total_num_tokens"),
     Replacement("torch", "Tensor.type", _cuda_type_name, "DistributedOptimizer._build_model_and_main_param_groups"),
 )

@@ -1,0 +1,181 @@
+"""Each replacement for CUDA is needed by a megatron-core call that the project makes, and none is missing."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
+from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
+from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.parallel import cpu, groups
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.types import Prompt
+from tests.ranks import run_ranks
+
+VISION = VisionArchitecture(32, 1, 4, 64, 32, 4, "layer_norm", 1e-6, True, False)
+BY_NAME = {replacement.name: replacement for replacement in cpu.REPLACEMENTS}
+ONLY_BETWEEN_STAGES = "torch.Tensor.cuda"
+
+
+def architecture(*, tied: bool) -> R1V2Architecture:
+    language = LanguageArchitecture("qwen2", 32, 2, 4, 2, 8, 64, 61, 4096, 1e4, 1e-6, True, False, tied)
+    return R1V2Architecture(VISION, language, image_token_id=7, downsample_ratio=0.5)
+
+
+def build(context: ParallelContext) -> R1V2Model:
+    tensor_parallel.model_parallel_cuda_manual_seed(5)
+    settings = ComputeSettings()
+    return build_r1v2(architecture(tied=False), settings, groups=context.groups, device=context.device)
+
+
+def initialize(context: ParallelContext) -> None:
+    """Initialise weights: a seed decides them, and the tracker leaves the default generator alone."""
+    one = build(context)
+    torch.rand(3)  # elsewhere in the program
+    before = torch.get_rng_state()
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        torch.rand(3)
+    assert torch.equal(before, torch.get_rng_state())
+    other = build(context)
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+def train_and_save(context: ParallelContext, folder: Path | None) -> None:
+    """Take a step with megatron-core's DDP, distributed optimizer, clipping and schedule; save what it made."""
+    model = build(context).language
+    config = model.config
+    config.calculate_per_token_loss = True
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1e-3), [ddp]
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    before = [parameter.clone() for parameter in model.parameters()]
+
+    def forward(_, module):
+        logits = module(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8)[None], None)
+        return logits, lambda out: (out.square().sum(), torch.tensor(8, dtype=torch.int32), {})
+
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=None,
+        model=[ddp],
+        num_microbatches=1,
+        seq_length=8,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    optimizer.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    if folder is not None:
+        state = ddp.module.sharded_state_dict()
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        dist_checkpointing.save(
+            {"model": state, "optimizer": optimizer.sharded_state_dict(state, metadata=metadata)}, str(folder)
+        )
+
+
+def roll_out(context: ParallelContext) -> None:
+    """Generate with the dynamic inference engine."""
+    engine = RolloutEngine(
+        build(context),
+        context=context,
+        settings=GenerationConfig(kv_cache_gib=0.001, max_requests=4, max_tokens_per_step=16),
+        stop_ids=frozenset(),
+        vocab_size=61,
+        max_prompt_tokens=8,
+        seed=1,
+    )
+    prompt = Prompt("p", (), (1, 2, 3), torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "", "exact")
+    rollouts = engine.generate(
+        [prompt],
+        num_responses=1,
+        policy_version=0,
+        temperature=1.0,
+        features=FeatureCache(0),
+        max_response_tokens=3,
+    )
+    assert len(rollouts[0].token_ids) == 3
+
+
+def everything(context: ParallelContext, folder: Path | None) -> None:
+    initialize(context)
+    roll_out(context)
+    train_and_save(context, folder)
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[ParallelContext]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+        probe.close()
+        yield groups.initialize(ParallelConfig(), seed=1)
+    groups.shut_down()
+
+
+def test_with_all_replacements_everything_runs(context, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="megatron.core.tensor_parallel.random"):
+        everything(context, tmp_path)
+    assert "RNG state" not in caplog.text
+    assert list(tmp_path.glob("*.distcp"))
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - {ONLY_BETWEEN_STAGES}))
+def test_without_one_replacement_something_breaks(context, tmp_path, name):
+    BY_NAME[name].remove()
+    try:
+        with pytest.raises((AssertionError, RuntimeError, ValueError, TypeError, AttributeError)):
+            everything(context, tmp_path)
+    finally:
+        BY_NAME[name].install()
+    everything(context, None)  # so it was the removal, and not what an earlier failure left behind
+
+
+def build_tied_stages(without: str) -> None:
+    context = groups.initialize(ParallelConfig(pipeline=2), seed=1)
+    BY_NAME[without].remove()
+    settings = ComputeSettings(pipeline=2)
+    build_r1v2(architecture(tied=True), settings, groups=context.groups, device=context.device)
+
+
+def test_tied_embeddings_over_stages_need_a_replacement():
+    with pytest.raises(AssertionError, match="not compiled with CUDA"):
+        run_ranks(2, build_tied_stages, ONLY_BETWEEN_STAGES)
+
+
+def test_installing_twice_changes_nothing_and_removing_restores(context):
+    replacement = BY_NAME["torch.zeros"]
+    installed = torch.zeros
+    replacement.install()
+    assert torch.zeros is installed
+    replacement.remove()
+    try:
+        assert torch.zeros is installed.replaced_for_cpu
+    finally:
+        replacement.install()
+
+
+def test_importing_installs_nothing():
+    code = (
+        "import torch; before = torch.zeros, torch.Tensor.cuda; "
+        "from megatron_r1v2.parallel import cpu; assert before == (torch.zeros, torch.Tensor.cuda)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
