@@ -25,7 +25,7 @@ import numpy as np
 
 from examples.digits import pretraining, questions, source
 
-COUNTS: Mapping[str, int] = {"align": 1024, "grpo": 4096, "validation": 256, "heldout": 400, "text": 256}
+COUNTS: Mapping[str, int] = {"align": 1024, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
 """How many questions each set has."""
 
 HANDWRITING: Mapping[str, str] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -96,13 +97,13 @@ class StageRunner:
                 f"now it would be {' '.join(stage.command)}. Use another --output, or remove this one to start again"
             )
         self.seconds[stage.name] = done["seconds"]
-        self._console.print(f"[dim]{stage.name:<16} done before ({done['seconds']:.0f} s)[/dim]", highlight=False)
+        self._console.print(f"[dim]{stage.name:<18} done before ({done['seconds']:.0f} s)[/dim]", highlight=False)
         return True
 
     def _start(self, stage: Stage, threads: int) -> _Running:
         log = self._logs / f"{stage.name}.log"
         if not self._console.is_terminal:
-            self._console.print(f"{stage.name:<16} {stage.what} ...", highlight=False)
+            self._console.print(f"{stage.name:<18} {stage.what} ...", highlight=False)
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", *stage.command],
@@ -130,7 +131,7 @@ class StageRunner:
         beside = record.with_suffix(".json.part")
         beside.write_text(json.dumps({"command": item.stage.command, "seconds": round(seconds, 1)}) + "\n")
         os.replace(beside, record)
-        self._console.print(f"{item.stage.name:<16} {item.stage.what} ({seconds:.0f} s)", highlight=False)
+        self._console.print(f"{item.stage.name:<18} {item.stage.what} ({seconds:.0f} s)", highlight=False)
         return True
 
 
@@ -143,13 +144,22 @@ def _environment(threads: int) -> Mapping[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
+        # A stage is a process group of one; torch's usual port may be another job's.
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
     }
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _line(item: _Running) -> Text:
     lines = _lines(item.log)
     seconds = time.perf_counter() - item.start
-    text = f"{item.stage.name:<16} {seconds:4.0f} s  {lines[-1].strip() if lines else item.stage.what}"
+    text = f"{item.stage.name:<18} {seconds:4.0f} s  {lines[-1].strip() if lines else item.stage.what}"
     return Text(text, overflow="ellipsis", no_wrap=True)
 
 
