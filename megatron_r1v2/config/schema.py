@@ -77,7 +77,7 @@ class ModelConfig:
     checkpoint: str = ""
     """A checkpoint folder of an earlier stage to take the weights from; empty: the weights in `hf_path`."""
     layers: Layers = Layers.local
-    """local: torch and megatron-core only; te: TransformerEngine (GPU)."""
+    """local: torch and megatron-core only; te: TransformerEngine (not built yet)."""
     precision: Precision = Precision.bf16
     """fp32 or bf16."""
     transformer_config: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class DataConfig:
     max_corrupt_fraction: float = 0.01
     """Corrupt samples are skipped and counted; the run stops when they are more than this part of all read."""
     shuffle_buffer: int = 1000
-    """Samples the reader holds to shuffle; 0 keeps the order of the shards."""
+    """0 keeps the order of the shards; anything else draws a new order of the whole data set every epoch."""
 
 
 @dataclass

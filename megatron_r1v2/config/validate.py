@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1v2.config.schema import Layers, Part, Precision, RunRecipe, WandbMode
+from megatron_r1v2.config.schema import Layers, Part, RunRecipe, WandbMode
 
 Stage = Literal["align", "grpo", "evaluate"]
 
@@ -117,11 +116,8 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
-    if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError(
-            "model.layers=te needs TransformerEngine, which is not installed; "
-            "set model.layers=local, or run in a container that has it (see Dockerfile)"
-        )
+    if recipe.model.layers is Layers.te:
+        raise ValueError("model.layers=te is not built yet; set model.layers=local, which runs on GPUs too")
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
 
 
@@ -334,11 +330,6 @@ def _check_combinations(recipe: RunRecipe) -> None:
         raise ValueError(
             "parallel.sequence=true splits activations over tensor-parallel ranks but parallel.tensor=1; "
             "set parallel.tensor to 2 or more, or parallel.sequence=false"
-        )
-    if recipe.model.layers is Layers.te and recipe.model.precision is Precision.fp32:
-        raise ValueError(
-            "model.layers=te with model.precision=fp32: TransformerEngine's fused attention has no fp32; "
-            "set model.precision=bf16 or model.layers=local"
         )
     if recipe.evaluation.every_steps and not recipe.data.validation:
         raise ValueError(
