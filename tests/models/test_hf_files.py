@@ -59,10 +59,11 @@ def test_written_tensors_are_read_back(tmp_path, max_shard_bytes, num_files):
 
 def test_views_of_one_storage_are_written(tmp_path):
     whole = torch.arange(12.0).reshape(4, 3)
-    write_safetensors(tmp_path, [("a", whole[:2]), ("b", whole[2:]), ("c", whole.T)])
+    write_safetensors(tmp_path, [("a", whole[:2]), ("b", whole[2:]), ("c", whole.T), ("d", whole[1:3])])
     again = read(tmp_path)
     assert torch.equal(torch.cat([again["a"], again["b"]]), whole)
     assert torch.equal(again["c"], whole.T)
+    assert torch.equal(again["d"], whole[1:3])  # overlaps a and b
 
 
 def test_a_name_that_comes_twice_is_refused(tmp_path):
