@@ -1,0 +1,293 @@
+"""One optimizer step in some layout, beside what transformers' autograd gives for the same samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.nn.functional import log_softmax
+
+from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
+from megatron_r1v2.models.architecture import r1v2_architecture
+from megatron_r1v2.models.hf_mapping import canonical_hf_name
+from megatron_r1v2.models.hf_weights import export_hf_weights, load_hf_weights
+from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
+from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.training.batches import collate, filler_sample
+from megatron_r1v2.training.grpo import batch_loss
+from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
+from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+
+TEMPERATURE = 0.7
+VOCABULARY = 265
+"""Ids that can be drawn; the embedding has 300 rows."""
+ALL_PARTS = ("vision", "adapter", "language")
+LEFT_OUT = 3
+"""Samples of zero advantage: they are in the denominator only."""
+CLIP = 0.2
+
+Split = Sequence[Sequence[Sequence[str]]]
+"""Of each data-parallel rank: sample ids of each of its microbatches."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Prompts and samples with old log-probs near those of the model, and what a step on them must give."""
+
+    prompts: dict[str, Prompt]
+    samples: dict[str, TrainingSample]
+    log_probs: dict[str, torch.Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gave; gradients and log-probs on the main rank and empty elsewhere."""
+
+    metrics: dict[str, float]
+    gradients: dict[str, torch.Tensor]
+    log_probs: dict[str, torch.Tensor]
+    out_of_step: list[str]
+    """Parameters that ranks which should hold the same no longer agree about."""
+    largest_padding: float
+    """Largest weight of a head that is only there to make the heads divide, after the step."""
+
+
+def make_prompts(image_token_id: int, tokens_per_tile: int) -> dict[str, Prompt]:
+    """Return prompts with two, one, two and no tiles."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = {}
+    for key, tiles in (("two", 2), ("one", 1), ("other", 2), ("text", 0)):
+        words = torch.randint(0, 250, (5 + len(prompts),), generator=generator).tolist()
+        prompts[key] = Prompt(
+            key=key,
+            messages=(),
+            token_ids=(*words[:2], *[image_token_id] * (tiles * tokens_per_tile), *words[2:]),
+            tiles_TCHW=torch.randint(0, 256, (tiles, 3, 32, 32), generator=generator, dtype=torch.uint8),
+            answer="",
+            answer_type="exact",
+        )
+    return prompts
+
+
+def make_samples(prompts: Mapping[str, Prompt], image_token_id: int) -> dict[str, TrainingSample]:
+    """Return samples of unequal lengths; in two of them `<IMG_CONTEXT>` is a word of the response."""
+    generator = torch.Generator().manual_seed(6)
+    samples = {}
+    lengths = {"two/0": 9, "two/1": 1, "one/0": 12, "one/1": 4, "other/0": 7, "text/0": 5, "text/1": 14}
+    for index, (name, length) in enumerate(lengths.items()):
+        prompt = prompts[name.split("/")[0]]
+        response = torch.randint(0, 250, (length,), generator=generator).tolist()
+        if name in ("one/0", "text/0"):
+            response[2] = image_token_id
+        samples[name] = TrainingSample(
+            prompt_key=prompt.key,
+            sample_index=int(name[-1]),
+            token_ids=(*prompt.token_ids, *response),
+            prompt_length=len(prompt.token_ids),
+            old_log_probs=(),
+            rollout_log_probs=(),
+            advantage=(1.3, -0.7, -1.1, 0.4, 0.9, 1.7, -0.6)[index],
+            reward=0.0,
+            policy_version=0,
+            group_effective=True,
+            modality=prompt.modality,
+        )
+    return samples
+
+
+def response_log_probs(model: Any, sample: TrainingSample, prompt: Prompt) -> torch.Tensor:
+    """Compute log-probs of a response with transformers, image features only where the prompt has them."""
+    ids = torch.tensor([sample.token_ids])
+    hidden = model.get_input_embeddings()(ids)
+    if prompt.tiles_TCHW.shape[0]:
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        features = model.model.get_image_features(pixel_values=(prompt.tiles_TCHW / 255 - mean) / std).pooler_output
+        is_image = ids == model.config.image_token_id
+        is_image[:, sample.prompt_length :] = False
+        hidden = hidden.masked_scatter(is_image.unsqueeze(-1), features.reshape(-1, hidden.shape[-1]))
+    hidden = model.model.language_model(inputs_embeds=hidden).last_hidden_state
+    logits = model.lm_head(hidden)[0, sample.prompt_length - 1 : -1, :VOCABULARY] / TEMPERATURE
+    return log_softmax(logits, -1).gather(1, ids[0, sample.prompt_length :, None])[:, 0]
+
+
+def make_material(model: Any) -> Material:
+    """Write down by transformers' autograd and the formula (equation 8, sequence mean) what a step must give."""
+    prompts = make_prompts(model.config.image_token_id, model.config.image_seq_length)
+    samples = make_samples(prompts, model.config.image_token_id)
+    noise = torch.Generator().manual_seed(7)
+    model.zero_grad()
+    log_probs, losses = {}, []
+    for name, sample in samples.items():
+        values = response_log_probs(model, sample, prompts[sample.prompt_key])
+        old = values.detach() + 0.2 * torch.randn(values.shape, generator=noise)
+        ratio = (values - old).exp()
+        objective = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * sample.advantage)
+        losses.append(-objective.mean() / (len(samples) + LEFT_OUT))
+        log_probs[name] = values.detach()
+        samples[name] = replace(sample, old_log_probs=tuple(old.tolist()))
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    gradients = {canonical_hf_name(name): weight.grad.clone() for name, weight in model.named_parameters()}
+    return Material(prompts, samples, log_probs, loss.item(), gradients)
+
+
+def run_step(
+    folder: str,
+    material: Material,
+    parallel: ParallelConfig,
+    split: Split,
+    *,
+    parts: Sequence[str] = ALL_PARTS,
+    recompute: Recompute = Recompute.none,
+) -> Outcome:
+    """Set up a layout, after another one if need be, and take one step there."""
+    parallel_state.destroy_model_parallel()
+    context = groups.initialize(parallel, seed=1)
+    policy = make_policy(folder, parallel, context, parts, recompute)
+    batches = [
+        collate_microbatch(material, names, policy.model, context)
+        for names in (split[context.data_rank] if context.data_rank < len(split) else ())
+    ]
+    log_probs = named_log_probs(material, split, policy.log_probs(batches), context)
+    batches = batches or [filler(material, policy.model, context)]
+    loss = partial(
+        batch_loss,
+        algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP),
+        denominator=len(material.samples) + LEFT_OUT,
+    )
+    metrics = policy.update(batches, loss)
+    out_of_step = parameters_out_of_step(policy.model, context)
+    padding = largest_padding(policy.model, context)
+    return Outcome(metrics, gather_gradients(policy, context), log_probs, out_of_step, padding)
+
+
+def make_policy(
+    folder: str, parallel: ParallelConfig, context: ParallelContext, parts: Sequence[str], recompute: Recompute
+) -> Policy:
+    """Load the model and wrap it as the stages do; no clipping, which would scale the gradients."""
+    architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
+    settings = ComputeSettings(
+        tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence, recompute=recompute
+    )
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
+    load_hf_weights(model, folder, context)
+    freeze_all_but(model, [Part(part) for part in parts])
+    ddp = wrap_with_ddp(model, context)
+    optimizer, scheduler = build_optimizer(ddp, TrainConfig(clip_grad=0.0, learning_rate=1e-3, steps=2))
+    return Policy(
+        model=model,
+        ddp=ddp,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        context=context,
+        temperature=TEMPERATURE,
+        vocab_size=VOCABULARY,
+    )
+
+
+def collate_microbatch(
+    material: Material,
+    names: Sequence[str],
+    model: R1V2Model,
+    context: ParallelContext,
+    weights: Sequence[float] | None = None,
+) -> TrainingBatch:
+    return collate(
+        [material.samples[name] for name in names],
+        material.prompts,
+        pad_id=0,
+        image_token_id=model.architecture.image_token_id,
+        tensor_size=context.tensor_size,
+        replayed=[name.endswith("1") for name in names],
+        device=context.device,
+        weights=weights,
+    )
+
+
+def filler(material: Material, model: R1V2Model, context: ParallelContext) -> TrainingBatch:
+    """Return what a rank without samples runs: a row whose weight is 0 but whose advantage would be felt."""
+    sample = replace(filler_sample(material.prompts["two"]), advantage=9.0, old_log_probs=(-3.0,))
+    return collate_microbatch(replace(material, samples={"": sample}), [""], model, context, weights=[0.0])
+
+
+def named_log_probs(
+    material: Material, split: Split, log_probs: Sequence[torch.Tensor], context: ParallelContext
+) -> dict[str, torch.Tensor]:
+    """Return the log-probs of this replica's responses by sample."""
+    found = {}
+    microbatches = split[context.data_rank] if context.data_rank < len(split) else ()
+    for names, values_BS in zip(microbatches, log_probs, strict=True):
+        for name, values_S in zip(names, values_BS, strict=True):
+            sample = material.samples[name]
+            begin, end = sample.prompt_length - 1, len(sample.token_ids) - 1
+            found[name] = values_S[begin:end].clone()
+            assert not values_S[:begin].any(), "a log-prob of the prompt"
+            assert not values_S[end:].any(), "a log-prob of padding"
+    return found
+
+
+def parameters_out_of_step(model: R1V2Model, context: ParallelContext) -> list[str]:
+    """Name the parameters that differ over data-parallel ranks, or over tensor-parallel ranks where all hold all."""
+    different = []
+    for name, parameter in model.named_parameters():
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        for group in (context.groups.dp, None if sharded else context.groups.tp):
+            if group is None or group.size() == 1:
+                continue
+            copies = [torch.empty_like(parameter.data) for _ in range(group.size())]
+            dist.all_gather(copies, parameter.data.contiguous(), group=group)
+            if not all(torch.equal(copies[0], copy) for copy in copies):
+                different.append(name)
+    if model.architecture.language.tied_embeddings and context.pipeline_size > 1:
+        # embd: the stages that hold the embedding, here both
+        weight = model.shared_embedding_or_output_weight().data
+        copies = [torch.empty_like(weight) for _ in range(2)]
+        dist.all_gather(copies, weight.contiguous(), group=context.groups.embd)
+        if not torch.equal(*copies):
+            different.append("tied embedding")
+    return different
+
+
+def largest_padding(model: R1V2Model, context: ParallelContext) -> float:
+    """Return the largest weight of the padded heads: 0 as long as they have no gradient."""
+    vision = model.architecture.vision
+    spare = -vision.num_heads % context.tensor_size * vision.head_size
+    if model.vision is None or not spare or context.tensor_rank != context.tensor_size - 1:
+        return 0.0
+    found = []
+    for layer in model.vision.decoder.layers:
+        attention = layer.self_attention
+        found += [attention.linear_qkv.weight[-3 * spare :], attention.linear_proj.weight[:, -spare:]]
+        if attention.linear_qkv.bias is not None:
+            found.append(attention.linear_qkv.bias[-3 * spare :])
+    return max(float(values.abs().max()) for values in found)
+
+
+def gather_gradients(policy: Policy, context: ParallelContext) -> dict[str, torch.Tensor]:
+    """Return every whole gradient by its Hugging Face name on the main rank; spends the model."""
+    group = context.groups.dp
+    for buffer in policy.ddp.buffers:
+        for bucket in buffer.buckets:
+            # Reduced and scattered: each data-parallel rank has the sum of one part, and garbage elsewhere.
+            shards = list(bucket.grad_data.chunk(group.size()))
+            dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+            bucket.grad_data.copy_(torch.cat(shards))
+    trained = set()
+    for name, parameter in policy.model.named_parameters():
+        gradient = parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
+        parameter.data = gradient.detach().clone()
+        trained |= {name} if parameter.requires_grad else set()
+    exported = export_hf_weights(policy.model, context)
+    return {name: tensor.clone() for name, tensor in exported if tensor is not None and tensor.any()}
