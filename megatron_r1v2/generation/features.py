@@ -67,26 +67,6 @@ class FeatureCache:
             self._keep(prompt.key, features_TFK)
         return [held[prompt.key] for prompt in prompts]
 
-    def of_batch(self, model: R1V2Model, keys: Sequence[str], tiles_TCHW: torch.Tensor) -> torch.Tensor:
-        """Return the features of a training batch, without a graph.
-
-        Args:
-            model: this rank's part, of the first pipeline stage.
-            keys: the distinct prompts with tiles.
-            tiles_TCHW: uint8 [T, 3, height, width]: the tiles of `keys`, in their order.
-
-        Returns:
-            [T, F, K]; computed for the whole batch when a prompt of it is not held.
-        """
-        if all(key in self._features for key in keys):
-            self.hits += len(keys)
-            return torch.cat([self._features[key] for key in keys])
-        features_TFK = self._encode(tiles_TCHW, model)
-        self.prompts_computed += len(keys)
-        if len(keys) == 1:
-            self._keep(keys[0], features_TFK)
-        return features_TFK
-
     def clear(self) -> None:
         """Forget all features; the counters stay."""
         self._features.clear()

@@ -25,13 +25,11 @@ def test_rollouts_and_update_share_one_computation(one_rank):
     prompts, features = make_prompts(model, 3), FeatureCache(10**9)
     generate(make_engine(model, context), prompts, features, num_responses=4)
     assert (features.prompts_computed, len(features)) == (2, 2)  # the third prompt has no image
-    tiles_TCHW = torch.cat([prompt.tiles_TCHW for prompt in prompts])
-    batch_TFK = features.of_batch(model, [prompts[0].key, prompts[1].key], tiles_TCHW)
+    batch_TFK = torch.cat(features.fill(prompts[:2], model))
     assert features.prompts_computed == 2
-    assert torch.equal(batch_TFK, torch.cat([features.get(prompt, model) for prompt in prompts[:2]]))
     features.clear()
     assert (len(features), features.bytes_used) == (0, 0)
-    torch.testing.assert_close(features.of_batch(model, [p.key for p in prompts[:2]], tiles_TCHW), batch_TFK)
+    torch.testing.assert_close(torch.cat(features.fill(prompts[:2], model)), batch_TFK)
     assert features.prompts_computed == 4
 
 
