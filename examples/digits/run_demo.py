@@ -224,7 +224,8 @@ def buffer_table(metrics: Path) -> Table:
 def show_end(paths: Paths, runner: StageRunner, console: Console, wall: float) -> None:
     """Print where things are and how long they took."""
     longest = sorted(runner.seconds.items(), key=lambda item: -item[1])[:4]
-    console.print(f"time      {wall:.0f} s; " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in longest))
+    slowest = ", ".join(f"{name} {seconds:.0f}" for name, seconds in longest)
+    console.print(f"time      {wall:.0f} s (slowest stages: {slowest})", soft_wrap=True, highlight=False)
     console.print(f"HF export {paths.export}", soft_wrap=True)
     console.print(f"report    {paths.grpo / 'report.html'}", soft_wrap=True)
 
