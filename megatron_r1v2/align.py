@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries
+from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
 
 
 def main() -> None:
@@ -16,7 +16,8 @@ def main() -> None:
     from megatron_r1v2.report.page import write_report
     from megatron_r1v2.training.align import run_align
 
-    run_dir = run_align(recipe)
+    with tell_bad_input():
+        run_dir = run_align(recipe)
     if os.environ.get("RANK", "0") == "0":
         print(f"report: {write_report(run_dir)}")
 

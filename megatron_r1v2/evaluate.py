@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries
+from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
 
 NAME_OPTION = "--name"
 
@@ -24,7 +24,8 @@ def main() -> None:
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
     from megatron_r1v2.training.evaluation_run import run_evaluation
 
-    run_evaluation(recipe, name)
+    with tell_bad_input():
+        run_evaluation(recipe, name)
 
 
 if __name__ == "__main__":

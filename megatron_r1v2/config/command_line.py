@@ -8,7 +8,8 @@ import sys
 import textwrap
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron_r1v2.config import schema
 from megatron_r1v2.config.load import load_recipe, settings_of
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import Stage, check_stage
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
@@ -45,6 +48,27 @@ def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     return recipe
+
+
+@contextmanager
+def tell_bad_input() -> Iterator[None]:
+    """End the process with one message when the block finds bad input: a ValueError that our own code raised.
+
+    One from a library is a defect and keeps its traceback.
+
+    Raises:
+        SystemExit: 2 after bad input, with the message on standard error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}."):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def quiet_libraries() -> None:

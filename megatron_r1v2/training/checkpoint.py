@@ -64,6 +64,7 @@ class CheckpointStore:
         self.asynchronous = asynchronous
         self.context = context
         self._queue = AsyncCallsQueue(persistent=False)
+        self._written: tuple[Path, Path] | None = None
 
     def latest(self) -> Path | None:
         """Return the newest finished checkpoint, the same on every rank; None: there is none."""
@@ -97,7 +98,7 @@ class CheckpointStore:
             recipe: the settings of the run.
 
         Returns:
-            The folder that the checkpoint will have when it is finished.
+            The folder that the checkpoint will have when `finish_pending` finds it finished.
         """
         self.finish_pending(blocking=True)
         target = self.folder / f"step-{step:08d}"
@@ -119,19 +120,22 @@ class CheckpointStore:
         request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
         dist.barrier()
         if request is None:
-            self._publish(partial, target)
+            self._written = (partial, target)
         else:
             request.add_finalize_fn(lambda: self._publish(partial, target))
             self._queue.schedule_async_request(request)
         return target
 
     def finish_pending(self, *, blocking: bool) -> None:
-        """Publish what was written in the background since; called on all ranks after each step.
+        """Give checkpoints that are written their final name; called on all ranks after each step.
 
         Args:
-            blocking: wait for what is still being written.
+            blocking: wait for what is still being written in the background.
         """
         self._queue.maybe_finalize_async_calls(blocking=blocking)
+        if self._written is not None:
+            self._publish(*self._written)
+            self._written = None
 
     def load(
         self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, trained: Iterable[Part]
@@ -173,10 +177,12 @@ class CheckpointStore:
         """Give a finished checkpoint its name and delete the oldest; runs when every rank has written."""
         if not self.context.is_main:
             return
-        shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
         for old in finished_checkpoints(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old)
+            # A run killed in the middle of a deletion must not leave half a checkpoint under a finished one's name.
+            doomed = old.with_name(old.name + ".deleted")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:

@@ -139,10 +139,11 @@ class Session(LoadedModel):
         return True
 
     def end_step(self) -> None:
-        """Publish finished checkpoints and write the numbers of the step."""
-        self.checkpoints.finish_pending(blocking=False)
+        """Write the numbers of the step, then publish finished checkpoints."""
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
         self.recorder.end_step(self.step)
+        # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
+        self.checkpoints.finish_pending(blocking=False)
 
     def save(self, state: Mapping[str, Any], replay: Mapping[str, Any]) -> None:
         """Write a checkpoint.
@@ -261,7 +262,12 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             asynchronous=recipe.checkpoint.asynchronous,
             context=context,
         )
-        newest = checkpoints.latest() if recipe.checkpoint.resume else None
+        newest = checkpoints.latest()
+        if newest is not None and not recipe.checkpoint.resume:
+            raise ValueError(
+                f"checkpoint.resume=false but there is {newest}, which a new run would replace; set run.output_dir to a "
+                "new folder, delete this one, or set checkpoint.resume=true to go on from it"
+            )
         state, replay = _resume(newest, policy, stream, checkpoints, recipe)
         with (
             StopRequest(context.device) as stop_request,
