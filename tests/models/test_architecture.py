@@ -1,0 +1,105 @@
+"""The sizes come from config.json; what the model does not compute is refused by name."""
+
+import json
+
+import pytest
+
+from megatron_r1v2.models.architecture import language_architecture, r1v2_architecture, vision_architecture
+from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("config")
+    tiny_hf_model(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def changed(hf: dict, path: str, value) -> dict:
+    copy = json.loads(json.dumps(hf))
+    *parents, last = path.split(".")
+    inner = copy
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    return copy
+
+
+def test_sizes_of_a_whole_model(hf):
+    found = r1v2_architecture(hf)
+    assert (found.vision.num_patches, found.vision.head_size, found.vision.image_size) == (64, 16, 32)
+    assert (found.tokens_per_tile, found.adapter_input_size) == (16, 256)
+    assert found.image_token_id == hf["image_token_id"]
+    assert (found.language.hidden_size, found.language.num_kv_heads, found.language.head_size) == (96, 2, 24)
+    assert found.pixel_shuffle == "v2"
+
+
+def test_sizes_of_skywork_r1v2():
+    """InternViT-6B and QwQ-32B: 256 tokens a tile, 12800 channels into the adapter."""
+    vision = tiny_vision_config("6b", heads=25, head_size=128, layers=45, image_size=448, patch=14).to_dict()
+    text = tiny_text_config(vocab_size=152064, hidden=5120, layers=64, heads=40, kv_heads=8).to_dict()
+    whole = {
+        "model_type": "internvl",
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "downsample_ratio": 0.5,
+        "image_token_id": 151667,
+        "vision_config": vision,
+        "text_config": text,
+    }
+    found = r1v2_architecture(whole)
+    assert (found.tokens_per_tile, found.adapter_input_size) == (256, 12800)
+    assert (found.vision.qk_norm, found.vision.qkv_bias, found.vision.norm) == (True, False, "rms_norm")
+    assert (found.language.head_size, found.language.num_kv_heads) == (128, 8)
+
+
+def test_the_two_families_of_internvit():
+    small, large = (vision_architecture(tiny_vision_config(family).to_dict()) for family in ("300m", "6b"))
+    assert (small.norm, small.qkv_bias, small.qk_norm) == ("layer_norm", True, False)
+    assert (large.norm, large.qkv_bias, large.qk_norm) == ("rms_norm", False, True)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_embeddings_are_tied_as_the_whole_model_says(hf, value):
+    """transformers ties by the outer setting; the inner one may say something else."""
+    whole = changed(changed(hf, "tie_word_embeddings", value), "text_config.tie_word_embeddings", not value)
+    assert r1v2_architecture(whole).language.tied_embeddings is value
+    inner = changed(whole, "text_config.tie_word_embeddings", value)
+    del inner["tie_word_embeddings"]
+    assert r1v2_architecture(inner).language.tied_embeddings is value
+
+
+def test_rope_is_read_from_both_places(hf):
+    new = dict(hf["text_config"], rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    old = {key: value for key, value in hf["text_config"].items() if key != "rope_parameters"} | {"rope_theta": 5e5}
+    assert language_architecture(new).rope_theta == 1e6
+    assert language_architecture(old).rope_theta == 5e5
+
+
+def test_a_head_size_that_is_not_the_quotient_is_kept(hf):
+    assert language_architecture(hf["text_config"] | {"head_dim": 32}).head_size == 32
+    assert language_architecture(hf["text_config"] | {"head_dim": None}).head_size == 24
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("model_type", "llava", "model_type='llava' of the model"),
+        ("projector_hidden_act", "relu", "projector_hidden_act='relu' of the adapter"),
+        ("vision_feature_layer", -2, "vision_feature_layer=-2"),
+        ("vision_feature_select_strategy", "full", "vision_feature_select_strategy='full'"),
+        ("vision_config.model_type", "siglip", "model_type='siglip' of the vision tower"),
+        ("vision_config.hidden_act", "quick_gelu", "hidden_act='quick_gelu' of the vision tower"),
+        ("vision_config.use_mean_pooling", False, "use_mean_pooling"),
+        ("vision_config.image_size", [448, 224], "vision_config.image_size=.* not square"),
+        ("vision_config.patch_size", [14, 7], "vision_config.patch_size=.* not square"),
+        ("text_config.model_type", "mamba", "model_type='mamba' of the language model.*'qwen2'"),
+        ("text_config.hidden_act", "gelu", "hidden_act='gelu' of the language model"),
+        ("text_config.use_sliding_window", True, "use_sliding_window"),
+        ("text_config.rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "'yarn'.*accepted: 'default'"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(hf, path, value, named):
+    with pytest.raises(ValueError, match=named):
+        r1v2_architecture(changed(hf, path, value))
