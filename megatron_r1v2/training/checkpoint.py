@@ -38,6 +38,7 @@ from megatron_r1v2.training.optimizer import load_optimizer_state
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
+RECIPE_FILE = "recipe.yaml"
 TENSORS = "tensors"
 _STEP_FOLDER = re.compile(r"step-(\d{8})$")
 # Tensors in their canonical shapes: the only optimizer format of 0.16.1 that loads at another TP, PP and DP.
@@ -110,7 +111,7 @@ class CheckpointStore:
         if self.context.is_main:
             names = {"parts": _names(parts), "trained": _names(trained)}
             torch.save({**state, **names}, partial / STATE_FILE)
-            save_recipe(recipe, partial / "recipe.yaml")
+            save_recipe(recipe, partial / RECIPE_FILE)
         if self.context.is_replica_leader:
             torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
         torch.save(_random_states(), partial / f"rng-{dist.get_rank()}.pt")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.config.load import save_recipe
-from megatron_r1v2.config.schema import Part, RunRecipe
+from megatron_r1v2.config.load import load_recipe, save_recipe
+from megatron_r1v2.config.schema import Packing, Part, RunRecipe, TrainConfig
 from megatron_r1v2.data.stream import PromptStream, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
@@ -23,13 +23,30 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.verifiers import VerifierPool
-from megatron_r1v2.training.checkpoint import CheckpointStore, load_state, load_weights, resolve_checkpoint
+from megatron_r1v2.training.checkpoint import (
+    RECIPE_FILE,
+    CheckpointStore,
+    load_state,
+    load_weights,
+    resolve_checkpoint,
+)
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
 from megatron_r1v2.training.reference import ReferenceWeights
 from megatron_r1v2.training.stop_request import StopRequest
 from megatron_r1v2.types import Prompt
+
+_SCHEDULE = (
+    "steps",
+    "updates_per_step",
+    "learning_rate",
+    "min_learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+)
 
 
 @dataclass
@@ -247,6 +264,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             temperature=recipe.generation.temperature,
             vocab_size=loaded.sampled_vocab_size,
             features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
+            packed=recipe.train.packing is not Packing.none,
         )
         stream = PromptStream(
             recipe.data.train,
@@ -265,8 +283,8 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         newest = checkpoints.latest()
         if newest is not None and not recipe.checkpoint.resume:
             raise ValueError(
-                f"checkpoint.resume=false but there is {newest}, which a new run would replace; set run.output_dir to a "
-                "new folder, delete this one, or set checkpoint.resume=true to go on from it"
+                f"checkpoint.resume=false but there is {newest}, which a new run would replace; set run.output_dir to "
+                "a new folder, delete this one, or set checkpoint.resume=true to go on from it"
             )
         state, replay = _resume(newest, policy, stream, checkpoints, recipe)
         with (
@@ -285,7 +303,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
             if context.is_main:
-                save_recipe(recipe, run_dir / "recipe.yaml")
+                save_recipe(recipe, run_dir / RECIPE_FILE)
             yield Session(
                 **vars(loaded),
                 policy=policy,
@@ -306,12 +324,24 @@ def _resume(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if folder is None:
         return {}, []
+    _check_schedule(recipe.train, load_recipe(folder / RECIPE_FILE).train, folder)
     state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=recipe.train.parts)
     policy.version = state["version"]
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this
     policy.scheduler.load_state_dict(state["scheduler"])
     stream.load_state_dict(state["stream"])
     return state, replay
+
+
+def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:
+    """Refuse to resume with settings that live on in the optimizer's state, where a change would have no effect."""
+    for name in _SCHEDULE:
+        if getattr(now, name) != getattr(saved, name):
+            raise ValueError(
+                f"train.{name} was {getattr(saved, name)} when {folder} was saved and is {getattr(now, name)} now; put "
+                "it back to resume, or set model.checkpoint to this folder and run.output_dir to a new one to start "
+                "another stage from its weights"
+            )
 
 
 def next_distinct(stream: PromptStream, count: int) -> list[Prompt]:

@@ -1,0 +1,211 @@
+"""What the tests of whole runs share: settings, a process to run in or to kill, and everything a checkpoint holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1v2.config.load import load_recipe, save_recipe
+from megatron_r1v2.config.schema import RunRecipe
+from tests.training.tiny_run import tiny_recipe
+
+# Named here and not imported: what runs in a child must not make the parent import megatron-core first.
+_PRELOADED = ["megatron_r1v2.training.grpo", "megatron_r1v2.training.align", "tests.training.runs"]
+
+
+def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
+    """Return the settings of a small run on the model and data below `root`, changed as a command line would.
+
+    Args:
+        root: of `tiny_recipe`.
+        output: the run's folder; its recipe is written beside it.
+        overrides: `section.key=value`.
+    """
+    recipe = tiny_recipe(root)
+    recipe.run.output_dir = str(output)
+    file = output.with_name(output.name + ".yaml")
+    save_recipe(recipe, file)
+    return load_recipe(file, overrides)
+
+
+def run_stage(recipe: RunRecipe, stage: str = "grpo") -> Path:
+    """Run a stage in this process."""
+    from megatron_r1v2.training.align import run_align
+    from megatron_r1v2.training.grpo import run_grpo
+
+    return {"grpo": run_grpo, "align": run_align}[stage](recipe)
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_rollouts(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's sample rollouts."""
+    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+
+
+def without_timings(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return metrics less those that depend on the clock."""
+    return [{k: v for k, v in line.items() if not k.startswith(("timing_s/", "perf/"))} for line in lines]
+
+
+def checkpoint_contents(folder: Path) -> dict[str, Any]:
+    """Return everything that a checkpoint holds but the settings, in this process and without process groups."""
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(folder / "tensors")
+    tensors: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    common = dist_checkpointing.load_common_state_dict(str(folder / "tensors"))
+    beside = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+    return {"tensors": tensors, "common": common, **beside}
+
+
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries, lists and tuples by their path."""
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {path: leaf for key, item in items for path, leaf in flatten(item, f"{name}/{key}").items()}
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """Return the paths at which two nested values differ in any bit."""
+    ours, theirs = flatten(one), flatten(other)
+    unequal = [name for name in ours.keys() & theirs.keys() if not _same(ours[name], theirs[name])]
+    return sorted([*unequal, *(ours.keys() ^ theirs.keys())])
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+class Ranks:
+    """A run in processes of its own: they may be killed, and start fast, since a server has imported everything."""
+
+    def __init__(self, recipe: RunRecipe, world_size: int = 1, stage: str = "grpo") -> None:
+        """Start the processes.
+
+        Args:
+            recipe: the settings.
+            world_size: processes.
+            stage: "grpo" or "align".
+        """
+        output = Path(recipe.run.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        file = output.with_name(output.name + ".started.yaml")
+        save_recipe(recipe, file)
+        self.log = output.with_name(output.name + ".log")
+        self.log.write_text("")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        port = free_port()
+        self.processes = [
+            context.Process(target=_rank_main, args=(rank, world_size, port, str(file), stage, str(self.log)))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def kill(self) -> None:
+        """End every rank by SIGKILL, as an out-of-memory killer or a lost node does."""
+        for process in self.processes:
+            process.kill()
+        self._end()
+
+    def kill_when(self, condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
+        """Kill as soon as the condition holds.
+
+        Args:
+            condition: asked a thousand times a second.
+            seconds: after which the test fails.
+        """
+        self._wait_until(condition, seconds)
+        self.kill()
+
+    def send_when(self, number: int, condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
+        """Send a signal to the last rank as soon as the condition holds."""
+        self._wait_until(condition, seconds)
+        os.kill(self.processes[-1].pid, number)
+
+    def wait(self, seconds: float = 120.0) -> str:
+        """Wait for the end of a run that is to succeed; returns what it printed to stderr."""
+        deadline = time.monotonic() + seconds
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            if any(process.exitcode for process in self.processes):
+                break
+            time.sleep(0.02)
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.log.read_text()}"
+        return self.log.read_text()
+
+    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            alive = all(process.is_alive() for process in self.processes)
+            if not alive or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"the run ended or hung before its time:\n{self.log.read_text()}")
+            time.sleep(0.001)
+
+    def _end(self) -> None:
+        for process in self.processes:
+            process.join()
+            # What the rank had started (a checkpoint writer, verifiers) is in its process group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank_main(rank: int, world_size: int, port: int, file: str, stage: str, log: str) -> None:
+    os.setpgid(0, 0)
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+    )
+    torch.set_num_threads(1)
+    with Path(log).open("a", buffering=1) as stderr, contextlib.redirect_stderr(stderr):
+        try:
+            run_stage(load_recipe(file), stage)
+        except BaseException:
+            traceback.print_exc()
+            stderr.flush()
+            os._exit(1)
+    os._exit(0)
