@@ -48,6 +48,14 @@ class Recompute(str, Enum):
     full = "full"
 
 
+class Packing(str, Enum):
+    """How sequences of different lengths share a microbatch."""
+
+    none = "none"
+    first_fit_decreasing = "first_fit_decreasing"
+    nemo = "nemo"
+
+
 class WandbMode(str, Enum):
     """How Weights & Biases is used."""
 
@@ -211,7 +219,12 @@ class TrainConfig:
     updates_per_step: int = 1
     """Optimizer steps that share one generation phase."""
     micro_batch_size: int = 1
-    """Rows in one forward pass."""
+    """Rows in one forward pass, where rows are padded to the longest."""
+    packing: Packing = Packing.none
+    """none: padded rows; first_fit_decreasing: rows laid one after the other without padding; nemo: the same by NeMo's
+    packing strategy (extra `nemo`)."""
+    tokens_per_microbatch: int = 0
+    """Tokens in one forward pass, where rows are packed."""
     learning_rate: float = 1e-6
     """The highest rate, reached after the warm-up."""
     min_learning_rate: float = 0.0

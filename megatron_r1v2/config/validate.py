@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1v2.config.schema import Layers, Part, RunRecipe, WandbMode
+from megatron_r1v2.config.schema import Layers, Packing, Part, RunRecipe, WandbMode
 
 Stage = Literal["align", "grpo", "evaluate"]
 
@@ -43,6 +43,7 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "train.prompts_per_step": (1, None),
     "train.updates_per_step": (1, None),
     "train.micro_batch_size": (1, None),
+    "train.tokens_per_microbatch": (0, None),
     "train.learning_rate": (0, None),
     "train.min_learning_rate": (0, None),
     "train.warmup_steps": (0, None),
@@ -330,6 +331,11 @@ def _check_combinations(recipe: RunRecipe) -> None:
         raise ValueError(
             "parallel.sequence=true splits activations over tensor-parallel ranks but parallel.tensor=1; "
             "set parallel.tensor to 2 or more, or parallel.sequence=false"
+        )
+    if (train.packing is Packing.none) != (train.tokens_per_microbatch == 0):
+        raise ValueError(
+            f"train.packing={train.packing.value} with train.tokens_per_microbatch={train.tokens_per_microbatch}: "
+            "packed rows need a number of tokens, padded ones have train.micro_batch_size; set both or neither"
         )
     if recipe.evaluation.every_steps and not recipe.data.validation:
         raise ValueError(

@@ -9,24 +9,31 @@ from typing import Any
 
 import torch
 
+from megatron_r1v2.config.schema import Packing, TrainConfig
+from megatron_r1v2.data.packing import first_fit_decreasing, nemo_first_fit_decreasing
 from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
 
 # Rows are padded to a multiple of this at least: a few lengths instead of many keep kernels and shapes few.
 LENGTH_MULTIPLE = 8
 
 
-def split_into_microbatches(lengths: Mapping[str, int], micro_batch_size: int) -> list[list[str]]:
-    """Group samples of similar length, so that little of a microbatch is padding.
+def split_into_microbatches(lengths: Mapping[str, int], settings: TrainConfig) -> list[list[str]]:
+    """Group samples into microbatches: by rows of similar length where rows are padded, by tokens where packed.
 
     Args:
         lengths: tokens by sample id, of one update on this rank.
-        micro_batch_size: rows in a microbatch at most.
+        settings: the `train` section.
 
     Returns:
         Ids of each microbatch, longest rows first: memory that does not suffice shows at once.
     """
+    if settings.packing is Packing.first_fit_decreasing:
+        return first_fit_decreasing(lengths, settings.tokens_per_microbatch)
+    if settings.packing is Packing.nemo:
+        return nemo_first_fit_decreasing(lengths, settings.tokens_per_microbatch)
     ordered = sorted(lengths, key=lambda name: (-lengths[name], name))
-    return [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
+    size = settings.micro_batch_size
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def collate(

@@ -243,7 +243,7 @@ class GrpoStage:
 
     def _split(self, samples: Mapping[str, TrainingSample]) -> list[list[str]]:
         lengths = {name: len(sample.token_ids) for name, sample in samples.items()}
-        return split_into_microbatches(lengths, self.session.recipe.train.micro_batch_size)
+        return split_into_microbatches(lengths, self.session.recipe.train)
 
     def _collate(
         self,

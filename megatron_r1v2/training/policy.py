@@ -21,6 +21,7 @@ from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.training.denominators import loss_scale
+from megatron_r1v2.training.packing import PackedBatch, pack
 from megatron_r1v2.types import TrainingBatch
 
 Metrics = dict[str, torch.Tensor]
@@ -46,6 +47,8 @@ class Policy:
     """Ids from here on are padding, in sampling and in training."""
     features: FeatureCache | None = None
     """Features of a frozen vision tower, computed once per image and step; None: the tower runs every time."""
+    packed: bool = False
+    """Lay the rows of a microbatch one after the other instead of padding them."""
     version: int = field(default=0)
     """Optimizer steps so far."""
 
@@ -109,27 +112,29 @@ class Policy:
         self, finish: Callable[..., Any], batches: Iterator[TrainingBatch], ddp: DistributedDataParallel
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
         batch = next(batches)
+        packed = pack(batch, tensor_size=self.context.tensor_size) if self.packed else None
         output = ddp(
-            batch.token_ids_BS,
-            batch.position_ids_BS,
+            packed.token_ids_1S if packed else batch.token_ids_BS,
+            packed.position_ids_1S if packed else batch.position_ids_BS,
             tiles_TCHW=batch.tiles_TCHW,
             features_TFK=self._cached_features(batch),
             tile_index=batch.tile_index,
-            image_mask_BS=batch.image_mask_BS,
+            image_mask_BS=packed.image_mask_1S if packed else batch.image_mask_BS,
+            packed_seq_params=packed.params if packed else None,
         )
-        return output, partial(self._finish, finish, batch)
+        return output, partial(self._finish, finish, batch, packed)
 
     def _finish(
-        self, finish: Callable[..., Any], batch: TrainingBatch, logits_BSV: torch.Tensor
+        self, finish: Callable[..., Any], batch: TrainingBatch, packed: PackedBatch | None, logits_BSV: torch.Tensor
     ) -> tuple[torch.Tensor, Any]:
         log_probs_BS = token_log_probs(
             logits_BSV,
-            batch.labels_BS,
+            packed.labels_1S if packed else batch.labels_BS,
             temperature=self.temperature,
             vocab_size=self.vocab_size,
             groups=self.context.groups,
         )
-        return finish(log_probs_BS, batch)
+        return finish(packed.unpack(log_probs_BS) if packed else log_probs_BS, batch)
 
     def _cached_features(self, batch: TrainingBatch) -> torch.Tensor | None:
         if self.features is None or not batch.image_prompts or not self.context.is_first_stage:

@@ -1,0 +1,67 @@
+"""Which sequences share a packed row."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+
+def first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list[str]]:
+    """Put each sequence, longest first, into the first row that has room for it.
+
+    D. S. Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the fewest rows, and one.
+
+    Args:
+        lengths: tokens by name.
+        capacity: tokens of a row; a longer sequence gets a row of its own.
+
+    Returns:
+        Names in each row.
+    """
+    rows: list[list[str]] = []
+    room: list[int] = []
+    for name in _longest_first(lengths):
+        row = next((index for index, free in enumerate(room) if free >= lengths[name]), None)
+        if row is None:
+            rows.append([name])
+            room.append(capacity - lengths[name])
+        else:
+            rows[row].append(name)
+            room[row] -= lengths[name]
+    return rows
+
+
+def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list[str]]:
+    """Do the same with NeMo's `create_packing_strategy` (the `nemo` extra).
+
+    Args:
+        lengths: tokens by name.
+        capacity: tokens of a row; none may be longer.
+
+    Returns:
+        Names in each row.
+
+    Raises:
+        ValueError: a sequence is longer than a row, which NeMo does not notice.
+    """
+    # NeMo is not among the core dependencies, so it is imported where it was asked for.
+    from nemo.utils.sequence_packing_utils import create_packing_strategy
+
+    if not lengths:
+        return []
+    longest = max(lengths.values())
+    if longest > capacity:
+        raise ValueError(
+            f"a sequence has {longest} tokens, more than train.tokens_per_microbatch={capacity}; "
+            "raise it, or set train.packing=first_fit_decreasing, which gives such a sequence a row of its own"
+        )
+    names: dict[int, list[str]] = defaultdict(list)
+    for name in reversed(_longest_first(lengths)):
+        names[lengths[name]].append(name)
+    histogram = [len(names[length]) for length in range(longest + 1)]
+    rows, _ = create_packing_strategy(histogram, capacity, "first_fit_decreasing")
+    return [[names[length].pop() for length in row] for row in rows]
+
+
+def _longest_first(lengths: Mapping[str, int]) -> list[str]:
+    return sorted(lengths, key=lambda name: (-lengths[name], name))

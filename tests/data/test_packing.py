@@ -1,0 +1,38 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_r1v2.data.packing import first_fit_decreasing, nemo_first_fit_decreasing
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=40).map(lambda sizes: {f"s{i:02d}": n for i, n in enumerate(sizes)})
+
+
+def test_by_hand():
+    lengths = {"a": 3, "b": 7, "c": 5, "d": 4, "e": 1}
+    assert first_fit_decreasing(lengths, 10) == [["b", "a"], ["c", "d", "e"]]
+
+
+@given(LENGTHS, st.integers(60, 200))
+def test_every_sequence_is_in_one_row_and_no_row_is_over_full(lengths, capacity):
+    rows = first_fit_decreasing(lengths, capacity)
+    assert sorted(name for row in rows for name in row) == sorted(lengths)
+    assert all(sum(lengths[name] for name in row) <= capacity for row in rows)
+    # No row could have been saved by moving all of a later row into an earlier one's room.
+    used = [sum(lengths[name] for name in row) for row in rows]
+    assert all(used[i] + min(lengths[n] for n in rows[j]) > capacity for j in range(len(rows)) for i in range(j))
+
+
+def test_a_sequence_longer_than_a_row_gets_its_own():
+    assert first_fit_decreasing({"a": 12, "b": 3}, 10) == [["a"], ["b"]]
+
+
+@given(LENGTHS, st.integers(60, 200))
+def test_nemo_agrees(lengths, capacity):
+    pytest.importorskip("nemo.utils.sequence_packing_utils", reason="the nemo extra is not installed")
+    assert nemo_first_fit_decreasing(lengths, capacity) == first_fit_decreasing(lengths, capacity)
+
+
+def test_nemo_refuses_a_sequence_longer_than_a_row():
+    pytest.importorskip("nemo.utils.sequence_packing_utils", reason="the nemo extra is not installed")
+    with pytest.raises(ValueError, match="tokens_per_microbatch=10"):
+        nemo_first_fit_decreasing({"a": 12}, 10)
