@@ -151,11 +151,13 @@ def run_step(
     *,
     parts: Sequence[str] = ALL_PARTS,
     recompute: Recompute = Recompute.none,
+    packed: bool = False,
 ) -> Outcome:
     """Set up a layout, after another one if need be, and take one step there."""
     parallel_state.destroy_model_parallel()
     context = groups.initialize(parallel, seed=1)
     policy = make_policy(folder, parallel, context, parts, recompute)
+    policy.packed = packed
     batches = [
         collate_microbatch(material, names, policy.model, context)
         for names in (split[context.data_rank] if context.data_rank < len(split) else ())

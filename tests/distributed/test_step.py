@@ -40,6 +40,7 @@ class Case:
     split: Split = field(default_factory=lambda: TOGETHER)
     parts: tuple[str, ...] = ALL_PARTS
     recompute: Recompute = Recompute.none
+    packed: bool = False
 
 
 TP2 = {"tensor": 2}
@@ -52,12 +53,17 @@ ONE_RANK = {variant: Case(variant) for variant in VARIANTS} | {
     "6b, adapter": Case("6b", parts=("adapter",)),
     "300m, vision": Case("300m", parts=("vision",)),
     "tied, adapter and language": Case("tied", parts=("adapter", "language")),
+    "6b, packed": Case("6b", packed=True),
+    "300m, packed, recomputed": Case("300m", packed=True, recompute=Recompute.full),
 }
 TWO_RANKS = {
     **{f"{variant} SP2": Case(variant, SP2) for variant in VARIANTS},
     **{f"{variant} PP2": Case(variant, PP2) for variant in VARIANTS},
     **{f"{variant} DP2": Case(variant, split=UNEQUAL) for variant in VARIANTS},
     "6b TP2": Case("6b", TP2),
+    "6b SP2, packed": Case("6b", SP2, packed=True),
+    "300m PP2, packed": Case("300m", PP2, packed=True),
+    "tied DP2, packed": Case("tied", split=UNEQUAL, packed=True),
     "6b DP2, a rank without samples": Case("6b", split=EMPTY),
     "6b SP2, recomputed": Case("6b", SP2, recompute=Recompute.full),
     "300m PP2, recomputed": Case("300m", PP2, recompute=Recompute.full),
@@ -92,6 +98,7 @@ def run_cases(inputs: dict[str, tuple[str, Material]], cases: dict[str, Case]) -
             case.split,
             parts=case.parts,
             recompute=case.recompute,
+            packed=case.packed,
         )
         for name, case in cases.items()
     }
