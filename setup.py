@@ -31,6 +31,8 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8,<3"],
     # The base package, for sequence packing alone.
     "nemo": ["nemo-toolkit>=2.7,<4"],
+    # examples/digits: its images, and the optimizer that pretrains its components.
+    "demo": ["scikit-learn>=1.5", "torch>=2.9"],
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",

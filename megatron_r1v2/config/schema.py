@@ -18,6 +18,14 @@ class Layers(str, Enum):
     te = "te"
 
 
+class Fp8(str, Enum):
+    """How the matrix products of the language model are scaled to 8 bits; the vision tower stays in bf16."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+
+
 class Precision(str, Enum):
     """The dtype of parameters and activations."""
 
@@ -85,9 +93,14 @@ class ModelConfig:
     checkpoint: str = ""
     """A checkpoint folder of an earlier stage to take the weights from; empty: the weights in `hf_path`."""
     layers: Layers = Layers.local
-    """local: torch and megatron-core only; te: TransformerEngine (not built yet)."""
+    """local: torch and megatron-core only; te: TransformerEngine for the language model (GPU)."""
     precision: Precision = Precision.bf16
     """fp32 or bf16."""
+    fp8: Fp8 = Fp8.none
+    """8-bit matrix products of the language model, all layers but the first and the last; needs layers=te and a Hopper
+    GPU. tensorwise: one scale a tensor; blockwise: one for each 128 values (CUDA 12.9)."""
+    fp8_weights: bool = False
+    """Keep the weights of a frozen language model in 8 bits too: half the memory."""
     transformer_config: dict[str, Any] = field(default_factory=dict)
     """Passed to megatron-core's TransformerConfig of the language model as it stands."""
 

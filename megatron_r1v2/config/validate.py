@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1v2.config.schema import Layers, Packing, Part, RunRecipe, WandbMode
+from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
+from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 
 Stage = Literal["align", "grpo", "evaluate"]
 
@@ -117,8 +119,11 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
-    if recipe.model.layers is Layers.te:
-        raise ValueError("model.layers=te is not built yet; set model.layers=local, which runs on GPUs too")
+    if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            "model.layers=te needs TransformerEngine, which is not installed; "
+            "set model.layers=local, or run in a container that has it (see Dockerfile)"
+        )
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
 
 
@@ -194,6 +199,8 @@ def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
         ffn=int(text["intermediate_size"]),
         layers=int(text["num_hidden_layers"]),
     )
+    if recipe.model.fp8 is not Fp8.none:
+        check_fp8_shapes(recipe, text)
     positions = int(text["max_position_embeddings"])
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     if longest > positions:
@@ -213,70 +220,23 @@ _LANGUAGE_SIZES = (
 )
 
 
-def check_layout(
-    *,
-    tensor: int,
-    pipeline: int,
-    first_stage_layers: int,
-    heads: int,
-    kv_heads: int,
-    hidden: int,
-    ffn: int,
-    layers: int,
-) -> None:
-    """Check that a layout divides the sizes of a language model.
-
-    Args:
-        tensor: `parallel.tensor`.
-        pipeline: `parallel.pipeline`.
-        first_stage_layers: `parallel.first_stage_layers`.
-        heads: attention heads.
-        kv_heads: key-value heads.
-        hidden: channels.
-        ffn: feed-forward channels.
-        layers: layers.
-
-    Raises:
-        ValueError: naming the setting and the size that it does not divide.
-    """
-    for what, size in (
-        ("attention heads (num_attention_heads)", heads),
-        ("channels (hidden_size)", hidden),
-        ("feed-forward channels (intermediate_size)", ffn),
-    ):
-        if size % tensor:
-            fitting = [n for n in range(1, heads + 1) if all(s % n == 0 for s in (heads, size))]
-            raise ValueError(
-                f"parallel.tensor={tensor} does not divide the language model's {size} {what}; "
-                f"values that do: {', '.join(map(str, fitting))}"
-            )
-    if kv_heads % tensor and tensor % kv_heads:
+def _check_fp8(recipe: RunRecipe) -> None:
+    model = recipe.model
+    if model.layers is Layers.te and model.precision is Precision.fp32:
         raise ValueError(
-            f"parallel.tensor={tensor} and the language model's {kv_heads} key-value heads (num_key_value_heads) do "
-            "not divide each other; choose a divisor or a multiple of the heads"
+            "model.layers=te with model.precision=fp32: TransformerEngine's fused attention has no fp32; "
+            "set model.precision=bf16 or model.layers=local"
         )
-    _check_pipeline(pipeline, first_stage_layers, layers)
-
-
-def _check_pipeline(stages: int, first: int, layers: int) -> None:
-    if first and stages == 1:
+    if model.fp8 is not Fp8.none and model.layers is not Layers.te:
         raise ValueError(
-            f"parallel.first_stage_layers={first} needs more than one pipeline stage but parallel.pipeline=1; "
-            "set parallel.first_stage_layers=0"
+            f"model.fp8={model.fp8.value} needs TransformerEngine's layers but model.layers={model.layers.value}; "
+            "set model.layers=te, or model.fp8=none"
         )
-    if first >= layers:
+    if model.fp8_weights and (model.fp8 is Fp8.none or Part.language in recipe.train.parts):
         raise ValueError(
-            f"parallel.first_stage_layers={first} leaves none of the {layers} layers to the other stages; lower it"
-        )
-    if first and (layers - first) % (stages - 1):
-        raise ValueError(
-            f"parallel.first_stage_layers={first} leaves {layers - first} of {layers} layers for "
-            f"{stages - 1} further stages, which does not divide; change it or parallel.pipeline"
-        )
-    if not first and layers % stages:
-        raise ValueError(
-            f"parallel.pipeline={stages} does not divide the language model's {layers} layers (num_hidden_layers); "
-            "choose a divisor, or set parallel.first_stage_layers"
+            f"model.fp8_weights=true with model.fp8={model.fp8.value} and train.parts="
+            f"{[part.value for part in recipe.train.parts]}: it keeps a frozen language model in 8 bits; set "
+            "model.fp8, take language out of train.parts, or set model.fp8_weights=false"
         )
 
 
@@ -332,6 +292,7 @@ def _check_combinations(recipe: RunRecipe) -> None:
             "parallel.sequence=true splits activations over tensor-parallel ranks but parallel.tensor=1; "
             "set parallel.tensor to 2 or more, or parallel.sequence=false"
         )
+    _check_fp8(recipe)
     if (train.packing is Packing.none) != (train.tokens_per_microbatch == 0):
         raise ValueError(
             f"train.packing={train.packing.value} with train.tokens_per_microbatch={train.tokens_per_microbatch}: "

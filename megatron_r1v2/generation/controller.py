@@ -24,6 +24,22 @@ class RolloutContext(DynamicInferenceContext):
     TOKEN_ROUNDER = 16
 
 
+class TensorwiseRolloutContext(RolloutContext):
+    """Pads a step so that each of up to 8 sequence-parallel ranks has the 8 tokens that an FP8 product needs.
+
+    Padding here is why the linears need not be wrapped as megatron-core's `prepare_model_for_fp8_inference` does, which
+    replaces their forward for good, training included.
+    """
+
+    TOKEN_ROUNDER = 64
+
+
+class BlockwiseRolloutContext(RolloutContext):
+    """Pads a step so that each of up to 8 sequence-parallel ranks has whole blocks of 128 tokens."""
+
+    TOKEN_ROUNDER = 1024
+
+
 @dataclass(frozen=True)
 class PromptImages:
     """Where the image tokens of a prompt are, and what takes their place; first pipeline stage only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -12,11 +12,13 @@ from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.controller import (
+    BlockwiseRolloutContext,
     ImageInferenceWrapper,
     PromptImages,
     RolloutContext,
     RolloutController,
     Sampling,
+    TensorwiseRolloutContext,
 )
 from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model
@@ -26,6 +28,12 @@ _GIB = 1024**3
 # flash-attn wants blocks of 256 tokens; the torch stand-in copies whole blocks, so it gets small ones.
 _BLOCK_TOKENS_FLASH = 256
 _BLOCK_TOKENS_TORCH = 64
+_CONTEXTS: Mapping[str | None, type[RolloutContext]] = {
+    None: RolloutContext,
+    "tensorwise": TensorwiseRolloutContext,
+    "blockwise": BlockwiseRolloutContext,
+}
+"""How a step is padded, by the FP8 recipe of the language model."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +161,9 @@ def _make_context(
     block_bytes = layers * block_tokens * kv_heads // parallel.tensor_size * head_bytes
     sequence_blocks = -(-max_sequence_tokens // block_tokens)
     # Sequence parallelism splits the tokens of a step, and steps are padded to these multiples.
-    max_requests = RolloutContext.round_up_requests(settings.max_requests, parallel.tensor_size)
-    max_tokens = RolloutContext.round_up_tokens(settings.max_tokens_per_step, parallel.tensor_size)
+    kind = _CONTEXTS[config.fp8_recipe if config.fp8 else None]
+    max_requests = kind.round_up_requests(settings.max_requests, parallel.tensor_size)
+    max_tokens = kind.round_up_tokens(settings.max_tokens_per_step, parallel.tensor_size)
     # One block more than the sequences own: padding tokens write there.
     blocks = min(int(settings.kv_cache_gib * _GIB) // block_bytes, max_requests * sequence_blocks + 1)
     if blocks < sequence_blocks + 1:
@@ -163,7 +172,7 @@ def _make_context(
             f"tokens, but one sequence of {max_sequence_tokens} tokens (prompt and response) needs {sequence_blocks}; "
             f"give at least {(sequence_blocks + 1) * block_bytes / _GIB:.3g}, or lower generation.max_response_tokens"
         )
-    context = RolloutContext(
+    context = kind(
         params_dtype=config.params_dtype,
         num_layers=layers,
         kv_channels=config.kv_channels,

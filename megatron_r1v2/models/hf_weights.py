@@ -19,6 +19,7 @@ from megatron_r1v2.models.hf_mapping import (
     hf_leftovers,
     parameter_map,
 )
+from megatron_r1v2.models.layer_specs import FUSED_NORM_NAMES
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
@@ -120,9 +121,17 @@ def _by_global_name(model: R1V2Model) -> dict[str, torch.nn.Parameter]:
     for name, parameter in model.named_parameters():
         match = re.match(r"(.*\.layers)\.\d+(?=\.)", name)
         if match:
-            name = f"{match[1]}.{numbers[match[0]]}{name[match.end() :]}"
+            name = f"{match[1]}.{numbers[match[0]]}.{_local_name(name[match.end() + 1 :])}"
         found[name] = parameter
     return found
+
+
+def _local_name(name: str) -> str:
+    """Return the name that a parameter of a layer has in the local implementation: the table knows only those."""
+    for local, fused in FUSED_NORM_NAMES.items():
+        if name.startswith(fused):
+            return local + name.removeprefix(fused)
+    return name
 
 
 def _check_names(model: R1V2Model, stored: set[str], local: dict[str, torch.nn.Parameter], hf_path: Path | str) -> None:

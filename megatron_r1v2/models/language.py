@@ -10,7 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_r1v2.config.validate import check_layout
+from megatron_r1v2.config.layout import check_layout
+from megatron_r1v2.config.schema import Layers
 from megatron_r1v2.models.architecture import LanguageArchitecture
 from megatron_r1v2.models.layer_specs import language_block_spec
 from megatron_r1v2.models.settings import ComputeSettings
@@ -58,6 +59,7 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         # There are no experts, but megatron-core refuses variable lengths beside its default dispatcher.
         "moe_token_dispatcher_type": "alltoall",
         **settings.shared(),
+        **settings.fp8_arguments(),
     }
     arguments |= settings.language_overrides
     try:
@@ -73,6 +75,7 @@ def build_language_model(
     architecture: LanguageArchitecture,
     config: TransformerConfig,
     *,
+    layers: Layers,
     groups: ProcessGroupCollection,
     pre_process: bool,
     post_process: bool,
@@ -82,6 +85,7 @@ def build_language_model(
     Args:
         architecture: the sizes.
         config: from `language_transformer_config`.
+        layers: which implementation of the layers.
         groups: process groups.
         pre_process: this stage holds the embedding.
         post_process: this stage holds the output layer.
@@ -91,7 +95,7 @@ def build_language_model(
     """
     return GPTModel(
         config=config,
-        transformer_layer_spec=language_block_spec(config, groups),
+        transformer_layer_spec=language_block_spec(architecture, config, layers=layers, groups=groups),
         vocab_size=padded_vocab_size(architecture, config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_positions,
         pre_process=pre_process,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -19,15 +20,47 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_r1v2.models.architecture import VisionArchitecture
+from megatron_r1v2.config.schema import Layers
+from megatron_r1v2.models.architecture import LanguageArchitecture, VisionArchitecture
 from megatron_r1v2.models.attention import LocalSelfAttention, SDPACoreAttention
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
 from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
 
+FUSED_NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Local name to the name under which TransformerEngine keeps the same weight, in a layer that fuses norm and linear."""
 
-def language_block_spec(config: TransformerConfig, groups: ProcessGroupCollection) -> TransformerBlockSubmodules:
-    """Return the decoder's layers on this pipeline stage, and its final norm."""
-    layer = ModuleSpec(
+
+def language_block_spec(
+    architecture: LanguageArchitecture,
+    config: TransformerConfig,
+    *,
+    layers: Layers,
+    groups: ProcessGroupCollection,
+) -> TransformerBlockSubmodules:
+    """Return the decoder's layers on this pipeline stage, and its final norm.
+
+    Args:
+        architecture: the sizes.
+        config: megatron-core's.
+        layers: which implementation.
+        groups: process groups; pp decides how many layers this stage has.
+    """
+    if layers is Layers.te:
+        # Importing it on a machine without CUDA raises RuntimeError, so it is imported where it was asked for.
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm), TENorm
+    else:
+        layer, norm = _local_language_layer(), RMSNorm
+    count = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def _local_language_layer() -> ModuleSpec:
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -44,10 +77,10 @@ def language_block_spec(config: TransformerConfig, groups: ProcessGroupCollectio
             pre_mlp_layernorm=RMSNorm,
             mlp=_mlp(),
             mlp_bda=get_bias_dropout_add,
+            # Checkpoints keep TransformerEngine's names, so either implementation loads them.
+            sharded_state_dict_keys_map=FUSED_NORM_NAMES,
         ),
     )
-    count = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
 def vision_block_spec(architecture: VisionArchitecture) -> TransformerBlockSubmodules:

@@ -59,7 +59,12 @@ class R1V2Model(MegatronModule):
                 groups=groups,
             )
         self.language = build_language_model(
-            architecture.language, self.config, groups=groups, pre_process=pre_process, post_process=post_process
+            architecture.language,
+            self.config,
+            layers=settings.layers,
+            groups=groups,
+            pre_process=pre_process,
+            post_process=post_process,
         )
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1v2.config.schema import ModelConfig, ParallelConfig, Precision, Recompute
+from megatron_r1v2.config.schema import Fp8, Layers, ModelConfig, ParallelConfig, Precision, Recompute
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class ComputeSettings:
     first_stage_layers: int = 0
     dtype: torch.dtype = torch.float32
     recompute: Recompute = Recompute.none
+    layers: Layers = Layers.local
+    fp8: Fp8 = Fp8.none
+    fp8_weights: bool = False
     language_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the language model's TransformerConfig as they stand."""
 
@@ -34,8 +37,28 @@ class ComputeSettings:
             first_stage_layers=parallel.first_stage_layers,
             dtype=torch.bfloat16 if model.precision is Precision.bf16 else torch.float32,
             recompute=recompute,
+            layers=model.layers,
+            fp8=model.fp8,
+            fp8_weights=model.fp8_weights,
             language_overrides=dict(model.transformer_config),
         )
+
+    def fp8_arguments(self) -> dict[str, Any]:
+        """Return the TransformerConfig arguments of FP8, which only the language model gets.
+
+        The vision tower's 1,025 tokens a tile do not meet TransformerEngine's shape constraints. Delayed scaling is not
+        offered: its all-reduce of maxima hangs when a rank skips a module, as a text-only microbatch does.
+        """
+        if self.fp8 is Fp8.none:
+            return {}
+        return {
+            "fp8": "hybrid" if self.fp8 is Fp8.tensorwise else "e4m3",
+            "fp8_recipe": self.fp8.value,
+            "fp8_param": self.fp8_weights,
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": 1,
+            "num_layers_at_end_in_bf16": 1,
+        }
 
     def shared(self) -> dict[str, Any]:
         """Return the TransformerConfig arguments that do not depend on the part of the model."""

@@ -90,12 +90,12 @@ def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
     cpu.install_if_needed()
     device = _device()
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
         dist.init_process_group(
             backend="nccl" if _gpu_for_each_local_rank() else "gloo",
             rank=rank,
             world_size=world_size,
+            # A process alone needs no port, which another run on the machine might have; others ask torchrun's.
+            store=dist.HashStore() if world_size == 1 else None,
             timeout=datetime.timedelta(minutes=settings.timeout_minutes),
         )
     parallel_state.initialize_model_parallel(

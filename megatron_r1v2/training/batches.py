@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1v2.config.schema import Packing, TrainConfig
+from megatron_r1v2.config.schema import Fp8, Packing, RunRecipe, TrainConfig
 from megatron_r1v2.data.packing import first_fit_decreasing, nemo_first_fit_decreasing
 from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
 
@@ -43,6 +43,7 @@ def collate(
     pad_id: int,
     image_token_id: int,
     tensor_size: int,
+    length_multiple: int = LENGTH_MULTIPLE,
     replayed: Sequence[bool],
     device: torch.device,
     weights: Sequence[float] | None = None,
@@ -55,6 +56,7 @@ def collate(
         pad_id: token that fills rows.
         image_token_id: of `<IMG_CONTEXT>`.
         tensor_size: TP ranks: sequence parallelism splits the length over them.
+        length_multiple: rows are padded to a multiple of this; FP8 wants more than bf16.
         replayed: for each row, whether it comes from the buffer.
         device: where the tensors go.
         weights: per row; None: 1.
@@ -62,7 +64,7 @@ def collate(
     Returns:
         The batch; column s predicts token s + 1.
     """
-    multiple = math.lcm(LENGTH_MULTIPLE, tensor_size)
+    multiple = math.lcm(length_multiple, tensor_size)
     length = math.ceil((max(len(sample.token_ids) for sample in samples) - 1) / multiple) * multiple
     rows = len(samples)
     tokens = torch.full((rows, length + 1), pad_id, dtype=torch.int64)
@@ -99,6 +101,21 @@ def collate(
         has_image_B=torch.tensor([sample.modality == "image" for sample in samples]),
     )
     return _to_device(batch, device)
+
+
+def length_multiple(recipe: RunRecipe) -> int:
+    """Return what the length of a row must be a multiple of.
+
+    TransformerEngine's FP8 products want 8 tokens on a rank; with blockwise scales, sequence parallelism gathers whole
+    blocks of 128 tokens of each rank.
+
+    Args:
+        recipe: the settings.
+    """
+    ranks = recipe.parallel.tensor if recipe.parallel.sequence else 1
+    if recipe.model.fp8 is Fp8.none:
+        return LENGTH_MULTIPLE
+    return ranks * (128 if recipe.model.fp8 is Fp8.blockwise else 8)
 
 
 def filler_sample(prompt: Prompt) -> TrainingSample:

@@ -264,7 +264,12 @@ def part_state(model: R1V2Model, parts: Iterable[Part]) -> ShardedStateDict:
     """Describe the parameters of some parts of the model to `dist_checkpointing`."""
     names = _names(parts)
     sharded = model.sharded_state_dict()
-    return {key: value for key, value in sharded.items() if key.split(".", 1)[0] in names}
+    # TransformerEngine's extra states hold scales that tensorwise and blockwise recipes compute anew for every product.
+    return {
+        key: value
+        for key, value in sharded.items()
+        if key.split(".", 1)[0] in names and not key.endswith("_extra_state")
+    }
 
 
 def _names(parts: Iterable[Part]) -> list[str]:

@@ -261,6 +261,7 @@ class GrpoStage:
             pad_id=session.tokenizer.pad_id,
             image_token_id=session.architecture.image_token_id,
             tensor_size=session.context.tensor_size,
+            length_multiple=session.policy.length_multiple,
             device=session.context.device,
         )
 

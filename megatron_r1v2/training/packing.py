@@ -41,7 +41,7 @@ class PackedBatch:
         return flat.index_put((self.columns,), values_1S[0, : len(self.columns)]).view(self.shape)
 
 
-def pack(batch: TrainingBatch, *, tensor_size: int) -> PackedBatch:
+def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGTH_MULTIPLE) -> PackedBatch:
     """Pack the rows of a microbatch into one.
 
     Each sequence keeps a little padding at its end, so that sequence parallelism divides the row.
@@ -49,11 +49,12 @@ def pack(batch: TrainingBatch, *, tensor_size: int) -> PackedBatch:
     Args:
         batch: padded on the right.
         tensor_size: TP ranks.
+        length_multiple: sequences are padded to a multiple of this; FP8 wants more than bf16.
 
     Returns:
         The packed batch.
     """
-    multiple = math.lcm(LENGTH_MULTIPLE, tensor_size)
+    multiple = math.lcm(length_multiple, tensor_size)
     columns_per_row = batch.token_ids_BS.shape[1]
     lengths = [
         min(columns_per_row, math.ceil((prompt + response - 1) / multiple) * multiple)

@@ -20,6 +20,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.aggregation import mean_metrics
+from megatron_r1v2.training.batches import LENGTH_MULTIPLE
 from megatron_r1v2.training.denominators import loss_scale
 from megatron_r1v2.training.packing import PackedBatch, pack
 from megatron_r1v2.types import TrainingBatch
@@ -49,6 +50,8 @@ class Policy:
     """Features of a frozen vision tower, computed once per image and step; None: the tower runs every time."""
     packed: bool = False
     """Lay the rows of a microbatch one after the other instead of padding them."""
+    length_multiple: int = LENGTH_MULTIPLE
+    """Lengths of packed sequences are multiples of this."""
     version: int = field(default=0)
     """Optimizer steps so far."""
 
@@ -112,7 +115,7 @@ class Policy:
         self, finish: Callable[..., Any], batches: Iterator[TrainingBatch], ddp: DistributedDataParallel
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
         batch = next(batches)
-        packed = pack(batch, tensor_size=self.context.tensor_size) if self.packed else None
+        packed = self._pack(batch) if self.packed else None
         output = ddp(
             packed.token_ids_1S if packed else batch.token_ids_BS,
             packed.position_ids_1S if packed else batch.position_ids_BS,
@@ -135,6 +138,9 @@ class Policy:
             groups=self.context.groups,
         )
         return finish(packed.unpack(log_probs_BS) if packed else log_probs_BS, batch)
+
+    def _pack(self, batch: TrainingBatch) -> PackedBatch:
+        return pack(batch, tensor_size=self.context.tensor_size, length_multiple=self.length_multiple)
 
     def _cached_features(self, batch: TrainingBatch) -> torch.Tensor | None:
         if self.features is None or not batch.image_prompts or not self.context.is_first_stage:

@@ -23,6 +23,7 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.training.batches import length_multiple
 from megatron_r1v2.training.checkpoint import (
     RECIPE_FILE,
     CheckpointStore,
@@ -265,6 +266,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             vocab_size=loaded.sampled_vocab_size,
             features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
             packed=recipe.train.packing is not Packing.none,
+            length_multiple=length_multiple(recipe),
         )
         stream = PromptStream(
             recipe.data.train,

@@ -1,11 +1,12 @@
 """Ranges, combinations, paths, and layouts that must fit the model."""
 
 import json
+import sys
 
 import pytest
 
 from megatron_r1v2.config.load import settings_of
-from megatron_r1v2.config.schema import Layers, Part, RunRecipe, WandbMode
+from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_ranges, check_stage, read_hf_config
 
 # The sizes of QwQ-32B.
@@ -44,6 +45,16 @@ def test_the_defaults_are_valid():
         ({"evaluation__top_p": 1.1}, "evaluation.top_p=1.1 is out of range"),
         ({"reward__answer_weight": -0.1}, "reward.answer_weight=-0.1"),
         ({"train__adam_beta2": 1.0}, "train.adam_beta2=1"),
+        ({"model__layers": Layers.te, "model__precision": Precision.fp32}, "model.layers=te with model.precision=fp32"),
+        ({"model__fp8": Fp8.tensorwise}, "model.fp8=tensorwise needs TransformerEngine's layers"),
+        (
+            {"model__layers": Layers.te, "model__precision": Precision.bf16, "model__fp8_weights": True},
+            "model.fp8_weights=true with model.fp8=none",
+        ),
+        (
+            {"train__packing": Packing.first_fit_decreasing},
+            "train.packing=first_fit_decreasing with train.tokens_per_microbatch=0",
+        ),
         ({"train__min_learning_rate": 1.0}, "train.min_learning_rate=1.0 is above"),
         ({"train__warmup_steps": 200}, "train.warmup_steps=200 is more than train.steps=100"),
         ({"train__parts": []}, "train.parts is empty"),
@@ -150,11 +161,50 @@ def test_each_stage_needs_its_files(tmp_path):
         check_stage(recipe, "grpo")
 
 
-def test_transformer_engine_is_refused(tmp_path):
+def test_transformer_engine_must_be_installed(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"text_config": QWQ}), encoding="utf-8")
     recipe = recipe_with(model__hf_path=str(tmp_path), data__train=str(tmp_path), model__layers=Layers.te)
-    with pytest.raises(ValueError, match="model.layers=te is not built yet"):
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(ValueError, match="model.layers=te needs TransformerEngine"):
         check_stage(recipe, "grpo")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "fp8", "dimension"),
+    [
+        (1, False, Fp8.tensorwise, None),
+        (8, True, Fp8.blockwise, None),
+        (8, True, Fp8.tensorwise, None),
+        (5, True, Fp8.blockwise, "does not divide the language model"),
+    ],
+)
+def test_fp8_fits_qwq_at_the_usual_layouts(tensor, sequence, fp8, dimension):
+    recipe = recipe_with(
+        model__layers=Layers.te,
+        model__fp8=fp8,
+        parallel__tensor=tensor,
+        parallel__sequence=sequence,
+        data__max_prompt_tokens=100,
+        generation__max_response_tokens=100,
+    )
+    if dimension is None:
+        check_model_fits(recipe, {"text_config": QWQ})
+    else:
+        with pytest.raises(ValueError, match=dimension):
+            check_model_fits(recipe, {"text_config": QWQ})
+
+
+def test_an_fp8_dimension_that_does_not_fit_is_named():
+    recipe = recipe_with(
+        model__layers=Layers.te,
+        model__fp8=Fp8.tensorwise,
+        parallel__tensor=8,
+        data__max_prompt_tokens=100,
+        generation__max_response_tokens=100,
+    )
+    narrow = {**QWQ, "intermediate_size": 8 * 100}
+    with pytest.raises(ValueError, match=r"multiple of 16, but the language model has 100 feed-forward channels"):
+        check_model_fits(recipe, {"text_config": narrow})
 
 
 def test_every_checked_name_is_a_setting():

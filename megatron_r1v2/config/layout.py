@@ -1,0 +1,107 @@
+"""Does a language model's size fit a layout? Plain numbers in, an error that names the setting out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_r1v2.config.schema import Fp8, RunRecipe
+
+
+def check_fp8_shapes(recipe: RunRecipe, text: Mapping[str, Any]) -> None:
+    """Check TransformerEngine's constraints on the products of one rank before anything is built.
+
+    Args:
+        recipe: the settings, with FP8 on.
+        text: the language model's HF configuration.
+
+    Raises:
+        ValueError: naming the dimension that does not fit.
+    """
+    tensor = recipe.parallel.tensor
+    heads = int(text["num_attention_heads"])
+    head_size = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    blockwise = recipe.model.fp8 is Fp8.blockwise and recipe.parallel.sequence
+    multiple = 128 if blockwise else 16
+    for what, size in (
+        ("channels (hidden_size)", int(text["hidden_size"])),
+        (
+            "feed-forward channels of a rank (intermediate_size / parallel.tensor)",
+            int(text["intermediate_size"]) // tensor,
+        ),
+        ("query channels of a rank (heads x head size / parallel.tensor)", heads * head_size // tensor),
+        ("query, key and value channels of a rank", (heads + 2 * kv_heads) * head_size // tensor),
+    ):
+        if size % multiple:
+            raise ValueError(
+                f"model.fp8={recipe.model.fp8.value} needs a multiple of {multiple}, but the language model has {size} "
+                f"{what} at parallel.tensor={tensor}; lower parallel.tensor, or set model.fp8=none"
+            )
+
+
+def check_layout(
+    *,
+    tensor: int,
+    pipeline: int,
+    first_stage_layers: int,
+    heads: int,
+    kv_heads: int,
+    hidden: int,
+    ffn: int,
+    layers: int,
+) -> None:
+    """Check that a layout divides the sizes of a language model.
+
+    Args:
+        tensor: `parallel.tensor`.
+        pipeline: `parallel.pipeline`.
+        first_stage_layers: `parallel.first_stage_layers`.
+        heads: attention heads.
+        kv_heads: key-value heads.
+        hidden: channels.
+        ffn: feed-forward channels.
+        layers: layers.
+
+    Raises:
+        ValueError: naming the setting and the size that it does not divide.
+    """
+    for what, size in (
+        ("attention heads (num_attention_heads)", heads),
+        ("channels (hidden_size)", hidden),
+        ("feed-forward channels (intermediate_size)", ffn),
+    ):
+        if size % tensor:
+            fitting = [n for n in range(1, heads + 1) if all(s % n == 0 for s in (heads, size))]
+            raise ValueError(
+                f"parallel.tensor={tensor} does not divide the language model's {size} {what}; "
+                f"values that do: {', '.join(map(str, fitting))}"
+            )
+    if kv_heads % tensor and tensor % kv_heads:
+        raise ValueError(
+            f"parallel.tensor={tensor} and the language model's {kv_heads} key-value heads (num_key_value_heads) do "
+            "not divide each other; choose a divisor or a multiple of the heads"
+        )
+    _check_pipeline(pipeline, first_stage_layers, layers)
+
+
+def _check_pipeline(stages: int, first: int, layers: int) -> None:
+    if first and stages == 1:
+        raise ValueError(
+            f"parallel.first_stage_layers={first} needs more than one pipeline stage but parallel.pipeline=1; "
+            "set parallel.first_stage_layers=0"
+        )
+    if first >= layers:
+        raise ValueError(
+            f"parallel.first_stage_layers={first} leaves none of the {layers} layers to the other stages; lower it"
+        )
+    if first and (layers - first) % (stages - 1):
+        raise ValueError(
+            f"parallel.first_stage_layers={first} leaves {layers - first} of {layers} layers for "
+            f"{stages - 1} further stages, which does not divide; change it or parallel.pipeline"
+        )
+    if not first and layers % stages:
+        raise ValueError(
+            f"parallel.pipeline={stages} does not divide the language model's {layers} layers (num_hidden_layers); "
+            "choose a divisor, or set parallel.first_stage_layers"
+        )
