@@ -51,9 +51,11 @@ def serve(connection: socket.socket, *, parent: int, timeout_seconds: float) -> 
         parent: process id of the pool.
         timeout_seconds: the limit of one check.
     """
+    waiting = select.poll()  # select.select refuses the high file descriptors that a process with many groups has
+    waiting.register(connection, select.POLLIN)
     while True:
         # Some other child of the pool's process may hold the socket open, so a closed socket is not enough.
-        while not select.select([connection], [], [], _ORPHAN_POLL_SECONDS)[0]:
+        while not waiting.poll(_ORPHAN_POLL_SECONDS * 1000):
             if os.getppid() != parent:
                 return
         header = read_exactly(connection, LENGTH.size)

@@ -1,9 +1,11 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,18 @@ def test_many_small_checks_are_quick():
             assert all(pool.run(calls, failed=False))
             times.append(time.perf_counter() - start)
         assert min(times) < 0.1
+
+
+def test_a_process_with_over_a_thousand_open_files_can_check():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2048:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2048), hard))
+    with ExitStack() as held:
+        for _ in range(1100):
+            held.enter_context(open(os.devnull))
+        with VerifierPool(1, TIMEOUT) as pool:
+            assert pool.run([_answer("8"), _answer("9")], failed=None) == [True, False]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_close_leaves_no_process():

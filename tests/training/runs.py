@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -201,6 +202,7 @@ def _rank_main(rank: int, world_size: int, port: int, file: str, stage: str, log
         LOCAL_RANK=str(rank),
     )
     torch.set_num_threads(1)
+    gc.freeze()  # megatron-core collects garbage in each save, a second for all that is imported
     with Path(log).open("a", buffering=1) as stderr, contextlib.redirect_stderr(stderr):
         try:
             run_stage(load_recipe(file), stage)
