@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_the_buffer_fills_the_batch_to_its_target(run: Run) -> None:
     assert lines[0]["ssb/trained_effective_fraction"] < 0.75
     enough = [
         now
-        for before, now in zip(lines, lines[1:], strict=False)
+        for before, now in itertools.pairwise(lines)
         if before["ssb/size"] + now["ssb/fresh_effective_fraction"] * 24 >= 18
     ]
     assert any(line["ssb/replayed"] for line in enough)
