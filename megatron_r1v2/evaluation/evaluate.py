@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_runs
 from megatron_r1v2.evaluation.records import rollout_record
-from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.engine import Progress, RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
@@ -36,7 +36,7 @@ class Evaluator:
     max_response_tokens: int
 
     def run(
-        self, prompts: Sequence[Prompt], *, name: str, step: int
+        self, prompts: Sequence[Prompt], *, name: str, step: int, progress: Progress | None = None
     ) -> tuple[EvaluationResult, list[dict[str, Any]], list[ScoredRollout]]:
         """Evaluate the model that the engine holds.
 
@@ -44,6 +44,7 @@ class Evaluator:
             prompts: the same on every rank.
             name: of the evaluation.
             step: training steps behind the weights.
+            progress: told (responses finished, tokens in them) of this replica after every engine step.
 
         Returns:
             The result, a record of every response for people to look at, and the responses: on every rank, ordered by
@@ -59,6 +60,7 @@ class Evaluator:
             max_response_tokens=self.max_response_tokens,
             features=self.features,
             seed=self.settings.seed,
+            progress=progress,
         )
         by_key = {prompt.key: prompt for prompt in prompts}
         mine, _ = score_in_replica(
