@@ -17,6 +17,7 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     InternVLVisionModel,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -124,7 +125,7 @@ def tiny_hf_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     vision: InternVLVisionConfig | None = None,
-    text: Qwen2Config | None = None,
+    text: PretrainedConfig | None = None,
     max_shard_size: str = "5GB",
 ) -> InternVLForConditionalGeneration:
     """Write a whole random InternVL folder (weights, tokenizer, image processor) and return its model.

@@ -57,6 +57,8 @@ class LanguageArchitecture:
     qkv_bias: bool
     qk_norm: bool
     tied_embeddings: bool
+    rope_factor: float = 1.0
+    """By how much Llama 3.1 and later stretch the slow rotations (`rope_type: llama3`); 1: not at all."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,11 @@ def language_architecture(hf: Mapping[str, Any]) -> LanguageArchitecture:
     _require(hf, "hidden_act", ("silu",), "the language model")
     if hf.get("use_sliding_window"):
         raise ValueError("text_config.use_sliding_window=true is not supported; accepted: false")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"text_config rope type {rope_type!r} is not supported; accepted: 'default'")
     family = _FAMILIES[hf["model_type"]]
+    for key in family.refused:
+        if hf.get(key):
+            raise ValueError(f"text_config.{key}={hf[key]!r} of a {hf['model_type']} is not supported; accepted: false")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     num_heads = hf["num_attention_heads"]
     return LanguageArchitecture(
         model_type=hf["model_type"],
@@ -135,9 +137,10 @@ def language_architecture(hf: Mapping[str, Any]) -> LanguageArchitecture:
         max_positions=hf["max_position_embeddings"],
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
         norm_epsilon=hf["rms_norm_eps"],
-        qkv_bias=family["qkv_bias"],
-        qk_norm=family["qk_norm"],
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        rope_factor=_rope_factor(rope),
     )
 
 
@@ -161,10 +164,48 @@ def r1v2_architecture(hf: Mapping[str, Any]) -> R1V2Architecture:
     )
 
 
-# What the HF configuration of a family implies without saying it: a new family is a new row.
-_FAMILIES: Mapping[str, Mapping[str, bool]] = {
-    "qwen2": {"qkv_bias": True, "qk_norm": False},
+@dataclass(frozen=True)
+class _Family:
+    """What the HF configuration of a family implies without saying it."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    refused: tuple[str, ...] = ()
+    """Settings that must be off: biases where the language model has none."""
+
+
+# A new family is a new row.
+_FAMILIES: Mapping[str, _Family] = {
+    "qwen2": _Family(qkv_bias=True),
+    "qwen3": _Family(qk_norm=True, refused=("attention_bias",)),
+    "llama": _Family(refused=("attention_bias", "mlp_bias")),
 }
+# megatron-core takes the factor of Llama 3's rotations; these it has as constants.
+_LLAMA3_ROPE: Mapping[str, float] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _rope_factor(rope: Mapping[str, Any]) -> float:
+    """Return how much the slow rotations are stretched, from `rope_parameters` or the older `rope_scaling`."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"text_config rope type {rope_type!r} is not supported; accepted: 'default', 'llama3'")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"text_config rope's partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; accepted: 1"
+        )
+    if rope_type == "default":
+        return 1.0
+    for key, computed in _LLAMA3_ROPE.items():
+        if rope.get(key) != computed:
+            raise ValueError(
+                f"text_config rope's {key}={rope.get(key)!r} is not supported with rope_type 'llama3'; megatron-core "
+                f"computes {computed:g}, as Llama 3.1 to 3.3 have it"
+            )
+    return float(rope["factor"])
 
 
 def _require(hf: Mapping[str, Any], key: str, accepted: tuple[Any, ...], what: str) -> None:

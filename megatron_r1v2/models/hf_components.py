@@ -182,7 +182,9 @@ def _open(components: Components, stack: ExitStack) -> dict[str, tuple[Safetenso
                 found[canonical_hf_name(stored)] = (adapter, stored)
     language = stack.enter_context(SafetensorsFolder(components.language))
     for stored in language.names():
-        found[_LANGUAGE + stored] = (language, stored)
+        # Old Llama files hold the rotations too, which nobody reads: they follow from the configuration.
+        if not stored.endswith(".rotary_emb.inv_freq"):
+            found[_LANGUAGE + stored] = (language, stored)
     return found
 
 

@@ -49,6 +49,8 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         "layernorm_epsilon": architecture.norm_epsilon,
         "add_bias_linear": False,
         "add_qkv_bias": architecture.qkv_bias,
+        # megatron-core sums the gradients of these norms over the ranks, each of which has some heads only.
+        "qk_layernorm": architecture.qk_norm,
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "pipeline_model_parallel_size": settings.pipeline,
@@ -104,6 +106,8 @@ def build_language_model(
         share_embeddings_and_output_weights=architecture.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=int(architecture.rope_theta),
+        rope_scaling=architecture.rope_factor != 1.0,
+        rope_scaling_factor=architecture.rope_factor,
         scatter_embedding_sequence_parallel=False,
         pg_collection=groups,
     )

@@ -54,12 +54,13 @@ def language_block_spec(
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm), TENorm
     else:
-        layer, norm = _local_language_layer(), RMSNorm
+        layer, norm = _local_language_layer(architecture), RMSNorm
     count = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
-def _local_language_layer() -> ModuleSpec:
+def _local_language_layer(architecture: LanguageArchitecture) -> ModuleSpec:
+    head_norm = RMSNorm if architecture.qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -71,6 +72,8 @@ def _local_language_layer() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SDPACoreAttention,
                     linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
