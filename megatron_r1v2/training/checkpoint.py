@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -162,6 +162,7 @@ class CheckpointStore:
                 "stage from its weights set model.checkpoint to it and run.output_dir to a new folder"
             )
         sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
+        _check_shapes(sharded["model"], folder)
         if not optimizer.is_stub_optimizer:
             sharded["optimizer"] = optimizer.sharded_state_dict(
                 sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
@@ -255,7 +256,9 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
         The parts that were loaded.
     """
     parts = [Part(name) for name in load_state(folder)["parts"]]
-    loaded = dist_checkpointing.load({"model": part_state(model, parts)}, str(folder / TENSORS))
+    sharded = part_state(model, parts)
+    _check_shapes(sharded, folder)
+    loaded = dist_checkpointing.load({"model": sharded}, str(folder / TENSORS))
     _fill(model, loaded["model"], folder)
     return parts
 
@@ -286,6 +289,24 @@ def _fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:
         raise ValueError(
             f"checkpoint {folder} does not fit the model: missing {missing[:5]}, unexpected "
             f"{result.unexpected_keys[:5]}; model.hf_path must be the model that it was made from"
+        )
+
+
+def _check_shapes(sharded: ShardedStateDict, folder: Path) -> None:
+    """Refuse a checkpoint of a model of other sizes before megatron-core does, in words."""
+    saved = dist_checkpointing.load_tensors_metadata(str(folder / TENSORS))
+    for wanted in sharded.values():
+        if not isinstance(wanted, ShardedTensor):
+            continue
+        if wanted.key not in saved:
+            told = f"{wanted.key} is not in it"
+        elif tuple(saved[wanted.key].global_shape) != tuple(wanted.global_shape) and not wanted.allow_shape_mismatch:
+            told = f"{wanted.key} is {list(saved[wanted.key].global_shape)} in it and {list(wanted.global_shape)} in "
+            told += "the model"
+        else:
+            continue
+        raise ValueError(
+            f"checkpoint {folder} does not fit the model: {told}; model.hf_path must be the model that it was made from"
         )
 
 

@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.training.align import run_align
+from megatron_r1v2.training.grpo import run_grpo
 from tests.training.tiny_run import tiny_recipe
 
-# Named here and not imported: what runs in a child must not make the parent import megatron-core first.
-_PRELOADED = ["megatron_r1v2.training.grpo", "megatron_r1v2.training.align", "tests.training.runs"]
+_STAGES = {"grpo": run_grpo, "align": run_align}
 
 
 def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
@@ -42,10 +47,7 @@ def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> Run
 
 def run_stage(recipe: RunRecipe, stage: str = "grpo") -> Path:
     """Run a stage in this process."""
-    from megatron_r1v2.training.align import run_align
-    from megatron_r1v2.training.grpo import run_grpo
-
-    return {"grpo": run_grpo, "align": run_align}[stage](recipe)
+    return _STAGES[stage](recipe)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -65,11 +67,6 @@ def without_timings(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def checkpoint_contents(folder: Path) -> dict[str, Any]:
     """Return everything that a checkpoint holds but the settings, in this process and without process groups."""
-    from megatron.core import dist_checkpointing
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     reader = FileSystemReader(folder / "tensors")
     tensors: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -124,7 +121,7 @@ class Ranks:
         self.log = output.with_name(output.name + ".log")
         self.log.write_text("")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(["tests.training.runs"])
         port = free_port()
         self.processes = [
             context.Process(target=_rank_main, args=(rank, world_size, port, str(file), stage, str(self.log)))
