@@ -1,0 +1,327 @@
+"""Measures what a training step really allocates on a CPU, beside what the planner says.
+
+    python -m benchmarks.planner_activations benchmarks/results/planner_activations_cpu.json
+
+"Measured" is the largest sum of bytes of tensors that live at once during one call and were made in it, kept ones and
+temporary ones: every operator of the forward and backward pass is watched, and the storages it makes until they die.
+Parameters, DDP buffers and optimizer state exist before and are not in it; a step was taken before, so caches that live
+on are not either; nor is the workspace inside a kernel (oneDNN's, for instance), which another device has not. The call
+is `Policy.update` (forward, backward and optimizer of all its microbatches) or `Policy.log_probs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
+from megatron_r1v2.models.r1v2 import build_r1v2, freeze_all_but
+from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.passes import log_probs_peak, training_peak
+from megatron_r1v2.training.batches import collate
+from megatron_r1v2.training.grpo import batch_loss
+from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
+from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.types import Prompt, TrainingSample
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a layout and a microbatch."""
+
+    name: str
+    architecture: R1V2Architecture
+    parallel: ParallelConfig
+    parts: tuple[str, ...]
+    precision: str
+    recompute: str
+    rows: int
+    tokens: int
+    """Of a row, a multiple of 8; its labels are one token further."""
+    tiles: int
+    """Of each row."""
+    microbatches: int = 1
+    measured: list[dict[str, int]] = field(default_factory=list)
+    """Peak bytes by phase, of each rank."""
+
+
+def architecture(
+    *, hidden: int, layers: int, vision_hidden: int, vision_layers: int, family: str, vocabulary: int
+) -> R1V2Architecture:
+    """Return a model shaped like the real ones: heads of 32, four patches an image token."""
+    is_6b = family == "6b"
+    return R1V2Architecture(
+        vision=VisionArchitecture(
+            hidden_size=vision_hidden,
+            num_layers=vision_layers,
+            num_heads=vision_hidden // 32,
+            ffn_size=4 * vision_hidden,
+            image_size=112,
+            patch_size=14,
+            norm="rms_norm" if is_6b else "layer_norm",
+            norm_epsilon=1e-6,
+            qkv_bias=not is_6b,
+            qk_norm=is_6b,
+        ),
+        language=LanguageArchitecture(
+            model_type="qwen2",
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=hidden // 32,
+            num_kv_heads=2,
+            head_size=32,
+            ffn_size=hidden * 27 // 5 // 8 * 8,
+            vocab_size=vocabulary,
+            max_positions=4096,
+            rope_theta=1e6,
+            norm_epsilon=1e-6,
+            qkv_bias=True,
+            qk_norm=False,
+            tied_embeddings=False,
+        ),
+        image_token_id=vocabulary - 1,
+        downsample_ratio=0.5,
+    )
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of storages that operators made and nobody has let go of yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.highest = 0
+        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and count what it made."""
+        before = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            # A view, or the target of an in-place operator, is not new, even where it was made before we looked.
+            if isinstance(tensor, torch.Tensor) and _key(tensor) not in before | self._live.keys():
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._live[key] = weakref.ref(storage, lambda _: self._remove(key, size))
+        self.held += size
+        self.highest = max(self.highest, self.held)
+
+    def _remove(self, key: int, size: int) -> None:
+        del self._live[key]
+        self.held -= size
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Return the most bytes of tensors that lived at once during a call and were made in it."""
+    gc.collect()
+    with LiveTensors() as tensors:
+        call()
+    return tensors.highest
+
+
+def measure_rank(case: Case) -> dict[str, int]:
+    """Take a step of a case on this rank, as the stages do, and measure the next one.
+
+    Args:
+        case: what to build; every rank of it calls this.
+
+    Returns:
+        Peak bytes by phase.
+    """
+    context = groups.initialize(case.parallel, seed=1)
+    policy = _policy(case, context)
+    batches = [_batch(case, index, context) for index in range(case.microbatches)]
+
+    def update() -> Any:
+        loss = lambda log_probs_BS, batch: batch_loss(  # noqa: E731
+            log_probs_BS, batch, algorithm=AlgorithmConfig(), denominator=float(case.rows * case.microbatches)
+        )
+        return policy.update(batches, loss)
+
+    update()
+    training = peak_bytes(update)
+    policy.log_probs(batches)
+    return {"training": training, "log_probs": peak_bytes(lambda: policy.log_probs(batches))}
+
+
+def _policy(case: Case, context: groups.ParallelContext) -> Policy:
+    settings = ComputeSettings(
+        tensor=case.parallel.tensor,
+        pipeline=case.parallel.pipeline,
+        sequence=case.parallel.sequence,
+        first_stage_layers=case.parallel.first_stage_layers,
+        dtype=torch.bfloat16 if case.precision == "bf16" else torch.float32,
+        recompute=Recompute[case.recompute],
+    )
+    model = build_r1v2(case.architecture, settings, groups=context.groups, device=context.device)
+    freeze_all_but(model, [Part(part) for part in case.parts])
+    ddp = wrap_with_ddp(model, context)
+    optimizer, scheduler = build_optimizer(ddp, TrainConfig(steps=4))
+    return Policy(
+        model=model,
+        ddp=ddp,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        context=context,
+        temperature=0.7,
+        vocab_size=case.architecture.language.vocab_size,
+        features=None if "vision" in case.parts else FeatureCache(2**40),
+    )
+
+
+def _batch(case: Case, index: int, context: groups.ParallelContext) -> Any:
+    """Return a microbatch of distinct prompts, each row exactly as long as the case says."""
+    sizes = case.architecture
+    generator = torch.Generator().manual_seed(index)
+    prompts, samples = {}, []
+    for row in range(case.rows):
+        key = f"{index}/{row}"
+        image = [sizes.image_token_id] * (case.tiles * sizes.tokens_per_tile)
+        words = torch.randint(0, sizes.image_token_id, (case.tokens + 1 - len(image),), generator=generator).tolist()
+        side = sizes.vision.image_size
+        prompts[key] = Prompt(
+            key=key,
+            messages=(),
+            token_ids=(*image, words[0]),
+            tiles_TCHW=torch.randint(0, 256, (case.tiles, 3, side, side), generator=generator, dtype=torch.uint8),
+            answer="",
+            answer_type="exact",
+        )
+        responses = len(words) - 1
+        samples.append(
+            TrainingSample(
+                prompt_key=key,
+                sample_index=0,
+                token_ids=(*image, *words),
+                prompt_length=len(image) + 1,
+                old_log_probs=(-5.0,) * responses,
+                rollout_log_probs=(-5.0,) * responses,
+                advantage=1.0 - row,
+                reward=0.0,
+                policy_version=0,
+                group_effective=True,
+                modality="image" if case.tiles else "text",
+            )
+        )
+    return collate(
+        samples,
+        prompts,
+        pad_id=0,
+        image_token_id=sizes.image_token_id,
+        tensor_size=context.tensor_size,
+        replayed=[False] * len(samples),
+        device=context.device,
+    )
+
+
+def planned(case: Case, rank: int) -> dict[str, int]:
+    """Return what the planner says that a rank of a case needs.
+
+    Args:
+        case: sizes, layout and microbatch.
+        rank: in the order of the process groups: tensor-parallel ranks of the first stage first.
+
+    Returns:
+        Peak bytes by phase.
+    """
+    parallel = case.parallel
+    layout = Layout(parallel.tensor, parallel.pipeline, 1, parallel.first_stage_layers, parallel.sequence)
+    model = ActivationModel(
+        case.architecture,
+        layout,
+        [Part(part) for part in case.parts],
+        2 if case.precision == "bf16" else 4,
+        Recompute[case.recompute],
+    )
+    batch = Microbatch(case.rows, case.tokens, case.rows * case.tiles)
+    stage = rank // parallel.tensor
+    return {
+        "training": training_peak(model, batch, stage=stage, microbatches=case.microbatches),
+        "log_probs": log_probs_peak(model, batch, stage=stage),
+    }
+
+
+SMALL = architecture(hidden=128, layers=3, vision_hidden=160, vision_layers=2, family="6b", vocabulary=1003)
+MEDIUM = architecture(hidden=256, layers=4, vision_hidden=192, vision_layers=3, family="300m", vocabulary=2000)
+LARGE = architecture(hidden=320, layers=6, vision_hidden=224, vision_layers=4, family="6b", vocabulary=3001)
+EVERYTHING = ("vision", "adapter", "language")
+
+CASES = [
+    Case("small, adapter", SMALL, ParallelConfig(), ("adapter",), "fp32", "none", 1, 512, 2),
+    Case("small, all parts", SMALL, ParallelConfig(), EVERYTHING, "bf16", "full", 1, 512, 4),
+    Case(
+        "medium, TP2 + SP",
+        MEDIUM,
+        ParallelConfig(tensor=2, sequence=True),
+        ("adapter", "language"),
+        "bf16",
+        "none",
+        1,
+        640,
+        2,
+    ),
+    Case("medium, vision", MEDIUM, ParallelConfig(tensor=2), ("adapter", "vision"), "fp32", "selective", 2, 256, 4),
+    Case("large, PP2", LARGE, ParallelConfig(pipeline=2), EVERYTHING, "fp32", "none", 1, 384, 2, 3),
+    Case(
+        "large, TP2 x PP2 + SP",
+        LARGE,
+        ParallelConfig(tensor=2, pipeline=2, sequence=True, first_stage_layers=2),
+        ("adapter",),
+        "bf16",
+        "full",
+        2,
+        384,
+        2,
+        3,
+    ),
+]
+
+
+def main() -> None:
+    """Measure all cases, print them beside the plan and write them down."""
+    from tests.ranks import run_ranks
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner_activations", description=__doc__)
+    parser.add_argument("output", type=Path, help="JSON file to write")
+    output = parser.parse_args().output
+    for case in CASES:
+        ranks = case.parallel.tensor * case.parallel.pipeline
+        case.measured.extend(run_ranks(ranks, measure_rank, case, timeout=900))
+        for rank, measured in enumerate(case.measured):
+            for phase, said in planned(case, rank).items():
+                print(
+                    f"{case.name:24} rank {rank} {phase:10} measured {measured[phase] / 2**20:7.2f} MiB  "
+                    f"planned {said / 2**20:7.2f} MiB  {said / measured[phase] - 1:+.1%}",
+                    flush=True,
+                )
+    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"machine": machine, "cases": [asdict(case) for case in CASES]}, indent=1) + "\n")
+    temporary.replace(output)
+
+
+if __name__ == "__main__":
+    main()

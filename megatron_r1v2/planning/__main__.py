@@ -1,0 +1,86 @@
+"""python -m megatron_r1v2.planning RECIPE.yaml --gpus 16 --gpu-memory 80: what the run needs, and on which layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.planning.plan import Cluster, hf_config_of, make_plan
+from megatron_r1v2.planning.roofline import HARDWARE
+from megatron_r1v2.planning.show import as_json, print_plan
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan; exit 1 when the recipe does not fit and 2 on bad input.
+
+    Args:
+        argv: arguments without the program's name; None: the process's.
+
+    Raises:
+        SystemExit: 1 or 2, see above.
+    """
+    arguments = _parser().parse_args(argv)
+    hardware = HARDWARE[arguments.gpu]
+    if arguments.matmul_efficiency:
+        hardware = replace(hardware, matmul_efficiency=arguments.matmul_efficiency)
+    if arguments.bandwidth_efficiency:
+        hardware = replace(hardware, bandwidth_efficiency=arguments.bandwidth_efficiency)
+    cluster = Cluster(
+        gpus=arguments.gpus,
+        gpus_per_node=arguments.gpus_per_node,
+        gpu_memory_gib=arguments.gpu_memory or hardware.memory_gib,
+        reserve_gib=arguments.reserve,
+        hardware=hardware,
+    )
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        hf_config = hf_config_of(recipe, arguments.hf_config)
+        plan = make_plan(
+            recipe, hf_config, cluster, tiles=arguments.tiles, mean_response=arguments.mean_response_tokens
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if arguments.json:
+        print(json.dumps(as_json(plan), indent=1))
+    else:
+        print_plan(plan)
+    if not plan.fits:
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron_r1v2.planning", description=__doc__)
+    parser.add_argument("recipe", help="YAML recipe of a GRPO run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, as for the stages")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
+    parser.add_argument("--gpu-memory", type=float, default=0.0, help="GiB of one GPU; default: that of --gpu")
+    parser.add_argument("--gpu", choices=sorted(HARDWARE), default="h100", help="for the times (default: h100)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="bounds tensor parallelism (default: 8)")
+    parser.add_argument(
+        "--hf-config",
+        default="",
+        help="config.json, its folder, or r1v2-38b; default: that in model.hf_path",
+    )
+    parser.add_argument("--tiles", type=int, default=0, help="image tiles of a prompt; default: the most possible")
+    parser.add_argument(
+        "--mean-response-tokens", type=int, default=0, help="for the times; default: half of the longest response"
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=4.0,
+        help="GiB of each GPU for CUDA, NCCL, kernels and the allocator's gaps (default: 4, an assumption)",
+    )
+    parser.add_argument("--matmul-efficiency", type=float, default=0.0, help="attained part of the FLOP/s")
+    parser.add_argument("--bandwidth-efficiency", type=float, default=0.0, help="attained part of the bandwidth")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Bytes that a forward and backward pass allocates, tensor by tensor, for the local layers of models/.
+
+Each function lists what autograd keeps of one block, and what comes on top while the block runs. The lists were read
+off `saved_tensors_hooks` on the real model and hold for torch's flash-style SDPA (CPU and GPU): queries, keys, the
+whole qkv projection (values are a view of it), the output and one float32 a query. Letters in the names: n tokens of
+a microbatch, m patches and class tokens of its tiles, w bytes of an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_r1v2.config.schema import Part, Recompute
+from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.parameters import Layout, padded_vision_heads, padded_vocabulary
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass sees."""
+
+    rows: int
+    tokens: int
+    """Of a row, padding included."""
+    tiles: int
+    """Of all rows together, each prompt's once."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes of one layer, or of what stands before or after the layers."""
+
+    saved: int
+    """Kept from the forward to the backward pass."""
+    forward: int
+    """Most that lives at once in a forward pass that keeps nothing."""
+    backward: int
+    """Most that comes on top of `saved` while the backward pass of this block runs."""
+
+
+@dataclass(frozen=True)
+class ActivationModel:
+    """Sizes, layout and numerics that decide about activations."""
+
+    architecture: R1V2Architecture
+    layout: Layout
+    parts: Collection[Part]
+    element_bytes: int
+    """w: 2 for bf16, 4 for fp32."""
+    recompute: Recompute
+
+    @property
+    def trains_language(self) -> bool:
+        """Return whether weights of the language model have gradients."""
+        return Part.language in self.parts
+
+    @property
+    def trains_vision(self) -> bool:
+        """Return whether the vision tower keeps a graph."""
+        return Part.vision in self.parts
+
+    def has_graph(self, batch: Microbatch) -> bool:
+        """Return whether the language model keeps a graph: not for text alone when only adapter or vision train."""
+        return self.trains_language or batch.tiles > 0
+
+    def hidden(self, batch: Microbatch) -> int:
+        """Return the bytes of hidden states between layers, split by sequence parallelism."""
+        tokens = batch.rows * batch.tokens // (self.layout.tensor if self.layout.sequence else 1)
+        return tokens * self.architecture.language.hidden_size * self.element_bytes
+
+    def language_layer(self, batch: Microbatch) -> Block:
+        """Return the bytes of one decoder layer without recomputation."""
+        language, tensor, w = self.architecture.language, self.layout.tensor, self.element_bytes
+        n = batch.rows * batch.tokens
+        hidden = self.hidden(batch)
+        # Below one key-value head a rank, each rank gathers the heads of its whole group before it takes its own.
+        kv = max(1, language.num_kv_heads // tensor) * language.head_size
+        q = language.num_heads // tensor * language.head_size
+        gathered_q = max(q, language.num_heads // language.num_kv_heads * language.head_size)
+        qkv = n * w * ((gathered_q if tensor > language.num_kv_heads else q) + 2 * kv)
+        ffn = n * w * language.ffn_size // tensor
+        rope = 4 * batch.tokens * language.head_size * w
+        saved = 2 * self._rms_norm(hidden, trained=self.trains_language) + rope
+        saved += qkv + n * w * (q + kv) + self._core_attention_output(batch)
+        # fc1's output (both halves), the linear half plus its offset, the activated half; fc2's input if that trains.
+        saved += (5 if self.trains_language else 4) * ffn
+        if self.trains_language:
+            saved += 2 * hidden  # the inputs of qkv and fc1
+        if language.qk_norm:
+            heads = n * w * (q + kv)
+            # In fp32 the norm of the keys reads them where the qkv projection wrote them.
+            saved += (4 * heads if w == 2 else n * w * q) + (heads if self.trains_language else 0)
+        gathered = n * language.hidden_size * w
+        # fc1's output, both halves and their product; residual, layer input and norm output; the gathered input.
+        forward = 5 * ffn + 3 * hidden + gathered
+        backward = 3 * ffn + 2 * gathered
+        if self.trains_language:
+            weight = language.ffn_size // tensor * language.hidden_size * w
+            backward = max(2 * ffn, ffn + weight) + 2 * gathered
+        return Block(saved, forward, backward)
+
+    def vision_layer(self, tiles: int) -> Block:
+        """Return the bytes of one layer of the vision tower without recomputation."""
+        vision, tensor, w = self.architecture.vision, self.layout.tensor, self.element_bytes
+        m = tiles * (vision.num_patches + 1)
+        hidden = m * vision.hidden_size * w
+        local_heads = padded_vision_heads(vision, tensor) // tensor
+        heads = m * local_heads * vision.head_size * w
+        ffn = m * w * vision.ffn_size // tensor
+        norm = self._rms_norm(hidden, trained=True) if vision.norm == "rms_norm" else hidden
+        # Norms, inputs of qkv and fc1, what the two layer scales multiply, before and after GELU.
+        saved = 2 * norm + 2 * hidden + 2 * hidden + 2 * ffn
+        saved += 3 * heads + heads + m * local_heads * 4
+        if vision.qk_norm:
+            # q and k: float32 twice (in fp32 one copy serves), the normalised, and what attention keeps.
+            saved += 2 * ((2 * 2 * heads if w == 2 else heads) + heads + heads)
+        wide = 8 if w == 2 else 4
+        norm_forward = m * vision.hidden_size * (3 * w + wide) if vision.norm == "rms_norm" else 3 * hidden
+        forward = max(norm_forward, 3 * hidden + 3 * ffn)
+        norm_backward = m * vision.hidden_size * (16 if w == 2 else 12) if vision.norm == "rms_norm" else 3 * hidden
+        backward = max(norm_backward, 2 * ffn + 2 * hidden) + hidden
+        return Block(saved, forward, backward)
+
+    def adapter(self, tiles: int) -> Block:
+        """Return the bytes of pixel shuffle and adapter."""
+        sizes, w = self.architecture, self.element_bytes
+        tokens = tiles * sizes.tokens_per_tile
+        wide = tokens * sizes.adapter_input_size * w
+        middle = tokens * sizes.language.hidden_size // self.layout.tensor * w
+        out = tokens * sizes.language.hidden_size * w
+        trained = Part.adapter in self.parts
+        saved = 0
+        if trained or self.trains_vision:
+            # The norm's input; its output and GELU's where the linears train; GELU's input.
+            saved = wide * (2 if trained else 1) + middle * (2 if trained else 1)
+        return Block(saved, 2 * wide + 2 * middle + out, 2 * wide)
+
+    def head(self, batch: Microbatch) -> Block:
+        """Return the bytes of final norm, output layer and log-probs on the last stage."""
+        language, tensor, w = self.architecture.language, self.layout.tensor, self.element_bytes
+        n, hidden = batch.rows * batch.tokens, self.hidden(batch)
+        logits = n * padded_vocabulary(language, tensor) // tensor
+        gathered = n * language.hidden_size * w
+        norm = self._rms_norm(hidden, trained=self.trains_language) + (hidden if self.trains_language else 0)
+        # The softmax, in float32. On top: logits, their float32 copy and the quotient; later two float32 gradients.
+        transient = logits * (w + 4 if w == 2 else 4)
+        weight = padded_vocabulary(language, tensor) // tensor * language.hidden_size * w
+        backward = max(transient, (logits * (w - 4) + weight + gathered) if self.trains_language else 0)
+        return Block(norm + 4 * logits, logits * 4 + transient + gathered, backward + (gathered if tensor > 1 else 0))
+
+    def _rms_norm(self, hidden: int, *, trained: bool) -> int:
+        """Return what our RMSNorm keeps: its input in float32 twice (once where it is float32), the result if trained.
+
+        In bf16 both `.float()` calls make a copy; in fp32 the input itself is kept.
+        """
+        wide = hidden * 2 * 2 if self.element_bytes == 2 else hidden
+        return wide + (hidden if trained else 0)
+
+    def _core_attention_output(self, batch: Microbatch) -> int:
+        language, tensor = self.architecture.language, self.layout.tensor
+        heads = batch.rows * batch.tokens * language.num_heads // tensor
+        output = heads * language.head_size * self.element_bytes
+        if self.recompute is Recompute.selective:
+            # Queries, keys and values stay either way; the output only where the projection needs it.
+            return output if self.trains_language else 0
+        return output + heads * 4

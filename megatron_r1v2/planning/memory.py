@@ -1,0 +1,337 @@
+"""What each rank needs in each phase of a step, and the largest settings that still fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_r1v2.config.schema import Packing, Part, Precision, Recompute, RunRecipe
+from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+from megatron_r1v2.planning.parameters import Layout, padded_vocabulary
+from megatron_r1v2.planning.passes import log_probs_peak, training_peak, vision_peak
+from megatron_r1v2.planning.state import ModelState, largest_state
+
+GIB = 1024**3
+Phase = Literal["generation", "log-probs", "training"]
+PHASES: tuple[Phase, ...] = ("generation", "log-probs", "training")
+
+# flash-attn's block of the paged cache (generation/phase.py); without flash-attn blocks are smaller.
+_CACHE_BLOCK_TOKENS = 256
+# Bytes for each logit while a token is drawn: gathered logits, two float32 copies, probabilities, float64 sums.
+_DRAW_BYTES = 4 + 4 + 4 + 8
+# CPython: a slot in a tuple and a number object behind it.
+_PYTHON_INT = 8 + 28
+_PYTHON_FLOAT = 8 + 24
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run asks of the model, worst cases throughout: longest rows, most tiles."""
+
+    parts: tuple[Part, ...]
+    element_bytes: int
+    recompute: Recompute
+    micro_batch_size: int
+    packed_tokens: int
+    """Tokens of a packed microbatch; 0: rows are padded."""
+    prompts_per_step: int
+    responses_per_prompt: int
+    updates_per_step: int
+    prompt_tokens: int
+    response_tokens: int
+    tiles: int
+    """Of a prompt, the thumbnail included."""
+    kv_cache_gib: float
+    max_requests: int
+    max_tokens_per_step: int
+    feature_cache_gib: float
+    buffer_capacity: int
+    """0: no buffer."""
+    target_effective_fraction: float
+    has_reference: bool
+
+    @classmethod
+    def from_recipe(cls, recipe: RunRecipe, architecture: R1V2Architecture, *, tiles: int = 0) -> Workload:
+        """Collect what a recipe asks for.
+
+        Args:
+            recipe: the settings.
+            architecture: the sizes.
+            tiles: of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
+        """
+        most = recipe.data.max_tiles + (1 if recipe.data.max_tiles > 1 else 0)
+        most = min(most, recipe.data.max_prompt_tokens // architecture.tokens_per_tile)
+        generation, train, buffer = recipe.generation, recipe.train, recipe.buffer
+        return cls(
+            parts=tuple(train.parts),
+            element_bytes=2 if recipe.model.precision is Precision.bf16 else 4,
+            recompute=train.recompute,
+            micro_batch_size=train.micro_batch_size,
+            packed_tokens=0 if train.packing is Packing.none else train.tokens_per_microbatch,
+            prompts_per_step=train.prompts_per_step,
+            responses_per_prompt=generation.responses_per_prompt,
+            updates_per_step=train.updates_per_step,
+            prompt_tokens=recipe.data.max_prompt_tokens,
+            response_tokens=generation.max_response_tokens,
+            tiles=tiles or most,
+            kv_cache_gib=generation.kv_cache_gib,
+            max_requests=generation.max_requests,
+            max_tokens_per_step=generation.max_tokens_per_step,
+            feature_cache_gib=generation.feature_cache_gib,
+            buffer_capacity=buffer.capacity if buffer.enabled else 0,
+            target_effective_fraction=buffer.target_effective_fraction,
+            has_reference=recipe.algorithm.kl_coefficient > 0,
+        )
+
+    @property
+    def responses_per_step(self) -> int:
+        """Return the responses of a step over all replicas."""
+        return self.prompts_per_step * self.responses_per_prompt
+
+    def row_tokens(self, tensor: int) -> int:
+        """Return the tokens of the longest row as it is padded (training/batches.py)."""
+        multiple = math.lcm(8, tensor)
+        return -(-(self.prompt_tokens + self.response_tokens - 1) // multiple) * multiple
+
+    def microbatch(self, tensor: int) -> Microbatch:
+        """Return the largest microbatch: the longest rows, or one full packed row."""
+        tokens = self.row_tokens(tensor)
+        if self.packed_tokens:
+            tokens = max(tokens, self.packed_tokens)
+            # No row is shorter than its image, so a packed row holds no more tiles than this.
+            return Microbatch(1, tokens, max(1, tokens // max(1, self.prompt_tokens)) * self.tiles)
+        return Microbatch(self.micro_batch_size, tokens, self.micro_batch_size * self.tiles)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the GPU of one rank in one phase."""
+
+    stage: int
+    phase: Phase
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """The highest point of the phase's passes, logits included."""
+    kv_cache: int
+    image_features: int
+    buffers: int
+    """Reference weights, megatron-core's gather buffer, block tables."""
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.kv_cache)
+        return sum(parts) + self.image_features + self.buffers
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All ranks and phases, and what is kept in the host's memory."""
+
+    ranks: tuple[RankMemory, ...]
+    host_buffer: int
+    """Bytes of the Selective Sample Buffer in each process, full."""
+    host_tiles: int
+    """Bytes of image tiles behind it, at most."""
+
+    @property
+    def peak(self) -> RankMemory:
+        """Return the rank and phase that need most."""
+        return max(self.ranks, key=lambda rank: rank.total)
+
+
+def plan_memory(architecture: R1V2Architecture, layout: Layout, work: Workload) -> MemoryPlan:
+    """Compute what every pipeline stage needs in every phase.
+
+    Args:
+        architecture: the sizes.
+        layout: of the run.
+        work: what is asked for.
+
+    Returns:
+        One entry for each stage and phase; tensor-parallel ranks are alike, of data-parallel ones it is the fullest.
+
+    Raises:
+        ValueError: the layout does not divide the model.
+    """
+    layout.check(architecture)
+    ranks = []
+    for stage in range(layout.pipeline):
+        state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
+        ranks += [_rank_memory(architecture, layout, work, state, stage, phase) for phase in PHASES]
+    samples = -(-work.buffer_capacity // layout.data)
+    tokens = work.prompt_tokens + work.response_tokens
+    return MemoryPlan(
+        ranks=tuple(ranks),
+        host_buffer=samples * (tokens * _PYTHON_INT + 2 * work.response_tokens * _PYTHON_FLOAT),
+        host_tiles=samples * work.tiles * 3 * architecture.vision.image_size**2,
+    )
+
+
+def kv_cache_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
+    """Compute the paged cache as generation/phase.py allocates it with flash-attn.
+
+    Raises:
+        ValueError: `generation.kv_cache_gib` does not hold one sequence.
+    """
+    block = kv_bytes_per_token(architecture, layout, work.element_bytes, stage) * _CACHE_BLOCK_TOKENS
+    sequence_blocks = -(-(work.prompt_tokens + work.response_tokens) // _CACHE_BLOCK_TOKENS)
+    blocks = min(int(work.kv_cache_gib * GIB) // block, work.max_requests * sequence_blocks + 1)
+    if blocks < sequence_blocks + 1:
+        raise ValueError(
+            f"generation.kv_cache_gib={work.kv_cache_gib} does not hold one sequence of "
+            f"{work.prompt_tokens + work.response_tokens} tokens on stage {stage}; give at least "
+            f"{(sequence_blocks + 1) * block / GIB:.3g}"
+        )
+    return blocks * block
+
+
+def kv_bytes_per_token(architecture: R1V2Architecture, layout: Layout, element_bytes: int, stage: int) -> int:
+    """Return the bytes of keys and values of one token on one rank of a stage."""
+    language = architecture.language
+    heads = max(1, language.num_kv_heads // layout.tensor)
+    layers = layout.layers_of_stage(architecture, stage)
+    return layers * heads * 2 * language.head_size * element_bytes
+
+
+def prompt_feature_bytes(architecture: R1V2Architecture, work: Workload) -> int:
+    """Return the bytes of one prompt's image features, which every rank of the first stage holds whole."""
+    return work.tiles * architecture.tokens_per_tile * architecture.adapter_input_size * work.element_bytes
+
+
+def fits(architecture: R1V2Architecture, layout: Layout, work: Workload, limit: int) -> bool:
+    """Return whether every rank stays below a limit in bytes in every phase."""
+    try:
+        return plan_memory(architecture, layout, work).peak.total <= limit
+    except ValueError:
+        return False
+
+
+def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Workload, limit: int) -> dict[str, float]:
+    """Find how far each of three settings could go, the others as they are; 0 where not even the smallest fits.
+
+    Args:
+        architecture: the sizes.
+        layout: of the run.
+        work: what is asked for.
+        limit: bytes of a rank.
+
+    Returns:
+        `train.micro_batch_size`, `generation.max_response_tokens` and `generation.kv_cache_gib`.
+    """
+
+    def response_fits(tokens: int) -> bool:
+        return fits(architecture, layout, replace(work, response_tokens=tokens), limit)
+
+    def micro_batch_fits(rows: int) -> bool:
+        return fits(architecture, layout, replace(work, micro_batch_size=rows), limit)
+
+    def cache_fits(quarters: int) -> bool:
+        # As many requests as the cache can hold, or they would bound it.
+        asked = replace(work, kv_cache_gib=quarters / 4, max_requests=100_000, max_tokens_per_step=100_000)
+        plan = [_rank_memory_generation(architecture, layout, asked, work, stage) for stage in range(layout.pipeline)]
+        return max(plan) <= limit
+
+    positions = architecture.language.max_positions - work.prompt_tokens
+    return {
+        "train.micro_batch_size": _largest(micro_batch_fits, work.responses_per_step),
+        "generation.max_response_tokens": _largest(response_fits, positions),
+        "generation.kv_cache_gib": _largest(cache_fits, 4 * limit // GIB) / 4,
+    }
+
+
+def _rank_memory(
+    architecture: R1V2Architecture, layout: Layout, work: Workload, state: ModelState, stage: int, phase: Phase
+) -> RankMemory:
+    model = ActivationModel(architecture, layout, work.parts, work.element_bytes, work.recompute)
+    batch = work.microbatch(layout.tensor)
+    kv_cache = 0
+    features = _feature_cache_bytes(architecture, layout, work, phase) if stage == 0 else 0
+    buffers = 0
+    if work.has_reference:
+        # The copy that is kept, and what stands back while it takes the model's place.
+        trained = state.gradients // 4 * work.element_bytes
+        buffers += trained * (2 if phase == "training" else 1)
+    if phase == "generation":
+        activations = _generation_peak(model, work, stage)
+        kv_cache = kv_cache_bytes(architecture, layout, work, stage)
+        buffers += work.max_requests * -(-(work.prompt_tokens + work.response_tokens) // _CACHE_BLOCK_TOKENS) * 4
+    else:
+        activations = log_probs_peak(model, batch, stage=stage)
+        if phase == "training":
+            rows = -(-work.responses_per_step // (work.updates_per_step * layout.data))
+            microbatches = -(-rows // work.micro_batch_size)
+            activations = max(activations, training_peak(model, batch, stage=stage, microbatches=microbatches))
+            # torch's Adam makes one float32 temporary of all it updates at once.
+            activations = max(activations, state.shard_elements * 4)
+            if layout.sequence and model.trains_language:
+                buffers += batch.rows * batch.tokens * architecture.language.hidden_size * work.element_bytes
+    return RankMemory(
+        stage=stage,
+        phase=phase,
+        parameters=state.parameters,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=activations,
+        kv_cache=kv_cache,
+        image_features=features,
+        buffers=buffers,
+    )
+
+
+def _rank_memory_generation(
+    architecture: R1V2Architecture, layout: Layout, cache: Workload, work: Workload, stage: int
+) -> int:
+    """Return the bytes of the generation phase with the cache of one workload and the passes of another."""
+    state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
+    rank = _rank_memory(architecture, layout, work, state, stage, "generation")
+    return rank.total - rank.kv_cache + int(cache.kv_cache_gib * GIB)
+
+
+def _generation_peak(model: ActivationModel, work: Workload, stage: int) -> int:
+    """Return the highest point of an engine step: a full prefill, the drawing of a token, or the vision tower."""
+    tokens = max(work.max_tokens_per_step, work.max_requests)
+    moments = [model.language_layer(Microbatch(1, tokens, 0)).forward]
+    if stage == model.layout.pipeline - 1:
+        words = padded_vocabulary(model.architecture.language, model.layout.tensor)
+        moments.append(work.max_requests * words * (work.element_bytes + _DRAW_BYTES))
+    if stage == 0 and work.tiles:
+        moments.append(vision_peak(model, work.tiles))
+    return max(moments)
+
+
+def _feature_cache_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, phase: Phase) -> int:
+    """Return image features that live through a phase: the cache, and in generation the prompts in flight too."""
+    one = prompt_feature_bytes(architecture, work)
+    generated = -(-work.prompts_per_step // layout.data)
+    held = generated
+    if phase != "generation":
+        # Rows go to the replica with the fewest tokens, whichever generated them; replayed ones have other prompts.
+        rows = -(-work.responses_per_step // layout.data)
+        replayed = int(work.responses_per_step * work.target_effective_fraction) if work.buffer_capacity else 0
+        held += min(rows, work.prompts_per_step - generated + replayed)
+    embeddings = 0
+    if phase == "generation":
+        prompts = min(generated, -(-work.max_requests // work.responses_per_prompt))
+        hidden = architecture.language.hidden_size * work.element_bytes
+        embeddings = prompts * work.tiles * architecture.tokens_per_tile * hidden
+    is_cached = phase == "generation" or Part.vision not in work.parts
+    cached = min(int(work.feature_cache_gib * GIB), held * one) if is_cached else 0
+    return cached + embeddings
+
+
+def _largest(is_possible: Callable[[int], bool], highest: int) -> int:
+    """Return the largest number from 1 on for which something holds, given that it holds below that too."""
+    low, high = 0, highest
+    while low < high:
+        middle = (low + high + 1) // 2
+        if is_possible(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,121 @@
+"""The highest point of a forward, or forward and backward, pass on one rank."""
+
+from __future__ import annotations
+
+from megatron_r1v2.config.schema import Part, Recompute
+from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+
+TILES_PER_PASS = 32
+"""Tiles that the feature cache encodes at once (generation/features.py)."""
+
+
+def training_peak(model: ActivationModel, batch: Microbatch, *, stage: int, microbatches: int) -> int:
+    """Compute the highest point of forward and backward passes under the 1F1B schedule.
+
+    Args:
+        model: sizes, layout and numerics.
+        batch: the largest microbatch.
+        stage: pipeline stage, from 0.
+        microbatches: of one update on this rank.
+
+    Returns:
+        Bytes above parameters, DDP buffers and optimizer state.
+    """
+    if not model.has_graph(batch):
+        return log_probs_peak(model, batch, stage=stage)
+    in_flight = min(model.layout.pipeline - stage, microbatches)
+    kept = _kept_for_backward(model, batch, stage)
+    layers = model.layout.layers_of_stage(model.architecture, stage)
+    layer = model.language_layer(batch)
+    full = model.recompute is Recompute.full
+    gradient = model.hidden(batch)
+    # A recomputed layer has its input already.
+    one_layer = (layer.saved - (gradient if model.element_bytes == 4 else 0) if full else 0) + layer.backward + gradient
+    moments = [kept + one_layer if layers else kept]
+    if stage == model.layout.pipeline - 1:
+        head = model.head(batch)
+        moments.append(kept + head.saved + head.backward)
+    if stage == 0:
+        moments.append(_front_backward(model, batch))
+        moments.append((in_flight - 1) * kept + vision_peak(model, batch.tiles))
+    return (in_flight - 1) * kept + max(moments)
+
+
+def log_probs_peak(model: ActivationModel, batch: Microbatch, *, stage: int) -> int:
+    """Compute the highest point of a forward pass without a graph.
+
+    Args:
+        model: sizes, layout and numerics.
+        batch: the largest microbatch.
+        stage: pipeline stage, from 0.
+
+    Returns:
+        Bytes above parameters, DDP buffers and optimizer state.
+    """
+    rotary = batch.tokens * model.architecture.language.head_size * 4
+    moments = [model.language_layer(batch).forward + rotary]
+    if stage == model.layout.pipeline - 1:
+        moments.append(model.head(batch).forward + model.hidden(batch))
+    if stage == 0 and batch.tiles:
+        moments.append(model.adapter(batch.tiles).forward)
+        moments.append(vision_peak(model, batch.tiles))
+    return max(moments)
+
+
+def vision_peak(model: ActivationModel, tiles: int) -> int:
+    """Compute the highest point of the vision tower without a graph, as the feature cache runs it.
+
+    Args:
+        model: sizes, layout and numerics.
+        tiles: asked for at once; more than `TILES_PER_PASS` are cut into passes, but not where the tower trains.
+
+    Returns:
+        Bytes, the features that come out included.
+    """
+    if not tiles:
+        return 0
+    per_tile = model.architecture.tokens_per_tile * model.architecture.adapter_input_size * model.element_bytes
+    at_once = tiles if model.trains_vision else min(tiles, TILES_PER_PASS)
+    return model.vision_layer(at_once).forward + 2 * tiles * per_tile
+
+
+def _kept_for_backward(model: ActivationModel, batch: Microbatch, stage: int) -> int:
+    """Return what one microbatch keeps on a stage between its forward and its backward pass, the head left out."""
+    layers = model.layout.layers_of_stage(model.architecture, stage)
+    hidden = model.hidden(batch)
+    if model.recompute is Recompute.full:
+        rotary = batch.tokens * model.architecture.language.head_size * 4
+        kept = layers * hidden + rotary
+    else:
+        kept = layers * model.language_layer(batch).saved
+    if model.layout.pipeline > 1:
+        kept += 2 * hidden  # what came from the stage before, what goes to the next
+    if stage == 0:
+        kept += _front_saved(model, batch)
+    return kept
+
+
+def _front_saved(model: ActivationModel, batch: Microbatch) -> int:
+    """Return what vision tower and adapter keep."""
+    kept = model.adapter(batch.tiles).saved
+    if model.trains_vision:
+        vision = model.architecture.vision
+        one_hidden = batch.tiles * (vision.num_patches + 1) * vision.hidden_size * model.element_bytes
+        full = model.recompute is Recompute.full
+        kept += vision.num_layers * (one_hidden if full else model.vision_layer(batch.tiles).saved)
+    return kept
+
+
+def _front_backward(model: ActivationModel, batch: Microbatch) -> int:
+    """Return the highest point while adapter and vision tower run backward, the language model being done."""
+    front = _front_saved(model, batch)
+    moments = [front + model.adapter(batch.tiles).backward]
+    if model.trains_vision:
+        block = model.vision_layer(batch.tiles)
+        again = block.saved if model.recompute is Recompute.full else 0
+        moments.append(front - model.adapter(batch.tiles).saved + again + block.backward)
+    if Part.language in model.parts:
+        language = model.architecture.language
+        weight = language.vocab_size // model.layout.tensor * language.hidden_size * model.element_bytes
+        moments.append(front + weight)
+    return max(moments)

@@ -1,0 +1,166 @@
+"""A recipe and a cluster in; memory, limits, times and the best layout out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.config.schema import Layers, Part, RunRecipe
+from megatron_r1v2.config.validate import check_grpo, check_model_fits, read_hf_config
+from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
+from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, largest_that_fits, plan_memory
+from megatron_r1v2.planning.parameters import Layout, whole_model_counts
+from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
+from megatron_r1v2.planning.search import Proposal, propose_layout
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs of a run."""
+
+    gpus: int
+    gpus_per_node: int
+    gpu_memory_gib: float
+    reserve_gib: float
+    """Of each GPU, for what no tensor of ours is: CUDA, NCCL, kernels' workspace, the allocator's gaps."""
+    hardware: Hardware
+
+    @property
+    def limit(self) -> int:
+        """Return the bytes that tensors may take on a rank."""
+        return int((self.gpu_memory_gib - self.reserve_gib) * GIB)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner says of a recipe on a cluster."""
+
+    name: str
+    cluster: Cluster
+    architecture: R1V2Architecture
+    layout: Layout
+    work: Workload
+    mean_response: int
+    counts: Mapping[Part, int]
+    memory: MemoryPlan
+    limits: Mapping[str, float]
+    """Setting to its largest value that fits, the others as they are."""
+    time: StepTime
+    proposal: Proposal
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the recipe as it stands fits."""
+        return self.memory.peak.total <= self.cluster.limit
+
+
+def hf_config_of(recipe: RunRecipe, given: str) -> Mapping[str, Any]:
+    """Find the HF configuration that the sizes are read from.
+
+    Args:
+        recipe: gives `model.hf_path`.
+        given: a config.json, its folder, the name of a known model, or nothing.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if given in KNOWN_MODELS:
+        return KNOWN_MODELS[given]
+    folder = given or recipe.model.hf_path
+    if Path(folder).is_file():
+        try:
+            return json.loads(Path(folder).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"--hf-config={folder!r} is not valid JSON ({error}); give a config.json") from error
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"there is no config.json at {'--hf-config' if given else 'model.hf_path'}={folder!r}; give --hf-config: a "
+            f"config.json, its folder, or the name of a known model: {', '.join(KNOWN_MODELS)}"
+        )
+    return read_hf_config(folder)
+
+
+def make_plan(
+    recipe: RunRecipe, hf_config: Mapping[str, Any], cluster: Cluster, *, tiles: int = 0, mean_response: int = 0
+) -> Plan:
+    """Plan a GRPO run.
+
+    Args:
+        recipe: the settings; paths in it need not exist.
+        hf_config: the model's config.json.
+        cluster: where it would run.
+        tiles: of a prompt; 0: the most that the recipe allows.
+        mean_response: tokens; 0: half of the longest response.
+
+    Raises:
+        ValueError: a layout that does not divide the model or the cluster, or a cache that holds no sequence.
+    """
+    check_grpo(recipe)
+    check_model_fits(recipe, hf_config)
+    architecture = r1v2_architecture(hf_config)
+    layout = _layout(recipe, cluster)
+    work = Workload.from_recipe(recipe, architecture, tiles=tiles)
+    mean_response = mean_response or max(1, work.response_tokens // 2)
+    if mean_response > work.response_tokens:
+        raise ValueError(
+            f"--mean-response-tokens={mean_response} is more than generation.max_response_tokens="
+            f"{work.response_tokens}; lower it"
+        )
+    return Plan(
+        name=recipe.run.name,
+        cluster=cluster,
+        architecture=architecture,
+        layout=layout,
+        work=work,
+        mean_response=mean_response,
+        counts=whole_model_counts(architecture),
+        memory=plan_memory(architecture, layout, work),
+        limits=largest_that_fits(architecture, layout, work, cluster.limit),
+        time=step_time(architecture, layout, work, cluster.hardware, mean_response=mean_response),
+        proposal=propose_layout(
+            architecture,
+            work,
+            cluster.hardware,
+            gpus=cluster.gpus,
+            gpus_per_node=cluster.gpus_per_node,
+            limit=cluster.limit,
+            mean_response=mean_response,
+        ),
+        notes=_notes(recipe),
+    )
+
+
+def _layout(recipe: RunRecipe, cluster: Cluster) -> Layout:
+    tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
+    if cluster.gpus < 1 or cluster.gpus % (tensor * pipeline):
+        raise ValueError(
+            f"--gpus={cluster.gpus} is not a multiple of parallel.tensor={tensor} x parallel.pipeline={pipeline} = "
+            f"{tensor * pipeline}; change one of them"
+        )
+    if cluster.limit <= 0:
+        raise ValueError(
+            f"--reserve={cluster.reserve_gib} leaves nothing of --gpu-memory={cluster.gpu_memory_gib}; lower it"
+        )
+    return Layout(
+        tensor,
+        pipeline,
+        cluster.gpus // tensor // pipeline,
+        recipe.parallel.first_stage_layers,
+        recipe.parallel.sequence,
+    )
+
+
+def _notes(recipe: RunRecipe) -> tuple[str, ...]:
+    notes = [
+        "worst case: rows of data.max_prompt_tokens + generation.max_response_tokens, every prompt with all its tiles",
+        "generation as with flash-attn: without it, attention gathers the cache of all requests layer by layer",
+        "every response is computed in log-probs and update; those of uniform groups are left out, so it is less",
+    ]
+    if recipe.model.layers is Layers.te:
+        notes.append("model.layers=te: activations are those of the local layers, which TransformerEngine undercuts")
+    return tuple(notes)

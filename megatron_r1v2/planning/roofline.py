@@ -1,0 +1,198 @@
+"""Seconds of a step by a roofline: operations over attainable FLOP/s, bytes over attainable bandwidth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_r1v2.config.schema import Part, Recompute
+from megatron_r1v2.models.architecture import R1V2Architecture, VisionArchitecture
+from megatron_r1v2.planning.memory import GIB, Workload, kv_bytes_per_token, prompt_feature_bytes
+from megatron_r1v2.planning.parameters import Layout, padded_vision_heads
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU as its vendor describes it, and what of that we expect to get."""
+
+    name: str
+    bf16_flops: float
+    """Dense, per second."""
+    bandwidth: float
+    """Of the GPU's memory, bytes per second."""
+    link: float
+    """To the GPUs of the same node, bytes per second and direction."""
+    network: float
+    """To other nodes, bytes per second, direction and GPU."""
+    memory_gib: float
+    matmul_efficiency: float = 0.45
+    """Attained part of the FLOP/s in forward and backward passes. Assumed, not measured."""
+    bandwidth_efficiency: float = 0.6
+    """Attained part of the memory bandwidth in decode. Assumed, not measured."""
+    link_efficiency: float = 0.6
+    """Attained part of the links. Assumed, not measured."""
+    collective_seconds: float = 15e-6
+    """Latency of one all-reduce in decode. Assumed, not measured."""
+
+
+HARDWARE: dict[str, Hardware] = {
+    "a100": Hardware("A100 SXM 80 GB", 312e12, 2.04e12, 300e9, 25e9, 79.2),
+    "h100": Hardware("H100 SXM 80 GB", 989e12, 3.35e12, 450e9, 50e9, 79.6),
+    "h200": Hardware("H200 SXM 141 GB", 989e12, 4.8e12, 450e9, 50e9, 139.8),
+    "b200": Hardware("B200 180 GB", 2250e12, 7.7e12, 900e9, 50e9, 178.4),
+}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step."""
+
+    vision: float
+    prefill: float
+    decode: float
+    log_probs: float
+    update: float
+    decode_rows: float
+    """Responses that decode at once on a replica."""
+
+    @property
+    def total(self) -> float:
+        """Return all of it; rewards and checkpoints are not in."""
+        return self.vision + self.prefill + self.decode + self.log_probs + self.update
+
+
+def vision_flops(vision: VisionArchitecture, *, tensor: int = 1) -> float:
+    """Return the forward operations of one tile, zero heads included: 2 x weights x tokens, and attention."""
+    tokens = vision.num_patches + 1
+    heads = padded_vision_heads(vision, tensor) * vision.head_size
+    weights = vision.hidden_size * (4 * heads + 2 * vision.ffn_size)
+    patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
+    return vision.num_layers * (2.0 * tokens * weights + 4.0 * tokens**2 * heads) + patches
+
+
+def adapter_flops(architecture: R1V2Architecture) -> float:
+    """Return the forward operations of the adapter for one tile."""
+    hidden = architecture.language.hidden_size
+    return 2.0 * architecture.tokens_per_tile * hidden * (architecture.adapter_input_size + hidden)
+
+
+def language_layer_flops(architecture: R1V2Architecture, tokens: float, context: float) -> float:
+    """Return the forward operations of all layers for tokens that each see `context` tokens on average."""
+    language = architecture.language
+    heads = language.num_heads * language.head_size
+    kv = language.num_kv_heads * language.head_size
+    weights = language.hidden_size * (2 * heads + 2 * kv + 3 * language.ffn_size)
+    return language.num_layers * tokens * (2.0 * weights + 4.0 * heads * context)
+
+
+def head_flops(architecture: R1V2Architecture, tokens: float) -> float:
+    """Return the forward operations of the output layer."""
+    return 2.0 * tokens * architecture.language.hidden_size * architecture.language.vocab_size
+
+
+def step_time(
+    architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware, *, mean_response: float
+) -> StepTime:
+    """Estimate one GRPO step; every response is computed, though those without advantage are left out.
+
+    Args:
+        architecture: the sizes.
+        layout: of the run.
+        work: what is asked for.
+        hardware: of every rank.
+        mean_response: tokens of a response on average.
+
+    Returns:
+        Seconds, of the replica as a whole.
+    """
+    rows = work.responses_per_step / layout.data
+    prompts = work.prompts_per_step / layout.data
+    model_ranks = layout.tensor * layout.pipeline
+    attained = hardware.bf16_flops * hardware.matmul_efficiency
+    if work.element_bytes == 4:
+        attained /= 16  # fp32 without tensor cores
+    tile = (vision_flops(architecture.vision, tensor=layout.tensor) + adapter_flops(architecture)) / layout.tensor
+    vision = prompts * work.tiles * tile / attained
+    # The engine has no prefix cache: each response prefills its own prompt. Stages wait for one another.
+    prompt_tokens = rows * work.prompt_tokens
+    prefill = language_layer_flops(architecture, prompt_tokens, work.prompt_tokens / 2) / layout.tensor / attained
+    prefill += _tensor_parallel_seconds(architecture, layout, work, prompt_tokens, hardware, collectives=2)
+    decode, decode_rows = _decode_seconds(architecture, layout, work, hardware, mean_response)
+    row = work.prompt_tokens + mean_response
+    forward = language_layer_flops(architecture, rows * row, row / 2) + head_flops(architecture, rows * row)
+    # Stages wait for the one with most layers.
+    most = max(layout.layers_of_stage(architecture, stage) for stage in range(layout.pipeline))
+    compute = forward / model_ranks / attained * most * layout.pipeline / architecture.language.num_layers
+    bubble = 1 + (layout.pipeline - 1) / max(1.0, rows / work.micro_batch_size)
+    communication = _tensor_parallel_seconds(architecture, layout, work, rows * row, hardware, collectives=2)
+    communication /= layout.pipeline
+    log_probs = (compute + communication) * bubble * (2 if work.has_reference else 1)
+    # Forward and gradients of activations always; gradients of weights where they train.
+    passes = 2.0 + (1 if Part.language in work.parts else 0)
+    recomputed = 1 if work.recompute is Recompute.full else 0
+    update = (compute * (passes + recomputed) + communication * (2 + recomputed)) * bubble
+    update += _vision_update_seconds(architecture, layout, work, rows, tile / attained)
+    return StepTime(vision, prefill, decode, log_probs, update, decode_rows)
+
+
+def _vision_update_seconds(
+    architecture: R1V2Architecture, layout: Layout, work: Workload, rows: float, tile_seconds: float
+) -> float:
+    """Return what the vision tower costs in log-probs and update: nothing where its features are cached."""
+    tiles = rows * work.tiles
+    if Part.vision in work.parts:
+        passes = 1 + 3 + (1 if work.recompute is Recompute.full else 0)
+        return tiles * tile_seconds * passes
+    held = work.feature_cache_gib * GIB / max(1, prompt_feature_bytes(architecture, work))
+    missing = max(0.0, 1 - held / max(1.0, work.prompts_per_step / layout.data))
+    return 2 * missing * tiles * tile_seconds
+
+
+def _decode_seconds(
+    architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware, mean_response: float
+) -> tuple[float, float]:
+    """Return the seconds of decode and how many responses are in flight on average."""
+    language = architecture.language
+    rows = work.responses_per_step / layout.data
+    context = work.prompt_tokens + mean_response / 2
+    per_token = sum(
+        kv_bytes_per_token(architecture, layout, work.element_bytes, stage) for stage in range(layout.pipeline)
+    )
+    room = min(
+        work.kv_cache_gib * GIB / max(1, kv_bytes_per_token(architecture, layout, work.element_bytes, stage)) / context
+        for stage in range(layout.pipeline)
+    )
+    in_flight = max(1.0, min(rows, work.max_requests, room))
+    weights = language.hidden_size * (
+        2 * language.num_heads * language.head_size
+        + 2 * language.num_kv_heads * language.head_size
+        + 3 * language.ffn_size
+    )
+    bytes_read = (language.num_layers * weights + language.vocab_size * language.hidden_size) * work.element_bytes
+    # One token of each response passes all stages, one after the other: a pipeline does not make decode faster.
+    memory = bytes_read / layout.tensor + in_flight * context * per_token
+    operations = language_layer_flops(architecture, in_flight, context) + head_flops(architecture, in_flight)
+    seconds = max(
+        memory / (hardware.bandwidth * hardware.bandwidth_efficiency),
+        operations / layout.tensor / (hardware.bf16_flops * hardware.matmul_efficiency),
+    )
+    if layout.tensor > 1:
+        seconds += 2 * language.num_layers * hardware.collective_seconds
+    seconds += (layout.pipeline - 1) * hardware.collective_seconds
+    return seconds * rows * mean_response / in_flight, in_flight
+
+
+def _tensor_parallel_seconds(
+    architecture: R1V2Architecture,
+    layout: Layout,
+    work: Workload,
+    tokens: float,
+    hardware: Hardware,
+    *,
+    collectives: int,
+) -> float:
+    """Return the seconds of all-reduces (or the gather and scatter in their place) of one pass over all layers."""
+    if layout.tensor == 1:
+        return 0.0
+    size = tokens * architecture.language.hidden_size * work.element_bytes
+    moved = 2 * (layout.tensor - 1) / layout.tensor * size * collectives * architecture.language.num_layers
+    return moved / (hardware.link * hardware.link_efficiency)

@@ -1,0 +1,182 @@
+"""The best layout for a cluster: every one that divides the model, judged by memory and by the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_r1v2.config.schema import Recompute
+from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, plan_memory
+from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
+
+_TENSOR_SIZES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what it needs and what it takes."""
+
+    layout: Layout
+    recompute: Recompute
+    memory: MemoryPlan
+    time: StepTime
+
+    @property
+    def name(self) -> str:
+        """Return the layout in words."""
+        layout = self.layout
+        first = f", {layout.first_stage_layers} layers on the first stage" if layout.first_stage_layers else ""
+        return f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {self.recompute.value}{first}"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Return the overrides that choose it."""
+        layout = self.layout
+        return (
+            f"parallel.tensor={layout.tensor}",
+            f"parallel.pipeline={layout.pipeline}",
+            f"parallel.sequence={str(layout.sequence).lower()}",
+            f"parallel.first_stage_layers={layout.first_stage_layers}",
+            f"train.recompute={self.recompute.value}",
+        )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the search found."""
+
+    best: Candidate | None
+    """None: nothing fits."""
+    fitting: int
+    tried: int
+    reason: str
+
+
+def propose_layout(
+    architecture: R1V2Architecture,
+    work: Workload,
+    hardware: Hardware,
+    *,
+    gpus: int,
+    gpus_per_node: int,
+    limit: int,
+    mean_response: float,
+) -> Proposal:
+    """Find the layout with the shortest step among those that fit.
+
+    Args:
+        architecture: the sizes.
+        work: what is asked for; its recompute setting is varied.
+        hardware: of every rank.
+        gpus: to be used, all of them.
+        gpus_per_node: tensor parallelism stays within one node.
+        limit: bytes of a rank.
+        mean_response: tokens of a response on average.
+
+    Returns:
+        The best layout and why it is.
+    """
+    candidates = list(_candidates(architecture, work, hardware, gpus, gpus_per_node, mean_response))
+    fitting = [candidate for candidate in candidates if candidate.memory.peak.total <= limit]
+    if not fitting:
+        return Proposal(None, 0, len(candidates), _why_nothing(candidates, limit))
+    ranked = sorted(fitting, key=lambda candidate: (candidate.time.total, candidate.memory.peak.total))
+    best = ranked[0]
+    return Proposal(best, len(fitting), len(candidates), _why(best, ranked, candidates, limit))
+
+
+def _candidates(
+    architecture: R1V2Architecture,
+    work: Workload,
+    hardware: Hardware,
+    gpus: int,
+    gpus_per_node: int,
+    mean_response: float,
+) -> Iterator[Candidate]:
+    for layout in _layouts(architecture, gpus, gpus_per_node):
+        for recompute in (Recompute.none, Recompute.full):
+            tried = replace(work, recompute=recompute)
+            try:
+                memory = plan_memory(architecture, layout, tried)
+            except ValueError:
+                continue  # heads or layers do not divide, or the cache holds no sequence
+            time = step_time(architecture, layout, tried, hardware, mean_response=mean_response)
+            yield Candidate(layout, recompute, memory, time)
+
+
+def _layouts(architecture: R1V2Architecture, gpus: int, gpus_per_node: int) -> Iterator[Layout]:
+    layers = architecture.language.num_layers
+    for tensor in _TENSOR_SIZES:
+        if tensor > gpus_per_node or gpus % tensor:
+            continue
+        for pipeline in range(1, min(layers, gpus // tensor) + 1):
+            if gpus // tensor % pipeline:
+                continue
+            data = gpus // tensor // pipeline
+            for first in _first_stages(layers, pipeline):
+                yield Layout(tensor, pipeline, data, first, sequence=tensor > 1)
+
+
+def _first_stages(layers: int, pipeline: int) -> list[int]:
+    """Return layers of the first stage, which has the vision tower too: an even split and those somewhat below it."""
+    if pipeline == 1:
+        return [0]
+    even = layers / pipeline
+    uneven = [first for first in range(max(1, int(even / 2)), int(even) + 1) if (layers - first) % (pipeline - 1) == 0]
+    uneven = [first for first in uneven if first * pipeline != layers]
+    return ([0] if layers % pipeline == 0 else []) + uneven
+
+
+def _why(best: Candidate, ranked: list[Candidate], candidates: list[Candidate], limit: int) -> str:
+    time = best.time
+    parts = {
+        "decode": time.decode,
+        "prefill": time.prefill,
+        "vision": time.vision,
+        "log-probs": time.log_probs,
+        "update": time.update,
+    }
+    longest = max(parts, key=lambda name: parts[name])
+    peak = best.memory.peak
+    sentences = [
+        f"{best.name}: the shortest of {len(ranked)} that fit, out of {len(candidates)} tried; "
+        f"{parts[longest] / time.total:.0%} of a step is {longest}, "
+        f"and the fullest rank (stage {peak.stage}, {peak.phase}) needs {peak.total / GIB:.1f} of "
+        f"{limit / GIB:.1f} GiB."
+    ]
+    others = [candidate for candidate in ranked if _grid(candidate) != _grid(best)]
+    if others:
+        slower = others[0].time.total / time.total - 1
+        sentences.append(f"Next: {others[0].name}, {slower:.0%} slower.")
+    too_big = sorted(
+        (candidate for candidate in candidates if candidate.memory.peak.total > limit),
+        key=lambda candidate: candidate.time.total,
+    )
+    if too_big and too_big[0].time.total < time.total:
+        over = too_big[0].memory.peak
+        sentences.append(
+            f"{too_big[0].name} would be faster but needs {over.total / GIB:.1f} GiB "
+            f"(stage {over.stage}, {over.phase})."
+        )
+    return " ".join(sentences)
+
+
+def _why_nothing(candidates: list[Candidate], limit: int) -> str:
+    if not candidates:
+        return (
+            "no layout divides the model and lets generation.kv_cache_gib hold one sequence; change the number of "
+            "GPUs, raise the cache or lower generation.max_response_tokens"
+        )
+    smallest = min(candidates, key=lambda candidate: candidate.memory.peak.total)
+    peak = smallest.memory.peak
+    return (
+        f"nothing fits: the smallest of {len(candidates)}, {smallest.name}, needs {peak.total / GIB:.1f} of "
+        f"{limit / GIB:.1f} GiB (stage {peak.stage}, {peak.phase}); use more GPUs, or lower generation.kv_cache_gib, "
+        "generation.feature_cache_gib or generation.max_response_tokens"
+    )
+
+
+def _grid(candidate: Candidate) -> tuple[int, int]:
+    return candidate.layout.tensor, candidate.layout.pipeline

@@ -1,0 +1,144 @@
+"""A plan as tables for people, or as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_r1v2.planning.memory import GIB, MemoryPlan
+from megatron_r1v2.planning.plan import Plan
+from megatron_r1v2.planning.roofline import StepTime
+from megatron_r1v2.planning.search import Candidate
+
+_COLUMNS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations, logits",
+    "kv_cache": "KV cache",
+    "image_features": "image features",
+    "buffers": "buffers",
+}
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print a plan.
+
+    Args:
+        plan: from `make_plan`.
+        console: where to; None: standard output.
+    """
+    console = console or Console()
+    counts = ", ".join(f"{part.value} {count:,}" for part, count in plan.counts.items())
+    layout = plan.layout
+    console.print(f"[bold]{plan.name}[/bold]: {sum(plan.counts.values()):,} parameters ({counts})")
+    console.print(
+        f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {plan.work.recompute.value}, on "
+        f"{plan.cluster.gpus} x {plan.cluster.gpu_memory_gib:g} GiB"
+    )
+    console.print(_memory_table(plan))
+    console.print(
+        f"In the host's memory of each process: SSB up to {plan.memory.host_buffer / GIB:.1f} GiB, "
+        f"its image tiles up to {plan.memory.host_tiles / GIB:.1f} GiB"
+    )
+    console.print(_verdict(plan), highlight=False)
+    limits = ", ".join(f"{name} {value:g}" for name, value in plan.limits.items())
+    console.print(f"Largest that fit, the other settings as they are: {limits}")
+    console.print(_time_table(plan))
+    console.print(_assumptions(plan), highlight=False)
+    console.print("[bold]Best layout[/bold]: " + plan.proposal.reason, highlight=False)
+    if plan.proposal.best is not None:
+        console.print("  " + " ".join(plan.proposal.best.settings), highlight=False, soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"- {note}", highlight=False)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as numbers and text: bytes and seconds."""
+    best = plan.proposal.best
+    return {
+        "name": plan.name,
+        "parameters": {part.value: count for part, count in plan.counts.items()},
+        "layout": asdict(plan.layout),
+        "limit_bytes": plan.cluster.limit,
+        "fits": plan.fits,
+        "ranks": _ranks(plan.memory),
+        "host": {"buffer": plan.memory.host_buffer, "tiles": plan.memory.host_tiles},
+        "largest": dict(plan.limits),
+        "seconds": _seconds(plan.time),
+        "mean_response_tokens": plan.mean_response,
+        "hardware": asdict(plan.cluster.hardware),
+        "best": None if best is None else _candidate(best),
+        "reason": plan.proposal.reason,
+        "notes": list(plan.notes),
+    }
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table(title="GiB on a rank")
+    table.add_column("stage")
+    table.add_column("phase")
+    for title in (*_COLUMNS.values(), "total"):
+        table.add_column(title, justify="right")
+    for rank in plan.memory.ranks:
+        numbers = [f"{getattr(rank, name) / GIB:.2f}" for name in _COLUMNS]
+        style = "red" if rank.total > plan.cluster.limit else ""
+        table.add_row(str(rank.stage), rank.phase, *numbers, f"{rank.total / GIB:.2f}", style=style)
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    peak = plan.memory.peak
+    free = (plan.cluster.limit - peak.total) / GIB
+    where = f"stage {peak.stage}, {peak.phase}: {peak.total / GIB:.1f} of {plan.cluster.limit / GIB:.1f} GiB"
+    reserve = f"({plan.cluster.reserve_gib:g} GiB of each GPU are kept for CUDA, NCCL and gaps)"
+    if plan.fits:
+        return f"[green]It fits[/green]: {where}, {free:.1f} free {reserve}"
+    return f"[red]It does not fit[/red]: {where}, {-free:.1f} too many {reserve}"
+
+
+def _time_table(plan: Plan) -> Table:
+    table = Table(title="Seconds of a step")
+    seconds = _seconds(plan.time)
+    for name in seconds:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.1f}" for value in seconds.values()))
+    return table
+
+
+def _assumptions(plan: Plan) -> str:
+    hardware = plan.cluster.hardware
+    return (
+        f"Assumed for the times: {hardware.name} ({hardware.bf16_flops / 1e12:.0f} TFLOP/s bf16 dense, "
+        f"{hardware.bandwidth / 1e12:.2f} TB/s), {hardware.matmul_efficiency:.0%} of the FLOP/s, "
+        f"{hardware.bandwidth_efficiency:.0%} of the bandwidth, {hardware.link_efficiency:.0%} of the links, responses "
+        f"of {plan.mean_response} tokens on average, {plan.work.tiles} tiles a prompt, "
+        f"{plan.time.decode_rows:.0f} responses decoding at once on a replica. Not measured."
+    )
+
+
+def _seconds(time: StepTime) -> dict[str, float]:
+    return {
+        "vision": time.vision,
+        "prefill": time.prefill,
+        "decode": time.decode,
+        "log-probs": time.log_probs,
+        "update": time.update,
+        "step": time.total,
+    }
+
+
+def _ranks(memory: MemoryPlan) -> list[dict[str, Any]]:
+    return [{**asdict(rank), "total": rank.total} for rank in memory.ranks]
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "name": candidate.name,
+        "settings": list(candidate.settings),
+        "seconds": _seconds(candidate.time),
+        "peak_bytes": candidate.memory.peak.total,
+    }

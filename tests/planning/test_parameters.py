@@ -1,0 +1,83 @@
+"""Parameter counts at the real size, and of layouts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_r1v2.config.schema import Part
+from megatron_r1v2.models.architecture import r1v2_architecture
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
+from megatron_r1v2.planning.parameters import Layout, stage_parameters, whole_model_counts
+
+# InternViT-6B-448px-V2_5 and QwQ-32B, as their config.json files have it.
+SKYWORK_R1V2_38B = {
+    "model_type": "internvl",
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "downsample_ratio": 0.5,
+    "image_token_id": 151671,
+    "vision_config": {
+        "model_type": "internvl_vision",
+        "hidden_act": "gelu",
+        "hidden_size": 3200,
+        "num_hidden_layers": 45,
+        "num_attention_heads": 25,
+        "intermediate_size": 12800,
+        "image_size": 448,
+        "patch_size": 14,
+        "norm_type": "rms_norm",
+        "layer_norm_eps": 1e-6,
+        "attention_bias": False,
+        "use_qk_norm": True,
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27648,
+        "vocab_size": 152064,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-5,
+    },
+}
+
+
+@pytest.mark.parametrize("hf_config", [SKYWORK_R1V2_38B, KNOWN_MODELS["r1v2-38b"]], ids=["written here", "known"])
+def test_the_38b_model_has_the_published_number_of_parameters(hf_config):
+    counts = whole_model_counts(r1v2_architecture(hf_config))
+    assert counts == {Part.vision: 5_536_496_000, Part.adapter: 91_786_240, Part.language: 32_763_876_352}
+    assert sum(counts.values()) == 38_392_158_592
+
+
+def test_stages_and_tensor_ranks_hold_the_model_and_the_zero_heads():
+    architecture = r1v2_architecture(SKYWORK_R1V2_38B)
+    layout = Layout(tensor=8, pipeline=4, first_stage_layers=10)
+    stages = [stage_parameters(architecture, layout, stage) for stage in range(4)]
+    split = [parameter for stage in stages for parameter in stage if parameter.name.endswith("linear_qkv.weight")]
+    vision = sum(parameter.numel for parameter in split if parameter.part is Part.vision)
+    language = sum(parameter.numel for parameter in split if parameter.part is Part.language)
+    assert 8 * vision == 45 * 3200 * 3 * 32 * 128  # 25 heads became 32
+    assert 8 * language == 64 * 5120 * (40 + 2 * 8) * 128
+    layers = [
+        len({parameter.name.split(".")[3] for parameter in stage if ".layers." in parameter.name}) for stage in stages
+    ]
+    assert layers[1:] == [18, 18, 18]
+    assert {parameter.part for parameter in stages[1]} == {Part.language}
+
+
+def test_planning_starts_without_torch_and_megatron_core():
+    code = (
+        "import json, sys, megatron_r1v2.planning.__main__;"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    modules = json.loads(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    )
+    assert not {"torch", "megatron", "transformers"} & set(modules)
