@@ -40,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         hf_config = hf_config_of(recipe, arguments.hf_config)
         plan = make_plan(
-            recipe, hf_config, cluster, tiles=arguments.tiles, mean_response=arguments.mean_response_tokens
+            recipe,
+            hf_config,
+            cluster,
+            stage=arguments.stage,
+            tiles=arguments.tiles,
+            mean_response=arguments.mean_response_tokens,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron_r1v2.planning", description=__doc__)
-    parser.add_argument("recipe", help="YAML recipe of a GRPO run")
+    parser.add_argument("recipe", help="YAML recipe of a run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for the stages")
+    parser.add_argument("--stage", choices=("align", "grpo"), default="grpo", help="what it runs (default: grpo)")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument("--gpu-memory", type=float, default=0.0, help="GiB of one GPU; default: that of --gpu")
     parser.add_argument("--gpu", choices=sorted(HARDWARE), default="h100", help="for the times (default: h100)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,12 @@ from megatron_r1v2.planning.state import ModelState, largest_state
 
 GIB = 1024**3
 Phase = Literal["generation", "log-probs", "training"]
-PHASES: tuple[Phase, ...] = ("generation", "log-probs", "training")
+Stage = Literal["align", "grpo"]
+PHASES: Mapping[str, tuple[Phase, ...]] = {
+    "grpo": ("generation", "log-probs", "training"),
+    # Generation is that of validation.
+    "align": ("generation", "training"),
+}
 
 # flash-attn's block of the paged cache (generation/phase.py); without flash-attn blocks are smaller.
 _CACHE_BLOCK_TOKENS = 256
@@ -31,6 +36,7 @@ _PYTHON_FLOAT = 8 + 24
 class Workload:
     """What a run asks of the model, worst cases throughout: longest rows, most tiles."""
 
+    stage: Stage
     parts: tuple[Part, ...]
     element_bytes: int
     recompute: Recompute
@@ -54,26 +60,31 @@ class Workload:
     has_reference: bool
 
     @classmethod
-    def from_recipe(cls, recipe: RunRecipe, architecture: R1V2Architecture, *, tiles: int = 0) -> Workload:
+    def from_recipe(
+        cls, recipe: RunRecipe, architecture: R1V2Architecture, *, stage: Stage = "grpo", tiles: int = 0
+    ) -> Workload:
         """Collect what a recipe asks for.
 
         Args:
             recipe: the settings.
             architecture: the sizes.
+            stage: align trains on one given response a prompt, without log-probs before it and without a buffer.
             tiles: of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
         """
         most = recipe.data.max_tiles + (1 if recipe.data.max_tiles > 1 else 0)
         most = min(most, recipe.data.max_prompt_tokens // architecture.tokens_per_tile)
         generation, train, buffer = recipe.generation, recipe.train, recipe.buffer
+        is_grpo = stage == "grpo"
         return cls(
+            stage=stage,
             parts=tuple(train.parts),
             element_bytes=2 if recipe.model.precision is Precision.bf16 else 4,
             recompute=train.recompute,
             micro_batch_size=train.micro_batch_size,
             packed_tokens=0 if train.packing is Packing.none else train.tokens_per_microbatch,
             prompts_per_step=train.prompts_per_step,
-            responses_per_prompt=generation.responses_per_prompt,
-            updates_per_step=train.updates_per_step,
+            responses_per_prompt=generation.responses_per_prompt if is_grpo else 1,
+            updates_per_step=train.updates_per_step if is_grpo else 1,
             prompt_tokens=recipe.data.max_prompt_tokens,
             response_tokens=generation.max_response_tokens,
             tiles=tiles or most,
@@ -81,9 +92,9 @@ class Workload:
             max_requests=generation.max_requests,
             max_tokens_per_step=generation.max_tokens_per_step,
             feature_cache_gib=generation.feature_cache_gib,
-            buffer_capacity=buffer.capacity if buffer.enabled else 0,
+            buffer_capacity=buffer.capacity if buffer.enabled and is_grpo else 0,
             target_effective_fraction=buffer.target_effective_fraction,
-            has_reference=recipe.algorithm.kl_coefficient > 0,
+            has_reference=is_grpo and recipe.algorithm.kl_coefficient > 0,
         )
 
     @property
@@ -163,7 +174,7 @@ def plan_memory(architecture: R1V2Architecture, layout: Layout, work: Workload) 
     ranks = []
     for stage in range(layout.pipeline):
         state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
-        ranks += [_rank_memory(architecture, layout, work, state, stage, phase) for phase in PHASES]
+        ranks += [_rank_memory(architecture, layout, work, state, stage, phase) for phase in PHASES[work.stage]]
     samples = -(-work.buffer_capacity // layout.data)
     tokens = work.prompt_tokens + work.response_tokens
     return MemoryPlan(
@@ -213,7 +224,7 @@ def fits(architecture: R1V2Architecture, layout: Layout, work: Workload, limit: 
 
 
 def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Workload, limit: int) -> dict[str, float]:
-    """Find how far each of three settings could go, the others as they are; 0 where not even the smallest fits.
+    """Find how far each of three settings could go, the others as they are; 0 where even the smallest does not fit.
 
     Args:
         architecture: the sizes.
@@ -222,7 +233,8 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
         limit: bytes of a rank.
 
     Returns:
-        `train.micro_batch_size`, `generation.max_response_tokens` and `generation.kv_cache_gib`.
+        `train.micro_batch_size` (`train.tokens_per_microbatch` where rows are packed), `generation.max_response_tokens`
+        and `generation.kv_cache_gib`.
     """
 
     def response_fits(tokens: int) -> bool:
@@ -231,6 +243,9 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
     def micro_batch_fits(rows: int) -> bool:
         return fits(architecture, layout, replace(work, micro_batch_size=rows), limit)
 
+    def packed_fits(tokens: int) -> bool:
+        return fits(architecture, layout, replace(work, packed_tokens=tokens), limit)
+
     def cache_fits(quarters: int) -> bool:
         # As many requests as the cache can hold, or they would bound it.
         asked = replace(work, kv_cache_gib=quarters / 4, max_requests=100_000, max_tokens_per_step=100_000)
@@ -238,8 +253,13 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
         return max(plan) <= limit
 
     positions = architecture.language.max_positions - work.prompt_tokens
+    if work.packed_tokens:
+        everything = work.responses_per_step * work.row_tokens(layout.tensor)
+        largest = {"train.tokens_per_microbatch": _largest(packed_fits, everything)}
+    else:
+        largest = {"train.micro_batch_size": _largest(micro_batch_fits, work.responses_per_step)}
     return {
-        "train.micro_batch_size": _largest(micro_batch_fits, work.responses_per_step),
+        **largest,
         "generation.max_response_tokens": _largest(response_fits, positions),
         "generation.kv_cache_gib": _largest(cache_fits, 4 * limit // GIB) / 4,
     }

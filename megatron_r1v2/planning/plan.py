@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.config.schema import Layers, Part, RunRecipe
+from megatron_r1v2.config.schema import Fp8, Layers, Part, RunRecipe
 from megatron_r1v2.config.validate import check_grpo, check_model_fits, read_hf_config
 from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
-from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, largest_that_fits, plan_memory
+from megatron_r1v2.planning.memory import GIB, MemoryPlan, Stage, Workload, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
 from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
 from megatron_r1v2.planning.search import Proposal, propose_layout
@@ -86,25 +86,33 @@ def hf_config_of(recipe: RunRecipe, given: str) -> Mapping[str, Any]:
 
 
 def make_plan(
-    recipe: RunRecipe, hf_config: Mapping[str, Any], cluster: Cluster, *, tiles: int = 0, mean_response: int = 0
+    recipe: RunRecipe,
+    hf_config: Mapping[str, Any],
+    cluster: Cluster,
+    *,
+    stage: Stage = "grpo",
+    tiles: int = 0,
+    mean_response: int = 0,
 ) -> Plan:
-    """Plan a GRPO run.
+    """Plan a run.
 
     Args:
         recipe: the settings; paths in it need not exist.
         hf_config: the model's config.json.
         cluster: where it would run.
+        stage: which stage the recipe is for.
         tiles: of a prompt; 0: the most that the recipe allows.
         mean_response: tokens; 0: half of the longest response.
 
     Raises:
         ValueError: a layout that does not divide the model or the cluster, or a cache that holds no sequence.
     """
-    check_grpo(recipe)
+    if stage == "grpo":
+        check_grpo(recipe)
     check_model_fits(recipe, hf_config)
     architecture = r1v2_architecture(hf_config)
     layout = _layout(recipe, cluster)
-    work = Workload.from_recipe(recipe, architecture, tiles=tiles)
+    work = Workload.from_recipe(recipe, architecture, stage=stage, tiles=tiles)
     mean_response = mean_response or max(1, work.response_tokens // 2)
     if mean_response > work.response_tokens:
         raise ValueError(
@@ -162,5 +170,7 @@ def _notes(recipe: RunRecipe) -> tuple[str, ...]:
         "every response is computed in log-probs and update; those of uniform groups are left out, so it is less",
     ]
     if recipe.model.layers is Layers.te:
-        notes.append("model.layers=te: activations are those of the local layers, which TransformerEngine undercuts")
+        notes.append("model.layers=te: activations are those of the local layers, TransformerEngine keeps less")
+    if recipe.model.fp8 is not Fp8.none:
+        notes.append(f"model.fp8={recipe.model.fp8.value}: planned as bf16, weights and times too; FP8 needs less")
     return tuple(notes)

@@ -92,7 +92,7 @@ def head_flops(architecture: R1V2Architecture, tokens: float) -> float:
 def step_time(
     architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware, *, mean_response: float
 ) -> StepTime:
-    """Estimate one GRPO step; every response is computed, though those without advantage are left out.
+    """Estimate one step; every response is computed, though those without advantage are left out.
 
     Args:
         architecture: the sizes.
@@ -131,6 +131,8 @@ def step_time(
     recomputed = 1 if work.recompute is Recompute.full else 0
     update = (compute * (passes + recomputed) + communication * (2 + recomputed)) * bubble
     update += _vision_update_seconds(architecture, layout, work, rows, tile / attained)
+    if work.stage == "align":
+        return StepTime(vision, 0.0, 0.0, 0.0, update, 0.0)
     return StepTime(vision, prefill, decode, log_probs, update, decode_rows)
 
 

@@ -111,12 +111,13 @@ def _time_table(plan: Plan) -> Table:
 
 def _assumptions(plan: Plan) -> str:
     hardware = plan.cluster.hardware
+    decoding = f", {plan.time.decode_rows:.0f} responses decoding at once on a replica" if plan.time.decode else ""
     return (
         f"Assumed for the times: {hardware.name} ({hardware.bf16_flops / 1e12:.0f} TFLOP/s bf16 dense, "
         f"{hardware.bandwidth / 1e12:.2f} TB/s), {hardware.matmul_efficiency:.0%} of the FLOP/s, "
         f"{hardware.bandwidth_efficiency:.0%} of the bandwidth, {hardware.link_efficiency:.0%} of the links, responses "
-        f"of {plan.mean_response} tokens on average, {plan.work.tiles} tiles a prompt, "
-        f"{plan.time.decode_rows:.0f} responses decoding at once on a replica. Not measured."
+        f"of {plan.mean_response} tokens on average, {plan.work.tiles} tiles a prompt{decoding}. "
+        "Not measured."
     )
 
 
