@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# GRPO with the Selective Sample Buffer on the 38B model. Submit from the top folder of the repository:
+# GRPO with the Selective Sample Buffer on the 38B model, adapter only. Submit from the top folder of the repository:
 #   sbatch slurm/grpo_38b.sh [section.key=value ...]
-# Resources are here, every other setting in the recipe. Give sbatch --nodes, --partition, --account as your site asks.
+# Resources are here, every other setting in the recipe. Give sbatch --partition and --account as your site asks, and
+# --nodes to use more of them: each further node is one more data-parallel rank.
 #SBATCH --job-name=r1v2-grpo
-#SBATCH --nodes=4
+#SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0

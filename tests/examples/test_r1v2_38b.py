@@ -1,0 +1,92 @@
+"""The 38B recipes are accepted for the real model's sizes and agree with the jobs that start them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Recompute, RunRecipe
+from megatron_r1v2.config.validate import check_grpo, check_model_fits
+from megatron_r1v2.parallel.groups import check_world_size
+from tests.models.test_meta_38b import HF, RECIPES
+
+ROOT = Path(__file__).parents[2]
+NAMES = [path.stem for path in RECIPES]
+JOBS = sorted((ROOT / "slurm").glob("*_38b*.sh"))
+
+
+def recipe_of(name: str) -> RunRecipe:
+    return load_recipe(ROOT / "examples" / "r1v2_38b" / f"{name}.yaml")
+
+
+def cluster_of(name: str) -> tuple[int, int, int]:
+    """Return the nodes, GPUs of a node, and GB of a GPU that a recipe's header names."""
+    first = (ROOT / "examples" / "r1v2_38b" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    found = re.fullmatch(r"# Cluster: (\d+) nodes? x (\d+) GPUs x (\d+) GB", first)
+    assert found, f"{name}.yaml does not say in its first line what cluster it is for"
+    nodes, gpus, memory = map(int, found.groups())
+    return nodes, gpus, memory
+
+
+def test_every_recipe_is_here():
+    assert {"align", "grpo", "grpo_64k", "grpo_fp8", "grpo_language"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_the_real_model_and_its_cluster(name):
+    recipe = recipe_of(name)
+    check_model_fits(recipe, HF)
+    if name.startswith("grpo"):
+        check_grpo(recipe)
+    nodes, gpus, _ = cluster_of(name)
+    check_world_size(recipe.parallel, nodes * gpus)
+    assert recipe.parallel.tensor == gpus, "tensor parallelism fills a node and stays inside it"
+    assert recipe.train.prompts_per_step % (nodes * gpus // (recipe.parallel.tensor * recipe.parallel.pipeline)) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_longest_sequence_fits_a_packed_row_and_the_cache(name):
+    recipe = recipe_of(name)
+    longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
+    assert recipe.train.packing is not Packing.none
+    assert longest <= recipe.train.tokens_per_microbatch
+    # Keys and values of the layers of a stage, bf16, one of the eight key-value heads on each rank.
+    bytes_per_token = 64 // recipe.parallel.pipeline * 2 * 128 * 2
+    assert recipe.generation.kv_cache_gib * 2**30 >= 8 * longest * bytes_per_token, "a group at least"
+    assert recipe.data.max_tiles * 256 + 256 < recipe.data.max_prompt_tokens, "the thumbnail and some text too"
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_jobs_ask_for_the_cluster_of_their_recipe(job):
+    text = job.read_text(encoding="utf-8")
+    stage, name = re.search(r"launch megatron_r1v2\.(\w+) examples/r1v2_38b/(\w+)\.yaml", text).groups()
+    assert stage == name.split("_")[0]
+    asked = [
+        int(re.search(rf"^#SBATCH --{option}=(\d+)$", text, re.MULTILINE)[1]) for option in ("nodes", "gpus-per-node")
+    ]
+    assert tuple(asked) == cluster_of(name)[:2]
+    assert f"sbatch slurm/{job.name} " in text
+    assert re.search(r"^#SBATCH --job-name=(.+)$", text, re.MULTILINE)[1] in recipe_of(name).run.name.replace(
+        "-38b", ""
+    )
+
+
+def test_recipes_have_names_and_folders_of_their_own():
+    recipes = [recipe_of(name) for name in NAMES]
+    assert len({recipe.run.name for recipe in recipes}) == len(NAMES)
+    assert len({recipe.run.output_dir for recipe in recipes}) == len(NAMES)
+
+
+def test_they_are_what_their_names_say():
+    grpo, long, fp8, language = (recipe_of(name) for name in ("grpo", "grpo_64k", "grpo_fp8", "grpo_language"))
+    assert grpo.train.parts == long.train.parts == fp8.train.parts == [Part.adapter]
+    assert language.train.parts == [Part.adapter, Part.language]
+    assert (grpo.generation.max_response_tokens, long.generation.max_response_tokens) == (8192, 65536)
+    assert (grpo.parallel.tensor, grpo.parallel.pipeline, language.parallel.pipeline) == (8, 1, 2)
+    assert all(recipe.parallel.sequence for recipe in (grpo, long, fp8, language))
+    assert (fp8.model.layers, fp8.model.fp8, fp8.model.fp8_weights) == (Layers.te, Fp8.tensorwise, True)
+    assert long.train.recompute is Recompute.full
+    assert recipe_of("align").train.parts == [Part.adapter]
