@@ -58,6 +58,8 @@ class Case:
     tiles: int
     """Of each row."""
     microbatches: int = 1
+    packed: bool = False
+    """The rows of a microbatch lie one after the other in one."""
     measured: list[dict[str, int]] = field(default_factory=list)
     """Peak bytes by phase, of each rank."""
 
@@ -188,6 +190,7 @@ def _policy(case: Case, context: groups.ParallelContext) -> Policy:
         context=context,
         temperature=0.7,
         vocab_size=case.architecture.language.vocab_size,
+        packed=case.packed,
         features=None if "vision" in case.parts else FeatureCache(2**40),
     )
 
@@ -256,7 +259,8 @@ def planned(case: Case, rank: int) -> dict[str, int]:
         2 if case.precision == "bf16" else 4,
         Recompute[case.recompute],
     )
-    batch = Microbatch(case.rows, case.tokens, case.rows * case.tiles)
+    tiles = case.rows * case.tiles
+    batch = Microbatch(1, case.rows * case.tokens, tiles) if case.packed else Microbatch(case.rows, case.tokens, tiles)
     stage = rank // parallel.tensor
     return {
         "training": training_peak(model, batch, stage=stage, microbatches=case.microbatches),
@@ -266,6 +270,7 @@ def planned(case: Case, rank: int) -> dict[str, int]:
 
 SMALL = architecture(hidden=128, layers=3, vision_hidden=160, vision_layers=2, family="6b", vocabulary=1003)
 MEDIUM = architecture(hidden=256, layers=4, vision_hidden=192, vision_layers=3, family="300m", vocabulary=2000)
+WORDY = architecture(hidden=128, layers=3, vision_hidden=160, vision_layers=2, family="6b", vocabulary=12007)
 LARGE = architecture(hidden=320, layers=6, vision_hidden=224, vision_layers=4, family="6b", vocabulary=3001)
 EVERYTHING = ("vision", "adapter", "language")
 
@@ -297,6 +302,9 @@ CASES = [
         2,
         3,
     ),
+    Case("small, packed rows", SMALL, ParallelConfig(), ("adapter",), "bf16", "none", 3, 256, 1, packed=True),
+    Case("many words", WORDY, ParallelConfig(), ("adapter",), "bf16", "full", 1, 512, 2),
+    Case("many words, fp32", WORDY, ParallelConfig(), ("adapter", "language"), "fp32", "full", 1, 512, 2),
 ]
 
 

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 1 or 2, see above.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     hardware = HARDWARE[arguments.gpu]
     if arguments.matmul_efficiency:
         hardware = replace(hardware, matmul_efficiency=arguments.matmul_efficiency)

@@ -238,6 +238,13 @@ def test_the_command_says_what_is_wrong(capsys, arguments, message, code):
     assert message in capsys.readouterr().err
 
 
+def test_overrides_may_stand_anywhere(capsys):
+    main([str(RECIPE), "--gpus", "16", "generation.kv_cache_gib=30", "--hf-config", "r1v2-38b", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["layout"]["data"] == 2
+    assert values["ranks"][0]["kv_cache"] == pytest.approx(30 * GIB, rel=1e-3)
+
+
 def test_a_config_file_or_its_folder_is_accepted(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
     for path in (tmp_path, tmp_path / "config.json"):
