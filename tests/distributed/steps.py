@@ -286,10 +286,8 @@ def gather_gradients(policy: Policy, context: ParallelContext) -> dict[str, torc
             shards = list(bucket.grad_data.chunk(group.size()))
             dist.all_gather(shards, shards[group.rank()].clone(), group=group)
             bucket.grad_data.copy_(torch.cat(shards))
-    trained = set()
-    for name, parameter in policy.model.named_parameters():
+    for parameter in policy.model.parameters():
         gradient = parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
         parameter.data = gradient.detach().clone()
-        trained |= {name} if parameter.requires_grad else set()
     exported = export_hf_weights(policy.model, context)
     return {name: tensor.clone() for name, tensor in exported if tensor is not None and tensor.any()}

@@ -144,6 +144,8 @@ def test_only_the_named_parts_get_gradients(ours, parts):
     got = {name for name, parameter in ours.named_parameters() if parameter.grad is not None}
     assert got == set(names)
     assert ours.encode_tiles(random_tiles(1)).requires_grad == ("vision" in parts)
+    with torch.no_grad():
+        assert not ours.encode_tiles(random_tiles(1)).requires_grad
 
 
 def test_bf16_is_a_dtype_of_every_parameter(ours, context):
