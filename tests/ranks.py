@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.multiprocessing as multiprocessing
 
@@ -81,8 +81,15 @@ def _rank_main(rank: int, world_size: int, port: int, folder: str, function: Cal
     except BaseException:
         (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
         # Other ranks wait in a collective: they are killed, so nothing is cleaned up here.
-        os._exit(1)
-    os._exit(0)
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit at once, but not without the children: megatron-core's checkpoint writer keeps a manager process."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def _free_port() -> int:

@@ -17,8 +17,6 @@ from tests.training.runs import (
 )
 from tests.training.tiny_run import tiny_recipe
 
-pytestmark = pytest.mark.xdist_group("distributed_runs")
-
 STEPS = 4
 SETTINGS = (
     f"train.steps={STEPS}",

@@ -12,9 +12,6 @@ from tests.distributed.steps import ALL_PARTS, Material, Outcome, Split, make_ma
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
-# One group: every worker of a parallel test run would start the ranks again.
-pytestmark = pytest.mark.xdist_group("distributed_step")
-
 VARIANTS = {
     # QK norm over 5 heads (padded to 6 at TP2) and 8 query heads on 2 key-value heads, an odd vocabulary.
     "6b": {

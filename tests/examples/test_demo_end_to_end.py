@@ -13,7 +13,7 @@ import pytest
 from examples.digits.run_demo import BASE_RANGE, GOAL, Paths
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, read_evaluation
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def run(*command: str) -> str:

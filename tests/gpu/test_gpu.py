@@ -21,7 +21,6 @@ from tests.training.runs import read_metrics, recipe_for, run_stage
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.xdist_group("gpu"),
 ]
 
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
