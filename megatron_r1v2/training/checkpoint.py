@@ -33,7 +33,7 @@ from megatron_r1v2.config.load import save_recipe
 from megatron_r1v2.config.schema import Part, RunRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.training.optimizer import load_optimizer_state
+from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class CheckpointStore:
             torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
         torch.save(_random_states(), partial / f"rng-{dist.get_rank()}.pt")
         sharded: ShardedStateDict = {"model": part_state(model, parts)}
-        if not optimizer.is_stub_optimizer:
+        if trains_here(optimizer):
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
         request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
         dist.barrier()
@@ -163,13 +163,13 @@ class CheckpointStore:
             )
         sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
         _check_shapes(sharded["model"], folder)
-        if not optimizer.is_stub_optimizer:
+        if trains_here(optimizer):
             sharded["optimizer"] = optimizer.sharded_state_dict(
                 sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
             )
         loaded = dist_checkpointing.load(sharded, str(folder / TENSORS))
-        _fill(model, loaded["model"], folder)
-        if not optimizer.is_stub_optimizer:
+        _fill(model, loaded["model"] if sharded["model"] else {}, folder)  # a later stage may have none of the parts
+        if trains_here(optimizer):
             load_optimizer_state(optimizer, loaded["optimizer"])
         _restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
@@ -259,7 +259,7 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
     sharded = part_state(model, parts)
     _check_shapes(sharded, folder)
     loaded = dist_checkpointing.load({"model": sharded}, str(folder / TENSORS))
-    _fill(model, loaded["model"], folder)
+    _fill(model, loaded["model"] if sharded else {}, folder)  # a later stage may have none of the parts
     return parts
 
 

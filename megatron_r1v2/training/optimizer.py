@@ -97,6 +97,18 @@ def current_learning_rate(optimizer: MegatronOptimizer) -> float:
     return max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
 
 
+def trains_here(optimizer: MegatronOptimizer) -> bool:
+    """Return whether this pipeline stage has parameters that train; the same for all its data-parallel ranks.
+
+    Where it has none, megatron-core still builds an optimizer, of empty groups, as other stages have some. It has no
+    state to describe or load (without TransformerEngine or apex, an assertion about its step count fails).
+
+    Args:
+        optimizer: from `build_optimizer`.
+    """
+    return any(part.buffers for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, Any]) -> None:
     """Load what `dist_checkpointing` read into the optimizer.
 
