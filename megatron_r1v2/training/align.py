@@ -73,7 +73,7 @@ def _update(session: Session, samples: dict[str, TrainingSample], prompts: Seque
     lengths = {key: len(sample.token_ids) for key, sample in mine.items()}
     batches = [
         _collate(session, [mine[key] for key in keys], by_key)
-        for keys in split_into_microbatches(lengths, recipe.train)
+        for keys in split_into_microbatches(lengths, recipe.train, length_multiple=session.policy.length_multiple)
     ] or [_filler(session, prompts[0])]
     session.recorder.note({"actor/lr": current_learning_rate(session.policy.optimizer)})
     with session.recorder.timed("update"):

@@ -17,20 +17,23 @@ from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
 LENGTH_MULTIPLE = 8
 
 
-def split_into_microbatches(lengths: Mapping[str, int], settings: TrainConfig) -> list[list[str]]:
+def split_into_microbatches(
+    lengths: Mapping[str, int], settings: TrainConfig, *, length_multiple: int = LENGTH_MULTIPLE
+) -> list[list[str]]:
     """Group samples into microbatches: by rows of similar length where rows are padded, by tokens where packed.
 
     Args:
         lengths: tokens by sample id, of one update on this rank.
         settings: the `train` section.
+        length_multiple: packed sequences are padded to a multiple of this.
 
     Returns:
         Ids of each microbatch, longest rows first: memory that does not suffice shows at once.
     """
-    if settings.packing is Packing.first_fit_decreasing:
-        return first_fit_decreasing(lengths, settings.tokens_per_microbatch)
-    if settings.packing is Packing.nemo:
-        return nemo_first_fit_decreasing(lengths, settings.tokens_per_microbatch)
+    if settings.packing is not Packing.none:
+        padded = {name: math.ceil(length / length_multiple) * length_multiple for name, length in lengths.items()}
+        pack = first_fit_decreasing if settings.packing is Packing.first_fit_decreasing else nemo_first_fit_decreasing
+        return pack(padded, settings.tokens_per_microbatch)
     ordered = sorted(lengths, key=lambda name: (-lengths[name], name))
     size = settings.micro_batch_size
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]

@@ -243,7 +243,9 @@ class GrpoStage:
 
     def _split(self, samples: Mapping[str, TrainingSample]) -> list[list[str]]:
         lengths = {name: len(sample.token_ids) for name, sample in samples.items()}
-        return split_into_microbatches(lengths, self.session.recipe.train)
+        return split_into_microbatches(
+            lengths, self.session.recipe.train, length_multiple=self.session.policy.length_multiple
+        )
 
     def _collate(
         self,

@@ -98,4 +98,4 @@ def test_the_buffer_table_compares_the_first_and_the_last_third(tmp_path):
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
     console.print(run_demo.buffer_table(metrics))
     row = next(line for line in console.export_text().splitlines() if "fresh" in line)
-    assert [cell.strip() for cell in row.split("│")[2:4]] == ["0.6", "0.2"]
+    assert [cell.strip() for cell in row.split("\u2502")[2:4]] == ["0.6", "0.2"]
