@@ -44,8 +44,14 @@ def test_microbatches_are_a_partition_longest_first(lengths, size):
 def test_packed_microbatches_are_filled_by_tokens():
     settings = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=10)
     lengths = {"a": 6, "b": 3, "c": 12, "d": 4, "e": 7}
-    assert split_into_microbatches(lengths, settings) == [["c"], ["e", "b"], ["a", "d"]]
+    assert split_into_microbatches(lengths, settings, length_multiple=1) == [["c"], ["e", "b"], ["a", "d"]]
     assert split_into_microbatches({}, settings) == []
+
+
+def test_packed_microbatches_have_room_for_the_padding_of_each_sequence():
+    settings = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=16)
+    # 9 tokens take 16 with padding, so nothing joins them, although 9 + 7 would fit.
+    assert split_into_microbatches({"a": 9, "b": 7, "c": 8}, settings) == [["a"], ["c", "b"]]
 
 
 def test_a_row_by_hand():
