@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_r1v2.config.schema import ParallelConfig
-from megatron_r1v2.models.architecture import r1v2_architecture
-from megatron_r1v2.models.hf_files import SafetensorsFolder, read_json
+from megatron_r1v2.models.architecture import read_architecture
+from megatron_r1v2.models.hf_files import SafetensorsFolder
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel.groups import ParallelContext, initialize, shut_down
@@ -33,7 +33,7 @@ def built_model(folder: Path, *, tensor: int, pipeline: int) -> Iterator[tuple[R
     Yields:
         This rank's part of the model, and where this rank stands.
     """
-    architecture = r1v2_architecture(read_json(folder / "config.json"))
+    architecture = read_architecture(folder)
     with SafetensorsFolder(folder) as opened:
         dtype = opened.tensor(opened.names()[0]).dtype
     settings = ComputeSettings(tensor=tensor, pipeline=pipeline, dtype=dtype)

@@ -37,6 +37,7 @@ BUFFER_METRICS = {
     "ssb/fresh_effective_fraction": "effective, fresh (of all generated)",
     "ssb/trained_effective_fraction": "effective, trained on (with SSB)",
     "ssb/distinct_samples": "distinct samples in a batch",
+    "ssb/distinct_prompts": "distinct prompts in a batch",
     "ssb/reuse_mean": "times a sample was used",
     "ssb/age_mean": "age of replayed samples, steps",
     "ssb/clip_fraction_replayed": "replayed tokens clipped",

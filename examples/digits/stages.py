@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -91,6 +92,11 @@ class StageRunner:
         if not record.is_file():
             return False
         done = json.loads(record.read_text(encoding="utf-8"))
+        if done.get("recipes") != _recipes(stage):
+            raise StageError(
+                f"stage {stage.name} was done with another version of its recipe ({', '.join(_recipes(stage))}); "
+                "use another --output, or remove this one to start again"
+            )
         if done["command"] != list(stage.command):
             raise StageError(
                 f"stage {stage.name} was done with another command ({' '.join(done['command'])}); "
@@ -129,10 +135,22 @@ class StageRunner:
         self.seconds[item.stage.name] = seconds
         record = self._records / f"{item.stage.name}.json"
         beside = record.with_suffix(".json.part")
-        beside.write_text(json.dumps({"command": item.stage.command, "seconds": round(seconds, 1)}) + "\n")
+        beside.write_text(
+            json.dumps({"command": item.stage.command, "recipes": _recipes(item.stage), "seconds": round(seconds, 1)})
+            + "\n"
+        )
         os.replace(beside, record)
         self._console.print(f"{item.stage.name:<18} {item.stage.what} ({seconds:.0f} s)", highlight=False)
         return True
+
+
+def _recipes(stage: Stage) -> dict[str, str]:
+    """Return the checksum of every recipe that a stage's command names: an edited one makes another result."""
+    return {
+        argument: hashlib.sha256(Path(argument).read_bytes()).hexdigest()
+        for argument in stage.command
+        if argument.endswith(".yaml")
+    }
 
 
 def _environment(threads: int) -> Mapping[str, str]:

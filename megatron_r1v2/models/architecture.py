@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 PixelShuffle = Literal["v1", "v2"]
@@ -142,6 +144,28 @@ def language_architecture(hf: Mapping[str, Any]) -> LanguageArchitecture:
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
         rope_factor=_rope_factor(rope),
     )
+
+
+def read_architecture(folder: Path | str) -> R1V2Architecture:
+    """Read the sizes of the model in an HF folder, and the pixel statistics that its image processor states.
+
+    Args:
+        folder: in transformers' InternVL layout.
+
+    Raises:
+        ValueError: something is configured that the model does not compute.
+    """
+    architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+    processor = Path(folder) / "preprocessor_config.json"
+    if not processor.is_file():
+        return architecture
+    stated = json.loads(processor.read_text(encoding="utf-8"))
+    vision = replace(
+        architecture.vision,
+        pixel_mean=tuple(stated.get("image_mean", architecture.vision.pixel_mean)),
+        pixel_std=tuple(stated.get("image_std", architecture.vision.pixel_std)),
+    )
+    return replace(architecture, vision=vision)
 
 
 def r1v2_architecture(hf: Mapping[str, Any]) -> R1V2Architecture:

@@ -92,7 +92,7 @@ def reassemble(
         loader = _Loader(components, architecture, _open(components, stack))
         dtype = loader.dtype()
         write_safetensors(folder, loader.tensors(dtype), max_shard_bytes=max_shard_bytes)
-        _write_processor(folder, config, max_tiles=components.max_tiles)
+        _write_processor(folder, config, components)
         write_json(folder / "config.json", with_dtype(config, [dtype]))
     return architecture
 
@@ -256,21 +256,25 @@ def _grown(matrix: torch.Tensor, num_rows: int) -> torch.Tensor:
     return torch.cat([matrix, mean.expand(missing, -1)])
 
 
-def _write_processor(folder: Path, config: Mapping[str, Any], *, max_tiles: int) -> None:
-    side = r1v2_architecture(config).vision.image_size
+def _write_processor(folder: Path, config: Mapping[str, Any], components: Components) -> None:
+    vision = r1v2_architecture(config).vision
+    side = vision.image_size
+    own = Path(components.vision) / "preprocessor_config.json"
+    stated = read_json(own) if own.is_file() else {}
     common = {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
+        # A tower that was trained with other statistics says so in its own folder.
+        "image_mean": list(stated.get("image_mean", vision.pixel_mean)),
+        "image_std": list(stated.get("image_std", vision.pixel_std)),
         "processor_class": "InternVLProcessor",
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"height": side, "width": side},
     }
-    image = {"crop_to_patches": True, "min_patches": 1, "max_patches": max_tiles}
+    image = {"crop_to_patches": True, "min_patches": 1, "max_patches": components.max_tiles}
     write_json(
         folder / "preprocessor_config.json", {**common, **image, "image_processor_type": "GotOcr2ImageProcessor"}
     )

@@ -56,7 +56,7 @@ class VisionTower(MegatronModule):
         """Build the tower.
 
         Args:
-            config: megatron-core's, made by `models.build.vision_transformer_config`.
+            config: megatron-core's, made by `vision_transformer_config`.
             architecture: the sizes.
             groups: process groups; tp splits heads and MLP.
         """

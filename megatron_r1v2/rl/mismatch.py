@@ -113,7 +113,7 @@ def check_mismatch(metrics: dict[str, float], max_log_prob_difference: float) ->
     Raises:
         ValueError: When it is exceeded, or the difference is not a number.
     """
-    # Absent only when nothing was generated: then there is nothing to disagree about.
+    # Absent when no fresh response has an advantage: then nothing was computed that could disagree.
     difference = metrics.get(MEAN_ABSOLUTE_DIFFERENCE, 0.0)
     if not difference <= max_log_prob_difference:
         raise ValueError(

@@ -22,7 +22,7 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 class BufferEntry:
     """What the buffer knows of one response, fresh or kept.
 
-    Example: sample_id "digits-000017/12/3" (prompt, policy version, sample), priority 1.32, modality "image", step 12,
+    Example: sample_id "digits-000017/12/3" (prompt, step, sample), priority 1.32, modality "image", step 12,
     response_length 41, effective True.
     """
 
@@ -342,7 +342,7 @@ def compose_batch(
 def _batch_metrics(
     kept: Sequence[BufferEntry], replayed: Sequence[BufferEntry], buffer: SampleBuffer | None, step: int
 ) -> dict[str, float]:
-    """Describe the samples with non-zero advantage; age and reuse are those of the replayed (0 without any)."""
+    """Describe the samples with non-zero advantage; age and reuse are those of the replayed (absent without any)."""
     trained = [entry for entry in (*kept, *replayed) if entry.priority != 0.0]
     metrics: dict[str, float] = {
         "ssb/replayed": len(replayed),
@@ -352,4 +352,4 @@ def _batch_metrics(
     }
     names = ("age_mean", "age_max", "reuse_mean")
     described = {} if buffer is None else buffer.statistics(step, [entry.sample_id for entry in replayed])
-    return metrics | {f"ssb/{name}": described.get(name, 0.0) for name in names}
+    return metrics | {f"ssb/{name}": described[name] for name in names if name in described}

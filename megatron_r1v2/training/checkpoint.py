@@ -64,6 +64,10 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self.context = context
+        if context.is_main and folder.is_dir():
+            # What an interrupted run left: half-written checkpoints, and half-deleted ones.
+            for leftover in (*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")):
+                shutil.rmtree(leftover)
         self._queue = AsyncCallsQueue(persistent=False)
         self._written: tuple[Path, Path] | None = None
 

@@ -98,15 +98,18 @@ class GrpoStage:
             self.update(selection, samples, sample_prompts | {"": prompts[0]})
         self.remember(selection, samples, sample_prompts)
         self.keep_rollouts(selection, prompts, scored)
+        tokens = sum(judged.entry.response_length for judged in selection.judged.values())
+        session.recorder.note({"perf/generated_tokens_per_second": tokens / session.recorder.seconds("generate")})
         session.step += 1
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample N responses to each prompt that this replica takes from the shared queue."""
         session = self.session
         settings = session.recipe.generation
-        features = session.policy.features or session.feature_cache()
+        # An empty cache is falsy, so it is asked for by name.
+        features = session.feature_cache() if session.policy.features is None else session.policy.features
         features.clear()
-        return self.engine.generate(
+        rollouts = self.engine.generate(
             SharedPromptQueue(prompts, context=session.context, name=f"grpo-{session.step}"),
             num_responses=settings.responses_per_prompt,
             policy_version=session.policy.version,
@@ -114,6 +117,8 @@ class GrpoStage:
             max_response_tokens=settings.max_response_tokens,
             features=features,
         )
+        session.recorder.note({"rollout/evictions": self.engine.num_evictions})
+        return rollouts
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Score this replica's rollouts, and note the rewards of all replicas."""
@@ -198,16 +203,17 @@ class GrpoStage:
             "actor/lr": current_learning_rate(policy.optimizer),
             "actor/updates": len(selection.updates),
         }
+        of_updates: list[dict[str, float]] = []
         for update in selection.updates:
             mine = {name: samples[name] for name in update if name in samples}
             batches = [
                 self._collate(names, mine, prompts, replayed=selection.plan.replayed) for names in self._split(mine)
             ] or [self._filler(prompts[""])]
             batches = self._with_reference(batches)
-            values |= policy.update(
-                batches, partial(batch_loss, algorithm=algorithm, denominator=selection.denominator)
+            of_updates.append(
+                policy.update(batches, partial(batch_loss, algorithm=algorithm, denominator=selection.denominator))
             )
-        self.session.recorder.note(values)
+        self.session.recorder.note(values | mean_of_updates(of_updates))
 
     def remember(
         self, selection: Selection, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
@@ -281,6 +287,19 @@ class GrpoStage:
             replace(batch, reference_log_probs_BS=log_probs_BS)
             for batch, log_probs_BS in zip(batches, log_probs, strict=True)
         ]
+
+
+def mean_of_updates(of_updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the metrics of a step's optimizer steps; a metric that some lack is averaged over those that have it.
+
+    Args:
+        of_updates: metrics by name, of each optimizer step.
+    """
+    found: dict[str, list[float]] = {}
+    for metrics in of_updates:
+        for name, value in metrics.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def batch_loss(

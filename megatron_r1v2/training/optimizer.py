@@ -27,7 +27,7 @@ def wrap_with_ddp(model: R1V2Model, context: ParallelContext) -> DistributedData
         The wrapper that schedules run.
     """
     # Overlap would need every bucket's gradient in every microbatch, which a text-only one does not give
-    # (facts: an assertion in param_and_grad_buffer), so gradients are reduced after the last microbatch.
+    # (an assertion in megatron-core's param_and_grad_buffer), so gradients are reduced after the last microbatch.
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,

@@ -90,6 +90,7 @@ class Policy:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
+        self._check_gradients()
         _, gradient_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         self.version += 1
@@ -98,6 +99,15 @@ class Policy:
             "actor/loss": float(combined[_LOSS][0]),
             "actor/grad_norm": float(gradient_norm or 0.0),
         }
+
+    def _check_gradients(self) -> None:
+        """Refuse to step on a gradient that is not finite: it would spoil the weights and then every checkpoint."""
+        finite = all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in self.ddp.buffers)
+        if not all(objects.all_gather(finite)):
+            raise RuntimeError(
+                f"the gradient of update {self.version + 1} is not finite, so the weights were left as they are; the "
+                "newest checkpoint is from before it. Lower train.learning_rate or set train.clip_grad, and start again"
+            )
 
     def _run(self, batches: Sequence[TrainingBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
         """Run microbatches through megatron-core's schedule; returns what `finish` gave, on the last stage."""

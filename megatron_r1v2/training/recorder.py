@@ -97,6 +97,10 @@ class Recorder:
             key = f"timing_s/{phase}"
             self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - start
 
+    def seconds(self, phase: str) -> float:
+        """Return what `timed` has measured for a phase of this step."""
+        return self.values[f"timing_s/{phase}"]
+
     def note(self, values: Mapping[str, float]) -> None:
         """Add numbers to this step."""
         self.values.update(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
-from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.models.architecture import R1V2Architecture, read_architecture
 from megatron_r1v2.models.hf_weights import load_hf_weights
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
@@ -215,7 +214,7 @@ def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
         context: process groups.
     """
     hf_path = Path(recipe.model.hf_path)
-    architecture = r1v2_architecture(json.loads((hf_path / "config.json").read_text()))
+    architecture = read_architecture(hf_path)
     tokenizer = ChatTokenizer(hf_path)
     if tokenizer.image_token_id != architecture.image_token_id:
         raise ValueError(

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1v2.training.grpo import GrpoStage, mean_of_updates
+from megatron_r1v2.training.session import open_session
+from tests.training.tiny_run import tiny_recipe
+
+
+def test_metrics_of_updates_are_averaged_over_those_that_have_them():
+    assert mean_of_updates([{"a": 1.0, "b": 4.0}, {"a": 3.0}]) == {"a": 2.0, "b": 4.0}
+    assert mean_of_updates([]) == {}
+
+
+def take_steps(stage: GrpoStage, count: int) -> None:
+    """Take steps; some may have nothing to train on."""
+    for _ in range(count):
+        stage.step()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
+    recipe = tiny_recipe(tmp_path)
+    with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
+        stage = GrpoStage(session, pool)
+        stage.step()
+        computed = session.policy.features.prompts_computed
+        assert computed == len(session.policy.features), "features of an image are computed once a step"
+        before = {name: weight.clone() for name, weight in session.policy.model.named_parameters()}
+        version = session.policy.version
+        session.policy.temperature = float("nan")
+        # Reaches the loss as NaN through the log-probs of the update.
+        stage.add_old_log_probs = lambda samples, prompts: {  # type: ignore[method-assign]
+            name: type(sample)(**vars(sample) | {"old_log_probs": (0.0,) * sample.response_length})
+            for name, sample in samples.items()
+        }
+        with pytest.raises(RuntimeError, match=f"gradient of update {version + 1} is not finite"):
+            take_steps(stage, 5)
+        assert session.policy.version == version
+        for name, weight in session.policy.model.named_parameters():
+            assert torch.equal(weight, before[name])
