@@ -30,7 +30,7 @@ def to_hf(megatron: str, base: str, output: str, tensor: int, pipeline: int) -> 
 @pytest.mark.parametrize(
     ("variant", "there", "back"),
     [
-        ("6b-odd", (2, 1), (1, 1)),
+        pytest.param("6b-odd", (2, 1), (1, 1), marks=pytest.mark.slow),
         pytest.param("300m-odd", (1, 1), (2, 1), marks=pytest.mark.slow),
         pytest.param("300m-tied", (1, 2), (1, 1), marks=pytest.mark.slow),
         pytest.param("300m-tied", (1, 1), (1, 2), marks=pytest.mark.slow),
