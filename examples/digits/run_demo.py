@@ -145,7 +145,8 @@ def evaluation_stage(paths: Paths, seed: int, name: str, checkpoint: Path, overr
 def grpo_stage(paths: Paths, seed: int, overrides: Sequence[str]) -> Stage:
     """Return the reinforcement learning stage."""
     command = ("megatron_r1v2.grpo", *grpo_settings(paths, seed, paths.align, overrides))
-    return Stage("grpo", "GRPO with the Selective Sample Buffer", command)
+    # Two data-parallel ranks keep two cores busier than two threads do.
+    return Stage("grpo", "GRPO with the Selective Sample Buffer", command, processes=2)
 
 
 def closing_stages(paths: Paths) -> list[Stage]:

@@ -33,6 +33,15 @@ class Stage:
     """Shown beside the name."""
     command: tuple[str, ...]
     """A module and its arguments, for `python -m`."""
+    processes: int = 1
+    """Data-parallel ranks that torchrun starts; they share the stage's threads."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Return what follows `python -m`."""
+        if self.processes == 1:
+            return self.command
+        return ("torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), "-m", *self.command)
 
 
 class StageError(RuntimeError):
@@ -112,11 +121,11 @@ class StageRunner:
             self._console.print(f"{stage.name:<18} {stage.what} ...", highlight=False)
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", *stage.command],
+                [sys.executable, "-m", *stage.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=_environment(threads),
+                env=_environment(max(1, threads // stage.processes)),
             )
         return _Running(stage, process, log, time.perf_counter())
 
@@ -130,7 +139,7 @@ class StageRunner:
             tail = "\n".join(_lines(item.log)[-TAIL_LINES:])
             raise StageError(
                 f"stage {item.stage.name} failed with exit code {code} after {seconds:.0f} s; its log {item.log} ends:"
-                f"\n\n{tail}\n\ncommand: python -m {' '.join(item.stage.command)}"
+                f"\n\n{tail}\n\ncommand: python -m {' '.join(item.stage.arguments)}"
             )
         self.seconds[item.stage.name] = seconds
         record = self._records / f"{item.stage.name}.json"

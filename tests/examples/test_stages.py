@@ -69,3 +69,12 @@ def test_stages_side_by_side_share_the_threads(tmp_path, runner):
     runner.run(Stage("alone", "", command))
     logs = {name: (tmp_path / "run" / "logs" / f"{name}.log").read_text() for name in ("left", "right", "alone")}
     assert [logs[name].split("\n")[0] for name in logs] == ["threads 1", "threads 1", "threads 2"]
+
+
+def test_a_stage_of_several_processes_is_started_by_torchrun():
+    one = Stage("grpo", "", ("megatron_r1v2.grpo", "recipe.yaml"))
+    two = Stage("grpo", "", one.command, processes=2)
+    assert one.arguments == one.command
+    assert two.arguments[0] == "torch.distributed.run"
+    assert two.arguments[-3:] == ("-m", "megatron_r1v2.grpo", "recipe.yaml")
+    assert two.arguments[two.arguments.index("--nproc-per-node") + 1] == "2"
