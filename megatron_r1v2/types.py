@@ -21,6 +21,22 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt, one better than the other, as text without the end-of-turn token.
+
+    Example: chosen "left 3, right 5, 3+5=8</think>\\boxed{8}", rejected "left 3, right 6, 3+6=9</think>\\boxed{9}",
+    margin 0.8, source "correctness".
+    """
+
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    """Reward of `chosen` minus reward of `rejected`; None where nobody scored them."""
+    source: str = ""
+    """How the pair came about."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One question, templated and tokenized, with its images cut into tiles.
 
@@ -42,6 +58,8 @@ class Prompt:
     """What is true of the images, by name; a claim that contradicts one is a hallucination."""
     response: str | None = None
     """A reference response (supervised data only): what follows the prompt, without the end-of-turn token."""
+    preference: Preference | None = None
+    """A better and a worse response (preference data only)."""
 
     @property
     def modality(self) -> Modality:

@@ -8,9 +8,9 @@ import torch
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.images import decode_image, tile_image, tile_limit
-from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.samples import Sample, parse_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
-from megatron_r1v2.types import Prompt
+from megatron_r1v2.types import Preference, Prompt
 
 
 class PromptBuilder:
@@ -66,7 +66,14 @@ class PromptBuilder:
             answer_type=sample.answer_type,
             facts=sample.facts,
             response=sample.response,
+            preference=_preference(sample),
         )
 
     def _no_tiles(self) -> torch.Tensor:
         return torch.zeros(0, 3, self._tile_size, self._tile_size, dtype=torch.uint8)
+
+
+def _preference(sample: Sample) -> Preference | None:
+    if sample.chosen is None or sample.rejected is None:
+        return None
+    return Preference(sample.chosen, sample.rejected, sample.margin, sample.source or "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.rl.supervised import supervised_loss
-from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.replay import assign
 from megatron_r1v2.training.session import Session, next_distinct, open_session
@@ -66,15 +64,11 @@ def supervised_step(session: Session) -> None:
 
 
 def _update(session: Session, samples: dict[str, TrainingSample], prompts: Sequence[Prompt]) -> None:
-    recipe, context = session.recipe, session.context
+    context = session.context
     owner = assign({key: len(sample.token_ids) for key, sample in samples.items()}, context.data_size)
     mine = {key: sample for key, sample in samples.items() if owner[key] == context.data_rank}
-    by_key = {prompt.key: prompt for prompt in prompts}
-    lengths = {key: len(sample.token_ids) for key, sample in mine.items()}
-    batches = [
-        _collate(session, [mine[key] for key in keys], by_key)
-        for keys in split_into_microbatches(lengths, recipe.train, length_multiple=session.policy.length_multiple)
-    ] or [_filler(session, prompts[0])]
+    microbatches = session.microbatcher.split(mine, {prompt.key: prompt for prompt in prompts})
+    batches = [part.batch for part in microbatches] or [session.microbatcher.filler(prompts[0])]
     session.recorder.note({"actor/lr": current_learning_rate(session.policy.optimizer)})
     with session.recorder.timed("update"):
         session.recorder.note(
@@ -120,21 +114,3 @@ def _loss(
     log_probs_BS: torch.Tensor, batch: TrainingBatch, *, denominator: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return supervised_loss(log_probs_BS, batch.response_mask_BS, denominator=denominator, weights_B=batch.weights_B)
-
-
-def _collate(session: Session, samples: Sequence[TrainingSample], prompts: dict[str, Prompt]) -> TrainingBatch:
-    return collate(
-        samples,
-        prompts,
-        replayed=[False] * len(samples),
-        pad_id=session.tokenizer.pad_id,
-        image_token_id=session.architecture.image_token_id,
-        tensor_size=session.context.tensor_size,
-        length_multiple=session.policy.length_multiple,
-        device=session.context.device,
-    )
-
-
-def _filler(session: Session, prompt: Prompt) -> TrainingBatch:
-    batch = _collate(session, [filler_sample(prompt)], {prompt.key: prompt})
-    return replace(batch, weights_B=torch.zeros_like(batch.weights_B))

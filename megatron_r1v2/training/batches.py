@@ -18,24 +18,27 @@ LENGTH_MULTIPLE = 8
 
 
 def split_into_microbatches(
-    lengths: Mapping[str, int], settings: TrainConfig, *, length_multiple: int = LENGTH_MULTIPLE
+    lengths: Mapping[str, Sequence[int]], settings: TrainConfig, *, length_multiple: int = LENGTH_MULTIPLE
 ) -> list[list[str]]:
-    """Group samples into microbatches: by rows of similar length where rows are padded, by tokens where packed.
+    """Put units (one row, or the two of a pair) together: by similar length where rows are padded, else by tokens.
 
     Args:
-        lengths: tokens by sample id, of one update on this rank.
+        lengths: tokens of each row by unit, of one update on this rank; all units have equally many rows.
         settings: the `train` section.
         length_multiple: packed sequences are padded to a multiple of this.
 
     Returns:
-        Ids of each microbatch, longest rows first: memory that does not suffice shows at once.
+        Units of each microbatch, longest first: memory that does not suffice shows at once.
     """
     if settings.packing is not Packing.none:
-        padded = {name: math.ceil(length / length_multiple) * length_multiple for name, length in lengths.items()}
+        padded = {
+            name: sum(math.ceil(length / length_multiple) * length_multiple for length in rows)
+            for name, rows in lengths.items()
+        }
         pack = first_fit_decreasing if settings.packing is Packing.first_fit_decreasing else nemo_first_fit_decreasing
         return pack(padded, settings.tokens_per_microbatch)
-    ordered = sorted(lengths, key=lambda name: (-lengths[name], name))
-    size = settings.micro_batch_size
+    ordered = sorted(lengths, key=lambda name: (-max(lengths[name]), name))
+    size = max(1, settings.micro_batch_size // max((len(rows) for rows in lengths.values()), default=1))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 

@@ -20,7 +20,6 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.grpo import grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
-from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
@@ -175,12 +174,12 @@ class GrpoStage:
         """Compute the training forward's log-probs of fresh samples; replayed ones keep those they were stored with."""
         session = self.session
         fresh = {name: sample for name, sample in samples.items() if not sample.old_log_probs}
-        microbatches = self._split(fresh)
-        batches = [self._collate(names, fresh, prompts, replayed=()) for names in microbatches]
+        microbatches = session.microbatcher.split(fresh, prompts)
+        batches = [part.batch for part in microbatches]
         log_probs = session.policy.log_probs(batches)
         result = dict(samples)
-        for names, log_probs_BS in zip(microbatches, log_probs, strict=True):
-            for row, name in enumerate(names):
+        for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
+            for row, name in enumerate(part.names):
                 span = slice(fresh[name].prompt_length - 1, len(fresh[name].token_ids) - 1)
                 result[name] = replace(fresh[name], old_log_probs=tuple(log_probs_BS[row, span].tolist()))
         metrics = mismatch_over_ranks(batches, log_probs, session.context)
@@ -206,9 +205,8 @@ class GrpoStage:
         of_updates: list[dict[str, float]] = []
         for update in selection.updates:
             mine = {name: samples[name] for name in update if name in samples}
-            batches = [
-                self._collate(names, mine, prompts, replayed=selection.plan.replayed) for names in self._split(mine)
-            ] or [self._filler(prompts[""])]
+            microbatches = self.session.microbatcher.split(mine, prompts, replayed=set(selection.plan.replayed))
+            batches = [part.batch for part in microbatches] or [self.session.microbatcher.filler(prompts[""])]
             batches = self._with_reference(batches)
             of_updates.append(
                 policy.update(batches, partial(batch_loss, algorithm=algorithm, denominator=selection.denominator))
@@ -246,36 +244,6 @@ class GrpoStage:
             if self.buffer is not None:
                 state |= {"buffer": self.buffer.state_dict()}
             self.session.save(state, self.store.state_dict())
-
-    def _split(self, samples: Mapping[str, TrainingSample]) -> list[list[str]]:
-        lengths = {name: len(sample.token_ids) for name, sample in samples.items()}
-        return split_into_microbatches(
-            lengths, self.session.recipe.train, length_multiple=self.session.policy.length_multiple
-        )
-
-    def _collate(
-        self,
-        names: Sequence[str],
-        samples: Mapping[str, TrainingSample],
-        prompts: Mapping[str, Prompt],
-        *,
-        replayed: Sequence[str],
-    ) -> TrainingBatch:
-        session = self.session
-        return collate(
-            [samples[name] for name in names],
-            prompts,
-            replayed=[name in replayed for name in names],
-            pad_id=session.tokenizer.pad_id,
-            image_token_id=session.architecture.image_token_id,
-            tensor_size=session.context.tensor_size,
-            length_multiple=session.policy.length_multiple,
-            device=session.context.device,
-        )
-
-    def _filler(self, prompt: Prompt) -> TrainingBatch:
-        batch = self._collate([""], {"": filler_sample(prompt)}, {prompt.key: prompt}, replayed=())
-        return replace(batch, weights_B=torch.zeros_like(batch.weights_B))
 
     def _with_reference(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
         session = self.session

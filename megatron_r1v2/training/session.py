@@ -30,6 +30,7 @@ from megatron_r1v2.training.checkpoint import (
     load_weights,
     resolve_checkpoint,
 )
+from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
@@ -137,6 +138,18 @@ class Session(LoadedModel):
     def parts(self) -> list[Part]:
         """Return what trains."""
         return self.recipe.train.parts
+
+    @property
+    def microbatcher(self) -> Microbatcher:
+        """Return what makes microbatches for this model and layout."""
+        return Microbatcher(
+            settings=self.recipe.train,
+            pad_id=self.tokenizer.pad_id,
+            image_token_id=self.architecture.image_token_id,
+            tensor_size=self.context.tensor_size,
+            length_multiple=self.policy.length_multiple,
+            device=self.context.device,
+        )
 
     @property
     def trains_text(self) -> bool:

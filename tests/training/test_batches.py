@@ -26,32 +26,45 @@ def pack(samples, prompts, *, tensor_size=1, **arguments):
     )
 
 
+def as_units(lengths):
+    return {name: [length] for name, length in lengths.items()}
+
+
 @given(
     lengths=st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(1, 50), max_size=12),
     size=st.integers(1, 5),
 )
 def test_microbatches_are_a_partition_longest_first(lengths, size):
     settings = TrainConfig(micro_batch_size=size)
-    microbatches = split_into_microbatches(lengths, settings)
+    microbatches = split_into_microbatches(as_units(lengths), settings)
     flat = [name for names in microbatches for name in names]
     assert sorted(flat) == sorted(lengths)
     assert len(microbatches) == math.ceil(len(lengths) / size)
     assert all(1 <= len(names) <= size for names in microbatches)
     assert [lengths[name] for name in flat] == sorted(lengths.values(), reverse=True)
-    assert microbatches == split_into_microbatches(dict(reversed(lengths.items())), settings)
+    assert microbatches == split_into_microbatches(as_units(dict(reversed(lengths.items()))), settings)
 
 
 def test_packed_microbatches_are_filled_by_tokens():
     settings = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=10)
     lengths = {"a": 6, "b": 3, "c": 12, "d": 4, "e": 7}
-    assert split_into_microbatches(lengths, settings, length_multiple=1) == [["c"], ["e", "b"], ["a", "d"]]
+    assert split_into_microbatches(as_units(lengths), settings, length_multiple=1) == [["c"], ["e", "b"], ["a", "d"]]
     assert split_into_microbatches({}, settings) == []
 
 
 def test_packed_microbatches_have_room_for_the_padding_of_each_sequence():
     settings = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=16)
     # 9 tokens take 16 with padding, so nothing joins them, although 9 + 7 would fit.
-    assert split_into_microbatches({"a": 9, "b": 7, "c": 8}, settings) == [["a"], ["b", "c"]]
+    assert split_into_microbatches(as_units({"a": 9, "b": 7, "c": 8}), settings) == [["a"], ["b", "c"]]
+
+
+def test_pairs_stay_together():
+    pairs = {"a": [5, 9], "b": [4, 4], "c": [8, 1]}
+    assert split_into_microbatches(pairs, TrainConfig(micro_batch_size=4)) == [["a", "c"], ["b"]]
+    assert split_into_microbatches(pairs, TrainConfig(micro_batch_size=1)) == [["a"], ["c"], ["b"]]
+    packed = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=40)
+    # With padding to multiples of 8: 24, 16 and 16 tokens.
+    assert split_into_microbatches(pairs, packed) == [["a", "b"], ["c"]]
 
 
 def test_a_row_by_hand():

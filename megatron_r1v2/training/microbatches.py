@@ -1,0 +1,88 @@
+"""What this rank trains on, as microbatches: the same for every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_r1v2.config.schema import TrainConfig
+from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
+from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows that go through the model together, with their names."""
+
+    names: tuple[str, ...]
+    """Sample ids of the rows; "" for the filler."""
+    batch: TrainingBatch
+
+
+@dataclass(frozen=True)
+class Microbatcher:
+    """Makes microbatches of samples."""
+
+    settings: TrainConfig
+    pad_id: int
+    image_token_id: int
+    tensor_size: int
+    """TP ranks: sequence parallelism splits the length over them."""
+    length_multiple: int
+    """Lengths are padded to a multiple of this."""
+    device: torch.device
+
+    def split(
+        self,
+        samples: Mapping[str, TrainingSample],
+        prompts: Mapping[str, Prompt],
+        *,
+        units: Mapping[str, Sequence[str]] | None = None,
+        replayed: Collection[str] = (),
+    ) -> list[Microbatch]:
+        """Group samples into microbatches.
+
+        Args:
+            samples: of one update on this rank, by id; may be empty.
+            prompts: by key, to find tiles.
+            units: ids of the samples that belong into one microbatch, as neighbours, by the name of the unit (a pair);
+                None: each sample by itself.
+            replayed: ids of samples that come from the buffer.
+
+        Returns:
+            The microbatches, those with the longest rows first.
+        """
+        grouped = {name: (name,) for name in samples} if units is None else units
+        lengths = {unit: [len(samples[name].token_ids) for name in names] for unit, names in grouped.items()}
+        microbatches = []
+        for chosen in split_into_microbatches(lengths, self.settings, length_multiple=self.length_multiple):
+            names = tuple(name for unit in chosen for name in grouped[unit])
+            rows = [samples[name] for name in names]
+            microbatches.append(Microbatch(names, self._collate(rows, prompts, [name in replayed for name in names])))
+        return microbatches
+
+    def filler(self, prompt: Prompt, *, rows: int = 1) -> TrainingBatch:
+        """Return a microbatch of weight zero, for a rank that has no sample.
+
+        Args:
+            prompt: any prompt, so that the shapes are usual ones.
+            rows: of a unit.
+        """
+        batch = self._collate([filler_sample(prompt)] * rows, {prompt.key: prompt}, [False] * rows)
+        return replace(batch, weights_B=torch.zeros_like(batch.weights_B))
+
+    def _collate(
+        self, samples: Sequence[TrainingSample], prompts: Mapping[str, Prompt], replayed: Sequence[bool]
+    ) -> TrainingBatch:
+        return collate(
+            samples,
+            prompts,
+            replayed=replayed,
+            pad_id=self.pad_id,
+            image_token_id=self.image_token_id,
+            tensor_size=self.tensor_size,
+            length_multiple=self.length_multiple,
+            device=self.device,
+        )
