@@ -21,12 +21,13 @@ from megatron_r1v2.config.validate import Stage, check_stage
 _PACKAGE = __name__.partition(".")[0]
 
 
-def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
+def parse_command_line(argv: Sequence[str], stage: Stage, *, description: str = "") -> RunRecipe:
     """Turn the arguments of an entry point into checked settings, or end the process with advice.
 
     Args:
         argv: the arguments without the program's name: a recipe, then `section.key=value` overrides.
         stage: what is about to run; decides which files must exist.
+        description: shown by `--help` between the usage and the settings.
 
     Returns:
         The settings.
@@ -35,7 +36,7 @@ def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
         SystemExit: 0 after `--help`; 2 after bad input, with one message on standard error.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        print(_usage(stage), describe_settings(), sep="\n\n")
+        print(_usage(stage), *([description.strip()] if description else []), describe_settings(), sep="\n\n")
         raise SystemExit(0)
     try:
         if not argv:

@@ -220,6 +220,25 @@ class BufferConfig:
 
 
 @dataclass
+class PairsConfig:
+    """How the prefer command makes preference pairs of the model's own responses to the prompts of `data.train`."""
+
+    output: str = ""
+    """Folder of preference shards to write; it must not exist yet."""
+    prompts: int = 0
+    """How many prompts, from the start of the shards; 0: all."""
+    max_pairs_per_prompt: int = 4
+    """Pairs of the responses to one prompt, a DropoutNTP pair not counted."""
+    min_margin: float = 0.0
+    """Total reward of the chosen response minus that of the rejected one: at least this, and always above 0."""
+    reject_ill_formed: bool = False
+    """Cut and ill-formed responses may be the rejected one (they are never chosen); false: they are left out."""
+    dropout_ntp_fraction: float = 0.25
+    """For this part of the prompts with an image and a response fit to be chosen there is one more pair: the rejected
+    response is the first half of the chosen one, continued without the image."""
+
+
+@dataclass
 class TrainConfig:
     """The update."""
 
@@ -318,6 +337,7 @@ class RunRecipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 
-Stage = Literal["align", "grpo", "evaluate"]
+Stage = Literal["align", "grpo", "evaluate", "prefer"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -41,6 +41,10 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
     "buffer.target_effective_fraction": (0, 1),
+    "pairs.prompts": (0, None),
+    "pairs.max_pairs_per_prompt": (0, None),
+    "pairs.min_margin": (0, None),
+    "pairs.dropout_ntp_fraction": (0, 1),
     "train.steps": (1, None),
     "train.prompts_per_step": (1, None),
     "train.updates_per_step": (1, None),
@@ -78,6 +82,7 @@ _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
+    "prefer": ("model.hf_path", "data.train", "pairs.output"),
 }
 
 
@@ -119,6 +124,8 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
+    if stage == "prefer":
+        check_prefer(recipe)
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers=te needs TransformerEngine, which is not installed; "
@@ -151,6 +158,26 @@ def check_grpo(recipe: RunRecipe) -> None:
         raise ValueError(
             f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
             "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+        )
+
+
+def check_prefer(recipe: RunRecipe) -> None:
+    """Check what building preference pairs needs.
+
+    Raises:
+        ValueError: output that exists, or settings under which there cannot be a pair.
+    """
+    pairs, generation = recipe.pairs, recipe.generation
+    if Path(pairs.output).exists():
+        raise ValueError(f"pairs.output={pairs.output!r} exists already; choose another folder or delete it first")
+    if pairs.max_pairs_per_prompt and generation.responses_per_prompt < 2:
+        raise ValueError(
+            f"generation.responses_per_prompt={generation.responses_per_prompt} leaves nothing to compare; pairs need "
+            "2 or more, or set pairs.max_pairs_per_prompt=0 for DropoutNTP pairs alone"
+        )
+    if not pairs.max_pairs_per_prompt and not pairs.dropout_ntp_fraction:
+        raise ValueError(
+            "pairs.max_pairs_per_prompt and pairs.dropout_ntp_fraction are both 0: there would be no pairs; raise one"
         )
 
 

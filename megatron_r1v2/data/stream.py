@@ -9,6 +9,8 @@ from __future__ import annotations
 import pickle
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
-from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.samples import Sample, SampleError, parse_sample
 from megatron_r1v2.data.shards import SPLIT, check_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Prompt
@@ -181,6 +183,35 @@ def read_prompts(
         ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or a
             prompt is too long.
     """
+    every = iterate_prompts(
+        folder, settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
+    )
+    prompts = list(islice(every, count or None))
+    if len(prompts) < count:
+        raise ValueError(
+            f"{folder} has {len(prompts)} usable samples, {count} were asked for; lower evaluation.prompts"
+        )
+    return prompts
+
+
+def iterate_prompts(
+    folder: str | Path, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int
+) -> Iterator[Prompt]:
+    """Read a data set once in the order of its shards, one prompt at a time.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+        settings: Limits, and the part of samples that may be corrupt.
+        tokenizer: The model's tokenizer.
+        tile_size: Pixels on each side of a tile: the model's image size.
+        tokens_per_tile: Image tokens of one tile.
+
+    Yields:
+        The prompts, without corrupt samples.
+
+    Raises:
+        ValueError: If the data set is incomplete, has too many corrupt samples, or a prompt is too long.
+    """
     root = Path(folder)
     check_shards(root)
     loader = _loader(root, shuffle=False, repeat=False, seed=0)
@@ -189,16 +220,29 @@ def read_prompts(
     )
     tally = _Tally(root, settings.max_corrupt_fraction, len(loader))
     iterator = iter(loader)
-    prompts: list[Prompt] = []
     for _ in range(len(loader)):
         prompt = _read_one(iterator, builder, tally, root)
         if prompt is not None:
-            prompts.append(prompt)
-        if count and len(prompts) == count:
-            break
-    if len(prompts) < count:
-        raise ValueError(f"{root} has {len(prompts)} usable samples, {count} were asked for; lower evaluation.prompts")
-    return prompts
+            yield prompt
+
+
+def iterate_samples(folder: str | Path) -> Iterator[Sample]:
+    """Read the samples of a data set as its shards hold them, images undecoded, in the order of `iterate_prompts`.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+
+    Yields:
+        The samples; one whose record is corrupt is left out.
+
+    Raises:
+        ValueError: If the data set is incomplete.
+    """
+    check_shards(folder)
+    for raw in _loader(Path(folder), shuffle=False, repeat=False, seed=0):
+        parts = {name: data for name, data in raw.items() if isinstance(data, bytes)}
+        with suppress(SampleError):
+            yield parse_sample(raw["__key__"], parts)
 
 
 def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableDataLoader:

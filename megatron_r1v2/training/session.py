@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import Packing, Part, RunRecipe, TrainConfig
-from megatron_r1v2.data.stream import PromptStream, read_prompts
+from megatron_r1v2.data.stream import PromptStream, iterate_prompts, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -69,8 +69,12 @@ class LoadedModel:
         """Return the ids that can be drawn: embeddings beyond the tokenizer were never trained."""
         return min(self.tokenizer.vocab_size, self.architecture.language.vocab_size)
 
-    def engine(self) -> RolloutEngine:
-        """Return the rollout engine on the model's own weights."""
+    def engine(self, *, prefix_tokens: int = 0) -> RolloutEngine:
+        """Return the rollout engine on the model's own weights.
+
+        Args:
+            prefix_tokens: the longest beginning of a response that a prompt may end with.
+        """
         generation = self.recipe.generation
         return RolloutEngine(
             self.model,
@@ -78,7 +82,7 @@ class LoadedModel:
             settings=generation,
             stop_ids=frozenset(self.tokenizer.stop_ids(generation.stop_tokens)),
             vocab_size=self.sampled_vocab_size,
-            max_prompt_tokens=self.recipe.data.max_prompt_tokens,
+            max_prompt_tokens=self.recipe.data.max_prompt_tokens + prefix_tokens,
             seed=self.recipe.run.seed,
         )
 
@@ -108,14 +112,20 @@ class LoadedModel:
 
     def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
         """Read a data set in its order."""
-        return read_prompts(
-            folder,
-            settings=self.recipe.data,
-            tokenizer=self.tokenizer,
-            tile_size=self.architecture.vision.image_size,
-            tokens_per_tile=self.architecture.tokens_per_tile,
-            count=count,
-        )
+        return read_prompts(folder, count=count, **self.prompt_arguments())
+
+    def iterate_prompts(self, folder: str) -> Iterator[Prompt]:
+        """Read a data set in its order, one prompt at a time."""
+        return iterate_prompts(folder, **self.prompt_arguments())
+
+    def prompt_arguments(self) -> dict[str, Any]:
+        """Return what turns this model's samples into prompts, as the readers in data/stream.py take it."""
+        return {
+            "settings": self.recipe.data,
+            "tokenizer": self.tokenizer,
+            "tile_size": self.architecture.vision.image_size,
+            "tokens_per_tile": self.architecture.tokens_per_tile,
+        }
 
 
 @dataclass
@@ -280,14 +290,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             packed=recipe.train.packing is not Packing.none,
             length_multiple=length_multiple(recipe),
         )
-        stream = PromptStream(
-            recipe.data.train,
-            settings=recipe.data,
-            tokenizer=loaded.tokenizer,
-            tile_size=loaded.architecture.vision.image_size,
-            tokens_per_tile=loaded.architecture.tokens_per_tile,
-            seed=recipe.run.seed,
-        )
+        stream = PromptStream(recipe.data.train, seed=recipe.run.seed, **loaded.prompt_arguments())
         checkpoints = CheckpointStore(
             run_dir / "checkpoints",
             keep_last=recipe.checkpoint.keep_last,
