@@ -17,6 +17,7 @@ from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rewards.format import format_score
+from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.preference_pairs import Candidate, best_to_choose, choose_pairs, dropout_ntp_pair, is_drawn
@@ -34,11 +35,12 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 Value = TypeVar("Value")
 
 
-def run_prefer(recipe: RunRecipe) -> Path:
+def run_prefer(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
     """Write preference pairs made of responses to the prompts of `data.train` to `pairs.output`.
 
     Args:
         recipe: the settings.
+        reward_model: what `reward.model_weight` weighs; None: there is none.
 
     Returns:
         `pairs.output`.
@@ -49,7 +51,7 @@ def run_prefer(recipe: RunRecipe) -> Path:
     unfinished = UnfinishedPairs(recipe)
     with open_model(recipe) as loaded, loaded.verifiers() as pool:
         is_main, version = loaded.context.is_main, loaded.version
-        _generate(loaded, pool, unfinished)
+        _generate(loaded, PairMaker(loaded, pool, reward_model), unfinished)
     # The process groups are gone: other ranks need not wait for the files.
     if is_main:
         remark = {"model": recipe.model.checkpoint or recipe.model.hf_path, "policy_version": version}
@@ -57,14 +59,13 @@ def run_prefer(recipe: RunRecipe) -> Path:
     return unfinished.output
 
 
-def _generate(loaded: LoadedModel, pool: VerifierPool | None, unfinished: UnfinishedPairs) -> None:
+def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs) -> None:
     """Do the rounds that are not on disk yet."""
     recipe, is_main = loaded.recipe, loaded.context.is_main
     num_responses = recipe.generation.responses_per_prompt
     per_round = recipe.train.prompts_per_step
     # The main rank's word counts: another one may see the file system later.
     finished = set(objects.all_gather(unfinished.rounds())[0])
-    maker = PairMaker(loaded, pool)
     available = sum(check_shards(recipe.data.train).values())
     total = min(recipe.pairs.prompts or available, available) * num_responses
     prompts = islice(loaded.iterate_prompts(recipe.data.train), recipe.pairs.prompts or None)
@@ -81,15 +82,17 @@ def _generate(loaded: LoadedModel, pool: VerifierPool | None, unfinished: Unfini
 class PairMaker:
     """Responses, rewards and pairs of some prompts, over all replicas; every rank calls together."""
 
-    def __init__(self, loaded: LoadedModel, pool: VerifierPool | None) -> None:
+    def __init__(self, loaded: LoadedModel, pool: VerifierPool | None, reward_model: RewardModel | None) -> None:
         """Make the engines.
 
         Args:
             loaded: the model.
             pool: answer checkers, on the leader of each replica.
+            reward_model: what `reward.model_weight` weighs; None: there is none.
         """
         self.loaded = loaded
         self.pool = pool
+        self.reward_model = reward_model
         self.recipe = loaded.recipe
         self.engine = loaded.engine()
         # DropoutNTP goes on from the first half of a response: prompts may be longer by that, responses are shorter.
@@ -207,6 +210,8 @@ class PairMaker:
             settings=self.recipe.reward,
             pool=self.pool,
             context=self.loaded.context,
+            max_response_tokens=self.recipe.generation.max_response_tokens,
+            reward_model=self.reward_model,
         )
         return scored, int(counts["verifier_timeouts"] + counts["verifier_crashes"])
 

@@ -18,7 +18,7 @@ from megatron_r1v2.training.preference_run import run_prefer
 from megatron_r1v2.types import Preference
 from tests.ranks import run_ranks
 from tests.tiny import tiny_sample
-from tests.training.runs import recipe_for
+from tests.training.runs import recipe_for, run_stage
 
 SETTINGS = (
     "generation.responses_per_prompt=24",
@@ -32,11 +32,17 @@ SETTINGS = (
 def made(root: Path, tmp_path_factory) -> Path:
     """Return the pairs of one uninterrupted run."""
     folder = tmp_path_factory.mktemp("pairs")
+    learn = ("train.steps=12", "train.learning_rate=0.01", "checkpoint.every_steps=0", "train.parts=[language]")
+    run_stage(recipe_for(root, root / "aligned", learn), "align")
     return run_prefer(recipe(root, folder))
 
 
 def recipe(root: Path, folder: Path, *overrides: str) -> RunRecipe:
-    return recipe_for(root, folder / "run", (f"pairs.output={folder / 'pairs'}", *SETTINGS, *overrides))
+    return recipe_for(
+        root,
+        folder / "run",
+        (*SETTINGS, f"model.checkpoint={root / 'aligned'}", f"pairs.output={folder / 'pairs'}", *overrides),
+    )
 
 
 def test_pairs_are_the_prompts_with_two_responses(root: Path, made: Path) -> None:
@@ -66,7 +72,7 @@ def test_the_counts_add_up(made: Path) -> None:
     assert counts["prompts_with_pairs"] == len({key.rpartition("-pair")[0] for key in keys})
     assert counts["dropped"]["response/cut"] > 0
     assert counts["dropped"]["response/ill_formed"] > 0
-    assert counts["policy_version"] == 0
+    assert counts["policy_version"] == 12
     assert not list(made.parent.glob(".*"))
 
 
