@@ -346,6 +346,34 @@ class EvaluationConfig:
 
 
 @dataclass
+class HallucinationConfig:
+    """The calibrator: holds the rate of contradicted visual claims on `data.validation` below a target while training.
+
+    A rate above the target, or too few responses with claims, pulls a brake: tau of MPO (`preference.min_margin`) goes
+    up, the weight of the reward model in GRPO (`reward.model_weight`) goes down (`rl/calibration.py`).
+    """
+
+    target_rate: float = 0.0
+    """The rate of contradicted claims to stay below; 0: off."""
+    every_steps: int = 0
+    """Steps from one measurement to the next; 0: at the evaluations of evaluation.every_steps alone."""
+    min_coverage: float = 0.5
+    """Fewer responses with claims than this are as bad as a rate above the target: silence is no cure."""
+    slack: float = 0.2
+    """The brake is let go only while the rate is below (1 - slack) x target_rate."""
+    patience: int = 2
+    """Measurements in a row that must be so before the brake is let go."""
+    tighten: float = 0.5
+    """Each violation pulls the brake by this part of what is left of it."""
+    loosen: float = 0.05
+    """Each calm measurement lets it go by this part of the whole."""
+    max_margin: float = 1.0
+    """tau when the brake is pulled all the way; without it tau is preference.min_margin."""
+    min_model_weight: float = 0.0
+    """Weight of the reward model when the brake is pulled all the way; without it it is reward.model_weight."""
+
+
+@dataclass
 class LoggingConfig:
     """Where metrics go; `run.output_dir`/metrics.jsonl is always written."""
 
@@ -375,4 +403,5 @@ class RunRecipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    hallucination: HallucinationConfig = field(default_factory=HallucinationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -69,6 +69,15 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.runs": (1, None),
     "evaluation.seed": (0, 2**31 - 1),
     "evaluation.stop_at_pass_at_1": (0, 1),
+    "hallucination.target_rate": (0, 1),
+    "hallucination.every_steps": (0, None),
+    "hallucination.min_coverage": (0, 1),
+    "hallucination.slack": (0, 1),
+    "hallucination.patience": (1, None),
+    "hallucination.tighten": (0, 1),
+    "hallucination.loosen": (0, 1),
+    "hallucination.max_margin": (0, None),
+    "hallucination.min_model_weight": (0, None),
     "logging.sample_rollouts": (0, None),
 }
 
@@ -131,6 +140,7 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
+        check_calibration(recipe, "reward.model_weight", bound="hallucination.min_model_weight")
     if stage == "prefer":
         check_prefer(recipe)
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
@@ -166,6 +176,36 @@ def check_grpo(recipe: RunRecipe) -> None:
         raise ValueError(
             f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
             "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+        )
+
+
+def check_calibration(recipe: RunRecipe, setting: str, *, bound: str) -> None:
+    """Check what holding the hallucination rate needs, when it is wanted.
+
+    Args:
+        recipe: the settings.
+        setting: what the calibrator moves in this stage.
+        bound: the setting towards which it moves it, up or down by its name.
+
+    Raises:
+        ValueError: nothing to measure by, or nothing to move.
+    """
+    wanted = recipe.hallucination
+    if not wanted.target_rate:
+        return
+    needed = f"hallucination.target_rate={wanted.target_rate}"
+    if not recipe.data.validation or not (wanted.every_steps or recipe.evaluation.every_steps):
+        raise ValueError(
+            f"{needed} needs a rate to hold: set data.validation to a folder of shards with facts, and "
+            "hallucination.every_steps or evaluation.every_steps"
+        )
+    if not recipe.reward.claim_pattern:
+        raise ValueError(f"{needed} needs reward.claim_pattern: without it no claim is found")
+    value, end = _get(recipe, setting), _get(recipe, bound)
+    if (value <= end) if ".min_" in bound else (value >= end):
+        raise ValueError(
+            f"{needed} moves {setting} from {value} towards {bound}={end}, which leaves no way to go; change one of "
+            "them, or set hallucination.target_rate=0"
         )
 
 

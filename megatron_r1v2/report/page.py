@@ -46,6 +46,23 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "rate means something only where coverage is high.",
                 percent=True,
             ),
+            Chart(
+                "Hallucination on held-back prompts",
+                ("validation/hallucination_rate", "validation/claim_coverage"),
+                "The same two on validation prompts. The dashed line is the rate that the calibrator holds.",
+                percent=True,
+                target="hallucination.target_rate",
+            ),
+            Chart(
+                "Calibrator",
+                (
+                    "hallucination/brake",
+                    "hallucination/threshold",
+                    "hallucination/model_weight",
+                    "hallucination/decision",
+                ),
+                "What it moves: tau of the pairs, or the weight of the reward model. decision: 1 tightens, -1 lets go.",
+            ),
         ),
     ),
     (
@@ -203,7 +220,8 @@ def _groups(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, list[tuple
         drawn = []
         for chart in charts:
             target = settings.get(chart.target)
-            svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) else None)
+            # A target of 0 is one that was not set.
+            svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) and target else None)
             if svg is not None:
                 drawn.append((chart, svg))
         if drawn:
