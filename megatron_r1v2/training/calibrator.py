@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_r1v2.rl.calibration import Calibration, braked, calibrate
 from megatron_r1v2.training.session import Session
+from megatron_r1v2.types import Prompt
 
 
 class Calibrator:
@@ -33,24 +35,37 @@ class Calibrator:
         """Return the value of the moment."""
         return braked(self.configured, self.bound, self.state.brake)
 
+    @property
+    def is_on(self) -> bool:
+        """Return whether there is a rate to hold."""
+        return self.settings.target_rate > 0
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse validation prompts that no rate can be measured on.
+
+        Args:
+            prompts: of the validation split.
+
+        Raises:
+            ValueError: none has facts.
+        """
+        if self.is_on and not any(prompt.facts for prompt in prompts):
+            raise ValueError(
+                f"hallucination.target_rate={self.settings.target_rate} but none of the {len(prompts)} prompts read "
+                f"from data.validation={self.session.recipe.data.validation!r} has facts, so no claim can be judged; "
+                "add facts to the data set, or set hallucination.target_rate=0"
+            )
+
     def observe(self, rate: float | None, coverage: float | None) -> None:
         """Decide on a measurement, and note what was decided.
 
         Args:
             rate: contradicted claims over claims; None: no claim was made.
             coverage: responses with claims over responses; None: no prompt has facts.
-
-        Raises:
-            ValueError: no prompt has facts, so that there will never be a rate.
         """
         settings = self.settings
-        if not settings.target_rate:
+        if not self.is_on:
             return
-        if coverage is None:
-            raise ValueError(
-                f"hallucination.target_rate={settings.target_rate} but no prompt of data.validation="
-                f"{self.session.recipe.data.validation!r} has facts; add them, or set hallucination.target_rate=0"
-            )
         self.state, decision = calibrate(
             self.state,
             rate,
@@ -66,7 +81,7 @@ class Calibrator:
 
     def note(self) -> None:
         """Note the value that this step works with."""
-        if self.settings.target_rate:
+        if self.is_on:
             self.session.recorder.note(
                 {f"hallucination/{self.name}": self.value, "hallucination/brake": self.state.brake}
             )

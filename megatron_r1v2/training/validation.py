@@ -19,16 +19,18 @@ class Validation:
             evaluator: on the model in training.
             calibrator: told the hallucination rate whenever it is measured.
         """
-        settings, hallucination = session.recipe.evaluation, session.recipe.hallucination
+        settings = session.recipe.evaluation
         self.session = session
         self.evaluator = evaluator
         self.calibrator = calibrator
         intervals = [settings.every_steps]
-        if calibrator is not None and hallucination.target_rate:
-            intervals.append(hallucination.every_steps)
+        if calibrator is not None and calibrator.is_on:
+            intervals.append(calibrator.settings.every_steps)
         self.intervals = [steps for steps in intervals if steps and session.recipe.data.validation]
         self.goal = settings.stop_at_pass_at_1
         self.prompts = session.read_prompts(session.recipe.data.validation, settings.prompts) if self.intervals else []
+        if calibrator is not None:
+            calibrator.check(self.prompts)
 
     def is_reached(self) -> bool:
         """Evaluate when it is time; return whether validation Pass@1 has reached `evaluation.stop_at_pass_at_1`."""

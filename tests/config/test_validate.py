@@ -7,7 +7,15 @@ import pytest
 
 from megatron_r1v2.config.load import settings_of
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
-from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_ranges, check_stage, read_hf_config
+from megatron_r1v2.config.validate import (
+    check_calibration,
+    check_grpo,
+    check_model_fits,
+    check_prefer,
+    check_ranges,
+    check_stage,
+    read_hf_config,
+)
 
 # The sizes of QwQ-32B.
 QWQ = {
@@ -219,3 +227,46 @@ def test_every_checked_name_is_a_setting():
         if expected in (int, float)
     }
     assert numbers == set(validate._RANGES) | set(validate._POSITIVE), "a number without a range"
+
+
+HELD = {
+    "hallucination__target_rate": 0.2,
+    "hallucination__every_steps": 5,
+    "data__validation": "shards",
+    "reward__claim_pattern": r"(?P<name>left) (?P<value>\d)",
+    "reward__model_weight": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data__validation": ""}, "hallucination.target_rate=0.2 needs a rate to hold: set data.validation"),
+        ({"hallucination__every_steps": 0}, "hallucination.every_steps or evaluation.every_steps"),
+        ({"reward__claim_pattern": ""}, "needs reward.claim_pattern"),
+        (
+            {"reward__model_weight": 0.0},
+            "moves reward.model_weight from 0.0 towards hallucination.min_model_weight=0.0",
+        ),
+    ],
+)
+def test_holding_the_hallucination_rate_needs_a_measurement_and_something_to_move(values, message):
+    model_weight = "reward.model_weight", "hallucination.min_model_weight"
+    check_calibration(recipe_with(**HELD), model_weight[0], bound=model_weight[1])
+    check_calibration(recipe_with(**HELD, evaluation__every_steps=5), model_weight[0], bound=model_weight[1])
+    with pytest.raises(ValueError, match=message):
+        check_calibration(recipe_with(**HELD | values), model_weight[0], bound=model_weight[1])
+    off = HELD | values | {"hallucination__target_rate": 0.0}
+    check_calibration(recipe_with(**off), model_weight[0], bound=model_weight[1])
+
+
+def test_pairs_need_a_place_and_something_to_compare(tmp_path):
+    check_prefer(recipe_with(pairs__output=str(tmp_path / "new")))
+    with pytest.raises(ValueError, match="exists already; choose another folder or delete it first"):
+        check_prefer(recipe_with(pairs__output=str(tmp_path)))
+    with pytest.raises(ValueError, match="responses_per_prompt=1 leaves nothing to compare"):
+        check_prefer(recipe_with(pairs__output="new", generation__responses_per_prompt=1))
+    alone = {"pairs__output": "new", "pairs__max_pairs_per_prompt": 0}
+    check_prefer(recipe_with(**alone, generation__responses_per_prompt=1))
+    with pytest.raises(ValueError, match="are both 0: there would be no pairs"):
+        check_prefer(recipe_with(**alone, pairs__dropout_ntp_fraction=0.0))
