@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +41,7 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "preference.quality_weight": (0, None),
     "preference.generation_weight": (0, None),
     "preference.delta_momentum": (0, 1),
+    "preference.min_margin": (-1e6, 1e6),
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
@@ -167,18 +167,13 @@ def check_mpo(recipe: RunRecipe) -> None:
     """Check what MPO needs of its settings.
 
     Raises:
-        ValueError: no term to train on, or a threshold that nothing can be compared with.
+        ValueError: no term to train on.
     """
     preference = recipe.preference
     if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
         raise ValueError(
             "preference.preference_weight, preference.quality_weight and preference.generation_weight are all 0: "
             "nothing to learn; raise one"
-        )
-    if not math.isfinite(preference.min_margin):
-        raise ValueError(
-            f"preference.min_margin={preference.min_margin} is no threshold for margins; accepted: any number, a "
-            "negative one to take pairs whose rejected response was scored higher"
         )
 
 
