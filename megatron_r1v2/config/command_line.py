@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
-from megatron_r1v2.config import schema
 from megatron_r1v2.config.load import load_recipe, settings_of
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import Stage, check_stage
@@ -103,11 +102,11 @@ def _usage(stage: Stage) -> str:
 
 
 def _field_documentation() -> dict[tuple[str, str], str]:
-    """Read the string literals below the fields, which Python itself throws away, from the schema's source."""
+    """Read the string literals below the fields, which Python itself throws away, from the source of the sections."""
     found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
+    for section in settings_of(RunRecipe).values():
+        node = ast.parse(inspect.getsource(section)).body[0]
+        assert isinstance(node, ast.ClassDef)
         for field, below in zip(node.body, node.body[1:], strict=False):
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
                 continue

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from megatron_r1v2.config.hallucination import HallucinationConfig
+from megatron_r1v2.config.pairs import PairsConfig
+
 
 class Layers(str, Enum):
     """Which layer implementation megatron-core builds."""
@@ -236,6 +239,30 @@ class AlgorithmConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """MPO on pairs of a chosen and a rejected response; weights 1, 0, 0 are DPO, 0, 0, 1 supervised training."""
+
+    preference_weight: float = 0.8
+    """Weight of the preference term (DPO)."""
+    quality_weight: float = 0.2
+    """Weight of the quality term (BCO)."""
+    generation_weight: float = 1.0
+    """Weight of the generation term: the likelihood of the chosen response."""
+    beta: float = 0.1
+    """Reward of a response = beta x (its log-prob - that of the model the stage started from), summed over tokens."""
+    generation_aggregation: LossAggregation = LossAggregation.sequence
+    """Of the generation term. sequence: the mean of per-response means (eq. 5); token: the mean over all tokens."""
+    delta_momentum: float = 0.0
+    """delta of the quality term, from the rewards of earlier steps: 0: their mean; else the part of the old value that
+    stays in a moving average."""
+    min_margin: float = 0.0
+    """tau: pairs with a smaller margin (reward of chosen - rejected) are left out; one without a margin counts as 0."""
+    reference_dir: str = ""
+    """Where log-probs under the model that the stage starts from are kept, for all runs on the same pairs and model;
+    empty: `run.output_dir`/reference."""
+
+
+@dataclass
 class BufferConfig:
     """The Selective Sample Buffer."""
 
@@ -254,25 +281,6 @@ class BufferConfig:
 
 
 @dataclass
-class PairsConfig:
-    """How the prefer command makes preference pairs of the model's own responses to the prompts of `data.train`."""
-
-    output: str = ""
-    """Folder of preference shards to write; it must not exist yet."""
-    prompts: int = 0
-    """How many prompts, from the start of the shards; 0: all."""
-    max_pairs_per_prompt: int = 4
-    """Pairs of the responses to one prompt, a DropoutNTP pair not counted."""
-    min_margin: float = 0.0
-    """Total reward of the chosen response minus that of the rejected one: at least this, and always above 0."""
-    reject_ill_formed: bool = False
-    """Cut and ill-formed responses may be the rejected one (they are never chosen); false: they are left out."""
-    dropout_ntp_fraction: float = 0.25
-    """For this part of the prompts with an image and a response fit to be chosen there is one more pair: the rejected
-    response is the first half of the chosen one, continued without the image."""
-
-
-@dataclass
 class TrainConfig:
     """The update."""
 
@@ -281,11 +289,11 @@ class TrainConfig:
     steps: int = 100
     """Steps of this stage."""
     prompts_per_step: int = 64
-    """Prompts over all data-parallel ranks (rows, in the align stage)."""
+    """Prompts over all data-parallel ranks (responses in the align stage, pairs in the mpo stage)."""
     updates_per_step: int = 1
     """Optimizer steps that share one generation phase."""
     micro_batch_size: int = 1
-    """Rows in one forward pass, where rows are padded to the longest."""
+    """Rows in one forward pass, where rows are padded to the longest; the two of a pair always go together."""
     packing: Packing = Packing.none
     """none: padded rows; first_fit_decreasing: rows laid one after the other without padding; nemo: the same by NeMo's
     packing strategy (extra `nemo`)."""
@@ -346,34 +354,6 @@ class EvaluationConfig:
 
 
 @dataclass
-class HallucinationConfig:
-    """The calibrator: holds the rate of contradicted visual claims on `data.validation` below a target while training.
-
-    A rate above the target, or too few responses with claims, pulls a brake: tau of MPO (`preference.min_margin`) goes
-    up, the weight of the reward model in GRPO (`reward.model_weight`) goes down (`rl/calibration.py`).
-    """
-
-    target_rate: float = 0.0
-    """The rate of contradicted claims to stay below; 0: off."""
-    every_steps: int = 0
-    """Steps from one measurement to the next; 0: at the evaluations of evaluation.every_steps alone."""
-    min_coverage: float = 0.5
-    """Fewer responses with claims than this are as bad as a rate above the target: silence is no cure."""
-    slack: float = 0.2
-    """The brake is let go only while the rate is below (1 - slack) x target_rate."""
-    patience: int = 2
-    """Measurements in a row that must be so before the brake is let go."""
-    tighten: float = 0.5
-    """Each violation pulls the brake by this part of what is left of it."""
-    loosen: float = 0.05
-    """Each calm measurement lets it go by this part of the whole."""
-    max_margin: float = 1.0
-    """tau when the brake is pulled all the way; without it tau is preference.min_margin."""
-    min_model_weight: float = 0.0
-    """Weight of the reward model when the brake is pulled all the way; without it it is reward.model_weight."""
-
-
-@dataclass
 class LoggingConfig:
     """Where metrics go; `run.output_dir`/metrics.jsonl is always written."""
 
@@ -398,6 +378,7 @@ class RunRecipe:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_r1v2.config import hallucination, pairs
+from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
+from megatron_r1v2.config.pairs import check_prefer
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "grpo", "evaluate", "prefer"]
+Stage = Literal["align", "mpo", "grpo", "evaluate", "prefer"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -42,14 +45,15 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.kl_coefficient": (0, None),
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
+    "preference.preference_weight": (0, None),
+    "preference.quality_weight": (0, None),
+    "preference.generation_weight": (0, None),
+    "preference.delta_momentum": (0, 1),
+    "preference.min_margin": (-1e6, 1e6),
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
     "buffer.target_effective_fraction": (0, 1),
-    "pairs.prompts": (0, None),
-    "pairs.max_pairs_per_prompt": (0, None),
-    "pairs.min_margin": (0, None),
-    "pairs.dropout_ntp_fraction": (0, 1),
     "train.steps": (1, None),
     "train.prompts_per_step": (1, None),
     "train.updates_per_step": (1, None),
@@ -69,16 +73,9 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.runs": (1, None),
     "evaluation.seed": (0, 2**31 - 1),
     "evaluation.stop_at_pass_at_1": (0, 1),
-    "hallucination.target_rate": (0, 1),
-    "hallucination.every_steps": (0, None),
-    "hallucination.min_coverage": (0, 1),
-    "hallucination.slack": (0, 1),
-    "hallucination.patience": (1, None),
-    "hallucination.tighten": (0, 1),
-    "hallucination.loosen": (0, 1),
-    "hallucination.max_margin": (0, None),
-    "hallucination.min_model_weight": (0, None),
     "logging.sample_rollouts": (0, None),
+    **hallucination.RANGES,
+    **pairs.RANGES,
 }
 
 _POSITIVE = (
@@ -89,12 +86,14 @@ _POSITIVE = (
     "reward.model_scale",
     "reward.verifier_timeout_seconds",
     "algorithm.max_log_prob_difference",
+    "preference.beta",
     "evaluation.temperature",
     "evaluation.top_p",
 )
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
+    "mpo": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
     "prefer": ("model.hf_path", "data.train", "pairs.output"),
@@ -140,7 +139,10 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
-        check_calibration(recipe, "reward.model_weight", bound="hallucination.min_model_weight")
+        check_calibration(recipe, "model_weight", recipe.reward.model_weight)
+    if stage == "mpo":
+        check_mpo(recipe)
+        check_calibration(recipe, "min_margin", recipe.preference.min_margin)
     if stage == "prefer":
         check_prefer(recipe)
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
@@ -179,53 +181,17 @@ def check_grpo(recipe: RunRecipe) -> None:
         )
 
 
-def check_calibration(recipe: RunRecipe, setting: str, *, bound: str) -> None:
-    """Check what holding the hallucination rate needs, when it is wanted.
-
-    Args:
-        recipe: the settings.
-        setting: what the calibrator moves in this stage.
-        bound: the setting towards which it moves it, up or down by its name.
+def check_mpo(recipe: RunRecipe) -> None:
+    """Check what MPO needs of its settings.
 
     Raises:
-        ValueError: nothing to measure by, or nothing to move.
+        ValueError: no term to train on.
     """
-    wanted = recipe.hallucination
-    if not wanted.target_rate:
-        return
-    needed = f"hallucination.target_rate={wanted.target_rate}"
-    if not recipe.data.validation or not (wanted.every_steps or recipe.evaluation.every_steps):
+    preference = recipe.preference
+    if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
         raise ValueError(
-            f"{needed} needs a rate to hold: set data.validation to a folder of shards with facts, and "
-            "hallucination.every_steps or evaluation.every_steps"
-        )
-    if not recipe.reward.claim_pattern:
-        raise ValueError(f"{needed} needs reward.claim_pattern: without it no claim is found")
-    value, end = _get(recipe, setting), _get(recipe, bound)
-    if (value <= end) if ".min_" in bound else (value >= end):
-        raise ValueError(
-            f"{needed} moves {setting} from {value} towards {bound}={end}, which leaves no way to go; change one of "
-            "them, or set hallucination.target_rate=0"
-        )
-
-
-def check_prefer(recipe: RunRecipe) -> None:
-    """Check what building preference pairs needs.
-
-    Raises:
-        ValueError: output that exists, or settings under which there cannot be a pair.
-    """
-    pairs, generation = recipe.pairs, recipe.generation
-    if Path(pairs.output).exists():
-        raise ValueError(f"pairs.output={pairs.output!r} exists already; choose another folder or delete it first")
-    if pairs.max_pairs_per_prompt and generation.responses_per_prompt < 2:
-        raise ValueError(
-            f"generation.responses_per_prompt={generation.responses_per_prompt} leaves nothing to compare; pairs need "
-            "2 or more, or set pairs.max_pairs_per_prompt=0 for DropoutNTP pairs alone"
-        )
-    if not pairs.max_pairs_per_prompt and not pairs.dropout_ntp_fraction:
-        raise ValueError(
-            "pairs.max_pairs_per_prompt and pairs.dropout_ntp_fraction are both 0: there would be no pairs; raise one"
+            "preference.preference_weight, preference.quality_weight and preference.generation_weight are all 0: "
+            "nothing to learn; raise one"
         )
 
 
@@ -366,8 +332,8 @@ def _check_parts(recipe: RunRecipe) -> None:
 
 def _check_combinations(recipe: RunRecipe) -> None:
     train, parallel = recipe.train, recipe.parallel
-    for name, beta in (("train.adam_beta1", train.adam_beta1), ("train.adam_beta2", train.adam_beta2)):
-        if beta == 1:
+    for name in ("train.adam_beta1", "train.adam_beta2", "preference.delta_momentum"):
+        if _get(recipe, name) == 1:
             raise ValueError(f"{name}=1 never forgets the start; accepted: 0 to just below 1")
     if train.min_learning_rate > train.learning_rate:
         raise ValueError(

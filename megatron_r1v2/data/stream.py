@@ -183,10 +183,10 @@ def read_prompts(
         ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or a
             prompt is too long.
     """
-    every = iterate_prompts(
+    everything = each_prompt(
         folder, settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
     )
-    prompts = list(islice(every, count or None))
+    prompts = list(islice(everything, count or None))
     if len(prompts) < count:
         raise ValueError(
             f"{folder} has {len(prompts)} usable samples, {count} were asked for; lower evaluation.prompts"
@@ -194,10 +194,10 @@ def read_prompts(
     return prompts
 
 
-def iterate_prompts(
+def each_prompt(
     folder: str | Path, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int
 ) -> Iterator[Prompt]:
-    """Read a data set once in the order of its shards, one prompt at a time.
+    """Read a data set once in the order of its shards, a prompt at a time: it need not fit in memory.
 
     Args:
         folder: Made by megatron_r1v2.data.prepare.
@@ -226,8 +226,8 @@ def iterate_prompts(
             yield prompt
 
 
-def iterate_samples(folder: str | Path) -> Iterator[Sample]:
-    """Read the samples of a data set as its shards hold them, images undecoded, in the order of `iterate_prompts`.
+def each_sample(folder: str | Path) -> Iterator[Sample]:
+    """Read the samples of a data set as its shards hold them, images undecoded, in the order of `each_prompt`.
 
     Args:
         folder: Made by megatron_r1v2.data.prepare.

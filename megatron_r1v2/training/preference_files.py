@@ -18,7 +18,7 @@ from rich.table import Table
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.samples import Sample
 from megatron_r1v2.data.shards import write_shards
-from megatron_r1v2.data.stream import iterate_samples
+from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.training.checkpoint import resolve_checkpoint
 from megatron_r1v2.types import Preference
 
@@ -152,7 +152,7 @@ class UnfinishedPairs:
         shards = self.folder / "shards"
         shutil.rmtree(shards, ignore_errors=True)
         found = (_prompt_pairs(row) for number in numbers for row in self._read(number)["prompts"])
-        write_shards(pair_samples(iterate_samples(source), found), shards)
+        write_shards(pair_samples(each_sample(source), found), shards)
         _write_json(shards / COUNTS_FILE, record)
         shards.rename(self.output)
         shutil.rmtree(self.folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import Packing, Part, RunRecipe, TrainConfig
-from megatron_r1v2.data.stream import PromptStream, iterate_prompts, read_prompts
+from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -112,14 +112,14 @@ class LoadedModel:
 
     def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
         """Read a data set in its order."""
-        return read_prompts(folder, count=count, **self.prompt_arguments())
+        return read_prompts(folder, **self._reading, count=count)
 
-    def iterate_prompts(self, folder: str) -> Iterator[Prompt]:
-        """Read a data set in its order, one prompt at a time."""
-        return iterate_prompts(folder, **self.prompt_arguments())
+    def each_prompt(self, folder: str) -> Iterator[Prompt]:
+        """Read a data set in its order, a prompt at a time."""
+        return each_prompt(folder, **self._reading)
 
-    def prompt_arguments(self) -> dict[str, Any]:
-        """Return what turns this model's samples into prompts, as the readers in data/stream.py take it."""
+    @property
+    def _reading(self) -> dict[str, Any]:
         return {
             "settings": self.recipe.data,
             "tokenizer": self.tokenizer,
@@ -165,6 +165,10 @@ class Session(LoadedModel):
     def trains_text(self) -> bool:
         """Return whether a text-only prompt has a gradient: only the language model sees it."""
         return Part.language in self.parts
+
+    def trains(self, prompt: Prompt) -> bool:
+        """Return whether a prompt has a gradient."""
+        return self.trains_text or prompt.modality == "image"
 
     @property
     def is_finished(self) -> bool:
@@ -290,7 +294,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             packed=recipe.train.packing is not Packing.none,
             length_multiple=length_multiple(recipe),
         )
-        stream = PromptStream(recipe.data.train, seed=recipe.run.seed, **loaded.prompt_arguments())
+        stream = PromptStream(recipe.data.train, seed=recipe.run.seed, **loaded._reading)
         checkpoints = CheckpointStore(
             run_dir / "checkpoints",
             keep_last=recipe.checkpoint.keep_last,

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
+from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.load import settings_of
+from megatron_r1v2.config.pairs import check_prefer
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
-from megatron_r1v2.config.validate import (
+from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_ranges, check_stage, read_hf_config
     check_calibration,
     check_grpo,
     check_model_fits,
@@ -251,7 +253,6 @@ HELD = {
     "hallucination__every_steps": 5,
     "data__validation": "shards",
     "reward__claim_pattern": r"(?P<name>left) (?P<value>\d)",
-    "reward__model_weight": 0.5,
 }
 
 
@@ -261,20 +262,24 @@ HELD = {
         ({"data__validation": ""}, "hallucination.target_rate=0.2 needs a rate to hold: set data.validation"),
         ({"hallucination__every_steps": 0}, "hallucination.every_steps or evaluation.every_steps"),
         ({"reward__claim_pattern": ""}, "needs reward.claim_pattern"),
-        (
-            {"reward__model_weight": 0.0},
-            "moves reward.model_weight from 0.0 towards hallucination.min_model_weight=0.0",
-        ),
     ],
 )
-def test_holding_the_hallucination_rate_needs_a_measurement_and_something_to_move(values, message):
-    model_weight = "reward.model_weight", "hallucination.min_model_weight"
-    check_calibration(recipe_with(**HELD), model_weight[0], bound=model_weight[1])
-    check_calibration(recipe_with(**HELD, evaluation__every_steps=5), model_weight[0], bound=model_weight[1])
+def test_holding_the_hallucination_rate_needs_a_measurement(values, message):
+    check_calibration(recipe_with(**HELD), "model_weight", 0.5)
+    check_calibration(recipe_with(**HELD | {"hallucination__every_steps": 0, "evaluation__every_steps": 5}), "min_margin", 0)
     with pytest.raises(ValueError, match=message):
-        check_calibration(recipe_with(**HELD | values), model_weight[0], bound=model_weight[1])
-    off = HELD | values | {"hallucination__target_rate": 0.0}
-    check_calibration(recipe_with(**off), model_weight[0], bound=model_weight[1])
+        check_calibration(recipe_with(**HELD | values), "model_weight", 0.5)
+    check_calibration(recipe_with(**HELD | values | {"hallucination__target_rate": 0.0}), "model_weight", 0.5)
+
+
+def test_holding_the_hallucination_rate_needs_something_to_move():
+    recipe = recipe_with(**HELD, hallucination__min_model_weight=0.1, hallucination__max_margin=0.6)
+    check_calibration(recipe, "model_weight", 0.11)
+    check_calibration(recipe, "min_margin", 0.59)
+    with pytest.raises(ValueError, match="lowers reward.model_weight, but it is 0.1 and"):
+        check_calibration(recipe, "model_weight", 0.1)
+    with pytest.raises(ValueError, match="raises preference.min_margin, but it is 0.6 and"):
+        check_calibration(recipe, "min_margin", 0.6)
 
 
 def test_pairs_need_a_place_and_something_to_compare(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.data.shards import write_shards
-from megatron_r1v2.data.stream import iterate_samples
+from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.training.checkpoint import finished_checkpoints
 from megatron_r1v2.training.grpo import run_grpo
 from megatron_r1v2.types import Prompt
@@ -103,6 +103,6 @@ def test_an_interrupted_run_goes_on_with_the_brake_where_it_was(start, held: Pat
 
 
 def test_a_validation_set_without_facts_cannot_be_held(root: Path, start, tmp_path: Path) -> None:
-    write_shards((replace(sample, facts={}) for sample in iterate_samples(root / "data")), tmp_path / "blank")
+    write_shards((replace(sample, facts={}) for sample in each_sample(root / "data")), tmp_path / "blank")
     with pytest.raises(ValueError, match="none of the 16 prompts read from data.validation=.* has facts"):
         start(tmp_path / "run", f"data.validation={tmp_path / 'blank'}")

@@ -11,7 +11,7 @@ import pytest
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import check_stage
 from megatron_r1v2.data.samples import Sample
-from megatron_r1v2.data.stream import iterate_samples
+from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.training.preference_files import PairCounts, PromptPairs, UnfinishedPairs, pair_key, pair_samples
 from megatron_r1v2.training.preference_run import run_prefer
@@ -46,8 +46,8 @@ def recipe(root: Path, folder: Path, *overrides: str) -> RunRecipe:
 
 
 def test_pairs_are_the_prompts_with_two_responses(root: Path, made: Path) -> None:
-    sources = {sample.key: sample for sample in iterate_samples(root / "data")}
-    pairs = list(iterate_samples(made))
+    sources = {sample.key: sample for sample in each_sample(root / "data")}
+    pairs = list(each_sample(made))
     tokenizer = ChatTokenizer(root / "model")
     assert {pair.source for pair in pairs} == {"correctness", "dropout_ntp"}
     for pair in pairs:
@@ -66,7 +66,7 @@ def test_pairs_are_the_prompts_with_two_responses(root: Path, made: Path) -> Non
 
 def test_the_counts_add_up(made: Path) -> None:
     counts = json.loads((made / "pairs.json").read_text())
-    keys = [sample.key for sample in iterate_samples(made)]
+    keys = [sample.key for sample in each_sample(made)]
     assert (counts["prompts"], counts["responses"]) == (16, 16 * 24)
     assert sum(counts["pairs"].values()) == len(keys)
     assert counts["prompts_with_pairs"] == len({key.rpartition("-pair")[0] for key in keys})
@@ -89,9 +89,9 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
     kept.write_round(0, first, PairCounts(prompts=6, prompts_with_pairs=1, pairs={"correctness": 1}))
     (kept.folder / "shards").mkdir()  # as when the writing of shards was interrupted
     run_prefer(settings)
-    whole = list(iterate_samples(tmp_path / "other"))
-    assert whole == list(iterate_samples(made))
-    resumed = list(iterate_samples(tmp_path / "pairs"))
+    whole = list(each_sample(tmp_path / "other"))
+    assert whole == list(each_sample(made))
+    resumed = list(each_sample(tmp_path / "pairs"))
     assert (resumed[0].key, resumed[0].chosen) == ("sample-000-pair0", "good")
     assert resumed[1:] == [sample for sample in whole if sample.key >= "sample-006"]
     with pytest.raises(ValueError, match="exists already"):
@@ -131,7 +131,7 @@ def test_pairs_find_their_samples_and_long_keys_stay_valid() -> None:
 @pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",)])
 def test_pairs_do_not_depend_on_the_layout(root: Path, made: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     run_ranks(2, _prefer, str(root), str(tmp_path), overrides)
-    assert list(iterate_samples(tmp_path / "pairs")) == list(iterate_samples(made))
+    assert list(each_sample(tmp_path / "pairs")) == list(each_sample(made))
 
 
 def _prefer(root: str, folder: str, overrides: tuple[str, ...]) -> None:
