@@ -37,6 +37,7 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.kl_coefficient": (0, None),
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
+    "algorithm.dynamic_sampling_rounds": (1, None),
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
