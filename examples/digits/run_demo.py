@@ -29,7 +29,7 @@ from examples.digits.stages import Stage, StageError, StageRunner
 from megatron_r1v2.evaluation.pass_at_1 import comparison_table, read_evaluation
 
 RECIPES = Path(__file__).parent
-IMAGE_SETS = ("align", "grpo", "validation", "heldout")
+IMAGE_SETS = ("align", "prefer", "grpo", "validation", "heldout")
 BASE_RANGE = (0.35, 0.60)
 """Where the base model's Pass@1 should be: below, GRPO sees too few right answers; above, too few wrong ones."""
 GOAL = 0.85
@@ -167,8 +167,7 @@ def run_demo(paths: Paths, runner: StageRunner, *, seed: int, overrides: Sequenc
     """
     runner.run(data_stage(paths, seed))
     runner.run(*component_stages(paths, seed))
-    runner.run(*shard_stages(paths)[:2])
-    runner.run(*shard_stages(paths)[2:])
+    runner.run_chains([[stage] for stage in shard_stages(paths)], at_once=2)
     runner.run(base_stage(paths))
     runner.run(align_stage(paths, seed, ()))
     runner.run(evaluation_stage(paths, seed, "before", paths.align, overrides))

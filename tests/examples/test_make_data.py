@@ -48,7 +48,7 @@ def test_handwriting_of_heldout_and_validation_is_in_no_other_set(data):
         name: {int(index) for row in rows_of(data, name) for index in row["source"].split()[1:]}
         for name in make_data.HANDWRITING
     }
-    training = used["align"] | used["grpo"]
+    training = used["align"] | used["prefer"] | used["grpo"]
     assert not used["heldout"] & (training | used["validation"])
     assert not used["validation"] & training
 
