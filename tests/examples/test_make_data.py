@@ -14,7 +14,7 @@ from megatron_r1v2.data.prepare import read_samples
 from megatron_r1v2.rewards.claims import find_claims, judge_claims
 from megatron_r1v2.rewards.format import format_score
 
-COUNTS = {"align": 24, "grpo": 24, "validation": 24, "heldout": 24, "text": 8}
+COUNTS = {"align": 24, "prefer": 24, "grpo": 24, "validation": 24, "heldout": 24, "text": 8}
 
 
 @pytest.fixture(scope="module")
