@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from megatron_r1v2.training.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
+from megatron_r1v2.training.optimizer import build_optimizer, unbind, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
 from megatron_r1v2.training.reference import ReferenceWeights
@@ -302,6 +302,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             )
         state, replay = _resume(newest, policy, stream, checkpoints, recipe)
         with (
+            ExitStack() as at_the_end,
             StopRequest(context.device) as stop_request,
             Recorder(
                 run_dir,
@@ -314,6 +315,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 shown=shown,
             ) as recorder,
         ):
+            at_the_end.callback(unbind, model)
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
             if context.is_main:
