@@ -157,6 +157,7 @@ class GrpoStage:
             settings=session.recipe.reward,
             pool=self.pool,
             context=session.context,
+            max_response_tokens=session.recipe.generation.max_response_tokens,
         )
         total: Counter[str] = Counter()
         for part in objects.all_gather(counts, session.context.groups.dp):
