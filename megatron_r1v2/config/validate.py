@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "grpo", "evaluate"]
+Stage = Literal["align", "mpo", "grpo", "evaluate"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -43,6 +43,11 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
     "algorithm.dynamic_sampling_rounds": (1, None),
+    "preference.preference_weight": (0, None),
+    "preference.quality_weight": (0, None),
+    "preference.generation_weight": (0, None),
+    "preference.delta_momentum": (0, 1),
+    "preference.min_margin": (-1e6, 1e6),
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
@@ -77,12 +82,14 @@ _POSITIVE = (
     "reward.model_scale",
     "reward.verifier_timeout_seconds",
     "algorithm.max_log_prob_difference",
+    "preference.beta",
     "evaluation.temperature",
     "evaluation.top_p",
 )
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
+    "mpo": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
 }
@@ -127,6 +134,8 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
+    if stage == "mpo":
+        check_mpo(recipe)
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers=te needs TransformerEngine, which is not installed; "
@@ -160,6 +169,20 @@ def check_grpo(recipe: RunRecipe) -> None:
         raise ValueError(
             f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
             "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+        )
+
+
+def check_mpo(recipe: RunRecipe) -> None:
+    """Check what MPO needs of its settings.
+
+    Raises:
+        ValueError: no term to train on.
+    """
+    preference = recipe.preference
+    if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
+        raise ValueError(
+            "preference.preference_weight, preference.quality_weight and preference.generation_weight are all 0: "
+            "nothing to learn; raise one"
         )
 
 
@@ -300,8 +323,8 @@ def _check_parts(recipe: RunRecipe) -> None:
 
 def _check_combinations(recipe: RunRecipe) -> None:
     train, parallel = recipe.train, recipe.parallel
-    for name, beta in (("train.adam_beta1", train.adam_beta1), ("train.adam_beta2", train.adam_beta2)):
-        if beta == 1:
+    for name in ("train.adam_beta1", "train.adam_beta2", "preference.delta_momentum"):
+        if _get(recipe, name) == 1:
             raise ValueError(f"{name}=1 never forgets the start; accepted: 0 to just below 1")
     if train.min_learning_rate > train.learning_rate:
         raise ValueError(
