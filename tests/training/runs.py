@@ -24,8 +24,8 @@ from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.grpo import run_grpo
-from tests.ranks import forked_context
 from megatron_r1v2.training.mpo import run_mpo
+from tests.ranks import forked_context
 from tests.training.tiny_run import tiny_recipe
 
 _STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo}
