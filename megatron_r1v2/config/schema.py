@@ -234,6 +234,9 @@ class AlgorithmConfig:
     """Added to the standard deviation of a group."""
     importance_cap: float = 0.0
     """Truncated importance sampling between engine and training forward: the largest weight; 0: off."""
+    dynamic_sampling_rounds: int = 1
+    """DAPO's dynamic sampling: while fewer than train.prompts_per_step groups are effective, as many further prompts
+    are generated from, up to this many rounds in all; only effective groups are trained on. 1: off."""
     max_log_prob_difference: float = 0.5
     """The run stops when the mean |engine - training| log-prob of a step exceeds this."""
 

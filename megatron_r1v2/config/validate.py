@@ -45,6 +45,7 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.kl_coefficient": (0, None),
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
+    "algorithm.dynamic_sampling_rounds": (1, None),
     "preference.preference_weight": (0, None),
     "preference.quality_weight": (0, None),
     "preference.generation_weight": (0, None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from megatron_r1v2.training.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
+from megatron_r1v2.training.optimizer import build_optimizer, unbind, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
 from megatron_r1v2.training.reference import ReferenceWeights
@@ -309,6 +309,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             )
         state, replay = _resume(newest, policy, stream, checkpoints, recipe)
         with (
+            ExitStack() as at_the_end,
             StopRequest(context.device) as stop_request,
             Recorder(
                 run_dir,
@@ -321,6 +322,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 shown=shown,
             ) as recorder,
         ):
+            at_the_end.callback(unbind, model)
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
             if context.is_main:
@@ -365,23 +367,27 @@ def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:
             )
 
 
-def next_distinct(stream: PromptStream, count: int) -> list[Prompt]:
+def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
     """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
 
     Args:
         stream: endless.
         count: how many.
+        besides: prompts that the step has already.
 
     Raises:
         ValueError: the data set has fewer.
     """
+    taken = {prompt.key for prompt in besides}
     found: dict[str, Prompt] = {}
     for _ in range(20):
         for prompt in stream.next(count - len(found)):
-            found.setdefault(prompt.key, prompt)
+            if prompt.key not in taken:
+                found.setdefault(prompt.key, prompt)
         if len(found) == count:
             return list(found.values())
+    further = f" beside the {len(taken)} of earlier rounds (algorithm.dynamic_sampling_rounds)" if taken else ""
     raise ValueError(
-        f"data.train has only {len(found)} distinct prompts but train.prompts_per_step={count}; "
+        f"data.train has only {len(found)} distinct prompts{further} but train.prompts_per_step={count}; "
         "lower train.prompts_per_step or give more data"
     )

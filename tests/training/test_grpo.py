@@ -134,6 +134,21 @@ def test_without_a_buffer_nothing_is_replayed(run: Run) -> None:
     assert "buffer" not in end(folder)["state.pt"]
 
 
+def test_dynamic_sampling_generates_until_enough_groups_are_effective(run: Run) -> None:
+    settings = ("train.steps=2", "train.prompts_per_step=4", "buffer.enabled=false", "train.parts=[language]")
+    plain = read_metrics(run(*settings, name="plain"))
+    lines = read_metrics(run(*settings, "algorithm.dynamic_sampling_rounds=3", name="dynamic"))
+    assert [line["rollout/responses"] for line in plain] == [16, 16]
+    assert {line["rollout/rounds"] for line in plain} == {1}
+    assert all(line["rollout/responses"] == 16 * line["rollout/rounds"] for line in lines)
+    assert any(line["rollout/rounds"] > 1 for line in lines)
+    for line in lines:
+        assert line["ssb/trained_effective_fraction"] == 1.0
+        assert line["rollout/responses_filtered"] >= 16 * (line["rollout/rounds"] - 1)
+        effective = line["ssb/fresh_effective_fraction"] * line["rollout/responses"]
+        assert line["rollout/rounds"] == 3 or effective >= 16
+
+
 def test_text_only_prompts_train_with_the_language_model_only(run: Run) -> None:
     adapter = run("train.steps=3", "train.prompts_per_step=12", name="adapter")
     language = run("train.steps=3", "train.prompts_per_step=12", "train.parts=[language]", name="language")
