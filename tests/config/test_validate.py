@@ -10,14 +10,6 @@ from megatron_r1v2.config.load import settings_of
 from megatron_r1v2.config.pairs import check_prefer
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_ranges, check_stage, read_hf_config
-    check_calibration,
-    check_grpo,
-    check_model_fits,
-    check_prefer,
-    check_ranges,
-    check_stage,
-    read_hf_config,
-)
 
 # The sizes of QwQ-32B.
 QWQ = {
@@ -266,7 +258,8 @@ HELD = {
 )
 def test_holding_the_hallucination_rate_needs_a_measurement(values, message):
     check_calibration(recipe_with(**HELD), "model_weight", 0.5)
-    check_calibration(recipe_with(**HELD | {"hallucination__every_steps": 0, "evaluation__every_steps": 5}), "min_margin", 0)
+    evaluated = HELD | {"hallucination__every_steps": 0, "evaluation__every_steps": 5}
+    check_calibration(recipe_with(**evaluated), "min_margin", 0.0)
     with pytest.raises(ValueError, match=message):
         check_calibration(recipe_with(**HELD | values), "model_weight", 0.5)
     check_calibration(recipe_with(**HELD | values | {"hallucination__target_rate": 0.0}), "model_weight", 0.5)
