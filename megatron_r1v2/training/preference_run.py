@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -73,7 +74,7 @@ def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs
         for number, of_round in enumerate(_in_groups(prompts, per_round)):
             done = number * per_round * num_responses
             if number not in finished:
-                found, counts = maker.make(of_round, name=str(number), progress=lambda n, done=done: show(done + n))
+                found, counts = maker.make(of_round, name=str(number), progress=partial(_show_more, show, done))
                 if is_main:
                     unfinished.write_round(number, found, counts)
             show(done + len(of_round) * num_responses)
@@ -231,6 +232,10 @@ class PairMaker:
         except SampleError:
             return False
         return True
+
+
+def _show_more(show: Callable[[int], None], done: int, more: int) -> None:
+    show(done + more)
 
 
 def _first_half(rollout: Rollout) -> tuple[int, ...]:

@@ -1,20 +1,25 @@
-"""Whole GRPO runs with a reward model that pays for wrong claims: it makes the policy lie, unless it is calibrated."""
+"""Whole runs in which hallucination pays: it makes the policy lie, unless the calibrator holds it.
+
+GRPO has a reward model that likes wrong claims. MPO has pairs of which most prefer a wrong claim by a small margin, and
+some a true one by a large margin.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.data.samples import Sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.training.checkpoint import finished_checkpoints
 from megatron_r1v2.training.grpo import run_grpo
 from megatron_r1v2.types import Prompt
-from tests.training.runs import checkpoint_contents, differences, read_metrics, recipe_for, without_timings
+from tests.training.runs import checkpoint_contents, differences, read_metrics, recipe_for, run_stage, without_timings
 
 STEPS = 8
 TARGET = 0.3
@@ -106,3 +111,79 @@ def test_a_validation_set_without_facts_cannot_be_held(root: Path, start, tmp_pa
     write_shards((replace(sample, facts={}) for sample in each_sample(root / "data")), tmp_path / "blank")
     with pytest.raises(ValueError, match="none of the 16 prompts read from data.validation=.* has facts"):
         start(tmp_path / "run", f"data.validation={tmp_path / 'blank'}")
+
+
+MPO_STEPS = 12
+MPO = (
+    f"train.steps={MPO_STEPS}",
+    "train.parts=[adapter, language]",
+    "train.learning_rate=0.01",
+    "train.prompts_per_step=9",
+    "evaluation.runs=4",
+    "hallucination.every_steps=1",
+    "hallucination.min_coverage=0.1",
+    "hallucination.max_margin=0.5",
+    "checkpoint.every_steps=6",
+)
+
+
+@pytest.fixture(scope="module")
+def pairs(root: Path, tmp_path_factory) -> Path:
+    """Return pairs: for each picture two of a small margin that prefer a lie, one of a large margin that does not."""
+    folder = tmp_path_factory.mktemp("pairs") / "shards"
+    lie, truth = "left 4, </think>\\boxed{0}", "left 3, </think>\\boxed{0}"
+
+    def made() -> Iterator[Sample]:
+        for sample in each_sample(root / "data"):
+            if sample.images:
+                yield replace(sample, key=f"{sample.key}-a", chosen=lie, rejected=truth, margin=0.1)
+                yield replace(sample, key=f"{sample.key}-b", chosen=lie, rejected=truth, margin=0.1)
+                yield replace(sample, key=f"{sample.key}-c", chosen=truth, rejected=lie, margin=0.9)
+
+    write_shards(made(), folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_tau_holds_mpo_on_pairs_that_prefer_hallucination(root: Path, pairs: Path, tmp_path: Path) -> None:
+    data = (f"data.train={pairs}", f"data.validation={root / 'data'}")
+
+    def start(name: str, target: float) -> Path:
+        overrides = (*MPO, *data, f"hallucination.target_rate={target}", "evaluation.every_steps=1")
+        return run_stage(recipe_for(root, tmp_path / name, overrides), "mpo")
+
+    free, run = read_metrics(start("free", 0.0)), start("held", TARGET)
+    held = read_metrics(run)
+    print(
+        [
+            (round(line.get("validation/hallucination_rate", -1), 2), round(line["validation/claim_coverage"], 2))
+            for line in free
+        ]
+    )
+    print(
+        [
+            (
+                round(line.get("validation/hallucination_rate", -1), 2),
+                round(line["validation/claim_coverage"], 2),
+                line["hallucination/threshold"],
+                line["hallucination/decision"],
+                line["mpo/pairs_kept"],
+            )
+            for line in held
+        ]
+    )
+    assert min(line["validation/hallucination_rate"] for line in free[-4:]) > 0.6
+    assert max(line["validation/hallucination_rate"] for line in held[-4:]) < TARGET
+    assert min(line["validation/claim_coverage"] for line in held[-4:]) > 0.5
+    for line in held:
+        assert line["mpo/min_margin"] == line["hallucination/threshold"]
+        assert line["mpo/pairs_below_margin"] > 0 or line["hallucination/threshold"] <= 0.1
+    # Interrupted half-way, with tau raised, it ends with the same bits.
+    shutil.copytree(run, tmp_path / "again")
+    shutil.rmtree(finished_checkpoints(tmp_path / "again" / "checkpoints")[-1])
+    start("again", TARGET)
+    ends = [
+        checkpoint_contents(finished_checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("held", "again")
+    ]
+    assert differences(*ends) == []
+    assert without_timings(read_metrics(tmp_path / "again")) == without_timings(held)
