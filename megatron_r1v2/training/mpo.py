@@ -167,9 +167,9 @@ class MpoStage:
         if self._passed_over > self._num_pairs:
             raise ValueError(
                 f"none of the {self._num_pairs} pairs of data.train={self.session.recipe.data.train!r} can be trained "
-                f"on: their margins are below tau={self.calibrator.value:g} (preference.min_margin; a calibrator raises "
-                "it up to hallucination.max_margin), or they have no image and train.parts lacks language; lower the "
-                "one or add the other"
+                f"on: their margins are below preference.min_margin={self.calibrator.value:g} (a calibrator raises it "
+                "up to hallucination.max_margin), or they have no image and train.parts lacks language; lower the one "
+                "or add the other"
             )
 
 
