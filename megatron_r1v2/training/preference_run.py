@@ -73,10 +73,14 @@ def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs
         for number, of_round in enumerate(_in_groups(prompts, per_round)):
             done = number * per_round * num_responses
             if number not in finished:
-                found, counts = maker.make(of_round, name=str(number), progress=lambda n, done=done: show(done + n))
+                found, counts = maker.make(of_round, name=str(number), progress=_counting_from(done, show))
                 if is_main:
                     unfinished.write_round(number, found, counts)
             show(done + len(of_round) * num_responses)
+
+
+def _counting_from(done: int, show: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda count: show(done + count)
 
 
 class PairMaker:
