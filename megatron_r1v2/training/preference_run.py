@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -74,10 +73,14 @@ def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs
         for number, of_round in enumerate(_in_groups(prompts, per_round)):
             done = number * per_round * num_responses
             if number not in finished:
-                found, counts = maker.make(of_round, name=str(number), progress=partial(_show_more, show, done))
+                found, counts = maker.make(of_round, name=str(number), progress=_counting_from(done, show))
                 if is_main:
                     unfinished.write_round(number, found, counts)
             show(done + len(of_round) * num_responses)
+
+
+def _counting_from(done: int, show: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda count: show(done + count)
 
 
 class PairMaker:
@@ -232,10 +235,6 @@ class PairMaker:
         except SampleError:
             return False
         return True
-
-
-def _show_more(show: Callable[[int], None], done: int, more: int) -> None:
-    show(done + more)
 
 
 def _first_half(rollout: Rollout) -> tuple[int, ...]:

@@ -300,7 +300,11 @@ def test_samples_come_as_the_shards_hold_them_in_the_order_of_the_prompts(tmp_pa
     folder = tiny_shards(tmp_path / "data", 25)
     samples = list(each_sample(folder))
     assert samples == [tiny_sample(index) for index in range(25)]
-    broken = damaged_shards(
-        tmp_path / "broken", 12, lambda index, parts: parts | ({"json": b"{"} if index == 3 else {})
-    )
+
+
+def test_a_corrupt_record_is_no_sample(tmp_path: Path) -> None:
+    def damage(index: int, parts: Parts) -> Parts:
+        return parts | ({"json": b"{"} if index == 3 else {})
+
+    broken = damaged_shards(tmp_path / "broken", 12, damage)
     assert [sample.key[-2:] for sample in each_sample(broken)] == [f"{index:02d}" for index in range(12) if index != 3]

@@ -24,6 +24,7 @@ from megatron_r1v2.rewards.reasoning import overlong_score, repetition_score, st
         (r"left 3, right 5, 3+5=8</think>\boxed{9}", 0.0),
         (r"3+5=8, left 3, right 5, hm</think>\boxed{8}", 0.0),
         (r"a, b, 3+5=18</think>\boxed{8}", 0.0),
+        (r"a, b, 3+5=80</think>\boxed{8}", 0.0),
         (r"a, b, 3+5=8.5</think>\boxed{8}", 0.0),
         (r"a, b, 3+5=0.8</think>\boxed{8}", 0.0),
         (r"a, b, 88 is 8</think>\boxed{8}", 1.0),
