@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from tests.ranks import run_ranks
-from tests.training.runs import checkpoint_contents, read_metrics, recipe_for, run_stage, without_timings
+from tests.training.runs import checkpoint_contents, free_port, read_metrics, recipe_for, run_stage, without_timings
 from tests.training.tiny_run import tiny_recipe
 
 SETTINGS = (
@@ -44,8 +45,9 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-def run_recipes(files: list[str]) -> None:
-    for file in files:
+def run_recipes(files: list[str], ports: list[int]) -> None:
+    for file, port in zip(files, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # a rank may be a run ahead of the one that holds the store
         run_stage(load_recipe(file), "mpo")
 
 
@@ -56,7 +58,7 @@ def on_ranks(world_size: int, root: Path, folder: Path, settings: dict[str, tupl
         recipe = recipe_for(root, folder / name, (*SETTINGS, *overrides))
         files.append(str(folder / f"{name}.run.yaml"))
         save_recipe(recipe, files[-1])
-    run_ranks(world_size, run_recipes, files)
+    run_ranks(world_size, run_recipes, files, [free_port() for _ in files])
     return {name: folder / name for name in settings}
 
 
