@@ -15,7 +15,7 @@ from tests.training.runs import checkpoint_contents, free_port, read_metrics, re
 from tests.training.tiny_run import tiny_recipe
 
 SETTINGS = (
-    "train.steps=3",
+    "train.steps=2",
     "train.prompts_per_step=5",
     "train.clip_grad=0",
     "train.learning_rate=0.002",
@@ -64,7 +64,11 @@ def on_ranks(world_size: int, root: Path, folder: Path, settings: dict[str, tupl
 
 @pytest.fixture(scope="module")
 def one_rank(root: Path, tmp_path_factory) -> dict[str, Path]:
-    return on_ranks(1, root, tmp_path_factory.mktemp("one"), ONE_RANK)
+    folder = tmp_path_factory.mktemp("one")
+    return {
+        name: run_stage(recipe_for(root, folder / name, (*SETTINGS, *overrides)), "mpo")
+        for name, overrides in ONE_RANK.items()
+    }
 
 
 @pytest.fixture(scope="module")
