@@ -34,11 +34,12 @@ class Precision(str, Enum):
 
 
 class Part(str, Enum):
-    """A part of the model that can be trained."""
+    """A part of the model that can be trained; score is the scalar head that only a reward model has."""
 
     vision = "vision"
     adapter = "adapter"
     language = "language"
+    score = "score"
 
 
 class LossAggregation(str, Enum):
@@ -62,6 +63,13 @@ class Packing(str, Enum):
     none = "none"
     first_fit_decreasing = "first_fit_decreasing"
     nemo = "nemo"
+
+
+class ScoreEndpoint(str, Enum):
+    """Where a served reward model gives its scores."""
+
+    pooling = "pooling"
+    classify = "classify"
 
 
 class WandbMode(str, Enum):
@@ -182,6 +190,32 @@ class RewardConfig:
 
 
 @dataclass
+class RewardModelConfig:
+    """Where `reward.model_weight` gets its scores from, a checkpoint or a server, and how the reward_model stage trains."""
+
+    checkpoint: str = ""
+    """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout."""
+    hf_path: str = ""
+    """The model that the checkpoint was made from; empty: `model.hf_path`. Its tokenizer must be the policy's."""
+    url: str = ""
+    """A server that scores, e.g. http://127.0.0.1:8001 (vLLM, or megatron_r1v2.serve.reward_model)."""
+    endpoint: ScoreEndpoint = ScoreEndpoint.pooling
+    """What is asked below `url`: pooling or classify, both as vLLM has them, with chat messages."""
+    served_name: str = ""
+    """`model` in the requests; empty: left out."""
+    api_key_variable: str = ""
+    """Environment variable that holds the server's API key; empty: none is sent."""
+    timeout_seconds: float = 120.0
+    """For one answer, from first to last byte."""
+    attempts: int = 5
+    """How often a request is made before the run ends; the pause doubles from one second to at most 30."""
+    concurrency: int = 16
+    """Requests under way at once, from each model replica."""
+    centring_weight: float = 0.0
+    """In training: weight of (chosen score + rejected score)^2, which holds scores near zero."""
+
+
+@dataclass
 class AlgorithmConfig:
     """GRPO as in the paper's equation 8; the rest is off by default."""
 
@@ -224,7 +258,7 @@ class TrainConfig:
     """The update."""
 
     parts: list[Part] = field(default_factory=lambda: [Part.adapter])
-    """Which parts train: any of vision, adapter, language."""
+    """Which parts train: any of vision, adapter, language; the reward_model stage also trains score, its new head."""
     steps: int = 100
     """Steps of this stage."""
     prompts_per_step: int = 64
@@ -316,6 +350,7 @@ class RunRecipe:
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 
-Stage = Literal["align", "grpo", "evaluate"]
+Stage = Literal["align", "reward_model", "grpo", "evaluate"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -32,6 +32,9 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "reward.answer_weight": (0, None),
     "reward.format_weight": (0, None),
     "reward.verifier_workers": (1, None),
+    "reward_model.attempts": (1, None),
+    "reward_model.concurrency": (1, None),
+    "reward_model.centring_weight": (0, None),
     "algorithm.clip_low": (0, 1),
     "algorithm.clip_high": (0, None),
     "algorithm.kl_coefficient": (0, None),
@@ -69,6 +72,7 @@ _POSITIVE = (
     "generation.top_p",
     "generation.kv_cache_gib",
     "reward.verifier_timeout_seconds",
+    "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
     "evaluation.temperature",
     "evaluation.top_p",
@@ -76,6 +80,7 @@ _POSITIVE = (
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
+    "reward_model": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
 }
