@@ -95,13 +95,15 @@ class ScoredRollout:
     text: str
     """The response as text, special tokens included, the stop token left out."""
     rewards: Mapping[str, float]
-    """Each part of the reward by name, unweighted."""
+    """Each part of the reward that applies, by name, in [0, 1], unweighted."""
     total: float
     """The weighted sum that the advantages are computed from."""
     rule_correct: bool
     """Whether the answer rule found the answer right; decides whether a group is effective."""
     claims: tuple[tuple[str, str], ...] = ()
     """What the response says of the images: (name, value)."""
+    model_score: float | None = None
+    """Raw score of the reward model, which the margins of preference pairs are made of; None: there was no model."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ model's HF configuration; `model.transformer_config` passes anything else throug
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -173,20 +173,54 @@ class GenerationConfig:
 
 @dataclass
 class RewardConfig:
-    """How a response is scored: total = sum of weight x part, each part in [0, 1]."""
+    """How a response is scored: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
+
+    A part whose weight is 0 is not computed, but for answer and format. One that does not apply to a prompt hands its
+    weight to the others.
+    """
 
     answer_weight: float = 1.0
     """Is the last boxed answer right?"""
     format_weight: float = 0.2
     """<think>...</think> and then exactly one boxed answer."""
+    consistency_weight: float = 0.0
+    """Do the visual claims agree with the prompt's facts? A response without claims gets 0; needs claim_pattern."""
+    steps_weight: float = 0.0
+    """Does the reasoning go in steps that lead to the boxed answer?"""
+    repetition_weight: float = 0.0
+    """1 without repetition, towards 0 for a response that goes round in circles."""
+    overlong_weight: float = 0.0
+    """1 for a response that ends in time, 0 for one that is cut."""
+    model_weight: float = 0.0
+    """The score of a reward model, squashed."""
+    numeric_tolerance: float = 1e-6
+    """Numeric answers may differ by this part of the right one; whole numbers may not differ from whole numbers."""
     claim_pattern: str = ""
     """Regular expression with groups `name` and `value` that finds visual claims; empty: none are looked for."""
+    steps_wanted: int = 3
+    """Distinct steps (lines, sentences, clauses) of a reasoning that is complete; fewer get their share."""
+    steps_conclusion: int = 2
+    """The boxed answer must stand in one of the last so many steps."""
+    repetition_tokens: int = 8
+    """So many tokens in a row that have been there before are a repetition."""
+    overlong_buffer_tokens: int = 1024
+    """The overlong part falls from 1 to 0 over the last so many of generation.max_response_tokens; 0: a step."""
+    model_centre: float = -3.5
+    """The raw score of the reward model that counts 1/2; -3.5 and 4 spread the -15 to 8 of Skywork-VL-Reward."""
+    model_scale: float = 4.0
+    """Raw score above the centre that counts 0.73; smaller: a steeper logistic."""
     verifier_workers: int = 2
     """Processes that check answers, on each data-parallel rank."""
     verifier_timeout_seconds: float = 5.0
     """A check that takes longer scores 0 and is counted."""
     shuffle: bool = False
     """Control experiment: rewards are dealt to the wrong responses."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the weight of each part by its name."""
+        names = [setting.name for setting in fields(self) if setting.name.endswith("_weight")]
+        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
-from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
+from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
 Stage = Literal["align", "reward_model", "grpo", "evaluate"]
 
@@ -29,8 +29,13 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "generation.max_requests": (1, None),
     "generation.max_tokens_per_step": (1, None),
     "generation.feature_cache_gib": (0, None),
-    "reward.answer_weight": (0, None),
-    "reward.format_weight": (0, None),
+    **{f"reward.{part}_weight": (0, None) for part in RewardConfig().weights},
+    "reward.numeric_tolerance": (0, 1),
+    "reward.steps_wanted": (1, None),
+    "reward.steps_conclusion": (1, None),
+    "reward.repetition_tokens": (1, None),
+    "reward.overlong_buffer_tokens": (0, None),
+    "reward.model_centre": (-1000, 1000),
     "reward.verifier_workers": (1, None),
     "reward_model.attempts": (1, None),
     "reward_model.concurrency": (1, None),
@@ -71,6 +76,7 @@ _POSITIVE = (
     "generation.temperature",
     "generation.top_p",
     "generation.kv_cache_gib",
+    "reward.model_scale",
     "reward.verifier_timeout_seconds",
     "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
@@ -105,6 +111,7 @@ def check_ranges(recipe: RunRecipe) -> None:
         if _get(recipe, name) > 1:
             raise ValueError(f"{name}={_get(recipe, name)} is out of range; accepted: more than 0, at most 1")
     _check_text(recipe)
+    _check_rewards(recipe)
     _check_parts(recipe)
     _check_combinations(recipe)
 
@@ -149,8 +156,9 @@ def check_grpo(recipe: RunRecipe) -> None:
             f"generation.responses_per_prompt={generation.responses_per_prompt} leaves nothing to compare within a "
             "group; GRPO needs 2 or more"
         )
-    if reward.answer_weight == 0 and reward.format_weight == 0:
-        raise ValueError("reward.answer_weight and reward.format_weight are both 0: nothing to learn; raise one")
+    if not any(reward.weights.values()):
+        names = ", ".join(f"{part}_weight" for part in reward.weights)
+        raise ValueError(f"every weight in the reward section is 0 ({names}): nothing to learn; raise one")
     responses = train.prompts_per_step * generation.responses_per_prompt
     if train.updates_per_step > responses:
         raise ValueError(
@@ -266,6 +274,20 @@ def _check_text(recipe: RunRecipe) -> None:
         raise ValueError(
             f"reward.claim_pattern={pattern!r} has no group {' and '.join(sorted(missing))}; "
             r"it needs both, e.g. (?P<name>left|right) (?P<value>\d)"
+        )
+
+
+def _check_rewards(recipe: RunRecipe) -> None:
+    reward, longest = recipe.reward, recipe.generation.max_response_tokens
+    if reward.consistency_weight and not reward.claim_pattern:
+        raise ValueError(
+            f"reward.consistency_weight={reward.consistency_weight} with an empty reward.claim_pattern: no claim would "
+            r"ever be found; give a pattern, e.g. (?P<name>left|right) (?P<value>\d), or set the weight to 0"
+        )
+    if reward.overlong_weight and reward.overlong_buffer_tokens > longest:
+        raise ValueError(
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
+            f"generation.max_response_tokens={longest}: even an empty response would be too long; lower it"
         )
 
 

@@ -129,6 +129,7 @@ class GrpoStage:
             settings=session.recipe.reward,
             pool=self.pool,
             context=session.context,
+            max_response_tokens=session.recipe.generation.max_response_tokens,
         )
         world = objects.all_gather(counts, session.context.groups.dp)
         session.recorder.note(reward_metrics({name: sum(part[name] for part in world) for name in counts}))
