@@ -20,6 +20,7 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.grpo import grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
+from megatron_r1v2.training.loaded_reward_model import open_reward_model
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
@@ -67,6 +68,7 @@ class GrpoStage:
         self.session = session
         self.pool = pool
         self.engine = session.engine()
+        self.reward_model = open_reward_model(session)
         self.store = ReplayStore()
         self.buffer: SampleBuffer | None = None
         settings = session.recipe.buffer
@@ -130,6 +132,7 @@ class GrpoStage:
             pool=self.pool,
             context=session.context,
             max_response_tokens=session.recipe.generation.max_response_tokens,
+            reward_model=self.reward_model,
         )
         world = objects.all_gather(counts, session.context.groups.dp)
         session.recorder.note(reward_metrics({name: sum(part[name] for part in world) for name in counts}))
