@@ -1,4 +1,4 @@
-"""`torchrun ... -m megatron_r1v2.reward_model RECIPE.yaml section.key=value ...` runs the reward_model stage; see `--help`."""
+"""`torchrun ... -m megatron_r1v2.reward_model RECIPE.yaml section.key=value ...` runs the stage; see `--help`."""
 
 from __future__ import annotations
 

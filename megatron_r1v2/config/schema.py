@@ -7,77 +7,19 @@ model's HF configuration; `model.transformer_config` passes anything else throug
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from typing import Any
 
-
-class Layers(str, Enum):
-    """Which layer implementation megatron-core builds."""
-
-    local = "local"
-    te = "te"
-
-
-class Fp8(str, Enum):
-    """How the matrix products of the language model are scaled to 8 bits; the vision tower stays in bf16."""
-
-    none = "none"
-    tensorwise = "tensorwise"
-    blockwise = "blockwise"
-
-
-class Precision(str, Enum):
-    """The dtype of parameters and activations."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Part(str, Enum):
-    """A part of the model that can be trained; score is the scalar head that only a reward model has."""
-
-    vision = "vision"
-    adapter = "adapter"
-    language = "language"
-    score = "score"
-
-
-class LossAggregation(str, Enum):
-    """How token losses become one number: the mean of per-response means (eq. 8), or one mean over all tokens."""
-
-    sequence = "sequence"
-    token = "token"
-
-
-class Recompute(str, Enum):
-    """What the backward pass computes again instead of keeping."""
-
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
-class Packing(str, Enum):
-    """How sequences of different lengths share a microbatch."""
-
-    none = "none"
-    first_fit_decreasing = "first_fit_decreasing"
-    nemo = "nemo"
-
-
-class ScoreEndpoint(str, Enum):
-    """Where a served reward model gives its scores."""
-
-    pooling = "pooling"
-    classify = "classify"
-
-
-class WandbMode(str, Enum):
-    """How Weights & Biases is used."""
-
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
+from megatron_r1v2.config.choices import (
+    Fp8,
+    Layers,
+    LossAggregation,
+    Packing,
+    Part,
+    Precision,
+    Recompute,
+    ScoreEndpoint,
+    WandbMode,
+)
 
 
 @dataclass
@@ -225,7 +167,7 @@ class RewardConfig:
 
 @dataclass
 class RewardModelConfig:
-    """Where `reward.model_weight` gets its scores from, a checkpoint or a server, and how the reward_model stage trains."""
+    """Where the scores for `reward.model_weight` come from, and how the reward_model stage trains."""
 
     checkpoint: str = ""
     """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
+from megatron_r1v2.config.reward_model import check_score_head, check_score_source
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
 Stage = Literal["align", "reward_model", "grpo", "evaluate"]
@@ -123,7 +124,7 @@ def check_ranges(recipe: RunRecipe) -> None:
             raise ValueError(f"{name}={_get(recipe, name)} is out of range; accepted: more than 0, at most 1")
     _check_text(recipe)
     _check_rewards(recipe)
-    _check_reward_model(recipe)
+    check_score_source(recipe)
     _check_parts(recipe)
     _check_combinations(recipe)
 
@@ -143,7 +144,7 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
-    check_score_head(recipe, stage)
+    check_score_head(recipe, is_reward_model=stage == "reward_model")
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers=te needs TransformerEngine, which is not installed; "
@@ -178,28 +179,6 @@ def check_grpo(recipe: RunRecipe) -> None:
             f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
             "(train.prompts_per_step x generation.responses_per_prompt); lower it"
         )
-
-
-def check_score_head(recipe: RunRecipe, stage: Stage) -> None:
-    """Check that the scalar head trains where there is one, and nowhere else.
-
-    Raises:
-        ValueError: `train.parts` names score in another stage, or not in this one; or a goal that has no meaning here.
-    """
-    parts = [part.value for part in recipe.train.parts]
-    if stage == "reward_model":
-        if Part.score not in recipe.train.parts:
-            raise ValueError(
-                f"train.parts={parts}: the head of a reward model is new, so it must train; add score, e.g. "
-                f"train.parts=[{', '.join([*parts, 'score'])}]"
-            )
-        if recipe.evaluation.stop_at_pass_at_1:
-            raise ValueError(
-                f"evaluation.stop_at_pass_at_1={recipe.evaluation.stop_at_pass_at_1}: a reward model answers nothing; "
-                "set it to 0"
-            )
-    elif Part.score in recipe.train.parts:
-        raise ValueError(f"train.parts={parts}: only the reward_model stage has a score head; take score out")
 
 
 def read_hf_config(hf_path: Path | str) -> dict[str, Any]:
@@ -323,34 +302,6 @@ def _check_rewards(recipe: RunRecipe) -> None:
         raise ValueError(
             f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
             f"generation.max_response_tokens={longest}: even an empty response would be too long; lower it"
-        )
-
-
-def _check_reward_model(recipe: RunRecipe) -> None:
-    weight, source = recipe.reward.model_weight, recipe.reward_model
-    given = [f"reward_model.{name}={value!r}" for name in ("checkpoint", "url") if (value := getattr(source, name))]
-    if weight > 0 and len(given) != 1:
-        raise ValueError(
-            f"reward.model_weight={weight:g} needs one source of scores, got {' and '.join(given) or 'none'}; set "
-            "reward_model.checkpoint to a checkpoint of the reward_model stage, or reward_model.url to a server"
-        )
-    if weight == 0 and given:
-        raise ValueError(
-            f"{' and '.join(given)} would never be asked while reward.model_weight=0; raise the weight, or leave the "
-            "source empty"
-        )
-    if source.hf_path and not source.checkpoint:
-        raise ValueError(
-            f"reward_model.hf_path={source.hf_path!r} belongs to a reward_model.checkpoint, which is empty; set both"
-        )
-    if source.url and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", source.url):
-        raise ValueError(
-            f"reward_model.url={source.url!r} is no address of a server; accepted: e.g. http://127.0.0.1:8001"
-        )
-    if source.api_key_variable and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", source.api_key_variable):
-        raise ValueError(
-            "reward_model.api_key_variable must be the name of an environment variable (letters, digits, _); the key "
-            "itself belongs into that variable, not into a recipe"
         )
 
 

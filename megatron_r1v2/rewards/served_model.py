@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import http.client
-import itertools
 import json
 import math
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,24 +39,22 @@ class ServedRewardModel:
     """Asks a server on the leader of a replica and tells the other ranks; a `rewards.model.RewardModel`."""
 
     def __init__(
-        self, settings: RewardModelConfig, context: ParallelContext, *, sleep: Callable[[float], None] = time.sleep
+        self, settings: RewardModelConfig, context: ParallelContext, *, first_pause_seconds: float = 1.0
     ) -> None:
         """Prepare; nothing is asked yet.
 
         Args:
             settings: the `reward_model` section.
             context: decides who asks.
-            sleep: waits so many seconds.
+            first_pause_seconds: before the second attempt; doubles with each.
 
         Raises:
             ValueError: the variable for the API key is not set.
         """
         self.settings = settings
         self.context = context
-        self._sleep = sleep
+        self._first_pause_seconds = first_pause_seconds
         self._headers = {"Content-Type": "application/json"} | authorization(settings.api_key_variable)
-        self.retries = 0
-        """Attempts that failed and were repeated, since the start."""
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Score responses; see `RewardModel.score`.
@@ -85,35 +83,44 @@ class ServedRewardModel:
 
     def _ask_all(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], str]:
         """Return the scores, or what went wrong; after the first failure nothing more is asked."""
-        pool = ThreadPoolExecutor(max_workers=self.settings.concurrency)
-        try:
-            pending = [pool.submit(self._ask, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-            return [asked.result() for asked in pending], ""
-        except ScoringFailed as error:
-            done = sum(asked.done() and not asked.cancelled() and asked.exception() is None for asked in pending)
-            return [], f"{error}; {done} of {len(texts)} responses of this step had a score by then"
-        finally:
-            pool.shutdown(cancel_futures=True)
+        given_up = threading.Event()
+        failures: list[str] = []
 
-    def _ask(self, prompt: Prompt, text: str) -> float:
+        def ask(prompt: Prompt, text: str) -> float | None:
+            if given_up.is_set():
+                return None
+            try:
+                return self._ask(prompt, text, given_up)
+            except ScoringFailed as error:
+                failures.append(str(error))
+                given_up.set()
+                return None
+
+        with ThreadPoolExecutor(max_workers=self.settings.concurrency) as pool:
+            scores = [score for score in pool.map(ask, prompts, texts) if score is not None]
+        if failures:
+            return [], f"{failures[0]}; {len(scores)} of {len(texts)} responses of this step had a score by then"
+        return scores, ""
+
+    def _ask(self, prompt: Prompt, text: str, given_up: threading.Event) -> float:
         settings = self.settings
         body = json.dumps(score_request(prompt, text, settings)).encode()
         url = f"{settings.url.rstrip('/')}/{settings.endpoint.value}"
         started = time.monotonic()
-        for attempt in itertools.count(1):
+        attempt = 1
+        while True:
             try:
                 return read_score(self._post(url, body), settings.endpoint)
             except _TryAgain as error:
-                if attempt >= settings.attempts:
+                pause = min(self._first_pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
+                if attempt >= settings.attempts or given_up.wait(pause):
                     raise ScoringFailed(
                         f"the reward model at {url} gave no score for {prompt.key!r} in {attempt} attempts over "
                         f"{time.monotonic() - started:.1f} s; the last one: {error}. Start the server again and then "
                         "the run, which goes on from its newest checkpoint; or raise reward_model.attempts or "
                         "reward_model.timeout_seconds"
                     ) from error
-            self.retries += 1
-            self._sleep(min(2.0 ** (attempt - 1), _LONGEST_PAUSE_SECONDS))
-        raise AssertionError("unreachable")
+            attempt += 1
 
     def _post(self, url: str, body: bytes) -> Any:
         """Return the JSON of one answer, all of it within the time limit."""
@@ -132,16 +139,24 @@ class ServedRewardModel:
                         raise _TryAgain(f"no complete answer in reward_model.timeout_seconds={seconds:g}")
             return json.loads(answer)
         except urllib.error.HTTPError as error:
-            told = error.read(500).decode(errors="replace")
+            told = _told(error)
             if error.code in _WORTH_ANOTHER_TRY:
                 raise _TryAgain(f"HTTP {error.code}: {told}") from error
             raise ScoringFailed(
-                f"the reward model at {url} refuses the request with HTTP {error.code}: {told}; check reward_model.url, "
-                "reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
+                f"the reward model at {url} refuses the request with HTTP {error.code}: {told}; check "
+                "reward_model.url, reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
             ) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             # URLError and time-outs are OSErrors; bad JSON and bad UTF-8 are ValueErrors.
             raise _TryAgain(f"{type(error).__name__}: {error}") from error
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of what a server says of an error, if it says it."""
+    try:
+        return error.read(500).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return "(no text)"
 
 
 def authorization(variable: str) -> dict[str, str]:

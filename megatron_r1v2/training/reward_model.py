@@ -57,9 +57,7 @@ def preference_step(session: Session) -> None:
     prompts = next_trainable(session)
     samples, units = pair_samples(session, prompts, setting="data.train")
     batches = [part.batch for part in share_out(session, samples, prompts, units)]
-    loss = partial(
-        pair_loss, denominator=len(prompts), centring_weight=session.recipe.reward_model.centring_weight
-    )
+    loss = partial(pair_loss, denominator=len(prompts), centring_weight=session.recipe.reward_model.centring_weight)
     update(session, batches or [session.microbatcher.filler(prompts[0], rows=2)], loss)
     session.step += 1
 

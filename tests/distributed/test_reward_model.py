@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 
 from megatron_r1v2.config.schema import ParallelConfig, Part, TrainConfig
 from megatron_r1v2.models.architecture import read_architecture
-from megatron_r1v2.models.hf_weights import load_hf_weights
 from megatron_r1v2.models.hf_mapping import canonical_hf_name
+from megatron_r1v2.models.hf_weights import load_hf_weights
 from megatron_r1v2.models.r1v2 import build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups, objects
