@@ -17,6 +17,8 @@ ANSWER_TYPES = ("numeric", "choice", "exact", "math")
 NUMERIC_TOLERANCE = 1e-6
 # A longer string is no number a person would give, and exact arithmetic on it would cost quadratic time.
 MAX_NUMBER_CHARACTERS = 64
+# Nor is this an expression; math-verify would run into the time limit, and a worker that did takes a second to replace.
+MAX_EXPRESSION_CHARACTERS = 2000
 
 _BOX = r"\boxed{"
 # A backslash takes the next character with it: "\{" and "\}" are printed braces and do not open or close anything.
@@ -66,7 +68,8 @@ def answer_is_correct(
         text: the response.
         answer: the reference answer, without a box.
         answer_type: "numeric": equal as numbers, whole numbers exactly, others to the tolerance; "choice": the same
-            option letter, in either case; "exact": equal as text; "math": mathematically equal by math-verify.
+            option letter, in either case; "exact": equal as text; "math": mathematically equal by math-verify,
+            which is not asked about more than 2,000 characters.
         numeric_tolerance: `reward.numeric_tolerance`, relative to the reference.
 
     Raises:
@@ -86,7 +89,7 @@ def answer_is_correct(
         return _numbers_agree(given, reference, numeric_tolerance)
     if answer_type == "choice":
         return _choices_agree(given, reference)
-    if answer_type == "math":
+    if answer_type == "math" and len(boxed) <= MAX_EXPRESSION_CHARACTERS:
         # Imported here because it takes half a second and most runs never need it.
         from megatron_r1v2.rewards.math_answer import expressions_agree
 

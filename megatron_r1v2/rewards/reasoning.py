@@ -66,11 +66,11 @@ def overlong_score(length: int, finish_reason: FinishReason, *, longest: int, bu
         longest: `generation.max_response_tokens`.
         buffer: `reward.overlong_buffer_tokens`, at most `longest`.
     """
-    if finish_reason == "length":
+    if finish_reason == "length" or length > longest:
         return 0.0
     if length <= longest - buffer:
         return 1.0
-    return max(0.0, (longest - length) / buffer)
+    return (longest - length) / buffer
 
 
 def _normal(text: str) -> str:
@@ -81,7 +81,8 @@ def _names(step: str, answer: str) -> bool:
     """Return whether the answer stands in a step as a word of its own: 8 is not in 18, 8.5 or 0.8."""
     start = step.find(answer)
     while start >= 0:
-        before, after = step[max(0, start - 2) : start], step[start + len(answer) :][:2]
+        end = start + len(answer)
+        before, after = step[max(0, start - 2) : start], step[end : end + 2]
         joined_left = before[-1:].isalnum() or (before[-1:] == "." and before[:1].isdigit())
         joined_right = after[:1].isalnum() or (after[:1] == "." and after[1:].isdigit())
         if not joined_left and not joined_right:

@@ -40,7 +40,14 @@ def pool():
 
 def _score(pool, texts, prompts, settings=SETTINGS):
     rollouts = [_rollout(prompt.key, index) for index, prompt in enumerate(prompts)]
-    return score_rollouts({prompt.key: prompt for prompt in prompts}, rollouts, texts, settings=settings, pool=pool, max_response_tokens=32)
+    return score_rollouts(
+        {prompt.key: prompt for prompt in prompts},
+        rollouts,
+        texts,
+        settings=settings,
+        pool=pool,
+        max_response_tokens=32,
+    )
 
 
 def test_total_is_the_weighted_sum_of_parts_that_are_logged_alone(pool):
