@@ -175,3 +175,5 @@ class TrainingBatch:
     """bool [B]."""
     reference_log_probs_BS: torch.Tensor | None = None
     """float32 [B, S], where the loss has a KL term."""
+    reference_sums_B: torch.Tensor | None = None
+    """float64 [B]: log-probs of the whole responses under the reference, where the loss compares those."""

@@ -212,6 +212,30 @@ class AlgorithmConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """MPO on pairs of a chosen and a rejected response; weights 1, 0, 0 are DPO, 0, 0, 1 supervised training."""
+
+    preference_weight: float = 0.8
+    """Weight of the preference term (DPO)."""
+    quality_weight: float = 0.2
+    """Weight of the quality term (BCO)."""
+    generation_weight: float = 1.0
+    """Weight of the generation term: the likelihood of the chosen response."""
+    beta: float = 0.1
+    """Reward of a response = beta x (its log-prob - that of the model the stage started from), summed over tokens."""
+    generation_aggregation: LossAggregation = LossAggregation.sequence
+    """Of the generation term. sequence: the mean of per-response means (eq. 5); token: the mean over all tokens."""
+    delta_momentum: float = 0.0
+    """delta of the quality term, from the rewards of earlier steps: 0: their mean; else the part of the old value that
+    stays in a moving average."""
+    min_margin: float = 0.0
+    """tau: pairs with a smaller margin (reward of chosen - rejected) are left out; one without a margin counts as 0."""
+    reference_dir: str = ""
+    """Where log-probs under the model that the stage starts from are kept, for all runs on the same pairs and model;
+    empty: `run.output_dir`/reference."""
+
+
+@dataclass
 class BufferConfig:
     """The Selective Sample Buffer."""
 
@@ -238,11 +262,11 @@ class TrainConfig:
     steps: int = 100
     """Steps of this stage."""
     prompts_per_step: int = 64
-    """Prompts over all data-parallel ranks (rows, in the align stage)."""
+    """Prompts over all data-parallel ranks (responses in the align stage, pairs in the mpo stage)."""
     updates_per_step: int = 1
     """Optimizer steps that share one generation phase."""
     micro_batch_size: int = 1
-    """Rows in one forward pass, where rows are padded to the longest."""
+    """Rows in one forward pass, where rows are padded to the longest; the two of a pair always go together."""
     packing: Packing = Packing.none
     """none: padded rows; first_fit_decreasing: rows laid one after the other without padding; nemo: the same by NeMo's
     packing strategy (extra `nemo`)."""
@@ -328,6 +352,7 @@ class RunRecipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

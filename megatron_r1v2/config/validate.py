@@ -13,7 +13,7 @@ from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.reward_model import check_score_head, check_score_source
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "reward_model", "grpo", "evaluate"]
+Stage = Literal["align", "mpo", "reward_model", "grpo", "evaluate"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -46,6 +46,11 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.kl_coefficient": (0, None),
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
+    "preference.preference_weight": (0, None),
+    "preference.quality_weight": (0, None),
+    "preference.generation_weight": (0, None),
+    "preference.delta_momentum": (0, 1),
+    "preference.min_margin": (-1e6, 1e6),
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
@@ -81,12 +86,14 @@ _POSITIVE = (
     "reward.verifier_timeout_seconds",
     "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
+    "preference.beta",
     "evaluation.temperature",
     "evaluation.top_p",
 )
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
+    "mpo": ("model.hf_path", "data.train"),
     "reward_model": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
@@ -144,6 +151,8 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
+    if stage == "mpo":
+        check_mpo(recipe)
     check_score_head(recipe, is_reward_model=stage == "reward_model")
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
@@ -178,6 +187,20 @@ def check_grpo(recipe: RunRecipe) -> None:
         raise ValueError(
             f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
             "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+        )
+
+
+def check_mpo(recipe: RunRecipe) -> None:
+    """Check what MPO needs of its settings.
+
+    Raises:
+        ValueError: no term to train on.
+    """
+    preference = recipe.preference
+    if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
+        raise ValueError(
+            "preference.preference_weight, preference.quality_weight and preference.generation_weight are all 0: "
+            "nothing to learn; raise one"
         )
 
 
@@ -318,8 +341,8 @@ def _check_parts(recipe: RunRecipe) -> None:
 
 def _check_combinations(recipe: RunRecipe) -> None:
     train, parallel = recipe.train, recipe.parallel
-    for name, beta in (("train.adam_beta1", train.adam_beta1), ("train.adam_beta2", train.adam_beta2)):
-        if beta == 1:
+    for name in ("train.adam_beta1", "train.adam_beta2", "preference.delta_momentum"):
+        if _get(recipe, name) == 1:
             raise ValueError(f"{name}=1 never forgets the start; accepted: 0 to just below 1")
     if train.min_learning_rate > train.learning_rate:
         raise ValueError(

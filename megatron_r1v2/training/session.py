@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import Packing, Part, RunRecipe, TrainConfig
-from megatron_r1v2.data.stream import PromptStream, read_prompts
+from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -108,14 +108,20 @@ class LoadedModel:
 
     def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
         """Read a data set in its order."""
-        return read_prompts(
-            folder,
-            settings=self.recipe.data,
-            tokenizer=self.tokenizer,
-            tile_size=self.architecture.vision.image_size,
-            tokens_per_tile=self.architecture.tokens_per_tile,
-            count=count,
-        )
+        return read_prompts(folder, **self._reading, count=count)
+
+    def each_prompt(self, folder: str) -> Iterator[Prompt]:
+        """Read a data set in its order, a prompt at a time."""
+        return each_prompt(folder, **self._reading)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "settings": self.recipe.data,
+            "tokenizer": self.tokenizer,
+            "tile_size": self.architecture.vision.image_size,
+            "tokens_per_tile": self.architecture.tokens_per_tile,
+        }
 
 
 @dataclass
@@ -155,6 +161,10 @@ class Session(LoadedModel):
     def trains_text(self) -> bool:
         """Return whether a text-only prompt has a gradient: the language model sees it, and a reward model's head."""
         return Part.language in self.parts or Part.score in self.parts
+
+    def trains(self, prompt: Prompt) -> bool:
+        """Return whether a prompt has a gradient."""
+        return self.trains_text or prompt.modality == "image"
 
     def trains(self, prompt: Prompt) -> bool:
         """Return whether a prompt has a gradient."""

@@ -25,9 +25,10 @@ from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.grpo import run_grpo
+from megatron_r1v2.training.mpo import run_mpo
 from tests.training.tiny_run import tiny_recipe
 
-_STAGES = {"grpo": run_grpo, "align": run_align}
+_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo}
 
 
 def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
@@ -112,7 +113,7 @@ class Ranks:
         Args:
             recipe: the settings.
             world_size: processes.
-            stage: "grpo" or "align".
+            stage: "grpo", "align" or "mpo".
         """
         output = Path(recipe.run.output_dir)
         output.mkdir(parents=True, exist_ok=True)
