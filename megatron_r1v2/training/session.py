@@ -166,10 +166,6 @@ class Session(LoadedModel):
         """Return whether a prompt has a gradient."""
         return self.trains_text or prompt.modality == "image"
 
-    def trains(self, prompt: Prompt) -> bool:
-        """Return whether a prompt has a gradient."""
-        return self.trains_text or prompt.modality == "image"
-
     @property
     def is_finished(self) -> bool:
         """Return whether nothing is left to do, also when a resumed stage had stopped early at its goal."""
@@ -251,13 +247,8 @@ def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool 
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
-    model = build_r1v2(
-        architecture,
-        settings,
-        groups=context.groups,
-        device=context.device,
-        score_seed=recipe.run.seed if score_head else None,
-    )
+    score_seed = recipe.run.seed if score_head else None
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, hf_path, context, cast=True)
     changed, version = [], 0
     if recipe.model.checkpoint:

@@ -1,7 +1,7 @@
 """A scoring server that misbehaves on demand, as a process of its own: `python scoring_server.py PORT_FILE`.
 
-The first part of the path says how: /ok, /slow (half a second), /hangs, /drips, /garbage, /nan, /two, /empty, /huge,
-/refuses (401), /busy (503), /wakes (503 for the first three requests). The score is the number of words of the response.
+The first part of the path says how: /ok, /slow (half a second), /hangs, /drips, /garbage, /nan, /two, /empty,
+/huge, /refuses (401), /busy (503), /wakes (503 for the first three requests). The score is the number of words of the response.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
     asked = 0
     under_way = 0
     most_under_way = 0
-    last: dict = {}
+    last: dict | None = None
 
     def do_GET(self) -> None:
         self._answer(200, json.dumps({"asked": self.asked, "most": self.most_under_way, "last": self.last}).encode())
