@@ -1,7 +1,8 @@
 """A scoring server that misbehaves on demand, as a process of its own: `python scoring_server.py PORT_FILE`.
 
-The first part of the path says how: /ok, /slow (half a second), /hangs, /drips, /garbage, /nan, /two, /empty,
-/huge, /refuses (401), /busy (503), /wakes (503 for the first three requests). The score is the number of words of the response.
+The first part of the path says how: /ok, /slow (half a second), /hangs, /drips, /garbage, /nan, /two, /empty, /huge
+(no scores), /refuses (401), /busy (503), /wakes (503 for the first three requests). The score is the number of words of
+the response.
 """
 
 from __future__ import annotations
