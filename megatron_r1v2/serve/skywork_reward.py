@@ -119,6 +119,8 @@ def _template_part(part: Any) -> dict[str, Any]:
 
 
 def _read_head(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the folder of Skywork-VL-Reward again, with its value head")
     with SafetensorsFolder(path) as head:
         if head.names() != sorted((HEAD_WEIGHT, HEAD_BIAS)):
             raise ValueError(f"{path} holds {head.names()}; a value head has {HEAD_WEIGHT} and {HEAD_BIAS}")

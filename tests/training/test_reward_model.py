@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.rewards.served_model import ScoringFailed
 from megatron_r1v2.training.checkpoint import finished_checkpoints
 from megatron_r1v2.training.loaded_reward_model import load_reward_model
 from megatron_r1v2.training.reward_model import pair_samples
 from megatron_r1v2.training.scores import last_scores
 from megatron_r1v2.training.session import open_model, open_session
+from tests.rewards.test_served_model import Server
 from tests.training.runs import (
     checkpoint_contents,
     differences,
@@ -127,8 +129,29 @@ def test_grpo_counts_the_scores_of_a_checkpoint(root: Path, tmp_path: Path, trai
     for line in read_metrics(folder):
         assert 0 < line["reward/model/mean"] < 1
         assert math.isfinite(line["reward_model/score/mean"])
-    liked = [row for row in read_rollouts(folder) if "left 4" not in row["response"]]
-    assert liked or read_rollouts(folder)
+    rows = read_rollouts(folder)
+    assert rows
+    for row in rows:
+        rewards = row["rewards"]
+        assert rewards["model"] == pytest.approx(1 / (1 + math.exp(-row["model_score"] / 2)), abs=1e-6)
+        total = rewards["answer"] + 0.2 * rewards["format"] + 0.5 * rewards["model"]
+        assert row["total"] == pytest.approx(total, abs=1e-6)
+
+
+def test_grpo_counts_the_scores_of_a_server_and_ends_when_it_is_gone(root: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    scored = ("reward.model_weight=0.5", "reward.model_centre=0", "train.steps=1", "reward_model.attempts=2")
+    folder = run_stage(recipe_for(root, tmp_path / "grpo", (*scored, f"reward_model.url={server.address}/ok")), "grpo")
+    told = server.told()
+    assert told["asked"] == 6 * 4, "prompts x responses"
+    assert "data:image/png;base64," in str(told["last"]["body"])
+    for row in read_rollouts(folder):
+        assert row["model_score"] == len(row["text"].split())
+    server.process.kill()
+    server.process.wait()
+    gone = recipe_for(root, tmp_path / "gone", (*scored, f"reward_model.url={server.address}/ok"))
+    with pytest.raises(ScoringFailed, match="gave no score for .* in 2 attempts"):
+        run_stage(gone, "grpo")
 
 
 def test_a_policy_cannot_start_from_a_reward_model(root: Path, tmp_path: Path, trained: Path) -> None:
