@@ -29,9 +29,16 @@ def recipe_with(**values):
     return recipe
 
 
+def test_any_weight_is_something_to_learn_from():
+    nothing = {"reward__answer_weight": 0.0, "reward__format_weight": 0.0}
+    check_grpo(recipe_with(**nothing, reward__steps_weight=0.1))
+    check_grpo(recipe_with(**nothing, reward__model_weight=0.1))
+
+
 def test_the_defaults_are_valid():
     check_ranges(RunRecipe())
     check_grpo(RunRecipe())
+    check_ranges(recipe_with(generation__max_response_tokens=32))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,16 @@ def test_the_defaults_are_valid():
         ({"generation__temperature": 0.0}, "generation.temperature=0.0 is out of range; accepted: more than 0"),
         ({"evaluation__top_p": 1.1}, "evaluation.top_p=1.1 is out of range"),
         ({"reward__answer_weight": -0.1}, "reward.answer_weight=-0.1"),
+        ({"reward__model_weight": -1.0}, "reward.model_weight=-1.0"),
+        ({"reward__model_scale": 0.0}, "reward.model_scale=0.0 is out of range; accepted: more than 0"),
+        ({"reward__model_centre": float("nan")}, "reward.model_centre=nan"),
+        ({"reward__numeric_tolerance": 1.5}, "reward.numeric_tolerance=1.5 is out of range; accepted: 0 to 1"),
+        ({"reward__steps_wanted": 0}, "reward.steps_wanted=0"),
+        ({"reward__consistency_weight": 0.5}, "reward.consistency_weight=0.5 with an empty reward.claim_pattern"),
+        (
+            {"reward__overlong_weight": 0.5, "generation__max_response_tokens": 32},
+            "reward.overlong_buffer_tokens=1024 is more than generation.max_response_tokens=32",
+        ),
         ({"train__adam_beta2": 1.0}, "train.adam_beta2=1"),
         ({"model__layers": Layers.te, "model__precision": Precision.fp32}, "model.layers=te with model.precision=fp32"),
         ({"model__fp8": Fp8.tensorwise}, "model.fp8=tensorwise needs TransformerEngine's layers"),

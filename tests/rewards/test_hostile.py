@@ -1,7 +1,6 @@
 """A thousand hostile answers: each gets a score, within a time limit, and what failed is counted."""
 
 import random
-import time
 from collections import Counter
 
 import pytest
@@ -20,7 +19,7 @@ SETTINGS = RewardConfig(
     claim_pattern=r"(?P<name>(?:l+)+eft|right) (?P<value>\d)",  # careless: exponential on a row of l
 )
 TYPES = ("numeric", "choice", "exact", "math")
-# Ends a worker by its time limit in math-verify, or by its memory.
+# Each ends a worker: in math-verify by the time limit or the memory, in the claim pattern by the time limit.
 HANGS = ("9^{9^{9}}", "10!!!!", "9**9**9", "2^{10^{12}}")
 
 
@@ -63,9 +62,7 @@ def _code_points(generator, size):
 
 
 def _regex_bait(generator, size):
-    bait = generator.choice(
-        ["1,", "1 ", "+-", "1/", "$", " ", "\\text{", "a", "lll", "left 3 ", ".", "8. ", "=", "^", "_"]
-    )
+    bait = generator.choice(["1,", "1 ", "+-", "1/", "$", " ", "\\text{", "a", "left 3 ", ".", "8. ", "=", "^", "_"])
     return bait * max(1, size // len(bait)) + generator.choice(["", "x", "!", "{"])
 
 
@@ -76,11 +73,12 @@ def hostile_responses(seed, count):
     """Return (text, answer type) pairs: mostly short, some of a megabyte, a few that hang for certain."""
     generator = random.Random(seed)
     made = [(f"a, 3</think>\\boxed{{{value}}}", "math") for value in HANGS]
+    made += [("l" * 60 + ", left 3</think>\\boxed{8}", "numeric")]
     while len(made) < count:
         answer_type = generator.choice(TYPES)
         # math-verify takes seconds for some texts of a few hundred characters; its limit of length lies beyond.
         longest = generator.choices([50, 1000, 30_000, 1_000_000], weights=[70, 20, 9, 1])[0]
-        size = generator.randint(1, longest)
+        size = longest // generator.randint(1, 4)
         if answer_type == "math" and 40 < size <= 3000:
             size = generator.choice([40, 3000])
         content = generator.choice(KINDS)(generator, size)
@@ -131,18 +129,15 @@ def test_a_thousand_hostile_answers_get_a_score_a_time_limit_and_a_count(made):
         for index, (text, answer_type) in enumerate(made)
     ]
     with VerifierPool(2, TIMEOUT) as pool:
-        start = time.monotonic()
         scored, counts = score_rollouts(
             prompts, rollouts, [text for text, _ in made], settings=SETTINGS, pool=pool, max_response_tokens=6000
         )
-        seconds = time.monotonic() - start
         assert [response.text for response in scored] == [text for text, _ in made]
         assert all(set(response.rewards) == PARTS.keys() - {"model"} for response in scored)
         assert all(0.0 <= value <= 1.0 for response in scored for value in response.rewards.values())
         assert all(0.0 <= response.total <= 3.0 for response in scored)
         failed = reward_metrics(counts)
-        assert failed["verifier/timeouts"] + failed["verifier/crashes"] >= len(HANGS) / 2
-        print(f"{COUNT} hostile answers in {seconds:.1f} s: {failed}")
+        assert len(HANGS) / 2 + 1 <= failed["verifier/timeouts"] + failed["verifier/crashes"] < COUNT / 10
         hanging = [response for response in scored if any(f"\\boxed{{{value}}}" in response.text for value in HANGS)]
         assert [response.rule_correct for response in hanging] == [False] * len(HANGS)
         # A text is not wrong because others were hostile.
