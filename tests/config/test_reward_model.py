@@ -16,14 +16,14 @@ def recipe(weight: float = 0.0, **source) -> RunRecipe:
         (0.5, {}, r"reward.model_weight=0.5 needs one source of scores, got none; set reward_model.checkpoint"),
         (
             0.5,
-            {"checkpoint": "a", "url": "http://b"},
-            r"got reward_model.checkpoint='a' and reward_model.url='http://b'",
+            {"checkpoint": "a", "url": "http://127.0.0.1:1"},
+            r"got reward_model.checkpoint='a' and reward_model.url='http://127.0.0.1:1'",
         ),
         (0.0, {"checkpoint": "a"}, r"reward_model.checkpoint='a' would never be asked while reward.model_weight=0"),
-        (0.0, {"url": "http://b"}, r"reward_model.url='http://b' would never be asked"),
-        (0.5, {"url": "http://b", "hf_path": "c"}, r"reward_model.hf_path='c' belongs to a reward_model.checkpoint"),
+        (0.0, {"url": "http://127.0.0.1:1"}, r"reward_model.url='http://127.0.0.1:1' would never be asked"),
+        (0.5, {"url": "http://127.0.0.1:1", "hf_path": "c"}, r"reward_model.hf_path='c' belongs to a reward_model.checkpoint"),
         (0.5, {"url": "b:80"}, r"reward_model.url='b:80' is no address"),
-        (0.5, {"url": "http://b", "api_key_variable": "sk-12"}, r"must be the name of an environment variable"),
+        (0.5, {"url": "http://127.0.0.1:1", "api_key_variable": "sk-12"}, r"must be the name of an environment variable"),
     ],
 )
 def test_sources_that_contradict_each_other_are_refused(weight, source, message):
@@ -33,7 +33,7 @@ def test_sources_that_contradict_each_other_are_refused(weight, source, message)
 
 def test_a_key_is_not_repeated_in_the_error():
     with pytest.raises(ValueError, match="environment variable") as caught:
-        check_score_source(recipe(0.5, url="http://b", api_key_variable="sk-secret"))
+        check_score_source(recipe(0.5, url="http://127.0.0.1:1", api_key_variable="sk-secret"))
     assert "secret" not in str(caught.value)
 
 
@@ -42,7 +42,7 @@ def test_a_key_is_not_repeated_in_the_error():
     [
         (0.0, {}),
         (0.5, {"checkpoint": "a", "hf_path": "b"}),
-        (0.5, {"url": "https://host:8001/v1", "api_key_variable": "KEY"}),
+        (0.5, {"url": "https://127.0.0.1:8001/v1", "api_key_variable": "KEY"}),
     ],
 )
 def test_one_source_that_counts_is_accepted(weight, source):
