@@ -21,9 +21,17 @@ def recipe(weight: float = 0.0, **source) -> RunRecipe:
         ),
         (0.0, {"checkpoint": "a"}, r"reward_model.checkpoint='a' would never be asked while reward.model_weight=0"),
         (0.0, {"url": "http://127.0.0.1:1"}, r"reward_model.url='http://127.0.0.1:1' would never be asked"),
-        (0.5, {"url": "http://127.0.0.1:1", "hf_path": "c"}, r"reward_model.hf_path='c' belongs to a reward_model.checkpoint"),
+        (
+            0.5,
+            {"url": "http://127.0.0.1:1", "hf_path": "c"},
+            r"reward_model.hf_path='c' belongs to a reward_model.checkpoint",
+        ),
         (0.5, {"url": "b:80"}, r"reward_model.url='b:80' is no address"),
-        (0.5, {"url": "http://127.0.0.1:1", "api_key_variable": "sk-12"}, r"must be the name of an environment variable"),
+        (
+            0.5,
+            {"url": "http://127.0.0.1:1", "api_key_variable": "sk-12"},
+            r"must be the name of an environment variable",
+        ),
     ],
 )
 def test_sources_that_contradict_each_other_are_refused(weight, source, message):

@@ -142,11 +142,16 @@ def test_a_refused_request_is_not_repeated(client, server):
 
 
 def test_a_server_killed_in_the_middle_ends_the_step_with_numbers(client, server):
-    timer = threading.Timer(1.5, server.process.kill)
-    timer.start()
+    def kill_in_the_middle() -> None:
+        while server.told()["asked"] < 24:
+            time.sleep(0.02)
+        server.process.kill()
+
+    killer = threading.Thread(target=kill_in_the_middle)
+    killer.start()
     with pytest.raises(ScoringFailed, match=r"3 attempts.*; [1-9]\d* of 400 responses of this step had a score"):
         ask(client("slow", concurrency=8), 400)
-    timer.join()
+    killer.join()
 
 
 def test_nobody_listening_is_an_error_and_not_a_zero(client, server):
