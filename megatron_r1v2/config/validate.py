@@ -13,9 +13,10 @@ from megatron_r1v2.config import hallucination, pairs
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.pairs import check_prefer
+from megatron_r1v2.config.reward_model import check_score_head, check_score_source
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "mpo", "grpo", "evaluate", "prefer"]
+Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -40,6 +41,9 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "reward.overlong_buffer_tokens": (0, None),
     "reward.model_centre": (-1000, 1000),
     "reward.verifier_workers": (1, None),
+    "reward_model.attempts": (1, None),
+    "reward_model.concurrency": (1, None),
+    "reward_model.centring_weight": (0, None),
     "algorithm.clip_low": (0, 1),
     "algorithm.clip_high": (0, None),
     "algorithm.kl_coefficient": (0, None),
@@ -86,6 +90,7 @@ _POSITIVE = (
     "generation.kv_cache_gib",
     "reward.model_scale",
     "reward.verifier_timeout_seconds",
+    "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
     "preference.beta",
     "evaluation.temperature",
@@ -95,10 +100,22 @@ _POSITIVE = (
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
     "mpo": ("model.hf_path", "data.train"),
+    "reward_model": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
     "prefer": ("model.hf_path", "data.train", "pairs.output"),
 }
+
+
+_FOLDERS = (
+    "model.hf_path",
+    "model.checkpoint",
+    "data.train",
+    "data.validation",
+    "evaluation.data",
+    "reward_model.hf_path",
+    "reward_model.checkpoint",
+)
 
 
 def check_ranges(recipe: RunRecipe) -> None:
@@ -134,7 +151,7 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     for name in _NEEDED[stage]:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
-    for name in ("model.hf_path", "model.checkpoint", "data.train", "data.validation", "evaluation.data"):
+    for name in _FOLDERS:
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
@@ -146,6 +163,9 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
         check_calibration(recipe, "min_margin", recipe.preference.min_margin)
     if stage == "prefer":
         check_prefer(recipe)
+    if stage in ("grpo", "prefer"):
+        check_score_source(recipe)
+    check_score_head(recipe, is_reward_model=stage == "reward_model")
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers=te needs TransformerEngine, which is not installed; "
