@@ -91,6 +91,7 @@ def compare(run: Path, expected: Path) -> None:
     assert ours[0] == theirs[0], "what the log-probs belong to"
     assert len(ours) == 17
     for line, other in zip(ours[1:], theirs[1:], strict=True):
+        assert line.pop("key") == other.pop("key")
         assert line == pytest.approx(other, rel=1e-5)
     lines, expected_lines = without_timings(read_metrics(run)), without_timings(read_metrics(expected))
     assert sum(line["mpo/pairs_kept"] for line in lines) > 0
