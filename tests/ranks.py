@@ -26,7 +26,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
+        context = forked_context()
         processes = [
             context.Process(target=_rank_main, args=(rank, world_size, port, folder, function, args), daemon=False)
             for rank in range(world_size)
@@ -41,6 +41,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+def forked_context() -> Any:
+    """Return a multiprocessing context whose processes start with megatron-core imported, and nothing else done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
 
 
 def _wait(processes: list[Any], folder: Path, timeout: float) -> None:

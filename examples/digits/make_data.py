@@ -3,9 +3,10 @@
 Writes below --output:
 
     align.jsonl         images of training digits with reference responses: supervised data for the align stage
+    prefer.jsonl        images of training digits: prompts from whose responses preference pairs are built
     grpo.jsonl          images of training digits: prompts for GRPO
     validation.jsonl    images of validation digits: align stops by these
-    heldout.jsonl       images of held-out digits: evaluation before and after; their handwriting is in no other file
+    heldout.jsonl       images of held-out digits: evaluation only; their handwriting is in no other file
     text.jsonl          the same questions with a written note in the place of the image
     images/             64 x 32 RGB PNGs
 
@@ -25,11 +26,12 @@ import numpy as np
 
 from examples.digits import pretraining, questions, source
 
-COUNTS: Mapping[str, int] = {"align": 1024, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
+COUNTS: Mapping[str, int] = {"align": 1024, "prefer": 512, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
 """How many questions each set has."""
 
 HANDWRITING: Mapping[str, str] = {
     "align": "train",
+    "prefer": "train",
     "grpo": "train",
     "validation": "validation",
     "heldout": "heldout",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,19 +82,37 @@ class StageRunner:
         Raises:
             StageError: a stage failed, or was done before with another command.
         """
-        waiting = [stage for stage in stages if not self._is_done(stage)]
-        threads = max(1, self._threads // max(1, len(waiting)))
-        running = [self._start(stage, threads) for stage in waiting]
+        self.run_chains([[stage] for stage in stages], at_once=len(stages))
+
+    def run_chains(self, chains: Sequence[Sequence[Stage]], *, at_once: int) -> None:
+        """Run chains of stages, each in its order, several chains side by side; the first failure ends them all.
+
+        Args:
+            chains: stages that depend on nothing but the stages before them in their chain.
+            at_once: how many chains at a time; they share the threads.
+
+        Raises:
+            StageError: a stage failed, or was done before with another command.
+        """
+        waiting = deque(deque(stage for stage in chain if not self._is_done(stage)) for chain in chains)
+        threads = max(1, self._threads // max(1, min(at_once, sum(bool(chain) for chain in waiting))))
+        running: list[tuple[_Running, deque[Stage]]] = []
         try:
             with Live(console=self._console, refresh_per_second=4, transient=True) as live:
-                while running:
-                    live.update(Group(*(_line(item) for item in running)))
+                while waiting or running:
+                    while waiting and len(running) < at_once:
+                        chain = waiting.popleft()
+                        if chain:
+                            running.append((self._start(chain.popleft(), threads), chain))
+                    live.update(Group(*(_line(item) for item, _ in running)))
                     time.sleep(POLL_SECONDS)
-                    running = [item for item in running if not self._finish(item)]
+                    done = [self._finish(item) for item, _ in running]
+                    waiting.extendleft(chain for (_, chain), ended in zip(running, done, strict=True) if ended)
+                    running = [pair for pair, ended in zip(running, done, strict=True) if not ended]
         finally:
-            for item in running:
+            for item, _ in running:
                 item.process.terminate()
-            for item in running:
+            for item, _ in running:
                 item.process.wait()
 
     def _is_done(self, stage: Stage) -> bool:

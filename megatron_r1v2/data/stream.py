@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
-from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.samples import Sample, SampleError, parse_sample
 from megatron_r1v2.data.shards import SPLIT, check_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Prompt
@@ -223,6 +224,25 @@ def each_prompt(
         prompt = _read_one(iterator, builder, tally, root)
         if prompt is not None:
             yield prompt
+
+
+def each_sample(folder: str | Path) -> Iterator[Sample]:
+    """Read the samples of a data set as its shards hold them, images undecoded, in the order of `each_prompt`.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+
+    Yields:
+        The samples; one whose record is corrupt is left out.
+
+    Raises:
+        ValueError: If the data set is incomplete.
+    """
+    check_shards(folder)
+    for raw in _loader(Path(folder), shuffle=False, repeat=False, seed=0):
+        parts = {name: data for name, data in raw.items() if isinstance(data, bytes)}
+        with suppress(SampleError):
+            yield parse_sample(raw["__key__"], parts)
 
 
 def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableDataLoader:

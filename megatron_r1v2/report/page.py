@@ -25,7 +25,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart(
                 "Reward",
                 ("critic/rewards/mean", "reward/*/mean"),
-                "Mean total reward of the fresh responses, and each part before its weight.",
+                "Mean total reward of the fresh responses, and each part before its weight, over the responses to "
+                "which it applies.",
+            ),
+            Chart(
+                "Reward model",
+                ("reward_model/score/mean",),
+                "Mean raw score of the fresh responses; its part of the reward is this squashed.",
             ),
             Chart(
                 "Validation",
@@ -39,6 +45,23 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "rate: visual claims that the image contradicts. coverage: responses that make a claim at all; a low "
                 "rate means something only where coverage is high.",
                 percent=True,
+            ),
+            Chart(
+                "Hallucination on held-back prompts",
+                ("validation/hallucination_rate", "validation/claim_coverage"),
+                "The same two on validation prompts. The dashed line is the rate that the calibrator holds.",
+                percent=True,
+                target="hallucination.target_rate",
+            ),
+            Chart(
+                "Calibrator",
+                (
+                    "hallucination/brake",
+                    "hallucination/threshold",
+                    "hallucination/model_weight",
+                    "hallucination/decision",
+                ),
+                "What it moves: tau of the pairs, or the weight of the reward model. decision: 1 tightens, -1 lets go.",
             ),
         ),
     ),
@@ -67,6 +90,22 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "Pairs of a step",
                 ("mpo/pairs_kept", "mpo/pairs_below_margin"),
                 "Trained on, and left out because their margin is below preference.min_margin.",
+            ),
+        ),
+    ),
+    (
+        "Reward model in training",
+        (
+            Chart(
+                "Ranking",
+                ("reward_model/accuracy", "validation/accuracy"),
+                "Pairs whose better response has the higher score, in training and held out; guessing gives 50 %.",
+                percent=True,
+            ),
+            Chart(
+                "Scores of pairs",
+                ("reward_model/margin", "reward_model/chosen_score", "reward_model/rejected_score"),
+                "Mean raw scores of the better and the worse responses, and how far they are apart.",
             ),
         ),
     ),
@@ -225,7 +264,8 @@ def _groups(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, list[tuple
         drawn = []
         for chart in charts:
             target = settings.get(chart.target)
-            svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) else None)
+            # A target of 0 is one that was not set.
+            svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) and target else None)
             if svg is not None:
                 drawn.append((chart, svg))
         if drawn:
@@ -333,6 +373,7 @@ def _rollout(row: Json) -> dict[str, Any]:
         "correct": bool(row.get("correct")),
         "rewards": {k: v for k, v in rewards.items() if _finite(v)} if isinstance(rewards, dict) else {},
         "total": row.get("total") if _finite(row.get("total")) else None,
+        "model_score": row.get("model_score") if _finite(row.get("model_score")) else None,
         "advantage": row.get("advantage") if _finite(row.get("advantage")) else None,
         "claims": [c for c in claims if isinstance(c, list) and len(c) == 3] if isinstance(claims, list) else [],
         "finish": row.get("finish_reason") or "",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, comparison_table, evaluation_path, write_evaluation
 from megatron_r1v2.evaluation.records import write_rollouts
-from megatron_r1v2.generation.engine import Progress
+from megatron_r1v2.training.progress import progress_bar
 from megatron_r1v2.training.session import open_model
 
 
@@ -32,20 +28,13 @@ def run_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult:
     with open_model(recipe) as loaded, loaded.verifiers() as pool:
         prompts = loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts)
         evaluator = loaded.evaluator(loaded.engine(), pool)
-        with _progress_bar(len(prompts) * recipe.evaluation.runs, shown=loaded.context.is_main) as progress:
-            result, records, _ = evaluator.run(prompts, name=name, step=loaded.version, progress=progress)
+        # Of this replica: another one's responses never come here.
+        with progress_bar("evaluate", len(prompts) * recipe.evaluation.runs, shown=loaded.context.is_main) as show:
+            result, records, _ = evaluator.run(
+                prompts, name=name, step=loaded.version, progress=lambda responses, _: show(responses)
+            )
         if loaded.context.is_main:
             write_rollouts(path.with_suffix(".rollouts.jsonl"), records)
             write_evaluation(folder, result)
             Console().print(comparison_table([result]))
     return result
-
-
-@contextmanager
-def _progress_bar(total: int, *, shown: bool) -> Iterator[Progress]:
-    """Show the responses of this replica; another replica's part of them never comes here."""
-    console = Console(stderr=True)
-    columns = (TextColumn("[bold]evaluate"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task("responses", total=total)
-        yield lambda responses, tokens: bar.update(task, completed=responses)

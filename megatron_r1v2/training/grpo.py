@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,18 +13,28 @@ import torch
 
 from megatron_r1v2.config.schema import AlgorithmConfig, RunRecipe
 from megatron_r1v2.evaluation.records import rollout_record
+from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
+from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.grpo import grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
+from megatron_r1v2.training.calibrator import Calibrator
+from megatron_r1v2.training.loaded_reward_model import open_reward_model
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
-from megatron_r1v2.training.selection import Selection, sample_id, select, training_sample
+from megatron_r1v2.training.selection import (
+    Selection,
+    count_effective_groups,
+    sample_id,
+    select,
+    training_sample,
+)
 from megatron_r1v2.training.session import Session, next_distinct, open_session
 from megatron_r1v2.training.validation import Validation
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingBatch, TrainingSample
@@ -31,18 +42,19 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingBatch, T
 SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fraction", "ssb/trained_effective_fraction")
 
 
-def run_grpo(recipe: RunRecipe) -> Path:
+def run_grpo(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
     """Run the stage to its end, from where it stopped when it was interrupted.
 
     Args:
         recipe: the settings.
+        reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
 
     Returns:
         The run's folder.
     """
     with open_session(recipe, stage="grpo", shown=SHOWN) as session, session.verifiers() as pool:
-        stage = GrpoStage(session, pool)
-        validation = Validation(session, session.evaluator(stage.engine, pool))
+        stage = GrpoStage(session, pool, reward_model)
+        validation = Validation(session, session.evaluator(stage.engine, pool), stage.calibrator)
         finished, stopping = session.is_finished, False
         while not finished and not stopping:
             stage.step()
@@ -55,17 +67,25 @@ def run_grpo(recipe: RunRecipe) -> Path:
 
 
 class GrpoStage:
-    """The steps of a run, and what they carry from one to the next: the Selective Sample Buffer."""
+    """The steps of a run, and what they carry from one to the next: the Selective Sample Buffer, the calibrator."""
 
-    def __init__(self, session: Session, pool: VerifierPool | None) -> None:
+    def __init__(self, session: Session, pool: VerifierPool | None, reward_model: RewardModel | None = None) -> None:
         """Set up the stage, its buffer restored when the session was resumed.
 
         Args:
             session: the running stage.
             pool: answer checkers, on the leader of each replica.
+            reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
         self.session = session
         self.pool = pool
+        self.reward_model = open_reward_model(session) if reward_model is None else reward_model
+        self.calibrator = Calibrator(
+            session,
+            name="model_weight",
+            configured=session.recipe.reward.model_weight,
+            bound=session.recipe.hallucination.min_model_weight,
+        )
         self.engine = session.engine()
         self.store = ReplayStore()
         self.buffer: SampleBuffer | None = None
@@ -83,11 +103,7 @@ class GrpoStage:
     def step(self) -> None:
         """Do one step of the paper: rollouts, rewards, advantages and buffer, update."""
         session, timed = self.session, self.session.recorder.timed
-        prompts = next_distinct(session.stream, session.recipe.train.prompts_per_step)
-        with timed("generate"):
-            rollouts = self.generate(prompts)
-        with timed("reward"):
-            scored = self.score(prompts, rollouts)
+        prompts, scored = self.collect()
         selection = self.select(prompts, scored)
         with timed("exchange"):
             samples, sample_prompts = self.bring_samples(selection, prompts, scored)
@@ -97,19 +113,43 @@ class GrpoStage:
             self.update(selection, samples, sample_prompts | {"": prompts[0]})
         self.remember(selection, samples, sample_prompts)
         self.keep_rollouts(selection, prompts, scored)
-        tokens = sum(judged.entry.response_length for judged in selection.judged.values())
-        session.recorder.note({"perf/generated_tokens_per_second": tokens / session.recorder.seconds("generate")})
+        speed = selection.metrics["rollout/tokens"] / session.recorder.seconds("generate")
+        session.recorder.note({"perf/generated_tokens_per_second": speed})
         session.step += 1
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def collect(self) -> tuple[list[Prompt], list[ScoredRollout]]:
+        """Generate and score: once, or with dynamic sampling until enough groups are effective.
+
+        Returns:
+            The prompts of the step, the same on every rank, and this replica's responses.
+        """
+        session, timed = self.session, self.session.recorder.timed
+        wanted, rounds = session.recipe.train.prompts_per_step, session.recipe.algorithm.dynamic_sampling_rounds
+        prompts: list[Prompt] = []
+        scored: list[ScoredRollout] = []
+        counts: Counter[str] = Counter()
+        features = session.feature_cache() if session.policy.features is None else session.policy.features
+        features.clear()
+        for done in range(1, rounds + 1):
+            more = next_distinct(session.stream, wanted, besides=prompts)
+            with timed("generate"):
+                rollouts = self.generate(more, features, round_number=done)
+            with timed("reward"):
+                more_scored, more_counts = self.score(more, rollouts)
+            prompts += more
+            scored += more_scored
+            counts.update(more_counts)
+            if done == rounds or self.effective_groups(prompts, scored) >= wanted:
+                break
+        session.recorder.note({"rollout/rounds": done, **reward_metrics(counts)})
+        return prompts, scored
+
+    def generate(self, prompts: Sequence[Prompt], features: FeatureCache, *, round_number: int) -> list[Rollout]:
         """Sample N responses to each prompt that this replica takes from the shared queue."""
         session = self.session
         settings = session.recipe.generation
-        # An empty cache is falsy, so it is asked for by name.
-        features = session.feature_cache() if session.policy.features is None else session.policy.features
-        features.clear()
         rollouts = self.engine.generate(
-            SharedPromptQueue(prompts, context=session.context, name=f"grpo-{session.step}"),
+            SharedPromptQueue(prompts, context=session.context, name=f"grpo-{session.step}-{round_number}"),
             num_responses=settings.responses_per_prompt,
             policy_version=session.policy.version,
             temperature=settings.temperature,
@@ -119,20 +159,30 @@ class GrpoStage:
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
         return rollouts
 
-    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """Score this replica's rollouts, and note the rewards of all replicas."""
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
+        """Score this replica's rollouts; returns them, and the reward sums of all replicas."""
         session = self.session
+        self.calibrator.note()
         scored, counts = score_in_replica(
             {prompt.key: prompt for prompt in prompts},
             rollouts,
             decode=session.tokenizer.decode,
-            settings=session.recipe.reward,
+            settings=replace(session.recipe.reward, model_weight=self.calibrator.value),
             pool=self.pool,
             context=session.context,
+            max_response_tokens=session.recipe.generation.max_response_tokens,
+            reward_model=self.reward_model,
         )
-        world = objects.all_gather(counts, session.context.groups.dp)
-        session.recorder.note(reward_metrics({name: sum(part[name] for part in world) for name in counts}))
-        return scored
+        total: Counter[str] = Counter()
+        for part in objects.all_gather(counts, session.context.groups.dp):
+            total.update(part)
+        return scored, total
+
+    def effective_groups(self, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> int:
+        """Count the groups of all replicas that can teach something."""
+        session = self.session
+        mine = count_effective_groups(scored, prompts, trains_text=session.trains_text)
+        return sum(objects.all_gather(mine, session.context.groups.dp))
 
     def select(self, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> Selection:
         """Compute advantages over all replicas and top the effective samples up from the buffer."""
@@ -240,7 +290,7 @@ class GrpoStage:
     def save(self, *, finished: bool) -> None:
         """Write a checkpoint."""
         with self.session.recorder.timed("save"):
-            state: dict[str, Any] = {"finished": finished}
+            state: dict[str, Any] = {"finished": finished, **self.calibrator.state_dict()}
             if self.buffer is not None:
                 state |= {"buffer": self.buffer.state_dict()}
             self.session.save(state, self.store.state_dict())

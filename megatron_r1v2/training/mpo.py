@@ -12,6 +12,7 @@ import torch
 from megatron_r1v2.config.schema import LossAggregation, PreferenceConfig, RunRecipe
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.rl.mpo import RewardShift, TermWeights, generation_loss, mpo_loss, split_by_margin
+from megatron_r1v2.training.calibrator import Calibrator
 from megatron_r1v2.training.given_responses import next_trainable, share_out, update
 from megatron_r1v2.training.pairs import SIDES, pair_samples, preference_of
 from megatron_r1v2.training.reference_log_probs import belongs_to, reference_log_probs
@@ -33,7 +34,7 @@ def run_mpo(recipe: RunRecipe) -> Path:
     """
     with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.verifiers() as pool:
         stage = MpoStage(session)
-        validation = Validation(session, session.evaluator(session.engine(), pool))
+        validation = Validation(session, session.evaluator(session.engine(), pool), stage.calibrator)
         finished = session.is_finished
         stopping = not finished and not stage.find_reference()
         while not finished and not stopping:
@@ -47,7 +48,7 @@ def run_mpo(recipe: RunRecipe) -> Path:
 
 
 class MpoStage:
-    """The steps of a run, and what they carry from one to the next: delta."""
+    """The steps of a run, and what they carry from one to the next: delta, and tau when it is calibrated."""
 
     def __init__(self, session: Session) -> None:
         """Set up the stage, delta restored when the session was resumed.
@@ -57,7 +58,12 @@ class MpoStage:
         """
         self.session = session
         self.settings = session.recipe.preference
-        self.min_margin = self.settings.min_margin
+        self.calibrator = Calibrator(
+            session,
+            name="threshold",
+            configured=self.settings.min_margin,
+            bound=session.recipe.hallucination.max_margin,
+        )
         self.delta = RewardShift(**session.loaded_state.get("delta", {}))
         self.about: dict[str, str] = {}
         self.reference: Mapping[str, float] = {}
@@ -97,12 +103,13 @@ class MpoStage:
         prompts = next_trainable(session)
         for prompt in prompts:
             preference_of(session, prompt)
-        kept, below = split_by_margin(prompts, self.min_margin)
+        kept, below = split_by_margin(prompts, self.calibrator.value)
+        self.calibrator.note()
         session.recorder.note(
             {
                 "mpo/pairs_kept": len(kept),
                 "mpo/pairs_below_margin": len(below),
-                "mpo/min_margin": self.min_margin,
+                "mpo/min_margin": self.calibrator.value,
                 "mpo/delta": self.delta.value,
             }
         )
@@ -137,7 +144,8 @@ class MpoStage:
     def save(self, *, finished: bool) -> None:
         """Write a checkpoint."""
         with self.session.recorder.timed("save"):
-            self.session.save({"finished": finished, "delta": asdict(self.delta), "reference": self.about}, {})
+            state = {"finished": finished, "delta": asdict(self.delta), "reference": self.about}
+            self.session.save({**state, **self.calibrator.state_dict()}, {})
 
     def _with_reference(self, batch: TrainingBatch, names: Sequence[str]) -> TrainingBatch:
         if not self.needs_reference:
@@ -159,8 +167,9 @@ class MpoStage:
         if self._passed_over > self._num_pairs:
             raise ValueError(
                 f"none of the {self._num_pairs} pairs of data.train={self.session.recipe.data.train!r} can be trained "
-                f"on: their margins are below preference.min_margin={self.min_margin:g}, or they have no image and "
-                "train.parts lacks language; lower the one or add the other"
+                f"on: their margins are below preference.min_margin={self.calibrator.value:g} (a calibrator raises it "
+                "up to hallucination.max_margin), or they have no image and train.parts lacks language; lower the one "
+                "or add the other"
             )
 
 

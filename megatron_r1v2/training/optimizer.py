@@ -92,6 +92,19 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def unbind(model: R1V2Model) -> None:
+    """Take the optimizer and the process groups out of the model's configuration, at the end of a stage.
+
+    The cycle through them runs over gradient hooks, which Python's collector does not see: a process that runs several
+    stages (a test) would keep every model, and the threads of every gloo group, which never cease to poll.
+
+    Args:
+        model: that `wrap_with_ddp` and `build_optimizer` were given.
+    """
+    model.config.grad_scale_func = None
+    model.config.finalize_model_grads_func = None
+
+
 def current_learning_rate(optimizer: MegatronOptimizer) -> float:
     """Return the learning rate of the next step (0 on a pipeline stage that trains nothing)."""
     return max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)

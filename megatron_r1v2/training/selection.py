@@ -90,7 +90,10 @@ def select(
             )
         ]
     judged = _judge(everything, prompts, group_size, recipe.algorithm.advantage_epsilon, step)
-    eligible = [item.entry for item in judged.values() if trains_text or item.entry.modality == "image"]
+    trainable = [item.entry for item in judged.values() if trains_text or item.entry.modality == "image"]
+    eligible = trainable
+    if recipe.algorithm.dynamic_sampling_rounds > 1:
+        eligible = first_effective_groups(trainable, recipe.train.prompts_per_step)
     plan = compose_batch(
         eligible,
         buffer,
@@ -121,10 +124,41 @@ def select(
             **plan.metrics,
             # Over all that was generated, left-out text-only prompts included.
             "ssb/fresh_effective_fraction": effective / len(judged),
-            "data/text_only_left_out": len(judged) - len(eligible),
+            "data/text_only_left_out": len(judged) - len(trainable),
+            "rollout/responses": len(judged),
+            "rollout/tokens": sum(item.entry.response_length for item in judged.values()),
+            "rollout/responses_filtered": len(trainable) - len(eligible),
             **_length_metrics([item.entry.response_length for item in judged.values()], everything),
         },
     )
+
+
+def count_effective_groups(scored: Sequence[ScoredRollout], prompts: Sequence[Prompt], *, trains_text: bool) -> int:
+    """Count the prompts of this replica that some responses answered right and some wrong.
+
+    Args:
+        scored: this replica's responses, all of a prompt's.
+        prompts: of the step.
+        trains_text: whether a text-only prompt has a gradient; if not, it counts for nothing.
+    """
+    outcomes: dict[str, set[bool]] = {}
+    for response in scored:
+        outcomes.setdefault(response.rollout.prompt_key, set()).add(response.rule_correct)
+    return sum(
+        len(outcomes.get(prompt.key, ())) == 2 for prompt in prompts if trains_text or prompt.modality == "image"
+    )
+
+
+def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[BufferEntry]:
+    """Return the responses of the first `count` effective groups: what dynamic sampling trains on.
+
+    Args:
+        entries: responses in the order of their prompts.
+        count: groups.
+    """
+    keys = dict.fromkeys(entry.prompt_key for entry in entries if entry.effective)
+    kept = set(list(keys)[:count])
+    return [entry for entry in entries if entry.prompt_key in kept]
 
 
 def training_sample(response: ScoredRollout, prompt: Prompt, judged: Judged) -> TrainingSample:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from megatron_r1v2.training.checkpoint import (
     resolve_checkpoint,
 )
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
+from megatron_r1v2.training.optimizer import build_optimizer, unbind, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
 from megatron_r1v2.training.reference import ReferenceWeights
@@ -69,8 +69,12 @@ class LoadedModel:
         """Return the ids that can be drawn: embeddings beyond the tokenizer were never trained."""
         return min(self.tokenizer.vocab_size, self.architecture.language.vocab_size)
 
-    def engine(self) -> RolloutEngine:
-        """Return the rollout engine on the model's own weights."""
+    def engine(self, *, prefix_tokens: int = 0) -> RolloutEngine:
+        """Return the rollout engine on the model's own weights.
+
+        Args:
+            prefix_tokens: the longest beginning of a response that a prompt may end with.
+        """
         generation = self.recipe.generation
         return RolloutEngine(
             self.model,
@@ -78,7 +82,7 @@ class LoadedModel:
             settings=generation,
             stop_ids=frozenset(self.tokenizer.stop_ids(generation.stop_tokens)),
             vocab_size=self.sampled_vocab_size,
-            max_prompt_tokens=self.recipe.data.max_prompt_tokens,
+            max_prompt_tokens=self.recipe.data.max_prompt_tokens + prefix_tokens,
             seed=self.recipe.run.seed,
         )
 
@@ -159,8 +163,8 @@ class Session(LoadedModel):
 
     @property
     def trains_text(self) -> bool:
-        """Return whether a text-only prompt has a gradient: only the language model sees it."""
-        return Part.language in self.parts
+        """Return whether a text-only prompt has a gradient: the language model sees it, and a reward model's head."""
+        return Part.language in self.parts or Part.score in self.parts
 
     def trains(self, prompt: Prompt) -> bool:
         """Return whether a prompt has a gradient."""
@@ -216,25 +220,27 @@ class Session(LoadedModel):
 
 
 @contextmanager
-def open_model(recipe: RunRecipe) -> Iterator[LoadedModel]:
+def open_model(recipe: RunRecipe, *, score_head: bool = False) -> Iterator[LoadedModel]:
     """Start the process groups and load a model; everything ends with the block.
 
     Args:
         recipe: the settings.
+        score_head: a reward model.
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
-        yield load_model(recipe, context)
+        yield load_model(recipe, context, score_head=score_head)
     finally:
         groups.shut_down()
 
 
-def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
+def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool = False) -> LoadedModel:
     """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
 
     Args:
         recipe: the settings.
         context: process groups.
+        score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
     hf_path = Path(recipe.model.hf_path)
     architecture = read_architecture(hf_path)
@@ -245,7 +251,8 @@ def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
-    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
+    score_seed = recipe.run.seed if score_head else None
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, hf_path, context, cast=True)
     changed, version = [], 0
     if recipe.model.checkpoint:
@@ -272,7 +279,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         shown: metrics for the progress display.
     """
     run_dir = Path(recipe.run.output_dir)
-    with open_model(recipe) as loaded:
+    with open_model(recipe, score_head=stage == "reward_model") as loaded:
         model, context = loaded.model, loaded.context
         freeze_all_but(model, recipe.train.parts)
         reference = ReferenceWeights(model) if recipe.algorithm.kl_coefficient > 0 else None
@@ -290,14 +297,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             packed=recipe.train.packing is not Packing.none,
             length_multiple=length_multiple(recipe),
         )
-        stream = PromptStream(
-            recipe.data.train,
-            settings=recipe.data,
-            tokenizer=loaded.tokenizer,
-            tile_size=loaded.architecture.vision.image_size,
-            tokens_per_tile=loaded.architecture.tokens_per_tile,
-            seed=recipe.run.seed,
-        )
+        stream = PromptStream(recipe.data.train, seed=recipe.run.seed, **loaded._reading)
         checkpoints = CheckpointStore(
             run_dir / "checkpoints",
             keep_last=recipe.checkpoint.keep_last,
@@ -312,6 +312,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             )
         state, replay = _resume(newest, policy, stream, checkpoints, recipe)
         with (
+            ExitStack() as at_the_end,
             StopRequest(context.device) as stop_request,
             Recorder(
                 run_dir,
@@ -324,6 +325,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 shown=shown,
             ) as recorder,
         ):
+            at_the_end.callback(unbind, model)
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
             if context.is_main:
@@ -368,23 +370,27 @@ def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:
             )
 
 
-def next_distinct(stream: PromptStream, count: int) -> list[Prompt]:
+def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
     """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
 
     Args:
         stream: endless.
         count: how many.
+        besides: prompts that the step has already.
 
     Raises:
         ValueError: the data set has fewer.
     """
+    taken = {prompt.key for prompt in besides}
     found: dict[str, Prompt] = {}
     for _ in range(20):
         for prompt in stream.next(count - len(found)):
-            found.setdefault(prompt.key, prompt)
+            if prompt.key not in taken:
+                found.setdefault(prompt.key, prompt)
         if len(found) == count:
             return list(found.values())
+    further = f" beside the {len(taken)} of earlier rounds (algorithm.dynamic_sampling_rounds)" if taken else ""
     raise ValueError(
-        f"data.train has only {len(found)} distinct prompts but train.prompts_per_step={count}; "
+        f"data.train has only {len(found)} distinct prompts{further} but train.prompts_per_step={count}; "
         "lower train.prompts_per_step or give more data"
     )

@@ -14,7 +14,7 @@ from megatron_r1v2.data.prepare import read_samples
 from megatron_r1v2.rewards.claims import find_claims, judge_claims
 from megatron_r1v2.rewards.format import format_score
 
-COUNTS = {"align": 24, "grpo": 24, "validation": 24, "heldout": 24, "text": 8}
+COUNTS = {"align": 24, "prefer": 24, "grpo": 24, "validation": 24, "heldout": 24, "text": 8}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_handwriting_of_heldout_and_validation_is_in_no_other_set(data):
         name: {int(index) for row in rows_of(data, name) for index in row["source"].split()[1:]}
         for name in make_data.HANDWRITING
     }
-    training = used["align"] | used["grpo"]
+    training = used["align"] | used["prefer"] | used["grpo"]
     assert not used["heldout"] & (training | used["validation"])
     assert not used["validation"] & training
 

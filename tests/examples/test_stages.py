@@ -71,6 +71,20 @@ def test_stages_side_by_side_share_the_threads(tmp_path, runner):
     assert [logs[name].split("\n")[0] for name in logs] == ["threads 1", "threads 1", "threads 2"]
 
 
+def test_chains_keep_their_order_and_no_more_run_at_once_than_asked(tmp_path, runner):
+    log = tmp_path / "order"
+
+    def writing(name: str) -> Stage:
+        statement = f"open({str(log)!r}, 'a').write({name + ' '!r})"
+        return Stage(name, "", ("timeit", "-n", "1", "-r", "1", statement))
+
+    runner.run_chains([[writing("a1"), writing("a2")], [writing("b1"), writing("b2")]], at_once=1)
+    assert log.read_text().split() == ["a1", "a2", "b1", "b2"]
+    log.unlink()
+    runner.run_chains([[writing("a1"), writing("a2"), writing("a3")]], at_once=2)
+    assert log.read_text().split() == ["a3"], "what is done is not done again"
+
+
 def test_a_stage_of_several_processes_is_started_by_torchrun():
     one = Stage("grpo", "", ("megatron_r1v2.grpo", "recipe.yaml"))
     two = Stage("grpo", "", one.command, processes=2)

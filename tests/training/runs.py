@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -26,9 +25,11 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.grpo import run_grpo
 from megatron_r1v2.training.mpo import run_mpo
+from megatron_r1v2.training.reward_model import run_reward_model
+from tests.ranks import forked_context
 from tests.training.tiny_run import tiny_recipe
 
-_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo}
+_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo, "reward_model": run_reward_model}
 
 
 def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
@@ -47,8 +48,11 @@ def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> Run
 
 
 def run_stage(recipe: RunRecipe, stage: str = "grpo") -> Path:
-    """Run a stage in this process."""
-    return _STAGES[stage](recipe)
+    """Run a stage in this process, and leave no gloo threads behind: they poll for ever."""
+    try:
+        return _STAGES[stage](recipe)
+    finally:
+        gc.collect()
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -113,7 +117,7 @@ class Ranks:
         Args:
             recipe: the settings.
             world_size: processes.
-            stage: "grpo", "align" or "mpo".
+            stage: "grpo", "align", "mpo" or "reward_model".
         """
         output = Path(recipe.run.output_dir)
         output.mkdir(parents=True, exist_ok=True)
@@ -121,8 +125,7 @@ class Ranks:
         save_recipe(recipe, file)
         self.log = output.with_name(output.name + ".log")
         self.log.write_text("")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.training.runs"])
+        context = forked_context()
         port = free_port()
         self.processes = [
             context.Process(target=_rank_main, args=(rank, world_size, port, str(file), stage, str(self.log)))

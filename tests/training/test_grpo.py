@@ -134,6 +134,21 @@ def test_without_a_buffer_nothing_is_replayed(run: Run) -> None:
     assert "buffer" not in end(folder)["state.pt"]
 
 
+def test_dynamic_sampling_generates_until_enough_groups_are_effective(run: Run) -> None:
+    settings = ("train.steps=2", "train.prompts_per_step=4", "buffer.enabled=false", "train.parts=[language]")
+    plain = read_metrics(run(*settings, name="plain"))
+    lines = read_metrics(run(*settings, "algorithm.dynamic_sampling_rounds=3", name="dynamic"))
+    assert [line["rollout/responses"] for line in plain] == [16, 16]
+    assert {line["rollout/rounds"] for line in plain} == {1}
+    assert all(line["rollout/responses"] == 16 * line["rollout/rounds"] for line in lines)
+    assert any(line["rollout/rounds"] > 1 for line in lines)
+    for line in lines:
+        assert line["ssb/trained_effective_fraction"] == 1.0
+        assert line["rollout/responses_filtered"] >= 16 * (line["rollout/rounds"] - 1)
+        effective = line["ssb/fresh_effective_fraction"] * line["rollout/responses"]
+        assert line["rollout/rounds"] == 3 or effective >= 16
+
+
 def test_text_only_prompts_train_with_the_language_model_only(run: Run) -> None:
     adapter = run("train.steps=3", "train.prompts_per_step=12", name="adapter")
     language = run("train.steps=3", "train.prompts_per_step=12", "train.parts=[language]", name="language")
@@ -162,6 +177,22 @@ def test_shuffled_rewards_teach_the_wrong_responses(run: Run) -> None:
     rewarded = {line["correct"] for line in shuffled if line["advantage"] > 0}
     assert False in rewarded
     assert sum(line["correct"] for line in plain) == sum(line["correct"] for line in shuffled)
+
+
+def test_every_rule_of_the_hybrid_reward_is_weighed_logged_and_shown(run: Run) -> None:
+    rules = {"answer": 1.0, "format": 0.2, "consistency": 0.1, "steps": 0.1, "repetition": 0.1, "overlong": 0.1}
+    weights = [f"reward.{name}_weight={weight}" for name, weight in rules.items()]
+    folder = run("train.steps=1", "logging.sample_rollouts=100", "reward.overlong_buffer_tokens=2", *weights)
+    [line] = read_metrics(folder)
+    assert {f"reward/{name}/mean" for name in rules} == {name for name in line if name.startswith("reward/")}
+    rollouts = read_rollouts(folder)
+    assert {name for rollout in rollouts for name in rollout["rewards"]} == rules.keys()
+    for rollout in rollouts:
+        parts = rollout["rewards"]
+        weighted = sum(rules[name] * value for name, value in parts.items())
+        scale = sum(rules.values()) / sum(rules[name] for name in parts)
+        assert rollout["total"] == pytest.approx(weighted * scale)
+        assert 0 <= rollout["total"] <= 1.6 + 1e-9
 
 
 def test_microbatches_and_recomputation_do_not_change_the_gradient(run: Run, one_step: Path) -> None:

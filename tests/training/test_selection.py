@@ -22,7 +22,7 @@ from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
-from megatron_r1v2.training.selection import sample_id, select, training_sample
+from megatron_r1v2.training.selection import count_effective_groups, sample_id, select, training_sample
 from tests.ranks import run_ranks
 from tests.training.scripted import GROUP, make_prompt, same_prompt, step_prompts, step_responses
 
@@ -208,6 +208,18 @@ def test_advantages_and_effectiveness_by_hand(context):
     assert (sample.sample_index, sample.policy_version, sample.group_effective) == (1, 0, True)
 
 
+def test_a_group_that_differs_in_other_parts_alone_is_not_effective(context):
+    prompt = make_prompt("p", tiles=1)
+    responses = [
+        replace(response, total=total, rule_correct=True)
+        for response, total in zip(step_responses([prompt], 0), (1.2, 1.4, 1.1, 1.3), strict=True)
+    ]
+    selection = select(recipe(), None, [prompt], responses, step=4, trains_text=True, context=context)
+    assert all(item.advantage != 0 for item in selection.judged.values())
+    assert not any(item.entry.effective for item in selection.judged.values())
+    assert selection.metrics["ssb/fresh_effective_fraction"] == 0
+
+
 def test_text_only_responses_are_left_out_and_counted_when_text_has_no_gradient(context):
     prompts = step_prompts(0)
     responses = step_responses(prompts, 0)
@@ -280,3 +292,24 @@ def test_length_metrics(context):
     assert metrics["response_length/mean"] == pytest.approx(sum(lengths) / len(lengths))
     assert metrics["response_length/max"] == 9
     assert metrics["response_length/clip_ratio"] == lengths.count(9) / len(lengths) > 0
+
+
+def test_dynamic_sampling_trains_on_the_first_effective_groups_alone(context) -> None:
+    prompts = step_prompts(0) + step_prompts(1)
+    scored = step_responses(prompts[:6], 0) + step_responses(prompts[6:], 1)
+    by_key: dict[str, set[bool]] = {}
+    for response in scored:
+        by_key.setdefault(response.rollout.prompt_key, set()).add(response.rule_correct)
+    effective = [prompt.key for prompt in prompts if len(by_key[prompt.key]) == 2]
+    assert len(effective) > 3
+    assert count_effective_groups(scored, prompts, trains_text=True) == len(effective)
+    with_image = [prompt.key for prompt in prompts if prompt.modality == "image" and prompt.key in effective]
+    assert count_effective_groups(scored, prompts, trains_text=False) == len(with_image) < len(effective)
+    settings = recipe(algorithm=AlgorithmConfig(dynamic_sampling_rounds=2), train=TrainConfig(prompts_per_step=3))
+    selection = select(settings, None, prompts, scored, step=0, trains_text=True, context=context)
+    assert {name.split("/")[0] for name in selection.plan.fresh} == set(effective[:3])
+    assert selection.denominator == 3 * GROUP
+    assert selection.metrics["ssb/trained_effective_fraction"] == 1.0
+    assert selection.metrics["ssb/fresh_effective_fraction"] == len(effective) / len(prompts)
+    assert selection.metrics["rollout/responses"] == len(scored)
+    assert selection.metrics["rollout/responses_filtered"] == len(scored) - 3 * GROUP

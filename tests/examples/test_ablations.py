@@ -1,0 +1,62 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from examples.digits import ablation_tables, ablations
+from megatron_r1v2.config.load import load_recipe
+
+ROOT = Path("runs/digits-ablations")
+
+
+def every_chain() -> list[list]:
+    seeds = (1, 2)
+    chains = [ablations.start_chain(ROOT, seed) for seed in seeds]
+    return chains + [chain for seed in seeds for chain in ablations.chains(ROOT, seed, ablation_tables.TABLES, ())]
+
+
+def test_every_run_has_its_own_name_and_folder_and_settings_that_exist():
+    names, folders = [], []
+    for chain in every_chain():
+        for stage in chain:
+            names.append(stage.name)
+            module, *arguments = stage.command
+            assert importlib.util.find_spec(module), module
+            (recipe,) = (argument for argument in arguments if argument.endswith(".yaml"))
+            settings = load_recipe(recipe, [argument for argument in arguments if "=" in argument])
+            if not module.endswith(("evaluate", "prefer")):
+                folders.append(settings.run.output_dir)
+    assert len(set(names)) == len(names)
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("arm", ablations.ARMS, ids=lambda arm: arm.name)
+def test_an_arm_differs_from_the_first_of_its_stage_in_its_own_settings_alone(arm):
+    first = next(other for other in ablations.ARMS if other.stage == arm.stage)
+    commands = [set(ablations.arm_chain(ROOT, 1, each, ())[0].command) for each in (first, arm)]
+    own = {*arm.settings, f"run.output_dir={ROOT}/seed-1/{arm.name}"}
+    if arm.start != ablations.START:
+        own.add(f"model.checkpoint={ROOT}/seed-1/{arm.start}")
+    assert commands[1] - commands[0] <= own <= commands[1]
+
+
+def test_an_arm_that_starts_from_another_follows_it():
+    chains = ablations.chains(ROOT, 1, ["stages"], ())
+    names = [[stage.name.removeprefix("seed-1-") for stage in chain] for chain in chains]
+    assert ["mpo-mpo", "mpo-evaluate-heldout", "mpo-grpo-grpo", "mpo-grpo-evaluate-heldout"] in names
+    assert ["ssb-grpo", "ssb-evaluate-heldout"] in names
+    assert not any("plain" in name for chain in names for name in chain)
+
+
+def test_arms_belong_to_tables_that_exist():
+    assert {table for arm in ablations.ARMS for table in arm.tables} <= set(ablation_tables.TABLES)
+    assert len({arm.label for arm in ablations.ARMS}) == len(ablations.ARMS)
+
+
+def test_only_finished_runs_are_in_a_table(tmp_path):
+    done = ablations.seed_folder(tmp_path, 1) / "ssb"
+    done.mkdir(parents=True)
+    (done / "evaluation-heldout.json").write_text("{}")
+    found = ablations.arm_folders(tmp_path, (1, 2), "rollouts")
+    assert {label: len(folders) for label, folders in found.items() if folders} == {"GRPO with SSB (adapter only)": 1}
+    assert "adapter and vision tower" not in found
