@@ -124,7 +124,18 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             "model.layers=te needs TransformerEngine, which is not installed; "
             "set model.layers=local, or run in a container that has it (see Dockerfile)"
         )
+    if recipe.generation.cuda_graphs:
+        _check_cuda_graphs()
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
+
+
+def _check_cuda_graphs() -> None:
+    from torch import cuda  # takes seconds, and the planner reads recipes without it
+
+    if not cuda.is_available():
+        raise ValueError(
+            "generation.cuda_graphs=true needs a CUDA device and there is none; set generation.cuda_graphs=false"
+        )
 
 
 def check_grpo(recipe: RunRecipe) -> None:
@@ -237,6 +248,12 @@ def _check_fp8(recipe: RunRecipe) -> None:
             f"model.fp8_weights=true with model.fp8={model.fp8.value} and train.parts="
             f"{[part.value for part in recipe.train.parts]}: it keeps a frozen language model in 8 bits; set "
             "model.fp8, take language out of train.parts, or set model.fp8_weights=false"
+        )
+    if recipe.generation.cuda_graphs and model.fp8 is Fp8.blockwise and recipe.parallel.sequence:
+        raise ValueError(
+            "generation.cuda_graphs=true with model.fp8=blockwise and parallel.sequence=true: each rank needs blocks of "
+            "128 tokens, more than megatron-core's graphs are cut to; set model.fp8=tensorwise or "
+            "generation.cuda_graphs=false"
         )
 
 
