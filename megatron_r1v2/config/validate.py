@@ -199,19 +199,28 @@ def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
     missing = [key for key in _LANGUAGE_SIZES if key not in text]
     if missing:
         raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {', '.join(missing)}")
-    heads = int(text["num_attention_heads"])
+    heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    kv_heads, ffn = int(text.get("num_key_value_heads") or heads), int(text["intermediate_size"])
     check_layout(
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,
         first_stage_layers=recipe.parallel.first_stage_layers,
         heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        hidden=int(text["hidden_size"]),
-        ffn=int(text["intermediate_size"]),
+        kv_heads=kv_heads,
+        hidden=hidden,
+        ffn=ffn,
         layers=int(text["num_hidden_layers"]),
     )
-    if recipe.model.fp8 is not Fp8.none:
-        check_fp8_shapes(recipe, text)
+    check_fp8_shapes(
+        fp8=recipe.model.fp8,
+        tensor=recipe.parallel.tensor,
+        sequence=recipe.parallel.sequence,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=int(text.get("head_dim") or hidden // heads),
+        hidden=hidden,
+        ffn=ffn,
+    )
     positions = int(text["max_position_embeddings"])
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     if longest > positions:

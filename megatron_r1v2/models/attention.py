@@ -95,8 +95,11 @@ class SDPACoreAttention(MegatronModule):
         )
 
 
-class LocalSelfAttention(SelfAttention):
-    """megatron-core's SelfAttention, whose paged inference attention runs without flash-attn too."""
+class PagedSelfAttention(SelfAttention):
+    """megatron-core's SelfAttention, whose paged inference attention runs without flash-attn too.
+
+    flash-attn is used where it is installed, without a setting.
+    """
 
     def forward(
         self, *args: Any, inference_context: BaseInferenceContext | None = None, **kwargs: Any
