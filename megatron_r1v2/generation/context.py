@@ -59,7 +59,7 @@ def make_context(
         ValueError: `generation.kv_cache_gib` does not hold one sequence.
     """
     config = model.config
-    flash = is_flash_attention_usable()
+    flash = is_flash_attention_usable(config.params_dtype)
     block_tokens = _BLOCK_TOKENS_FLASH if flash else _BLOCK_TOKENS_TORCH
     layers = len(model.language.decoder.layers)
     kv_heads = max(config.num_query_groups, parallel.tensor_size)

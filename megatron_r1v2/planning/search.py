@@ -33,7 +33,9 @@ class Candidate:
         layout = self.layout
         first = f", {layout.first_stage_layers} layers on the first stage" if layout.first_stage_layers else ""
         numbers = "" if self.fp8 is Fp8.none else f", FP8 {self.fp8.value}"
-        return f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {self.recompute.value}{numbers}{first}"
+        return (
+            f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {self.recompute.value}{numbers}{first}"
+        )
 
     @property
     def settings(self) -> tuple[str, ...]:

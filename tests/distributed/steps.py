@@ -122,7 +122,8 @@ def logits_of(model: Any, sample: TrainingSample, prompt: Prompt) -> torch.Tenso
     hidden = model.get_input_embeddings()(ids)
     if prompt.tiles_TCHW.shape[0]:
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        features = model.model.get_image_features(pixel_values=(prompt.tiles_TCHW / 255 - mean) / std).pooler_output
+        pixels = ((prompt.tiles_TCHW / 255 - mean) / std).to(hidden.dtype)
+        features = model.model.get_image_features(pixel_values=pixels).pooler_output
         is_image = ids == model.config.image_token_id
         is_image[:, sample.prompt_length :] = False
         hidden = hidden.masked_scatter(is_image.unsqueeze(-1), features.reshape(-1, hidden.shape[-1]))
@@ -132,7 +133,7 @@ def logits_of(model: Any, sample: TrainingSample, prompt: Prompt) -> torch.Tenso
 
 def response_log_probs(logits_SV: torch.Tensor, sample: TrainingSample) -> torch.Tensor:
     labels = torch.tensor(sample.token_ids[sample.prompt_length :])
-    tempered = logits_SV[sample.prompt_length - 1 :, :VOCABULARY] / TEMPERATURE
+    tempered = logits_SV[sample.prompt_length - 1 :, :VOCABULARY].float() / TEMPERATURE
     return log_softmax(tempered, -1).gather(1, labels[:, None])[:, 0]
 
 
@@ -141,20 +142,28 @@ def make_material(model: Any) -> Material:
     prompts = make_prompts(model.config.image_token_id, model.config.image_seq_length)
     samples = make_samples(prompts, model.config.image_token_id)
     noise = torch.Generator().manual_seed(7)
+    for name, sample in samples.items():
+        with torch.no_grad():
+            values = response_log_probs(logits_of(model, sample, prompts[sample.prompt_key]), sample)
+        old = values + 0.2 * torch.randn(values.shape, generator=noise)
+        samples[name] = replace(sample, old_log_probs=tuple(old.tolist()))
+    return step_of_transformers(model, prompts, samples)
+
+
+def step_of_transformers(model: Any, prompts: dict[str, Prompt], samples: dict[str, TrainingSample]) -> Material:
+    """Compute log-probs, logits, loss and gradients of given samples in the dtype of the model."""
     model.zero_grad()
     log_probs, logits, losses = {}, {}, []
     for name, sample in samples.items():
         row = logits_of(model, sample, prompts[sample.prompt_key])
         values = response_log_probs(row, sample)
-        old = values.detach() + 0.2 * torch.randn(values.shape, generator=noise)
-        ratio = (values - old).exp()
+        ratio = (values - torch.tensor(sample.old_log_probs)).exp()
         objective = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * sample.advantage)
         losses.append(-objective.mean() / (len(samples) + LEFT_OUT))
         log_probs[name], logits[name] = values.detach(), row.detach()
-        samples[name] = replace(sample, old_log_probs=tuple(old.tolist()))
     loss = torch.stack(losses).sum()
     loss.backward()
-    gradients = {canonical_hf_name(name): weight.grad.clone() for name, weight in model.named_parameters()}
+    gradients = {canonical_hf_name(name): weight.grad.float().clone() for name, weight in model.named_parameters()}
     return Material(prompts, samples, log_probs, logits, loss.item(), gradients)
 
 
@@ -167,11 +176,12 @@ def run_step(
     parts: Sequence[str] = ALL_PARTS,
     recompute: Recompute = Recompute.none,
     packed: bool = False,
+    compute: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Set up a layout, after another one if need be, and take one step there."""
+    """Set up a layout, after another one if need be, and take one step there; `compute` changes ComputeSettings."""
     parallel_state.destroy_model_parallel()
     context = groups.initialize(parallel, seed=1)
-    policy = make_policy(folder, parallel, context, parts, recompute)
+    policy = make_policy(folder, parallel, context, parts, recompute, **(compute or {}))
     policy.packed = packed
     batches = [
         collate_microbatch(material, names, policy.model, context)
@@ -192,7 +202,12 @@ def run_step(
 
 
 def make_policy(
-    folder: str, parallel: ParallelConfig, context: ParallelContext, parts: Sequence[str], recompute: Recompute
+    folder: str,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    parts: Sequence[str],
+    recompute: Recompute,
+    **compute: Any,
 ) -> Policy:
     """Load the model and wrap it as the stages do; no clipping, which would scale the gradients."""
     architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
@@ -202,9 +217,10 @@ def make_policy(
         sequence=parallel.sequence,
         first_stage_layers=parallel.first_stage_layers,
         recompute=recompute,
+        **compute,
     )
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
-    load_hf_weights(model, folder, context)
+    load_hf_weights(model, folder, context, cast=True)
     freeze_all_but(model, [Part(part) for part in parts])
     ddp = wrap_with_ddp(model, context)
     optimizer, scheduler = build_optimizer(ddp, TrainConfig(clip_grad=0.0, learning_rate=1e-3, steps=2))

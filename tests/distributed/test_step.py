@@ -1,4 +1,22 @@
-"""One GRPO step on every layout gives the loss and the gradients of transformers' autograd, and of one rank."""
+"""One GRPO step on every layout gives the loss and the gradients of transformers' autograd, and of one rank.
+
+What others' multimodal models on megatron-core get wrong, in the order of what was read about them, and the cases that
+see it (each was broken on purpose once):
+
+1. The statistic of QK norm is gathered over tensor-parallel ranks without a gradient. "6b TP2", "6b SP2", "6b TP4".
+2. Heads that pad 5 (or 25) to divide are counted in the statistic, move, or reach an export: the same cases, whose
+   `largest_padding` must stay 0, and tests/models/test_hf_weights.py.
+3. Embeddings are scattered to sequence parallelism by a reduce-scatter over the ranks, which divides the gradients of
+   everything before by their number, or not after the images are in: every "SP" case, all parts trained.
+4. Weights named q_layernorm or k_layernorm are summed over ranks that hold different heads. "6b TP2" has sharded norms
+   under other names; norms of each head, which must be summed: tests/models/test_llama.py, qwen3 at TP2 and SP2.
+5. A microbatch or a rank without images, or without samples, hangs or asserts: "DP2" with UNEQUAL and EMPTY.
+6. Key-value groups fewer than ranks, vocabularies that do not divide, tied embeddings on two stages, a first stage with
+   fewer layers: "6b TP4", "6b PP2", "tied PP2", and HF round trips in tests/models/.
+7. A loss divided by microbatches and then by ranks is a mean of means: UNEQUAL against TOGETHER and ALONE.
+8. Norms that do not know sequence parallelism keep a part of their gradient: every "SP" case, norms of the LLM.
+9. A stage that trains nothing cannot save, and optimizer state loads without its moments: test_parts.py.
+"""
 
 from __future__ import annotations
 
