@@ -260,8 +260,8 @@ def _check_fp8(recipe: RunRecipe) -> None:
         )
     if recipe.generation.cuda_graphs and model.fp8 is Fp8.blockwise and recipe.parallel.sequence:
         raise ValueError(
-            "generation.cuda_graphs=true with model.fp8=blockwise and parallel.sequence=true: each rank needs blocks of "
-            "128 tokens, more than megatron-core's graphs are cut to; set model.fp8=tensorwise or "
+            "generation.cuda_graphs=true with model.fp8=blockwise and parallel.sequence=true: each rank needs blocks "
+            "of 128 tokens, more than megatron-core's graphs are cut to; set model.fp8=tensorwise or "
             "generation.cuda_graphs=false"
         )
 

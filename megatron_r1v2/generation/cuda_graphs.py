@@ -37,8 +37,9 @@ def check_cuda_graphs(parallel: ParallelContext) -> None:
     backend = dist.get_backend(parallel.groups.tp)
     if parallel.tensor_size > 1 and backend != "nccl":
         raise ValueError(
-            f"generation.cuda_graphs=true with parallel.tensor={parallel.tensor_size} needs NCCL, whose collectives can "
-            f"be captured, but the ranks talk over {backend}; give each rank a GPU or set generation.cuda_graphs=false"
+            f"generation.cuda_graphs=true with parallel.tensor={parallel.tensor_size} needs NCCL, whose collectives "
+            f"can be captured, but the ranks talk over {backend}; give each rank a GPU, or set "
+            "generation.cuda_graphs=false"
         )
 
 

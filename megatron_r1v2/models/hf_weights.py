@@ -66,8 +66,8 @@ def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tu
     """
     if model.config.fp8_param:
         raise ValueError(
-            "model.fp8_weights=true keeps the language model's weights rounded to 8 bits, which would be written; export "
-            "with model.fp8_weights=false"
+            "model.fp8_weights=true keeps the language model's weights rounded to 8 bits, which would be written; "
+            "export with model.fp8_weights=false"
         )
     local = _by_global_name(model)
     owners = _owners(local, context)

@@ -173,7 +173,7 @@ def _notes(recipe: RunRecipe) -> tuple[str, ...]:
         notes.append("model.layers=te: activations are those of the local layers, TransformerEngine keeps less")
     if recipe.model.fp8 is not Fp8.none:
         notes.append(
-            f"model.fp8={recipe.model.fp8.value}: on Hopper each 8-bit weight has a transposed copy for the backward pass, so "
-            "it takes as much memory as in bf16 (and comes on top of bf16 weights without model.fp8_weights)"
+            f"model.fp8={recipe.model.fp8.value}: on Hopper each 8-bit weight has a transposed copy for backward "
+            "passes, so it takes as much memory as in bf16 (and comes on top of bf16 weights without model.fp8_weights)"
         )
     return tuple(notes)

@@ -132,7 +132,8 @@ def step_time(
     """
     if work.fp8 is not Fp8.none and not hardware.fp8_flops:
         raise ValueError(
-            f"model.fp8={work.fp8.value}, but {hardware.name} has no FP8 products; set model.fp8=none or name another --gpu"
+            f"model.fp8={work.fp8.value}, but {hardware.name} has no FP8 products; set model.fp8=none or "
+            "name another --gpu"
         )
     rows = work.responses_per_step / layout.data
     prompts = work.prompts_per_step / layout.data

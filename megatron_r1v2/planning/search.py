@@ -182,8 +182,8 @@ def _why(best: Candidate, ranked: list[Candidate], candidates: list[Candidate], 
     if best.fp8 is not Fp8.none and (in_bf16 := [other for other in ranked if other.fp8 is Fp8.none]):
         slower = in_bf16[0].time.total / time.total - 1
         sentences.append(
-            f"FP8 needs TransformerEngine and rounds more: watch rollout_corr/*. In bf16 the best is {in_bf16[0].name}, "
-            f"{slower:.0%} slower."
+            f"FP8 needs TransformerEngine and rounds more: watch rollout_corr/*. In bf16 the best is "
+            f"{in_bf16[0].name}, {slower:.0%} slower."
         )
     others = [candidate for candidate in ranked if _grid(candidate) != _grid(best)]
     if others:

@@ -166,7 +166,7 @@ def test_overlapped_parameter_gather_needs_a_sync_before_generation(found):
 
 @pytest.mark.parametrize(("name", "fp8"), FP8_STEPS, ids=lambda value: getattr(value, "value", value))
 def test_steps_of_any_batch_have_the_lengths_that_fp8_needs(found, name, fp8):
-    """So no linear is wrapped for inference; megatron-core zeroes the padding on every stage, and it changes nothing."""
+    """So no linear is wrapped for inference; megatron-core zeroes the padding on every stage, which changes nothing."""
     one, two = found
     for rank in two:
         result = rank[f"{name}, {fp8.value}"]

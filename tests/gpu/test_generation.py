@@ -1,4 +1,4 @@
-"""Rollouts on the GPU: greedy is the full forward's choice, log-probs are the training forward's, graphs change nothing."""
+"""Rollouts on the GPU: greedy is the full forward's choice, log-probs are the training's, graphs change nothing."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def test_fp8_is_faster_and_costs_memory_beside_bf16_weights():
     assert rounded.time.update < bf16.time.update
     assert rounded.time.vision == bf16.time.vision
     assert rounded.memory.peak.total == bf16.memory.peak.total
-    # 62 of 64 layers, by hand: 5120 x (2 x 5120 + 2 x 1024 + 3 x 27648) weights over 8 ranks, 8 bits and their transpose.
+    # 62 of 64 layers, by hand: 5120 x (2 x 5120 + 2 x 1024 + 3 x 27648) weights over 8 ranks, in 8 bits and transposed.
     copies = 62 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 27648) // 8 * 2
     assert beside.memory.peak.buffers - bf16.memory.peak.buffers == copies
     # A token of one response: 62/64 of the layers' weights are read in half the bytes.
