@@ -163,7 +163,8 @@ class GenerationConfig:
     """Image features kept for a step; what does not fit is computed again."""
     cuda_graphs: bool = False
     """Replay captured graphs in steps that only decode, instead of launching their kernels one by one; needs CUDA, and
-    NCCL where tensor > 1. Captured anew in each generation phase, so no graph outlives an update."""
+    NCCL where tensor > 1; without flash-attn a graph attends over the longest sequence there may be. Captured anew in
+    each generation phase, so no graph outlives an update."""
 
 
 @dataclass

@@ -258,10 +258,10 @@ def _check_fp8(recipe: RunRecipe) -> None:
             f"{[part.value for part in recipe.train.parts]}: it keeps a frozen language model in 8 bits; set "
             "model.fp8, take language out of train.parts, or set model.fp8_weights=false"
         )
-    if recipe.generation.cuda_graphs and model.fp8 is Fp8.blockwise and recipe.parallel.sequence:
+    if recipe.generation.cuda_graphs and model.fp8 is Fp8.blockwise:
         raise ValueError(
-            "generation.cuda_graphs=true with model.fp8=blockwise and parallel.sequence=true: each rank needs blocks "
-            "of 128 tokens, more than megatron-core's graphs are cut to; set model.fp8=tensorwise or "
+            "generation.cuda_graphs=true with model.fp8=blockwise: each rank needs blocks of 128 tokens, more than the "
+            "64 requests that megatron-core's graphs are cut to; set model.fp8=tensorwise or "
             "generation.cuda_graphs=false"
         )
 

@@ -20,11 +20,11 @@ FP8 = TE | {"fp8": Fp8.tensorwise}
 FP32 = 1e-4
 LAYOUTS = {
     "one rank": ({}, TOGETHER),
-    # Ranks that share the GPU talk over gloo, since NCCL refuses two on one device. gloo sends between two ranks from
-    # the CPU's memory only, so pipelines need a GPU for each stage.
+    # NCCL refuses two ranks on one device: those that share the GPU talk through the host (parallel/host_staged.py).
     "TP2": ({"tensor": 2}, ALONE),
     "SP2": ({"tensor": 2, "sequence": True}, TOGETHER),
     "DP2": ({}, UNEQUAL),
+    "PP2": ({"pipeline": 2}, TOGETHER),
 }
 needs_te = pytest.mark.skipif(not HAS_TE, reason="TransformerEngine is not installed")
 
