@@ -75,7 +75,7 @@ def check_world_size(settings: ParallelConfig, world_size: int) -> None:
 
 
 def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
-    """Start the process groups of this process: NCCL where each rank has a GPU, gloo on CPUs, between both for shared GPUs.
+    """Start the process groups of this process: over NCCL where each rank has a GPU of its own, else over gloo.
 
     Args:
         settings: the layout.

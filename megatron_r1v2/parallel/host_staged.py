@@ -56,8 +56,9 @@ class _Transfer(Work):
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         """Wait, then copy from the host."""
         self._work.wait()
-        for target, staged in self._results:
-            target.copy_(staged)
+        with torch.no_grad():  # what a pipeline stage receives is a leaf that requires a gradient
+            for target, staged in self._results:
+                target.copy_(staged)
         self._results = []
         return True
 
@@ -88,7 +89,7 @@ class HostStagedGroup(dist.ProcessGroup):
         """Wait for all ranks; without the options, which name a device."""
         return self._on_host.barrier()
 
-    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
+    def getBackendName(self) -> str:
         """Return the backend's name."""
         return NAME
 
