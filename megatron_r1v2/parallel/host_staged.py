@@ -79,7 +79,7 @@ class HostStagedGroup(dist.ProcessGroup):
             size: ranks of this group.
             timeout: of a collective.
         """
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self._on_host = dist.ProcessGroup(store, rank, size)
         self._on_host._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
