@@ -94,6 +94,7 @@ def steps(tmp_path_factory) -> tuple[Material, list[dict[str, Outcome]]]:
     return material, run_ranks(2, take_steps, str(folder), material)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_step_has_the_gradients_of_transformers(name, steps):
     material, ranks = steps
