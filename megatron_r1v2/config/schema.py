@@ -113,6 +113,10 @@ class GenerationConfig:
     """Tokens one engine step may process: longer prefills are cut into chunks."""
     feature_cache_gib: float = 16.0
     """Image features kept for a step; what does not fit is computed again."""
+    cuda_graphs: bool = False
+    """Replay captured graphs in steps that only decode, instead of launching their kernels one by one; needs CUDA, and
+    NCCL where tensor > 1; without flash-attn a graph attends over the longest sequence there may be. Captured anew in
+    each generation phase, so no graph outlives an update."""
 
 
 @dataclass

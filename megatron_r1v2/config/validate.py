@@ -171,7 +171,18 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             "model.layers=te needs TransformerEngine, which is not installed; "
             "set model.layers=local, or run in a container that has it (see Dockerfile)"
         )
+    if recipe.generation.cuda_graphs:
+        _check_cuda_graphs()
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
+
+
+def _check_cuda_graphs() -> None:
+    from torch import cuda  # takes seconds, and the planner reads recipes without it
+
+    if not cuda.is_available():
+        raise ValueError(
+            "generation.cuda_graphs=true needs a CUDA device and there is none; set generation.cuda_graphs=false"
+        )
 
 
 def check_grpo(recipe: RunRecipe) -> None:
@@ -250,19 +261,28 @@ def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
     missing = [key for key in _LANGUAGE_SIZES if key not in text]
     if missing:
         raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {', '.join(missing)}")
-    heads = int(text["num_attention_heads"])
+    heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    kv_heads, ffn = int(text.get("num_key_value_heads") or heads), int(text["intermediate_size"])
     check_layout(
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,
         first_stage_layers=recipe.parallel.first_stage_layers,
         heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        hidden=int(text["hidden_size"]),
-        ffn=int(text["intermediate_size"]),
+        kv_heads=kv_heads,
+        hidden=hidden,
+        ffn=ffn,
         layers=int(text["num_hidden_layers"]),
     )
-    if recipe.model.fp8 is not Fp8.none:
-        check_fp8_shapes(recipe, text)
+    check_fp8_shapes(
+        fp8=recipe.model.fp8,
+        tensor=recipe.parallel.tensor,
+        sequence=recipe.parallel.sequence,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=int(text.get("head_dim") or hidden // heads),
+        hidden=hidden,
+        ffn=ffn,
+    )
     positions = int(text["max_position_embeddings"])
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     if longest > positions:
@@ -299,6 +319,12 @@ def _check_fp8(recipe: RunRecipe) -> None:
             f"model.fp8_weights=true with model.fp8={model.fp8.value} and train.parts="
             f"{[part.value for part in recipe.train.parts]}: it keeps a frozen language model in 8 bits; set "
             "model.fp8, take language out of train.parts, or set model.fp8_weights=false"
+        )
+    if recipe.generation.cuda_graphs and model.fp8 is Fp8.blockwise:
+        raise ValueError(
+            "generation.cuda_graphs=true with model.fp8=blockwise: each rank needs blocks of 128 tokens, more than the "
+            "64 requests that megatron-core's graphs are cut to; set model.fp8=tensorwise or "
+            "generation.cuda_graphs=false"
         )
 
 

@@ -62,7 +62,15 @@ def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tu
 
     Yields:
         Name and whole tensor; the tensor is None anywhere but on the main rank.
+
+    Raises:
+        ValueError: the language model's weights are kept in 8 bits, so they are not those that were loaded.
     """
+    if model.config.fp8_param:
+        raise ValueError(
+            "model.fp8_weights=true keeps the language model's weights rounded to 8 bits, which would be written; "
+            "export with model.fp8_weights=false"
+        )
     local = _by_global_name(model)
     owners = _owners(local, context)
     for mapped in parameter_map(model.architecture):

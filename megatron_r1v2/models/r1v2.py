@@ -231,14 +231,16 @@ def build_r1v2(
         The model, every parameter trainable.
     """
     stage, stages = groups.pp.rank(), groups.pp.size()
-    model = R1V2Model(
-        architecture,
-        settings,
-        groups=groups,
-        pre_process=stage == 0,
-        post_process=stage == stages - 1,
-        score_seed=score_seed,
-    )
+    # Nothing is differentiated here, and where it could be, TransformerEngine keeps unrounded copies of 8-bit weights.
+    with torch.no_grad():
+        model = R1V2Model(
+            architecture,
+            settings,
+            groups=groups,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            score_seed=score_seed,
+        )
     return model.to(device=device, dtype=settings.dtype)
 
 

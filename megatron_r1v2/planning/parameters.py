@@ -117,6 +117,12 @@ def trained_parameters(parameters: Collection[Parameter], parts: Collection[Part
     return [parameter for parameter in parameters if parameter.part in parts]
 
 
+def language_layer_weights(language: LanguageArchitecture) -> int:
+    """Return the elements of the matrices of one decoder layer, over all ranks."""
+    heads, kv = language.num_heads * language.head_size, language.num_kv_heads * language.head_size
+    return language.hidden_size * (2 * heads + 2 * kv + 3 * language.ffn_size)
+
+
 def padded_vision_heads(vision: VisionArchitecture, tensor: int) -> int:
     """Return the heads of the vision tower with the zero heads that make them divide."""
     return math.ceil(vision.num_heads / tensor) * tensor
