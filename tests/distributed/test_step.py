@@ -1,7 +1,7 @@
 """One GRPO step on every layout gives the loss and the gradients of transformers' autograd, and of one rank.
 
 What others' multimodal models on megatron-core get wrong, in the order of what was read about them, and the cases that
-see it (each was broken on purpose once):
+see it:
 
 1. The statistic of QK norm is gathered over tensor-parallel ranks without a gradient. "6b TP2", "6b SP2", "6b TP4".
 2. Heads that pad 5 (or 25) to divide are counted in the statistic, move, or reach an export: the same cases, whose
