@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +61,9 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.prompts": (0, None),
     "evaluation.runs": (1, None),
     "evaluation.seed": (0, 2**31 - 1),
+    "evaluation.save_every_prompts": (1, None),
+    "evaluation.concurrency": (1, 1024),
+    "evaluation.attempts": (1, None),
     "evaluation.stop_at_pass_at_1": (0, 1),
     "logging.sample_rollouts": (0, None),
 }
@@ -73,6 +77,7 @@ _POSITIVE = (
     "algorithm.max_log_prob_difference",
     "evaluation.temperature",
     "evaluation.top_p",
+    "evaluation.timeout_seconds",
 )
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
@@ -111,13 +116,18 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     Raises:
         ValueError: a missing path, a setting that this stage refuses, or sizes that do not divide.
     """
-    for name in _NEEDED[stage]:
+    at_endpoint = stage == "evaluate" and bool(recipe.evaluation.endpoint_url)
+    for name in ("evaluation.data",) if at_endpoint else _NEEDED[stage]:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
     for name in ("model.hf_path", "model.checkpoint", "data.train", "data.validation", "evaluation.data"):
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
+    if stage == "evaluate":
+        _check_endpoints(recipe)
+    if at_endpoint:
+        return
     if stage == "grpo":
         check_grpo(recipe)
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
@@ -126,6 +136,26 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
             "set model.layers=local, or run in a container that has it (see Dockerfile)"
         )
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
+
+
+def _check_endpoints(recipe: RunRecipe) -> None:
+    for kind in ("endpoint", "judge"):
+        url, model = _get(recipe, f"evaluation.{kind}_url"), _get(recipe, f"evaluation.{kind}_model")
+        if bool(url) != bool(model):
+            raise ValueError(
+                f"evaluation.{kind}_url={url!r} and evaluation.{kind}_model={model!r}: set both, or neither"
+            )
+        if url and not re.match(r"https?://[^/]+", url):
+            raise ValueError(
+                f"evaluation.{kind}_url={url!r} is not a URL; accepted: the base of an OpenAI-compatible server, such "
+                "as http://127.0.0.1:8000/v1"
+            )
+        variable = _get(recipe, f"evaluation.{kind}_key_variable")
+        if url and variable and not os.environ.get(variable):
+            raise ValueError(
+                f"evaluation.{kind}_key_variable={variable!r} but there is no such environment variable, or it is "
+                "empty; export it, or leave the setting empty for a server without a key"
+            )
 
 
 def check_grpo(recipe: RunRecipe) -> None:

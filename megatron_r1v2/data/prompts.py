@@ -65,6 +65,8 @@ class PromptBuilder:
             answer=sample.answer,
             answer_type=sample.answer_type,
             facts=sample.facts,
+            alternatives=sample.alternatives,
+            metadata=sample.metadata,
             response=sample.response,
             preference=_preference(sample),
         )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.energon import (
@@ -26,7 +26,7 @@ from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
-from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.samples import Sample, SampleError, parse_sample
 from megatron_r1v2.data.shards import SPLIT, check_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Prompt
@@ -37,6 +37,8 @@ _OPEN_SHARDS = 16
 _JUDGE_AFTER = 100
 _CORRUPT_KEPT = 20
 _STATE_VERSION = 1
+
+Item = TypeVar("Item")
 
 
 class PromptStream:
@@ -109,7 +111,7 @@ class PromptStream:
         if self._iterator is None:
             self._iterator = iter(self._loader)
         while len(prompts) < count:
-            prompt = _read_one(self._iterator, self._builder, self._tally, self._folder)
+            prompt = _read_one(self._iterator, self._builder.build, self._tally, self._folder)
             if prompt is not None:
                 prompts.append(prompt)
         return prompts
@@ -181,24 +183,47 @@ def read_prompts(
         ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or a
             prompt is too long.
     """
-    root = Path(folder)
-    check_shards(root)
-    loader = _loader(root, shuffle=False, repeat=False, seed=0)
     builder = PromptBuilder(
         settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
     )
-    tally = _Tally(root, settings.max_corrupt_fraction, len(loader))
+    return _read_in_order(folder, builder.build, settings.max_corrupt_fraction, count)
+
+
+def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) -> list[Sample]:
+    """Read a data set once in the order of its shards, as it is: for an endpoint, which tokenizes by itself.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+        settings: The part of samples that may be corrupt.
+        count: How many samples, from the start; 0: all.
+
+    Returns:
+        The samples, without corrupt ones; images are not decoded.
+
+    Raises:
+        ValueError: As `read_prompts`.
+    """
+    return _read_in_order(folder, parse_sample, settings.max_corrupt_fraction, count)
+
+
+def _read_in_order(
+    folder: str | Path, build: Callable[[str, Mapping[str, bytes]], Item], max_corrupt_fraction: float, count: int
+) -> list[Item]:
+    root = Path(folder)
+    check_shards(root)
+    loader = _loader(root, shuffle=False, repeat=False, seed=0)
+    tally = _Tally(root, max_corrupt_fraction, len(loader))
     iterator = iter(loader)
-    prompts: list[Prompt] = []
+    items: list[Item] = []
     for _ in range(len(loader)):
-        prompt = _read_one(iterator, builder, tally, root)
-        if prompt is not None:
-            prompts.append(prompt)
-        if count and len(prompts) == count:
+        item = _read_one(iterator, build, tally, root)
+        if item is not None:
+            items.append(item)
+        if count and len(items) == count:
             break
-    if len(prompts) < count:
-        raise ValueError(f"{root} has {len(prompts)} usable samples, {count} were asked for; lower evaluation.prompts")
-    return prompts
+    if len(items) < count:
+        raise ValueError(f"{root} has {len(items)} usable samples, {count} were asked for; lower evaluation.prompts")
+    return items
 
 
 def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableDataLoader:
@@ -226,7 +251,12 @@ def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableD
     return loader
 
 
-def _read_one(iterator: Iterator[dict[str, Any]], builder: PromptBuilder, tally: _Tally, folder: Path) -> Prompt | None:
+def _read_one(
+    iterator: Iterator[dict[str, Any]],
+    build: Callable[[str, Mapping[str, bytes]], Item],
+    tally: _Tally,
+    folder: Path,
+) -> Item | None:
     """Read one sample; None if it is corrupt."""
     try:
         raw = next(iterator)
@@ -234,12 +264,12 @@ def _read_one(iterator: Iterator[dict[str, Any]], builder: PromptBuilder, tally:
         raise ValueError(f"{folder}: a shard cannot be read ({error}); copy the data set again") from error
     parts = {name: data for name, data in raw.items() if isinstance(data, bytes)}
     try:
-        prompt = builder.build(raw["__key__"], parts)
+        item = build(raw["__key__"], parts)
     except SampleError as error:
         tally.add_corrupt(raw["__key__"], str(error))
         return None
     tally.add_good()
-    return prompt
+    return item
 
 
 class _Tally:

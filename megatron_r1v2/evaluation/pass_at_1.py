@@ -317,7 +317,9 @@ def comparison_table(results: Sequence[EvaluationResult]) -> Table:
         "well-formed": [_percent(r.format_rate) for r in results],
         "hallucination rate": [_percent(r.hallucination_rate) for r in results],
         "claim coverage": [_percent(r.claim_coverage) for r in results],
-        "response tokens": ["-" if r.mean_response_tokens is None else f"{r.mean_response_tokens:.1f}" for r in results],
+        "response tokens": [
+            "-" if r.mean_response_tokens is None else f"{r.mean_response_tokens:.1f}" for r in results
+        ],
         "prompts x runs": [f"{r.num_prompts} x {len(r.runs)}" for r in results],
         "step": [str(r.step) for r in results],
     }
