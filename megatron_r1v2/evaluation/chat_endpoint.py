@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible chat servers: bounded concurrency, retries, time-outs, and a clear end when one is down."""
+"""A client of OpenAI-compatible chat servers: bounded concurrency, retries, time-outs, a clear end when one is down."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ class ChatEndpoint:
                 last = str(error)
         raise EndpointFailed(
             f"evaluation.{self.kind}_url={self.url!r} gave no answer in {self.attempts} attempts over "
-            f"{time.monotonic() - started:.0f} s; the last one: {last}. Start the server again and then the same command: "
-            "it goes on with what is missing. evaluation.attempts and evaluation.timeout_seconds make it more patient"
+            f"{time.monotonic() - started:.0f} s; the last one: {last}. Start the server again and then the same "
+            "command: it goes on with what is missing. evaluation.attempts and evaluation.timeout_seconds give it more time"
         )
 
     def _post(self, body: bytes) -> Any:

@@ -70,10 +70,10 @@ def _majority(votes: Sequence[str | None], right: frozenset[str]) -> float:
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of the mean over prompts by a cluster bootstrap.
 
-    Responses to one prompt are alike, so the prompts are what is drawn: n of n with replacement, 10,000 times with fixed
-    random numbers; the interval goes from the 2.5th to the 97.5th percentile of the means (Efron 1979). It covers the
-    choice of prompts and the sampling of the responses at once. Where all prompts have one value (all right, say) it has
-    no width: that says nothing of other prompts.
+    Responses to one prompt are alike, so the prompts are what is drawn: n of n with replacement, 10,000 times with
+    fixed random numbers; the interval goes from the 2.5th to the 97.5th percentile of the means (Efron 1979). It covers
+    the choice of prompts and the sampling of the responses at once. Where all prompts have one value (all right, say)
+    it has no width: that says nothing of other prompts.
 
     Args:
         values: one for each prompt, such as the part of its responses that are right.

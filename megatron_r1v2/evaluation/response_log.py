@@ -1,7 +1,7 @@
 """The responses of an evaluation that is under way: one JSON line each, appended, so that an interrupted one goes on.
 
-`evaluation-NAME.unfinished.jsonl` begins with the settings that decide what its rows are; it is gone when the result and
-`evaluation-NAME.rollouts.jsonl` are written.
+`evaluation-NAME.unfinished.jsonl` begins with the settings that decide what its rows are; it is gone when the result
+and `evaluation-NAME.rollouts.jsonl` are written.
 """
 
 from __future__ import annotations

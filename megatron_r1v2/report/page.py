@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 
 from megatron_r1v2.report.charts import Chart, draw
 from megatron_r1v2.report.images import data_uri
@@ -150,21 +150,42 @@ def write_report(run_dir: Path | str) -> Path:
         ValueError: the folder does not exist.
     """
     run = read_run(run_dir)
-    path = run.path / "report.html"
-    temporary = path.with_name(f".report.html.{os.getpid()}")
+    return write_page(run.path / "report.html", render(run))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page beside its place and rename it.
+
+    Args:
+        path: where to.
+        page: HTML.
+
+    Returns:
+        The path.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # "replace": a model can emit half a surrogate pair, which UTF-8 cannot hold.
-    temporary.write_bytes(render(run).encode("utf-8", errors="replace"))
+    temporary.write_bytes(page.encode("utf-8", errors="replace"))
     temporary.replace(path)
     return path
 
 
-def render(run: Run) -> str:
-    """Return the page as HTML; all text from the run is escaped."""
+def template(name: str) -> Template:
+    """Return a template of this folder; what is put into it is escaped.
+
+    Args:
+        name: of the file.
+    """
     environment = Environment(
         loader=PackageLoader("megatron_r1v2.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.get_template(name)
+
+
+def render(run: Run) -> str:
+    """Return the page as HTML; all text from the run is escaped."""
     settings = _settings(run)
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         name=settings.get("run.name") or run.path.resolve().name,
         folder=run.path,
         last_step=max(run.metrics, default=None),
@@ -172,9 +193,11 @@ def render(run: Run) -> str:
         cards=_cards(run),
         table=_table(run),
         groups=_groups(run, settings),
-        pairs=[{"change": p.change, "before": _rollout(p.before), "after": _rollout(p.after)} for p in run.pairs],
+        pairs=[
+            {"change": p.change, "before": shown_rollout(p.before), "after": shown_rollout(p.after)} for p in run.pairs
+        ],
         changes=run.changes,
-        rollouts={step: [_rollout(row) for row in rows] for step, rows in run.rollouts.items()},
+        rollouts={step: [shown_rollout(row) for row in rows] for step, rows in run.rollouts.items()},
         settings=run.settings,
         notes=run.notes,
     )
@@ -287,8 +310,12 @@ def _differs(compared: list[Json | None], key: str) -> bool:
     return first != second
 
 
-def _rollout(row: Json) -> dict[str, Any]:
-    """Return what the template shows of a line of rollouts.jsonl, whatever is missing from it."""
+def shown_rollout(row: Json) -> dict[str, Any]:
+    """Return what the template shows of a line of rollouts.jsonl, whatever is missing from it.
+
+    Args:
+        row: the line.
+    """
     text = str(row.get("text") or "")
     if len(text) > MAX_TEXT:
         omitted = len(text) - MAX_TEXT
