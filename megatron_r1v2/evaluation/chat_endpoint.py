@@ -149,7 +149,8 @@ class ChatEndpoint:
         raise EndpointFailed(
             f"evaluation.{self.kind}_url={self.url!r} gave no answer in {self.attempts} attempts over "
             f"{time.monotonic() - started:.0f} s; the last one: {last}. Start the server again and then the same "
-            "command: it goes on with what is missing. evaluation.attempts and evaluation.timeout_seconds give it more time"
+            "command: it goes on with what is missing. evaluation.attempts and evaluation.timeout_seconds give it more "
+            "time"
         )
 
     def _post(self, body: bytes) -> Any:

@@ -145,7 +145,8 @@ def _spread(values: Sequence[int], count: int) -> list[int]:
     """Return at most so many values in an order in which every beginning is spread over all of them."""
     if not values:
         return []
-    order, step = [], len(values)
+    order: list[int] = []
+    step = len(values)
     seen: set[int] = set()
     while len(order) < min(count, len(values)):
         for index in range(0, len(values), step):
@@ -165,6 +166,7 @@ def judge_words(row: Json) -> str:
     judge = row.get("judge")
     if not isinstance(judge, dict):
         return ""
-    verdict = {True: "right", False: "wrong"}.get(judge.get("verdict"), "no verdict, counted as wrong")
+    decided = judge.get("verdict")
+    verdict = "no verdict, counted as wrong" if decided is None else "right" if decided else "wrong"
     text = judge.get("text")
     return f"{judge.get('model', 'judge')}: {verdict}\n{text if isinstance(text, str) else json.dumps(text)}"
