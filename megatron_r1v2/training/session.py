@@ -133,6 +133,10 @@ class Session(LoadedModel):
     loaded_state: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint held that the stage itself must restore."""
     loaded_replay: Sequence[Mapping[str, Any]] = ()
+    pass_at_1: float | None = None
+    """Of the step just done, on the validation split; None: it was not evaluated."""
+    best_pass_at_1: float | None = None
+    """Of the best checkpoint; None: none was evaluated."""
 
     @property
     def parts(self) -> list[Part]:
@@ -170,6 +174,7 @@ class Session(LoadedModel):
 
     def end_step(self) -> None:
         """Write the numbers of the step, then publish finished checkpoints."""
+        self.pass_at_1 = None
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
@@ -197,12 +202,20 @@ class Session(LoadedModel):
             },
             replay=replay,
             recipe=self.recipe,
+            pass_at_1=self.pass_at_1,
         )
+        if self.is_best:
+            self.best_pass_at_1 = self.pass_at_1
 
     def should_save(self, *, last: bool) -> bool:
         """Return whether the step just done is one to save."""
         every = self.recipe.checkpoint.every_steps
-        return last or (every > 0 and self.step % every == 0)
+        return last or (every > 0 and self.step % every == 0) or self.is_best
+
+    @property
+    def is_best(self) -> bool:
+        """Return whether validation has found the step just done better than every checkpoint."""
+        return self.pass_at_1 is not None and (self.best_pass_at_1 is None or self.pass_at_1 > self.best_pass_at_1)
 
 
 @contextmanager
@@ -331,6 +344,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 step=state.get("step", 0),
                 loaded_state=state,
                 loaded_replay=replay,
+                best_pass_at_1=checkpoints.best_pass_at_1(),
             )
             checkpoints.finish_pending(blocking=True)
 

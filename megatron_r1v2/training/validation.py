@@ -34,6 +34,7 @@ class Validation:
             self.evaluator.features.clear()
             result, _, _ = self.evaluator.run(self.prompts, name="validation", step=session.step)
         session.recorder.note({"validation/pass_at_1": result.pass_at_1, "validation/format_rate": result.format_rate})
+        session.pass_at_1 = result.pass_at_1
         if not self.goal or result.pass_at_1 < self.goal:
             return False
         session.recorder.say(

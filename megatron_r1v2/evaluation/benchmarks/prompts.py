@@ -1,4 +1,4 @@
-"""What the model is asked beside the question: the instructions of the R1V reports (arXiv 2504.05599), word for word."""
+"""What the model is asked beside the question: the instructions of R1V (arXiv 2504.05599), word for word."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER
 
 _TAIL = (
-    "If you are uncertain or the problem is too complex, make a reasoned guess based on the information provided. Avoid "
-    "repeating steps indefinitely\N{EM DASH}provide your best guess even if unsure. Think step by step logically, "
+    "If you are uncertain or the problem is too complex, make a reasoned guess based on the information provided. "
+    "Avoid repeating steps indefinitely\N{EM DASH}provide your best guess even if unsure. Think step by step logically, "
     "considering all relevant information before answering."
 )
 CHOICE_INSTRUCTION = (
