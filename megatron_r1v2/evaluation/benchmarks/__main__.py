@@ -85,7 +85,7 @@ def to_sample(name: str, title: str, question: Question) -> Sample:
     """
     text, order = place_images(shown_options(question), list(question.images))
     instruction = CHOICE_INSTRUCTION if question.answer_type == "choice" else OPEN_INSTRUCTION
-    content = f"{text}\n{instruction}" if text else instruction
+    content = f"{text.rstrip()}\n{instruction}"
     encoded = [storable_image(question.images[number], f"image {number}") for number in order]
     return Sample(
         key=f"{name}-{re.sub(r'[^A-Za-z0-9_-]+', '-', question.id)}"[:80],

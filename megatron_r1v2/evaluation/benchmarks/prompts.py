@@ -9,8 +9,8 @@ from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER
 
 _TAIL = (
     "If you are uncertain or the problem is too complex, make a reasoned guess based on the information provided. "
-    "Avoid repeating steps indefinitely\N{EM DASH}provide your best guess even if unsure. Think step by step logically, "
-    "considering all relevant information before answering."
+    "Avoid repeating steps indefinitely\N{EM DASH}provide your best guess even if unsure. "
+    "Think step by step logically, considering all relevant information before answering."
 )
 CHOICE_INSTRUCTION = (
     "Answer the multiple choice preceding question. The last line of your response should follow this format: "

@@ -56,7 +56,7 @@ def aime_2024(row: RowOfFile, images: Path) -> Question:
     if answer is None:
         answer = last_boxed(_text(small, "solution"))
     metadata = {"year": str(small["year"])} if small.get("year") else {}
-    test = re.search(r"AIME[_ -]+(II?)\b|^2024-(II?)-", f"{small.get('url') or ''} {small.get('id')}".strip())
+    test = re.search(r"AIME[_ -]+(II?)(?!I)|^2024-(II?)-", f"{small.get('url') or ''} {small.get('id')}".strip())
     if test:
         metadata["test"] = f"AIME {test[1] or test[2]}"
     return Question(str(_field(small, "id")), _text(small, "problem"), str(answer), "numeric", metadata=metadata)
