@@ -1,4 +1,4 @@
-"""Evaluation of a served model, end to end over a real socket: scores, judge, interruption, and what is left on disk."""
+"""Evaluation of a served model, end to end over a real socket: scores, judge, interruption, what is left on disk."""
 
 import io
 import json

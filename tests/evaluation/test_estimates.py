@@ -4,7 +4,7 @@ import itertools
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.evaluation.estimates import budgets, confidence_interval, majority_at_k, pass_at_k
@@ -17,6 +17,7 @@ def test_pass_at_k_by_hand():
     assert pass_at_k(4, 1, 4) == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(right, data):
     k = data.draw(st.integers(1, len(right)))
@@ -43,6 +44,7 @@ def test_majority_by_hand():
     assert majority_at_k(["8", "8", "9"], RIGHT, 2) == pytest.approx((1 + 0.5 + 0.5) / 3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["8", "9", None]), min_size=1, max_size=6))
 def test_a_majority_of_one_is_pass_at_1(votes):
     assert majority_at_k(votes, RIGHT, 1) == pytest.approx(votes.count("8") / len(votes))
