@@ -88,7 +88,19 @@ def rollouts_row(run: Path) -> Row:
     }
 
 
-TABLES: Mapping[str, Callable[[Path], Row]] = {"rollouts": rollouts_row, "parts": evaluation_row}
+def threshold_row(run: Path) -> Row:
+    """Return the columns of table "threshold": with the part of the pairs that was trained on."""
+    steps = read_steps(run)
+    kept, below = (sum(step.get(f"mpo/pairs_{name}", 0) for step in steps) for name in ("kept", "below_margin"))
+    return evaluation_row(run) | ({"pairs trained on": kept / (kept + below)} if kept + below else {})
+
+
+TABLES: Mapping[str, Callable[[Path], Row]] = {
+    "rollouts": rollouts_row,
+    "stages": evaluation_row,
+    "threshold": threshold_row,
+    "parts": evaluation_row,
+}
 """The function that makes a row of each table from a run."""
 EQUAL_TOKENS = "validation Pass@1 at equal tokens"
 

@@ -1,6 +1,8 @@
 """The paper's ablations in miniature: many runs on handwritten digits, some tables (`make demo` runs none of this).
 
     rollouts    table 2: GRPO without the buffer, with it, with DAPO's dynamic sampling, and with shuffled rewards
+    stages      table 3: SFT, DPO and MPO on the model's own pairs, and GRPO after MPO
+    threshold   the paper's paragraph on tau: MPO on pairs whose margin is at least so much
     parts       table 4: which parts of the model GRPO trains
 
 Every run starts from the same components; data order, sampling and the aligned adapter differ by seed. Finished runs
@@ -14,9 +16,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -29,25 +32,35 @@ STEPS = 80
 """GRPO steps of an arm: Pass@1 has nearly levelled off."""
 DYNAMIC_ROUNDS = 4
 VALIDATE_EVERY = 10
+THRESHOLDS = (0.5, 1.0, 1.5)
+"""tau, in the reward of prefer.yaml: a wrong answer costs 1, a contradicted claim and a missing step 0.5 each."""
+START = "start"
 
 
 @dataclass(frozen=True)
 class Arm:
     """One way of training.
 
-    Example: Arm("ssb", "GRPO with SSB", ("rollouts", "parts"), ()).
+    Example: Arm("ssb", "GRPO with SSB", ("rollouts", "parts")).
     """
 
     name: str
     label: str
     """Its row in the tables."""
     tables: tuple[str, ...]
-    settings: tuple[str, ...]
-    """Of its GRPO stage."""
+    settings: tuple[str, ...] = ()
+    """Of its stage."""
+    stage: Literal["grpo", "mpo"] = "grpo"
+    start: str = START
+    """The arm whose end it starts from."""
 
+
+MPO = "preference.preference_weight=0.8", "preference.quality_weight=0.2", "preference.generation_weight=1"
+DPO = "preference.preference_weight=1", "preference.quality_weight=0", "preference.generation_weight=0"
+SFT = "preference.preference_weight=0", "preference.quality_weight=0", "preference.generation_weight=1"
 
 ARMS = (
-    Arm("ssb", "GRPO with SSB (adapter only)", ("rollouts", "parts"), ()),
+    Arm("ssb", "GRPO with SSB (adapter only)", ("rollouts", "parts", "stages")),
     Arm("plain", "GRPO without SSB", ("rollouts",), ("buffer.enabled=false",)),
     Arm(
         "dynamic",
@@ -65,6 +78,20 @@ ARMS = (
     Arm("language", "adapter and language model", ("parts",), ("train.parts=[adapter, language]",)),
     Arm("vision", "adapter and vision tower", ("parts",), ("train.parts=[adapter, vision]",)),
     Arm("all", "adapter, language model and vision tower", ("parts",), ("train.parts=[adapter, language, vision]",)),
+    Arm("sft", "SFT on the chosen responses", ("stages",), SFT, stage="mpo"),
+    Arm("dpo", "DPO", ("stages",), DPO, stage="mpo"),
+    Arm("mpo", "MPO", ("stages", "threshold"), MPO, stage="mpo"),
+    Arm("mpo-grpo", "MPO, then GRPO with SSB", ("stages",), start="mpo"),
+    *(
+        Arm(
+            f"tau-{tau:g}",
+            f"MPO, margin at least {tau:g}",
+            ("threshold",),
+            (*MPO, f"preference.min_margin={tau}"),
+            "mpo",
+        )
+        for tau in THRESHOLDS
+    ),
 )
 
 
@@ -77,6 +104,7 @@ def paths_of(root: Path, seed: int, arm: str) -> Paths:
     """Return the demo's paths with the folders of one arm: components and data are shared by all."""
     paths = Paths(root)
     paths.align = seed_folder(root, seed) / "align"
+    paths.pairs = seed_folder(root, seed) / "pairs"
     paths.grpo = seed_folder(root, seed) / arm
     return paths
 
@@ -88,32 +116,50 @@ def named(stage: Stage, seed: int, arm: str) -> Stage:
 
 
 def start_chain(root: Path, seed: int) -> list[Stage]:
-    """Return what comes before every arm of a seed: the aligned model and its evaluation."""
-    paths = paths_of(root, seed, "start")
+    """Return what comes before every arm of a seed: the aligned model, its evaluation, and pairs of its responses."""
+    paths = paths_of(root, seed, START)
     stages = [
         run_demo.align_stage(paths, seed, ()),
         run_demo.evaluation_stage(paths, seed, "heldout", paths.align, ()),
+        run_demo.prefer_stage(paths, seed),
     ]
-    return [named(stage, seed, "start") for stage in stages]
+    return [named(stage, seed, START) for stage in stages]
 
 
-def grpo_chain(root: Path, seed: int, arm: Arm, overrides: Sequence[str]) -> list[Stage]:
-    """Return an arm that starts from the aligned model."""
+def arm_chain(root: Path, seed: int, arm: Arm, overrides: Sequence[str]) -> list[Stage]:
+    """Return the training of an arm and its evaluation."""
     paths = paths_of(root, seed, arm.name)
-    settings = (
-        f"train.steps={STEPS}",
-        "checkpoint.every_steps=0",
-        f"data.validation={paths.shards / 'validation'}",
-        f"evaluation.every_steps={VALIDATE_EVERY}",
-        "evaluation.runs=1",
-        *arm.settings,
-        *overrides,
-    )
-    stages = [
-        run_demo.grpo_stage(paths, seed, settings),
-        run_demo.evaluation_stage(paths, seed, "heldout", paths.grpo, ()),
-    ]
-    return [named(stage, seed, arm.name) for stage in stages]
+    start = paths.align if arm.start == START else seed_folder(root, seed) / arm.start
+    end = seed_folder(root, seed) / arm.name
+    if arm.stage == "mpo":
+        paths.mpo = end
+        stage = run_demo.mpo_stage(paths, seed, arm.settings)
+    else:
+        settings = (
+            f"train.steps={STEPS}",
+            "checkpoint.every_steps=0",
+            f"data.validation={paths.shards / 'validation'}",
+            f"evaluation.every_steps={VALIDATE_EVERY}",
+            "evaluation.runs=1",
+            *arm.settings,
+            *overrides,
+        )
+        stage = run_demo.grpo_stage(paths, seed, start, settings)
+    return [named(each, seed, arm.name) for each in (stage, run_demo.evaluation_stage(paths, seed, "heldout", end, ()))]
+
+
+def chains(root: Path, seed: int, tables: Collection[str], overrides: Sequence[str]) -> list[list[Stage]]:
+    """Return the chains of a seed that some tables need: an arm that starts from another follows it in its chain."""
+    found: dict[str, list[Stage]] = {}
+    for arm in ARMS:
+        if not set(arm.tables) & set(tables):
+            continue
+        chain = arm_chain(root, seed, arm, overrides)
+        if arm.start == START:
+            found[arm.name] = chain
+        else:
+            found[arm.start] += chain
+    return list(found.values())
 
 
 def run_ablations(
@@ -138,14 +184,14 @@ def run_ablations(
     runner.run_chains([[stage] for stage in run_demo.shard_stages(paths)], at_once=jobs)
     runner.run(run_demo.base_stage(paths))
     runner.run_chains([start_chain(root, seed) for seed in seeds], at_once=jobs)
-    arms = [arm for arm in ARMS if set(arm.tables) & set(tables)]
     # Seed by seed, so that an interrupted run has whole rows for some seeds rather than parts of all.
-    runner.run_chains([grpo_chain(root, seed, arm, overrides) for seed in seeds for arm in arms], at_once=jobs)
+    every = [chain for seed in seeds for chain in chains(root, seed, tables, overrides)]
+    runner.run_chains(every, at_once=jobs)
 
 
 def arm_folders(root: Path, seeds: Sequence[int], table: str) -> Mapping[str, list[Path]]:
     """Return the run folders of each row of a table that are finished, by label."""
-    rows = {"before: aligned adapter": [seed_folder(root, seed) / "start" for seed in seeds]}
+    rows = {"before: aligned adapter": [seed_folder(root, seed) / START for seed in seeds]}
     rows |= {arm.label: [seed_folder(root, seed) / arm.name for seed in seeds] for arm in ARMS if table in arm.tables}
     return {
         label: [folder for folder in folders if (folder / "evaluation-heldout.json").is_file()]

@@ -6,7 +6,7 @@ Writes below --output:
     prefer.jsonl        images of training digits: prompts from whose responses preference pairs are built
     grpo.jsonl          images of training digits: prompts for GRPO
     validation.jsonl    images of validation digits: align stops by these
-    heldout.jsonl       images of held-out digits: evaluation before and after; their handwriting is in no other file
+    heldout.jsonl       images of held-out digits: evaluation only; their handwriting is in no other file
     text.jsonl          the same questions with a written note in the place of the image
     images/             64 x 32 RGB PNGs
 

@@ -4,8 +4,10 @@ data         pictures of two handwritten digits and questions about them, split 
 components   a vision tower pretrained on digits and a language model pretrained on text, as HF folders
 base         both spliced, with a random adapter between them
 align        the adapter learns from reference responses until a little under half of its answers are right
+prefer       pairs of a better and a worse response, from the aligned model's own responses
+mpo          the adapter learns from these pairs
 grpo         the adapter learns from rewards alone, with the Selective Sample Buffer
-evaluation   Pass@1 on handwriting that no stage has trained on, before and after GRPO, with equal seeds
+evaluation   Pass@1 on handwriting that no stage has trained on, after each of the last stages, with equal seeds
 export       the trained model as an HF folder that plain transformers loads
 report       one HTML page about the GRPO run
 
@@ -33,6 +35,7 @@ IMAGE_SETS = ("align", "prefer", "grpo", "validation", "heldout")
 BASE_RANGE = (0.35, 0.60)
 """Where the base model's Pass@1 should be: below, GRPO sees too few right answers; above, too few wrong ones."""
 GOAL = 0.85
+EVALUATIONS = ("aligned", "mpo", "grpo")
 BUFFER_METRICS = {
     "ssb/fresh_effective_fraction": "effective, fresh (of all generated)",
     "ssb/trained_effective_fraction": "effective, trained on (with SSB)",
@@ -56,6 +59,8 @@ class Paths:
         self.language = root / "components" / "language"
         self.base = root / "base"
         self.align = root / "align"
+        self.pairs = root / "pairs"
+        self.mpo = root / "mpo"
         self.grpo = root / "grpo"
         self.export = root / "export"
 
@@ -121,6 +126,32 @@ def align_stage(paths: Paths, seed: int, overrides: Sequence[str]) -> Stage:
     return Stage("align", "train the adapter until about half is right", command)
 
 
+def prefer_stage(paths: Paths, seed: int) -> Stage:
+    """Return the stage that makes preference pairs of the aligned model's own responses."""
+    settings = (
+        f"run.seed={seed}",
+        f"model.hf_path={paths.base}",
+        f"model.checkpoint={paths.align}",
+        f"data.train={paths.shards / 'prefer'}",
+        f"pairs.output={paths.pairs}",
+    )
+    command = ("megatron_r1v2.prefer", str(RECIPES / "prefer.yaml"), *settings)
+    return Stage("prefer", "make preference pairs of the model's own responses", command)
+
+
+def mpo_stage(paths: Paths, seed: int, overrides: Sequence[str]) -> Stage:
+    """Return the preference optimization stage."""
+    settings = (
+        f"run.output_dir={paths.mpo}",
+        f"run.seed={seed}",
+        f"model.hf_path={paths.base}",
+        f"model.checkpoint={paths.align}",
+        f"data.train={paths.pairs}",
+    )
+    command = ("megatron_r1v2.mpo", str(RECIPES / "mpo.yaml"), *settings, *overrides)
+    return Stage("mpo", "mixed preference optimization", command)
+
+
 def grpo_settings(paths: Paths, seed: int, checkpoint: Path, overrides: Sequence[str]) -> tuple[str, ...]:
     """Return the recipe and settings that GRPO and both evaluations share, with the weights to start from."""
     return (
@@ -139,12 +170,12 @@ def evaluation_stage(paths: Paths, seed: int, name: str, checkpoint: Path, overr
     """Return the evaluation of a checkpoint on held-out handwriting."""
     recipe, *settings = grpo_settings(paths, seed, checkpoint, overrides)
     command = ("megatron_r1v2.evaluate", recipe, "--name", name, *settings)
-    return Stage(f"evaluate-{name}", f"Pass@1 on held-out handwriting, {name} GRPO", command)
+    return Stage(f"evaluate-{name}", f"Pass@1 on held-out handwriting: {name}", command)
 
 
-def grpo_stage(paths: Paths, seed: int, overrides: Sequence[str]) -> Stage:
-    """Return the reinforcement learning stage."""
-    command = ("megatron_r1v2.grpo", *grpo_settings(paths, seed, paths.align, overrides))
+def grpo_stage(paths: Paths, seed: int, checkpoint: Path, overrides: Sequence[str]) -> Stage:
+    """Return the reinforcement learning stage, which starts from a checkpoint."""
+    command = ("megatron_r1v2.grpo", *grpo_settings(paths, seed, checkpoint, overrides))
     # Two data-parallel ranks keep two cores busier than two threads do.
     return Stage("grpo", "GRPO with the Selective Sample Buffer", command, processes=2)
 
@@ -170,18 +201,20 @@ def run_demo(paths: Paths, runner: StageRunner, *, seed: int, overrides: Sequenc
     runner.run_chains([[stage] for stage in shard_stages(paths)], at_once=2)
     runner.run(base_stage(paths))
     runner.run(align_stage(paths, seed, ()))
-    runner.run(evaluation_stage(paths, seed, "before", paths.align, overrides))
-    runner.run(grpo_stage(paths, seed, overrides))
-    runner.run(evaluation_stage(paths, seed, "after", paths.grpo, overrides))
+    runner.run(evaluation_stage(paths, seed, "aligned", paths.align, overrides), prefer_stage(paths, seed))
+    runner.run(mpo_stage(paths, seed, ()))
+    runner.run(evaluation_stage(paths, seed, "mpo", paths.mpo, overrides))
+    runner.run(grpo_stage(paths, seed, paths.mpo, overrides))
+    runner.run(evaluation_stage(paths, seed, "grpo", paths.grpo, overrides))
     runner.run(*closing_stages(paths))
 
 
 def show_results(paths: Paths, console: Console) -> None:
     """Print the table before and after, the buffer's numbers, and what is not as it should be."""
-    before, after = (read_evaluation(paths.grpo / f"evaluation-{name}.json") for name in ("before", "after"))
-    console.print(comparison_table([before, after]))
+    results = [read_evaluation(paths.grpo / f"evaluation-{name}.json") for name in EVALUATIONS]
+    console.print(comparison_table(results))
     console.print(buffer_table(paths.grpo / "metrics.jsonl"))
-    for line in remarks(before.pass_at_1, after.pass_at_1):
+    for line in remarks(results[0].pass_at_1, results[-1].pass_at_1):
         console.print(line, highlight=False)
 
 

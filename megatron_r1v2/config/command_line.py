@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
-from megatron_r1v2.config import schema
 from megatron_r1v2.config.load import load_recipe, settings_of
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import Stage, check_stage
@@ -21,12 +20,13 @@ from megatron_r1v2.config.validate import Stage, check_stage
 _PACKAGE = __name__.partition(".")[0]
 
 
-def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
+def parse_command_line(argv: Sequence[str], stage: Stage, *, description: str = "") -> RunRecipe:
     """Turn the arguments of an entry point into checked settings, or end the process with advice.
 
     Args:
         argv: the arguments without the program's name: a recipe, then `section.key=value` overrides.
         stage: what is about to run; decides which files must exist.
+        description: shown by `--help` between the usage and the settings.
 
     Returns:
         The settings.
@@ -35,7 +35,7 @@ def parse_command_line(argv: Sequence[str], stage: Stage) -> RunRecipe:
         SystemExit: 0 after `--help`; 2 after bad input, with one message on standard error.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        print(_usage(stage), describe_settings(), sep="\n\n")
+        print(_usage(stage), *([description.strip()] if description else []), describe_settings(), sep="\n\n")
         raise SystemExit(0)
     try:
         if not argv:
@@ -102,11 +102,11 @@ def _usage(stage: Stage) -> str:
 
 
 def _field_documentation() -> dict[tuple[str, str], str]:
-    """Read the string literals below the fields, which Python itself throws away, from the schema's source."""
+    """Read the string literals below the fields, which Python itself throws away, from the source of the sections."""
     found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
+    for section in settings_of(RunRecipe).values():
+        node = ast.parse(inspect.getsource(section)).body[0]
+        assert isinstance(node, ast.ClassDef)
         for field, below in zip(node.body, node.body[1:], strict=False):
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
                 continue

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_r1v2.config import hallucination, pairs
+from megatron_r1v2.config.evaluation import check_endpoints, check_validation
+from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
-from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
+from megatron_r1v2.config.pairs import check_prefer
+from megatron_r1v2.config.reward_model import check_score_head, check_score_source
+from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "grpo", "evaluate"]
+Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -30,15 +34,28 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "generation.max_requests": (1, None),
     "generation.max_tokens_per_step": (1, None),
     "generation.feature_cache_gib": (0, None),
-    "reward.answer_weight": (0, None),
-    "reward.format_weight": (0, None),
+    **{f"reward.{part}_weight": (0, None) for part in RewardConfig().weights},
+    "reward.numeric_tolerance": (0, 1),
+    "reward.steps_wanted": (1, None),
+    "reward.steps_conclusion": (1, None),
+    "reward.repetition_tokens": (1, None),
+    "reward.overlong_buffer_tokens": (0, None),
+    "reward.model_centre": (-1000, 1000),
     "reward.verifier_workers": (1, None),
+    "reward_model.attempts": (1, None),
+    "reward_model.concurrency": (1, None),
+    "reward_model.centring_weight": (0, None),
     "algorithm.clip_low": (0, 1),
     "algorithm.clip_high": (0, None),
     "algorithm.kl_coefficient": (0, None),
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
     "algorithm.dynamic_sampling_rounds": (1, None),
+    "preference.preference_weight": (0, None),
+    "preference.quality_weight": (0, None),
+    "preference.generation_weight": (0, None),
+    "preference.delta_momentum": (0, 1),
+    "preference.min_margin": (-1e6, 1e6),
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
@@ -66,6 +83,8 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.attempts": (1, None),
     "evaluation.stop_at_pass_at_1": (0, 1),
     "logging.sample_rollouts": (0, None),
+    **hallucination.RANGES,
+    **pairs.RANGES,
 }
 
 _POSITIVE = (
@@ -73,8 +92,11 @@ _POSITIVE = (
     "generation.temperature",
     "generation.top_p",
     "generation.kv_cache_gib",
+    "reward.model_scale",
     "reward.verifier_timeout_seconds",
+    "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
+    "preference.beta",
     "evaluation.temperature",
     "evaluation.top_p",
     "evaluation.timeout_seconds",
@@ -82,9 +104,23 @@ _POSITIVE = (
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
+    "mpo": ("model.hf_path", "data.train"),
+    "reward_model": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
+    "prefer": ("model.hf_path", "data.train", "pairs.output"),
 }
+
+
+_FOLDERS = (
+    "model.hf_path",
+    "model.checkpoint",
+    "data.train",
+    "data.validation",
+    "evaluation.data",
+    "reward_model.hf_path",
+    "reward_model.checkpoint",
+)
 
 
 def check_ranges(recipe: RunRecipe) -> None:
@@ -106,6 +142,7 @@ def check_ranges(recipe: RunRecipe) -> None:
         if _get(recipe, name) > 1:
             raise ValueError(f"{name}={_get(recipe, name)} is out of range; accepted: more than 0, at most 1")
     _check_text(recipe)
+    _check_rewards(recipe)
     _check_parts(recipe)
     _check_combinations(recipe)
 
@@ -120,42 +157,31 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     for name in ("evaluation.data",) if at_endpoint else _NEEDED[stage]:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
-    for name in ("model.hf_path", "model.checkpoint", "data.train", "data.validation", "evaluation.data"):
+    for name in _FOLDERS:
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "evaluate":
-        _check_endpoints(recipe)
+        check_endpoints(recipe.evaluation)
     if at_endpoint:
         return
     if stage == "grpo":
         check_grpo(recipe)
+        check_calibration(recipe, "model_weight", recipe.reward.model_weight)
+    if stage == "mpo":
+        check_mpo(recipe)
+        check_calibration(recipe, "min_margin", recipe.preference.min_margin)
+    if stage == "prefer":
+        check_prefer(recipe)
+    if stage in ("grpo", "prefer"):
+        check_score_source(recipe)
+    check_score_head(recipe, is_reward_model=stage == "reward_model")
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers=te needs TransformerEngine, which is not installed; "
             "set model.layers=local, or run in a container that has it (see Dockerfile)"
         )
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
-
-
-def _check_endpoints(recipe: RunRecipe) -> None:
-    for kind in ("endpoint", "judge"):
-        url, model = _get(recipe, f"evaluation.{kind}_url"), _get(recipe, f"evaluation.{kind}_model")
-        if bool(url) != bool(model):
-            raise ValueError(
-                f"evaluation.{kind}_url={url!r} and evaluation.{kind}_model={model!r}: set both, or neither"
-            )
-        if url and not re.match(r"https?://[^/]+", url):
-            raise ValueError(
-                f"evaluation.{kind}_url={url!r} is not a URL; accepted: the base of an OpenAI-compatible server, such "
-                "as http://127.0.0.1:8000/v1"
-            )
-        variable = _get(recipe, f"evaluation.{kind}_key_variable")
-        if url and variable and not os.environ.get(variable):
-            raise ValueError(
-                f"evaluation.{kind}_key_variable={variable!r} but there is no such environment variable, or it is "
-                "empty; export it, or leave the setting empty for a server without a key"
-            )
 
 
 def check_grpo(recipe: RunRecipe) -> None:
@@ -175,13 +201,28 @@ def check_grpo(recipe: RunRecipe) -> None:
             f"generation.responses_per_prompt={generation.responses_per_prompt} leaves nothing to compare within a "
             "group; GRPO needs 2 or more"
         )
-    if reward.answer_weight == 0 and reward.format_weight == 0:
-        raise ValueError("reward.answer_weight and reward.format_weight are both 0: nothing to learn; raise one")
+    if not any(reward.weights.values()):
+        names = ", ".join(f"{part}_weight" for part in reward.weights)
+        raise ValueError(f"every weight in the reward section is 0 ({names}): nothing to learn; raise one")
     responses = train.prompts_per_step * generation.responses_per_prompt
     if train.updates_per_step > responses:
         raise ValueError(
             f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
             "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+        )
+
+
+def check_mpo(recipe: RunRecipe) -> None:
+    """Check what MPO needs of its settings.
+
+    Raises:
+        ValueError: no term to train on.
+    """
+    preference = recipe.preference
+    if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
+        raise ValueError(
+            "preference.preference_weight, preference.quality_weight and preference.generation_weight are all 0: "
+            "nothing to learn; raise one"
         )
 
 
@@ -295,6 +336,20 @@ def _check_text(recipe: RunRecipe) -> None:
         )
 
 
+def _check_rewards(recipe: RunRecipe) -> None:
+    reward, longest = recipe.reward, recipe.generation.max_response_tokens
+    if reward.consistency_weight and not reward.claim_pattern:
+        raise ValueError(
+            f"reward.consistency_weight={reward.consistency_weight} with an empty reward.claim_pattern: no claim would "
+            r"ever be found; give a pattern, e.g. (?P<name>left|right) (?P<value>\d), or set the weight to 0"
+        )
+    if reward.overlong_weight and reward.overlong_buffer_tokens > longest:
+        raise ValueError(
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
+            f"generation.max_response_tokens={longest}: even an empty response would be too long; lower it"
+        )
+
+
 def _check_parts(recipe: RunRecipe) -> None:
     parts = recipe.train.parts
     accepted = ", ".join(part.name for part in Part)
@@ -308,8 +363,8 @@ def _check_parts(recipe: RunRecipe) -> None:
 
 def _check_combinations(recipe: RunRecipe) -> None:
     train, parallel = recipe.train, recipe.parallel
-    for name, beta in (("train.adam_beta1", train.adam_beta1), ("train.adam_beta2", train.adam_beta2)):
-        if beta == 1:
+    for name in ("train.adam_beta1", "train.adam_beta2", "preference.delta_momentum"):
+        if _get(recipe, name) == 1:
             raise ValueError(f"{name}=1 never forgets the start; accepted: 0 to just below 1")
     if train.min_learning_rate > train.learning_rate:
         raise ValueError(
@@ -329,16 +384,7 @@ def _check_combinations(recipe: RunRecipe) -> None:
             f"train.packing={train.packing.value} with train.tokens_per_microbatch={train.tokens_per_microbatch}: "
             "packed rows need a number of tokens, padded ones have train.micro_batch_size; set both or neither"
         )
-    if recipe.evaluation.every_steps and not recipe.data.validation:
-        raise ValueError(
-            f"evaluation.every_steps={recipe.evaluation.every_steps} needs prompts: set data.validation to a folder of "
-            "shards, or evaluation.every_steps=0"
-        )
-    if recipe.evaluation.stop_at_pass_at_1 and not recipe.evaluation.every_steps:
-        raise ValueError(
-            f"evaluation.stop_at_pass_at_1={recipe.evaluation.stop_at_pass_at_1} is never looked at while "
-            "evaluation.every_steps=0; set evaluation.every_steps"
-        )
+    check_validation(recipe)
 
 
 def _get(recipe: RunRecipe, name: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.images import decode_image, tile_image, tile_limit
-from megatron_r1v2.data.samples import Sample, parse_sample
+from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, Sample, parse_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Preference, Prompt
 
@@ -64,6 +65,7 @@ class PromptBuilder:
             tiles_TCHW=torch.cat(tiles) if tiles else self._no_tiles(),
             answer=sample.answer,
             answer_type=sample.answer_type,
+            images=tuple(sample.images.values()),
             facts=sample.facts,
             alternatives=sample.alternatives,
             metadata=sample.metadata,
@@ -73,6 +75,35 @@ class PromptBuilder:
 
     def _no_tiles(self) -> torch.Tensor:
         return torch.zeros(0, 3, self._tile_size, self._tile_size, dtype=torch.uint8)
+
+
+def without_images(prompt: Prompt, tokenizer: ChatTokenizer, *, prefix: Sequence[int]) -> Prompt:
+    """Return the same question without its images, with a response already begun.
+
+    Args:
+        prompt: The prompt.
+        tokenizer: The model's tokenizer.
+        prefix: Tokens of the response to go on from.
+
+    Returns:
+        A prompt with a key of its own, so that its responses are sampled independently.
+    """
+    messages = tuple(
+        {
+            **message,
+            "content": message["content"].replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, ""),
+        }
+        for message in prompt.messages
+    )
+    template = tokenizer.encode_prompt(messages, (), 0, key=prompt.key)
+    return replace(
+        prompt,
+        key=f"{prompt.key}/without-images",
+        messages=messages,
+        token_ids=(*template, *prefix),
+        # Not a view of the tiles: pickled, that would take all of them along.
+        tiles_TCHW=prompt.tiles_TCHW.new_zeros((0, *prompt.tiles_TCHW.shape[1:])),
+    )
 
 
 def _preference(sample: Sample) -> Preference | None:

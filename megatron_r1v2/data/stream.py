@@ -9,6 +9,8 @@ from __future__ import annotations
 import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,10 +185,34 @@ def read_prompts(
         ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or a
             prompt is too long.
     """
+    everything = each_prompt(
+        folder, settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
+    )
+    return _first(folder, everything, count)
+
+
+def each_prompt(
+    folder: str | Path, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int
+) -> Iterator[Prompt]:
+    """Read a data set once in the order of its shards, a prompt at a time: it need not fit in memory.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+        settings: Limits, and the part of samples that may be corrupt.
+        tokenizer: The model's tokenizer.
+        tile_size: Pixels on each side of a tile: the model's image size.
+        tokens_per_tile: Image tokens of one tile.
+
+    Yields:
+        The prompts, without corrupt samples.
+
+    Raises:
+        ValueError: If the data set is incomplete, has too many corrupt samples, or a prompt is too long.
+    """
     builder = PromptBuilder(
         settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
     )
-    return _read_in_order(folder, builder.build, settings.max_corrupt_fraction, count)
+    yield from _each_in_order(folder, builder.build, settings.max_corrupt_fraction)
 
 
 def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) -> list[Sample]:
@@ -203,27 +229,47 @@ def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) ->
     Raises:
         ValueError: As `read_prompts`.
     """
-    return _read_in_order(folder, parse_sample, settings.max_corrupt_fraction, count)
+    return _first(folder, _each_in_order(folder, parse_sample, settings.max_corrupt_fraction), count)
 
 
-def _read_in_order(
-    folder: str | Path, build: Callable[[str, Mapping[str, bytes]], Item], max_corrupt_fraction: float, count: int
-) -> list[Item]:
+def _first(folder: str | Path, items: Iterator[Item], count: int) -> list[Item]:
+    found = list(islice(items, count or None))
+    if len(found) < count:
+        raise ValueError(f"{folder} has {len(found)} usable samples, {count} were asked for; lower evaluation.prompts")
+    return found
+
+
+def _each_in_order(
+    folder: str | Path, build: Callable[[str, Mapping[str, bytes]], Item], max_corrupt_fraction: float
+) -> Iterator[Item]:
     root = Path(folder)
     check_shards(root)
     loader = _loader(root, shuffle=False, repeat=False, seed=0)
     tally = _Tally(root, max_corrupt_fraction, len(loader))
     iterator = iter(loader)
-    items: list[Item] = []
     for _ in range(len(loader)):
         item = _read_one(iterator, build, tally, root)
         if item is not None:
-            items.append(item)
-        if count and len(items) == count:
-            break
-    if len(items) < count:
-        raise ValueError(f"{root} has {len(items)} usable samples, {count} were asked for; lower evaluation.prompts")
-    return items
+            yield item
+
+
+def each_sample(folder: str | Path) -> Iterator[Sample]:
+    """Read the samples of a data set as its shards hold them, images undecoded, in the order of `each_prompt`.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+
+    Yields:
+        The samples; one whose record is corrupt is left out.
+
+    Raises:
+        ValueError: If the data set is incomplete.
+    """
+    check_shards(folder)
+    for raw in _loader(Path(folder), shuffle=False, repeat=False, seed=0):
+        parts = {name: data for name, data in raw.items() if isinstance(data, bytes)}
+        with suppress(SampleError):
+            yield parse_sample(raw["__key__"], parts)
 
 
 def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableDataLoader:

@@ -93,9 +93,19 @@ def _row(place: Place, completion: Completion, reward: RewardConfig, pool: Verif
     )
     # Answer, format and claims alone: the other parts of a reward need token ids, which an endpoint does not give.
     rules = RewardConfig(
-        answer_weight=reward.answer_weight, format_weight=reward.format_weight, claim_pattern=reward.claim_pattern
+        answer_weight=reward.answer_weight,
+        format_weight=reward.format_weight,
+        claim_pattern=reward.claim_pattern,
+        numeric_tolerance=reward.numeric_tolerance,
     )
-    scored, _ = score_rollouts({sample.key: prompt}, [rollout], [completion.text], settings=rules, pool=pool)
+    scored, _ = score_rollouts(
+        {sample.key: prompt},
+        [rollout],
+        [completion.text],
+        settings=rules,
+        pool=pool,
+        max_response_tokens=1,  # of no part that is scored here
+    )
     (row,) = evaluation_rows([prompt], scored, step=0, pool=pool)
     row |= {"finish_reason": completion.finish_reason, "response_tokens": completion.tokens}
     return row | {"image_png": _picture(sample) if index == 0 else None}

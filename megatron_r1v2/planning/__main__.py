@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron_r1v2.planning", description=__doc__)
     parser.add_argument("recipe", help="YAML recipe of a run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for the stages")
-    parser.add_argument("--stage", choices=("align", "grpo"), default="grpo", help="what it runs (default: grpo)")
+    parser.add_argument(
+        "--stage", choices=("align", "mpo", "grpo"), default="grpo", help="what it runs (default: grpo)"
+    )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument("--gpu-memory", type=float, default=0.0, help="GiB of one GPU; default: that of --gpu")
     parser.add_argument("--gpu", choices=sorted(HARDWARE), default="h100", help="for the times (default: h100)")

@@ -16,11 +16,13 @@ from megatron_r1v2.planning.state import ModelState, largest_state
 
 GIB = 1024**3
 Phase = Literal["generation", "log-probs", "training"]
-Stage = Literal["align", "grpo"]
+Stage = Literal["align", "mpo", "grpo"]
 PHASES: Mapping[str, tuple[Phase, ...]] = {
     "grpo": ("generation", "log-probs", "training"),
     # Generation is that of validation.
     "align": ("generation", "training"),
+    # Log-probs are those of the reference, before the first step.
+    "mpo": ("generation", "log-probs", "training"),
 }
 
 # flash-attn's block of the paged cache (generation/phase.py); without flash-attn blocks are smaller.
@@ -68,7 +70,7 @@ class Workload:
         Args:
             recipe: the settings.
             architecture: the sizes.
-            stage: align trains on one given response a prompt, without log-probs before it and without a buffer.
+            stage: align trains on one given response a prompt, mpo on two; both without a buffer.
             tiles: of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
         """
         most = recipe.data.max_tiles + (1 if recipe.data.max_tiles > 1 else 0)
@@ -83,7 +85,7 @@ class Workload:
             micro_batch_size=train.micro_batch_size,
             packed_tokens=0 if train.packing is Packing.none else train.tokens_per_microbatch,
             prompts_per_step=train.prompts_per_step,
-            responses_per_prompt=generation.responses_per_prompt if is_grpo else 1,
+            responses_per_prompt={"grpo": generation.responses_per_prompt, "mpo": 2, "align": 1}[stage],
             updates_per_step=train.updates_per_step if is_grpo else 1,
             prompt_tokens=recipe.data.max_prompt_tokens,
             response_tokens=generation.max_response_tokens,
@@ -102,6 +104,11 @@ class Workload:
         """Return the responses of a step over all replicas."""
         return self.prompts_per_step * self.responses_per_prompt
 
+    @property
+    def rows_together(self) -> int:
+        """Return the rows that no microbatch separates, and that share their image: the two of a pair."""
+        return 2 if self.stage == "mpo" else 1
+
     def row_tokens(self, tensor: int) -> int:
         """Return the tokens of the longest row as it is padded (training/batches.py)."""
         multiple = math.lcm(8, tensor)
@@ -109,12 +116,13 @@ class Workload:
 
     def microbatch(self, tensor: int) -> Microbatch:
         """Return the largest microbatch: the longest rows, or one full packed row."""
-        tokens = self.row_tokens(tensor)
+        tokens, together = self.row_tokens(tensor), self.rows_together
         if self.packed_tokens:
-            tokens = max(tokens, self.packed_tokens)
+            tokens = max(together * tokens, self.packed_tokens)
             # No row is shorter than its image, so a packed row holds no more tiles than this.
-            return Microbatch(1, tokens, max(1, tokens // max(1, self.prompt_tokens)) * self.tiles)
-        return Microbatch(self.micro_batch_size, tokens, self.micro_batch_size * self.tiles)
+            return Microbatch(1, tokens, max(1, tokens // max(1, together * self.prompt_tokens)) * self.tiles)
+        units = max(1, self.micro_batch_size // together)
+        return Microbatch(units * together, tokens, units * self.tiles)
 
 
 @dataclass(frozen=True)

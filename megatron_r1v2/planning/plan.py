@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1v2.config.schema import Fp8, Layers, Part, RunRecipe
-from megatron_r1v2.config.validate import check_grpo, check_model_fits, read_hf_config
+from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_mpo, read_hf_config
 from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, Stage, Workload, largest_that_fits, plan_memory
@@ -109,6 +109,8 @@ def make_plan(
     """
     if stage == "grpo":
         check_grpo(recipe)
+    if stage == "mpo":
+        check_mpo(recipe)
     check_model_fits(recipe, hf_config)
     architecture = r1v2_architecture(hf_config)
     layout = _layout(recipe, cluster)
@@ -139,7 +141,7 @@ def make_plan(
             limit=cluster.limit,
             mean_response=mean_response,
         ),
-        notes=_notes(recipe),
+        notes=_notes(recipe, stage),
     )
 
 
@@ -163,12 +165,17 @@ def _layout(recipe: RunRecipe, cluster: Cluster) -> Layout:
     )
 
 
-def _notes(recipe: RunRecipe) -> tuple[str, ...]:
+def _notes(recipe: RunRecipe, stage: Stage) -> tuple[str, ...]:
     notes = [
         "worst case: rows of data.max_prompt_tokens + generation.max_response_tokens, every prompt with all its tiles",
         "generation as with flash-attn: without it, attention gathers the cache of all requests layer by layer",
-        "every response is computed in log-probs and update; those of uniform groups are left out, so it is less",
     ]
+    if stage == "grpo":
+        notes.append(
+            "every response is computed in log-probs and update; those of uniform groups are left out, so it is less"
+        )
+    if stage == "mpo":
+        notes.append("log-probs are those of the reference, computed once before the first step: not in the times")
     if recipe.model.layers is Layers.te:
         notes.append("model.layers=te: activations are those of the local layers, TransformerEngine keeps less")
     if recipe.model.fp8 is not Fp8.none:

@@ -131,7 +131,7 @@ def step_time(
     recomputed = 1 if work.recompute is Recompute.full else 0
     update = (compute * (passes + recomputed) + communication * (2 + recomputed)) * bubble
     update += _vision_update_seconds(architecture, layout, work, rows, tile / attained)
-    if work.stage == "align":
+    if work.stage != "grpo":
         return StepTime(vision, 0.0, 0.0, 0.0, update, 0.0)
     return StepTime(vision, prefill, decode, log_probs, update, decode_rows)
 
@@ -140,7 +140,7 @@ def _vision_update_seconds(
     architecture: R1V2Architecture, layout: Layout, work: Workload, rows: float, tile_seconds: float
 ) -> float:
     """Return what the vision tower costs in log-probs and update: nothing where its features are cached."""
-    tiles = rows * work.tiles
+    tiles = rows / work.rows_together * work.tiles
     if Part.vision in work.parts:
         passes = 1 + 3 + (1 if work.recompute is Recompute.full else 0)
         return tiles * tile_seconds * passes

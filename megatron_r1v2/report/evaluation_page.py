@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
-from megatron_r1v2.report.page import shown_rollout, template, write_page
+from megatron_r1v2.report.files import template, write_page
+from megatron_r1v2.report.page import shown_rollout
 from megatron_r1v2.report.paper import TABLE_1
 from megatron_r1v2.report.read import Json
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
-from jinja2 import Environment, PackageLoader, Template
 
 from megatron_r1v2.report.charts import Chart, draw
+from megatron_r1v2.report.files import template, write_page
 from megatron_r1v2.report.images import data_uri
 from megatron_r1v2.report.read import Json, Run, mean_of, read_run
 
@@ -25,7 +24,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart(
                 "Reward",
                 ("critic/rewards/mean", "reward/*/mean"),
-                "Mean total reward of the fresh responses, and each part before its weight.",
+                "Mean total reward of the fresh responses, and each part before its weight, over the responses to "
+                "which it applies.",
+            ),
+            Chart(
+                "Reward model",
+                ("reward_model/score/mean",),
+                "Mean raw score of the fresh responses; its part of the reward is this squashed.",
             ),
             Chart(
                 "Validation",
@@ -39,6 +44,67 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 "rate: visual claims that the image contradicts. coverage: responses that make a claim at all; a low "
                 "rate means something only where coverage is high.",
                 percent=True,
+            ),
+            Chart(
+                "Hallucination on held-back prompts",
+                ("validation/hallucination_rate", "validation/claim_coverage"),
+                "The same two on validation prompts. The dashed line is the rate that the calibrator holds.",
+                percent=True,
+                target="hallucination.target_rate",
+            ),
+            Chart(
+                "Calibrator",
+                (
+                    "hallucination/brake",
+                    "hallucination/threshold",
+                    "hallucination/model_weight",
+                    "hallucination/decision",
+                ),
+                "What it moves: tau of the pairs, or the weight of the reward model. decision: 1 tightens, -1 lets go.",
+            ),
+        ),
+    ),
+    (
+        "Preference",
+        (
+            Chart(
+                "Rewards of pairs",
+                ("rewards/chosen", "rewards/rejected", "rewards/margins", "mpo/delta"),
+                "beta x (log-prob - that of the model the stage started from), summed over the response: chosen, "
+                "rejected, their difference, and the shift of the quality term.",
+            ),
+            Chart(
+                "Pairs in the right order",
+                ("rewards/accuracies",),
+                "Pairs whose chosen response has the higher reward.",
+                percent=True,
+            ),
+            Chart("Log-probs of responses", ("logps/chosen", "logps/rejected"), "Summed over the response."),
+            Chart(
+                "Terms of the loss",
+                ("mpo/preference_loss", "mpo/quality_loss", "mpo/generation_loss"),
+                "Each before its weight; the first two start at log 2 and 2 log 2.",
+            ),
+            Chart(
+                "Pairs of a step",
+                ("mpo/pairs_kept", "mpo/pairs_below_margin"),
+                "Trained on, and left out because their margin is below preference.min_margin.",
+            ),
+        ),
+    ),
+    (
+        "Reward model in training",
+        (
+            Chart(
+                "Ranking",
+                ("reward_model/accuracy", "validation/accuracy"),
+                "Pairs whose better response has the higher score, in training and held out; guessing gives 50 %.",
+                percent=True,
+            ),
+            Chart(
+                "Scores of pairs",
+                ("reward_model/margin", "reward_model/chosen_score", "reward_model/rejected_score"),
+                "Mean raw scores of the better and the worse responses, and how far they are apart.",
             ),
         ),
     ),
@@ -153,35 +219,6 @@ def write_report(run_dir: Path | str) -> Path:
     return write_page(run.path / "report.html", render(run))
 
 
-def write_page(path: Path, page: str) -> Path:
-    """Write a page beside its place and rename it.
-
-    Args:
-        path: where to.
-        page: HTML.
-
-    Returns:
-        The path.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # "replace": a model can emit half a surrogate pair, which UTF-8 cannot hold.
-    temporary.write_bytes(page.encode("utf-8", errors="replace"))
-    temporary.replace(path)
-    return path
-
-
-def template(name: str) -> Template:
-    """Return a template of this folder; what is put into it is escaped.
-
-    Args:
-        name: of the file.
-    """
-    environment = Environment(
-        loader=PackageLoader("megatron_r1v2.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(name)
-
-
 def render(run: Run) -> str:
     """Return the page as HTML; all text from the run is escaped."""
     settings = _settings(run)
@@ -220,7 +257,8 @@ def _groups(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, list[tuple
         drawn = []
         for chart in charts:
             target = settings.get(chart.target)
-            svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) else None)
+            # A target of 0 is one that was not set.
+            svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) and target else None)
             if svg is not None:
                 drawn.append((chart, svg))
         if drawn:
@@ -332,6 +370,7 @@ def shown_rollout(row: Json) -> dict[str, Any]:
         "correct": bool(row.get("correct")),
         "rewards": {k: v for k, v in rewards.items() if _finite(v)} if isinstance(rewards, dict) else {},
         "total": row.get("total") if _finite(row.get("total")) else None,
+        "model_score": row.get("model_score") if _finite(row.get("model_score")) else None,
         "advantage": row.get("advantage") if _finite(row.get("advantage")) else None,
         "claims": [c for c in claims if isinstance(c, list) and len(c) == 3] if isinstance(claims, list) else [],
         "finish": row.get("finish_reason") or "",

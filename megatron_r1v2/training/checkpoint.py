@@ -74,6 +74,11 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
         self._queue = AsyncCallsQueue(persistent=False)
         self._written: tuple[Path, Path, float | None] | None = None
+        self.validated: tuple[int, float] | None = None
+        """Step and Pass@1 of the last evaluation on the validation split."""
+        best = [_read_best(folder)]
+        dist.broadcast_object_list(best, src=0)
+        self._best_pass_at_1 = best[0][1] if best[0] is not None else None
 
     def latest(self) -> Path | None:
         """Return the newest finished checkpoint, the same on every rank; None: there is none."""
@@ -82,11 +87,13 @@ class CheckpointStore:
         dist.broadcast_object_list(box, src=0)
         return Path(box[0]) if box[0] else None
 
-    def best_pass_at_1(self) -> float | None:
-        """Return the validation Pass@1 of the best checkpoint, the same on every rank; None: none was evaluated."""
-        box = [_read_best(self.folder)]
-        dist.broadcast_object_list(box, src=0)
-        return box[0][1] if box[0] is not None else None
+    def is_best(self, step: int) -> bool:
+        """Return whether validation has found this step better than every checkpoint; the same on every rank."""
+        pass_at_1 = self._pass_at_1(step)
+        return pass_at_1 is not None and (self._best_pass_at_1 is None or pass_at_1 > self._best_pass_at_1)
+
+    def _pass_at_1(self, step: int) -> float | None:
+        return self.validated[1] if self.validated is not None and self.validated[0] == step else None
 
     def save(
         self,
@@ -99,7 +106,6 @@ class CheckpointStore:
         state: Mapping[str, Any],
         replay: Mapping[str, Any],
         recipe: RunRecipe,
-        pass_at_1: float | None = None,
     ) -> Path:
         """Save everything that a run needs to go on.
 
@@ -112,12 +118,14 @@ class CheckpointStore:
             state: the same on every rank; tensors, numbers, strings, and lists and dictionaries of them.
             replay: what this data-parallel rank holds of the buffer.
             recipe: the settings of the run.
-            pass_at_1: of these weights on the validation split; None: not measured.
 
         Returns:
             The folder that the checkpoint will have when `finish_pending` finds it finished.
         """
         self.finish_pending(blocking=True)
+        pass_at_1 = self._pass_at_1(step)
+        if self.is_best(step):
+            self._best_pass_at_1 = pass_at_1
         target = self.folder / f"step-{step:08d}"
         partial = target.with_name(target.name + ".partial")
         if self.context.is_main:
@@ -263,7 +271,7 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
         model: this rank's part.
         folder: the checkpoint to make; must not exist.
         context: process groups.
-        parts: what to save.
+        parts: what to save, of those that the model has.
 
     Raises:
         ValueError: the folder exists.
@@ -274,7 +282,8 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
     if context.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / TENSORS).mkdir(parents=True)
-        torch.save({"step": 0, "version": 0, "parts": _names(parts), "trained": []}, partial / STATE_FILE)
+        names = _names(set(parts) & set(model.parts))
+        torch.save({"step": 0, "version": 0, "parts": names, "trained": []}, partial / STATE_FILE)
     dist.barrier()
     dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
     dist.barrier()
@@ -292,8 +301,16 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
 
     Returns:
         The parts that were loaded.
+
+    Raises:
+        ValueError: the checkpoint is of a reward model and the model is none, or of a model of other sizes.
     """
     parts = [Part(name) for name in load_state(folder)["parts"]]
+    if Part.score in parts and not model.is_reward_model:
+        raise ValueError(
+            f"checkpoint {folder} is of a reward model, which cannot go on as a policy; to score responses with it set "
+            "reward_model.checkpoint to it, and model.checkpoint to a checkpoint of another stage"
+        )
     sharded = part_state(model, parts)
     _check_shapes(sharded, folder)
     loaded = dist_checkpointing.load({"model": sharded}, str(folder / TENSORS))

@@ -16,12 +16,15 @@ from megatron_r1v2.evaluation.records import rollout_record
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
+from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.grpo import grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
+from megatron_r1v2.training.calibrator import Calibrator
+from megatron_r1v2.training.loaded_reward_model import open_reward_model
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
@@ -39,18 +42,19 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingBatch, T
 SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fraction", "ssb/trained_effective_fraction")
 
 
-def run_grpo(recipe: RunRecipe) -> Path:
+def run_grpo(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
     """Run the stage to its end, from where it stopped when it was interrupted.
 
     Args:
         recipe: the settings.
+        reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
 
     Returns:
         The run's folder.
     """
     with open_session(recipe, stage="grpo", shown=SHOWN) as session, session.verifiers() as pool:
-        stage = GrpoStage(session, pool)
-        validation = Validation(session, session.evaluator(stage.engine, pool))
+        stage = GrpoStage(session, pool, reward_model)
+        validation = Validation(session, session.evaluator(stage.engine, pool), stage.calibrator)
         finished, stopping = session.is_finished, False
         while not finished and not stopping:
             stage.step()
@@ -63,17 +67,25 @@ def run_grpo(recipe: RunRecipe) -> Path:
 
 
 class GrpoStage:
-    """The steps of a run, and what they carry from one to the next: the Selective Sample Buffer."""
+    """The steps of a run, and what they carry from one to the next: the Selective Sample Buffer, the calibrator."""
 
-    def __init__(self, session: Session, pool: VerifierPool | None) -> None:
+    def __init__(self, session: Session, pool: VerifierPool | None, reward_model: RewardModel | None = None) -> None:
         """Set up the stage, its buffer restored when the session was resumed.
 
         Args:
             session: the running stage.
             pool: answer checkers, on the leader of each replica.
+            reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
         self.session = session
         self.pool = pool
+        self.reward_model = open_reward_model(session) if reward_model is None else reward_model
+        self.calibrator = Calibrator(
+            session,
+            name="model_weight",
+            configured=session.recipe.reward.model_weight,
+            bound=session.recipe.hallucination.min_model_weight,
+        )
         self.engine = session.engine()
         self.store = ReplayStore()
         self.buffer: SampleBuffer | None = None
@@ -150,13 +162,16 @@ class GrpoStage:
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
         """Score this replica's rollouts; returns them, and the reward sums of all replicas."""
         session = self.session
+        self.calibrator.note()
         scored, counts = score_in_replica(
             {prompt.key: prompt for prompt in prompts},
             rollouts,
             decode=session.tokenizer.decode,
-            settings=session.recipe.reward,
+            settings=replace(session.recipe.reward, model_weight=self.calibrator.value),
             pool=self.pool,
             context=session.context,
+            max_response_tokens=session.recipe.generation.max_response_tokens,
+            reward_model=self.reward_model,
         )
         total: Counter[str] = Counter()
         for part in objects.all_gather(counts, session.context.groups.dp):
@@ -275,7 +290,7 @@ class GrpoStage:
     def save(self, *, finished: bool) -> None:
         """Write a checkpoint."""
         with self.session.recorder.timed("save"):
-            state: dict[str, Any] = {"finished": finished}
+            state: dict[str, Any] = {"finished": finished, **self.calibrator.state_dict()}
             if self.buffer is not None:
                 state |= {"buffer": self.buffer.state_dict()}
             self.session.save(state, self.store.state_dict())

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import Packing, Part, RunRecipe, TrainConfig
-from megatron_r1v2.data.stream import PromptStream, read_prompts
+from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -69,8 +69,12 @@ class LoadedModel:
         """Return the ids that can be drawn: embeddings beyond the tokenizer were never trained."""
         return min(self.tokenizer.vocab_size, self.architecture.language.vocab_size)
 
-    def engine(self) -> RolloutEngine:
-        """Return the rollout engine on the model's own weights."""
+    def engine(self, *, prefix_tokens: int = 0) -> RolloutEngine:
+        """Return the rollout engine on the model's own weights.
+
+        Args:
+            prefix_tokens: the longest beginning of a response that a prompt may end with.
+        """
         generation = self.recipe.generation
         return RolloutEngine(
             self.model,
@@ -78,7 +82,7 @@ class LoadedModel:
             settings=generation,
             stop_ids=frozenset(self.tokenizer.stop_ids(generation.stop_tokens)),
             vocab_size=self.sampled_vocab_size,
-            max_prompt_tokens=self.recipe.data.max_prompt_tokens,
+            max_prompt_tokens=self.recipe.data.max_prompt_tokens + prefix_tokens,
             seed=self.recipe.run.seed,
         )
 
@@ -108,14 +112,20 @@ class LoadedModel:
 
     def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
         """Read a data set in its order."""
-        return read_prompts(
-            folder,
-            settings=self.recipe.data,
-            tokenizer=self.tokenizer,
-            tile_size=self.architecture.vision.image_size,
-            tokens_per_tile=self.architecture.tokens_per_tile,
-            count=count,
-        )
+        return read_prompts(folder, **self._reading, count=count)
+
+    def each_prompt(self, folder: str) -> Iterator[Prompt]:
+        """Read a data set in its order, a prompt at a time."""
+        return each_prompt(folder, **self._reading)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "settings": self.recipe.data,
+            "tokenizer": self.tokenizer,
+            "tile_size": self.architecture.vision.image_size,
+            "tokens_per_tile": self.architecture.tokens_per_tile,
+        }
 
 
 @dataclass
@@ -133,10 +143,6 @@ class Session(LoadedModel):
     loaded_state: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint held that the stage itself must restore."""
     loaded_replay: Sequence[Mapping[str, Any]] = ()
-    pass_at_1: float | None = None
-    """Of the step just done, on the validation split; None: it was not evaluated."""
-    best_pass_at_1: float | None = None
-    """Of the best checkpoint; None: none was evaluated."""
 
     @property
     def parts(self) -> list[Part]:
@@ -157,8 +163,12 @@ class Session(LoadedModel):
 
     @property
     def trains_text(self) -> bool:
-        """Return whether a text-only prompt has a gradient: only the language model sees it."""
-        return Part.language in self.parts
+        """Return whether a text-only prompt has a gradient: the language model sees it, and a reward model's head."""
+        return Part.language in self.parts or Part.score in self.parts
+
+    def trains(self, prompt: Prompt) -> bool:
+        """Return whether a prompt has a gradient."""
+        return self.trains_text or prompt.modality == "image"
 
     @property
     def is_finished(self) -> bool:
@@ -174,7 +184,6 @@ class Session(LoadedModel):
 
     def end_step(self) -> None:
         """Write the numbers of the step, then publish finished checkpoints."""
-        self.pass_at_1 = None
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
@@ -202,42 +211,36 @@ class Session(LoadedModel):
             },
             replay=replay,
             recipe=self.recipe,
-            pass_at_1=self.pass_at_1,
         )
-        if self.is_best:
-            self.best_pass_at_1 = self.pass_at_1
 
     def should_save(self, *, last: bool) -> bool:
         """Return whether the step just done is one to save."""
         every = self.recipe.checkpoint.every_steps
-        return last or (every > 0 and self.step % every == 0) or self.is_best
-
-    @property
-    def is_best(self) -> bool:
-        """Return whether validation has found the step just done better than every checkpoint."""
-        return self.pass_at_1 is not None and (self.best_pass_at_1 is None or self.pass_at_1 > self.best_pass_at_1)
+        return last or (every > 0 and self.step % every == 0) or self.checkpoints.is_best(self.step)
 
 
 @contextmanager
-def open_model(recipe: RunRecipe) -> Iterator[LoadedModel]:
+def open_model(recipe: RunRecipe, *, score_head: bool = False) -> Iterator[LoadedModel]:
     """Start the process groups and load a model; everything ends with the block.
 
     Args:
         recipe: the settings.
+        score_head: a reward model.
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
-        yield load_model(recipe, context)
+        yield load_model(recipe, context, score_head=score_head)
     finally:
         groups.shut_down()
 
 
-def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
+def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool = False) -> LoadedModel:
     """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
 
     Args:
         recipe: the settings.
         context: process groups.
+        score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
     hf_path = Path(recipe.model.hf_path)
     architecture = read_architecture(hf_path)
@@ -248,7 +251,8 @@ def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
-    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
+    score_seed = recipe.run.seed if score_head else None
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, hf_path, context, cast=True)
     changed, version = [], 0
     if recipe.model.checkpoint:
@@ -275,7 +279,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         shown: metrics for the progress display.
     """
     run_dir = Path(recipe.run.output_dir)
-    with open_model(recipe) as loaded:
+    with open_model(recipe, score_head=stage == "reward_model") as loaded:
         model, context = loaded.model, loaded.context
         freeze_all_but(model, recipe.train.parts)
         reference = ReferenceWeights(model) if recipe.algorithm.kl_coefficient > 0 else None
@@ -293,14 +297,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             packed=recipe.train.packing is not Packing.none,
             length_multiple=length_multiple(recipe),
         )
-        stream = PromptStream(
-            recipe.data.train,
-            settings=recipe.data,
-            tokenizer=loaded.tokenizer,
-            tile_size=loaded.architecture.vision.image_size,
-            tokens_per_tile=loaded.architecture.tokens_per_tile,
-            seed=recipe.run.seed,
-        )
+        stream = PromptStream(recipe.data.train, seed=recipe.run.seed, **loaded._reading)
         checkpoints = CheckpointStore(
             run_dir / "checkpoints",
             keep_last=recipe.checkpoint.keep_last,
@@ -344,7 +341,6 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 step=state.get("step", 0),
                 loaded_state=state,
                 loaded_replay=replay,
-                best_pass_at_1=checkpoints.best_pass_at_1(),
             )
             checkpoints.finish_pending(blocking=True)
 

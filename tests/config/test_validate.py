@@ -5,9 +5,18 @@ import sys
 
 import pytest
 
+from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.load import settings_of
+from megatron_r1v2.config.pairs import check_prefer
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
-from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_ranges, check_stage, read_hf_config
+from megatron_r1v2.config.validate import (
+    check_grpo,
+    check_model_fits,
+    check_mpo,
+    check_ranges,
+    check_stage,
+    read_hf_config,
+)
 
 # The sizes of QwQ-32B.
 QWQ = {
@@ -29,9 +38,16 @@ def recipe_with(**values):
     return recipe
 
 
+def test_any_weight_is_something_to_learn_from():
+    nothing = {"reward__answer_weight": 0.0, "reward__format_weight": 0.0}
+    check_grpo(recipe_with(**nothing, reward__steps_weight=0.1))
+    check_grpo(recipe_with(**nothing, reward__model_weight=0.1))
+
+
 def test_the_defaults_are_valid():
     check_ranges(RunRecipe())
     check_grpo(RunRecipe())
+    check_ranges(recipe_with(generation__max_response_tokens=32))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +60,16 @@ def test_the_defaults_are_valid():
         ({"generation__temperature": 0.0}, "generation.temperature=0.0 is out of range; accepted: more than 0"),
         ({"evaluation__top_p": 1.1}, "evaluation.top_p=1.1 is out of range"),
         ({"reward__answer_weight": -0.1}, "reward.answer_weight=-0.1"),
+        ({"reward__model_weight": -1.0}, "reward.model_weight=-1.0"),
+        ({"reward__model_scale": 0.0}, "reward.model_scale=0.0 is out of range; accepted: more than 0"),
+        ({"reward__model_centre": float("nan")}, "reward.model_centre=nan"),
+        ({"reward__numeric_tolerance": 1.5}, "reward.numeric_tolerance=1.5 is out of range; accepted: 0 to 1"),
+        ({"reward__steps_wanted": 0}, "reward.steps_wanted=0"),
+        ({"reward__consistency_weight": 0.5}, "reward.consistency_weight=0.5 with an empty reward.claim_pattern"),
+        (
+            {"reward__overlong_weight": 0.5, "generation__max_response_tokens": 32},
+            "reward.overlong_buffer_tokens=1024 is more than generation.max_response_tokens=32",
+        ),
         ({"train__adam_beta2": 1.0}, "train.adam_beta2=1"),
         ({"model__layers": Layers.te, "model__precision": Precision.fp32}, "model.layers=te with model.precision=fp32"),
         ({"model__fp8": Fp8.tensorwise}, "model.fp8=tensorwise needs TransformerEngine's layers"),
@@ -58,6 +84,9 @@ def test_the_defaults_are_valid():
         ({"train__min_learning_rate": 1.0}, "train.min_learning_rate=1.0 is above"),
         ({"train__warmup_steps": 200}, "train.warmup_steps=200 is more than train.steps=100"),
         ({"train__parts": []}, "train.parts is empty"),
+        ({"preference__beta": 0.0}, "preference.beta=0.0 is out of range; accepted: more than 0"),
+        ({"preference__delta_momentum": 1.0}, "preference.delta_momentum=1 never forgets the start"),
+        ({"preference__min_margin": float("nan")}, "preference.min_margin=nan is out of range"),
         ({"train__parts": [Part.adapter, Part.adapter]}, "names a part twice"),
         ({"run__output_dir": " "}, "run.output_dir is empty"),
         ({"generation__stop_tokens": []}, "generation.stop_tokens"),
@@ -88,6 +117,15 @@ def test_grpo_refuses_what_it_cannot_learn_from(values, message):
     check_ranges(recipe_with(**values))
     with pytest.raises(ValueError, match=message):
         check_grpo(recipe_with(**values))
+
+
+def test_mpo_needs_a_term():
+    check_mpo(RunRecipe())
+    names = ("preference_weight", "quality_weight", "generation_weight")
+    for kept in names:
+        check_mpo(recipe_with(**{f"preference__{name}": 0.0 for name in names if name != kept}))
+    with pytest.raises(ValueError, match="preference.generation_weight are all 0: nothing to learn"):
+        check_mpo(recipe_with(**{f"preference__{name}": 0.0 for name in names}))
 
 
 @pytest.mark.parametrize(
@@ -219,3 +257,50 @@ def test_every_checked_name_is_a_setting():
         if expected in (int, float)
     }
     assert numbers == set(validate._RANGES) | set(validate._POSITIVE), "a number without a range"
+
+
+HELD = {
+    "hallucination__target_rate": 0.2,
+    "hallucination__every_steps": 5,
+    "data__validation": "shards",
+    "reward__claim_pattern": r"(?P<name>left) (?P<value>\d)",
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data__validation": ""}, "hallucination.target_rate=0.2 needs a rate to hold: set data.validation"),
+        ({"hallucination__every_steps": 0}, "hallucination.every_steps or evaluation.every_steps"),
+        ({"reward__claim_pattern": ""}, "needs reward.claim_pattern"),
+    ],
+)
+def test_holding_the_hallucination_rate_needs_a_measurement(values, message):
+    check_calibration(recipe_with(**HELD), "model_weight", 0.5)
+    evaluated = HELD | {"hallucination__every_steps": 0, "evaluation__every_steps": 5}
+    check_calibration(recipe_with(**evaluated), "min_margin", 0.0)
+    with pytest.raises(ValueError, match=message):
+        check_calibration(recipe_with(**HELD | values), "model_weight", 0.5)
+    check_calibration(recipe_with(**HELD | values | {"hallucination__target_rate": 0.0}), "model_weight", 0.5)
+
+
+def test_holding_the_hallucination_rate_needs_something_to_move():
+    recipe = recipe_with(**HELD, hallucination__min_model_weight=0.1, hallucination__max_margin=0.6)
+    check_calibration(recipe, "model_weight", 0.11)
+    check_calibration(recipe, "min_margin", 0.59)
+    with pytest.raises(ValueError, match="lowers reward.model_weight, but it is 0.1 and"):
+        check_calibration(recipe, "model_weight", 0.1)
+    with pytest.raises(ValueError, match="raises preference.min_margin, but it is 0.6 and"):
+        check_calibration(recipe, "min_margin", 0.6)
+
+
+def test_pairs_need_a_place_and_something_to_compare(tmp_path):
+    check_prefer(recipe_with(pairs__output=str(tmp_path / "new")))
+    with pytest.raises(ValueError, match="exists already; choose another folder or delete it first"):
+        check_prefer(recipe_with(pairs__output=str(tmp_path)))
+    with pytest.raises(ValueError, match="responses_per_prompt=1 leaves nothing to compare"):
+        check_prefer(recipe_with(pairs__output="new", generation__responses_per_prompt=1))
+    alone = {"pairs__output": "new", "pairs__max_pairs_per_prompt": 0}
+    check_prefer(recipe_with(**alone, generation__responses_per_prompt=1))
+    with pytest.raises(ValueError, match="are both 0: there would be no pairs"):
+        check_prefer(recipe_with(**alone, pairs__dropout_ntp_fraction=0.0))

@@ -17,7 +17,7 @@ from PIL import Image
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data import shards
 from megatron_r1v2.data.samples import encode_record
-from megatron_r1v2.data.stream import PromptStream, read_prompts
+from megatron_r1v2.data.stream import PromptStream, each_sample, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from tests.tiny import tiny_png, tiny_sample, tiny_shards, tiny_tokenizer
 
@@ -294,3 +294,17 @@ def test_images_other_than_png(tmp_path: Path, tokenizer: ChatTokenizer) -> None
     Image.open(io.BytesIO(tiny_png(3))).save(buffer, "JPEG")
     shards.write_shards([tiny_sample(0, images={"0.jpg": buffer.getvalue()})], tmp_path / "data")
     assert stream(tmp_path / "data", tokenizer).next(1)[0].tiles_TCHW.shape[0] == 3
+
+
+def test_samples_come_as_the_shards_hold_them_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    folder = tiny_shards(tmp_path / "data", 25)
+    samples = list(each_sample(folder))
+    assert samples == [tiny_sample(index) for index in range(25)]
+
+
+def test_a_corrupt_record_is_no_sample(tmp_path: Path) -> None:
+    def damage(index: int, parts: Parts) -> Parts:
+        return parts | ({"json": b"{"} if index == 3 else {})
+
+    broken = damaged_shards(tmp_path / "broken", 12, damage)
+    assert [sample.key[-2:] for sample in each_sample(broken)] == [f"{index:02d}" for index in range(12) if index != 3]

@@ -36,11 +36,17 @@ metric_list:
   - metric: inst_level_strict_acc
     aggregation: !function rules.agg_inst_level_acc
     higher_is_better: true
+  - metric: prompt_level_loose_acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: inst_level_loose_acc
+    aggregation: !function rules.agg_inst_level_acc
+    higher_is_better: true
 """
 RULES = "from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results  # noqa: F401\n"
 ROWS = [
     {"key": 1, "prompt": "Name a color. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
-    {"key": 2, "prompt": "Name two colors. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {"key": 2, "prompt": "Two colors. No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
     {
         "key": 3, "prompt": "Say it in JSON.", "instruction_id_list": ["detectable_format:json_format"], "kwargs": [{}],
     },
@@ -56,7 +62,7 @@ def test_ifeval_rules_by_lm_eval_on_an_endpoint(tmp_path):
     (tmp_path / "task" / "rules.py").write_text(RULES)
     answers = {
         "Name a color. No commas.": "red",
-        "Name two colors. No commas.": "red, blue",
+        "Two colors. No commas.": "red, blue",
         "Say it in JSON.": '{"said": 1}',
         "Shout.": "not loud",
     }

@@ -105,7 +105,7 @@ def test_a_record_has_the_agreed_fields_and_survives_json(tmp_path):
     rollout = Rollout("digits-1", 3, (5, 6, 7), (0.0, 0.0, 0.0), policy_version=4, finish_reason="length")
     text = "left 3\x00, right 4, top 1\ud800</think>\\boxed{7}\n"
     claims = (("left", "3"), ("right", "4"), ("top", "1"))
-    scored = ScoredRollout(rollout, text, {"answer": 0.0, "format": 1.0}, 0.2, False, claims)
+    scored = ScoredRollout(rollout, text, {"answer": 0.0, "format": 1.0}, 0.2, False, claims, model_score=-7.5)
     record = rollout_record(12, _prompt(tiles), scored, advantage=-0.5)
     assert {name: value for name, value in record.items() if name != "image_png"} == {
         "step": 12,
@@ -115,6 +115,7 @@ def test_a_record_has_the_agreed_fields_and_survives_json(tmp_path):
         "text": text,
         "rewards": {"answer": 0.0, "format": 1.0},
         "total": 0.2,
+        "model_score": -7.5,
         "advantage": -0.5,
         "correct": False,
         "claims": [["left", "3", True], ["right", "4", False], ["top", "1", None]],

@@ -12,7 +12,7 @@ ROOT = Path("runs/digits-ablations")
 def every_chain() -> list[list]:
     seeds = (1, 2)
     chains = [ablations.start_chain(ROOT, seed) for seed in seeds]
-    return chains + [ablations.grpo_chain(ROOT, seed, arm, ()) for seed in seeds for arm in ablations.ARMS]
+    return chains + [chain for seed in seeds for chain in ablations.chains(ROOT, seed, ablation_tables.TABLES, ())]
 
 
 def test_every_run_has_its_own_name_and_folder_and_settings_that_exist():
@@ -24,16 +24,28 @@ def test_every_run_has_its_own_name_and_folder_and_settings_that_exist():
             assert importlib.util.find_spec(module), module
             (recipe,) = (argument for argument in arguments if argument.endswith(".yaml"))
             settings = load_recipe(recipe, [argument for argument in arguments if "=" in argument])
-            if not module.endswith("evaluate"):
+            if not module.endswith(("evaluate", "prefer")):
                 folders.append(settings.run.output_dir)
     assert len(set(names)) == len(names)
     assert len(set(folders)) == len(folders)
 
 
 @pytest.mark.parametrize("arm", ablations.ARMS, ids=lambda arm: arm.name)
-def test_an_arm_differs_from_ssb_in_its_own_settings_alone(arm):
-    ssb, other = (set(ablations.grpo_chain(ROOT, 1, each, ())[0].command) for each in (ablations.ARMS[0], arm))
-    assert other - ssb == {*arm.settings, *({f"run.output_dir={ROOT}/seed-1/{arm.name}"} - ssb)}
+def test_an_arm_differs_from_the_first_of_its_stage_in_its_own_settings_alone(arm):
+    first = next(other for other in ablations.ARMS if other.stage == arm.stage)
+    commands = [set(ablations.arm_chain(ROOT, 1, each, ())[0].command) for each in (first, arm)]
+    own = {*arm.settings, f"run.output_dir={ROOT}/seed-1/{arm.name}"}
+    if arm.start != ablations.START:
+        own.add(f"model.checkpoint={ROOT}/seed-1/{arm.start}")
+    assert commands[1] - commands[0] <= own <= commands[1]
+
+
+def test_an_arm_that_starts_from_another_follows_it():
+    chains = ablations.chains(ROOT, 1, ["stages"], ())
+    names = [[stage.name.removeprefix("seed-1-") for stage in chain] for chain in chains]
+    assert ["mpo-mpo", "mpo-evaluate-heldout", "mpo-grpo-grpo", "mpo-grpo-evaluate-heldout"] in names
+    assert ["ssb-grpo", "ssb-evaluate-heldout"] in names
+    assert not any("plain" in name for chain in names for name in chain)
 
 
 def test_arms_belong_to_tables_that_exist():

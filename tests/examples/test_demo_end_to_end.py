@@ -21,7 +21,8 @@ def run(*command: str) -> str:
 
 
 def evaluations(folder: Path) -> tuple[EvaluationResult, EvaluationResult]:
-    return read_evaluation(folder / "evaluation-before.json"), read_evaluation(folder / "evaluation-after.json")
+    aligned, grpo = (read_evaluation(folder / f"evaluation-{name}.json") for name in ("aligned", "grpo"))
+    return aligned, grpo
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,8 @@ def test_shuffled_rewards_teach_nothing(demo, tmp_path):
         f"evaluation.data={demo.shards / 'heldout'}",
     ]
     recipe = "examples/digits/grpo.yaml"
-    before, _ = evaluations(demo.grpo)
-    run("megatron_r1v2.grpo", recipe, *settings, f"model.checkpoint={demo.align}", "reward.shuffle=true")
-    run("megatron_r1v2.evaluate", recipe, *settings, "--name", "after", f"model.checkpoint={tmp_path}")
-    after = read_evaluation(tmp_path / "evaluation-after.json")
+    before = read_evaluation(demo.grpo / "evaluation-mpo.json")
+    run("megatron_r1v2.grpo", recipe, *settings, f"model.checkpoint={demo.mpo}", "reward.shuffle=true")
+    run("megatron_r1v2.evaluate", recipe, *settings, "--name", "shuffled", f"model.checkpoint={tmp_path}")
+    after = read_evaluation(tmp_path / "evaluation-shuffled.json")
     assert abs(after.pass_at_1 - before.pass_at_1) <= 0.05

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Recompute, RunRecipe
-from megatron_r1v2.config.validate import check_grpo, check_model_fits
+from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_mpo
 from megatron_r1v2.parallel.groups import check_world_size
 from tests.models.test_meta_38b import HF, RECIPES
 
@@ -32,7 +32,7 @@ def cluster_of(name: str) -> tuple[int, int, int]:
 
 
 def test_every_recipe_is_here():
-    assert {"align", "grpo", "grpo_64k", "grpo_fp8", "grpo_language"} <= set(NAMES)
+    assert {"align", "mpo", "grpo", "grpo_64k", "grpo_fp8", "grpo_language"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,6 +41,8 @@ def test_it_fits_the_real_model_and_its_cluster(name):
     check_model_fits(recipe, HF)
     if name.startswith("grpo"):
         check_grpo(recipe)
+    if name.startswith("mpo"):
+        check_mpo(recipe)
     nodes, gpus, _ = cluster_of(name)
     check_world_size(recipe.parallel, nodes * gpus)
     assert recipe.parallel.tensor == gpus, "tensor parallelism fills a node and stays inside it"
@@ -52,7 +54,7 @@ def test_the_longest_sequence_fits_a_packed_row_and_the_cache(name):
     recipe = recipe_of(name)
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     assert recipe.train.packing is not Packing.none
-    assert longest <= recipe.train.tokens_per_microbatch
+    assert longest * (2 if name == "mpo" else 1) <= recipe.train.tokens_per_microbatch
     # Keys and values of the layers of a stage, bf16, one of the eight key-value heads on each rank.
     bytes_per_token = 64 // recipe.parallel.pipeline * 2 * 128 * 2
     assert recipe.generation.kv_cache_gib * 2**30 >= 8 * longest * bytes_per_token, "a group at least"
@@ -89,4 +91,4 @@ def test_they_are_what_their_names_say():
     assert all(recipe.parallel.sequence for recipe in (grpo, long, fp8, language))
     assert (fp8.model.layers, fp8.model.fp8, fp8.model.fp8_weights) == (Layers.te, Fp8.tensorwise, True)
     assert long.train.recompute is Recompute.full
-    assert recipe_of("align").train.parts == [Part.adapter]
+    assert recipe_of("align").train.parts == recipe_of("mpo").train.parts == [Part.adapter]

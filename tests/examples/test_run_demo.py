@@ -18,14 +18,17 @@ def every_stage(root: Path) -> list[run_demo.Stage]:
         *run_demo.shard_stages(paths),
         run_demo.base_stage(paths),
         run_demo.align_stage(paths, 1, ()),
-        run_demo.evaluation_stage(paths, 1, "before", paths.align, ["train.steps=7"]),
-        run_demo.grpo_stage(paths, 1, ["train.steps=7"]),
-        run_demo.evaluation_stage(paths, 1, "after", paths.grpo, ["train.steps=7"]),
+        run_demo.evaluation_stage(paths, 1, "aligned", paths.align, ["train.steps=7"]),
+        run_demo.prefer_stage(paths, 1),
+        run_demo.mpo_stage(paths, 1, ()),
+        run_demo.evaluation_stage(paths, 1, "mpo", paths.mpo, ["train.steps=7"]),
+        run_demo.grpo_stage(paths, 1, paths.mpo, ["train.steps=7"]),
+        run_demo.evaluation_stage(paths, 1, "grpo", paths.grpo, ["train.steps=7"]),
         *run_demo.closing_stages(paths),
     ]
 
 
-@pytest.mark.parametrize("name", ["align", "grpo"])
+@pytest.mark.parametrize("name", ["align", "prefer", "mpo", "grpo"])
 def test_recipes_load_and_look_for_the_claims_that_the_data_makes(name):
     recipe = load_recipe(run_demo.RECIPES / f"{name}.yaml")
     assert recipe.reward.claim_pattern == questions.CLAIM_PATTERN
@@ -35,11 +38,18 @@ def test_recipes_load_and_look_for_the_claims_that_the_data_makes(name):
 
 def test_recipes_point_to_where_the_demo_writes_by_default():
     paths = run_demo.Paths(Path("runs/digits"))
-    align, grpo = (load_recipe(run_demo.RECIPES / f"{name}.yaml") for name in ("align", "grpo"))
-    assert align.model.hf_path == grpo.model.hf_path == str(paths.base)
-    assert (align.run.output_dir, grpo.run.output_dir) == (str(paths.align), str(paths.grpo))
-    assert grpo.model.checkpoint == str(paths.align)
+    names = ("align", "prefer", "mpo", "grpo")
+    align, prefer, mpo, grpo = (load_recipe(run_demo.RECIPES / f"{name}.yaml") for name in names)
+    for recipe in (align, prefer, mpo, grpo):
+        assert recipe.model.hf_path == str(paths.base)
+    assert [recipe.run.output_dir for recipe in (align, mpo, grpo)] == list(
+        map(str, (paths.align, paths.mpo, paths.grpo))
+    )
+    assert prefer.model.checkpoint == mpo.model.checkpoint == str(paths.align)
+    assert grpo.model.checkpoint == str(paths.mpo)
     assert (align.data.train, grpo.data.train) == (str(paths.shards / "align"), str(paths.shards / "grpo"))
+    assert prefer.data.train == str(paths.shards / "prefer")
+    assert prefer.pairs.output == mpo.data.train == str(paths.pairs)
     assert align.data.validation == str(paths.shards / "validation")
     assert grpo.evaluation.data == str(paths.shards / "heldout")
 
@@ -68,13 +78,13 @@ def test_every_stage_runs_a_module_that_exists_with_settings_that_exist(tmp_path
     assert len(set(names)) == len(names)
 
 
-def test_before_and_after_differ_in_the_weights_alone(tmp_path):
+def test_evaluations_differ_in_the_weights_alone(tmp_path):
     paths = run_demo.Paths(tmp_path)
-    before = run_demo.evaluation_stage(paths, 1, "before", paths.align, ())
-    after = run_demo.evaluation_stage(paths, 1, "after", paths.grpo, ())
+    before = run_demo.evaluation_stage(paths, 1, "aligned", paths.align, ())
+    after = run_demo.evaluation_stage(paths, 1, "grpo", paths.grpo, ())
     changed = [pair for pair in zip(before.command, after.command, strict=True) if pair[0] != pair[1]]
     assert changed == [
-        ("before", "after"),
+        ("aligned", "grpo"),
         (f"model.checkpoint={paths.align}", f"model.checkpoint={paths.grpo}"),
     ]
 

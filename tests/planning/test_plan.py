@@ -86,7 +86,7 @@ def shipped_recipes():
 def test_each_38b_recipe_fits_the_cluster_that_its_header_names(path):
     header = re.match(r"# Cluster: (\d+) nodes? x (\d+) GPUs x (\d+) GB\n", path.read_text())
     nodes, gpus, memory = (int(number) for number in header.groups())
-    stage = "align" if path.name.startswith("align") else "grpo"
+    stage = path.stem.split("_")[0]
     plan = make_plan(load_recipe(path), HF_CONFIG, cluster(nodes * gpus, memory), stage=stage)
     assert plan.fits, plan.memory.peak
     assert plan.layout.ranks == nodes * gpus
@@ -98,6 +98,19 @@ def test_the_align_stage_has_no_buffer_and_one_response_a_prompt():
     assert [rank.phase for rank in plan.memory.ranks] == ["generation", "training"]
     assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
     assert plan.time.update == pytest.approx(plan_of().time.update / 8, rel=1e-6)
+
+
+def test_the_mpo_stage_has_two_responses_a_prompt_that_stay_together():
+    recipe = load_recipe(RECIPE)
+    plan = make_plan(recipe, HF_CONFIG, cluster(), stage="mpo")
+    assert [rank.phase for rank in plan.memory.ranks] == ["generation", "log-probs", "training"]
+    assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
+    assert plan.time.update == pytest.approx(plan_of().time.update / 4, rel=1e-6)
+    work = Workload.from_recipe(recipe, ARCHITECTURE, stage="mpo")
+    assert work.microbatch(8).tokens == 2 * 12288, "a packed row of 12,288 tokens would hold one of the two"
+    assert work.microbatch(8).tiles == 3 * 13, "the two share their tiles"
+    padded = replace(work, packed_tokens=0, micro_batch_size=1).microbatch(8)
+    assert (padded.rows, padded.tiles) == (2, 13)
 
 
 def test_the_cache_is_what_its_requests_can_use_and_holds_at_least_one_sequence():

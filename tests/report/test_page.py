@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_r1v2.report.page import GROUPS, write_report
 from megatron_r1v2.report.read import PAIRS_SHOWN, ROLLOUTS_PER_STEP, STEPS_SHOWN, read_run
+from megatron_r1v2.rewards.parts import PARTS
 
 HOSTILE = "</span></script><script>alert(1)</script><img src=x onerror=alert(2)>\" ' {{ 7*7 }} \ud800 \x00"
 
@@ -171,6 +172,21 @@ def test_damaged_lines_in_the_middle_are_reported(tmp_path):
     )
     assert "metrics.jsonl: 2 damaged lines were left out." in read_page(tmp_path).text
     assert list(read_run(tmp_path).metrics) == [1, 2]
+
+
+def test_every_part_of_the_reward_is_a_curve_and_a_figure(tmp_path):
+    parts = {name: index / 10 for index, name in enumerate(PARTS)}
+    metrics = {f"reward/{name}/mean": value for name, value in parts.items()}
+    lines = [{"step": s, **metrics, "critic/rewards/mean": 0.5, "reward_model/score/mean": -2.0} for s in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(rewards=parts, model_score=-7.25), rollout(2, model_score=None)])
+    text = " ".join(read_page(tmp_path).text.split())
+    legend = text[text.index("Reward and correctness") : text.index("Mean total reward")]
+    for name, value in parts.items():
+        assert name in legend
+        assert f"{name} {value:.2f}" in text
+    assert text.count("model score -7.25") == text.count("model score") == 1
+    assert "reward_model/score/mean" in text
 
 
 def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):

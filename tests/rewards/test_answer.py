@@ -117,6 +117,23 @@ def test_numeric(content, answer, correct):
     assert answer_is_correct(_boxed(content), answer, "numeric") is correct
 
 
+@pytest.mark.parametrize(
+    ("content", "answer", "tolerance", "correct"),
+    [
+        ("10.5", "10", 0.05, True),  # at the limit, exactly
+        ("10.51", "10", 0.05, False),
+        ("-9.5", "-10", 0.05, True),
+        ("9.5", "-10", 0.05, False),
+        ("11", "10", 0.5, False),  # whole numbers do not differ a little
+        ("10.000001", "10", 0.0, False),
+        ("10.0", "10", 0.0, True),
+        ("1e-9", "0", 1.0, False),
+    ],
+)
+def test_numeric_tolerance(content, answer, tolerance, correct):
+    assert answer_is_correct(_boxed(content), answer, "numeric", tolerance) is correct
+
+
 @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
 def test_whole_numbers_are_equal_only_when_they_are(given_value, answer):
     assert answer_is_correct(_boxed(given_value), str(answer), "numeric") is (given_value == answer)
@@ -172,6 +189,13 @@ def test_exact(content, answer, correct):
 )
 def test_math(content, answer, correct):
     assert answer_is_correct(_boxed(content), answer, "math") is correct
+
+
+def test_math_is_not_asked_about_what_nobody_would_write():
+    long = "+".join(["1"] * 1200)
+    assert not answer_is_correct(_boxed(long), "1200", "math")
+    assert answer_is_correct(_boxed(long), long, "math")
+    assert answer_is_correct(_boxed("+".join(["1"] * 12)), "12", "math")
 
 
 def test_math_works_outside_the_main_thread():

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from megatron_r1v2.rewards.claims import (
     HallucinationCounts,
     compile_claim_pattern,
+    consistency_score,
     find_claims,
     hallucination_counts,
     judge_claims,
@@ -46,6 +47,23 @@ def test_judge_claims():
     claims = (("left", "3"), ("Left ", " 4"), ("middle", "1"), ("right", "Fox"))
     assert judge_claims(claims, {"left": "3", "right": "fox"}) == (True, False, None, True)
     assert judge_claims(claims, {}) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("claims", "score"),
+    [
+        ((("left", "3"), ("right", "5")), 1.0),
+        ((("left", "3"),), 1.0),
+        ((("left", "3"), ("middle", "9")), 1.0),  # a claim that cannot be judged says nothing
+        ((("left", "3"), ("right", "6")), 0.0),
+        ((("left", "3"), ("left", "4")), 0.0),  # one of two contradicting claims is false
+        ((("left", "3"),) * 9 + (("right", "6"),), 0.0),  # padding does not make up for it
+        ((), 0.0),  # silence is no way out
+        ((("middle", "9"),), 0.0),
+    ],
+)
+def test_consistency(claims, score):
+    assert consistency_score(claims, {"left": "3", "right": "5"}) == score
 
 
 def test_counts_and_rates():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -38,9 +39,12 @@ def pool():
         yield made
 
 
-def _score(pool, texts, prompts, settings=SETTINGS):
+def _score(pool, texts, prompts, settings=SETTINGS, model_scores=None):
     rollouts = [_rollout(prompt.key, index) for index, prompt in enumerate(prompts)]
-    return score_rollouts({prompt.key: prompt for prompt in prompts}, rollouts, texts, settings=settings, pool=pool)
+    by_key = {prompt.key: prompt for prompt in prompts}
+    return score_rollouts(
+        by_key, rollouts, texts, settings=settings, pool=pool, max_response_tokens=32, model_scores=model_scores
+    )
 
 
 def test_total_is_the_weighted_sum_of_parts_that_are_logged_alone(pool):
@@ -75,6 +79,50 @@ def test_total_is_the_weighted_sum_of_parts_that_are_logged_alone(pool):
             "verifier/crashes": 0,
         }
     )
+
+
+def test_a_reward_model_and_a_prompt_without_facts(pool):
+    settings = dataclasses.replace(
+        SETTINGS, consistency_weight=0.25, model_weight=0.5, model_centre=0.0, model_scale=1.0
+    )
+    prompts = [_prompt("a"), _prompt("a"), _prompt("b", facts={})]
+    texts = [GOOD, r"3+5=8</think>\boxed{8}", GOOD]
+    scored, counts = _score(pool, texts, prompts, settings, model_scores=[math.log(3), 0.0, -math.log(3)])
+    assert [dict(response.rewards) for response in scored] == [
+        {"answer": 1.0, "format": 1.0, "consistency": 1.0, "model": pytest.approx(0.75)},
+        {"answer": 1.0, "format": 1.0, "consistency": 0.0, "model": pytest.approx(0.5)},  # says nothing of the image
+        {"answer": 1.0, "format": 1.0, "model": pytest.approx(0.25)},
+    ]
+    # W = 2; the third has 1.75 of it: (1 + 0.25 + 0.125) x 2 / 1.75.
+    assert [response.total for response in scored] == pytest.approx([1.875, 1.5, 1.375 * 2 / 1.75])
+    assert [response.model_score for response in scored] == [math.log(3), 0.0, -math.log(3)]
+    metrics = reward_metrics(counts)
+    assert metrics["reward/consistency/mean"] == 0.5
+    assert metrics["reward/model/mean"] == pytest.approx(0.5)
+    assert metrics["reward_model/score/mean"] == pytest.approx(0.0)
+    assert "reward/steps/mean" not in metrics
+
+
+def test_a_reward_model_without_scores_is_an_error_and_not_a_zero(pool):
+    weighted = dataclasses.replace(SETTINGS, model_weight=0.5)
+    with pytest.raises(ValueError, match="reward.model_weight=0.5 but no reward model"):
+        _score(pool, [GOOD], [_prompt("a")], weighted)
+    with pytest.raises(RuntimeError, match="no finite score"):
+        _score(pool, [GOOD], [_prompt("a")], weighted, model_scores=[float("nan")])
+    with pytest.raises(RuntimeError, match="2 scores for 1 responses"):
+        _score(pool, [GOOD], [_prompt("a")], weighted, model_scores=[1.0, 2.0])
+    # Without a weight it is only shown.
+    [response], counts = _score(pool, [GOOD], [_prompt("a")], SETTINGS, model_scores=[-3.5])
+    assert response.total == 1.25
+    assert reward_metrics(counts)["reward/model/mean"] == 0.5
+
+
+def test_the_numeric_tolerance_is_a_setting(pool):
+    texts = [r"x</think>\boxed{8.2}", r"x</think>\boxed{8.5}"]
+    for tolerance, right in ((1e-6, [False, False]), (0.05, [True, False]), (0.1, [True, True])):
+        settings = dataclasses.replace(SETTINGS, numeric_tolerance=tolerance)
+        scored, _ = _score(pool, texts, [_prompt("a")] * 2, settings)
+        assert [response.rule_correct for response in scored] == right
 
 
 def test_counts_of_two_ranks_add_up_to_the_metrics_of_one(pool):
@@ -115,7 +163,7 @@ def test_what_does_not_fit_together_is_an_error(pool):
     with pytest.raises(ValueError, match="1 rollouts came with 2 texts"):
         _score(pool, ["", ""], [_prompt("a")])
     with pytest.raises(ValueError, match=r"no prompt for rollouts of \['b'\]"):
-        score_rollouts({"a": _prompt("a")}, [_rollout("b")], [""], settings=SETTINGS, pool=pool)
+        score_rollouts({"a": _prompt("a")}, [_rollout("b")], [""], settings=SETTINGS, pool=pool, max_response_tokens=32)
     with pytest.raises(ValueError, match="reward.claim_pattern"):
         _score(pool, [""], [_prompt("a")], dataclasses.replace(SETTINGS, claim_pattern="(?P<name>x)"))
 
@@ -129,6 +177,7 @@ def _responses(count):
             total=10.0 * index,
             rule_correct=index % 3 == 0,
             claims=(("left", str(index)),),
+            model_score=-float(index),
         )
         for index in range(count)
     ]
@@ -143,6 +192,7 @@ def test_shuffled_rewards_are_dealt_to_wrong_responses(count, seed):
     for before, after in zip(scored, shuffled, strict=True):
         giver = scored[int(after.total / 10)]
         assert (after.rewards, after.rule_correct) == (giver.rewards, giver.rule_correct)
+        assert after.model_score == giver.model_score
         assert count == 1 or after.total != before.total
     assert shuffle_rewards(scored, seed=seed) == shuffled
 

@@ -66,7 +66,7 @@ def damaged_data(folder: Path, damaged: int, *, images: int = 40) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["grpo", "align", "evaluate"])
+@pytest.mark.parametrize("stage", ["grpo", "align", "mpo", "evaluate"])
 def test_an_unknown_setting_is_named_with_the_one_meant(run_entry: Entry, stage: str) -> None:
     message = run_entry("train.learnig_rate=1", stage=stage)
     assert "unknown setting 'train.learnig_rate'; did you mean 'learning_rate'?" in message
@@ -166,6 +166,23 @@ def test_supervised_data_without_responses_is_told_how_to_get_them(run_entry: En
     )
     message = run_entry(f"data.train={tmp_path / 'data'}", "train.parts=[language]", stage="align")
     assert "has no response; the align stage trains on reference responses" in message
+
+
+def test_data_without_pairs_is_told_how_to_get_them(run_entry: Entry, tmp_path: Path) -> None:
+    user = ({"role": "user", "content": "abc?"},)
+    write_shards(
+        [Sample(key=f"s-{index}", messages=user, answer="1", answer_type="exact") for index in range(8)],
+        tmp_path / "data",
+    )
+    for weights in ((), ("preference.preference_weight=0", "preference.quality_weight=0")):
+        message = run_entry(f"data.train={tmp_path / 'data'}", "train.parts=[language]", *weights, stage="mpo")
+        assert "has no pair of responses; the mpo stage trains on pairs" in message
+
+
+def test_a_threshold_that_no_pair_reaches_is_told(run_entry: Entry) -> None:
+    message = run_entry("preference.min_margin=5", "train.prompts_per_step=9", stage="mpo")
+    assert "none of the 16 pairs" in message
+    assert "preference.min_margin=5" in message
 
 
 def test_a_start_from_nothing_finished_is_refused(run_entry: Entry, tmp_path: Path) -> None:

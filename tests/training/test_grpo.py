@@ -179,6 +179,22 @@ def test_shuffled_rewards_teach_the_wrong_responses(run: Run) -> None:
     assert sum(line["correct"] for line in plain) == sum(line["correct"] for line in shuffled)
 
 
+def test_every_rule_of_the_hybrid_reward_is_weighed_logged_and_shown(run: Run) -> None:
+    rules = {"answer": 1.0, "format": 0.2, "consistency": 0.1, "steps": 0.1, "repetition": 0.1, "overlong": 0.1}
+    weights = [f"reward.{name}_weight={weight}" for name, weight in rules.items()]
+    folder = run("train.steps=1", "logging.sample_rollouts=100", "reward.overlong_buffer_tokens=2", *weights)
+    [line] = read_metrics(folder)
+    assert {f"reward/{name}/mean" for name in rules} == {name for name in line if name.startswith("reward/")}
+    rollouts = read_rollouts(folder)
+    assert {name for rollout in rollouts for name in rollout["rewards"]} == rules.keys()
+    for rollout in rollouts:
+        parts = rollout["rewards"]
+        weighted = sum(rules[name] * value for name, value in parts.items())
+        scale = sum(rules.values()) / sum(rules[name] for name in parts)
+        assert rollout["total"] == pytest.approx(weighted * scale)
+        assert 0 <= rollout["total"] <= 1.6 + 1e-9
+
+
 def test_microbatches_and_recomputation_do_not_change_the_gradient(run: Run, one_step: Path) -> None:
     expected = gradients(one_step)
     assert {name.split(".")[0] for name, value in expected.items() if value.abs().max() > 0} == {

@@ -208,6 +208,18 @@ def test_advantages_and_effectiveness_by_hand(context):
     assert (sample.sample_index, sample.policy_version, sample.group_effective) == (1, 0, True)
 
 
+def test_a_group_that_differs_in_other_parts_alone_is_not_effective(context):
+    prompt = make_prompt("p", tiles=1)
+    responses = [
+        replace(response, total=total, rule_correct=True)
+        for response, total in zip(step_responses([prompt], 0), (1.2, 1.4, 1.1, 1.3), strict=True)
+    ]
+    selection = select(recipe(), None, [prompt], responses, step=4, trains_text=True, context=context)
+    assert all(item.advantage != 0 for item in selection.judged.values())
+    assert not any(item.entry.effective for item in selection.judged.values())
+    assert selection.metrics["ssb/fresh_effective_fraction"] == 0
+
+
 def test_text_only_responses_are_left_out_and_counted_when_text_has_no_gradient(context):
     prompts = step_prompts(0)
     responses = step_responses(prompts, 0)
