@@ -54,6 +54,8 @@ class Prompt:
     """uint8 [T, 3, height, width]: all tiles of all images in order of appearance; T = 0 for a text-only prompt."""
     answer: str
     answer_type: AnswerType
+    images: tuple[bytes, ...] = ()
+    """The encoded images in order of appearance, for a served reward model, which cuts them in its own way."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What is true of the images, by name; a claim that contradicts one is a hallucination."""
     response: str | None = None
@@ -95,13 +97,15 @@ class ScoredRollout:
     text: str
     """The response as text, special tokens included, the stop token left out."""
     rewards: Mapping[str, float]
-    """Each part of the reward by name, unweighted."""
+    """Each part of the reward that applies, by name, in [0, 1], unweighted."""
     total: float
     """The weighted sum that the advantages are computed from."""
     rule_correct: bool
     """Whether the answer rule found the answer right; decides whether a group is effective."""
     claims: tuple[tuple[str, str], ...] = ()
     """What the response says of the images: (name, value)."""
+    model_score: float | None = None
+    """Raw score of the reward model, which the margins of preference pairs are made of; None: there was no model."""
 
 
 @dataclass(frozen=True)
@@ -171,3 +175,5 @@ class TrainingBatch:
     """bool [B]."""
     reference_log_probs_BS: torch.Tensor | None = None
     """float32 [B, S], where the loss has a KL term."""
+    reference_sums_B: torch.Tensor | None = None
+    """float64 [B]: log-probs of the whole responses under the reference, where the loss compares those."""

@@ -6,70 +6,20 @@ model's HF configuration; `model.transformer_config` passes anything else throug
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-
-class Layers(str, Enum):
-    """Which layer implementation megatron-core builds."""
-
-    local = "local"
-    te = "te"
-
-
-class Fp8(str, Enum):
-    """How the matrix products of the language model are scaled to 8 bits; the vision tower stays in bf16."""
-
-    none = "none"
-    tensorwise = "tensorwise"
-    blockwise = "blockwise"
-
-
-class Precision(str, Enum):
-    """The dtype of parameters and activations."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Part(str, Enum):
-    """A part of the model that can be trained."""
-
-    vision = "vision"
-    adapter = "adapter"
-    language = "language"
-
-
-class LossAggregation(str, Enum):
-    """How token losses become one number: the mean of per-response means (eq. 8), or one mean over all tokens."""
-
-    sequence = "sequence"
-    token = "token"
-
-
-class Recompute(str, Enum):
-    """What the backward pass computes again instead of keeping."""
-
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
-class Packing(str, Enum):
-    """How sequences of different lengths share a microbatch."""
-
-    none = "none"
-    first_fit_decreasing = "first_fit_decreasing"
-    nemo = "nemo"
-
-
-class WandbMode(str, Enum):
-    """How Weights & Biases is used."""
-
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
+from megatron_r1v2.config.choices import (
+    Fp8,
+    Layers,
+    LossAggregation,
+    Packing,
+    Part,
+    Precision,
+    Recompute,
+    ScoreEndpoint,
+    WandbMode,
+)
 
 
 @dataclass
@@ -165,20 +115,80 @@ class GenerationConfig:
 
 @dataclass
 class RewardConfig:
-    """How a response is scored: total = sum of weight x part, each part in [0, 1]."""
+    """How a response is scored: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
+
+    A part whose weight is 0 is not computed, but for answer and format. One that does not apply to a prompt hands its
+    weight to the others.
+    """
 
     answer_weight: float = 1.0
     """Is the last boxed answer right?"""
     format_weight: float = 0.2
     """<think>...</think> and then exactly one boxed answer."""
+    consistency_weight: float = 0.0
+    """Do the visual claims agree with the prompt's facts? A response without claims gets 0; needs claim_pattern."""
+    steps_weight: float = 0.0
+    """Does the reasoning go in steps that lead to the boxed answer?"""
+    repetition_weight: float = 0.0
+    """1 without repetition, towards 0 for a response that goes round in circles."""
+    overlong_weight: float = 0.0
+    """1 for a response that ends in time, 0 for one that is cut."""
+    model_weight: float = 0.0
+    """The score of a reward model, squashed."""
+    numeric_tolerance: float = 1e-6
+    """Numeric answers may differ by this part of the right one; whole numbers may not differ from whole numbers."""
     claim_pattern: str = ""
     """Regular expression with groups `name` and `value` that finds visual claims; empty: none are looked for."""
+    steps_wanted: int = 3
+    """Distinct steps (lines, sentences, clauses) of a reasoning that is complete; fewer get their share."""
+    steps_conclusion: int = 2
+    """The boxed answer must stand in one of the last so many steps."""
+    repetition_tokens: int = 8
+    """So many tokens in a row that have been there before are a repetition."""
+    overlong_buffer_tokens: int = 1024
+    """The overlong part falls from 1 to 0 over the last so many of generation.max_response_tokens; 0: a step."""
+    model_centre: float = -3.5
+    """The raw score of the reward model that counts 1/2; -3.5 and 4 spread the -15 to 8 of Skywork-VL-Reward."""
+    model_scale: float = 4.0
+    """Raw score above the centre that counts 0.73; smaller: a steeper logistic."""
     verifier_workers: int = 2
     """Processes that check answers, on each data-parallel rank."""
     verifier_timeout_seconds: float = 5.0
     """A check that takes longer scores 0 and is counted."""
     shuffle: bool = False
     """Control experiment: rewards are dealt to the wrong responses."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the weight of each part by its name."""
+        names = [setting.name for setting in fields(self) if setting.name.endswith("_weight")]
+        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
+
+
+@dataclass
+class RewardModelConfig:
+    """Where the scores for `reward.model_weight` come from, and how the reward_model stage trains."""
+
+    checkpoint: str = ""
+    """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout."""
+    hf_path: str = ""
+    """The model that the checkpoint was made from; empty: `model.hf_path`. Its tokenizer must be the policy's."""
+    url: str = ""
+    """A server that scores, e.g. http://127.0.0.1:8001 (vLLM, or megatron_r1v2.serve.reward_model)."""
+    endpoint: ScoreEndpoint = ScoreEndpoint.pooling
+    """What is asked below `url`: pooling or classify, both as vLLM has them, with chat messages."""
+    served_name: str = ""
+    """`model` in the requests; empty: left out."""
+    api_key_variable: str = ""
+    """Environment variable that holds the server's API key; empty: none is sent."""
+    timeout_seconds: float = 120.0
+    """For one answer, from first to last byte."""
+    attempts: int = 5
+    """How often a request is made before the run ends; the pause doubles from one second to at most 30."""
+    concurrency: int = 16
+    """Requests under way at once, from each model replica."""
+    centring_weight: float = 0.0
+    """In training: weight of (chosen score + rejected score)^2, which holds scores near zero."""
 
 
 @dataclass
@@ -205,6 +215,30 @@ class AlgorithmConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """MPO on pairs of a chosen and a rejected response; weights 1, 0, 0 are DPO, 0, 0, 1 supervised training."""
+
+    preference_weight: float = 0.8
+    """Weight of the preference term (DPO)."""
+    quality_weight: float = 0.2
+    """Weight of the quality term (BCO)."""
+    generation_weight: float = 1.0
+    """Weight of the generation term: the likelihood of the chosen response."""
+    beta: float = 0.1
+    """Reward of a response = beta x (its log-prob - that of the model the stage started from), summed over tokens."""
+    generation_aggregation: LossAggregation = LossAggregation.sequence
+    """Of the generation term. sequence: the mean of per-response means (eq. 5); token: the mean over all tokens."""
+    delta_momentum: float = 0.0
+    """delta of the quality term, from the rewards of earlier steps: 0: their mean; else the part of the old value that
+    stays in a moving average."""
+    min_margin: float = 0.0
+    """tau: pairs with a smaller margin (reward of chosen - rejected) are left out; one without a margin counts as 0."""
+    reference_dir: str = ""
+    """Where log-probs under the model that the stage starts from are kept, for all runs on the same pairs and model;
+    empty: `run.output_dir`/reference."""
+
+
+@dataclass
 class BufferConfig:
     """The Selective Sample Buffer."""
 
@@ -227,15 +261,15 @@ class TrainConfig:
     """The update."""
 
     parts: list[Part] = field(default_factory=lambda: [Part.adapter])
-    """Which parts train: any of vision, adapter, language."""
+    """Which parts train: any of vision, adapter, language; the reward_model stage also trains score, its new head."""
     steps: int = 100
     """Steps of this stage."""
     prompts_per_step: int = 64
-    """Prompts over all data-parallel ranks (rows, in the align stage)."""
+    """Prompts over all data-parallel ranks (responses in the align stage, pairs in the mpo stage)."""
     updates_per_step: int = 1
     """Optimizer steps that share one generation phase."""
     micro_batch_size: int = 1
-    """Rows in one forward pass, where rows are padded to the longest."""
+    """Rows in one forward pass, where rows are padded to the longest; the two of a pair always go together."""
     packing: Packing = Packing.none
     """none: padded rows; first_fit_decreasing: rows laid one after the other without padding; nemo: the same by NeMo's
     packing strategy (extra `nemo`)."""
@@ -319,7 +353,9 @@ class RunRecipe:
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

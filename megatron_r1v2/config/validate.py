@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
-from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
+from megatron_r1v2.config.reward_model import check_score_head, check_score_source
+from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "grpo", "evaluate"]
+Stage = Literal["align", "mpo", "reward_model", "grpo", "evaluate"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -29,15 +30,31 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "generation.max_requests": (1, None),
     "generation.max_tokens_per_step": (1, None),
     "generation.feature_cache_gib": (0, None),
-    "reward.answer_weight": (0, None),
-    "reward.format_weight": (0, None),
+    **{f"reward.{part}_weight": (0, None) for part in RewardConfig().weights},
+    "reward.numeric_tolerance": (0, 1),
+    "reward.steps_wanted": (1, None),
+    "reward.steps_conclusion": (1, None),
+    "reward.repetition_tokens": (1, None),
+    "reward.overlong_buffer_tokens": (0, None),
+    "reward.model_centre": (-1000, 1000),
     "reward.verifier_workers": (1, None),
+    "reward_model.attempts": (1, None),
+    "reward_model.concurrency": (1, None),
+    "reward_model.centring_weight": (0, None),
     "algorithm.clip_low": (0, 1),
     "algorithm.clip_high": (0, None),
     "algorithm.kl_coefficient": (0, None),
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
+<<<<<<< HEAD
     "algorithm.dynamic_sampling_rounds": (1, None),
+=======
+    "preference.preference_weight": (0, None),
+    "preference.quality_weight": (0, None),
+    "preference.generation_weight": (0, None),
+    "preference.delta_momentum": (0, 1),
+    "preference.min_margin": (-1e6, 1e6),
+>>>>>>> rm
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),
@@ -69,17 +86,33 @@ _POSITIVE = (
     "generation.temperature",
     "generation.top_p",
     "generation.kv_cache_gib",
+    "reward.model_scale",
     "reward.verifier_timeout_seconds",
+    "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
+    "preference.beta",
     "evaluation.temperature",
     "evaluation.top_p",
 )
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
+    "mpo": ("model.hf_path", "data.train"),
+    "reward_model": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
 }
+
+
+_FOLDERS = (
+    "model.hf_path",
+    "model.checkpoint",
+    "data.train",
+    "data.validation",
+    "evaluation.data",
+    "reward_model.hf_path",
+    "reward_model.checkpoint",
+)
 
 
 def check_ranges(recipe: RunRecipe) -> None:
@@ -101,6 +134,8 @@ def check_ranges(recipe: RunRecipe) -> None:
         if _get(recipe, name) > 1:
             raise ValueError(f"{name}={_get(recipe, name)} is out of range; accepted: more than 0, at most 1")
     _check_text(recipe)
+    _check_rewards(recipe)
+    check_score_source(recipe)
     _check_parts(recipe)
     _check_combinations(recipe)
 
@@ -114,12 +149,15 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     for name in _NEEDED[stage]:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
-    for name in ("model.hf_path", "model.checkpoint", "data.train", "data.validation", "evaluation.data"):
+    for name in _FOLDERS:
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if stage == "grpo":
         check_grpo(recipe)
+    if stage == "mpo":
+        check_mpo(recipe)
+    check_score_head(recipe, is_reward_model=stage == "reward_model")
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers=te needs TransformerEngine, which is not installed; "
@@ -145,13 +183,28 @@ def check_grpo(recipe: RunRecipe) -> None:
             f"generation.responses_per_prompt={generation.responses_per_prompt} leaves nothing to compare within a "
             "group; GRPO needs 2 or more"
         )
-    if reward.answer_weight == 0 and reward.format_weight == 0:
-        raise ValueError("reward.answer_weight and reward.format_weight are both 0: nothing to learn; raise one")
+    if not any(reward.weights.values()):
+        names = ", ".join(f"{part}_weight" for part in reward.weights)
+        raise ValueError(f"every weight in the reward section is 0 ({names}): nothing to learn; raise one")
     responses = train.prompts_per_step * generation.responses_per_prompt
     if train.updates_per_step > responses:
         raise ValueError(
             f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
             "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+        )
+
+
+def check_mpo(recipe: RunRecipe) -> None:
+    """Check what MPO needs of its settings.
+
+    Raises:
+        ValueError: no term to train on.
+    """
+    preference = recipe.preference
+    if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
+        raise ValueError(
+            "preference.preference_weight, preference.quality_weight and preference.generation_weight are all 0: "
+            "nothing to learn; raise one"
         )
 
 
@@ -265,6 +318,20 @@ def _check_text(recipe: RunRecipe) -> None:
         )
 
 
+def _check_rewards(recipe: RunRecipe) -> None:
+    reward, longest = recipe.reward, recipe.generation.max_response_tokens
+    if reward.consistency_weight and not reward.claim_pattern:
+        raise ValueError(
+            f"reward.consistency_weight={reward.consistency_weight} with an empty reward.claim_pattern: no claim would "
+            r"ever be found; give a pattern, e.g. (?P<name>left|right) (?P<value>\d), or set the weight to 0"
+        )
+    if reward.overlong_weight and reward.overlong_buffer_tokens > longest:
+        raise ValueError(
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
+            f"generation.max_response_tokens={longest}: even an empty response would be too long; lower it"
+        )
+
+
 def _check_parts(recipe: RunRecipe) -> None:
     parts = recipe.train.parts
     accepted = ", ".join(part.name for part in Part)
@@ -278,8 +345,8 @@ def _check_parts(recipe: RunRecipe) -> None:
 
 def _check_combinations(recipe: RunRecipe) -> None:
     train, parallel = recipe.train, recipe.parallel
-    for name, beta in (("train.adam_beta1", train.adam_beta1), ("train.adam_beta2", train.adam_beta2)):
-        if beta == 1:
+    for name in ("train.adam_beta1", "train.adam_beta2", "preference.delta_momentum"):
+        if _get(recipe, name) == 1:
             raise ValueError(f"{name}=1 never forgets the start; accepted: 0 to just below 1")
     if train.min_learning_rate > train.learning_rate:
         raise ValueError(

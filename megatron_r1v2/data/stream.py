@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import tarfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,35 @@ def read_prompts(
         ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or a
             prompt is too long.
     """
+    everything = each_prompt(
+        folder, settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
+    )
+    prompts = list(islice(everything, count or None))
+    if len(prompts) < count:
+        raise ValueError(
+            f"{folder} has {len(prompts)} usable samples, {count} were asked for; lower evaluation.prompts"
+        )
+    return prompts
+
+
+def each_prompt(
+    folder: str | Path, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int
+) -> Iterator[Prompt]:
+    """Read a data set once in the order of its shards, a prompt at a time: it need not fit in memory.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+        settings: Limits, and the part of samples that may be corrupt.
+        tokenizer: The model's tokenizer.
+        tile_size: Pixels on each side of a tile: the model's image size.
+        tokens_per_tile: Image tokens of one tile.
+
+    Yields:
+        The prompts, without corrupt samples.
+
+    Raises:
+        ValueError: If the data set is incomplete, has too many corrupt samples, or a prompt is too long.
+    """
     root = Path(folder)
     check_shards(root)
     loader = _loader(root, shuffle=False, repeat=False, seed=0)
@@ -189,16 +219,10 @@ def read_prompts(
     )
     tally = _Tally(root, settings.max_corrupt_fraction, len(loader))
     iterator = iter(loader)
-    prompts: list[Prompt] = []
     for _ in range(len(loader)):
         prompt = _read_one(iterator, builder, tally, root)
         if prompt is not None:
-            prompts.append(prompt)
-        if count and len(prompts) == count:
-            break
-    if len(prompts) < count:
-        raise ValueError(f"{root} has {len(prompts)} usable samples, {count} were asked for; lower evaluation.prompts")
-    return prompts
+            yield prompt
 
 
 def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableDataLoader:

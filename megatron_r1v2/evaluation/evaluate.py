@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
@@ -14,6 +14,7 @@ from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, ScoredRollout
@@ -34,6 +35,8 @@ class Evaluator:
     decode: Callable[[Sequence[int]], str]
     context: ParallelContext
     max_response_tokens: int
+    reward_model: RewardModel | None = None
+    """None: the totals of the responses shown are those of the rules alone; no rate depends on a reward model."""
 
     def run(
         self, prompts: Sequence[Prompt], *, name: str, step: int, progress: Progress | None = None
@@ -64,7 +67,14 @@ class Evaluator:
         )
         by_key = {prompt.key: prompt for prompt in prompts}
         mine, _ = score_in_replica(
-            by_key, rollouts, decode=self.decode, settings=self.reward, pool=self.pool, context=self.context
+            by_key,
+            rollouts,
+            decode=self.decode,
+            settings=self.reward if self.reward_model is not None else replace(self.reward, model_weight=0.0),
+            pool=self.pool,
+            context=self.context,
+            max_response_tokens=self.max_response_tokens,
+            reward_model=self.reward_model,
         )
         order = {prompt.key: index for index, prompt in enumerate(prompts)}
         scored = [response for part in objects.all_gather(mine, self.context.groups.dp) for response in part]

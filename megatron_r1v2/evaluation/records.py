@@ -38,6 +38,7 @@ def rollout_record(step: int, prompt: Prompt, scored: ScoredRollout, *, advantag
         "text": scored.text,
         "rewards": dict(scored.rewards),
         "total": scored.total,
+        "model_score": scored.model_score,
         "advantage": advantage,
         "correct": scored.rule_correct,
         "claims": [[name, value, verdict] for (name, value), verdict in zip(scored.claims, verdicts, strict=True)],

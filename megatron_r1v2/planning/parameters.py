@@ -88,9 +88,9 @@ def whole_model_counts(architecture: R1V2Architecture) -> dict[Part, int]:
     Returns:
         Elements by part; their sum is the model's size as an HF checkpoint has it.
     """
-    counts = dict.fromkeys(Part, 0)
+    counts: dict[Part, int] = {}
     for parameter in stage_parameters(architecture, Layout(), 0):
-        counts[parameter.part] += parameter.numel
+        counts[parameter.part] = counts.get(parameter.part, 0) + parameter.numel
     return counts
 
 

@@ -25,7 +25,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart(
                 "Reward",
                 ("critic/rewards/mean", "reward/*/mean"),
-                "Mean total reward of the fresh responses, and each part before its weight.",
+                "Mean total reward of the fresh responses, and each part before its weight, over the responses to "
+                "which it applies.",
+            ),
+            Chart(
+                "Reward model",
+                ("reward_model/score/mean",),
+                "Mean raw score of the fresh responses; its part of the reward is this squashed.",
             ),
             Chart(
                 "Validation",
@@ -305,6 +311,7 @@ def _rollout(row: Json) -> dict[str, Any]:
         "correct": bool(row.get("correct")),
         "rewards": {k: v for k, v in rewards.items() if _finite(v)} if isinstance(rewards, dict) else {},
         "total": row.get("total") if _finite(row.get("total")) else None,
+        "model_score": row.get("model_score") if _finite(row.get("model_score")) else None,
         "advantage": row.get("advantage") if _finite(row.get("advantage")) else None,
         "claims": [c for c in claims if isinstance(c, list) and len(c) == 3] if isinstance(claims, list) else [],
         "finish": row.get("finish_reason") or "",

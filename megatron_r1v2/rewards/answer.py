@@ -13,9 +13,12 @@ if TYPE_CHECKING:  # the workers must start without torch, which types.py import
     from megatron_r1v2.types import AnswerType
 
 ANSWER_TYPES = ("numeric", "choice", "exact", "math")
-NUMERIC_TOLERANCE = Fraction(1, 10**6)
+# The default of `reward.numeric_tolerance`, for callers without settings.
+NUMERIC_TOLERANCE = 1e-6
 # A longer string is no number a person would give, and exact arithmetic on it would cost quadratic time.
 MAX_NUMBER_CHARACTERS = 64
+# Nor is this an expression; math-verify would run into the time limit, and a worker that did takes a second to replace.
+MAX_EXPRESSION_CHARACTERS = 2000
 
 _BOX = r"\boxed{"
 # A backslash takes the next character with it: "\{" and "\}" are printed braces and do not open or close anything.
@@ -53,7 +56,9 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def answer_is_correct(text: str, answer: str, answer_type: AnswerType) -> bool:
+def answer_is_correct(
+    text: str, answer: str, answer_type: AnswerType, numeric_tolerance: float = NUMERIC_TOLERANCE
+) -> bool:
     r"""Return whether the last boxed answer of a response is right.
 
     An answer that equals the reference as text (outer spaces, `$` and `\text{}` aside) is right for every type; an
@@ -62,8 +67,10 @@ def answer_is_correct(text: str, answer: str, answer_type: AnswerType) -> bool:
     Args:
         text: the response.
         answer: the reference answer, without a box.
-        answer_type: "numeric": equal as numbers, whole numbers exactly, others to 1e-6 relative; "choice": the same
-            option letter, in either case; "exact": equal as text; "math": mathematically equal by math-verify.
+        answer_type: "numeric": equal as numbers, whole numbers exactly, others to the tolerance; "choice": the same
+            option letter, in either case; "exact": equal as text; "math": mathematically equal by math-verify,
+            which is not asked about more than 2,000 characters.
+        numeric_tolerance: `reward.numeric_tolerance`, relative to the reference.
 
     Raises:
         ValueError: an unknown answer type.
@@ -73,16 +80,16 @@ def answer_is_correct(text: str, answer: str, answer_type: AnswerType) -> bool:
     boxed = last_boxed(text)
     if boxed is None or not boxed.strip():
         return False
-    given, reference = _plain(boxed), _plain(answer)
+    given, reference = plain_text(boxed), plain_text(answer)
     if not given or not reference:
         return False
     if given == reference:
         return True
     if answer_type == "numeric":
-        return _numbers_agree(given, reference)
+        return _numbers_agree(given, reference, numeric_tolerance)
     if answer_type == "choice":
         return _choices_agree(given, reference)
-    if answer_type == "math":
+    if answer_type == "math" and len(boxed) <= MAX_EXPRESSION_CHARACTERS:
         # Imported here because it takes half a second and most runs never need it.
         from megatron_r1v2.rewards.math_answer import expressions_agree
 
@@ -90,19 +97,24 @@ def answer_is_correct(text: str, answer: str, answer_type: AnswerType) -> bool:
     return False
 
 
-def _plain(text: str) -> str:
-    r"""Return the text without outer spaces, `$` and `\text{}`, with runs of spaces made one."""
+def plain_text(text: str) -> str:
+    r"""Return the text without outer spaces, `$` and `\text{}`, with runs of spaces made one.
+
+    Args:
+        text: what stands in a box or in a line of reasoning.
+    """
     unwrapped = _TEXT_COMMAND.sub(r"\1", text).replace(r"\$", "$")
     return " ".join(unwrapped.strip().strip("$").split())
 
 
-def _numbers_agree(given: str, reference: str) -> bool:
+def _numbers_agree(given: str, reference: str, tolerance: float) -> bool:
     left, right = _number(given), _number(reference)
     if left is None or right is None:
         return False
     if left.denominator == 1 and right.denominator == 1:
         return left == right
-    return abs(left - right) <= NUMERIC_TOLERANCE * abs(right)
+    # By way of its text, since the float 1e-6 is not exactly a millionth.
+    return abs(left - right) <= Fraction(str(tolerance)) * abs(right)
 
 
 def _number(text: str) -> Fraction | None:

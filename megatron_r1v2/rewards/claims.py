@@ -105,6 +105,20 @@ def judge_claims(claims: Iterable[Claim], facts: Mapping[str, str]) -> tuple[boo
     return tuple(known[_normal(name)] == _normal(value) if _normal(name) in known else None for name, value in claims)
 
 
+def consistency_score(claims: Iterable[Claim], facts: Mapping[str, str]) -> float:
+    """Return 1 when a response makes a claim that can be judged and none that the facts contradict, else 0.
+
+    Silence gets what a contradiction gets, so it is no way out; and true claims cannot make up for a false one, so
+    padding is none either.
+
+    Args:
+        claims: (name, value) pairs of a response.
+        facts: the true value of each name; a prompt without any has no such score.
+    """
+    verdicts = [verdict for verdict in judge_claims(claims, facts) if verdict is not None]
+    return float(bool(verdicts) and all(verdicts))
+
+
 def hallucination_counts(claims: Sequence[Iterable[Claim]], facts: Sequence[Mapping[str, str]]) -> HallucinationCounts:
     """Count the claims of many responses; a response to a prompt without facts counts nowhere but in `unknown`.
 

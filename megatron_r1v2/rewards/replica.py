@@ -1,4 +1,4 @@
-"""Scoring on one rank of a replica: worker processes on every GPU's rank would only multiply the work."""
+"""Scoring in a replica: rules on one rank, since workers on every rank multiply the work; a reward model on all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_r1v2.config.schema import RewardConfig
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.rewards.score import score_rollouts
+from megatron_r1v2.rewards.model import RewardModel, check_scores
+from megatron_r1v2.rewards.score import check_model_scores_are_there, prompts_of, score_rollouts
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
@@ -20,6 +21,8 @@ def score_in_replica(
     settings: RewardConfig,
     pool: VerifierPool | None,
     context: ParallelContext,
+    max_response_tokens: int,
+    reward_model: RewardModel | None = None,
 ) -> tuple[list[ScoredRollout], dict[str, float]]:
     """Score a replica's rollouts on its leader, and tell the other ranks.
 
@@ -30,15 +33,36 @@ def score_in_replica(
         settings: the `reward` section.
         pool: worker processes; only the leader has one.
         context: decides who is the leader.
+        max_response_tokens: where responses are cut.
+        reward_model: asked on every rank of the replica, since a model may be spread over them.
 
     Returns:
         As `score_rollouts`, on every rank of the replica.
+
+    Raises:
+        ValueError: as `score_rollouts`.
+        RuntimeError: the reward model gives no usable scores, on every rank of the replica.
     """
+    check_model_scores_are_there(settings, there=reward_model is not None)
+    texts: list[str] = []
+    if context.is_replica_leader or reward_model is not None:
+        texts = [decode(_without_stop(rollout)) for rollout in rollouts]
+    model_scores: list[float] | None = None
+    if reward_model is not None:
+        model_scores = reward_model.score(prompts_of(rollouts, prompts), texts) if texts else []
+        check_scores(model_scores, len(texts))
     outcome = None
     if context.is_replica_leader:
         assert pool is not None, "the leader of a replica needs a VerifierPool"
-        texts = [decode(_without_stop(rollout)) for rollout in rollouts]
-        outcome = score_rollouts(prompts, rollouts, texts, settings=settings, pool=pool)
+        outcome = score_rollouts(
+            prompts,
+            rollouts,
+            texts,
+            settings=settings,
+            pool=pool,
+            max_response_tokens=max_response_tokens,
+            model_scores=model_scores,
+        )
     if context.tensor_size * context.pipeline_size == 1:
         assert outcome is not None
         return outcome

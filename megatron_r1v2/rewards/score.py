@@ -1,4 +1,4 @@
-"""Rollouts to scored rollouts: every part of the reward, their weighted sum, and the claims about images."""
+"""Rollouts to scored rollouts: the parts of the reward, their weighted sum, the claims about images, the metrics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import random
 from collections.abc import Mapping, Sequence
 
 from megatron_r1v2.config.schema import RewardConfig
-from megatron_r1v2.rewards.claims import HallucinationCounts, compile_claim_pattern, hallucination_counts
-from megatron_r1v2.rewards.format import format_score
-from megatron_r1v2.rewards.verifiers import VerifierPool, answer_call, claims_call
+from megatron_r1v2.rewards.claims import Claim, HallucinationCounts, compile_claim_pattern, hallucination_counts
+from megatron_r1v2.rewards.model import check_scores
+from megatron_r1v2.rewards.parts import PARTS, Response, score_parts, weighted_total
+from megatron_r1v2.rewards.verifiers import VerifierPool, claims_call
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
@@ -20,8 +21,10 @@ def score_rollouts(
     *,
     settings: RewardConfig,
     pool: VerifierPool,
+    max_response_tokens: int,
+    model_scores: Sequence[float] | None = None,
 ) -> tuple[list[ScoredRollout], dict[str, float]]:
-    """Score responses: total = answer_weight x answer + format_weight x format, each part in [0, 1].
+    """Score responses: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
 
     Args:
         prompts: by key; holds the prompt of every rollout.
@@ -29,48 +32,98 @@ def score_rollouts(
         texts: each response as text, without its stop token.
         settings: the `reward` section.
         pool: where answers are checked and claims are found.
+        max_response_tokens: where responses are cut.
+        model_scores: raw scores of a reward model in the order of `rollouts`; None: there is no reward model.
 
     Returns:
         The scored rollouts in the order of `rollouts`, and sums that can be added over ranks and steps:
         `reward_metrics` turns them into metrics.
 
     Raises:
-        ValueError: `reward.claim_pattern` is wrong, there are not as many texts as rollouts, or a prompt is missing.
+        ValueError: `reward.claim_pattern` is wrong, there are not as many texts as rollouts, a prompt is missing, or
+            `reward.model_weight` has no scores to weigh.
+        RuntimeError: `model_scores` is not a finite number for each rollout.
     """
     if len(texts) != len(rollouts):
         raise ValueError(f"{len(rollouts)} rollouts came with {len(texts)} texts; each needs its own")
-    if missing := sorted({rollout.prompt_key for rollout in rollouts} - prompts.keys()):
-        raise ValueError(f"no prompt for rollouts of {missing[:3]}; pass every prompt that was generated from")
-    of_rollout = [prompts[rollout.prompt_key] for rollout in rollouts]
+    of_rollout = prompts_of(rollouts, prompts)
+    check_model_scores_are_there(settings, there=model_scores is not None)
+    if model_scores is not None:
+        check_scores(model_scores, len(rollouts))
     timeouts, crashes = pool.timeouts, pool.crashes
-    correct, claims = _verify(of_rollout, texts, settings.claim_pattern, pool)
-
-    scored = []
-    for rollout, text, is_correct, found in zip(rollouts, texts, correct, claims, strict=True):
-        rewards = {"answer": float(is_correct), "format": format_score(text)}
-        total = settings.answer_weight * rewards["answer"] + settings.format_weight * rewards["format"]
-        scored.append(ScoredRollout(rollout, text, rewards, total, rule_correct=is_correct, claims=found))
-
+    claims = _find_claims(texts, settings.claim_pattern, pool)
+    scores: Sequence[float | None] = [None] * len(rollouts) if model_scores is None else model_scores
+    responses = [
+        Response(prompt, rollout, text, found, max_response_tokens, score)
+        for prompt, rollout, text, found, score in zip(of_rollout, rollouts, texts, claims, scores, strict=True)
+    ]
+    scored = [
+        ScoredRollout(
+            response.rollout,
+            response.text,
+            rewards,
+            total=weighted_total(rewards, settings.weights),
+            rule_correct=rewards["answer"] == 1,
+            claims=response.claims,
+            model_score=response.model_score,
+        )
+        for response, rewards in zip(responses, score_parts(responses, settings=settings, pool=pool), strict=True)
+    ]
     counts = reward_counts(scored, prompts)
     counts["verifier_timeouts"] = float(pool.timeouts - timeouts)
     counts["verifier_crashes"] = float(pool.crashes - crashes)
     return scored, counts
 
 
+def prompts_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt]) -> list[Prompt]:
+    """Return the prompt of each rollout.
+
+    Args:
+        rollouts: the responses.
+        prompts: by key.
+
+    Raises:
+        ValueError: a prompt is missing.
+    """
+    if missing := sorted({rollout.prompt_key for rollout in rollouts} - prompts.keys()):
+        raise ValueError(f"no prompt for rollouts of {missing[:3]}; pass every prompt that was generated from")
+    return [prompts[rollout.prompt_key] for rollout in rollouts]
+
+
+def check_model_scores_are_there(settings: RewardConfig, *, there: bool) -> None:
+    """Refuse to weigh the scores of a reward model that nobody asked.
+
+    Args:
+        settings: the `reward` section.
+        there: whether there is a reward model, or scores of one.
+
+    Raises:
+        ValueError: there is none, but it has a weight.
+    """
+    if settings.model_weight > 0 and not there:
+        raise ValueError(
+            f"reward.model_weight={settings.model_weight} but no reward model scores the responses; "
+            "name one, or set reward.model_weight=0"
+        )
+
+
 def reward_counts(scored: Sequence[ScoredRollout], prompts: Mapping[str, Prompt]) -> dict[str, float]:
-    """Return what the reward metrics are made of, as sums over the responses.
+    """Return what the reward metrics are made of, as sums over the responses; the names do not depend on these.
 
     Args:
         scored: the responses.
         prompts: by key, for their facts.
     """
-    hallucination = count_hallucinations(scored, prompts)
-    return {
+    counts = {
         "responses": float(len(scored)),
         "reward_total": sum(response.total for response in scored),
-        "reward_answer": sum(response.rewards["answer"] for response in scored),
-        "reward_format": sum(response.rewards["format"] for response in scored),
-    } | {f"claims_{name}": float(count) for name, count in dataclasses.asdict(hallucination).items()}
+        "model_score": sum(response.model_score or 0.0 for response in scored),
+    }
+    for name in PARTS:
+        values = [response.rewards[name] for response in scored if name in response.rewards]
+        counts |= {f"part_{name}": sum(values), f"part_{name}_responses": float(len(values))}
+    hallucination = count_hallucinations(scored, prompts)
+    return counts | {f"claims_{name}": float(count) for name, count in dataclasses.asdict(hallucination).items()}
 
 
 def count_hallucinations(scored: Sequence[ScoredRollout], prompts: Mapping[str, Prompt]) -> HallucinationCounts:
@@ -91,13 +144,17 @@ def reward_metrics(counts: Mapping[str, float]) -> dict[str, float]:
         counts: the sums.
 
     Returns:
-        Metrics by name. A rate without a denominator (no response, no claim) is left out: 0 would be a lie.
+        Metrics by name. One without a denominator (no response, no claim, a part that never applied) is left out: 0
+        would be a lie. The mean of a part is over the responses to which it applies.
     """
     metrics = {"verifier/timeouts": counts["verifier_timeouts"], "verifier/crashes": counts["verifier_crashes"]}
     if counts["responses"]:
         metrics["critic/rewards/mean"] = counts["reward_total"] / counts["responses"]
-        metrics["reward/answer/mean"] = counts["reward_answer"] / counts["responses"]
-        metrics["reward/format/mean"] = counts["reward_format"] / counts["responses"]
+    for name in PARTS:
+        if counts[f"part_{name}_responses"]:
+            metrics[f"reward/{name}/mean"] = counts[f"part_{name}"] / counts[f"part_{name}_responses"]
+    if counts["part_model_responses"]:
+        metrics["reward_model/score/mean"] = counts["model_score"] / counts["part_model_responses"]
     hallucination = HallucinationCounts(
         **{field.name: int(counts[f"claims_{field.name}"]) for field in dataclasses.fields(HallucinationCounts)}
     )
@@ -111,9 +168,9 @@ def reward_metrics(counts: Mapping[str, float]) -> dict[str, float]:
 def shuffle_rewards(scored: Sequence[ScoredRollout], *, seed: int) -> list[ScoredRollout]:
     """Deal the rewards to wrong responses, for the control experiment `reward.shuffle`.
 
-    Rewards, total and rule correctness move together along one random cycle through the whole batch (Sattolo's
-    algorithm), so no response keeps its own; text and claims stay. Over seeds a response gets the mean reward of the
-    others: what is left of a signal is -1 / (R - 1) of the true one, for R responses.
+    Rewards, total, rule correctness and model score move together along one random cycle through the whole batch
+    (Sattolo's algorithm), so no response keeps its own; text and claims stay. Over seeds a response gets the mean
+    reward of the others: what is left of a signal is -1 / (R - 1) of the true one, for R responses.
 
     Args:
         scored: all responses of a step, over all ranks, in an order that does not depend on the layout.
@@ -130,19 +187,15 @@ def shuffle_rewards(scored: Sequence[ScoredRollout], *, seed: int) -> list[Score
             rewards=scored[other].rewards,
             total=scored[other].total,
             rule_correct=scored[other].rule_correct,
+            model_score=scored[other].model_score,
         )
         for response, other in zip(scored, source, strict=True)
     ]
 
 
-def _verify(
-    prompts: Sequence[Prompt], texts: Sequence[str], claim_pattern: str, pool: VerifierPool
-) -> tuple[list[bool], list[tuple[tuple[str, str], ...]]]:
-    """Return correctness and claims of each response; a check that hangs or crashes gives False or no claims."""
-    calls = [answer_call(text, prompt.answer, prompt.answer_type) for prompt, text in zip(prompts, texts, strict=True)]
-    if compile_claim_pattern(claim_pattern) is None:
-        return pool.run(calls, failed=False), [()] * len(texts)
-    results = pool.run(calls + [claims_call(text, claim_pattern) for text in texts], failed=None)
-    correct = [result is True for result in results[: len(texts)]]
-    claims = [tuple((name, value) for name, value in result or ()) for result in results[len(texts) :]]
-    return correct, claims
+def _find_claims(texts: Sequence[str], pattern: str, pool: VerifierPool) -> list[tuple[Claim, ...]]:
+    """Return the claims of each response; a search that hangs or crashes finds none."""
+    if compile_claim_pattern(pattern) is None:
+        return [()] * len(texts)
+    results = pool.run([claims_call(text, pattern) for text in texts], failed=())
+    return [tuple((name, value) for name, value in result) for result in results]

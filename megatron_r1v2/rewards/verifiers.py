@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1v2.rewards.answer import ANSWER_TYPES
+from megatron_r1v2.rewards.answer import ANSWER_TYPES, NUMERIC_TOLERANCE
 from megatron_r1v2.rewards.verifier_worker import LENGTH, STARTED, read_exactly
 
 if TYPE_CHECKING:
@@ -45,13 +45,14 @@ class Call:
     """Further modules to import before the clock of the call starts."""
 
 
-def answer_call(text: str, answer: str, answer_type: AnswerType) -> Call:
+def answer_call(text: str, answer: str, answer_type: AnswerType, numeric_tolerance: float = NUMERIC_TOLERANCE) -> Call:
     """Return the call that tells whether a response's last boxed answer is right (a bool).
 
     Args:
         text: the response.
         answer: the reference answer.
         answer_type: how the two are compared.
+        numeric_tolerance: `reward.numeric_tolerance`.
 
     Raises:
         ValueError: an unknown answer type.
@@ -59,7 +60,8 @@ def answer_call(text: str, answer: str, answer_type: AnswerType) -> Call:
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"answer_type {answer_type!r} is unknown; use one of {', '.join(ANSWER_TYPES)}")
     imports = ("megatron_r1v2.rewards.math_answer",) if answer_type == "math" else ()
-    return Call("megatron_r1v2.rewards.answer", "answer_is_correct", (text, answer, answer_type), imports)
+    arguments = (text, answer, answer_type, numeric_tolerance)
+    return Call("megatron_r1v2.rewards.answer", "answer_is_correct", arguments, imports)
 
 
 def claims_call(text: str, pattern: str) -> Call:
@@ -70,6 +72,27 @@ def claims_call(text: str, pattern: str) -> Call:
         pattern: `reward.claim_pattern`, already checked.
     """
     return Call("megatron_r1v2.rewards.claims", "find_claims", (text, pattern))
+
+
+def steps_call(text: str, *, wanted: int, conclusion: int) -> Call:
+    """Return the call that tells how complete the steps of a response are (a float).
+
+    Args:
+        text: the response.
+        wanted: `reward.steps_wanted`.
+        conclusion: `reward.steps_conclusion`.
+    """
+    return Call("megatron_r1v2.rewards.reasoning", "steps_score", (text, wanted, conclusion))
+
+
+def repetition_call(token_ids: Sequence[int], *, tokens: int) -> Call:
+    """Return the call that tells how little of a response is repetition (a float).
+
+    Args:
+        token_ids: of the response.
+        tokens: `reward.repetition_tokens`.
+    """
+    return Call("megatron_r1v2.rewards.reasoning", "repetition_score", (token_ids, tokens))
 
 
 class VerifierPool:

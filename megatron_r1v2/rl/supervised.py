@@ -1,4 +1,4 @@
-"""The supervised loss of the align stage."""
+"""The supervised loss: the align stage trains on it, and MPO's generation term is one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ def supervised_loss(
     *,
     denominator: float,
     weights_B: torch.Tensor | None = None,
+    aggregation: str = "token",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return this microbatch's part of the negative log-likelihood of the reference responses.
 
-    L = 1/denominator sum_b w_b sum_t -log p_bt: the mean over all response tokens of the global batch, as in the
-    supervised training of InternVL and Qwen. A sum, as `grpo.grpo_loss`: parts of one batch add up.
+    L = 1/denominator sum_b w_b c_b sum_t -log p_bt with c_b = 1 ("token": the mean over all response tokens of the
+    global batch, as in the supervised training of InternVL and Qwen) or 1/|y_b| ("sequence": the mean of per-response
+    means). A sum, as `grpo.grpo_loss`: parts of one batch add up.
 
     Args:
         log_probs_BS: float32 [B, S]: of the labels.
         response_mask_BS: [B, S]: 1 at response tokens; elsewhere the log-probs do not matter.
-        denominator: Response tokens of the global batch.
+        denominator: Response tokens ("token") or responses ("sequence") of the global batch.
         weights_B: float32 [B]: 0 for a row that only fills a microbatch; None: all 1.
+        aggregation: "token" or "sequence".
 
     Returns:
         The loss, a scalar with gradient; and the metrics by name: "actor/nll", a float64 [2] pair (sum over tokens,
@@ -41,6 +44,5 @@ def supervised_loss(
     )
     # Selecting before any arithmetic keeps NaN and infinity of padding out of the loss and of its gradient.
     nll_BS = -torch.where(response_mask_BS.bool(), log_probs_BS, 0.0)
-    weights_BS = token_weights(response_mask_BS, "token", weights_B)
-    loss = (nll_BS * weights_BS).sum() / denominator
-    return loss, {"actor/nll": sum_and_count(nll_BS, weights_BS)}
+    loss = (nll_BS * token_weights(response_mask_BS, aggregation, weights_B)).sum() / denominator
+    return loss, {"actor/nll": sum_and_count(nll_BS, token_weights(response_mask_BS, "token", weights_B))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import torch
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.rl.supervised import supervised_loss
-from megatron_r1v2.training.optimizer import current_learning_rate
-from megatron_r1v2.training.replay import assign
-from megatron_r1v2.training.session import Session, next_distinct, open_session
+from megatron_r1v2.training.given_responses import given_sample, next_trainable, share_out, update
+from megatron_r1v2.training.session import Session, open_session
 from megatron_r1v2.training.validation import Validation
 from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
 
@@ -48,34 +46,14 @@ def supervised_step(session: Session) -> None:
     Args:
         session: the running stage.
     """
-    recipe = session.recipe
-    if session.policy.features is not None:
-        session.policy.features.clear()
-    prompts = next_distinct(session.stream, recipe.train.prompts_per_step)
-    session.recorder.note({"data/text_only_left_out": 0})
-    if not session.trains_text:
-        with_image = [prompt for prompt in prompts if prompt.modality == "image"]
-        session.recorder.note({"data/text_only_left_out": len(prompts) - len(with_image)})
-        prompts = with_image
+    prompts = next_trainable(session)
     samples = {prompt.key: supervised_sample(session, prompt) for prompt in prompts}
     if samples:
-        _update(session, samples, prompts)
+        microbatches = share_out(session, samples, prompts)
+        batches = [part.batch for part in microbatches] or [session.microbatcher.filler(prompts[0])]
+        tokens = sum(sample.response_length for sample in samples.values())
+        update(session, batches, partial(_loss, denominator=tokens))
     session.step += 1
-
-
-def _update(session: Session, samples: dict[str, TrainingSample], prompts: Sequence[Prompt]) -> None:
-    context = session.context
-    owner = assign({key: len(sample.token_ids) for key, sample in samples.items()}, context.data_size)
-    mine = {key: sample for key, sample in samples.items() if owner[key] == context.data_rank}
-    microbatches = session.microbatcher.split(mine, {prompt.key: prompt for prompt in prompts})
-    batches = [part.batch for part in microbatches] or [session.microbatcher.filler(prompts[0])]
-    session.recorder.note({"actor/lr": current_learning_rate(session.policy.optimizer)})
-    with session.recorder.timed("update"):
-        session.recorder.note(
-            session.policy.update(
-                batches, partial(_loss, denominator=sum(sample.response_length for sample in samples.values()))
-            )
-        )
 
 
 def supervised_sample(session: Session, prompt: Prompt) -> TrainingSample:
@@ -93,21 +71,7 @@ def supervised_sample(session: Session, prompt: Prompt) -> TrainingSample:
             f"sample {prompt.key!r} of data.train={session.recipe.data.train!r} has no response; the align stage "
             'trains on reference responses: add a "response" field to the JSONL rows and run data.prepare again'
         )
-    end = session.recipe.generation.stop_tokens[0]
-    response = session.tokenizer.encode_response(prompt.response, end, key=prompt.key)
-    return TrainingSample(
-        prompt_key=prompt.key,
-        sample_index=0,
-        token_ids=(*prompt.token_ids, *response),
-        prompt_length=len(prompt.token_ids),
-        old_log_probs=(),
-        rollout_log_probs=(),
-        advantage=0.0,
-        reward=0.0,
-        policy_version=session.policy.version,
-        group_effective=False,
-        modality=prompt.modality,
-    )
+    return given_sample(session, prompt, prompt.response)
 
 
 def _loss(

@@ -229,7 +229,7 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
         model: this rank's part.
         folder: the checkpoint to make; must not exist.
         context: process groups.
-        parts: what to save.
+        parts: what to save, of those that the model has.
 
     Raises:
         ValueError: the folder exists.
@@ -240,7 +240,8 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
     if context.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / TENSORS).mkdir(parents=True)
-        torch.save({"step": 0, "version": 0, "parts": _names(parts), "trained": []}, partial / STATE_FILE)
+        names = _names(set(parts) & set(model.parts))
+        torch.save({"step": 0, "version": 0, "parts": names, "trained": []}, partial / STATE_FILE)
     dist.barrier()
     dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
     dist.barrier()
@@ -258,8 +259,16 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
 
     Returns:
         The parts that were loaded.
+
+    Raises:
+        ValueError: the checkpoint is of a reward model and the model is none, or of a model of other sizes.
     """
     parts = [Part(name) for name in load_state(folder)["parts"]]
+    if Part.score in parts and not model.is_reward_model:
+        raise ValueError(
+            f"checkpoint {folder} is of a reward model, which cannot go on as a policy; to score responses with it set "
+            "reward_model.checkpoint to it, and model.checkpoint to a checkpoint of another stage"
+        )
     sharded = part_state(model, parts)
     _check_shapes(sharded, folder)
     loaded = dist_checkpointing.load({"model": sharded}, str(folder / TENSORS))

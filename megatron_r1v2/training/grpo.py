@@ -22,6 +22,7 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.grpo import grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
+from megatron_r1v2.training.loaded_reward_model import open_reward_model
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
@@ -75,6 +76,7 @@ class GrpoStage:
         self.session = session
         self.pool = pool
         self.engine = session.engine()
+        self.reward_model = open_reward_model(session)
         self.store = ReplayStore()
         self.buffer: SampleBuffer | None = None
         settings = session.recipe.buffer
@@ -157,6 +159,8 @@ class GrpoStage:
             settings=session.recipe.reward,
             pool=self.pool,
             context=session.context,
+            max_response_tokens=session.recipe.generation.max_response_tokens,
+            reward_model=self.reward_model,
         )
         total: Counter[str] = Counter()
         for part in objects.all_gather(counts, session.context.groups.dp):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,9 @@ from megatron_r1v2.config.schema import LoggingConfig, WandbMode
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+
+
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Recorder:
@@ -97,6 +100,27 @@ class Recorder:
             key = f"timing_s/{phase}"
             self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - start
 
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show how far something gets that comes before the steps; where there is no terminal, by a line now and then.
+
+        Args:
+            what: it does.
+            total: of what it does it to.
+
+        Yields:
+            To be called with how much is done.
+        """
+        if self._progress is None or self._progress.disable:
+            yield self._sayer(what, total)
+            return
+        bar = self._progress
+        task = bar.add_task(what, total=total, numbers=what)
+        try:
+            yield lambda done: bar.update(task, completed=done)
+        finally:
+            bar.remove_task(task)
+
     def seconds(self, phase: str) -> float:
         """Return what `timed` has measured for a phase of this step."""
         return self.values[f"timing_s/{phase}"]
@@ -134,6 +158,17 @@ class Recorder:
         """Print a line, on the main rank."""
         if self.is_main:
             self._console.print(message, highlight=False)
+
+    def _sayer(self, what: str, total: int) -> Callable[[int], None]:
+        told = float("-inf")
+
+        def say(done: int) -> None:
+            nonlocal told
+            if done >= total or time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                self.say(f"{what}: {done} of {total}")
+
+        return say
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         numbers = "  ".join(f"{name.split('/')[-1]} {values[name]:.3g}" for name in self.shown if name in values)

@@ -123,7 +123,8 @@ def send_to_trainers(
 
 
 def _plain_prompt(prompt: Prompt) -> dict[str, Any]:
-    plain = dict(vars(prompt))
+    # What is replayed has its reward: only the tiles are needed again.
+    plain = dict(vars(prompt)) | {"images": ()}
     plain["messages"] = tuple(dict(message) for message in prompt.messages)
     plain["facts"] = dict(prompt.facts)
     return plain

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import Packing, Part, RunRecipe, TrainConfig
-from megatron_r1v2.data.stream import PromptStream, read_prompts
+from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -108,14 +108,20 @@ class LoadedModel:
 
     def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
         """Read a data set in its order."""
-        return read_prompts(
-            folder,
-            settings=self.recipe.data,
-            tokenizer=self.tokenizer,
-            tile_size=self.architecture.vision.image_size,
-            tokens_per_tile=self.architecture.tokens_per_tile,
-            count=count,
-        )
+        return read_prompts(folder, **self._reading, count=count)
+
+    def each_prompt(self, folder: str) -> Iterator[Prompt]:
+        """Read a data set in its order, a prompt at a time."""
+        return each_prompt(folder, **self._reading)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "settings": self.recipe.data,
+            "tokenizer": self.tokenizer,
+            "tile_size": self.architecture.vision.image_size,
+            "tokens_per_tile": self.architecture.tokens_per_tile,
+        }
 
 
 @dataclass
@@ -153,8 +159,16 @@ class Session(LoadedModel):
 
     @property
     def trains_text(self) -> bool:
-        """Return whether a text-only prompt has a gradient: only the language model sees it."""
-        return Part.language in self.parts
+        """Return whether a text-only prompt has a gradient: the language model sees it, and a reward model's head."""
+        return Part.language in self.parts or Part.score in self.parts
+
+    def trains(self, prompt: Prompt) -> bool:
+        """Return whether a prompt has a gradient."""
+        return self.trains_text or prompt.modality == "image"
+
+    def trains(self, prompt: Prompt) -> bool:
+        """Return whether a prompt has a gradient."""
+        return self.trains_text or prompt.modality == "image"
 
     @property
     def is_finished(self) -> bool:
@@ -206,25 +220,27 @@ class Session(LoadedModel):
 
 
 @contextmanager
-def open_model(recipe: RunRecipe) -> Iterator[LoadedModel]:
+def open_model(recipe: RunRecipe, *, score_head: bool = False) -> Iterator[LoadedModel]:
     """Start the process groups and load a model; everything ends with the block.
 
     Args:
         recipe: the settings.
+        score_head: a reward model.
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
-        yield load_model(recipe, context)
+        yield load_model(recipe, context, score_head=score_head)
     finally:
         groups.shut_down()
 
 
-def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
+def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool = False) -> LoadedModel:
     """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
 
     Args:
         recipe: the settings.
         context: process groups.
+        score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
     hf_path = Path(recipe.model.hf_path)
     architecture = read_architecture(hf_path)
@@ -235,7 +251,13 @@ def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
-    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
+    model = build_r1v2(
+        architecture,
+        settings,
+        groups=context.groups,
+        device=context.device,
+        score_seed=recipe.run.seed if score_head else None,
+    )
     load_hf_weights(model, hf_path, context, cast=True)
     changed, version = [], 0
     if recipe.model.checkpoint:
@@ -262,7 +284,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         shown: metrics for the progress display.
     """
     run_dir = Path(recipe.run.output_dir)
-    with open_model(recipe) as loaded:
+    with open_model(recipe, score_head=stage == "reward_model") as loaded:
         model, context = loaded.model, loaded.context
         freeze_all_but(model, recipe.train.parts)
         reference = ReferenceWeights(model) if recipe.algorithm.kl_coefficient > 0 else None

@@ -252,7 +252,7 @@ def parameters_out_of_step(model: R1V2Model, context: ParallelContext) -> list[s
             dist.all_gather(copies, parameter.data.contiguous(), group=group)
             if not all(torch.equal(copies[0], copy) for copy in copies):
                 different.append(name)
-    if model.architecture.language.tied_embeddings and context.pipeline_size > 1:
+    if model.share_embeddings_and_output_weights and context.pipeline_size > 1:
         # embd: the stages that hold the embedding, here both
         weight = model.shared_embedding_or_output_weight().data
         copies = [torch.empty_like(weight) for _ in range(2)]

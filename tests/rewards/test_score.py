@@ -40,7 +40,14 @@ def pool():
 
 def _score(pool, texts, prompts, settings=SETTINGS):
     rollouts = [_rollout(prompt.key, index) for index, prompt in enumerate(prompts)]
-    return score_rollouts({prompt.key: prompt for prompt in prompts}, rollouts, texts, settings=settings, pool=pool)
+    return score_rollouts(
+        {prompt.key: prompt for prompt in prompts},
+        rollouts,
+        texts,
+        settings=settings,
+        pool=pool,
+        max_response_tokens=32,
+    )
 
 
 def test_total_is_the_weighted_sum_of_parts_that_are_logged_alone(pool):
@@ -115,7 +122,7 @@ def test_what_does_not_fit_together_is_an_error(pool):
     with pytest.raises(ValueError, match="1 rollouts came with 2 texts"):
         _score(pool, ["", ""], [_prompt("a")])
     with pytest.raises(ValueError, match=r"no prompt for rollouts of \['b'\]"):
-        score_rollouts({"a": _prompt("a")}, [_rollout("b")], [""], settings=SETTINGS, pool=pool)
+        score_rollouts({"a": _prompt("a")}, [_rollout("b")], [""], settings=SETTINGS, pool=pool, max_response_tokens=32)
     with pytest.raises(ValueError, match="reward.claim_pattern"):
         _score(pool, [""], [_prompt("a")], dataclasses.replace(SETTINGS, claim_pattern="(?P<name>x)"))
 

@@ -24,10 +24,11 @@ from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.grpo import run_grpo
+from megatron_r1v2.training.mpo import run_mpo
 from tests.ranks import forked_context
 from tests.training.tiny_run import tiny_recipe
 
-_STAGES = {"grpo": run_grpo, "align": run_align}
+_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo}
 
 
 def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
@@ -115,7 +116,7 @@ class Ranks:
         Args:
             recipe: the settings.
             world_size: processes.
-            stage: "grpo" or "align".
+            stage: "grpo", "align" or "mpo".
         """
         output = Path(recipe.run.output_dir)
         output.mkdir(parents=True, exist_ok=True)

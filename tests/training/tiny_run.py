@@ -59,7 +59,10 @@ def write_model(folder: Path, *, family: Any = "300m", seed: int = 0, tied: bool
 
 
 def write_data(folder: Path, *, images: int = 12, texts: int = 4, seed: int = 0) -> None:
-    """Write shards of random pictures, each with an answer and a response, and some text-only prompts."""
+    """Write shards of random pictures, each with an answer, a response and a pair, and some text-only prompts.
+
+    The margin of pair i is i / 10; the rejected response is longer and has the other answer.
+    """
     generator = np.random.default_rng(seed)
     samples = []
     for index in range(images + texts):
@@ -78,6 +81,10 @@ def write_data(folder: Path, *, images: int = 12, texts: int = 4, seed: int = 0)
                 facts={"left": "3"},
                 images={"0.png": picture.getvalue()} if has_image else {},
                 response=f"left 3, </think>\\boxed{{{answer}}}",
+                chosen=f"left 3, </think>\\boxed{{{answer}}}",
+                rejected=f"left 4, left 3, </think>\\boxed{{{1 - index % 2}}}",
+                margin=index / 10,
+                source="test",
             )
         )
     write_shards(samples, folder)

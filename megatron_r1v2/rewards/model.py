@@ -1,0 +1,64 @@
+"""What a reward model is to the rest: raw scores of responses, from wherever they come, squashed into [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_r1v2.types import Prompt
+
+
+class RewardModel(Protocol):
+    """Gives each response to a prompt a raw score: any finite number, higher is better."""
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """Score responses; every rank of a model replica calls this, with the same arguments.
+
+        A model that lives on all ranks of the replica computes on all of them. A client of a served model asks on the
+        leader and tells the other ranks. Either way all ranks return the same scores, or all raise: a score that could
+        not be had is an error, never a 0.
+
+        Args:
+            prompts: the prompt of each response, with its image tiles.
+            texts: the responses, special tokens included, the stop token left out; at least one.
+
+        Returns:
+            A score for each response, in their order.
+
+        Raises:
+            RuntimeError: the model gives no scores, after whatever retries it makes.
+        """
+        ...
+
+
+def check_scores(scores: Sequence[float], count: int) -> None:
+    """Refuse scores that would become wrong rewards.
+
+    Args:
+        scores: raw, of a reward model.
+        count: how many responses there are.
+
+    Raises:
+        RuntimeError: not one score for each response, or one that is not a finite number.
+    """
+    if len(scores) != count:
+        raise RuntimeError(f"the reward model gave {len(scores)} scores for {count} responses; look at its log")
+    wrong = [index for index, score in enumerate(scores) if not math.isfinite(score)]
+    if wrong:
+        raise RuntimeError(
+            f"the reward model gave {len(wrong)} of {count} responses no finite score (response {wrong[0]}: "
+            f"{scores[wrong[0]]}); look at its log, and at its precision: fp16 overflows"
+        )
+
+
+def squash(score: float, *, centre: float, scale: float) -> float:
+    """Return the logistic 1 / (1 + exp(-(score - centre) / scale)), in [0, 1].
+
+    Args:
+        score: raw.
+        centre: `reward.model_centre`, the score that becomes 1/2.
+        scale: `reward.model_scale`.
+    """
+    # The same function by way of tanh, which does not overflow.
+    return 0.5 * (1.0 + math.tanh(0.5 * (score - centre) / scale))
