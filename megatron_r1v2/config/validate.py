@@ -46,15 +46,12 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.kl_coefficient": (0, None),
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
-<<<<<<< HEAD
     "algorithm.dynamic_sampling_rounds": (1, None),
-=======
     "preference.preference_weight": (0, None),
     "preference.quality_weight": (0, None),
     "preference.generation_weight": (0, None),
     "preference.delta_momentum": (0, 1),
     "preference.min_margin": (-1e6, 1e6),
->>>>>>> rm
     "buffer.capacity": (1, None),
     "buffer.max_age": (1, None),
     "buffer.priority_exponent": (0, None),

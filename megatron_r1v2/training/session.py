@@ -166,10 +166,6 @@ class Session(LoadedModel):
         """Return whether a prompt has a gradient."""
         return self.trains_text or prompt.modality == "image"
 
-    def trains(self, prompt: Prompt) -> bool:
-        """Return whether a prompt has a gradient."""
-        return self.trains_text or prompt.modality == "image"
-
     @property
     def is_finished(self) -> bool:
         """Return whether nothing is left to do, also when a resumed stage had stopped early at its goal."""
