@@ -247,13 +247,8 @@ def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool 
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
-    model = build_r1v2(
-        architecture,
-        settings,
-        groups=context.groups,
-        device=context.device,
-        score_seed=recipe.run.seed if score_head else None,
-    )
+    score_seed = recipe.run.seed if score_head else None
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, hf_path, context, cast=True)
     changed, version = [], 0
     if recipe.model.checkpoint:

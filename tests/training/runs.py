@@ -25,10 +25,11 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.grpo import run_grpo
 from megatron_r1v2.training.mpo import run_mpo
+from megatron_r1v2.training.reward_model import run_reward_model
 from tests.ranks import forked_context
 from tests.training.tiny_run import tiny_recipe
 
-_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo}
+_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo, "reward_model": run_reward_model}
 
 
 def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
@@ -116,7 +117,7 @@ class Ranks:
         Args:
             recipe: the settings.
             world_size: processes.
-            stage: "grpo", "align" or "mpo".
+            stage: "grpo", "align", "mpo" or "reward_model".
         """
         output = Path(recipe.run.output_dir)
         output.mkdir(parents=True, exist_ok=True)
