@@ -164,7 +164,9 @@ def _to_prompt(turns: Sequence[Turn]) -> tuple[tuple[Mapping[str, str], ...], tu
             )
         text = _join(turn.parts)
         if not _is_text(text):
-            raise BadRequest(f"messages[{index}].content has half of a surrogate pair; send valid Unicode", param="messages")
+            raise BadRequest(
+                f"messages[{index}].content has half of a surrogate pair; send valid Unicode", param="messages"
+            )
         messages.append({"role": turn.role, "content": text})
     return tuple(messages), tuple(part for turn in turns for part in turn.parts if not isinstance(part, str))
 

@@ -17,12 +17,17 @@ class ServerMetrics:
         """Start at zero."""
         self._registry = CollectorRegistry()
         self.requests = Counter(
-            "r1v2_requests", "Chat completion requests by the HTTP status they ended with", ["status"], registry=self._registry
+            "r1v2_requests",
+            "Chat completion requests by the HTTP status they ended with",
+            ["status"],
+            registry=self._registry,
         )
         self.prompt_tokens = Counter("r1v2_prompt_tokens", "Tokens of accepted prompts", registry=self._registry)
         self.generated_tokens = Counter("r1v2_generated_tokens", "Tokens generated", registry=self._registry)
-        self.cancelled = Counter(
-            "r1v2_cancelled_requests", "Requests whose client left before the end", registry=self._registry
+        self.abandoned = Counter(
+            "r1v2_abandoned_requests",
+            "Requests that ended before their responses: the client left, or time ran out",
+            registry=self._registry,
         )
         self.open_responses = Gauge(
             "r1v2_open_responses", "Responses under way or waiting for the engine", registry=self._registry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_r1v2.generation.controller import DrawnToken
@@ -65,7 +65,7 @@ class Job:
 
     def close(self) -> None:
         """End the responses that nobody waits for any more."""
-        self._service.cancel(list(self.open.values()))
+        self._service.abandon(list(self.open.values()))
         self.open.clear()
 
 
@@ -142,6 +142,12 @@ class Service:
         if known:
             self._inbox.cancel(known)
 
+    def abandon(self, request_ids: Sequence[int]) -> None:
+        """End what is left of a request whose client does not wait any more."""
+        if request_ids:
+            self._metrics.abandoned.inc()
+            self.cancel(request_ids)
+
     def deliver(self, tokens: list[DrawnToken]) -> None:
         """Hand over the tokens of a step; called by the engine's thread."""
         self._in_loop(self._hand_out, tokens)
@@ -150,8 +156,8 @@ class Service:
         """End all responses with an error, and take no more; called by the engine's thread."""
         self._in_loop(self._fail, reason)
 
-    def _in_loop(self, function: object, argument: object) -> None:
-        assert self._loop is not None and callable(function)
+    def _in_loop(self, function: Callable[..., None], argument: list[DrawnToken] | str) -> None:
+        assert self._loop is not None
         self._loop.call_soon_threadsafe(function, argument)
 
     def _hand_out(self, tokens: list[DrawnToken]) -> None:
