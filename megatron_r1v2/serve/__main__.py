@@ -122,7 +122,7 @@ def check_one_replica(recipe: RunRecipe, world_size: int) -> None:
     if world_size != needed:
         raise ValueError(
             f"parallel.tensor={recipe.parallel.tensor} x parallel.pipeline={recipe.parallel.pipeline} needs {needed} "
-            f"processes and there are {world_size}; start torchrun --nproc-per-node {needed} -m megatron_r1v2.serve ..., "
+            f"processes and there are {world_size}; start torchrun --nproc-per-node {needed} -m megatron_r1v2.serve, "
             "or change the layout; for more replicas start one server for each"
         )
 

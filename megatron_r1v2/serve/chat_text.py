@@ -39,18 +39,18 @@ class TextDecoder:
         safe = text.removesuffix(_HALF_CHARACTER)
         new = safe[self._told :]
         self._told = max(self._told, len(safe))
-        if safe == text or len(self._tokens) > _WINDOW:
-            self._restart(1 if safe == text else _KEPT)
+        # Some tokens stay as a context: some tokenizers drop a space at the start of a text.
+        if safe == text:
+            self._tokens = self._tokens[-1:]
+            self._told = len(self._decode(self._tokens))
+        elif len(self._tokens) > _WINDOW:
+            self._tokens = self._tokens[-_KEPT:]
+            self._told = len(self._decode(self._tokens).removesuffix(_HALF_CHARACTER))
         return new
 
     def finish(self) -> str:
         """Return what is left when no token follows."""
         return self._decode(self._tokens)[self._told :] if self._tokens else ""
-
-    def _restart(self, kept: int) -> None:
-        # Some tokens stay as a context: some tokenizers drop a space at the start of a text.
-        self._tokens = self._tokens[-kept:]
-        self._told = len(self._decode(self._tokens).removesuffix(_HALF_CHARACTER))
 
 
 @dataclass(frozen=True)
