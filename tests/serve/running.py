@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,3 +143,38 @@ def train_and_generate(root: Path) -> tuple[list[Prompt], list[str], list[list[f
             for rollout in rollouts
         ]
         return prompts, texts, [list(rollout.rollout_log_probs) for rollout in rollouts]
+
+
+QUESTION = [{"role": "user", "content": "abc?"}]
+
+
+def ask(client, messages=QUESTION, **arguments):
+    return client.chat.completions.create(model="tiny", messages=messages, **arguments)
+
+
+def stream(client, messages=QUESTION, **arguments):
+    """Return the texts by choice, the finish reasons, and all chunks."""
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    chunks = list(ask(client, messages, stream=True, **arguments))
+    for chunk in chunks:
+        for choice in chunk.choices:
+            assert choice.index not in reasons
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    return texts, reasons, chunks
+
+
+def metric(server: Served, name: str) -> float:
+    """Return what /metrics tells; 0 for a counter that has not begun."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", answer.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-import socket
 import threading
-import time
 
 import httpx
 import openai
@@ -15,28 +12,8 @@ import pytest
 from PIL import Image
 
 from megatron_r1v2.data.messages import data_url
-from tests.serve.running import RESPONSE_TOKENS, messages_of
+from tests.serve.running import QUESTION, RESPONSE_TOKENS, ask, messages_of, metric, stream
 from tests.tiny import tiny_png
-
-QUESTION = [{"role": "user", "content": "abc?"}]
-
-
-def ask(client, messages=QUESTION, **arguments):
-    return client.chat.completions.create(model="tiny", messages=messages, **arguments)
-
-
-def stream(client, messages=QUESTION, **arguments):
-    """Return the texts by choice, the finish reasons, and all chunks."""
-    texts: dict[int, str] = {}
-    reasons: dict[int, str] = {}
-    chunks = list(ask(client, messages, stream=True, **arguments))
-    for chunk in chunks:
-        for choice in chunk.choices:
-            assert choice.index not in reasons
-            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
-            if choice.finish_reason:
-                reasons[choice.index] = choice.finish_reason
-    return texts, reasons, chunks
 
 
 def test_greedy_answers_are_those_of_the_engine_in_process(run, client):
@@ -133,19 +110,6 @@ def test_models_health_and_metrics(server, client):
     assert metric(server, "r1v2_open_responses") == 0
 
 
-def metric(server, name: str) -> float:
-    """Return what /metrics tells; 0 for a counter that has not begun."""
-    found = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
-
-
-def until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_refusals_reach_the_client_as_its_own_errors(server, client):
     with pytest.raises(openai.AuthenticationError, match="does not hold this server's key"):
         ask(server.client(api_key="guess"))
@@ -182,23 +146,6 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(client):
     assert caught.value.status_code == 413
 
 
-def test_clients_that_leave_free_their_places(server, client):
-    """More than the server works at, all gone: a later request is not stuck behind them."""
-    body = b'{"messages": [{"role": "user", "content": "abc?"}], "n": 64, "stream": %s}'
-    abandoned = metric(server, "r1v2_abandoned_requests_total")
-    for streamed in (b"true", b"false", b"true"):
-        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
-            content = body % streamed
-            connection.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
-                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
-            )
-            until(lambda: metric(server, "r1v2_open_responses") > 0)
-        until(lambda: metric(server, "r1v2_open_responses") == 0)
-    assert metric(server, "r1v2_abandoned_requests_total") == abandoned + 3
-    assert ask(client, max_tokens=2).usage.completion_tokens <= 2
-
-
 def test_a_full_server_says_when_to_come_again(server, client):
     """64 places: five requests for 16 responses each do not fit."""
     outcomes = []
@@ -208,16 +155,14 @@ def test_a_full_server_says_when_to_come_again(server, client):
             ask(client, n=16, temperature=1)
             outcomes.append("ok")
         except openai.InternalServerError as error:
-            assert error.status_code == 503
-            assert int(error.response.headers["Retry-After"]) > 0
-            outcomes.append("full")
+            outcomes.append((error.status_code, error.response.headers["Retry-After"]))
 
     threads = [threading.Thread(target=one) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert sorted(set(outcomes)) == ["full", "ok"]
+    assert set(outcomes) == {"ok", (503, "5")}
     assert len(outcomes) == 12
     with pytest.raises(openai.BadRequestError, match="n=65 is out of range; accepted: 1 to 64"):
         ask(client, n=65)

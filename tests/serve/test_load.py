@@ -8,8 +8,7 @@ import threading
 import httpx
 import openai
 
-from tests.serve.running import messages_of
-from tests.serve.test_chat_server import ask, metric, stream, until
+from tests.serve.running import ask, messages_of, metric, stream, until
 
 CLIENTS = 64
 REQUESTS = 3
@@ -19,7 +18,7 @@ BAD = (
     b"[]",
     b'{"messages": 1}',
     b'{"messages": [{"role": "user", "content": "a"}], "n": -1}',
-    b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]}',
+    b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,AA"}}]}]}',
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
     b"\xff" * 1000,
 )

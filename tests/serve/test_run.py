@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import socket
 import threading
@@ -12,8 +14,7 @@ import openai
 import pytest
 
 from megatron_r1v2.serve.__main__ import main
-from tests.serve.running import messages_of, served
-from tests.serve.test_chat_server import ask, metric, until
+from tests.serve.running import ask, messages_of, metric, served, until
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_two_ranks_answer_as_one_and_outlive_an_idle_time(run, tmp_path, layout)
 
 
 def test_sigterm_lets_what_is_under_way_finish_and_takes_no_more(run, tmp_path):
-    with served(run.root / "model", *HF_SETTINGS, log=tmp_path / "log") as running:
+    with served(run.root / "model", *HF_SETTINGS, "--grace-seconds", "200", log=tmp_path / "log") as running:
         found = []
         worker = threading.Thread(
             target=lambda: found.append(ask(running.client(timeout=60), n=120, temperature=1, max_tokens=1500))
@@ -61,8 +62,11 @@ def test_sigterm_lets_what_is_under_way_finish_and_takes_no_more(run, tmp_path):
         assert len(found[0].choices) == 120
 
 
-def test_what_does_not_finish_in_the_grace_time_is_told(run, tmp_path):
+def test_clients_that_leave_free_their_places_and_those_that_stay_are_told_of_the_end(run, tmp_path):
     with served(run.root / "model", *HF_SETTINGS, "--grace-seconds", "0", log=tmp_path / "log") as running:
+        for number, streamed in enumerate((b"true", b"false"), start=1):
+            leave_in_the_middle(running, streamed)
+            assert metric(running, "r1v2_abandoned_requests_total") == number
         chunks = iter(ask(running.client(timeout=60), n=16, temperature=1, max_tokens=1500, stream=True))
         next(chunks)
         running.processes[0].terminate()
@@ -70,6 +74,18 @@ def test_what_does_not_finish_in_the_grace_time_is_told(run, tmp_path):
             list(chunks)
         running.processes[0].join(60)
         assert running.processes[0].exitcode == 0
+
+
+def leave_in_the_middle(running, streamed: bytes) -> None:
+    """Ask for more responses than the server works at, and hang up when they are under way."""
+    content = b'{"messages": [{"role": "user", "content": "abc?"}], "n": 64, "stream": %s}' % streamed
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(content) + content
+        )
+        until(lambda: metric(running, "r1v2_open_responses") > 0)
+    until(lambda: metric(running, "r1v2_open_responses") == 0)
 
 
 HF_SETTINGS = (
@@ -82,9 +98,19 @@ HF_SETTINGS = (
 )
 
 
-def test_a_request_that_takes_too_long_is_ended(run, tmp_path):
-    with served(run.root / "model", *HF_SETTINGS, "--request-seconds", "0.2", log=tmp_path / "log") as running:
+def test_responses_may_be_of_64k_tokens_and_a_request_that_takes_too_long_is_ended(run, tmp_path):
+    model = shutil.copytree(run.root / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 131072
+    (model / "config.json").write_text(json.dumps(config))
+    arguments = (*HF_SETTINGS, "generation.max_response_tokens=65536", "--request-seconds", "0.2")
+    with served(model, *arguments, log=tmp_path / "log") as running:
         client = running.client(timeout=60)
+        assert (
+            ask(client, seed=1, temperature=1, max_tokens=65536, stop=["a", "left"]).choices[0].finish_reason == "stop"
+        )
+        with pytest.raises(openai.BadRequestError, match="accepted: 1 to 65536"):
+            ask(client, max_tokens=65537)
         with pytest.raises(openai.InternalServerError, match="longer than 0.2 s") as caught:
             ask(client, n=64, temperature=1)
         assert caught.value.status_code == 504
