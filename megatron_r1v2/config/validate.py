@@ -17,7 +17,7 @@ from megatron_r1v2.config.pairs import check_prefer
 from megatron_r1v2.config.reward_model import check_score_head, check_score_source
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate"]
+Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate", "serve"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -109,6 +109,7 @@ _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
     "prefer": ("model.hf_path", "data.train", "pairs.output"),
+    "serve": ("model.hf_path",),
 }
 
 
@@ -158,6 +159,8 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
     for name in _FOLDERS:
+        if stage == "serve" and not name.startswith("model."):
+            continue  # the recipe is that of a training run, whose data need not be on this machine
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
