@@ -322,7 +322,7 @@ class EvaluationConfig:
     runs: int = 5
     """Sampled responses per prompt."""
     temperature: float = 1.0
-    """Divides the logits."""
+    """Divides the logits; 0: greedy."""
     top_p: float = 1.0
     """Nucleus; 1 samples from the whole distribution."""
     seed: int = 0

@@ -77,6 +77,7 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.every_steps": (0, None),
     "evaluation.prompts": (0, None),
     "evaluation.runs": (1, None),
+    "evaluation.temperature": (0, None),
     "evaluation.seed": (0, 2**31 - 1),
     "evaluation.save_every_prompts": (1, None),
     "evaluation.concurrency": (1, 1024),
@@ -97,7 +98,6 @@ _POSITIVE = (
     "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
     "preference.beta",
-    "evaluation.temperature",
     "evaluation.top_p",
     "evaluation.timeout_seconds",
 )

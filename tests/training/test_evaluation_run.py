@@ -9,6 +9,7 @@ import pytest
 
 from megatron_r1v2.evaluation.rows import open_log
 from megatron_r1v2.training.evaluation_run import run_evaluation
+from tests.ranks import run_ranks
 from tests.training.runs import recipe_for, run_stage
 
 
@@ -55,3 +56,12 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(root: Pa
     assert again[0] == first, "the prompt that was done is not generated again"
     assert again[1:] == (tmp_path / "whole" / "evaluation-e.rollouts.jsonl").read_text().splitlines()[1:]
     assert not log.path.exists()
+
+
+def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5", "evaluation.save_every_prompts=3")
+    one, *_ = run_ranks(1, run_evaluation, recipe_for(root, tmp_path / "one", data), "e")
+    results = run_ranks(2, run_evaluation, recipe_for(root, tmp_path / "two", data), "e")
+    assert results == [one, None]
+    for name in ("evaluation-e.json", "evaluation-e.rollouts.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
