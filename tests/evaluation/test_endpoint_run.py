@@ -28,7 +28,7 @@ def sample(number, **fields):
         key=f"q-{number}",
         messages=({"role": "user", "content": f"<image>\nquestion {number}"},),
         answer=str(number),
-        answer_type="math",
+        answer_type="numeric",
         images={"0.png": picture((number * 20, 0, 0))},
         metadata={"benchmark": "MMMU", "subject": "even" if number % 2 == 0 else "odd"},
         facts={"left": str(number)},
