@@ -64,7 +64,11 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.every_steps": (0, None),
     "evaluation.prompts": (0, None),
     "evaluation.runs": (1, None),
+    "evaluation.temperature": (0, None),
     "evaluation.seed": (0, 2**31 - 1),
+    "evaluation.save_every_prompts": (1, None),
+    "evaluation.concurrency": (1, 1024),
+    "evaluation.attempts": (1, None),
     "evaluation.stop_at_pass_at_1": (0, 1),
     "logging.sample_rollouts": (0, None),
     **hallucination.RANGES,
@@ -82,7 +86,7 @@ POSITIVE = (
     "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
     "preference.beta",
-    "evaluation.temperature",
     "evaluation.top_p",
+    "evaluation.timeout_seconds",
 )
 """Settings that must be above 0."""

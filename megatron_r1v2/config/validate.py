@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_r1v2.config.evaluation import check_endpoints, check_validation
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.pairs import check_prefer
@@ -16,7 +17,7 @@ from megatron_r1v2.config.ranges import POSITIVE, RANGES
 from megatron_r1v2.config.reward_model import check_score_head, check_score_source
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 
-Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate"]
+Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate", "serve"]
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
@@ -25,6 +26,7 @@ _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
     "prefer": ("model.hf_path", "data.train", "pairs.output"),
+    "serve": ("model.hf_path",),
 }
 
 
@@ -69,13 +71,20 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     Raises:
         ValueError: a missing path, a setting that this stage refuses, or sizes that do not divide.
     """
-    for name in _NEEDED[stage]:
+    at_endpoint = stage == "evaluate" and bool(recipe.evaluation.endpoint_url)
+    for name in ("evaluation.data",) if at_endpoint else _NEEDED[stage]:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
     for name in _FOLDERS:
+        if stage == "serve" and not name.startswith("model."):
+            continue  # the recipe is that of a training run, whose data need not be on this machine
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
+    if stage == "evaluate":
+        check_endpoints(recipe.evaluation)
+    if at_endpoint:
+        return
     if stage == "grpo":
         check_grpo(recipe)
         check_calibration(recipe, "model_weight", recipe.reward.model_weight)
@@ -321,16 +330,7 @@ def _check_combinations(recipe: RunRecipe) -> None:
             f"train.packing={train.packing.value} with train.tokens_per_microbatch={train.tokens_per_microbatch}: "
             "packed rows need a number of tokens, padded ones have train.micro_batch_size; set both or neither"
         )
-    if recipe.evaluation.every_steps and not recipe.data.validation:
-        raise ValueError(
-            f"evaluation.every_steps={recipe.evaluation.every_steps} needs prompts: set data.validation to a folder of "
-            "shards, or evaluation.every_steps=0"
-        )
-    if recipe.evaluation.stop_at_pass_at_1 and not recipe.evaluation.every_steps:
-        raise ValueError(
-            f"evaluation.stop_at_pass_at_1={recipe.evaluation.stop_at_pass_at_1} is never looked at while "
-            "evaluation.every_steps=0; set evaluation.every_steps"
-        )
+    check_validation(recipe)
 
 
 def _get(recipe: RunRecipe, name: str) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from megatron_r1v2.config.schema import GenerationConfig
-from megatron_r1v2.generation.controller import PromptImages, Sampling
+from megatron_r1v2.generation.controller import DrawnToken, PromptImages, Vocabulary
 from megatron_r1v2.generation.features import FeatureCache
-from megatron_r1v2.generation.phase import GenerationPhase, Response
+from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.queue import SharedPromptQueue
-from megatron_r1v2.generation.sampling import response_key
+from megatron_r1v2.generation.sampling import Draw, response_key
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt, Rollout
@@ -21,8 +22,24 @@ Progress = Callable[[int, int], None]
 """(responses finished, tokens in them) on this replica so far."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """One response to be generated."""
+
+    request_id: int
+    """Unique in the phase."""
+    prompt: Prompt
+    draw: Draw
+    max_response_tokens: int
+    """A response that reaches this is cut."""
+
+
 class RolloutEngine:
-    """Generates responses on one model replica; every rank of the replica calls `generate` together."""
+    """Generates responses on one model replica; every rank of the replica makes the same calls.
+
+    `generate` is for rollouts: all prompts are there, and all responses are wanted. Who serves opens a `phase`, adds
+    requests while others decode, and takes the tokens of each step.
+    """
 
     def __init__(
         self,
@@ -99,39 +116,76 @@ class RolloutEngine:
             ValueError: a prompt is too long, its image tokens do not match its tiles, or the cache holds no sequence.
         """
         seed = self.seed if seed is None else seed
+        with self.phase(max_response_tokens) as phase:
+            taken: list[Prompt] = []
+            tokens: dict[int, list[DrawnToken]] = {}
+            num_finished = num_finished_tokens = 0
+            for new in self._admissions(phase, prompts, num_responses):
+                requests = [
+                    Request(
+                        request_id=number * num_responses + sample,
+                        prompt=prompt,
+                        draw=Draw(response_key(seed, policy_version, prompt.key, sample), temperature, top_p),
+                        max_response_tokens=max_response_tokens,
+                    )
+                    for number, prompt in enumerate(new, start=len(taken))
+                    for sample in range(num_responses)
+                ]
+                taken += new
+                self.add(phase, requests, features)
+                for token in phase.step():
+                    response = tokens.setdefault(token.request_id, [])
+                    response.append(token)
+                    if token.is_last:
+                        num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(response)
+                if progress is not None:
+                    progress(num_finished, num_finished_tokens)
+        return [
+            self._rollout(tokens[request], taken[request // num_responses], request % num_responses, policy_version)
+            for request in sorted(tokens)
+        ]
+
+    @contextmanager
+    def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:
+        """Open a generation phase, for prompts of up to `max_prompt_tokens`; its cache is freed with the block.
+
+        Args:
+            max_response_tokens: the longest response.
+
+        Raises:
+            ValueError: the cache holds no sequence.
+        """
         with _evaluating(self.model), torch.no_grad():
             phase = GenerationPhase(
                 self.model,
                 parallel=self.parallel,
                 settings=self.settings,
-                draw=Sampling(temperature, top_p, self.stop_ids, self.vocab_size),
+                vocabulary=Vocabulary(self.vocab_size, self.stop_ids),
                 max_sequence_tokens=self.max_prompt_tokens + max_response_tokens,
             )
             try:
-                taken: list[Prompt] = []
-                responses: dict[int, Response] = {}
-                for new in self._admissions(phase, prompts, num_responses):
-                    images = self._images(new, features)
-                    for prompt in new:
-                        for sample in range(num_responses):
-                            phase.add(
-                                len(taken) * num_responses + sample,
-                                prompt.token_ids,
-                                response_key=response_key(seed, policy_version, prompt.key, sample),
-                                images=images.get(prompt.key),
-                                max_response_tokens=max_response_tokens,
-                            )
-                        taken.append(prompt)
-                    responses |= {response.request_id: response for response in phase.step()}
-                    if progress is not None:
-                        progress(len(responses), sum(len(response.token_ids) for response in responses.values()))
+                yield phase
                 self.num_evictions = phase.num_evictions
             finally:
                 phase.close()
-        return [
-            self._rollout(responses[request], taken[request // num_responses], request % num_responses, policy_version)
-            for request in sorted(responses)
-        ]
+
+    def add(self, phase: GenerationPhase, requests: Sequence[Request], features: FeatureCache) -> None:
+        """Queue requests in a phase, with the embeddings of their images; all ranks of the replica together.
+
+        Args:
+            phase: open.
+            requests: their images are encoded together.
+            features: of images, filled as needed.
+        """
+        images = self._images(list({request.prompt.key: request.prompt for request in requests}.values()), features)
+        for request in requests:
+            phase.add(
+                request.request_id,
+                request.prompt.token_ids,
+                draw=request.draw,
+                images=images.get(request.prompt.key),
+                max_response_tokens=request.max_response_tokens,
+            )
 
     def _admissions(
         self, phase: GenerationPhase, prompts: Iterable[Prompt], num_responses: int
@@ -151,13 +205,21 @@ class RolloutEngine:
                 prompt = next(source, None)
                 exhausted = prompt is None
                 if prompt is not None:
-                    self._check(prompt)
+                    self.check(prompt)
                     new.append(prompt)
             if not new and not phase.num_in_flight:
                 return
             yield new
 
-    def _check(self, prompt: Prompt) -> None:
+    def check(self, prompt: Prompt) -> None:
+        """Refuse a prompt that the engine cannot take.
+
+        Args:
+            prompt: templated, tokenized and tiled.
+
+        Raises:
+            ValueError: it is too long, or its image tokens do not match its tiles.
+        """
         if len(prompt.token_ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"prompt {prompt.key!r} has {len(prompt.token_ids)} tokens, more than data.max_prompt_tokens="
@@ -186,14 +248,14 @@ class RolloutEngine:
             )
         return images
 
-    def _rollout(self, response: Response, prompt: Prompt, sample_index: int, policy_version: int) -> Rollout:
+    def _rollout(self, tokens: Sequence[DrawnToken], prompt: Prompt, sample_index: int, policy_version: int) -> Rollout:
         return Rollout(
             prompt_key=prompt.key,
             sample_index=sample_index,
-            token_ids=response.token_ids,
-            rollout_log_probs=response.log_probs,
+            token_ids=tuple(token.token_id for token in tokens),
+            rollout_log_probs=tuple(token.log_prob for token in tokens),
             policy_version=policy_version,
-            finish_reason="stop" if response.token_ids[-1] in self.stop_ids else "length",
+            finish_reason="stop" if tokens[-1].token_id in self.stop_ids else "length",
         )
 
 
