@@ -131,3 +131,13 @@ def test_each_row_is_drawn_in_its_own_way_as_if_it_were_alone():
     assert (tokens[::5] == logits[::5, :48].argmax(dim=1)).all()
     assert (tokens[4::5] == logits[4::5, :48].argmax(dim=1)).all()
     assert (tokens[2::5] != logits[2::5, :48].argmax(dim=1)).any()
+
+
+def test_a_row_that_is_not_cut_stays_so_beside_one_that_is():
+    """Sums of float32 reach 1 before the last tokens: a nucleus of 1 would drop them."""
+    logits = torch.randn(4000, 400, generator=torch.Generator().manual_seed(2)) * 8
+    numbers = torch.full((4000,), 1 - 2.0**-53, dtype=torch.float64)
+    arguments = {"temperatures_R": torch.ones(4000), "vocab_size": 400}
+    expected, _ = draw(logits, numbers, top_ps_R=torch.ones(4000), **arguments)
+    found, _ = draw(logits, numbers, top_ps_R=torch.tensor([0.5] + [1.0] * 3999), **arguments)
+    assert found[1:].equal(expected[1:])

@@ -125,7 +125,10 @@ def test_refusals_reach_the_client_as_its_own_errors(server, client):
     with pytest.raises(openai.BadRequestError, match="contains '<img>'"):
         ask(client, [{"role": "user", "content": "<img>"}])
     with pytest.raises(openai.BadRequestError, match="This server fetches nothing"):
-        ask(client, [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a.b/c.png"}}]}])
+        ask(
+            client,
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]}],
+        )
     with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings"):
         client.embeddings.create(model="tiny", input="x")
     headers = {"Authorization": "Bearer secret"}

@@ -124,3 +124,10 @@ def test_half_a_character_at_the_limit_is_told_as_a_decoder_tells_it():
     choice, pieces = read(ids)
     assert text_of(pieces) == decode(ids) == "a\ufffd"
     assert choice.finish_reason == "length"
+
+
+def test_a_token_without_text_at_the_end_is_told_too():
+    words = {1: "one", 2: ""}
+    choice = ChoiceText(lambda ids: "".join(words[token] for token in ids), stop_ids=frozenset(), stop=[])
+    pieces = [choice.push(DrawnToken(0, token, 0.0, is_last=token == 2)) for token in (1, 2)]
+    assert [token.token_id for piece in pieces for token in piece.tokens] == [1, 2]
