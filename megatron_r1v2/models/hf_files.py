@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_r1v2.models.hf_headers import TensorInfo, read_header
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 1000**3
@@ -52,6 +54,7 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         self._files: list[Any] = []
         self._where: dict[str, Any] = {}
+        self._infos: dict[str, TensorInfo] = {}
         expected = None
         if self.folder.is_file():
             paths = [self.folder]
@@ -60,6 +63,7 @@ class SafetensorsFolder:
             paths = [self.folder / name for name in sorted(set(expected.values()))]
         else:
             paths = [self.folder / SINGLE_NAME]
+        self._paths = paths
         try:
             for path in paths:
                 self._open(path)
@@ -79,6 +83,7 @@ class SafetensorsFolder:
         """Let go of the files."""
         self._files.clear()
         self._where.clear()
+        self._infos.clear()
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
@@ -94,11 +99,26 @@ class SafetensorsFolder:
             raise ValueError(f"{self.folder} has no tensor {name!r}")
         return self._where[name].get_tensor(name)
 
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of one tensor, without reading it.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self._infos:
+            raise ValueError(f"{self.folder} has no tensor {name!r}")
+        return self._infos[name]
+
+    def paths(self) -> list[Path]:
+        """Return the files."""
+        return list(self._paths)
+
     def _open(self, path: Path) -> None:
         if not path.exists():
             pickles = sorted(item.name for item in path.parent.glob("*.bin"))
             hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
             raise ValueError(f"{path} is missing; copy the folder again, with all its safetensors files{hint}")
+        header = read_header(path)
         try:
             opened = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
@@ -107,10 +127,11 @@ class SafetensorsFolder:
                 "it is truncated or something else, copy it again"
             ) from error
         self._files.append(opened)
-        for name in opened.keys():  # noqa: SIM118 (not a dict)
+        for name, info in header.items():
             if name in self._where:
                 raise ValueError(f"{path} holds {name!r}, which another file of the folder holds too; remove one")
             self._where[name] = opened
+            self._infos[name] = info
 
     def _check_index(self, expected: Mapping[str, str]) -> None:
         missing = sorted(set(expected) - set(self._where))
