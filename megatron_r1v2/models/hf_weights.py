@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_r1v2.models.dist_names import FUSED_NORM_NAMES
 from megatron_r1v2.models.hf_files import SafetensorsFolder, check_output, read_json, write_hf_folder
 from megatron_r1v2.models.hf_mapping import (
     HF_EMBEDDING,
@@ -19,7 +20,6 @@ from megatron_r1v2.models.hf_mapping import (
     hf_leftovers,
     parameter_map,
 )
-from megatron_r1v2.models.layer_specs import FUSED_NORM_NAMES
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 

@@ -26,12 +26,6 @@ from megatron_r1v2.models.attention import LocalSelfAttention, SDPACoreAttention
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
 from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
 
-FUSED_NORM_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-"""Local name to the name under which TransformerEngine keeps the same weight, in a layer that fuses norm and linear."""
-
 
 def language_block_spec(
     architecture: LanguageArchitecture,
