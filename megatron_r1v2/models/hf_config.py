@@ -84,6 +84,12 @@ def read_hf_architecture(folder: Path | str) -> tuple[R1V2Architecture, Layout]:
     return with_pixel_statistics(r1v2_architecture(config), folder), layout
 
 
+def stated_processor(folder: Path | str) -> dict[str, Any]:
+    """Return preprocessor_config.json of a folder; empty when there is none."""
+    path = Path(folder) / "preprocessor_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def image_token_id(folder: Path | str) -> int:
     """Look `<IMG_CONTEXT>` up in the tokenizer files, which the chat layout's config.json leaves it to.
 
