@@ -14,7 +14,7 @@ from checkpoint_tools.command_line import (
     run_options,
 )
 from checkpoint_tools.conversions import HfJob, write_hf
-from checkpoint_tools.sources import HF_IN_CHECKPOINT, CheckpointSpec
+from checkpoint_tools.sources import HF_IN_CHECKPOINT, CheckpointSpec, recipe_base
 from megatron_r1v2.models.hf_config import layout_of
 from megatron_r1v2.models.hf_files import read_json
 from megatron_r1v2.training.checkpoint_files import load_state, resolve_checkpoint
@@ -24,7 +24,8 @@ EXAMPLE = f"""example:
   python -m checkpoint_tools.megatron_to_hf --checkpoint runs/r1v2 --base r1v2-38b --layout chat --output for-vllm
 
 A checkpoint of a run holds the parts that were trained. The others, config.json, tokenizer and processor come from
---base: the folder that the run started from (its model.hf_path). A checkpoint that hf_to_megatron made needs none.
+--base: the folder that the run started from; default: model.hf_path of its recipe, where that folder is there. A
+checkpoint that hf_to_megatron made needs none.
 The padding of vocabulary and heads, which depends on the layout of the run, is cut off.
 {INTERRUPTED}"""
 
@@ -39,20 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with explained_errors(parser):
         checkpoint = resolve_checkpoint(options.checkpoint)
-        companions = options.base or checkpoint / HF_IN_CHECKPOINT
-        spec = CheckpointSpec(checkpoint, options.base)
+        base = options.base or recipe_base(checkpoint)
+        companions = base or checkpoint / HF_IN_CHECKPOINT
+        spec = CheckpointSpec(checkpoint, base)
         with spec.open():  # says what is missing before config.json is looked at
             pass
         job = HfJob(
             spec,
             options.layout or layout_of(read_json(companions / "config.json")),
-            (checkpoint, *([options.base] if options.base else [])),
+            (checkpoint, *([base] if base else [])),
             dtype=options.dtype or "",
             max_shard_bytes=options.shard_size,
         )
         write_hf(job, options.output, companions=companions, options=run_options(options))
         named = ", ".join(load_state(checkpoint)["parts"])
-        rest = f", the rest from {options.base}" if options.base else ""
+        rest = f", the rest from {base}" if base else ""
         print(f"wrote {options.output} ({named} from {checkpoint}{rest})")
 
 

@@ -136,7 +136,7 @@ def write_safetensors_file(
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a CPU tensor, without a copy where it is contiguous."""
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _check_offsets(header: Mapping[str, Any], data_bytes: int) -> None:
@@ -144,7 +144,8 @@ def _check_offsets(header: Mapping[str, Any], data_bytes: int) -> None:
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
             raise ValueError(f"{name!r} has no known dtype: {str(entry)[:80]}")
-        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        shape: Any = entry.get("shape")
+        offsets: Any = entry.get("data_offsets")
         if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
             raise ValueError(f"{name!r} has no valid shape and data_offsets: {str(entry)[:80]}")
         size = _DTYPES[entry["dtype"]].itemsize

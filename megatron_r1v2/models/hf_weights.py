@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -47,6 +47,18 @@ def load_hf_weights(model: R1V2Model, hf_path: Path | str, context: ParallelCont
             tensors = {name: folder.tensor(stored[name]) for name in mapped.hf}
             shard = mapped.to_shard(tensors, tensor_rank=context.tensor_rank, tensor_size=context.tensor_size)
             _fill(local[mapped.ours], shard, mapped, cast=cast)
+
+
+def fill_whole(model: R1V2Model, read: Callable[[str], torch.Tensor]) -> None:
+    """Fill a model that is on one rank alone.
+
+    Args:
+        model: unwrapped.
+        read: returns a whole parameter by our name.
+    """
+    with torch.no_grad():
+        for name, parameter in _by_global_name(model).items():
+            parameter.copy_(read(name))
 
 
 def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tuple[str, torch.Tensor | None]]:
