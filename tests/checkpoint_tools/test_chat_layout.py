@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from checkpoint_tools import hf_to_hf, reassemble
 from checkpoint_tools.sources import HfSpec
@@ -83,21 +83,35 @@ def test_the_export_is_complete_for_transformers_without_another_step(tmp_path):
     (tmp_path / "chat" / "modeling_skywork_chat.py").write_text("raise SystemExit('remote code ran')")
     convert(tmp_path / "chat", tmp_path / "out", "transformers", "--dtype", "bf16")
     assert list((tmp_path / "out").glob("*.py")) == []
-    processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    content = [{"type": "image", "image": Image.new("RGB", (64, 32))}, {"type": "text", "text": "what?"}]
-    batch = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    image = AutoImageProcessor.from_pretrained(tmp_path / "out")(Image.new("RGB", (64, 32)), return_tensors="pt")
+    assert image["pixel_values"].shape == (3, 3, SIDE, SIDE)
+    content = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
+    tokens = tokenizer.context_image_token * (3 * 16)
+    batch = tokenizer(prompt.replace("<IMG_CONTEXT>", f"<img>{tokens}</img>"), return_tensors="pt")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
-    assert batch["pixel_values"].shape == (3, 3, SIDE, SIDE)
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == 3 * 16
-    generated = model.generate(**batch.to(torch.bfloat16), max_new_tokens=2, do_sample=False)
+    pixel_values = image["pixel_values"].bfloat16()
+    generated = model.generate(**batch, pixel_values=pixel_values, max_new_tokens=2, do_sample=False)
     assert generated.shape[1] > batch["input_ids"].shape[1]
+
+
+def test_the_whole_processor_loads(tmp_path):
+    pytest.importorskip("torchvision", reason="transformers' processor of InternVL takes videos, which needs it")
+    write_chat_folder(tmp_path / "chat", family="6b", version="v2")
+    convert(tmp_path / "chat", tmp_path / "out", "transformers")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    content = [{"type": "image", "image": Image.new("RGB", (64, 32))}, {"type": "text", "text": "what?"}]
+    messages = [{"role": "user", "content": content}]
+    batch = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert batch["pixel_values"].shape == (3, 3, SIDE, SIDE)
+    assert int((batch["input_ids"] == processor.image_token_id).sum()) == 3 * 16
 
 
 def test_the_chat_config_is_what_vllm_reads(tmp_path):
