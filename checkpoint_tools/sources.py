@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from checkpoint_tools.manifest import Manifest, combined, in_threads, sha256, tensor_entry
-from checkpoint_tools.torch_dist import TorchDist
+from checkpoint_tools.torch_dist import METADATA, TorchDist
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
 from megatron_r1v2.models.hf_config import layout_of, read_hf_architecture
@@ -270,6 +270,9 @@ class CheckpointSource:
         Raises:
             ValueError: parts are missing and there is no base; or arrays do not fit the model.
         """
+        self._manifest = Manifest.of(spec.folder)
+        if self._manifest is not None:
+            self._manifest.check_files([STATE_FILE, f"{TENSORS}/{METADATA}", f"{HF_IN_CHECKPOINT}/config.json"])
         self.state = load_state(spec.folder)
         self.parts = [str(part) for part in self.state["parts"]]
         config = spec.base or spec.folder / HF_IN_CHECKPOINT
@@ -280,7 +283,6 @@ class CheckpointSource:
             )
         self.architecture, _ = read_hf_architecture(config)
         self._dist = TorchDist(spec.folder / TENSORS)
-        self._manifest = Manifest.of(spec.folder)
         rows = exported_rows(self.architecture, "chat")
         self._rows = {row.ours: row for row in rows}
         self._own = {row.ours for row in rows if row.ours.split(".")[0] in self.parts}

@@ -30,6 +30,20 @@ from megatron_r1v2.models.dist_names import DistEntry
 from megatron_r1v2.models.hf_headers import TensorInfo, tensor_bytes
 
 METADATA = ".metadata"
+# A damaged pickle or zip can raise any of these, and pickle's documentation promises no shorter list.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SystemError,
+    TypeError,
+    ValueError,
+)
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 # All that the pickle of `.metadata` may call: plain descriptions of tensors.
@@ -182,7 +196,7 @@ class TorchDist:
                             raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
                     record.seek(0)
                 tensor = torch.load(record, map_location="cpu", weights_only=True)
-            except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, NotImplementedError) as error:
+            except (zipfile.BadZipFile, *_UNPICKLING_ERRORS) as error:
                 raise ValueError(
                     f"{path}: the record at byte {storage.offset} is damaged ({str(error)[:200]}); copy it again"
                 ) from error
@@ -293,7 +307,7 @@ def _load_metadata(path: Path) -> Metadata:
     with path.open("rb") as file:
         try:
             metadata = _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+        except _UNPICKLING_ERRORS as error:
             raise ValueError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path.name} holds a {type(metadata).__name__}")
