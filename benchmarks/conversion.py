@@ -234,16 +234,16 @@ def peer(work: Path, size: Size, folder: Path) -> dict[str, Any]:
     num_bytes = sum(path.stat().st_size for path in files_of(work / "language"))
     found: dict[str, Any] = {"bytes": num_bytes}
     root = str(Path(__file__).parents[1])
-    for way in ("import", "export"):
-        output = work / f"peer-{way}"
-        command = [sys.executable, "-m", "benchmarks.conversion_peer", way, str(work / "language"), str(output)]
-        run = measure(command, work / "language", output, path=f"{folder}:{root}")
+    language, megatron, back = (str(work / name) for name in ("language", "peer-megatron", "peer-back"))
+    ways = {"import": (language, megatron, []), "export": (megatron, back, [language])}
+    for way, (source, output, more) in ways.items():
+        command = [sys.executable, "-m", "benchmarks.conversion_peer", way, source, output, *more]
+        run = measure(command, Path(source), Path(output), path=f"{folder}:{root}")
         found[way] = {
             "seconds": round(run.seconds, 2),
             "GB_per_s": round(num_bytes / run.seconds / GB, 3),
             "peak_anonymous_GB": round(run.peak_anonymous_bytes / GB, 3),
         }
-        shutil.rmtree(output)
     return found
 
 
