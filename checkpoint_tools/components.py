@@ -115,8 +115,6 @@ class ComponentsSource:
             self._rows = self._rows_of(layouts)
             self._check_dtypes()
             self._check_repeated_output()
-            for ours in self._rows:
-                self.meta(ours)
         except ValueError:
             self._stack.close()
             raise

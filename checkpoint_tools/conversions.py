@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from checkpoint_tools.jobs import Piece, RunOptions, run_job
 from checkpoint_tools.manifest import tensor_entry, write_manifest
-from checkpoint_tools.sources import HF_IN_CHECKPOINT, Source, SourceSpec, exported_rows
+from checkpoint_tools.sources import HF_IN_CHECKPOINT, SourceSpec, exported_rows
 from checkpoint_tools.torch_dist import Record, write_index, write_records
 from megatron_r1v2.models.dist_names import dist_entry
 from megatron_r1v2.models.hf_components import make_companions
@@ -44,31 +44,29 @@ class HfJob:
 
     def pieces(self) -> list[Piece]:
         """Return the safetensors files."""
+        made: list[_Parameter] = []
         with self.source.open() as source:
-            rows = [row for row in exported_rows(source.architecture, self.layout) if self._wanted(row.ours)]
-            groups = _grouped([(row.ours, _size(source, row.ours, self.dtype)) for row in rows], self.max_shard_bytes)
+            for row in exported_rows(source.architecture, self.layout):
+                if not self.parts or row.ours.split(".")[0] in self.parts:
+                    tensors = row.to_hf([_cast(source.meta(row.ours), self.dtype)])
+                    made.append((row.ours, tuple((name, tensor_info(tensor)) for name, tensor in tensors.items())))
+        groups = _grouped(made, self.max_shard_bytes)
         if len(groups) == 1:
-            return [Piece(SINGLE_NAME, *groups[0])]
+            return [_piece(SINGLE_NAME, groups[0])]
         names = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
-        return [Piece(name, *group) for name, group in zip(names, groups, strict=True)]
+        return [_piece(name, group) for name, group in zip(names, groups, strict=True)]
 
     def write(self, piece: Piece, folder: Path, wrote: Callable[[int], None]) -> dict[str, Any]:
         """Write one safetensors file."""
         with self.source.open() as source:
             rows = {row.ours: row for row in exported_rows(source.architecture, self.layout)}
-            # Wide ones first: readers map a tensor where it lies, which must be a multiple of its item size.
-            order = sorted(piece.parameters, key=lambda ours: -_cast(source.meta(ours), self.dtype).itemsize)
-            infos: list[tuple[str, TensorInfo]] = []
-            for ours in order:
-                made = rows[ours].to_hf([_cast(source.meta(ours), self.dtype)])
-                infos += [(name, tensor_info(tensor)) for name, tensor in made.items()]
-
-            def tensors() -> Iterator[torch.Tensor]:
-                for ours in order:
-                    yield from rows[ours].to_hf([_cast(source.parameter(ours), self.dtype)]).values()
-
-            digests = write_safetensors_file(folder / piece.name, infos, tensors(), wrote=wrote)
-        return {"tensors": {name: tensor_entry(info, digests[name]) for name, info in infos}}
+            tensors = (
+                tensor
+                for ours in piece.parameters
+                for tensor in rows[ours].to_hf([_cast(source.parameter(ours), self.dtype)]).values()
+            )
+            digests = write_safetensors_file(folder / piece.name, piece.tensors, tensors, wrote=wrote)
+        return {"tensors": {name: tensor_entry(info, digests[name]) for name, info in piece.tensors}}
 
     def describe(self) -> dict[str, Any]:
         """Return the options."""
@@ -82,9 +80,6 @@ class HfJob:
         """Return the folders that are read."""
         return list(self.folders)
 
-    def _wanted(self, ours: str) -> bool:
-        return not self.parts or ours.split(".")[0] in self.parts
-
 
 @dataclass(frozen=True)
 class DistJob:
@@ -97,31 +92,28 @@ class DistJob:
 
     def pieces(self) -> list[Piece]:
         """Return the files of records."""
+        made: list[_Parameter] = []
         with self.source.open() as source:
-            sizes = [
-                (row.ours, _size(source, row.ours, self.dtype)) for row in exported_rows(source.architecture, "chat")
-            ]
-        groups = _grouped(sizes, self.max_file_bytes)
-        return [Piece(f"{TENSORS}/__{number}_0.distcp", *group) for number, group in enumerate(groups)]
+            for row in exported_rows(source.architecture, "chat"):
+                info = tensor_info(_cast(source.meta(row.ours), self.dtype))
+                made.append((row.ours, ((row.ours, info),)))
+        groups = _grouped(made, self.max_file_bytes)
+        return [_piece(f"{TENSORS}/__{number}_0.distcp", group) for number, group in enumerate(groups)]
 
     def write(self, piece: Piece, folder: Path, wrote: Callable[[int], None]) -> dict[str, Any]:
         """Write one file of records."""
+        path = folder / piece.name
+        path.parent.mkdir(exist_ok=True)
         with self.source.open() as source:
-            entries = [
-                (dist_entry(ours, source.architecture), tensor_info(_cast(source.meta(ours), self.dtype)))
-                for ours in piece.parameters
-            ]
-            read = (_cast(source.parameter(ours), self.dtype) for ours in piece.parameters)
-            path = folder / piece.name
-            path.parent.mkdir(exist_ok=True)
+            entries = [(dist_entry(ours, source.architecture), info) for ours, info in piece.tensors]
+            tensors = (_cast(source.parameter(ours), self.dtype) for ours in piece.parameters)
             records = write_records(
-                path, entries, read, wrote=wrote, digest=lambda data: hashlib.sha256(data).hexdigest()
+                path, entries, tensors, wrote=wrote, digest=lambda data: hashlib.sha256(data).hexdigest()
             )
-        found = zip(piece.parameters, entries, records, strict=True)
         return {
             "tensors": {
                 ours: {**tensor_entry(info, digest), "record": dataclasses.astuple(record)}
-                for ours, (_, info), (record, digest) in found
+                for (ours, info), (record, digest) in zip(piece.tensors, records, strict=True)
             }
         }
 
@@ -215,21 +207,28 @@ def _info(entry: dict[str, Any]) -> TensorInfo:
     return TensorInfo(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
 
 
-def _grouped(sizes: list[tuple[str, int]], limit: int) -> list[tuple[tuple[str, ...], int]]:
-    groups: list[tuple[tuple[str, ...], int]] = []
-    names: list[str] = []
+_Parameter = tuple[str, tuple[tuple[str, TensorInfo], ...]]
+"""Our name, and what is written of it."""
+
+
+def _grouped(parameters: list[_Parameter], limit: int) -> list[list[_Parameter]]:
+    """Cut a list into files of at most so many bytes, where no parameter is larger."""
+    groups: list[list[_Parameter]] = [[]]
     total = 0
-    for name, size in sizes:
-        if names and total + size > limit:
-            groups.append((tuple(names), total))
-            names, total = [], 0
-        names.append(name)
+    for parameter in parameters:
+        size = sum(info.num_bytes for _, info in parameter[1])
+        if groups[-1] and total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(parameter)
         total += size
-    return [*groups, (tuple(names), total)]
+    return groups
 
 
-def _size(source: Source, ours: str, dtype: str) -> int:
-    return tensor_info(_cast(source.meta(ours), dtype)).num_bytes
+def _piece(name: str, parameters: list[_Parameter]) -> Piece:
+    # Wide ones first: readers map a tensor where it lies, which must be a multiple of its item size.
+    ordered = sorted(parameters, key=lambda parameter: -parameter[1][0][1].dtype.itemsize)
+    return Piece(name, tuple(ours for ours, _ in ordered), tuple(tensor for _, made in ordered for tensor in made))
 
 
 def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:

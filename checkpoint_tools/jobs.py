@@ -31,6 +31,7 @@ from rich.progress import (
 
 from checkpoint_tools.manifest import PROGRESS
 from megatron_r1v2.models.hf_files import check_output, partial_of, publish, read_json, restore_replaced, write_json
+from megatron_r1v2.models.hf_headers import TensorInfo
 
 _SPARE_BYTES = 64 * 1000**2
 _BYTES_PER_WORKER = 2 * 1000**3
@@ -44,7 +45,13 @@ class Piece:
     name: str
     parameters: tuple[str, ...]
     """Our names of what is in it."""
-    num_bytes: int
+    tensors: tuple[tuple[str, TensorInfo], ...]
+    """What is written, in order."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return its size, without headers."""
+        return sum(info.num_bytes for _, info in self.tensors)
 
 
 class Job(Protocol):

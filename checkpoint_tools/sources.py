@@ -196,8 +196,6 @@ class HfSource:
             if set(self._manifest.tensors) != set(self._folder.names()):
                 raise ValueError(f"{self._manifest.path} lists other tensors than the folder has; copy it again")
         self._check_repeated_output()
-        for ours in self._rows:
-            self.meta(ours)
 
     def __enter__(self) -> Self:
         return self
@@ -308,8 +306,6 @@ class CheckpointSource:
                 f"{folder} does not fit the model: {len(missing)} arrays are missing {missing[:5]}, {len(unused)} have "
                 f"no place in it {unused[:5]}; is --base the model that it was made from?"
             )
-        for ours in sorted(self._own):
-            self.meta(ours)
 
     def __enter__(self) -> Self:
         return self
