@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -54,7 +55,9 @@ class Measured:
     """One command."""
 
     seconds: float
-    peak_anonymous_bytes: int = 0
+    cpu_seconds: float
+    """Of all its processes; unlike the seconds, they hardly depend on what else the machine does."""
+    peak_anonymous_bytes: int
 
 
 def hf_config(size: Size) -> InternVLConfig:
@@ -141,7 +144,7 @@ def measure(command: Sequence[str], source: Path, output: Path, *, path: str = "
     shutil.rmtree(output, ignore_errors=True)
     out_of_cache(source)
     environment = {**os.environ, **({"PYTHONPATH": path} if path else {})}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _cpu_seconds()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
@@ -150,7 +153,12 @@ def measure(command: Sequence[str], source: Path, output: Path, *, path: str = "
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
     sync(output)
-    return Measured(time.perf_counter() - start, peak)
+    return Measured(time.perf_counter() - start, _cpu_seconds() - cpu, peak)
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def out_of_cache(folder: Path) -> None:
@@ -221,6 +229,8 @@ def summary(num_bytes: int, copies: list[Measured], conversions: list[Measured])
         "bytes": num_bytes,
         "cp_seconds": [round(run.seconds, 2) for run in copies],
         "seconds": [round(run.seconds, 2) for run in conversions],
+        "cp_cpu_seconds": [round(run.cpu_seconds, 2) for run in copies],
+        "cpu_seconds": [round(run.cpu_seconds, 2) for run in conversions],
         "cp_GB_per_s": round(num_bytes / copy / GB, 3),
         "GB_per_s": round(num_bytes / ours / GB, 3),
         "of_cp": round(copy / ours, 3),
@@ -241,6 +251,7 @@ def peer(work: Path, size: Size, folder: Path) -> dict[str, Any]:
         run = measure(command, Path(source), Path(output), path=f"{folder}:{root}")
         found[way] = {
             "seconds": round(run.seconds, 2),
+            "cpu_seconds": round(run.cpu_seconds, 2),
             "GB_per_s": round(num_bytes / run.seconds / GB, 3),
             "peak_anonymous_GB": round(run.peak_anonymous_bytes / GB, 3),
         }
