@@ -6,6 +6,8 @@ record in `.progress/`; a run that finds a partial folder of the same conversion
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -111,7 +113,19 @@ def run_job(
     pieces = job.pieces()
     partial = partial_of(output)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    restore_replaced(output)
+    with _alone(partial):
+        restore_replaced(output)
+        _run(job, output, options, finish, pieces)
+
+
+def _run(
+    job: Job,
+    output: Path,
+    options: RunOptions,
+    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    pieces: list[Piece],
+) -> None:
+    partial = partial_of(output)
     records = _begin(job, partial, pieces)
     left = [piece for piece in pieces if piece.name not in records]
     _check_space(partial.parent, sum(piece.num_bytes for piece in left))
@@ -131,6 +145,24 @@ def run_job(
     shutil.rmtree(partial / PROGRESS)
     _sync(partial)
     publish(partial, output)
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Refuse to write where another process is writing: both would think the other's files their own."""
+    path = partial.with_suffix(".lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing {partial}; wait for it, or choose another output") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise  # some network file systems have no locks: then nobody is refused
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _begin(job: Job, partial: Path, pieces: list[Piece]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,8 @@ from checkpoint_tools.command_line import (
     run_options,
 )
 from checkpoint_tools.conversions import HfJob, write_hf
-from checkpoint_tools.sources import HF_IN_CHECKPOINT, CheckpointSpec, recipe_base
+from checkpoint_tools.finding import recipe_base
+from checkpoint_tools.sources import HF_IN_CHECKPOINT, CheckpointSpec
 from megatron_r1v2.models.hf_config import layout_of
 from megatron_r1v2.models.hf_files import read_json
 from megatron_r1v2.training.checkpoint_files import load_state, resolve_checkpoint

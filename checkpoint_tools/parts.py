@@ -8,8 +8,9 @@ from pathlib import Path
 
 from checkpoint_tools.command_line import add_hf_arguments, add_run_arguments, explained_errors, parser_of, run_options
 from checkpoint_tools.conversions import HfJob, finish_hf, write_hf
+from checkpoint_tools.finding import digest_of, recipe_base
 from checkpoint_tools.jobs import run_job
-from checkpoint_tools.sources import PARTS_FILE, CheckpointSpec, HfSpec, OverSpec, digest_of, recipe_base
+from checkpoint_tools.sources import PARTS_FILE, CheckpointSpec, HfSpec, OverSpec
 from megatron_r1v2.models.hf_config import layout_of
 from megatron_r1v2.models.hf_files import read_json, write_json
 from megatron_r1v2.training.checkpoint_files import load_state, resolve_checkpoint

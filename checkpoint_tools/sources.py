@@ -9,18 +9,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
-import yaml
 
-from checkpoint_tools.manifest import Manifest, combined, in_threads, sha256, tensor_entry
+from checkpoint_tools.manifest import Manifest
 from checkpoint_tools.torch_dist import METADATA, TorchDist
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
-from megatron_r1v2.models.hf_config import layout_of, read_hf_architecture
-from megatron_r1v2.models.hf_files import SafetensorsFolder, read_json
-from megatron_r1v2.models.hf_headers import tensor_info
+from megatron_r1v2.models.hf_config import read_hf_architecture
+from megatron_r1v2.models.hf_files import SafetensorsFolder
 from megatron_r1v2.models.hf_mapping import (
     HF_EMBEDDING,
     HF_OUTPUT,
@@ -30,7 +28,7 @@ from megatron_r1v2.models.hf_mapping import (
     hf_leftovers,
     parameter_map,
 )
-from megatron_r1v2.training.checkpoint_files import RECIPE_FILE, STATE_FILE, TENSORS, load_state, resolve_checkpoint
+from megatron_r1v2.training.checkpoint_files import STATE_FILE, TENSORS, load_state
 
 HF_IN_CHECKPOINT = "hf"
 """Folder in a checkpoint that our converter wrote: config.json, tokenizer and processor of the model."""
@@ -74,57 +72,6 @@ class SourceSpec(Protocol):
     def files(self) -> list[Path]:
         """Return the files that it reads: they must not change while a conversion goes on."""
         ...
-
-
-def open_any(path: Path, base: Path | None = None) -> tuple[str, SourceSpec]:
-    """Find out what a user names.
-
-    Args:
-        path: a Hugging Face folder of a whole model in either layout, a run, a checkpoint, or exported parts.
-        base: what it was made from, where that is needed; None: what a run's recipe names.
-
-    Returns:
-        A word for its kind, and how to open it.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if (path / PARTS_FILE).is_file():
-        stated = read_json(path / PARTS_FILE)
-        if base is None:
-            raise ValueError(f"{path} holds parts alone; give --base, the model that they belong to")
-        return "parts", HfSpec(path, base, tuple(stated["parts"]), stated["layout"])
-    if (path / "config.json").is_file():
-        return layout_of(read_json(path / "config.json")), HfSpec(path)
-    checkpoint = resolve_checkpoint(path)
-    base = base or recipe_base(checkpoint)
-    return "checkpoint", CheckpointSpec(checkpoint, base, only_stored=True)
-
-
-def recipe_base(checkpoint: Path) -> Path | None:
-    """Return the Hugging Face folder that a run started from, as its recipe names it; None: it is not there."""
-    recipe = checkpoint / RECIPE_FILE
-    if (checkpoint / HF_IN_CHECKPOINT / "config.json").is_file() or not recipe.is_file():
-        return None
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    named = (content.get("model") or {}).get("hf_path") if isinstance(content, dict) else None
-    return Path(named) if named and (Path(named) / "config.json").is_file() else None
-
-
-def digest_of(source: Source, *, parts: tuple[str, ...], workers: int) -> str:
-    """Return one SHA-256 of some parts of a model, whatever it is stored as.
-
-    Args:
-        source: open.
-        parts: which.
-        workers: threads.
-    """
-
-    def entry(ours: str) -> dict[str, Any]:
-        tensor = source.parameter(ours)
-        return tensor_entry(tensor_info(tensor), sha256(tensor))
-
-    return combined(in_threads(entry, [n for n in source.names() if n.split(".")[0] in parts], workers=workers))
 
 
 def exported_rows(architecture: R1V2Architecture, layout: Layout) -> list[MappedParameter]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from checkpoint_tools.command_line import explained_errors, parser_of
+from checkpoint_tools.finding import open_any
 from checkpoint_tools.manifest import Manifest, combined, in_threads, sha256, tensor_entry
-from checkpoint_tools.sources import CheckpointSpec, Source, SourceSpec, open_any
+from checkpoint_tools.sources import CheckpointSpec, Source, SourceSpec
 from megatron_r1v2.models.hf_headers import tensor_info
 
 EXAMPLE = """example:

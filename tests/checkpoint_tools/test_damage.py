@@ -252,6 +252,21 @@ def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, 
         shutil.rmtree(tmp_path / ".out.partial")
 
 
+def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch):
+    original = HfJob.write
+    options = {"companions": folders / "foreign", "options": RunOptions(quiet=True)}
+
+    def meanwhile(self, piece, folder, wrote):
+        monkeypatch.setattr(HfJob, "write", original)
+        with pytest.raises(ValueError, match="another process is writing"):
+            write_hf(hf_job(folders), tmp_path / "out", **options)
+        return original(self, piece, folder, wrote)
+
+    monkeypatch.setattr(HfJob, "write", meanwhile)
+    write_hf(hf_job(folders), tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 60_000_000))
     with pytest.raises(ValueError, match=r"GB left; free some"):
