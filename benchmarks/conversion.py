@@ -6,7 +6,7 @@ The checkpoint has the shapes of InternViT-6B, the adapter and QwQ-32B but fewer
 weight of a real model is needed. Each measurement begins with the source out of the page cache (posix_fadvise) and ends
 when everything is on disk (fsync), for `cp` as for us. `cp` and the conversion take turns, so that what else the
 machine does hurts both; the ratio is that of the medians. Memory is what the processes of the conversion hold that no
-file backs (RssAnon of all of them together), looked at twenty times a second: pages of files that are read through the
+file backs (Pss_Anon of all of them together), looked at ten times a second: pages of files that are read through the
 page cache can be dropped at any time and are not counted. The peer, mbridge, loads the language model alone through
 megatron-core and saves it with dist_checkpointing; it is measured when its folder is given (see conversion_peer.py).
 """
@@ -149,7 +149,7 @@ def measure(command: Sequence[str], source: Path, output: Path, *, path: str = "
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.1)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
     sync(output)
@@ -182,17 +182,17 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return what a process and its descendants hold that no file backs."""
+    """Return what a process and its descendants hold that no file backs; what they share is counted once."""
     total, todo = 0, [pid]
     while todo:
         current = todo.pop()
         try:
-            status = Path(f"/proc/{current}/status").read_text()
+            rollup = Path(f"/proc/{current}/smaps_rollup").read_text()
             for task in Path(f"/proc/{current}/task").iterdir():
                 todo += [int(child) for child in (task / "children").read_text().split()]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        total += sum(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+        total += sum(1024 * int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss_Anon"))
     return total
 
 
