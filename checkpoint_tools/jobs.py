@@ -137,7 +137,8 @@ def _run(
             for piece, record in _written(job, left, partial, options.workers, advance):
                 records[piece.name] = record
                 _keep_record(partial, piece, record)
-        finish(partial, records)
+        # In the order of the files, not in that in which workers finished them.
+        finish(partial, {piece.name: records[piece.name] for piece in pieces})
     except ValueError:
         # The sources are at fault: what was made of them is of no use to a later run.
         shutil.rmtree(partial, ignore_errors=True)
