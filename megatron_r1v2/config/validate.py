@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1v2.config import hallucination, pairs
+from megatron_r1v2.config import checkpoint, hallucination, pairs
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.pairs import check_prefer
@@ -46,6 +46,7 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
     "algorithm.dynamic_sampling_rounds": (1, None),
+    "algorithm.gate_tokens": (0, None),
     "preference.preference_weight": (0, None),
     "preference.quality_weight": (0, None),
     "preference.generation_weight": (0, None),
@@ -67,14 +68,15 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "train.adam_beta1": (0, 1),
     "train.adam_beta2": (0, 1),
     "train.clip_grad": (0, None),
-    "checkpoint.every_steps": (0, None),
-    "checkpoint.keep_last": (1, None),
+    "train.skip_above_grad_norm": (0, None),
+    "train.max_skipped_updates": (1, None),
     "evaluation.every_steps": (0, None),
     "evaluation.prompts": (0, None),
     "evaluation.runs": (1, None),
     "evaluation.seed": (0, 2**31 - 1),
     "evaluation.stop_at_pass_at_1": (0, 1),
     "logging.sample_rollouts": (0, None),
+    **checkpoint.RANGES,
     **hallucination.RANGES,
     **pairs.RANGES,
 }

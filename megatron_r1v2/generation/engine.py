@@ -19,6 +19,8 @@ from megatron_r1v2.types import Prompt, Rollout
 
 Progress = Callable[[int, int], None]
 """(responses finished, tokens in them) on this replica so far."""
+OnFinished = Callable[[Prompt, Sequence[Rollout]], None]
+"""Called with a prompt and all responses to it, in the order of `sample_index`."""
 
 
 class RolloutEngine:
@@ -77,6 +79,7 @@ class RolloutEngine:
         top_p: float = 1.0,
         seed: int | None = None,
         progress: Progress | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[Rollout]:
         """Generate responses; the key-value cache lives as long as the call.
 
@@ -90,6 +93,7 @@ class RolloutEngine:
             top_p: below 1 for evaluation only: log-probs stay those of the full distribution.
             seed: instead of the engine's.
             progress: called after every step.
+            on_finished: called as soon as all responses to a prompt are there.
 
         Returns:
             `num_responses` rollouts for each prompt, in the order of the prompts and then of `sample_index`, the same
@@ -110,6 +114,14 @@ class RolloutEngine:
             try:
                 taken: list[Prompt] = []
                 responses: dict[int, Response] = {}
+
+                def rollouts_to(number: int) -> list[Rollout]:
+                    first = number * num_responses
+                    return [
+                        self._rollout(responses[first + sample], taken[number], sample, policy_version)
+                        for sample in range(num_responses)
+                    ]
+
                 for new in self._admissions(phase, prompts, num_responses):
                     images = self._images(new, features)
                     for prompt in new:
@@ -122,16 +134,18 @@ class RolloutEngine:
                                 max_response_tokens=max_response_tokens,
                             )
                         taken.append(prompt)
-                    responses |= {response.request_id: response for response in phase.step()}
+                    ended = {response.request_id: response for response in phase.step()}
+                    responses |= ended
+                    for number in sorted({request // num_responses for request in ended}):
+                        group = range(number * num_responses, (number + 1) * num_responses)
+                        if on_finished is not None and all(request in responses for request in group):
+                            on_finished(taken[number], rollouts_to(number))
                     if progress is not None:
                         progress(len(responses), sum(len(response.token_ids) for response in responses.values()))
                 self.num_evictions = phase.num_evictions
             finally:
                 phase.close()
-        return [
-            self._rollout(responses[request], taken[request // num_responses], request % num_responses, policy_version)
-            for request in sorted(responses)
-        ]
+        return [rollout for number in range(len(taken)) for rollout in rollouts_to(number)]
 
     def _admissions(
         self, phase: GenerationPhase, prompts: Iterable[Prompt], num_responses: int

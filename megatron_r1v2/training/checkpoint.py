@@ -7,8 +7,10 @@ A checkpoint is a folder `step-00000020`:
     replay-D.pt                              the buffer's samples that data-parallel rank D holds
     rng-R.pt                                 random states of rank R
     recipe.yaml                              the settings of the run
+    manifest.json                            size and checksum of every other file (see manifest.py)
 
-It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole.
+It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole. One
+that has been damaged since is renamed `step-00000020.damaged` when a run goes on from the one before.
 Parts of the model that do not train are not in it: they are in the model that the run started from.
 """
 
@@ -18,7 +20,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_r1v2.config.load import save_recipe
 from megatron_r1v2.config.schema import Part, RunRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.training.manifest import find_damage, write_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
 
 logger = logging.getLogger(__name__)
@@ -71,12 +77,43 @@ class CheckpointStore:
         self._queue = AsyncCallsQueue(persistent=False)
         self._written: tuple[Path, Path] | None = None
 
-    def latest(self) -> Path | None:
-        """Return the newest finished checkpoint, the same on every rank; None: there is none."""
+    def newest_undamaged(self) -> Path | None:
+        """Return the newest checkpoint whose files are as they were written, the same on every rank; None: none exists.
+
+        Newer ones that are damaged are put aside, and said in the log.
+
+        Raises:
+            RuntimeError: there are checkpoints, and all are damaged.
+        """
+        finished = objects.all_gather(finished_checkpoints(self.folder))[0]
+        damaged: list[tuple[Path, str]] = []
+        for folder in reversed(finished):
+            damage = find_damage(folder)
+            if damage is None:
+                self._put_aside(damaged, folder)
+                return folder
+            damaged.append((folder, damage))
+        if damaged:
+            told = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged)
+            raise RuntimeError(
+                f"every checkpoint in {self.folder} is damaged ({told}); bring one back from a copy, or set "
+                "run.output_dir to a new folder to start anew"
+            )
+        return None
+
+    def newest_step(self) -> int:
+        """Return the step of the newest finished checkpoint; 0: there is none."""
         finished = finished_checkpoints(self.folder)
-        box = [str(finished[-1]) if finished else None]
-        dist.broadcast_object_list(box, src=0)
-        return Path(box[0]) if box[0] else None
+        return int(finished[-1].name.removeprefix("step-")) if finished else 0
+
+    def _put_aside(self, damaged: Iterable[tuple[Path, str]], instead: Path) -> None:
+        dist.barrier()
+        for folder, damage in damaged if self.context.is_main else ():
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            logger.warning("checkpoint %s is damaged (%s): going on from %s", folder, damage, instead.name)
+        dist.barrier()
 
     def save(
         self,
@@ -106,6 +143,20 @@ class CheckpointStore:
             The folder that the checkpoint will have when `finish_pending` finds it finished.
         """
         self.finish_pending(blocking=True)
+        with _telling(self.folder):
+            return self._save(step, model, optimizer, parts, trained, state, replay, recipe)
+
+    def _save(
+        self,
+        step: int,
+        model: R1V2Model,
+        optimizer: MegatronOptimizer,
+        parts: Iterable[Part],
+        trained: Iterable[Part],
+        state: Mapping[str, Any],
+        replay: Mapping[str, Any],
+        recipe: RunRecipe,
+    ) -> Path:
         target = self.folder / f"step-{step:08d}"
         partial = target.with_name(target.name + ".partial")
         if self.context.is_main:
@@ -137,10 +188,11 @@ class CheckpointStore:
         Args:
             blocking: wait for what is still being written in the background.
         """
-        self._queue.maybe_finalize_async_calls(blocking=blocking)
-        if self._written is not None:
-            self._publish(*self._written)
-            self._written = None
+        with _telling(self.folder):
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            if self._written is not None:
+                self._publish(*self._written)
+                self._written = None
 
     def load(
         self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, trained: Iterable[Part]
@@ -180,7 +232,8 @@ class CheckpointStore:
         return state, [torch.load(path, weights_only=True) for path in shards]
 
     def _publish(self, partial: Path, target: Path) -> None:
-        """Give a finished checkpoint its name and delete the oldest; runs when every rank has written."""
+        """Give a finished checkpoint its name and delete the oldest; all ranks call it when every rank has written."""
+        write_manifest(partial)
         if not self.context.is_main:
             return
         os.rename(partial, target)
@@ -189,6 +242,19 @@ class CheckpointStore:
             doomed = old.with_name(old.name + ".deleted")
             os.rename(old, doomed)
             shutil.rmtree(doomed)
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Say what to do when a checkpoint cannot be written, which is most often a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        free = shutil.disk_usage(folder).free / 2**20
+        raise RuntimeError(
+            f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free: {error}. The finished ones "
+            "are as they were; make room (or lower checkpoint.keep_last) and start again"
+        ) from error
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:

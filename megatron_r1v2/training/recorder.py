@@ -125,6 +125,10 @@ class Recorder:
         """Return what `timed` has measured for a phase of this step."""
         return self.values[f"timing_s/{phase}"]
 
+    def step_seconds(self) -> float:
+        """Return how long this step has taken so far."""
+        return time.perf_counter() - self._started
+
     def note(self, values: Mapping[str, float]) -> None:
         """Add numbers to this step."""
         self.values.update(values)

@@ -34,8 +34,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
             name: type(sample)(**vars(sample) | {"old_log_probs": (0.0,) * sample.response_length})
             for name, sample in samples.items()
         }
-        with pytest.raises(RuntimeError, match=f"gradient of update {version + 1} is not finite"):
-            take_steps(stage, 5)
+        session.policy.skipped.settings.max_skipped_updates = 2
+        with pytest.raises(RuntimeError, match=f"update {version + 1} was skipped, since its gradient is not finite"):
+            take_steps(stage, 9)
         assert session.policy.version == version
+        assert session.policy.skipped.in_a_row == 2
+        first, _ = sorted((Path(recipe.run.output_dir) / "skipped").iterdir())
+        kept = torch.load(first, weights_only=True)
+        assert kept["version"] == version
+        assert all(batch["token_ids_BS"].dtype == torch.int64 for batch in kept["batches"])
         for name, weight in session.policy.model.named_parameters():
             assert torch.equal(weight, before[name])
