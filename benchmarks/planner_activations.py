@@ -154,6 +154,23 @@ def measure_rank(case: Case) -> dict[str, int]:
     Returns:
         Peak bytes by phase.
     """
+    return _measure(case, peak_bytes)
+
+
+def measure_allocator(case: Case) -> dict[str, int]:
+    """Measure the same on a GPU by what its allocator handed out: kernels' workspace and rounding are in it."""
+    return _measure(case, _allocator_peak_bytes)
+
+
+def _allocator_peak_bytes(call: Callable[[], Any]) -> int:
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - held
+
+
+def _measure(case: Case, peak: Callable[[Callable[[], Any]], int]) -> dict[str, int]:
     context = groups.initialize(case.parallel, seed=1)
     policy = _policy(case, context)
     batches = [_batch(case, index, context) for index in range(case.microbatches)]
@@ -165,9 +182,9 @@ def measure_rank(case: Case) -> dict[str, int]:
         return policy.update(batches, loss)
 
     update()
-    training = peak_bytes(update)
+    training = peak(update)
     policy.log_probs(batches)
-    return {"training": training, "log_probs": peak_bytes(lambda: policy.log_probs(batches))}
+    return {"training": training, "log_probs": peak(lambda: policy.log_probs(batches))}
 
 
 def _policy(case: Case, context: groups.ParallelContext) -> Policy:
@@ -307,6 +324,14 @@ CASES = [
     Case("small, packed rows", SMALL, ParallelConfig(), ("adapter",), "bf16", "none", 3, 256, 1, packed=True),
     Case("many words", WORDY, ParallelConfig(), ("adapter",), "bf16", "full", 1, 512, 2),
     Case("many words, fp32", WORDY, ParallelConfig(), ("adapter", "language"), "fp32", "full", 1, 512, 2),
+]
+
+# Wide enough that what a GPU's kernels and its allocator add is little: hundreds of MiB.
+BROAD = architecture(hidden=2048, layers=4, vision_hidden=1024, vision_layers=2, family="6b", vocabulary=32003)
+WIDE = [
+    Case("adapter, bf16", BROAD, ParallelConfig(), ("adapter",), "bf16", "none", 1, 4096, 8),
+    Case("adapter and LLM, bf16, recomputed", BROAD, ParallelConfig(), EVERYTHING[1:], "bf16", "full", 1, 4096, 8),
+    Case("all parts, bf16", BROAD, ParallelConfig(), EVERYTHING, "bf16", "none", 2, 2048, 8),
 ]
 
 

@@ -54,6 +54,8 @@ class Prompt:
     """uint8 [T, 3, height, width]: all tiles of all images in order of appearance; T = 0 for a text-only prompt."""
     answer: str
     answer_type: AnswerType
+    images: tuple[bytes, ...] = ()
+    """The encoded images in order of appearance, for a served reward model, which cuts them in its own way."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What is true of the images, by name; a claim that contradicts one is a hallucination."""
     response: str | None = None

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from megatron_r1v2.config.schema import Fp8, RunRecipe
+from megatron_r1v2.config.schema import Fp8
 
 
-def check_fp8_shapes(recipe: RunRecipe, text: Mapping[str, Any]) -> None:
+def check_fp8_shapes(
+    *, fp8: Fp8, tensor: int, sequence: bool, heads: int, kv_heads: int, head_size: int, hidden: int, ffn: int
+) -> None:
     """Check TransformerEngine's constraints on the products of one rank before anything is built.
 
     Args:
-        recipe: the settings, with FP8 on.
-        text: the language model's HF configuration.
+        fp8: `model.fp8`.
+        tensor: `parallel.tensor`.
+        sequence: `parallel.sequence`.
+        heads: attention heads of the language model.
+        kv_heads: key-value heads.
+        head_size: channels of a head.
+        hidden: channels.
+        ffn: feed-forward channels.
 
     Raises:
         ValueError: naming the dimension that does not fit.
     """
-    tensor = recipe.parallel.tensor
-    heads = int(text["num_attention_heads"])
-    head_size = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    blockwise = recipe.model.fp8 is Fp8.blockwise and recipe.parallel.sequence
-    multiple = 128 if blockwise else 16
+    if fp8 is Fp8.none:
+        return
+    multiple = 128 if fp8 is Fp8.blockwise and sequence else 16
     for what, size in (
-        ("channels (hidden_size)", int(text["hidden_size"])),
-        (
-            "feed-forward channels of a rank (intermediate_size / parallel.tensor)",
-            int(text["intermediate_size"]) // tensor,
-        ),
+        ("channels (hidden_size)", hidden),
+        ("feed-forward channels of a rank (intermediate_size / parallel.tensor)", ffn // tensor),
         ("query channels of a rank (heads x head size / parallel.tensor)", heads * head_size // tensor),
         ("query, key and value channels of a rank", (heads + 2 * kv_heads) * head_size // tensor),
     ):
         if size % multiple:
             raise ValueError(
-                f"model.fp8={recipe.model.fp8.value} needs a multiple of {multiple}, but the language model has {size} "
+                f"model.fp8={fp8.value} needs a multiple of {multiple}, but the language model has {size} "
                 f"{what} at parallel.tensor={tensor}; lower parallel.tensor, or set model.fp8=none"
             )
 

@@ -7,73 +7,22 @@ model's HF configuration; `model.transformer_config` passes anything else throug
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from enum import Enum
 from typing import Any
 
 from megatron_r1v2.config.checkpoint import CheckpointConfig
+from megatron_r1v2.config.choices import (
+    Fp8,
+    Layers,
+    LossAggregation,
+    Packing,
+    Part,
+    Precision,
+    Recompute,
+    ScoreEndpoint,
+    WandbMode,
+)
 from megatron_r1v2.config.hallucination import HallucinationConfig
 from megatron_r1v2.config.pairs import PairsConfig
-
-
-class Layers(str, Enum):
-    """Which layer implementation megatron-core builds."""
-
-    local = "local"
-    te = "te"
-
-
-class Fp8(str, Enum):
-    """How the matrix products of the language model are scaled to 8 bits; the vision tower stays in bf16."""
-
-    none = "none"
-    tensorwise = "tensorwise"
-    blockwise = "blockwise"
-
-
-class Precision(str, Enum):
-    """The dtype of parameters and activations."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Part(str, Enum):
-    """A part of the model that can be trained."""
-
-    vision = "vision"
-    adapter = "adapter"
-    language = "language"
-
-
-class LossAggregation(str, Enum):
-    """How token losses become one number: the mean of per-response means (eq. 8), or one mean over all tokens."""
-
-    sequence = "sequence"
-    token = "token"
-
-
-class Recompute(str, Enum):
-    """What the backward pass computes again instead of keeping."""
-
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
-class Packing(str, Enum):
-    """How sequences of different lengths share a microbatch."""
-
-    none = "none"
-    first_fit_decreasing = "first_fit_decreasing"
-    nemo = "nemo"
-
-
-class WandbMode(str, Enum):
-    """How Weights & Biases is used."""
-
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
 
 
 @dataclass
@@ -165,6 +114,10 @@ class GenerationConfig:
     """Tokens one engine step may process: longer prefills are cut into chunks."""
     feature_cache_gib: float = 16.0
     """Image features kept for a step; what does not fit is computed again."""
+    cuda_graphs: bool = False
+    """Replay captured graphs in steps that only decode, instead of launching their kernels one by one; needs CUDA, and
+    NCCL where tensor > 1; without flash-attn a graph attends over the longest sequence there may be. Captured anew in
+    each generation phase, so no graph outlives an update."""
 
 
 @dataclass
@@ -217,6 +170,32 @@ class RewardConfig:
         """Return the weight of each part by its name."""
         names = [setting.name for setting in fields(self) if setting.name.endswith("_weight")]
         return {name.removesuffix("_weight"): getattr(self, name) for name in names}
+
+
+@dataclass
+class RewardModelConfig:
+    """Where the scores for `reward.model_weight` come from, and how the reward_model stage trains."""
+
+    checkpoint: str = ""
+    """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout."""
+    hf_path: str = ""
+    """The model that the checkpoint was made from; empty: `model.hf_path`. Its tokenizer must be the policy's."""
+    url: str = ""
+    """A server that scores, e.g. http://127.0.0.1:8001 (vLLM, or megatron_r1v2.serve.reward_model)."""
+    endpoint: ScoreEndpoint = ScoreEndpoint.pooling
+    """What is asked below `url`: pooling or classify, both as vLLM has them, with chat messages."""
+    served_name: str = ""
+    """`model` in the requests; empty: left out."""
+    api_key_variable: str = ""
+    """Environment variable that holds the server's API key; empty: none is sent."""
+    timeout_seconds: float = 120.0
+    """For one answer, from first to last byte."""
+    attempts: int = 5
+    """How often a request is made before the run ends; the pause doubles from one second to at most 30."""
+    concurrency: int = 16
+    """Requests under way at once, from each model replica."""
+    centring_weight: float = 0.0
+    """In training: weight of (chosen score + rejected score)^2, which holds scores near zero."""
 
 
 @dataclass
@@ -292,7 +271,7 @@ class TrainConfig:
     """The update."""
 
     parts: list[Part] = field(default_factory=lambda: [Part.adapter])
-    """Which parts train: any of vision, adapter, language."""
+    """Which parts train: any of vision, adapter, language; the reward_model stage also trains score, its new head."""
     steps: int = 100
     """Steps of this stage."""
     prompts_per_step: int = 64
@@ -375,6 +354,7 @@ class RunRecipe:
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)

@@ -13,9 +13,10 @@ from megatron_r1v2.config import checkpoint, hallucination, pairs
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.pairs import check_prefer
+from megatron_r1v2.config.reward_model import check_score_head, check_score_source
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
 
-Stage = Literal["align", "mpo", "grpo", "evaluate", "prefer"]
+Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate"]
 
 # Inclusive bounds; None: no bound on that side.
 _RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -40,6 +41,9 @@ _RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "reward.overlong_buffer_tokens": (0, None),
     "reward.model_centre": (-1000, 1000),
     "reward.verifier_workers": (1, None),
+    "reward_model.attempts": (1, None),
+    "reward_model.concurrency": (1, None),
+    "reward_model.centring_weight": (0, None),
     "algorithm.clip_low": (0, 1),
     "algorithm.clip_high": (0, None),
     "algorithm.kl_coefficient": (0, None),
@@ -88,6 +92,7 @@ _POSITIVE = (
     "generation.kv_cache_gib",
     "reward.model_scale",
     "reward.verifier_timeout_seconds",
+    "reward_model.timeout_seconds",
     "algorithm.max_log_prob_difference",
     "preference.beta",
     "evaluation.temperature",
@@ -97,10 +102,22 @@ _POSITIVE = (
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
     "mpo": ("model.hf_path", "data.train"),
+    "reward_model": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
     "prefer": ("model.hf_path", "data.train", "pairs.output"),
 }
+
+
+_FOLDERS = (
+    "model.hf_path",
+    "model.checkpoint",
+    "data.train",
+    "data.validation",
+    "evaluation.data",
+    "reward_model.hf_path",
+    "reward_model.checkpoint",
+)
 
 
 def check_ranges(recipe: RunRecipe) -> None:
@@ -136,7 +153,7 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     for name in _NEEDED[stage]:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
-    for name in ("model.hf_path", "model.checkpoint", "data.train", "data.validation", "evaluation.data"):
+    for name in _FOLDERS:
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
@@ -148,12 +165,26 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
         check_calibration(recipe, "min_margin", recipe.preference.min_margin)
     if stage == "prefer":
         check_prefer(recipe)
+    if stage in ("grpo", "prefer"):
+        check_score_source(recipe)
+    check_score_head(recipe, is_reward_model=stage == "reward_model")
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.layers=te needs TransformerEngine, which is not installed; "
             "set model.layers=local, or run in a container that has it (see Dockerfile)"
         )
+    if recipe.generation.cuda_graphs:
+        _check_cuda_graphs()
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
+
+
+def _check_cuda_graphs() -> None:
+    from torch import cuda  # takes seconds, and the planner reads recipes without it
+
+    if not cuda.is_available():
+        raise ValueError(
+            "generation.cuda_graphs=true needs a CUDA device and there is none; set generation.cuda_graphs=false"
+        )
 
 
 def check_grpo(recipe: RunRecipe) -> None:
@@ -232,19 +263,28 @@ def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
     missing = [key for key in _LANGUAGE_SIZES if key not in text]
     if missing:
         raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {', '.join(missing)}")
-    heads = int(text["num_attention_heads"])
+    heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    kv_heads, ffn = int(text.get("num_key_value_heads") or heads), int(text["intermediate_size"])
     check_layout(
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,
         first_stage_layers=recipe.parallel.first_stage_layers,
         heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        hidden=int(text["hidden_size"]),
-        ffn=int(text["intermediate_size"]),
+        kv_heads=kv_heads,
+        hidden=hidden,
+        ffn=ffn,
         layers=int(text["num_hidden_layers"]),
     )
-    if recipe.model.fp8 is not Fp8.none:
-        check_fp8_shapes(recipe, text)
+    check_fp8_shapes(
+        fp8=recipe.model.fp8,
+        tensor=recipe.parallel.tensor,
+        sequence=recipe.parallel.sequence,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=int(text.get("head_dim") or hidden // heads),
+        hidden=hidden,
+        ffn=ffn,
+    )
     positions = int(text["max_position_embeddings"])
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     if longest > positions:
@@ -281,6 +321,12 @@ def _check_fp8(recipe: RunRecipe) -> None:
             f"model.fp8_weights=true with model.fp8={model.fp8.value} and train.parts="
             f"{[part.value for part in recipe.train.parts]}: it keeps a frozen language model in 8 bits; set "
             "model.fp8, take language out of train.parts, or set model.fp8_weights=false"
+        )
+    if recipe.generation.cuda_graphs and model.fp8 is Fp8.blockwise:
+        raise ValueError(
+            "generation.cuda_graphs=true with model.fp8=blockwise: each rank needs blocks of 128 tokens, more than the "
+            "64 requests that megatron-core's graphs are cut to; set model.fp8=tensorwise or "
+            "generation.cuda_graphs=false"
         )
 
 

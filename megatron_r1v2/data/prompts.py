@@ -65,6 +65,7 @@ class PromptBuilder:
             tiles_TCHW=torch.cat(tiles) if tiles else self._no_tiles(),
             answer=sample.answer,
             answer_type=sample.answer_type,
+            images=tuple(sample.images.values()),
             facts=sample.facts,
             response=sample.response,
             preference=_preference(sample),

@@ -154,6 +154,28 @@ class ChatTokenizer:
         self._refuse(text, (IMAGE_START, IMAGE_CONTEXT, IMAGE_END, end_token), key)
         return [*self._encode(text), self.token_id(end_token)]
 
+    def encode_text(self, text: str) -> list[int]:
+        """Tokenize what a model wrote, whatever it wrote: a control token in the text is one token, as it was sampled.
+
+        Args:
+            text: a response.
+
+        Returns:
+            Token ids, without an end.
+        """
+        return self._encode(text)
+
+    def is_same_as(self, other: ChatTokenizer) -> bool:
+        """Return whether two tokenizers give the same ids: equal vocabularies, end and chat template.
+
+        Args:
+            other: of another model.
+        """
+        return all(
+            getattr(self._tokenizer, name) == getattr(other._tokenizer, name)
+            for name in ("chat_template", "pad_token", "eos_token")
+        ) and dict(self._tokenizer.get_vocab()) == dict(other._tokenizer.get_vocab())
+
     def decode(self, ids: Sequence[int], keep_special: bool = True) -> str:
         """Turn token ids into text.
 

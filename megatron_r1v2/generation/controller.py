@@ -18,28 +18,6 @@ from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
 
-class RolloutContext(DynamicInferenceContext):
-    """megatron-core's context, padding a step to fewer tokens: small batches run on CPUs too."""
-
-    TOKEN_ROUNDER = 16
-
-
-class TensorwiseRolloutContext(RolloutContext):
-    """Pads a step so that each of up to 8 sequence-parallel ranks has the 8 tokens that an FP8 product needs.
-
-    Padding here is why the linears need not be wrapped as megatron-core's `prepare_model_for_fp8_inference` does, which
-    replaces their forward for good, training included.
-    """
-
-    TOKEN_ROUNDER = 64
-
-
-class BlockwiseRolloutContext(RolloutContext):
-    """Pads a step so that each of up to 8 sequence-parallel ranks has whole blocks of 128 tokens."""
-
-    TOKEN_ROUNDER = 1024
-
-
 @dataclass(frozen=True)
 class PromptImages:
     """Where the image tokens of a prompt are, and what takes their place; first pipeline stage only."""
@@ -57,7 +35,7 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
         self,
         model: R1V2Model,
         config: InferenceWrapperConfig,
-        inference_context: RolloutContext,
+        inference_context: DynamicInferenceContext,
         parallel: ParallelContext,
     ) -> None:
         """Wrap the language model.
@@ -83,7 +61,7 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
                 tokens,
                 positions,
                 None,
-                decoder_input=self._embed(tokens, positions) if self._language.pre_process else None,
+                decoder_input=self._decoder_input(tokens, positions),
                 inference_context=self.inference_context,
                 runtime_gather_output=True,
             )
@@ -91,6 +69,12 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
     def _allocate_recv_buffer(self, batch_size: int, seq_len: int) -> torch.Tensor:
         with torch.inference_mode(False):
             return super()._allocate_recv_buffer(batch_size, seq_len)
+
+    def _decoder_input(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return what this stage's layers start from; with FP8, megatron-core zeroes the padding in it on any stage."""
+        if self._language.pre_process:
+            return self._embed(tokens, positions)
+        return self._language.decoder.input_tensor
 
     def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden_SBH = self._language.embedding(input_ids=tokens, position_ids=positions)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -11,29 +12,11 @@ from megatron.core.inference.model_inference_wrappers.inference_wrapper_config i
 from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_r1v2.config.schema import GenerationConfig
-from megatron_r1v2.generation.controller import (
-    BlockwiseRolloutContext,
-    ImageInferenceWrapper,
-    PromptImages,
-    RolloutContext,
-    RolloutController,
-    Sampling,
-    TensorwiseRolloutContext,
-)
-from megatron_r1v2.models.paged_attention import is_flash_attention_usable
+from megatron_r1v2.generation.context import make_context
+from megatron_r1v2.generation.controller import ImageInferenceWrapper, PromptImages, RolloutController, Sampling
+from megatron_r1v2.generation.cuda_graphs import check_cuda_graphs, graphed_layers
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
-
-_GIB = 1024**3
-# flash-attn wants blocks of 256 tokens; the torch stand-in copies whole blocks, so it gets small ones.
-_BLOCK_TOKENS_FLASH = 256
-_BLOCK_TOKENS_TORCH = 64
-_CONTEXTS: Mapping[str | None, type[RolloutContext]] = {
-    None: RolloutContext,
-    "tensorwise": TensorwiseRolloutContext,
-    "blockwise": BlockwiseRolloutContext,
-}
-"""How a step is padded, by the FP8 recipe of the language model."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +54,12 @@ class GenerationPhase:
             max_sequence_tokens: of prompt and response together.
 
         Raises:
-            ValueError: `generation.kv_cache_gib` does not hold one sequence.
+            ValueError: `generation.kv_cache_gib` does not hold one sequence, or graphs cannot be captured here.
         """
         config = model.config
-        self._context = _make_context(model, parallel, settings, max_sequence_tokens)
+        if settings.cuda_graphs:
+            check_cuda_graphs(parallel)
+        self._context = make_context(model, parallel, settings, max_sequence_tokens)
         wrapper_config = InferenceWrapperConfig(
             hidden_size=config.hidden_size,
             params_dtype=config.params_dtype,
@@ -84,9 +69,17 @@ class GenerationPhase:
         )
         self._wrapper = ImageInferenceWrapper(model, wrapper_config, self._context, parallel)
         self._controller = RolloutController(self._wrapper, parallel, draw)
-        self._engine = DynamicInferenceEngine(
-            self._controller, self._context, random_seed=0, pg_collection=parallel.groups
-        )
+        # Weights that were quantized before an update are stale: TransformerEngine makes them anew in the next forward.
+        model.set_is_first_microbatch()
+        self._graphs = ExitStack()
+        if settings.cuda_graphs:
+            self._graphs.enter_context(graphed_layers(model))
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._engine = DynamicInferenceEngine(
+                self._controller, self._context, random_seed=0, pg_collection=parallel.groups
+            )
+            undo.pop_all()
 
     @property
     def num_in_flight(self) -> int:
@@ -136,7 +129,8 @@ class GenerationPhase:
         return [_response(record) for record in records]
 
     def close(self) -> None:
-        """Free the cache, whoever still refers to the engine."""
+        """Free the cache, whoever still refers to the engine, and drop the graphs that read it."""
+        self._graphs.close()
         self._context.deallocate_all_tensors()
         self._wrapper.images.clear()
 
@@ -147,45 +141,3 @@ def _response(record: DynamicInferenceRequestRecord) -> Response:
     log_probs = tuple(value for part in record.requests for value in part.generated_log_probs or ())
     assert len(token_ids) == len(log_probs), (record.request_id, len(token_ids), len(log_probs))
     return Response(record.request_id, token_ids, log_probs)
-
-
-def _make_context(
-    model: R1V2Model, parallel: ParallelContext, settings: GenerationConfig, max_sequence_tokens: int
-) -> RolloutContext:
-    config = model.config
-    flash = is_flash_attention_usable()
-    block_tokens = _BLOCK_TOKENS_FLASH if flash else _BLOCK_TOKENS_TORCH
-    layers = len(model.language.decoder.layers)
-    kv_heads = max(config.num_query_groups, parallel.tensor_size)
-    head_bytes = 2 * config.kv_channels * config.params_dtype.itemsize
-    block_bytes = layers * block_tokens * kv_heads // parallel.tensor_size * head_bytes
-    sequence_blocks = -(-max_sequence_tokens // block_tokens)
-    # Sequence parallelism splits the tokens of a step, and steps are padded to these multiples.
-    kind = _CONTEXTS[config.fp8_recipe if config.fp8 else None]
-    max_requests = kind.round_up_requests(settings.max_requests, parallel.tensor_size)
-    max_tokens = kind.round_up_tokens(settings.max_tokens_per_step, parallel.tensor_size)
-    # One block more than the sequences own: padding tokens write there.
-    blocks = min(int(settings.kv_cache_gib * _GIB) // block_bytes, max_requests * sequence_blocks + 1)
-    if blocks < sequence_blocks + 1:
-        raise ValueError(
-            f"generation.kv_cache_gib={settings.kv_cache_gib} holds {max(blocks - 1, 0)} blocks of {block_tokens} "
-            f"tokens, but one sequence of {max_sequence_tokens} tokens (prompt and response) needs {sequence_blocks}; "
-            f"give at least {(sequence_blocks + 1) * block_bytes / _GIB:.3g}, or lower generation.max_response_tokens"
-        )
-    context = kind(
-        params_dtype=config.params_dtype,
-        num_layers=layers,
-        kv_channels=config.kv_channels,
-        num_attention_heads=kv_heads,
-        max_sequence_length=sequence_blocks * block_tokens,
-        # megatron-core divides by the block size again: half a block more keeps the count clear of rounding.
-        buffer_size_gb=(blocks + 0.5) * block_bytes / _GIB,
-        max_requests=max_requests,
-        max_tokens=max(max_tokens, max_requests),
-        block_size_tokens=block_tokens,
-        pg_collection=parallel.groups,
-    )
-    if not flash:
-        # Memory as it comes may hold NaN, which a masked position would spread (see paged_attention).
-        context.memory_buffer.zero_()
-    return context

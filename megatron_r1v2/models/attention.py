@@ -95,14 +95,17 @@ class SDPACoreAttention(MegatronModule):
         )
 
 
-class LocalSelfAttention(SelfAttention):
-    """megatron-core's SelfAttention, whose paged inference attention runs without flash-attn too."""
+class PagedSelfAttention(SelfAttention):
+    """megatron-core's SelfAttention, whose paged inference attention runs without flash-attn too.
+
+    flash-attn is used where it is installed, without a setting.
+    """
 
     def forward(
         self, *args: Any, inference_context: BaseInferenceContext | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend; see the base class for the arguments."""
-        if inference_context is not None and not paged_attention.is_flash_attention_usable():
+        if inference_context is not None and not paged_attention.is_flash_attention_usable(self.config.params_dtype):
             inference_context = paged_attention.TorchAttentionContext(inference_context)
         return super().forward(*args, inference_context=inference_context, **kwargs)
 
@@ -121,6 +124,6 @@ class LocalSelfAttention(SelfAttention):
     ) -> torch.Tensor:
         """Attend over the paged key-value cache; see the base class for the arguments."""
         arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
-        if paged_attention.is_flash_attention_usable():
+        if paged_attention.is_flash_attention_usable(self.config.params_dtype):
             return super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)
         return paged_attention.flash_decode_and_prefill(*arguments, block_table, is_decode_only)

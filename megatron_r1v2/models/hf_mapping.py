@@ -232,6 +232,9 @@ _L = "language.decoder.layers.{n}."
 _LH = "language_model.model.layers.{n}."
 HF_EMBEDDING = "language_model.model.embed_tokens.weight"
 HF_OUTPUT = "language_model.lm_head.weight"
+OUTPUT_LAYER = "language.output_layer.weight"
+# The one parameter without a Hugging Face name: the layout of transformers has no reward model.
+SCORE_HEAD = "score.weight"
 
 _TABLE: tuple[_Row, ...] = (
     _Row("vision.class_token", ("vision_tower.embeddings.cls_token",), _whole),
@@ -273,9 +276,9 @@ _TABLE: tuple[_Row, ...] = (
     _Row(_L + "mlp.linear_fc1.weight", (_LH + "mlp.gate_proj.weight", _LH + "mlp.up_proj.weight"), _language_gated),
     _Row(_L + "mlp.linear_fc2.weight", (_LH + "mlp.down_proj.weight",), _language_down),
     _Row("language.decoder.final_layernorm.weight", ("language_model.model.norm.weight",), _whole),
-    _Row("language.output_layer.weight", (HF_OUTPUT,), _vocabulary, _untied),
+    _Row(OUTPUT_LAYER, (HF_OUTPUT,), _vocabulary, _untied),
     # Tied embeddings: the last of several stages needs a copy, which one stage alone has not.
-    _Row("language.output_layer.weight", (HF_EMBEDDING,), _vocabulary, _tied, exported=False),
+    _Row(OUTPUT_LAYER, (HF_EMBEDDING,), _vocabulary, _tied, exported=False),
 )
 
 # transformers 5 keeps the names of its first InternVL release in files and renames on load and save.

@@ -14,6 +14,8 @@ from megatron_r1v2.models.hf_files import SafetensorsFolder, check_output, read_
 from megatron_r1v2.models.hf_mapping import (
     HF_EMBEDDING,
     HF_OUTPUT,
+    OUTPUT_LAYER,
+    SCORE_HEAD,
     MappedParameter,
     canonical_hf_name,
     hf_leftovers,
@@ -50,7 +52,7 @@ def load_hf_weights(model: R1V2Model, hf_path: Path | str, context: ParallelCont
 
 
 def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield every Hugging Face tensor of the model, one parameter at a time.
+    """Yield every Hugging Face tensor of the model, one parameter at a time; a score head has none.
 
     All ranks must run through it in step: shards travel to the first stage, then to its first rank.
 
@@ -60,11 +62,19 @@ def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tu
 
     Yields:
         Name and whole tensor; the tensor is None anywhere but on the main rank.
+
+    Raises:
+        ValueError: the language model's weights are kept in 8 bits, so they are not those that were loaded.
     """
+    if model.config.fp8_param:
+        raise ValueError(
+            "model.fp8_weights=true keeps the language model's weights rounded to 8 bits, which would be written; "
+            "export with model.fp8_weights=false"
+        )
     local = _by_global_name(model)
     owners = _owners(local, context)
     for mapped in parameter_map(model.architecture):
-        if not mapped.exported:
+        if not mapped.exported or (model.is_reward_model and mapped.ours == OUTPUT_LAYER):
             continue
         tensors: dict[str, torch.Tensor] = {}
         if context.data_rank == 0:
@@ -113,12 +123,14 @@ def save_hf(
 
 
 def _by_global_name(model: R1V2Model) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters on this rank, layers numbered over the whole model."""
+    """Return the parameters on this rank that Hugging Face knows, layers numbered over the whole model."""
     numbers = {
         name: module.layer_number - 1 for name, module in model.named_modules() if isinstance(module, TransformerLayer)
     }
     found = {}
     for name, parameter in model.named_parameters():
+        if name == SCORE_HEAD:
+            continue
         match = re.match(r"(.*\.layers)\.\d+(?=\.)", name)
         if match:
             name = f"{match[1]}.{numbers[match[0]]}.{_local_name(name[match.end() + 1 :])}"

@@ -81,6 +81,7 @@ def build_language_model(
     groups: ProcessGroupCollection,
     pre_process: bool,
     post_process: bool,
+    output_layer: bool = True,
 ) -> GPTModel:
     """Build this stage's part of the decoder.
 
@@ -90,12 +91,13 @@ def build_language_model(
         layers: which implementation of the layers.
         groups: process groups.
         pre_process: this stage holds the embedding.
-        post_process: this stage holds the output layer.
+        post_process: this stage holds the final norm and the output layer.
+        output_layer: False: the last stage gives the hidden states after the final norm.
 
     Returns:
         The model, whose embedding comes out at full length (image features go in before it is scattered).
     """
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=language_block_spec(architecture, config, layers=layers, groups=groups),
         vocab_size=padded_vocab_size(architecture, config.tensor_model_parallel_size),
@@ -103,7 +105,7 @@ def build_language_model(
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        share_embeddings_and_output_weights=architecture.tied_embeddings and output_layer,
         position_embedding_type="rope",
         rotary_base=int(architecture.rope_theta),
         rope_scaling=architecture.rope_factor != 1.0,
@@ -111,3 +113,8 @@ def build_language_model(
         scatter_embedding_sequence_parallel=False,
         pg_collection=groups,
     )
+    if post_process and not output_layer:
+        # The decoder has its final norm by now; what is left of `post_process` is the output layer.
+        del model.output_layer
+        model.post_process = False
+    return model

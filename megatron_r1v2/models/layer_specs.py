@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_r1v2.config.schema import Layers
 from megatron_r1v2.models.architecture import LanguageArchitecture, VisionArchitecture
-from megatron_r1v2.models.attention import LocalSelfAttention, SDPACoreAttention
+from megatron_r1v2.models.attention import PagedSelfAttention, SDPACoreAttention
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
 from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
 
@@ -53,6 +53,7 @@ def language_block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm), TENorm
+        layer.submodules.self_attention.module = PagedSelfAttention
     else:
         layer, norm = _local_language_layer(architecture), RMSNorm
     count = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
@@ -66,7 +67,7 @@ def _local_language_layer(architecture: LanguageArchitecture) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=LocalSelfAttention,
+                module=PagedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,

@@ -18,9 +18,14 @@ from megatron.core.transformer.attention import HAVE_FA3, flash_attn_varlen_func
 from megatron.core.utils import is_fa_min_version
 
 
-def is_flash_attention_usable() -> bool:
-    """Return whether megatron-core can use flash-attn for the paged cache (FA3, or FA2 from 2.7.3 on)."""
-    return HAVE_FA3 or (flash_attn_varlen_func is not None and is_fa_min_version("2.7.3"))
+def is_flash_attention_usable(dtype: torch.dtype) -> bool:
+    """Return whether megatron-core can use flash-attn for the paged cache (FA3, or FA2 from 2.7.3 on; no fp32).
+
+    Args:
+        dtype: of keys and values.
+    """
+    is_there = HAVE_FA3 or (flash_attn_varlen_func is not None and is_fa_min_version("2.7.3"))
+    return is_there and dtype in (torch.bfloat16, torch.float16)
 
 
 class TorchAttentionContext:

@@ -1,4 +1,7 @@
-"""The whole model: vision tower and adapter on the first pipeline stage, the language model over all stages."""
+"""The whole model: vision tower and adapter on the first pipeline stage, the language model over all stages.
+
+A reward model is the same with a scalar head on the last stage in place of the language model's output layer.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.adapter import Adapter
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.language import build_language_model, language_transformer_config
+from megatron_r1v2.models.score_head import ScoreHead
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.models.vision import VisionTower, pixel_shuffle, vision_transformer_config
 
@@ -30,6 +34,7 @@ class R1V2Model(MegatronModule):
         groups: ProcessGroupCollection,
         pre_process: bool,
         post_process: bool,
+        score_seed: int | None = None,
     ) -> None:
         """Build this rank's part, with random weights.
 
@@ -38,7 +43,8 @@ class R1V2Model(MegatronModule):
             settings: layout and numerics.
             groups: process groups.
             pre_process: this stage holds vision tower, adapter and embedding.
-            post_process: this stage holds the output layer.
+            post_process: this stage holds the output layer or the score head.
+            score_seed: what a score head is drawn from; None: a language model with its output layer.
         """
         super().__init__(config=language_transformer_config(architecture.language, settings))
         self.architecture = architecture
@@ -46,7 +52,8 @@ class R1V2Model(MegatronModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = architecture.language.tied_embeddings
+        self.is_reward_model = score_seed is not None
+        self.share_embeddings_and_output_weights = architecture.language.tied_embeddings and not self.is_reward_model
         self.vision: VisionTower | None = None
         self.adapter: Adapter | None = None
         if pre_process:
@@ -65,7 +72,17 @@ class R1V2Model(MegatronModule):
             groups=groups,
             pre_process=pre_process,
             post_process=post_process,
+            output_layer=not self.is_reward_model,
         )
+        self.score: ScoreHead | None = None
+        if post_process and score_seed is not None:
+            hidden_size = architecture.language.hidden_size
+            self.score = ScoreHead(self.config, hidden_size, groups=groups, seed=score_seed)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Return the parts that the model has, on this stage or another."""
+        return [part for part in Part if part is not Part.score or self.is_reward_model]
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """Return the weight that embedding and output layer share; megatron-core sums its gradient over stages."""
@@ -172,7 +189,8 @@ class R1V2Model(MegatronModule):
             packed_seq_params: where sequences begin and end when B = 1 packs several.
 
         Returns:
-            Logits [B, S, V / TP] on the last stage, else hidden states [S, B, H] for the next one.
+            Logits [B, S, V / TP] on the last stage, or float32 scores [B, S] of a reward model; on other stages hidden
+            states [S, B, H] for the next one.
         """
         hidden_SBH = None
         if self.pre_process:
@@ -182,13 +200,14 @@ class R1V2Model(MegatronModule):
             if features_TFK is not None and features_TFK.shape[0]:
                 embeddings_FH = self.adapt(features_TFK, tile_index)
             hidden_SBH = self.embed(token_ids_BS, position_ids_BS, embeddings_FH, image_mask_BS)
-        return self.language(
+        output = self.language(
             input_ids=token_ids_BS,
             position_ids=position_ids_BS,
             attention_mask=None,
             decoder_input=hidden_SBH,
             packed_seq_params=packed_seq_params,
         )
+        return output if self.score is None else self.score(output)
 
 
 def build_r1v2(
@@ -197,6 +216,7 @@ def build_r1v2(
     *,
     groups: ProcessGroupCollection,
     device: torch.device,
+    score_seed: int | None = None,
 ) -> R1V2Model:
     """Build this rank's part of the model on its device and in its dtype, with random weights.
 
@@ -205,12 +225,22 @@ def build_r1v2(
         settings: layout and numerics.
         groups: process groups; pp decides what this stage holds.
         device: where the weights live.
+        score_seed: what the head of a reward model is drawn from; None: a language model with its output layer.
 
     Returns:
         The model, every parameter trainable.
     """
     stage, stages = groups.pp.rank(), groups.pp.size()
-    model = R1V2Model(architecture, settings, groups=groups, pre_process=stage == 0, post_process=stage == stages - 1)
+    # Nothing is differentiated here, and where it could be, TransformerEngine keeps unrounded copies of 8-bit weights.
+    with torch.no_grad():
+        model = R1V2Model(
+            architecture,
+            settings,
+            groups=groups,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            score_seed=score_seed,
+        )
     return model.to(device=device, dtype=settings.dtype)
 
 
@@ -219,7 +249,7 @@ def freeze_all_but(model: R1V2Model, parts: Iterable[Part]) -> list[str]:
 
     Args:
         model: this rank's part.
-        parts: vision, adapter, language.
+        parts: vision, adapter, language, score.
 
     Returns:
         Names of the parameters on this rank that train.

@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_r1v2.config.schema import ParallelConfig
-from megatron_r1v2.parallel import cpu
+from megatron_r1v2.parallel import cpu, host_staged
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check_world_size(settings: ParallelConfig, world_size: int) -> None:
 
 
 def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
-    """Start the process groups of this process: NCCL where there is a GPU for each rank, else gloo.
+    """Start the process groups of this process: over NCCL where each rank has a GPU of its own, else over gloo.
 
     Args:
         settings: the layout.
@@ -91,7 +91,7 @@ def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
     device = _device()
     if not dist.is_initialized():
         dist.init_process_group(
-            backend="nccl" if _gpu_for_each_local_rank() else "gloo",
+            backend=_backend(),
             rank=rank,
             world_size=world_size,
             # A process alone needs no port, which another run on the machine might have; others ask torchrun's.
@@ -137,6 +137,10 @@ def _device() -> torch.device:
     return device
 
 
-def _gpu_for_each_local_rank() -> bool:
-    """Return whether NCCL can be used: it refuses two ranks on one device."""
-    return torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _backend() -> str:
+    if not torch.cuda.is_available():
+        return "gloo"
+    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return "nccl"
+    host_staged.register()
+    return host_staged.NAME

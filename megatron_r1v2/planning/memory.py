@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_r1v2.config.schema import Packing, Part, Precision, Recompute, RunRecipe
+from megatron_r1v2.config.schema import Fp8, Packing, Part, Precision, Recompute, RunRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.activations import ActivationModel, Microbatch
-from megatron_r1v2.planning.parameters import Layout, padded_vocabulary
+from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vocabulary
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak, vision_peak
 from megatron_r1v2.planning.state import ModelState, largest_state
 
@@ -41,6 +41,8 @@ class Workload:
     stage: Stage
     parts: tuple[Part, ...]
     element_bytes: int
+    fp8: Fp8
+    fp8_weights: bool
     recompute: Recompute
     micro_batch_size: int
     packed_tokens: int
@@ -81,6 +83,8 @@ class Workload:
             stage=stage,
             parts=tuple(train.parts),
             element_bytes=2 if recipe.model.precision is Precision.bf16 else 4,
+            fp8=recipe.model.fp8,
+            fp8_weights=recipe.model.fp8_weights,
             recompute=train.recompute,
             micro_batch_size=train.micro_batch_size,
             packed_tokens=0 if train.packing is Packing.none else train.tokens_per_microbatch,
@@ -139,7 +143,7 @@ class RankMemory:
     kv_cache: int
     image_features: int
     buffers: int
-    """Reference weights, megatron-core's gather buffer, block tables."""
+    """Reference weights, 8-bit copies of weights, megatron-core's gather buffer, block tables."""
 
     @property
     def total(self) -> int:
@@ -280,7 +284,7 @@ def _rank_memory(
     batch = work.microbatch(layout.tensor)
     kv_cache = 0
     features = _feature_cache_bytes(architecture, layout, work, phase) if stage == 0 else 0
-    buffers = 0
+    buffers = _fp8_copies(architecture, layout, work, stage)
     if work.has_reference:
         # The copy that is kept, and what stands back while it takes the model's place.
         trained = state.gradients // 4 * work.element_bytes
@@ -310,6 +314,19 @@ def _rank_memory(
         image_features=features,
         buffers=buffers,
     )
+
+
+def _fp8_copies(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
+    """Return the bytes that TransformerEngine keeps beside bf16 weights: each in 8 bits, and transposed for backward.
+
+    Weights that are themselves 8 bits have the transposed copy too, so they take as much as bf16 ones.
+    """
+    if work.fp8 is Fp8.none or work.fp8_weights:
+        return 0
+    language = architecture.language
+    # The first and the last of all layers stay in bf16.
+    layers = layout.layers_of_stage(architecture, stage) - (stage == 0) - (stage == layout.pipeline - 1)
+    return 2 * layers * language_layer_weights(language) // layout.tensor
 
 
 def _rank_memory_generation(

@@ -88,9 +88,9 @@ def whole_model_counts(architecture: R1V2Architecture) -> dict[Part, int]:
     Returns:
         Elements by part; their sum is the model's size as an HF checkpoint has it.
     """
-    counts = dict.fromkeys(Part, 0)
+    counts: dict[Part, int] = {}
     for parameter in stage_parameters(architecture, Layout(), 0):
-        counts[parameter.part] += parameter.numel
+        counts[parameter.part] = counts.get(parameter.part, 0) + parameter.numel
     return counts
 
 
@@ -115,6 +115,12 @@ def stage_parameters(architecture: R1V2Architecture, layout: Layout, stage: int)
 def trained_parameters(parameters: Collection[Parameter], parts: Collection[Part]) -> list[Parameter]:
     """Return the parameters of the parts that train, in the same order."""
     return [parameter for parameter in parameters if parameter.part in parts]
+
+
+def language_layer_weights(language: LanguageArchitecture) -> int:
+    """Return the elements of the matrices of one decoder layer, over all ranks."""
+    heads, kv = language.num_heads * language.head_size, language.num_kv_heads * language.head_size
+    return language.hidden_size * (2 * heads + 2 * kv + 3 * language.ffn_size)
 
 
 def padded_vision_heads(vision: VisionArchitecture, tensor: int) -> int:

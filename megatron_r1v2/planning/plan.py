@@ -179,5 +179,8 @@ def _notes(recipe: RunRecipe, stage: Stage) -> tuple[str, ...]:
     if recipe.model.layers is Layers.te:
         notes.append("model.layers=te: activations are those of the local layers, TransformerEngine keeps less")
     if recipe.model.fp8 is not Fp8.none:
-        notes.append(f"model.fp8={recipe.model.fp8.value}: planned as bf16, weights and times too; FP8 needs less")
+        notes.append(
+            f"model.fp8={recipe.model.fp8.value}: on Hopper each 8-bit weight has a transposed copy for backward "
+            "passes, so it takes as much memory as in bf16 (and comes on top of bf16 weights without model.fp8_weights)"
+        )
     return tuple(notes)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_r1v2.config.schema import Part, Recompute
+from megatron_r1v2.config.schema import Fp8, Part, Recompute
 from megatron_r1v2.models.architecture import R1V2Architecture, VisionArchitecture
 from megatron_r1v2.planning.memory import GIB, Workload, kv_bytes_per_token, prompt_feature_bytes
-from megatron_r1v2.planning.parameters import Layout, padded_vision_heads
+from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vision_heads
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,12 @@ class Hardware:
     network: float
     """To other nodes, bytes per second, direction and GPU."""
     memory_gib: float
+    fp8_flops: float = 0.0
+    """Dense, per second; 0: it has no 8-bit products."""
     matmul_efficiency: float = 0.45
     """Attained part of the FLOP/s in forward and backward passes. Assumed, not measured."""
+    fp8_efficiency: float = 0.35
+    """The same of the FP8 FLOP/s: less, since casts and scales come on top. Assumed, not measured."""
     bandwidth_efficiency: float = 0.6
     """Attained part of the memory bandwidth in decode. Assumed, not measured."""
     link_efficiency: float = 0.6
@@ -36,9 +40,9 @@ class Hardware:
 
 HARDWARE: dict[str, Hardware] = {
     "a100": Hardware("A100 SXM 80 GB", 312e12, 2.04e12, 300e9, 25e9, 79.2),
-    "h100": Hardware("H100 SXM 80 GB", 989e12, 3.35e12, 450e9, 50e9, 79.6),
-    "h200": Hardware("H200 SXM 141 GB", 989e12, 4.8e12, 450e9, 50e9, 139.8),
-    "b200": Hardware("B200 180 GB", 2250e12, 7.7e12, 900e9, 50e9, 178.4),
+    "h100": Hardware("H100 SXM 80 GB", 989e12, 3.35e12, 450e9, 50e9, 79.6, 1979e12),
+    "h200": Hardware("H200 SXM 141 GB", 989e12, 4.8e12, 450e9, 50e9, 139.8, 1979e12),
+    "b200": Hardware("B200 180 GB", 2250e12, 7.7e12, 900e9, 50e9, 178.4, 4500e12),
 }
 
 
@@ -79,14 +83,33 @@ def language_layer_flops(architecture: R1V2Architecture, tokens: float, context:
     """Return the forward operations of all layers for tokens that each see `context` tokens on average."""
     language = architecture.language
     heads = language.num_heads * language.head_size
-    kv = language.num_kv_heads * language.head_size
-    weights = language.hidden_size * (2 * heads + 2 * kv + 3 * language.ffn_size)
-    return language.num_layers * tokens * (2.0 * weights + 4.0 * heads * context)
+    return language.num_layers * tokens * (2.0 * language_layer_weights(language) + 4.0 * heads * context)
 
 
 def head_flops(architecture: R1V2Architecture, tokens: float) -> float:
     """Return the forward operations of the output layer."""
     return 2.0 * tokens * architecture.language.hidden_size * architecture.language.vocab_size
+
+
+def _attained_flops(work: Workload, hardware: Hardware) -> float:
+    attained = hardware.bf16_flops * hardware.matmul_efficiency
+    return attained / 16 if work.element_bytes == 4 else attained  # fp32 without tensor cores
+
+
+def _fp8_part(architecture: R1V2Architecture, work: Workload) -> float:
+    """Return which part of the layers' matrices is multiplied in 8 bits: all layers but the first and the last."""
+    layers = architecture.language.num_layers
+    return 0.0 if work.fp8 is Fp8.none else max(0, layers - 2) / layers
+
+
+def _layer_seconds(
+    architecture: R1V2Architecture, work: Workload, hardware: Hardware, tokens: float, context: float
+) -> float:
+    """Return the seconds that one rank would take for the forward pass of all layers."""
+    operations = language_layer_flops(architecture, tokens, context)
+    in_fp8 = _fp8_part(architecture, work) * language_layer_flops(architecture, tokens, 0)
+    seconds = (operations - in_fp8) / _attained_flops(work, hardware)
+    return seconds + (in_fp8 / (hardware.fp8_flops * hardware.fp8_efficiency) if in_fp8 else 0.0)
 
 
 def step_time(
@@ -103,25 +126,32 @@ def step_time(
 
     Returns:
         Seconds, of the replica as a whole.
+
+    Raises:
+        ValueError: FP8 on a GPU that has none.
     """
+    if work.fp8 is not Fp8.none and not hardware.fp8_flops:
+        raise ValueError(
+            f"model.fp8={work.fp8.value}, but {hardware.name} has no FP8 products; set model.fp8=none or "
+            "name another --gpu"
+        )
     rows = work.responses_per_step / layout.data
     prompts = work.prompts_per_step / layout.data
     model_ranks = layout.tensor * layout.pipeline
-    attained = hardware.bf16_flops * hardware.matmul_efficiency
-    if work.element_bytes == 4:
-        attained /= 16  # fp32 without tensor cores
+    attained = _attained_flops(work, hardware)
     tile = (vision_flops(architecture.vision, tensor=layout.tensor) + adapter_flops(architecture)) / layout.tensor
     vision = prompts * work.tiles * tile / attained
     # The engine has no prefix cache: each response prefills its own prompt. Stages wait for one another.
     prompt_tokens = rows * work.prompt_tokens
-    prefill = language_layer_flops(architecture, prompt_tokens, work.prompt_tokens / 2) / layout.tensor / attained
+    prefill = _layer_seconds(architecture, work, hardware, prompt_tokens, work.prompt_tokens / 2) / layout.tensor
     prefill += _tensor_parallel_seconds(architecture, layout, work, prompt_tokens, hardware, collectives=2)
     decode, decode_rows = _decode_seconds(architecture, layout, work, hardware, mean_response)
     row = work.prompt_tokens + mean_response
-    forward = language_layer_flops(architecture, rows * row, row / 2) + head_flops(architecture, rows * row)
+    forward = _layer_seconds(architecture, work, hardware, rows * row, row / 2)
+    forward += head_flops(architecture, rows * row) / attained
     # Stages wait for the one with most layers.
     most = max(layout.layers_of_stage(architecture, stage) for stage in range(layout.pipeline))
-    compute = forward / model_ranks / attained * most * layout.pipeline / architecture.language.num_layers
+    compute = forward / model_ranks * most * layout.pipeline / architecture.language.num_layers
     bubble = 1 + (layout.pipeline - 1) / max(1.0, rows / work.micro_batch_size)
     communication = _tensor_parallel_seconds(architecture, layout, work, rows * row, hardware, collectives=2)
     communication /= layout.pipeline
@@ -164,19 +194,14 @@ def _decode_seconds(
         for stage in range(layout.pipeline)
     )
     in_flight = max(1.0, min(rows, work.max_requests, room))
-    weights = language.hidden_size * (
-        2 * language.num_heads * language.head_size
-        + 2 * language.num_kv_heads * language.head_size
-        + 3 * language.ffn_size
-    )
-    bytes_read = (language.num_layers * weights + language.vocab_size * language.hidden_size) * work.element_bytes
+    weight_bytes = work.element_bytes - (work.element_bytes - 1) * _fp8_part(architecture, work)
+    bytes_read = language.num_layers * language_layer_weights(language) * weight_bytes
+    bytes_read += language.vocab_size * language.hidden_size * work.element_bytes
     # One token of each response passes all stages, one after the other: a pipeline does not make decode faster.
     memory = bytes_read / layout.tensor + in_flight * context * per_token
-    operations = language_layer_flops(architecture, in_flight, context) + head_flops(architecture, in_flight)
-    seconds = max(
-        memory / (hardware.bandwidth * hardware.bandwidth_efficiency),
-        operations / layout.tensor / (hardware.bf16_flops * hardware.matmul_efficiency),
-    )
+    compute = _layer_seconds(architecture, work, hardware, in_flight, context)
+    compute += head_flops(architecture, in_flight) / _attained_flops(work, hardware)
+    seconds = max(memory / (hardware.bandwidth * hardware.bandwidth_efficiency), compute / layout.tensor)
     if layout.tensor > 1:
         seconds += 2 * language.num_layers * hardware.collective_seconds
     seconds += (layout.pipeline - 1) * hardware.collective_seconds

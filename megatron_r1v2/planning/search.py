@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_r1v2.config.schema import Recompute
+from megatron_r1v2.config.layout import check_fp8_shapes
+from megatron_r1v2.config.schema import Fp8, Part, Recompute
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, plan_memory
 from megatron_r1v2.planning.parameters import Layout
@@ -20,6 +22,8 @@ class Candidate:
 
     layout: Layout
     recompute: Recompute
+    fp8: Fp8
+    fp8_weights: bool
     memory: MemoryPlan
     time: StepTime
 
@@ -28,7 +32,10 @@ class Candidate:
         """Return the layout in words."""
         layout = self.layout
         first = f", {layout.first_stage_layers} layers on the first stage" if layout.first_stage_layers else ""
-        return f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {self.recompute.value}{first}"
+        numbers = "" if self.fp8 is Fp8.none else f", FP8 {self.fp8.value}"
+        return (
+            f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {self.recompute.value}{numbers}{first}"
+        )
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -40,6 +47,9 @@ class Candidate:
             f"parallel.sequence={str(layout.sequence).lower()}",
             f"parallel.first_stage_layers={layout.first_stage_layers}",
             f"train.recompute={self.recompute.value}",
+            *(() if self.fp8 is Fp8.none else ("model.layers=te",)),
+            f"model.fp8={self.fp8.value}",
+            f"model.fp8_weights={str(self.fp8_weights).lower()}",
         )
 
 
@@ -68,7 +78,7 @@ def propose_layout(
 
     Args:
         architecture: the sizes.
-        work: what is asked for; its recompute setting is varied.
+        work: what is asked for; its recompute setting is varied, and FP8 where the GPU has it.
         hardware: of every rank.
         gpus: to be used, all of them.
         gpus_per_node: tensor parallelism stays within one node.
@@ -96,14 +106,37 @@ def _candidates(
     mean_response: float,
 ) -> Iterator[Candidate]:
     for layout in _layouts(architecture, gpus, gpus_per_node):
-        for recompute in (Recompute.none, Recompute.full):
-            tried = replace(work, recompute=recompute)
+        for recompute, fp8 in itertools.product((Recompute.none, Recompute.full), _fp8_choices(work, hardware)):
+            frozen = Part.language not in work.parts
+            tried = replace(work, recompute=recompute, fp8=fp8, fp8_weights=fp8 is not Fp8.none and frozen)
             try:
                 memory = plan_memory(architecture, layout, tried)
+                _check_fp8(architecture, layout, fp8)
             except ValueError:
                 continue  # heads or layers do not divide, or the cache holds no sequence
             time = step_time(architecture, layout, tried, hardware, mean_response=mean_response)
-            yield Candidate(layout, recompute, memory, time)
+            yield Candidate(layout, recompute, fp8, tried.fp8_weights, memory, time)
+
+
+def _fp8_choices(work: Workload, hardware: Hardware) -> tuple[Fp8, ...]:
+    """Return bf16, and tensorwise FP8 where the GPU has it: blockwise differs in its rounding, not in what it takes."""
+    if not hardware.fp8_flops or work.element_bytes != 2:
+        return (Fp8.none,)
+    return (Fp8.none, Fp8.tensorwise if work.fp8 is Fp8.none else work.fp8)
+
+
+def _check_fp8(architecture: R1V2Architecture, layout: Layout, fp8: Fp8) -> None:
+    language = architecture.language
+    check_fp8_shapes(
+        fp8=fp8,
+        tensor=layout.tensor,
+        sequence=layout.sequence,
+        heads=language.num_heads,
+        kv_heads=language.num_kv_heads,
+        head_size=language.head_size,
+        hidden=language.hidden_size,
+        ffn=language.ffn_size,
+    )
 
 
 def _layouts(architecture: R1V2Architecture, gpus: int, gpus_per_node: int) -> Iterator[Layout]:
@@ -146,6 +179,12 @@ def _why(best: Candidate, ranked: list[Candidate], candidates: list[Candidate], 
         f"and the fullest rank (stage {peak.stage}, {peak.phase}) needs {peak.total / GIB:.1f} of "
         f"{limit / GIB:.1f} GiB."
     ]
+    if best.fp8 is not Fp8.none and (in_bf16 := [other for other in ranked if other.fp8 is Fp8.none]):
+        slower = in_bf16[0].time.total / time.total - 1
+        sentences.append(
+            f"FP8 needs TransformerEngine and rounds more: watch rollout_corr/*. In bf16 the best is "
+            f"{in_bf16[0].name}, {slower:.0%} slower."
+        )
     others = [candidate for candidate in ranked if _grid(candidate) != _grid(best)]
     if others:
         slower = others[0].time.total / time.total - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,12 +15,12 @@ from megatron_r1v2.planning.roofline import StepTime
 from megatron_r1v2.planning.search import Candidate
 
 _COLUMNS = {
-    "parameters": "parameters",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations, logits",
-    "kv_cache": "KV cache",
-    "image_features": "image features",
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "kv_cache": "KV",
+    "image_features": "images",
     "buffers": "buffers",
 }
 
@@ -36,7 +37,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     layout = plan.layout
     console.print(f"[bold]{plan.name}[/bold]: {sum(plan.counts.values()):,} parameters ({counts})")
     console.print(
-        f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {plan.work.recompute.value}, on "
+        f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}, recompute {plan.work.recompute.value}, "
+        f"FP8 {plan.work.fp8.value}, on "
         f"{plan.cluster.gpus} x {plan.cluster.gpu_memory_gib:g} GiB"
     )
     console.print(_memory_table(plan))
@@ -78,7 +80,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table(title="GiB on a rank")
+    # Eighty columns hold it, as a batch job's log has them.
+    title = "GiB on a rank (activ.: activations with logits; images: their features)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("stage")
     table.add_column("phase")
     for title in (*_COLUMNS.values(), "total"):
@@ -114,7 +118,8 @@ def _assumptions(plan: Plan) -> str:
     decoding = f", {plan.time.decode_rows:.0f} responses decoding at once on a replica" if plan.time.decode else ""
     return (
         f"Assumed for the times: {hardware.name} ({hardware.bf16_flops / 1e12:.0f} TFLOP/s bf16 dense, "
-        f"{hardware.bandwidth / 1e12:.2f} TB/s), {hardware.matmul_efficiency:.0%} of the FLOP/s, "
+        f"{hardware.bandwidth / 1e12:.2f} TB/s), {hardware.matmul_efficiency:.0%} of the FLOP/s "
+        f"({hardware.fp8_efficiency:.0%} of twice as many in FP8), "
         f"{hardware.bandwidth_efficiency:.0%} of the bandwidth, {hardware.link_efficiency:.0%} of the links, responses "
         f"of {plan.mean_response} tokens on average, {plan.work.tiles} tiles a prompt{decoding}. "
         "Not measured."

@@ -94,6 +94,22 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         ),
     ),
     (
+        "Reward model in training",
+        (
+            Chart(
+                "Ranking",
+                ("reward_model/accuracy", "validation/accuracy"),
+                "Pairs whose better response has the higher score, in training and held out; guessing gives 50 %.",
+                percent=True,
+            ),
+            Chart(
+                "Scores of pairs",
+                ("reward_model/margin", "reward_model/chosen_score", "reward_model/rejected_score"),
+                "Mean raw scores of the better and the worse responses, and how far they are apart.",
+            ),
+        ),
+    ),
+    (
         "Selective Sample Buffer",
         (
             Chart(

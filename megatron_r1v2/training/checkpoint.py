@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,12 +40,13 @@ from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.manifest import find_damage, write_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
+from megatron_r1v2.training.part_state import TENSORS, check_shapes, fill, part_names, part_state
+from megatron_r1v2.training.random_states import random_states, restore_random_states
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 RECIPE_FILE = "recipe.yaml"
-TENSORS = "tensors"
 _STEP_FOLDER = re.compile(r"step-(\d{8})$")
 # Tensors in their canonical shapes: the only optimizer format of 0.16.1 that loads at another TP, PP and DP.
 _OPTIMIZER_FORMAT = {
@@ -164,12 +165,12 @@ class CheckpointStore:
             (partial / TENSORS).mkdir(parents=True)
         dist.barrier()
         if self.context.is_main:
-            names = {"parts": _names(parts), "trained": _names(trained)}
+            names = {"parts": part_names(parts), "trained": part_names(trained)}
             torch.save({**state, **names}, partial / STATE_FILE)
             save_recipe(recipe, partial / RECIPE_FILE)
         if self.context.is_replica_leader:
             torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
-        torch.save(_random_states(), partial / f"rng-{dist.get_rank()}.pt")
+        torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
         sharded: ShardedStateDict = {"model": part_state(model, parts)}
         if trains_here(optimizer):
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
@@ -212,22 +213,22 @@ class CheckpointStore:
             ValueError: the checkpoint trained other parts.
         """
         state = load_state(folder)
-        if state["trained"] != _names(trained):
+        if state["trained"] != part_names(trained):
             raise ValueError(
-                f"checkpoint {folder} trained {state['trained']} but train.parts={_names(trained)}; to start another "
-                "stage from its weights set model.checkpoint to it and run.output_dir to a new folder"
+                f"checkpoint {folder} trained {state['trained']} but train.parts={part_names(trained)}; to start "
+                "another stage from its weights set model.checkpoint to it and run.output_dir to a new folder"
             )
         sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
-        _check_shapes(sharded["model"], folder)
+        check_shapes(sharded["model"], folder)
         if trains_here(optimizer):
             sharded["optimizer"] = optimizer.sharded_state_dict(
                 sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
             )
         loaded = dist_checkpointing.load(sharded, str(folder / TENSORS))
-        _fill(model, loaded["model"] if sharded["model"] else {}, folder)  # a later stage may have none of the parts
+        fill(model, loaded["model"] if sharded["model"] else {}, folder)  # a later stage may have none of the parts
         if trains_here(optimizer):
             load_optimizer_state(optimizer, loaded["optimizer"])
-        _restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
+        restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
         return state, [torch.load(path, weights_only=True) for path in shards]
 
@@ -295,7 +296,7 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
         model: this rank's part.
         folder: the checkpoint to make; must not exist.
         context: process groups.
-        parts: what to save.
+        parts: what to save, of those that the model has.
 
     Raises:
         ValueError: the folder exists.
@@ -306,7 +307,8 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
     if context.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / TENSORS).mkdir(parents=True)
-        torch.save({"step": 0, "version": 0, "parts": _names(parts), "trained": []}, partial / STATE_FILE)
+        names = part_names(set(parts) & set(model.parts))
+        torch.save({"step": 0, "version": 0, "parts": names, "trained": []}, partial / STATE_FILE)
     dist.barrier()
     dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
     dist.barrier()
@@ -324,75 +326,18 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
 
     Returns:
         The parts that were loaded.
+
+    Raises:
+        ValueError: the checkpoint is of a reward model and the model is none, or of a model of other sizes.
     """
     parts = [Part(name) for name in load_state(folder)["parts"]]
+    if Part.score in parts and not model.is_reward_model:
+        raise ValueError(
+            f"checkpoint {folder} is of a reward model, which cannot go on as a policy; to score responses with it set "
+            "reward_model.checkpoint to it, and model.checkpoint to a checkpoint of another stage"
+        )
     sharded = part_state(model, parts)
-    _check_shapes(sharded, folder)
+    check_shapes(sharded, folder)
     loaded = dist_checkpointing.load({"model": sharded}, str(folder / TENSORS))
-    _fill(model, loaded["model"] if sharded else {}, folder)  # a later stage may have none of the parts
+    fill(model, loaded["model"] if sharded else {}, folder)  # a later stage may have none of the parts
     return parts
-
-
-def part_state(model: R1V2Model, parts: Iterable[Part]) -> ShardedStateDict:
-    """Describe the parameters of some parts of the model to `dist_checkpointing`."""
-    names = _names(parts)
-    sharded = model.sharded_state_dict()
-    # TransformerEngine's extra states hold scales that tensorwise and blockwise recipes compute anew for every product.
-    return {
-        key: value
-        for key, value in sharded.items()
-        if key.split(".", 1)[0] in names and not key.endswith("_extra_state")
-    }
-
-
-def _names(parts: Iterable[Part]) -> list[str]:
-    return sorted({Part(part).value for part in parts})
-
-
-def _fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:
-    result = model.load_state_dict(dict(loaded), strict=False)
-    wanted = {key.split(".", 1)[0] for key in loaded}
-    missing = [
-        key for key in result.missing_keys if key.split(".", 1)[0] in wanted and not key.endswith("_extra_state")
-    ]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"checkpoint {folder} does not fit the model: missing {missing[:5]}, unexpected "
-            f"{result.unexpected_keys[:5]}; model.hf_path must be the model that it was made from"
-        )
-
-
-def _check_shapes(sharded: ShardedStateDict, folder: Path) -> None:
-    """Refuse a checkpoint of a model of other sizes before megatron-core does, in words."""
-    saved = dist_checkpointing.load_tensors_metadata(str(folder / TENSORS))
-    for wanted in sharded.values():
-        if not isinstance(wanted, ShardedTensor):
-            continue
-        if wanted.key not in saved:
-            told = f"{wanted.key} is not in it"
-        elif tuple(saved[wanted.key].global_shape) != tuple(wanted.global_shape) and not wanted.allow_shape_mismatch:
-            told = f"{wanted.key} is {list(saved[wanted.key].global_shape)} in it and {list(wanted.global_shape)} in "
-            told += "the model"
-        else:
-            continue
-        raise ValueError(
-            f"checkpoint {folder} does not fit the model: {told}; model.hf_path must be the model that it was made from"
-        )
-
-
-def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_states(path: Path) -> None:
-    """Restore the generators; a run that resumes with more ranks has no file for the new ones."""
-    if not path.is_file():
-        logger.warning("no random states for this rank in %s: the layout has changed", path.parent)
-        return
-    states = torch.load(path, weights_only=True)
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -26,6 +26,7 @@ from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weigh
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
 from megatron_r1v2.training.calibrator import Calibrator
 from megatron_r1v2.training.interruptions import made_by
+from megatron_r1v2.training.loaded_reward_model import open_reward_model
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.policy import SKIPPED
@@ -50,7 +51,7 @@ def run_grpo(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> P
 
     Args:
         recipe: the settings.
-        reward_model: what `reward.model_weight` weighs; None: there is none.
+        reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
 
     Returns:
         The run's folder.
@@ -78,11 +79,11 @@ class GrpoStage:
         Args:
             session: the running stage.
             pool: answer checkers, on the leader of each replica.
-            reward_model: what `reward.model_weight` weighs; None: there is none.
+            reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
         self.session = session
         self.pool = pool
-        self.reward_model = reward_model
+        self.reward_model = open_reward_model(session) if reward_model is None else reward_model
         self.calibrator = Calibrator(
             session,
             name="model_weight",

@@ -2,63 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.log_probs import token_log_probs
-from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.aggregation import mean_metrics
-from megatron_r1v2.training.batches import LENGTH_MULTIPLE
 from megatron_r1v2.training.denominators import loss_scale
-from megatron_r1v2.training.packing import PackedBatch, pack
+from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import TrainingBatch
 
 Metrics = dict[str, torch.Tensor]
 """Name to a tensor of shape [2]: a sum and a count, which add up over microbatches and ranks."""
 LossFunction = Callable[[torch.Tensor, TrainingBatch], tuple[torch.Tensor, Metrics]]
-"""(log_probs_BS, batch) to the local sum divided by the global denominator, and metrics."""
+"""(log_probs_BS or scores_BS, batch) to the local sum divided by the global denominator, and metrics."""
 
 SKIPPED = "actor/skipped_updates"
 """1 for an update that was not made, since its gradient was not finite or too large."""
 _LOSS = "actor/loss"
 
 
-@dataclass
-class Policy:
+@dataclass(kw_only=True)
+class Policy(Forward):
     """What is trained, with what trains it."""
 
-    model: R1V2Model
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    context: ParallelContext
     skipped: SkippedUpdates
     """What becomes of updates that must not be made."""
     temperature: float
     """Of the sampling distribution, whose log-probs these are."""
     vocab_size: int
     """Ids from here on are padding, in sampling and in training."""
-    features: FeatureCache | None = None
-    """Features of a frozen vision tower, computed once per image and step; None: the tower runs every time."""
-    packed: bool = False
-    """Lay the rows of a microbatch one after the other instead of padding them."""
-    length_multiple: int = LENGTH_MULTIPLE
-    """Lengths of packed sequences are multiples of this."""
     version: int = field(default=0)
     """Optimizer steps so far."""
+
+    @property
+    def module(self) -> DistributedDataParallel:
+        """Return what the schedule runs: the model in the wrapper that collects its gradients."""
+        return self.ddp
+
+    def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Return the log-probs of the labels, or the scores of a reward model in training.
+
+        Args:
+            output: of the last stage: logits [B, S, V / TP], or scores [B, S].
+            labels_BS: int64 [B, S].
+
+        Returns:
+            float32 [B, S].
+        """
+        if self.model.is_reward_model:
+            return output
+        return token_log_probs(
+            output,
+            labels_BS,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            groups=self.context.groups,
+        )
 
     def log_probs(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
         """Compute log-probs of the labels by the training forward, without a graph.
@@ -69,17 +80,7 @@ class Policy:
         Returns:
             float32 [B, S] for each batch, on every rank of the replica.
         """
-        if not batches:
-            return []
-        with torch.no_grad():
-            results = self._run(batches, _keep_log_probs, forward_only=True)
-        if self.context.pipeline_size == 1:
-            return results
-        if not self.context.is_last_stage:
-            results = [torch.empty_like(batch.response_mask_BS) for batch in batches]
-        for result in results:
-            dist.broadcast(result, src=self.context.last_stage_rank, group=self.context.groups.pp)
-        return results
+        return self.values(batches)
 
     def update(self, batches: Sequence[TrainingBatch], loss_function: LossFunction) -> dict[str, float]:
         """Take one optimizer step.
@@ -98,7 +99,7 @@ class Policy:
         scale = loss_scale(num_microbatches=len(batches), data_size=self.context.data_size)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
+        sums = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
         if reason := self.skipped.reason(finite=self._is_gradient_finite(), gradient_norm=self._gradient_norm()):
             self.skipped.add(batches, version=self.version, reason=reason)
             return {SKIPPED: 1.0}
@@ -125,54 +126,6 @@ class Policy:
         self.optimizer.prepare_grads()
         return max(objects.all_gather(float(self.optimizer.get_grad_norm() or 0.0)))
 
-    def _run(self, batches: Sequence[TrainingBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
-        """Run microbatches through megatron-core's schedule; returns what `finish` gave, on the last stage."""
-        return get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, finish),
-            data_iterator=iter(batches),
-            model=self.ddp,
-            num_microbatches=len(batches),
-            seq_length=max(batch.token_ids_BS.shape[1] for batch in batches),
-            micro_batch_size=batches[0].token_ids_BS.shape[0],
-            forward_only=forward_only,
-        )
-
-    def _forward_step(
-        self, finish: Callable[..., Any], batches: Iterator[TrainingBatch], ddp: DistributedDataParallel
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
-        batch = next(batches)
-        packed = self._pack(batch) if self.packed else None
-        output = ddp(
-            packed.token_ids_1S if packed else batch.token_ids_BS,
-            packed.position_ids_1S if packed else batch.position_ids_BS,
-            tiles_TCHW=batch.tiles_TCHW,
-            features_TFK=self._cached_features(batch),
-            tile_index=batch.tile_index,
-            image_mask_BS=packed.image_mask_1S if packed else batch.image_mask_BS,
-            packed_seq_params=packed.params if packed else None,
-        )
-        return output, partial(self._finish, finish, batch, packed)
-
-    def _finish(
-        self, finish: Callable[..., Any], batch: TrainingBatch, packed: PackedBatch | None, logits_BSV: torch.Tensor
-    ) -> tuple[torch.Tensor, Any]:
-        log_probs_BS = token_log_probs(
-            logits_BSV,
-            packed.labels_1S if packed else batch.labels_BS,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-            groups=self.context.groups,
-        )
-        return finish(packed.unpack(log_probs_BS) if packed else log_probs_BS, batch)
-
-    def _pack(self, batch: TrainingBatch) -> PackedBatch:
-        return pack(batch, tensor_size=self.context.tensor_size, length_multiple=self.length_multiple)
-
-    def _cached_features(self, batch: TrainingBatch) -> torch.Tensor | None:
-        if self.features is None or not batch.image_prompts or not self.context.is_first_stage:
-            return None
-        return torch.cat(self.features.fill(batch.image_prompts, self.model))
-
 
 def combine(sums: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext) -> dict[str, torch.Tensor]:
     """Add (sum, count) pairs over microbatches and ranks.
@@ -197,13 +150,9 @@ def add_pairs(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
     return total
 
 
-def _keep_log_probs(log_probs_BS: torch.Tensor, batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    return log_probs_BS.sum(), log_probs_BS * batch.response_mask_BS
-
-
 def _scaled_loss(
-    loss_function: LossFunction, scale: float, log_probs_BS: torch.Tensor, batch: TrainingBatch
+    loss_function: LossFunction, scale: float, values_BS: torch.Tensor, batch: TrainingBatch
 ) -> tuple[torch.Tensor, Metrics]:
-    loss, metrics = loss_function(log_probs_BS, batch)
+    loss, metrics = loss_function(values_BS, batch)
     # Losses of microbatches add up to the loss, so it has no count to divide by.
     return loss * scale, {_LOSS: torch.stack([loss.detach(), torch.zeros_like(loss)]), **metrics}

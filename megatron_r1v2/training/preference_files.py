@@ -25,7 +25,11 @@ from megatron_r1v2.types import Preference
 COUNTS_FILE = "pairs.json"
 _SETTINGS_FILE = "settings.json"
 # Layout and memory may change from one attempt to the next; what decides the responses and the pairs may not.
-_FREE = {"generation": {"kv_cache_gib", "max_requests", "max_tokens_per_step", "feature_cache_gib"}}
+_FREE = {
+    "generation": {"kv_cache_gib", "max_requests", "max_tokens_per_step", "feature_cache_gib"},
+    "reward_model": {"timeout_seconds", "attempts", "concurrency", "api_key_variable", "centring_weight"},
+}
+_DECIDING = ("model", "generation", "reward", "reward_model", "pairs")
 _MAX_KEY = 80
 
 
@@ -221,14 +225,15 @@ def _prompt_pairs(row: Mapping[str, Any]) -> PromptPairs:
 
 def _deciding_settings(recipe: RunRecipe) -> dict[str, Any]:
     """Return what decides the pairs, as JSON has it."""
-    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("model", "generation", "reward", "pairs")}
+    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in _DECIDING}
     for section, names in _FREE.items():
         sections[section] = {key: value for key, value in sections[section].items() if key not in names}
     sections["run"] = {"seed": recipe.run.seed}
     sections["data"] = {"train": recipe.data.train, "max_tiles": recipe.data.max_tiles}
     sections["train"] = {"prompts_per_step": recipe.train.prompts_per_step}
-    if recipe.model.checkpoint:
-        sections["model"]["checkpoint"] = str(resolve_checkpoint(recipe.model.checkpoint))
+    for section in ("model", "reward_model"):
+        if sections[section]["checkpoint"]:
+            sections[section]["checkpoint"] = str(resolve_checkpoint(sections[section]["checkpoint"]))
     plain: dict[str, Any] = json.loads(json.dumps(sections))
     return plain
 

@@ -21,6 +21,7 @@ from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.preference_pairs import Candidate, best_to_choose, choose_pairs, dropout_ntp_pair, is_drawn
+from megatron_r1v2.training.loaded_reward_model import open_reward_model
 from megatron_r1v2.training.preference_files import (
     PairCounts,
     PromptPairs,
@@ -40,7 +41,7 @@ def run_prefer(recipe: RunRecipe, *, reward_model: RewardModel | None = None) ->
 
     Args:
         recipe: the settings.
-        reward_model: what `reward.model_weight` weighs; None: there is none.
+        reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
 
     Returns:
         `pairs.output`.
@@ -92,11 +93,11 @@ class PairMaker:
         Args:
             loaded: the model.
             pool: answer checkers, on the leader of each replica.
-            reward_model: what `reward.model_weight` weighs; None: there is none.
+            reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
         self.loaded = loaded
         self.pool = pool
-        self.reward_model = reward_model
+        self.reward_model = open_reward_model(loaded) if reward_model is None else reward_model
         self.recipe = loaded.recipe
         self.engine = loaded.engine()
         # DropoutNTP goes on from the first half of a response: prompts may be longer by that, responses are shorter.

@@ -123,7 +123,9 @@ def send_to_trainers(
 
 
 def _plain_prompt(prompt: Prompt) -> dict[str, Any]:
-    plain = dict(vars(prompt))
+    # What is replayed has its reward, so encoded images (for a served reward model) and the pair are not needed again;
+    # a Preference would not be read back by torch.load(weights_only=True) either.
+    plain = dict(vars(prompt)) | {"images": (), "preference": None}
     plain["messages"] = tuple(dict(message) for message in prompt.messages)
     plain["facts"] = dict(prompt.facts)
     return plain

@@ -159,8 +159,8 @@ class Session(LoadedModel):
 
     @property
     def trains_text(self) -> bool:
-        """Return whether a text-only prompt has a gradient: only the language model sees it."""
-        return Part.language in self.parts
+        """Return whether a text-only prompt has a gradient: the language model sees it, and a reward model's head."""
+        return Part.language in self.parts or Part.score in self.parts
 
     def trains(self, prompt: Prompt) -> bool:
         """Return whether a prompt has a gradient."""
@@ -222,25 +222,27 @@ class Session(LoadedModel):
 
 
 @contextmanager
-def open_model(recipe: RunRecipe) -> Iterator[LoadedModel]:
+def open_model(recipe: RunRecipe, *, score_head: bool = False) -> Iterator[LoadedModel]:
     """Start the process groups and load a model; everything ends with the block.
 
     Args:
         recipe: the settings.
+        score_head: a reward model.
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
-        yield load_model(recipe, context)
+        yield load_model(recipe, context, score_head=score_head)
     finally:
         groups.shut_down()
 
 
-def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
+def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool = False) -> LoadedModel:
     """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
 
     Args:
         recipe: the settings.
         context: process groups.
+        score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
     hf_path = Path(recipe.model.hf_path)
     architecture = read_architecture(hf_path)
@@ -251,7 +253,8 @@ def load_model(recipe: RunRecipe, context: ParallelContext) -> LoadedModel:
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
-    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
+    score_seed = recipe.run.seed if score_head else None
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, hf_path, context, cast=True)
     changed, version = [], 0
     if recipe.model.checkpoint:
@@ -278,7 +281,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         shown: metrics for the progress display.
     """
     run_dir = Path(recipe.run.output_dir)
-    with open_model(recipe) as loaded:
+    with open_model(recipe, score_head=stage == "reward_model") as loaded:
         model, context = loaded.model, loaded.context
         freeze_all_but(model, recipe.train.parts)
         reference = ReferenceWeights(model) if recipe.algorithm.kl_coefficient > 0 else None

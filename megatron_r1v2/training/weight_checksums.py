@@ -18,7 +18,7 @@ from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.training.checkpoint import part_state
+from megatron_r1v2.training.part_state import part_state
 
 _MODULUS = 2**63
 _FIRST_FACTOR = 0x1B873593CC9E2D51

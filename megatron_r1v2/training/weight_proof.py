@@ -39,7 +39,7 @@ class WeightProof:
     def checksums(self) -> dict[str, int]:
         """Return the checksum of each part of the model; called together by all ranks."""
         if not self._frozen:
-            self._frozen = weight_checksums(self.model, set(Part) - set(self.trained), self.context)
+            self._frozen = weight_checksums(self.model, set(self.model.parts) - set(self.trained), self.context)
         return {**self._frozen, **weight_checksums(self.model, self.trained, self.context)}
 
     def check(self, saved: Mapping[str, int], source: Path | None) -> dict[str, int]:

@@ -82,5 +82,5 @@ def test_help_lists_every_setting_with_its_meaning(capsys):
         for key in settings_of(kind):
             (position,) = (i for i, line in enumerate(lines) if line.startswith(f"  {section}.{key}  <"))
             assert lines[position + 1].startswith("      "), f"{section}.{key} has no sentence below it in the schema"
-    assert "  train.parts  <list of vision | adapter | language>  default: [adapter]" in lines
+    assert "  train.parts  <list of vision | adapter | language | score>  default: [adapter]" in lines
     assert "  buffer.enabled  <true | false>  default: true" in lines

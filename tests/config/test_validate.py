@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.load import settings_of
@@ -76,6 +77,15 @@ def test_the_defaults_are_valid():
         (
             {"model__layers": Layers.te, "model__precision": Precision.bf16, "model__fp8_weights": True},
             "model.fp8_weights=true with model.fp8=none",
+        ),
+        (
+            {
+                "model__layers": Layers.te,
+                "model__precision": Precision.bf16,
+                "model__fp8": Fp8.blockwise,
+                "generation__cuda_graphs": True,
+            },
+            "generation.cuda_graphs=true with model.fp8=blockwise",
         ),
         (
             {"train__packing": Packing.first_fit_decreasing},
@@ -196,6 +206,14 @@ def test_each_stage_needs_its_files(tmp_path):
     check_stage(recipe, "align")
     recipe.parallel.tensor = 3
     with pytest.raises(ValueError, match="parallel.tensor=3"):
+        check_stage(recipe, "grpo")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_graphs_need_a_cuda_device(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": QWQ}), encoding="utf-8")
+    recipe = recipe_with(model__hf_path=str(tmp_path), data__train=str(tmp_path), generation__cuda_graphs=True)
+    with pytest.raises(ValueError, match="generation.cuda_graphs=true needs a CUDA device and there is none"):
         check_stage(recipe, "grpo")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch.nn.functional import log_softmax
 
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
@@ -48,6 +50,8 @@ class Material:
     prompts: dict[str, Prompt]
     samples: dict[str, TrainingSample]
     log_probs: dict[str, torch.Tensor] = field(default_factory=dict)
+    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of every token of a row, the whole vocabulary."""
     loss: float = 0.0
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -59,6 +63,8 @@ class Outcome:
     metrics: dict[str, float]
     gradients: dict[str, torch.Tensor]
     log_probs: dict[str, torch.Tensor]
+    logits: dict[str, torch.Tensor]
+    """Of the padded rows, on the last stage; empty where rows are packed."""
     out_of_step: list[str]
     """Parameters that ranks which should hold the same no longer agree about."""
     largest_padding: float
@@ -66,16 +72,19 @@ class Outcome:
 
 
 def make_prompts(image_token_id: int, tokens_per_tile: int) -> dict[str, Prompt]:
-    """Return prompts with two, one, two and no tiles."""
+    """Return prompts with an image of two tiles, one of one tile, two images of one and two tiles, and none."""
     generator = torch.Generator().manual_seed(5)
     prompts = {}
-    for key, tiles in (("two", 2), ("one", 1), ("other", 2), ("text", 0)):
+    for key, images in (("two", (2,)), ("one", (1,)), ("other", (1, 2)), ("text", ())):
         words = torch.randint(0, 250, (5 + len(prompts),), generator=generator).tolist()
+        token_ids = words[:2]
+        for number, tiles in enumerate(images):
+            token_ids += [*[image_token_id] * (tiles * tokens_per_tile), words[2 + number]]
         prompts[key] = Prompt(
             key=key,
             messages=(),
-            token_ids=(*words[:2], *[image_token_id] * (tiles * tokens_per_tile), *words[2:]),
-            tiles_TCHW=torch.randint(0, 256, (tiles, 3, 32, 32), generator=generator, dtype=torch.uint8),
+            token_ids=(*token_ids, *words[2 + len(images) :]),
+            tiles_TCHW=torch.randint(0, 256, (sum(images), 3, 32, 32), generator=generator, dtype=torch.uint8),
             answer="",
             answer_type="exact",
         )
@@ -108,19 +117,25 @@ def make_samples(prompts: Mapping[str, Prompt], image_token_id: int) -> dict[str
     return samples
 
 
-def response_log_probs(model: Any, sample: TrainingSample, prompt: Prompt) -> torch.Tensor:
-    """Compute log-probs of a response with transformers, image features only where the prompt has them."""
+def logits_of(model: Any, sample: TrainingSample, prompt: Prompt) -> torch.Tensor:
+    """Compute the logits of a row with transformers, image features only where the prompt has them."""
     ids = torch.tensor([sample.token_ids])
     hidden = model.get_input_embeddings()(ids)
     if prompt.tiles_TCHW.shape[0]:
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        features = model.model.get_image_features(pixel_values=(prompt.tiles_TCHW / 255 - mean) / std).pooler_output
+        pixels = ((prompt.tiles_TCHW / 255 - mean) / std).to(hidden.dtype)
+        features = model.model.get_image_features(pixel_values=pixels).pooler_output
         is_image = ids == model.config.image_token_id
         is_image[:, sample.prompt_length :] = False
         hidden = hidden.masked_scatter(is_image.unsqueeze(-1), features.reshape(-1, hidden.shape[-1]))
     hidden = model.model.language_model(inputs_embeds=hidden).last_hidden_state
-    logits = model.lm_head(hidden)[0, sample.prompt_length - 1 : -1, :VOCABULARY] / TEMPERATURE
-    return log_softmax(logits, -1).gather(1, ids[0, sample.prompt_length :, None])[:, 0]
+    return model.lm_head(hidden)[0, :-1]
+
+
+def response_log_probs(logits_SV: torch.Tensor, sample: TrainingSample) -> torch.Tensor:
+    labels = torch.tensor(sample.token_ids[sample.prompt_length :])
+    tempered = logits_SV[sample.prompt_length - 1 :, :VOCABULARY].float() / TEMPERATURE
+    return log_softmax(tempered, -1).gather(1, labels[:, None])[:, 0]
 
 
 def make_material(model: Any) -> Material:
@@ -128,20 +143,29 @@ def make_material(model: Any) -> Material:
     prompts = make_prompts(model.config.image_token_id, model.config.image_seq_length)
     samples = make_samples(prompts, model.config.image_token_id)
     noise = torch.Generator().manual_seed(7)
-    model.zero_grad()
-    log_probs, losses = {}, []
     for name, sample in samples.items():
-        values = response_log_probs(model, sample, prompts[sample.prompt_key])
-        old = values.detach() + 0.2 * torch.randn(values.shape, generator=noise)
-        ratio = (values - old).exp()
+        with torch.no_grad():
+            values = response_log_probs(logits_of(model, sample, prompts[sample.prompt_key]), sample)
+        old = values + 0.2 * torch.randn(values.shape, generator=noise)
+        samples[name] = replace(sample, old_log_probs=tuple(old.tolist()))
+    return step_of_transformers(model, prompts, samples)
+
+
+def step_of_transformers(model: Any, prompts: dict[str, Prompt], samples: dict[str, TrainingSample]) -> Material:
+    """Compute log-probs, logits, loss and gradients of given samples in the dtype of the model."""
+    model.zero_grad()
+    log_probs, logits, losses = {}, {}, []
+    for name, sample in samples.items():
+        row = logits_of(model, sample, prompts[sample.prompt_key])
+        values = response_log_probs(row, sample)
+        ratio = (values - torch.tensor(sample.old_log_probs)).exp()
         objective = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * sample.advantage)
         losses.append(-objective.mean() / (len(samples) + LEFT_OUT))
-        log_probs[name] = values.detach()
-        samples[name] = replace(sample, old_log_probs=tuple(old.tolist()))
+        log_probs[name], logits[name] = values.detach(), row.detach()
     loss = torch.stack(losses).sum()
     loss.backward()
-    gradients = {canonical_hf_name(name): weight.grad.clone() for name, weight in model.named_parameters()}
-    return Material(prompts, samples, log_probs, loss.item(), gradients)
+    gradients = {canonical_hf_name(name): weight.grad.float().clone() for name, weight in model.named_parameters()}
+    return Material(prompts, samples, log_probs, logits, loss.item(), gradients)
 
 
 def run_step(
@@ -153,17 +177,19 @@ def run_step(
     parts: Sequence[str] = ALL_PARTS,
     recompute: Recompute = Recompute.none,
     packed: bool = False,
+    compute: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Set up a layout, after another one if need be, and take one step there."""
+    """Set up a layout, after another one if need be, and take one step there; `compute` changes ComputeSettings."""
     parallel_state.destroy_model_parallel()
     context = groups.initialize(parallel, seed=1)
-    policy = make_policy(folder, parallel, context, parts, recompute)
+    policy = make_policy(folder, parallel, context, parts, recompute, **(compute or {}))
     policy.packed = packed
     batches = [
         collate_microbatch(material, names, policy.model, context)
         for names in (split[context.data_rank] if context.data_rank < len(split) else ())
     ]
     log_probs = named_log_probs(material, split, policy.log_probs(batches), context)
+    logits = named_logits(material, split, [] if packed else whole_logits(policy, batches))
     batches = batches or [filler(material, policy.model, context)]
     loss = partial(
         batch_loss,
@@ -173,19 +199,29 @@ def run_step(
     metrics = policy.update(batches, loss)
     out_of_step = parameters_out_of_step(policy.model, context)
     padding = largest_padding(policy.model, context)
-    return Outcome(metrics, gather_gradients(policy, context), log_probs, out_of_step, padding)
+    return Outcome(metrics, gather_gradients(policy, context), log_probs, logits, out_of_step, padding)
 
 
 def make_policy(
-    folder: str, parallel: ParallelConfig, context: ParallelContext, parts: Sequence[str], recompute: Recompute
+    folder: str,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    parts: Sequence[str],
+    recompute: Recompute,
+    **compute: Any,
 ) -> Policy:
     """Load the model and wrap it as the stages do; no clipping, which would scale the gradients."""
     architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
     settings = ComputeSettings(
-        tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence, recompute=recompute
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        sequence=parallel.sequence,
+        first_stage_layers=parallel.first_stage_layers,
+        recompute=recompute,
+        **compute,
     )
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
-    load_hf_weights(model, folder, context)
+    load_hf_weights(model, folder, context, cast=True)
     freeze_all_but(model, [Part(part) for part in parts])
     ddp = wrap_with_ddp(model, context)
     optimizer, scheduler = build_optimizer(ddp, TrainConfig(clip_grad=0.0, learning_rate=1e-3, steps=2))
@@ -242,6 +278,45 @@ def named_log_probs(
     return found
 
 
+def whole_logits(policy: Policy, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
+    """Run microbatches forward and return their logits over the whole vocabulary, on the last stage."""
+
+    def forward_step(source: Iterator[TrainingBatch], ddp: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(source)
+        output = ddp(
+            batch.token_ids_BS,
+            batch.position_ids_BS,
+            tiles_TCHW=batch.tiles_TCHW,
+            tile_index=batch.tile_index,
+            image_mask_BS=batch.image_mask_BS,
+        )
+        group = policy.context.groups.tp
+        return output, lambda logits: (logits.sum(), gather_from_tensor_model_parallel_region(logits, group=group))
+
+    if not batches:
+        return []
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=policy.ddp,
+            num_microbatches=len(batches),
+            seq_length=max(batch.token_ids_BS.shape[1] for batch in batches),
+            micro_batch_size=batches[0].token_ids_BS.shape[0],
+            forward_only=True,
+        )
+
+
+def named_logits(material: Material, split: Split, logits: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the logits of this replica's rows by sample, without padding; empty where there are none."""
+    names = split[parallel_state.get_data_parallel_rank()] if logits else ()
+    found = {}
+    for microbatch, logits_BSV in zip(names, logits, strict=True):
+        for name, logits_SV in zip(microbatch, logits_BSV, strict=True):
+            found[name] = logits_SV[: len(material.samples[name].token_ids) - 1].clone()
+    return found
+
+
 def parameters_out_of_step(model: R1V2Model, context: ParallelContext) -> list[str]:
     """Name the parameters that differ over data-parallel ranks, or over tensor-parallel ranks where all hold all."""
     different = []
@@ -254,7 +329,7 @@ def parameters_out_of_step(model: R1V2Model, context: ParallelContext) -> list[s
             dist.all_gather(copies, parameter.data.contiguous(), group=group)
             if not all(torch.equal(copies[0], copy) for copy in copies):
                 different.append(name)
-    if model.architecture.language.tied_embeddings and context.pipeline_size > 1:
+    if model.share_embeddings_and_output_weights and context.pipeline_size > 1:
         # embd: the stages that hold the embedding, here both
         weight = model.shared_embedding_or_output_weight().data
         copies = [torch.empty_like(weight) for _ in range(2)]

@@ -15,21 +15,19 @@ from tests.training.runs import checkpoint_contents, free_port, read_metrics, re
 from tests.training.tiny_run import tiny_recipe
 
 SETTINGS = (
-    "train.steps=2",
+    "train.steps=3",  # delta is 0 in the first two: the policy starts as its reference
     "train.prompts_per_step=5",
     "train.clip_grad=0",
     "train.learning_rate=0.002",
     "train.parts=[adapter, language]",
 )
-FEW = ("preference.min_margin=0.9",)
-TOKEN = ("preference.generation_aggregation=token",)
-ONE_RANK: dict[str, tuple[str, ...]] = {"all": (), "few": FEW, "token": TOKEN}
+FEW = ("preference.min_margin=0.9", "preference.generation_aggregation=token")
+ONE_RANK: dict[str, tuple[str, ...]] = {"all": (), "few": FEW}
 TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tp2": ("all", ("parallel.tensor=2", "parallel.sequence=true")),
     "pp2": ("all", ("parallel.pipeline=2",)),
     "dp2": ("all", ("train.micro_batch_size=2",)),
     "dp2, a rank without pairs": ("few", FEW),
-    "dp2, token mean": ("token", TOKEN),
 }
 FOUR_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tp2-pp2": ("all", ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")),
@@ -91,6 +89,7 @@ def compare(run: Path, expected: Path) -> None:
     assert ours[0] == theirs[0], "what the log-probs belong to"
     assert len(ours) == 17
     for line, other in zip(ours[1:], theirs[1:], strict=True):
+        assert line.pop("key") == other.pop("key")
         assert line == pytest.approx(other, rel=1e-5)
     lines, expected_lines = without_timings(read_metrics(run)), without_timings(read_metrics(expected))
     assert sum(line["mpo/pairs_kept"] for line in lines) > 0

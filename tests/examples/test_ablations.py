@@ -35,17 +35,17 @@ def test_an_arm_differs_from_the_first_of_its_stage_in_its_own_settings_alone(ar
     first = next(other for other in ablations.ARMS if other.stage == arm.stage)
     commands = [set(ablations.arm_chain(ROOT, 1, each, ())[0].command) for each in (first, arm)]
     own = {*arm.settings, f"run.output_dir={ROOT}/seed-1/{arm.name}"}
-    if arm.start != ablations.START:
-        own.add(f"model.checkpoint={ROOT}/seed-1/{arm.start}")
     assert commands[1] - commands[0] <= own <= commands[1]
 
 
-def test_an_arm_that_starts_from_another_follows_it():
-    chains = ablations.chains(ROOT, 1, ["stages"], ())
-    names = [[stage.name.removeprefix("seed-1-") for stage in chain] for chain in chains]
-    assert ["mpo-mpo", "mpo-evaluate-heldout", "mpo-grpo-grpo", "mpo-grpo-evaluate-heldout"] in names
-    assert ["ssb-grpo", "ssb-evaluate-heldout"] in names
-    assert not any("plain" in name for chain in names for name in chain)
+def test_arms_start_from_what_the_first_chain_of_a_seed_makes():
+    first = ablations.start_chain(ROOT, 1)
+    made = {setting.split("=")[1] for stage in first for setting in stage.command if "output" in setting}
+    for arm in ablations.ARMS[1:]:
+        (start,) = (s for s in ablations.arm_chain(ROOT, 1, arm, ())[0].command if s.startswith("model.checkpoint="))
+        assert start.split("=")[1] in made
+    names = [chain[0].name for chain in ablations.chains(ROOT, 1, ["stages"], ())]
+    assert names == ["seed-1-ssb-grpo", "seed-1-sft-mpo", "seed-1-dpo-mpo"]
 
 
 def test_arms_belong_to_tables_that_exist():
@@ -58,5 +58,7 @@ def test_only_finished_runs_are_in_a_table(tmp_path):
     done.mkdir(parents=True)
     (done / "evaluation-heldout.json").write_text("{}")
     found = ablations.arm_folders(tmp_path, (1, 2), "rollouts")
-    assert {label: len(folders) for label, folders in found.items() if folders} == {"GRPO with SSB (adapter only)": 1}
+    assert {label: len(folders) for label, folders in found.items() if folders} == {
+        "MPO, then GRPO with SSB (adapter only)": 1
+    }
     assert "adapter and vision tower" not in found

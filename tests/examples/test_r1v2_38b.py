@@ -32,7 +32,7 @@ def cluster_of(name: str) -> tuple[int, int, int]:
 
 
 def test_every_recipe_is_here():
-    assert {"align", "mpo", "grpo", "grpo_64k", "grpo_fp8", "grpo_language"} <= set(NAMES)
+    assert {"align", "mpo", "grpo", "grpo_64k", "grpo_fp8", "grpo_language", "grpo_language_64k"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_r1v2.generation.cuda_graphs import check_cuda_graphs
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.log_probs import token_log_probs
 from tests.generation.worlds import MAX_RESPONSE_TOKENS, STOP, VOCABULARY, generate, make_engine, make_prompts
@@ -264,4 +266,9 @@ def test_bad_prompts_and_settings_are_named(one_rank):
         generate(make_engine(model, context, kv_cache_gib=1e-6), [good], features)
     with pytest.raises(ValueError, match=r"generation.max_tokens_per_step=8 .*generation.max_requests=64"):
         make_engine(model, context, max_tokens_per_step=8)
+    with pytest.raises(ValueError, match=r"generation.cuda_graphs=true needs a CUDA device and there is none"):
+        generate(make_engine(model, context, cuda_graphs=True), [good], features)
+    on_gpu = replace(context, device=torch.device("cuda"), tensor_size=2)
+    with pytest.raises(ValueError, match=r"parallel.tensor=2 needs NCCL.*the ranks talk over gloo"):
+        check_cuda_graphs(on_gpu)
     assert len(generate(engine, [good], features)) == 2, "a refused prompt leaves the engine usable"

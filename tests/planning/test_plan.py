@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.config.schema import Part, Recompute
+from megatron_r1v2.config.schema import Fp8, Part, Recompute
 from megatron_r1v2.models.architecture import r1v2_architecture
 from megatron_r1v2.planning.__main__ import main
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
@@ -27,8 +27,11 @@ def cluster(gpus=8, memory=80.0):
     return Cluster(gpus, 8, memory, 4.0, HARDWARE["h100"])
 
 
-def plan_of(*overrides, gpus=8, memory=80.0):
-    return make_plan(load_recipe(RECIPE, overrides), HF_CONFIG, cluster(gpus, memory))
+NARROW = {**HF_CONFIG, "text_config": {**HF_CONFIG["text_config"], "intermediate_size": 4 * 1600}}
+
+
+def plan_of(*overrides, gpus=8, memory=80.0, hf=HF_CONFIG):
+    return make_plan(load_recipe(RECIPE, overrides), hf, cluster(gpus, memory))
 
 
 def workload(*overrides):
@@ -182,7 +185,7 @@ def test_the_proposal_is_the_fastest_that_fits():
     assert best.layout.ranks == 16
     assert best.layout.tensor <= 8
     assert best.memory.peak.total <= 76 * GIB
-    chosen = replace(work, recompute=best.recompute)
+    chosen = replace(work, recompute=best.recompute, fp8=best.fp8, fp8_weights=best.fp8_weights)
     again = step_time(ARCHITECTURE, best.layout, chosen, HARDWARE["h100"], mean_response=4096)
     assert again == best.time
     for tensor, data in ((8, 2), (4, 4)):
@@ -194,6 +197,40 @@ def test_the_proposal_is_the_fastest_that_fits():
                 assert time.total >= best.time.total
     # What it proposes is accepted as a recipe, and fits.
     assert plan_of(*best.settings, gpus=16).fits
+
+
+def test_fp8_is_faster_and_costs_memory_beside_bf16_weights():
+    bf16 = plan_of()
+    rounded = plan_of("model.layers=te", "model.fp8=tensorwise", "model.fp8_weights=true")
+    beside = plan_of("model.layers=te", "model.fp8=tensorwise")
+    assert rounded.time.decode < bf16.time.decode
+    assert rounded.time.update < bf16.time.update
+    assert rounded.time.vision == bf16.time.vision
+    assert rounded.memory.peak.total == bf16.memory.peak.total
+    # 62 of 64 layers, by hand: 5120 x (2 x 5120 + 2 x 1024 + 3 x 27648) weights over 8 ranks, in 8 bits and transposed.
+    copies = 62 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 27648) // 8 * 2
+    assert beside.memory.peak.buffers - bf16.memory.peak.buffers == copies
+    # A token of one response: 62/64 of the layers' weights are read in half the bytes.
+    alone = workload("train.prompts_per_step=1", "generation.responses_per_prompt=2", "generation.max_requests=1")
+    in_fp8 = replace(alone, fp8=Fp8.tensorwise)
+    times = [step_time(ARCHITECTURE, Layout(), work, HARDWARE["h100"], mean_response=100) for work in (alone, in_fp8)]
+    saved = (times[0].decode - times[1].decode) / 200 * HARDWARE["h100"].bandwidth * 0.6
+    assert saved == pytest.approx(copies * 8 / 2, rel=1e-6)
+
+
+def test_fp8_is_proposed_where_the_gpu_has_it_and_the_price_is_said():
+    arguments = {"gpus": 8, "gpus_per_node": 8, "limit": 76 * GIB, "mean_response": 4096}
+    hopper = propose_layout(ARCHITECTURE, workload(), HARDWARE["h100"], **arguments)
+    assert hopper.best.fp8 is Fp8.tensorwise
+    assert hopper.best.fp8_weights
+    assert re.search(r"In bf16 the best is TP8 PP1 DP1, recompute none, \d+% slower", hopper.reason)
+    ampere = propose_layout(ARCHITECTURE, workload(), HARDWARE["a100"], **arguments)
+    assert ampere.best.fp8 is Fp8.none
+    with pytest.raises(ValueError, match="model.fp8=tensorwise, but A100 SXM 80 GB has no FP8 products"):
+        step_time(ARCHITECTURE, Layout(8), replace(workload(), fp8=Fp8.tensorwise), HARDWARE["a100"], mean_response=9)
+    # 1,600 feed-forward channels a rank are a multiple of 16 but not of 128.
+    with pytest.raises(ValueError, match="blockwise needs a multiple of 128"):
+        plan_of("model.layers=te", "model.fp8=blockwise", "parallel.tensor=4", "parallel.sequence=true", hf=NARROW)
 
 
 def test_less_memory_makes_the_proposal_split_or_recompute_more():
@@ -221,6 +258,9 @@ def test_the_command_prints_tables_and_json(capsys):
     main(arguments)
     text = capsys.readouterr().out
     assert "It fits" in text
+    for name in ("params", "grads", "optim.", "activ.", "KV", "images", "buffers", "total", "generation", "log-probs"):
+        assert f"{name} " in text.replace("\n", " \n"), "cut off at eighty columns"
+    assert "SSB up to" in text
     assert "38,392,158,592" in text
     assert "Best layout" in text
     main([*arguments, "--json"])

@@ -27,10 +27,11 @@ from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.checkpoint import finished_checkpoints
 from megatron_r1v2.training.grpo import run_grpo
 from megatron_r1v2.training.mpo import run_mpo
+from megatron_r1v2.training.reward_model import run_reward_model
 from tests.ranks import forked_context
 from tests.training.tiny_run import tiny_recipe
 
-_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo}
+_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo, "reward_model": run_reward_model}
 
 
 def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
@@ -120,9 +121,9 @@ def assert_same_end(run: Path, reference: Path, *, rounded: bool = False) -> Non
     Args:
         run: that was interrupted.
         reference: that was not.
-        rounded: the engine's log-probs are compared to rounding. With data parallelism, which replica takes which prompt
-            from the shared queue is a matter of time, and so is with what a response is batched; and a step that goes
-            on with what it had generated before an interruption has smaller batches.
+        rounded: the engine's log-probs are compared to rounding. With data parallelism, which replica takes which
+            prompt from the shared queue is a matter of time, and so is with what a response is batched; and a step that
+            goes on with what it had generated before an interruption has smaller batches.
     """
     ours, theirs = checkpoint_contents(last_checkpoint(run)), checkpoint_contents(last_checkpoint(reference))
     our_lines, their_lines = without_timings(read_metrics(run)), without_timings(read_metrics(reference))
@@ -168,7 +169,7 @@ class Ranks:
         Args:
             recipe: the settings.
             world_size: processes.
-            stage: "grpo", "align" or "mpo".
+            stage: "grpo", "align", "mpo" or "reward_model".
         """
         output = Path(recipe.run.output_dir)
         output.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,74 @@
+"""Settings that accept one of a few words."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Layers(str, Enum):
+    """Which layer implementation megatron-core builds."""
+
+    local = "local"
+    te = "te"
+
+
+class Fp8(str, Enum):
+    """How the matrix products of the language model are scaled to 8 bits; the vision tower stays in bf16."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+
+
+class Precision(str, Enum):
+    """The dtype of parameters and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Part(str, Enum):
+    """A part of the model that can be trained; score is the scalar head that only a reward model has."""
+
+    vision = "vision"
+    adapter = "adapter"
+    language = "language"
+    score = "score"
+
+
+class LossAggregation(str, Enum):
+    """How token losses become one number: the mean of per-response means (eq. 8), or one mean over all tokens."""
+
+    sequence = "sequence"
+    token = "token"
+
+
+class Recompute(str, Enum):
+    """What the backward pass computes again instead of keeping."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Packing(str, Enum):
+    """How sequences of different lengths share a microbatch."""
+
+    none = "none"
+    first_fit_decreasing = "first_fit_decreasing"
+    nemo = "nemo"
+
+
+class ScoreEndpoint(str, Enum):
+    """Where a served reward model gives its scores."""
+
+    pooling = "pooling"
+    classify = "classify"
+
+
+class WandbMode(str, Enum):
+    """How Weights & Biases is used."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"

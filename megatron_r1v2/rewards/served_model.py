@@ -1,0 +1,222 @@
+"""A reward model behind an HTTP endpoint, as vLLM or megatron_r1v2.serve.reward_model offer it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from megatron_r1v2.config.schema import RewardModelConfig, ScoreEndpoint
+from megatron_r1v2.data.messages import openai_messages
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.types import Prompt
+
+# More is no answer with a score in it.
+_MAX_ANSWER_BYTES = 2**20
+_LONGEST_PAUSE_SECONDS = 30.0
+# The request may be in order and the server not: busy, starting, or behind a proxy that lost it.
+_WORTH_ANOTHER_TRY = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class ScoringFailed(RuntimeError):
+    """The server gives no score for a response."""
+
+
+class _TryAgain(Exception):
+    """An attempt failed in a way that may pass."""
+
+
+class ServedRewardModel:
+    """Asks a server on the leader of a replica and tells the other ranks; a `rewards.model.RewardModel`."""
+
+    def __init__(
+        self, settings: RewardModelConfig, context: ParallelContext, *, first_pause_seconds: float = 1.0
+    ) -> None:
+        """Prepare; nothing is asked yet.
+
+        Args:
+            settings: the `reward_model` section.
+            context: decides who asks.
+            first_pause_seconds: before the second attempt; doubles with each.
+
+        Raises:
+            ValueError: the variable for the API key is not set.
+        """
+        self.settings = settings
+        self.context = context
+        self._first_pause_seconds = first_pause_seconds
+        self._headers = {"Content-Type": "application/json"} | authorization(settings.api_key_variable)
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """Score responses; see `RewardModel.score`.
+
+        Args:
+            prompts: of each response, with the encoded images.
+            texts: the responses.
+
+        Returns:
+            Raw scores, on every rank of the replica.
+
+        Raises:
+            ScoringFailed: the server gives no score for one of them, on every rank of the replica.
+        """
+        outcome: tuple[list[float], str] | None = None
+        if self.context.is_replica_leader:
+            outcome = self._ask_all(prompts, texts)
+        if self.context.tensor_size * self.context.pipeline_size > 1:
+            # The failure travels too: a rank that raised alone would let the others wait for it.
+            outcome = objects.broadcast_from_first(outcome, self.context.groups.mp)
+        assert outcome is not None
+        scores, failure = outcome
+        if failure:
+            raise ScoringFailed(failure)
+        return scores
+
+    def _ask_all(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], str]:
+        """Return the scores, or what went wrong; after the first failure nothing more is asked."""
+        given_up = threading.Event()
+        failures: list[str] = []
+
+        def ask(prompt: Prompt, text: str) -> float | None:
+            if given_up.is_set():
+                return None
+            try:
+                return self._ask(prompt, text, given_up)
+            except ScoringFailed as error:
+                failures.append(str(error))
+                given_up.set()
+                return None
+
+        with ThreadPoolExecutor(max_workers=self.settings.concurrency) as pool:
+            scores = [score for score in pool.map(ask, prompts, texts) if score is not None]
+        if failures:
+            return [], f"{failures[0]}; {len(scores)} of {len(texts)} responses of this step had a score by then"
+        return scores, ""
+
+    def _ask(self, prompt: Prompt, text: str, given_up: threading.Event) -> float:
+        settings = self.settings
+        body = json.dumps(score_request(prompt, text, settings)).encode()
+        url = f"{settings.url.rstrip('/')}/{settings.endpoint.value}"
+        started = time.monotonic()
+        attempt = 1
+        while True:
+            try:
+                return read_score(self._post(url, body), settings.endpoint)
+            except _TryAgain as error:
+                pause = min(self._first_pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
+                if attempt >= settings.attempts or given_up.wait(pause):
+                    raise ScoringFailed(
+                        f"the reward model at {url} gave no score for {prompt.key!r} in {attempt} attempts over "
+                        f"{time.monotonic() - started:.1f} s; the last one: {error}. Start the server again and then "
+                        "the run, which goes on from its newest checkpoint; or raise reward_model.attempts or "
+                        "reward_model.timeout_seconds"
+                    ) from error
+            attempt += 1
+
+    def _post(self, url: str, body: bytes) -> Any:
+        """Return the JSON of one answer, all of it within the time limit."""
+        seconds = self.settings.timeout_seconds
+        deadline = time.monotonic() + seconds
+        request = urllib.request.Request(url, body, self._headers, method="POST")
+        answer = b""
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as response:
+                # The socket's limit is for each read: a server that drips bytes would never reach it.
+                while part := response.read1(65536):
+                    answer += part
+                    if len(answer) > _MAX_ANSWER_BYTES:
+                        raise _TryAgain(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
+                    if time.monotonic() > deadline:
+                        raise _TryAgain(f"no complete answer in reward_model.timeout_seconds={seconds:g}")
+            return json.loads(answer)
+        except urllib.error.HTTPError as error:
+            told = _told(error)
+            if error.code in _WORTH_ANOTHER_TRY:
+                raise _TryAgain(f"HTTP {error.code}: {told}") from error
+            raise ScoringFailed(
+                f"the reward model at {url} refuses the request with HTTP {error.code}: {told}; check "
+                "reward_model.url, reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
+            ) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # URLError and time-outs are OSErrors; bad JSON and bad UTF-8 are ValueErrors.
+            raise _TryAgain(f"{type(error).__name__}: {error}") from error
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of what a server says of an error, if it says it."""
+    try:
+        return error.read(500).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return "(no text)"
+
+
+def authorization(variable: str) -> dict[str, str]:
+    """Return the header with the API key.
+
+    Args:
+        variable: environment variable that holds the key; empty: no key.
+
+    Raises:
+        ValueError: the variable is not set.
+    """
+    if not variable:
+        return {}
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ValueError(
+            f"reward_model.api_key_variable={variable!r} but there is no such environment variable, or it is empty; "
+            "export it on every node, or leave the setting empty for a server without a key"
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def score_request(prompt: Prompt, text: str, settings: RewardModelConfig) -> dict[str, Any]:
+    """Return the body of a request: the conversation as chat messages, the response as the assistant's turn.
+
+    Args:
+        prompt: with its encoded images.
+        text: the response.
+        settings: the `reward_model` section.
+    """
+    messages = [*openai_messages(prompt.messages, prompt.images), {"role": "assistant", "content": text}]
+    # Raw scores: vLLM would put a single logit through a sigmoid.
+    body: dict[str, Any] = {"messages": messages, "use_activation": False}
+    if settings.endpoint is ScoreEndpoint.pooling:
+        body["task"] = "classify"
+    return body | ({"model": settings.served_name} if settings.served_name else {})
+
+
+def read_score(answer: Any, endpoint: ScoreEndpoint) -> float:
+    """Take the score out of an answer.
+
+    pooling: {"data": [{"data": [score]}]}, or a list for each token, of which the last counts; classify:
+    {"data": [{"probs": [score]}]}.
+
+    Args:
+        answer: JSON.
+        endpoint: which of the two.
+
+    Raises:
+        _TryAgain: anything else, or a number that is not finite.
+    """
+    name = "data" if endpoint is ScoreEndpoint.pooling else "probs"
+    items = answer.get("data") if isinstance(answer, Mapping) else None
+    item = items[0] if isinstance(items, list) and len(items) == 1 else None
+    values = item.get(name) if isinstance(item, Mapping) else None
+    if isinstance(values, list) and values and isinstance(values[-1], list):
+        values = values[-1]
+    if not isinstance(values, list) or len(values) != 1:
+        raise _TryAgain(f"the answer holds no single score: {json.dumps(answer)[:300]}")
+    score = values[0]
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise _TryAgain(f"the score is {score!r}, not a finite number")
+    return float(score)

@@ -1,0 +1,197 @@
+"""What the servers share: bodies within limits, chat messages with images, errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import io
+import json
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from megatron_r1v2.data.images import decode_image
+from megatron_r1v2.data.samples import ROLES, SampleError
+
+_DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
+
+
+class BadRequest(ValueError):
+    """The client's mistake, with the HTTP status that says so."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold; more is refused before it costs memory."""
+
+    body_bytes: int = 64 * 2**20
+    images: int = 16
+    image_pixels: int = 40_000_000
+    """Width x height of one image, read from its header before it is decoded."""
+    messages: int = 256
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One chat message; text and images in the order in which they stand."""
+
+    role: str
+    parts: tuple[str | Image.Image, ...]
+
+
+def json_endpoint(
+    answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]], *, limits: Limits, api_key: str = ""
+) -> Callable[[Request], Awaitable[Response]]:
+    """Make a handler that reads a JSON object, asks for the answer and tells mistakes of the client as such.
+
+    Args:
+        answer: from the request's object to the answer's; raises BadRequest.
+        limits: on the body.
+        api_key: that the client must send as a bearer token; empty: none.
+
+    Returns:
+        A handler of Starlette.
+    """
+
+    async def handle(request: Request) -> Response:
+        try:
+            check_key(request, api_key)
+            return JSONResponse(await answer(await read_object(request, limits)))
+        except BadRequest as error:
+            return error_response(error.status, str(error))
+
+    return handle
+
+
+def check_key(request: Request, api_key: str) -> None:
+    """Refuse a request without the server's key.
+
+    Raises:
+        BadRequest: 401.
+    """
+    sent = request.headers.get("authorization", "")
+    if api_key and not hmac.compare_digest(sent.encode(), f"Bearer {api_key}".encode()):
+        raise BadRequest("the Authorization header does not hold this server's key, as 'Bearer KEY'", 401)
+
+
+async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
+    """Read the body as a JSON object, no further than the limit.
+
+    Raises:
+        BadRequest: 413 when it is larger, 400 when it is no JSON object.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limits.body_bytes:
+            raise BadRequest(f"the body is larger than {limits.body_bytes} bytes; send fewer or smaller images", 413)
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadRequest(f"the body must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def error_response(status: int, message: str) -> JSONResponse:
+    """Return an error as OpenAI's clients read it."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+
+
+def read_messages(content: dict[str, Any], limits: Limits) -> list[Turn]:
+    """Read the chat messages of a request and decode their images.
+
+    Args:
+        content: the request.
+        limits: on messages and images.
+
+    Returns:
+        The turns, at least one.
+
+    Raises:
+        BadRequest: naming the message and what is accepted.
+    """
+    messages = content.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list with at least one message")
+    if len(messages) > limits.messages:
+        raise BadRequest(f"{len(messages)} messages; accepted: at most {limits.messages}", 413)
+    turns = [_turn(message, f"messages[{index}]", limits) for index, message in enumerate(messages)]
+    images = sum(isinstance(part, Image.Image) for turn in turns for part in turn.parts)
+    if images > limits.images:
+        raise BadRequest(f"{images} images; accepted: at most {limits.images}", 413)
+    return turns
+
+
+def image_from_data_url(url: object, where: str, limits: Limits) -> Image.Image:
+    """Decode an image that came in the request; nothing is ever fetched.
+
+    Args:
+        url: data:image/png;base64,... (or jpeg, webp).
+        where: what to call it in an error.
+        limits: on its pixels.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        BadRequest: another address, bad base64, no image, or too many pixels.
+    """
+    if not isinstance(url, str) or not (head := _DATA_URL.match(url)):
+        told = url[:60] if isinstance(url, str) else type(url).__name__
+        raise BadRequest(
+            f"{where}: got {told!r}; accepted: data:image/png;base64,... (or jpeg, webp). This server fetches nothing"
+        )
+    try:
+        data = base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequest(f"{where}: not base64: {error}") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            pixels = image.width * image.height
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadRequest(f"{where}: no PNG, JPEG or WebP image ({len(data)} bytes)") from error
+    if pixels > limits.image_pixels:
+        raise BadRequest(f"{where}: {pixels} pixels; accepted: at most {limits.image_pixels}", 413)
+    try:
+        return decode_image(data, where)
+    except SampleError as error:
+        raise BadRequest(str(error)) from error
+
+
+def _turn(message: object, where: str, limits: Limits) -> Turn:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise BadRequest(f"{where}: a message is an object with role (one of {', '.join(ROLES)}) and content")
+    content = message.get("content")
+    if isinstance(content, str):
+        return Turn(message["role"], (content,))
+    if not isinstance(content, list):
+        raise BadRequest(f"{where}.content must be text or a list of parts, got {type(content).__name__}")
+    if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in content) > limits.images:
+        raise BadRequest(f"{where}: more than {limits.images} images", 413)
+    parts = [_part(part, f"{where}.content[{index}]", limits) for index, part in enumerate(content)]
+    return Turn(message["role"], tuple(parts))
+
+
+def _part(part: object, where: str, limits: Limits) -> str | Image.Image:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if isinstance(part, dict) and part.get("type") == "image_url":
+        url = part.get("image_url")
+        return image_from_data_url(url.get("url") if isinstance(url, dict) else url, where, limits)
+    raise BadRequest(
+        f'{where}: accepted are {{"type": "text", "text": ...}} and '
+        '{"type": "image_url", "image_url": {"url": ...}}'
+    )

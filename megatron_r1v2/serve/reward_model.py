@@ -1,0 +1,56 @@
+"""`python -m megatron_r1v2.serve.reward_model FOLDER --port 8001` serves Skywork-VL-Reward; see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+import uvicorn
+
+from megatron_r1v2.serve.requests import Limits
+from megatron_r1v2.serve.reward_app import reward_app
+from megatron_r1v2.serve.skywork_reward import SkyworkReward
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the model and serve it until the process is asked to end."""
+    arguments = _parser().parse_args(argv)
+    try:
+        key = _api_key(arguments.api_key_variable)
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        scorer = SkyworkReward(arguments.folder, device=device, dtype=_DTYPES[arguments.precision])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    app = reward_app(scorer, limits=Limits(body_bytes=int(arguments.max_body_mib * 2**20)), api_key=key)
+    # Beyond this many a client is told 503, and tries again.
+    uvicorn.run(app, host=arguments.host, port=arguments.port, limit_concurrency=256, log_level="warning")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron_r1v2.serve.reward_model", description=__doc__)
+    parser.add_argument("folder", help="Skywork-VL-Reward: Qwen2.5-VL in safetensors, and value_head.safetensors")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
+    parser.add_argument("--port", type=int, default=8001)
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--precision", choices=sorted(_DTYPES), default="bf16")
+    parser.add_argument("--api-key-variable", default="", help="environment variable with the key clients must send")
+    parser.add_argument("--max-body-mib", type=float, default=64.0, help="largest request")
+    return parser
+
+
+def _api_key(variable: str) -> str:
+    if not variable:
+        return ""
+    if not os.environ.get(variable):
+        raise ValueError(f"--api-key-variable {variable}: there is no such environment variable, or it is empty")
+    return os.environ[variable]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""A model that runs microbatches through megatron-core's schedules and gives one number for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.training.batches import LENGTH_MULTIPLE
+from megatron_r1v2.training.packing import PackedBatch, pack
+from megatron_r1v2.types import TrainingBatch
+
+
+@dataclass(kw_only=True)
+class Forward:
+    """The forward pass of a reward model; `training.policy.Policy` makes log-probs of the output and adds updates."""
+
+    model: R1V2Model
+    context: ParallelContext
+    features: FeatureCache | None = None
+    """Features of a frozen vision tower, computed once per image and step; None: the tower runs every time."""
+    packed: bool = False
+    """Lay the rows of a microbatch one after the other instead of padding them."""
+    length_multiple: int = LENGTH_MULTIPLE
+    """Lengths of packed sequences are multiples of this."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Return what the schedule runs."""
+        return self.model
+
+    def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Turn what the last stage gives into one number for each token: here the scores as they are.
+
+        Args:
+            output: of the last stage.
+            labels_BS: int64 [B, S].
+
+        Returns:
+            float32 [B, S].
+        """
+        return output
+
+    def values(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
+        """Compute the number of each response token, without a graph.
+
+        Args:
+            batches: this replica's microbatches; may be empty.
+
+        Returns:
+            float32 [B, S] for each batch, zero outside the responses, on every rank of the replica.
+        """
+        if not batches:
+            return []
+        with torch.no_grad():
+            results = self.run(batches, _keep_values, forward_only=True)
+        if self.context.pipeline_size == 1:
+            return results
+        if not self.context.is_last_stage:
+            results = [torch.empty_like(batch.response_mask_BS) for batch in batches]
+        for result in results:
+            dist.broadcast(result, src=self.context.last_stage_rank, group=self.context.groups.pp)
+        return results
+
+    def run(self, batches: Sequence[TrainingBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+        """Run microbatches through megatron-core's schedule.
+
+        Args:
+            batches: at least one.
+            finish: (values_BS, batch) to a loss and what to return for the microbatch; called on the last stage.
+            forward_only: no backward pass.
+
+        Returns:
+            What `finish` gave for each microbatch, on the last stage.
+        """
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, finish),
+            data_iterator=iter(batches),
+            model=self.module,
+            num_microbatches=len(batches),
+            seq_length=max(batch.token_ids_BS.shape[1] for batch in batches),
+            micro_batch_size=batches[0].token_ids_BS.shape[0],
+            forward_only=forward_only,
+        )
+
+    def _forward_step(
+        self, finish: Callable[..., Any], batches: Iterator[TrainingBatch], module: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
+        batch = next(batches)
+        packed = self._pack(batch) if self.packed else None
+        output = module(
+            packed.token_ids_1S if packed else batch.token_ids_BS,
+            packed.position_ids_1S if packed else batch.position_ids_BS,
+            tiles_TCHW=batch.tiles_TCHW,
+            features_TFK=self._cached_features(batch),
+            tile_index=batch.tile_index,
+            image_mask_BS=packed.image_mask_1S if packed else batch.image_mask_BS,
+            packed_seq_params=packed.params if packed else None,
+        )
+        return output, partial(self._finish, finish, batch, packed)
+
+    def _finish(
+        self, finish: Callable[..., Any], batch: TrainingBatch, packed: PackedBatch | None, output: torch.Tensor
+    ) -> tuple[torch.Tensor, Any]:
+        values_BS = self.read(output, packed.labels_1S if packed else batch.labels_BS)
+        return finish(packed.unpack(values_BS) if packed else values_BS, batch)
+
+    def _pack(self, batch: TrainingBatch) -> PackedBatch:
+        return pack(batch, tensor_size=self.context.tensor_size, length_multiple=self.length_multiple)
+
+    def _cached_features(self, batch: TrainingBatch) -> torch.Tensor | None:
+        if self.features is None or not batch.image_prompts or not self.context.is_first_stage:
+            return None
+        return torch.cat(self.features.fill(batch.image_prompts, self.model))
+
+
+def _keep_values(values_BS: torch.Tensor, batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return values_BS.sum(), values_BS * batch.response_mask_BS

@@ -1,0 +1,37 @@
+"""Where a reward model's score of a response is read: at the response's last token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megatron_r1v2.types import TrainingBatch, TrainingSample
+
+
+def with_successor(sample: TrainingSample, pad_id: int) -> TrainingSample:
+    """Return the sample with one more token at its end.
+
+    Column s of a batch belongs to the step from token s to token s + 1, so the last token of a sample is no input. A
+    score is read at the end-of-turn token; with a successor, which no earlier token sees, it is one.
+
+    Args:
+        sample: ends with the end-of-turn token.
+        pad_id: the successor.
+    """
+    return replace(sample, token_ids=(*sample.token_ids, pad_id))
+
+
+def last_scores(values_BS: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
+    """Read the score of each row.
+
+    Args:
+        values_BS: float32 [B, S]: of every token.
+        batch: of samples `with_successor`.
+
+    Returns:
+        float32 [B], differentiable.
+    """
+    tokens = zip(batch.num_prompt_tokens_B, batch.num_response_tokens_B, strict=True)
+    last_B = torch.tensor([prompt + response - 2 for prompt, response in tokens], device=values_BS.device)
+    return values_BS.gather(1, last_B[:, None]).squeeze(1)

@@ -1,0 +1,60 @@
+"""The benchmark of true-size slices runs; what it measures at these sizes means nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_slices import TINY, measure, tiny_architecture
+from megatron_r1v2.models.architecture import r1v2_architecture
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
+from megatron_r1v2.planning.roofline import language_layer_flops
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def measure_tiny() -> dict[str, Any]:
+    return measure(TINY, tiny_architecture())
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return run_ranks(1, measure_tiny)[0]
+
+
+def test_every_slice_has_numbers_against_the_ceilings_of_its_run(found):
+    ceilings = found["ceilings"]
+    assert ceilings["bf16 FLOP/s"] > 0
+    assert ceilings["bytes/s"] > 0
+    for part in ("vision", "language"):
+        for name in ("forward", "forward and backward"):
+            rate = found[part][f"{name} FLOP/s"]
+            assert found[part][f"{name} of the ceiling"] == pytest.approx(rate / ceilings["bf16 FLOP/s"])
+            assert found[part][f"{name} seconds"] > 0
+    decode = found["language"]["decode"]
+    assert decode["tokens/s"] == pytest.approx(TINY.requests / decode["step seconds"])
+    assert decode["of the copy ceiling"] == pytest.approx(decode["bytes/s"] / ceilings["bytes/s"])
+
+
+def test_operations_are_those_of_the_slice(found):
+    """By hand: 4 layers, each 2 x 128 x (2 x 128 + 2 x 32 + 3 x 256) a token and attention over half of 64 tokens."""
+    layers = 4 * 64 * (2 * 128 * (2 * 128 + 2 * 32 + 3 * 256) + 4 * 128 * 32)
+    head = 2 * 64 * 128 * 512
+    language = found["language"]
+    assert language["forward FLOP/s"] * language["forward seconds"] == pytest.approx(layers + head)
+    both = language["forward and backward FLOP/s"] * language["forward and backward seconds"]
+    assert both == pytest.approx(3 * (layers + head))
+    real = r1v2_architecture(KNOWN_MODELS["r1v2-38b"])
+    assert language_layer_flops(real, 1, 0) / 64 == pytest.approx(2 * 487_587_840)
+
+
+def test_without_a_device_sizes_have_to_be_named():
+    command = [sys.executable, "-m", "benchmarks.gpu_slices"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2
+    assert "there is no CUDA device: give --tiny, or --layers and --vision-layers" in result.stderr
