@@ -1,0 +1,180 @@
+"""The sbatch scripts as they are, on a real SLURM cluster of two nodes: to the end, preempted, warned, a node lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import NODES, Cluster, why_not
+from tests.training.runs import Ranks, assert_same_end, read_metrics, recipe_for
+from tests.training.tiny_run import tiny_recipe
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 5
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "generation.max_response_tokens=48",
+    "generation.max_requests=8",
+    "buffer.target_effective_fraction=0.95",
+)
+LAYOUTS = {"dp2": (), "tp2": ("parallel.tensor=2", "parallel.sequence=true", "train.parts=[adapter, language]")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_recipe(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    with Cluster(folder) as started:
+        yield started
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root: Path, tmp_path_factory) -> dict[str, Path]:
+    runs = {}
+    for layout, overrides in LAYOUTS.items():
+        runs[layout] = tmp_path_factory.mktemp(layout) / "run"
+        Ranks(recipe_for(root, runs[layout], (*SETTINGS, *overrides)), 2).wait(seconds=600)
+    return runs
+
+
+class Job:
+    """slurm/grpo_38b.sh with a tiny recipe, on two nodes of one process each."""
+
+    def __init__(
+        self, cluster: Cluster, root: Path, run: Path, overrides: tuple[str, ...] = (), **variables: str
+    ) -> None:
+        recipe_for(root, run)
+        self.cluster = cluster
+        self.run = run
+        self.output = run.with_name("job.log")
+        self.logs = run.with_name("logs")
+        self.number = cluster.submit(
+            "slurm/grpo_38b.sh",
+            *SETTINGS,
+            *overrides,
+            options=("--nodes=2", "--gpus-per-node=1", f"--output={self.output}", f"--chdir={ROOT}"),
+            R1V2_RECIPE=str(run.with_name(run.name + ".yaml")),
+            R1V2_LOGS=str(self.logs),
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            PYTHONPATH=str(ROOT),
+            OMP_NUM_THREADS="1",
+            **variables,
+        )
+
+    @property
+    def log(self) -> str:
+        return self.output.read_text() if self.output.is_file() else ""
+
+    def wait_for_rollouts(self, step: int) -> None:
+        """Wait until the step after `step` has generated something, or a later one has."""
+
+        def begun() -> bool:
+            state = self.cluster.job(self.number)["JobState"]
+            assert state in ("PENDING", "RUNNING", "CONFIGURING"), f"{state}: {self.log}"
+            folders = sorted((self.run / "unfinished").glob("step-*"))
+            return bool(folders) and folders[-1].name >= f"step-{step:08d}" and any(folders[-1].glob("*.pt"))
+
+        self.cluster.wait_until(begun, f"rollouts of step {step + 1}", seconds=400)
+
+    def wait_for_success(self) -> dict[str, str]:
+        told = self.cluster.wait_for_end(self.number, seconds=600)
+        assert told["JobState"] == "COMPLETED", self.log
+        assert [line["step"] for line in read_metrics(self.run)] == list(range(1, STEPS + 1))
+        return told
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_job_of_two_nodes_runs_to_its_end(
+    cluster: Cluster, root: Path, tmp_path: Path, uninterrupted: dict[str, Path], layout: str
+) -> None:
+    job = Job(cluster, root, tmp_path / "run", LAYOUTS[layout])
+    assert job.wait_for_success()["Restarts"] == "0"
+    assert_same_end(job.run, uninterrupted[layout], rounded=True)
+    assert "report: " in job.log
+    for node in (0, 1):
+        folder = job.logs / f"r1v2-grpo-{job.number}" / "start-0" / f"node-{node}"
+        assert [path.parent.name for path in folder.rglob("stderr.log")] == ["0"]
+
+
+def test_a_preempted_job_gives_its_step_up_and_does_not_generate_again_what_it_had(
+    cluster: Cluster, root: Path, tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    job = Job(cluster, root, tmp_path / "run")
+    job.wait_for_rollouts(1)
+    urgent = cluster.submit(
+        "tests/slurm/short_job.sh",
+        options=(
+            "--partition=urgent",
+            "--nodes=2",
+            "--exclusive",
+            f"--output={tmp_path}/urgent.log",
+            f"--chdir={ROOT}",
+        ),
+    )
+    assert cluster.wait_for_end(urgent)["JobState"] == "COMPLETED"
+    assert job.wait_for_success()["Restarts"] == "1"
+    assert "interrupted; back into the queue, start over 1 of at most 100" in job.log
+    # Nearly all of the time goes into rollouts, but a signal may come between two steps, too.
+    assert "is abandoned, as asked by SIGTERM; finished rollouts are kept" in job.log or "stop by SIGTERM" in job.log
+    assert "are there from before" in job.log or "stop by SIGTERM" in job.log
+    assert "resuming from" in job.log
+    assert_same_end(job.run, uninterrupted["dp2"], rounded=True)
+
+
+def test_a_warned_job_saves_and_is_put_back_within_the_bound(
+    cluster: Cluster, root: Path, tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    job = Job(cluster, root, tmp_path / "run", R1V2_MAX_REQUEUES="1")
+    job.wait_for_rollouts(0)
+    cluster.warn(job.number)
+    cluster.wait_until(lambda: "start over 1 of at most 1" in job.log, "start over", seconds=400)
+    assert "asked to stop by SIGUSR1: saving after step" in job.log
+    assert job.wait_for_success()["Restarts"] == "1"
+    assert_same_end(job.run, uninterrupted["dp2"], rounded=True)
+
+
+def test_a_job_is_not_put_back_beyond_the_bound(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    job = Job(cluster, root, tmp_path / "run", R1V2_MAX_REQUEUES="0")
+    job.wait_for_rollouts(0)
+    cluster.warn(job.number)
+    assert cluster.wait_for_end(job.number)["JobState"] == "FAILED"
+    assert "R1V2_MAX_REQUEUES=0 starts over are used up; submit again to go on" in job.log
+
+
+def test_a_job_that_loses_a_node_goes_on_when_there_are_enough_again(
+    cluster: Cluster, root: Path, tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    job = Job(cluster, root, tmp_path / "run")
+    job.wait_for_rollouts(1)
+    cluster.kill_node(NODES[1])
+    cluster.wait_until(lambda: cluster.job(job.number)["JobState"] != "RUNNING", "end of the start", seconds=300)
+    cluster.start_node(NODES[1])
+    assert job.wait_for_success()["Restarts"] == "1"
+    assert "resuming from" in job.log
+    assert_same_end(job.run, uninterrupted["dp2"], rounded=True)
+
+
+def test_a_failed_job_is_not_put_back_unless_asked(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    job = Job(cluster, root, tmp_path / "run", ("train.learning_rate=-1",))
+    assert cluster.wait_for_end(job.number)["JobState"] == "FAILED"
+    assert "train.learning_rate=-1.0 is out of range" in job.log
+    assert cluster.job(job.number)["Restarts"] == "0"
