@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_r1v2.config.checkpoint import CheckpointConfig
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.parallel.watch import RankWatch
 from megatron_r1v2.training.kept_rollouts import KeptRollouts
 from megatron_r1v2.training.recorder import Recorder
 from megatron_r1v2.training.stop_request import StopRequest
@@ -27,6 +28,7 @@ class Interruptions:
         *,
         settings: CheckpointConfig,
         recorder: Recorder,
+        watch: RankWatch,
         context: ParallelContext,
     ) -> None:
         """Put the parts together.
@@ -36,8 +38,10 @@ class Interruptions:
             kept: rollouts of unfinished steps.
             settings: lead and grace time.
             recorder: where the run says what it does.
+            watch: told that generation goes on.
             context: process groups.
         """
+        self.watch = watch
         self.stop_request = stop_request
         self.kept = kept
         self.settings = settings
@@ -69,6 +73,7 @@ class Interruptions:
             responses: finished so far.
             tokens: in them.
         """
+        self.watch.tick()
         self._engine_steps += 1
         if self._engine_steps % _ENGINE_STEPS_BETWEEN_LOOKS == 0:
             self.stop_request.abandon_if_told(self.context.groups.mp)

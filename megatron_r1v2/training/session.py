@@ -21,6 +21,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.parallel.watch import RankWatch
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.training.batches import length_multiple
 from megatron_r1v2.training.checkpoint import (
@@ -327,6 +328,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 is_main=context.is_main,
                 shown=shown,
             ) as recorder,
+            RankWatch(recorder.where, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
         ):
             at_the_end.callback(unbind, model)
             if newest is not None:
@@ -345,6 +347,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                     KeptRollouts(run_dir, context, enabled=recipe.checkpoint.keep_rollouts),
                     settings=recipe.checkpoint,
                     recorder=recorder,
+                    watch=watch,
                     context=context,
                 ),
                 proof=WeightProof(model, recipe.train.parts, context),
