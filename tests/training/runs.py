@@ -199,12 +199,12 @@ class Ranks:
             condition: asked a thousand times a second.
             seconds: after which the test fails.
         """
-        self._wait_until(condition, seconds)
+        self.wait_until(condition, seconds)
         self.kill()
 
     def send_when(self, number: int, condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
         """Send a signal to the last rank as soon as the condition holds."""
-        self._wait_until(condition, seconds)
+        self.wait_until(condition, seconds)
         os.kill(self.processes[-1].pid, number)
 
     def wait(self, seconds: float = 120.0) -> str:
@@ -219,7 +219,8 @@ class Ranks:
         assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.log.read_text()}"
         return self.log.read_text()
 
-    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for something while the run goes on; the test fails when it ends, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while not condition():
             alive = all(process.is_alive() for process in self.processes)
