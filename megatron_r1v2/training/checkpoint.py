@@ -253,8 +253,8 @@ def _telling(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError, CheckpointException) as error:
         free = shutil.disk_usage(folder).free / 2**20
         raise RuntimeError(
-            f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free. The finished ones are as they "
-            f"were; make room (or lower checkpoint.keep_last) and start again. The cause: {error}"
+            f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free. The finished ones are as "
+            f"they were; make room (or lower checkpoint.keep_last) and start again. The cause: {error}"
         ) from error
 
 

@@ -105,8 +105,8 @@ def finished(cluster: Cluster, root: Path, tmp_path_factory) -> Job:
 def assert_same_course(run: Path, reference: Path) -> None:
     """Compare data position, schedule and counters.
 
-    Not the bits (tests/faults does that): which replica takes which prompt is a matter of time, and so is how the engine
-    rounds.
+    Not the bits (tests/faults does that): which replica takes which prompt is a matter of time, and so is how the
+    engine rounds.
     """
     ours, theirs = (torch.load(last_checkpoint(path) / "state.pt", weights_only=True) for path in (run, reference))
     for name in ("step", "version", "stream", "scheduler", "trained"):
