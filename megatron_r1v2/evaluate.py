@@ -1,8 +1,13 @@
-"""`python -m megatron_r1v2.evaluate RECIPE.yaml [--name NAME] section.key=value ...` measures Pass@1; see `--help`."""
+"""`python -m megatron_r1v2.evaluate RECIPE.yaml [--name NAME] section.key=value ...` measures Pass@1; see `--help`.
+
+With evaluation.endpoint_url it evaluates what an OpenAI-compatible server serves, without loading a model.
+"""
 
 from __future__ import annotations
 
 import sys
+
+from rich.console import Console
 
 from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
 
@@ -10,7 +15,7 @@ NAME_OPTION = "--name"
 
 
 def main() -> None:
-    """Evaluate a checkpoint."""
+    """Evaluate a checkpoint or an endpoint, and write the results page of the run folder."""
     arguments = sys.argv[1:]
     name = "evaluation"
     if NAME_OPTION in arguments:
@@ -22,10 +27,26 @@ def main() -> None:
     recipe = parse_command_line(arguments, "evaluate")
     quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
-    from megatron_r1v2.training.evaluation_run import run_evaluation
+    from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
+    from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, comparison_table
+    from megatron_r1v2.report.evaluation_page import write_evaluation_page
 
-    with tell_bad_input():
-        run_evaluation(recipe, name)
+    try:
+        with tell_bad_input():
+            if recipe.evaluation.endpoint_url:
+                from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
+
+                result: EvaluationResult | None = run_endpoint_evaluation(recipe, name)
+            else:
+                from megatron_r1v2.training.evaluation_run import run_evaluation
+
+                result = run_evaluation(recipe, name)
+    except EndpointFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    if result is not None:
+        Console().print(comparison_table([result]))
+        print(f"responses: {write_evaluation_page([recipe.run.output_dir])}")
 
 
 if __name__ == "__main__":

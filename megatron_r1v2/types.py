@@ -58,6 +58,10 @@ class Prompt:
     """The encoded images in order of appearance, for a served reward model, which cuts them in its own way."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What is true of the images, by name; a claim that contradicts one is a hallucination."""
+    alternatives: tuple[str, ...] = ()
+    """Further answers that are as right as `answer`; the evaluation accepts them."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
     response: str | None = None
     """A reference response (supervised data only): what follows the prompt, without the end-of-turn token."""
     preference: Preference | None = None

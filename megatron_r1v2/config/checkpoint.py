@@ -19,9 +19,9 @@ class CheckpointConfig:
     """Saving and resuming; checkpoints are below `run.output_dir`/checkpoints."""
 
     every_steps: int = 10
-    """Also saved at the end of the stage; 0: only then."""
+    """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then."""
     keep_last: int = 2
-    """Older checkpoints are deleted."""
+    """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
     asynchronous: bool = True
     """Write in the background."""
     resume: bool = True

@@ -21,13 +21,13 @@ from megatron_r1v2.config.validate import check_ranges
 BASE_KEY = "defaults"
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
+def load_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> RunRecipe:
     """Read a recipe, apply the overrides, and check each setting by itself and against the others.
 
     A recipe may start from another one: `defaults: other.yaml`, relative to its own folder.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; None: the defaults alone.
         overrides: `section.key=value`; the value of a text setting is taken as it stands, any other is read as YAML.
 
     Returns:
@@ -37,14 +37,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
         ValueError: an unreadable file, an unknown setting, a wrong type, an impossible value or combination.
     """
     merged = OmegaConf.structured(RunRecipe)
-    for file, values in _read_files(Path(path)):
+    for file, values in _read_files(Path(path)) if path is not None else ():
         merged = _merge(merged, values, source=str(file))
     for override in overrides:
         merged = _merge(merged, _parse_override(override), source=f"override {override!r}")
     try:
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from error
+        raise ValueError(f"{path or 'settings'}: {_first_line(error)}") from error
     assert isinstance(recipe, RunRecipe)
     check_ranges(recipe)
     return recipe

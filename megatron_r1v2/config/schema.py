@@ -321,13 +321,35 @@ class EvaluationConfig:
     runs: int = 5
     """Sampled responses per prompt."""
     temperature: float = 1.0
-    """Divides the logits."""
+    """Divides the logits; 0: greedy."""
     top_p: float = 1.0
     """Nucleus; 1 samples from the whole distribution."""
     seed: int = 0
     """Evaluations with the same seed see the same random numbers."""
     stop_at_pass_at_1: float = 0.0
     """A stage ends when validation Pass@1 reaches this; 0: never."""
+    save_every_prompts: int = 64
+    """The evaluate command keeps responses on disk after so many prompts; an interrupted one goes on from there. Each
+    time it waits for the longest response: more is faster."""
+    endpoint_url: str = ""
+    """Evaluate what an OpenAI-compatible server serves, such as http://127.0.0.1:8000/v1, instead of a checkpoint."""
+    endpoint_model: str = ""
+    """The model's name at the endpoint."""
+    endpoint_key_variable: str = ""
+    """Environment variable that holds the endpoint's API key; empty: no key is sent."""
+    judge_url: str = ""
+    """OpenAI-compatible server of a judge for answers that the rules find wrong; empty: the rules alone decide."""
+    judge_model: str = ""
+    """The judge's name at its endpoint."""
+    judge_key_variable: str = ""
+    """Environment variable that holds the API key of the judge's endpoint; empty: no key is sent."""
+    concurrency: int = 32
+    """Requests in flight at once at an endpoint."""
+    timeout_seconds: float = 3600.0
+    """An endpoint's whole answer must be there by then; long reasoning takes long."""
+    attempts: int = 6
+    """Times a request is sent while the server is busy, down or too slow, with pauses of 1, 2, 4 ... 30 seconds; then
+    the evaluation ends, and the same command goes on with it."""
 
 
 @dataclass

@@ -9,95 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1v2.config import checkpoint, hallucination, pairs
+from megatron_r1v2.config.evaluation import check_endpoints, check_validation
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
 from megatron_r1v2.config.pairs import check_prefer
+from megatron_r1v2.config.ranges import POSITIVE, RANGES
 from megatron_r1v2.config.reward_model import check_score_head, check_score_source
-from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RewardConfig, RunRecipe, WandbMode
+from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 
-Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate"]
-
-# Inclusive bounds; None: no bound on that side.
-_RANGES: Mapping[str, tuple[float | None, float | None]] = {
-    "run.seed": (0, 2**31 - 1),
-    "parallel.tensor": (1, None),
-    "parallel.pipeline": (1, None),
-    "parallel.first_stage_layers": (0, None),
-    "data.max_prompt_tokens": (1, None),
-    "data.max_tiles": (1, None),
-    "data.max_corrupt_fraction": (0, 1),
-    "data.shuffle_buffer": (0, None),
-    "generation.responses_per_prompt": (1, None),
-    "generation.max_response_tokens": (1, None),
-    "generation.max_requests": (1, None),
-    "generation.max_tokens_per_step": (1, None),
-    "generation.feature_cache_gib": (0, None),
-    **{f"reward.{part}_weight": (0, None) for part in RewardConfig().weights},
-    "reward.numeric_tolerance": (0, 1),
-    "reward.steps_wanted": (1, None),
-    "reward.steps_conclusion": (1, None),
-    "reward.repetition_tokens": (1, None),
-    "reward.overlong_buffer_tokens": (0, None),
-    "reward.model_centre": (-1000, 1000),
-    "reward.verifier_workers": (1, None),
-    "reward_model.attempts": (1, None),
-    "reward_model.concurrency": (1, None),
-    "reward_model.centring_weight": (0, None),
-    "algorithm.clip_low": (0, 1),
-    "algorithm.clip_high": (0, None),
-    "algorithm.kl_coefficient": (0, None),
-    "algorithm.advantage_epsilon": (0, None),
-    "algorithm.importance_cap": (0, None),
-    "algorithm.dynamic_sampling_rounds": (1, None),
-    "algorithm.gate_tokens": (0, None),
-    "preference.preference_weight": (0, None),
-    "preference.quality_weight": (0, None),
-    "preference.generation_weight": (0, None),
-    "preference.delta_momentum": (0, 1),
-    "preference.min_margin": (-1e6, 1e6),
-    "buffer.capacity": (1, None),
-    "buffer.max_age": (1, None),
-    "buffer.priority_exponent": (0, None),
-    "buffer.target_effective_fraction": (0, 1),
-    "train.steps": (1, None),
-    "train.prompts_per_step": (1, None),
-    "train.updates_per_step": (1, None),
-    "train.micro_batch_size": (1, None),
-    "train.tokens_per_microbatch": (0, None),
-    "train.learning_rate": (0, None),
-    "train.min_learning_rate": (0, None),
-    "train.warmup_steps": (0, None),
-    "train.weight_decay": (0, None),
-    "train.adam_beta1": (0, 1),
-    "train.adam_beta2": (0, 1),
-    "train.clip_grad": (0, None),
-    "train.skip_above_grad_norm": (0, None),
-    "train.max_skipped_updates": (1, None),
-    "evaluation.every_steps": (0, None),
-    "evaluation.prompts": (0, None),
-    "evaluation.runs": (1, None),
-    "evaluation.seed": (0, 2**31 - 1),
-    "evaluation.stop_at_pass_at_1": (0, 1),
-    "logging.sample_rollouts": (0, None),
-    **checkpoint.RANGES,
-    **hallucination.RANGES,
-    **pairs.RANGES,
-}
-
-_POSITIVE = (
-    "parallel.timeout_minutes",
-    "generation.temperature",
-    "generation.top_p",
-    "generation.kv_cache_gib",
-    "reward.model_scale",
-    "reward.verifier_timeout_seconds",
-    "reward_model.timeout_seconds",
-    "algorithm.max_log_prob_difference",
-    "preference.beta",
-    "evaluation.temperature",
-    "evaluation.top_p",
-)
+Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate", "serve"]
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
@@ -106,6 +26,7 @@ _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
     "prefer": ("model.hf_path", "data.train", "pairs.output"),
+    "serve": ("model.hf_path",),
 }
 
 
@@ -126,13 +47,13 @@ def check_ranges(recipe: RunRecipe) -> None:
     Raises:
         ValueError: naming the setting, its value, and what is accepted.
     """
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in RANGES.items():
         value = _get(recipe, name)
         # "not (a <= b)" so that nan, which compares false with everything, is refused as well.
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             accepted = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
             raise ValueError(f"{name}={value} is out of range; accepted: {accepted}")
-    for name in _POSITIVE:
+    for name in POSITIVE:
         if not _get(recipe, name) > 0:
             raise ValueError(f"{name}={_get(recipe, name)} is out of range; accepted: more than 0")
     for name in ("generation.top_p", "evaluation.top_p"):
@@ -150,13 +71,20 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     Raises:
         ValueError: a missing path, a setting that this stage refuses, or sizes that do not divide.
     """
-    for name in _NEEDED[stage]:
+    at_endpoint = stage == "evaluate" and bool(recipe.evaluation.endpoint_url)
+    for name in ("evaluation.data",) if at_endpoint else _NEEDED[stage]:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
     for name in _FOLDERS:
+        if stage == "serve" and not name.startswith("model."):
+            continue  # the recipe is that of a training run, whose data need not be on this machine
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
+    if stage == "evaluate":
+        check_endpoints(recipe.evaluation)
+    if at_endpoint:
+        return
     if stage == "grpo":
         check_grpo(recipe)
         check_calibration(recipe, "model_weight", recipe.reward.model_weight)
@@ -402,16 +330,7 @@ def _check_combinations(recipe: RunRecipe) -> None:
             f"train.packing={train.packing.value} with train.tokens_per_microbatch={train.tokens_per_microbatch}: "
             "packed rows need a number of tokens, padded ones have train.micro_batch_size; set both or neither"
         )
-    if recipe.evaluation.every_steps and not recipe.data.validation:
-        raise ValueError(
-            f"evaluation.every_steps={recipe.evaluation.every_steps} needs prompts: set data.validation to a folder of "
-            "shards, or evaluation.every_steps=0"
-        )
-    if recipe.evaluation.stop_at_pass_at_1 and not recipe.evaluation.every_steps:
-        raise ValueError(
-            f"evaluation.stop_at_pass_at_1={recipe.evaluation.stop_at_pass_at_1} is never looked at while "
-            "evaluation.every_steps=0; set evaluation.every_steps"
-        )
+    check_validation(recipe)
 
 
 def _get(recipe: RunRecipe, name: str) -> Any:

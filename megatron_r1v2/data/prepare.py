@@ -7,7 +7,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,7 +38,8 @@ Three kinds of rows are understood, told apart by their fields:
 
   our own     {"messages": [{"role": "user", "content": "<image>\\nleft + right?"}], "answer": "8",
                "answer_type": "numeric", "images": ["17.png"], "facts": {"left": "3", "right": "5"}}
-              optional: key, response (supervised data), chosen, rejected, margin, source
+              optional: key, response (supervised data), chosen, rejected, margin, source,
+              alternatives and metadata (evaluation)
   MMPR        {"question": "...", "chosen": "...", "rejected": "...", "image": "a.jpg"}
   verl        {"prompt": [{"role": "user", "content": "<image>..."}], "images": [{"path": "a.jpg"}],
                "reward_model": {"ground_truth": "8"}, "data_source": "..."}
@@ -127,7 +128,7 @@ def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType
     key = str(fields.pop("key", default_key))
     check_key(key)
     encoded = [_load_image(images, path) for path in fields.pop("images")]
-    named = {image_name(index, extension): data for index, (extension, data) in enumerate(encoded)}
+    named = name_images(encoded)
     sample = Sample(key=key, images=named, **fields)
     encode_record(sample)  # the schema is checked there
     return sample
@@ -135,7 +136,7 @@ def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType
 
 def _own_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     known = {"key", "messages", "answer", "answer_type", "facts", "images"}
-    known |= {"response", "chosen", "rejected", "margin", "source"}
+    known |= {"response", "chosen", "rejected", "margin", "source", "alternatives", "metadata"}
     unknown = sorted(set(row) - known - {"schema"})
     if unknown or row.get("schema", SCHEMA_VERSION) != SCHEMA_VERSION:
         what = f"field {unknown[0]!r}" if unknown else f"schema {row['schema']!r} (accepted is {SCHEMA_VERSION})"
@@ -147,6 +148,7 @@ def _own_fields(row: Mapping[str, Any]) -> dict[str, Any]:
         "answer": row.get("answer", ""),
         "answer_type": row.get("answer_type", "exact" if "answer" not in row else None),
         "facts": _object(row.get("facts", {}), "facts"),
+        "metadata": _object(row.get("metadata", {}), "metadata"),
         "images": _image_paths(row.get("images")),
     }
 
@@ -219,8 +221,23 @@ def _load_image(folder: Path, name: str) -> tuple[str, bytes]:
     path = folder / name
     if not path.is_file():
         raise SampleError(f"image {path} does not exist")
-    data = path.read_bytes()
-    image = decode_image(data, str(path))
+    return storable_image(path.read_bytes(), str(path))
+
+
+def storable_image(data: bytes, name: str) -> tuple[str, bytes]:
+    """Check an encoded image, and encode it as PNG unless it is PNG, JPEG or WebP.
+
+    Args:
+        data: The encoded file.
+        name: What to call it in an error.
+
+    Returns:
+        One of `IMAGE_EXTENSIONS`, and the encoded image.
+
+    Raises:
+        SampleError: If it cannot be decoded to its end.
+    """
+    image = decode_image(data, name)
     with Image.open(io.BytesIO(data)) as encoded:
         extension = _EXTENSIONS.get(encoded.format or "")
     if extension:
@@ -228,6 +245,15 @@ def _load_image(folder: Path, name: str) -> tuple[str, bytes]:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "png", buffer.getvalue()
+
+
+def name_images(encoded: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
+    """Name images as a shard does.
+
+    Args:
+        encoded: From `storable_image`, in order of appearance.
+    """
+    return {image_name(index, extension): data for index, (extension, data) in enumerate(encoded)}
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.images import decode_image, tile_image, tile_limit
@@ -45,31 +46,51 @@ class PromptBuilder:
             ValueError: If the prompt is longer than data.max_prompt_tokens.
         """
         sample = parse_sample(key, parts)
-        limit = tile_limit(self._settings.max_tiles, max(1, len(sample.images)))
-        tiles = [
-            tile_image(decode_image(data, f"{key}.{name}"), tile_size=self._tile_size, max_tiles=limit)
-            for name, data in sample.images.items()
-        ]
+        images = [decode_image(data, f"{key}.{name}") for name, data in sample.images.items()]
+        token_ids, tiles_TCHW = self.encode(key, sample.messages, images)
+        return Prompt(
+            key=key,
+            messages=sample.messages,
+            token_ids=token_ids,
+            tiles_TCHW=tiles_TCHW,
+            answer=sample.answer,
+            answer_type=sample.answer_type,
+            images=tuple(sample.images.values()),
+            facts=sample.facts,
+            alternatives=sample.alternatives,
+            metadata=sample.metadata,
+            response=sample.response,
+            preference=_preference(sample),
+        )
+
+    def encode(
+        self, key: str, messages: Sequence[Mapping[str, str]], images: Sequence[Image.Image]
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Tile, template and tokenize what the model is asked.
+
+        Args:
+            key: What to call it in an error.
+            messages: Chat messages, each image's place marked by "<image>".
+            images: In order of appearance.
+
+        Returns:
+            Token ids, and uint8 [T, 3, height, width]: all tiles.
+
+        Raises:
+            SampleError: If placeholders and images differ in number, or a text has an image token of its own.
+            ValueError: If the prompt is longer than data.max_prompt_tokens.
+        """
+        limit = tile_limit(self._settings.max_tiles, max(1, len(images)))
+        tiles = [tile_image(image, tile_size=self._tile_size, max_tiles=limit) for image in images]
         tiles_per_image = [image.shape[0] for image in tiles]
-        token_ids = self._tokenizer.encode_prompt(sample.messages, tiles_per_image, self._tokens_per_tile, key=key)
+        token_ids = self._tokenizer.encode_prompt(messages, tiles_per_image, self._tokens_per_tile, key=key)
         if len(token_ids) > self._settings.max_prompt_tokens:
             raise ValueError(
                 f"sample {key!r}: the prompt has {len(token_ids)} tokens ({sum(tiles_per_image)} tiles of "
                 f"{self._tokens_per_tile}), data.max_prompt_tokens is {self._settings.max_prompt_tokens}; "
                 "raise it, lower data.max_tiles, or take the sample out"
             )
-        return Prompt(
-            key=key,
-            messages=sample.messages,
-            token_ids=tuple(token_ids),
-            tiles_TCHW=torch.cat(tiles) if tiles else self._no_tiles(),
-            answer=sample.answer,
-            answer_type=sample.answer_type,
-            images=tuple(sample.images.values()),
-            facts=sample.facts,
-            response=sample.response,
-            preference=_preference(sample),
-        )
+        return tuple(token_ids), torch.cat(tiles) if tiles else self._no_tiles()
 
     def _no_tiles(self) -> torch.Tensor:
         return torch.zeros(0, 3, self._tile_size, self._tile_size, dtype=torch.uint8)

@@ -4,7 +4,8 @@
      "answer_type": "numeric", "facts": {"left": "3", "right": "5"}, "images": ["0.png"]}
 
 `facts` and `images` may be left out. `response` (supervised data), `chosen`, `rejected` and `margin` (preference data)
-and `source` are optional; `answer` may be empty only where a `response` or a `chosen` is there to learn from.
+and `source` are optional; `answer` may be empty only where a `response` or a `chosen` is there to learn from. For
+evaluation, `alternatives` lists further right answers and `metadata` (names to text) what results are broken down by.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _IMAGE_NAME = re.compile(r"[0-9]+\.(" + "|".join(IMAGE_EXTENSIONS) + ")")
 _REQUIRED = {"schema", "messages", "answer", "answer_type"}
 _OPTIONAL_TEXT = ("response", "chosen", "rejected", "source")
-_KNOWN = _REQUIRED | {"facts", "images", "margin", *_OPTIONAL_TEXT}
+_KNOWN = _REQUIRED | {"facts", "images", "margin", "alternatives", "metadata", *_OPTIONAL_TEXT}
 
 
 class SampleError(ValueError):
@@ -55,6 +56,10 @@ class Sample:
     margin: float | None = None
     """Reward of `chosen` minus reward of `rejected`."""
     source: str | None = None
+    alternatives: tuple[str, ...] = ()
+    """Further answers that are as right as `answer`."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
 
 
 def check_key(key: str) -> None:
@@ -109,6 +114,10 @@ def encode_record(sample: Sample) -> bytes:
         value = getattr(sample, name)
         if value is not None:
             record[name] = value
+    if sample.alternatives:
+        record["alternatives"] = list(sample.alternatives)
+    if sample.metadata:
+        record["metadata"] = dict(sample.metadata)
     _check_record(record, sample.key)
     check_key(sample.key)
     return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
@@ -148,6 +157,8 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
         images={name: parts[name] for name in names},
         facts=record.get("facts", {}),
         margin=record.get("margin"),
+        alternatives=tuple(record.get("alternatives", ())),
+        metadata=record.get("metadata", {}),
         **{name: record.get(name) for name in _OPTIONAL_TEXT},
     )
 
@@ -217,9 +228,13 @@ def _check_values(record: Mapping[str, Any], key: str) -> None:
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float):
         raise SampleError(f"sample {key!r}: margin must be a number, got {margin!r}")
-    facts = record.get("facts", {})
-    if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
-        raise SampleError(f"sample {key!r}: facts must map names to text, got {facts!r}")
+    for name in ("facts", "metadata"):
+        mapping = record.get(name, {})
+        if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
+            raise SampleError(f"sample {key!r}: {name} must map names to text, got {mapping!r}")
+    others = record.get("alternatives", [])
+    if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
+        raise SampleError(f"sample {key!r}: alternatives must be a list of texts that are not empty, got {others!r}")
 
 
 def _check_images(record: Mapping[str, Any], key: str) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.energon import (
@@ -39,6 +39,8 @@ _OPEN_SHARDS = 16
 _JUDGE_AFTER = 100
 _CORRUPT_KEPT = 20
 _STATE_VERSION = 1
+
+Item = TypeVar("Item")
 
 
 class PromptStream:
@@ -111,7 +113,7 @@ class PromptStream:
         if self._iterator is None:
             self._iterator = iter(self._loader)
         while len(prompts) < count:
-            prompt = _read_one(self._iterator, self._builder, self._tally, self._folder)
+            prompt = _read_one(self._iterator, self._builder.build, self._tally, self._folder)
             if prompt is not None:
                 prompts.append(prompt)
         return prompts
@@ -186,12 +188,7 @@ def read_prompts(
     everything = each_prompt(
         folder, settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
     )
-    prompts = list(islice(everything, count or None))
-    if len(prompts) < count:
-        raise ValueError(
-            f"{folder} has {len(prompts)} usable samples, {count} were asked for; lower evaluation.prompts"
-        )
-    return prompts
+    return _first(folder, everything, count)
 
 
 def each_prompt(
@@ -212,18 +209,48 @@ def each_prompt(
     Raises:
         ValueError: If the data set is incomplete, has too many corrupt samples, or a prompt is too long.
     """
-    root = Path(folder)
-    check_shards(root)
-    loader = _loader(root, shuffle=False, repeat=False, seed=0)
     builder = PromptBuilder(
         settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
     )
-    tally = _Tally(root, settings.max_corrupt_fraction, len(loader))
+    yield from _each_in_order(folder, builder.build, settings.max_corrupt_fraction)
+
+
+def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) -> list[Sample]:
+    """Read a data set once in the order of its shards, as it is: for an endpoint, which tokenizes by itself.
+
+    Args:
+        folder: Made by megatron_r1v2.data.prepare.
+        settings: The part of samples that may be corrupt.
+        count: How many samples, from the start; 0: all.
+
+    Returns:
+        The samples, without corrupt ones; images are not decoded.
+
+    Raises:
+        ValueError: As `read_prompts`.
+    """
+    return _first(folder, _each_in_order(folder, parse_sample, settings.max_corrupt_fraction), count)
+
+
+def _first(folder: str | Path, items: Iterator[Item], count: int) -> list[Item]:
+    found = list(islice(items, count or None))
+    if len(found) < count:
+        raise ValueError(f"{folder} has {len(found)} usable samples, {count} were asked for; lower evaluation.prompts")
+    return found
+
+
+def _each_in_order(
+    folder: str | Path, build: Callable[[str, Mapping[str, bytes]], Item], max_corrupt_fraction: float
+) -> Iterator[Item]:
+    root = Path(folder)
+    check_shards(root)
+    loader = _loader(root, shuffle=False, repeat=False, seed=0)
+    tally = _Tally(root, max_corrupt_fraction, len(loader))
     iterator = iter(loader)
     for _ in range(len(loader)):
-        prompt = _read_one(iterator, builder, tally, root)
-        if prompt is not None:
-            yield prompt
+        item = _read_one(iterator, build, tally, root)
+        if item is not None:
+            yield item
 
 
 def each_sample(folder: str | Path) -> Iterator[Sample]:
@@ -270,7 +297,12 @@ def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableD
     return loader
 
 
-def _read_one(iterator: Iterator[dict[str, Any]], builder: PromptBuilder, tally: _Tally, folder: Path) -> Prompt | None:
+def _read_one(
+    iterator: Iterator[dict[str, Any]],
+    build: Callable[[str, Mapping[str, bytes]], Item],
+    tally: _Tally,
+    folder: Path,
+) -> Item | None:
     """Read one sample; None if it is corrupt."""
     try:
         raw = next(iterator)
@@ -278,12 +310,12 @@ def _read_one(iterator: Iterator[dict[str, Any]], builder: PromptBuilder, tally:
         raise ValueError(f"{folder}: a shard cannot be read ({error}); copy the data set again") from error
     parts = {name: data for name, data in raw.items() if isinstance(data, bytes)}
     try:
-        prompt = builder.build(raw["__key__"], parts)
+        item = build(raw["__key__"], parts)
     except SampleError as error:
         tally.add_corrupt(raw["__key__"], str(error))
         return None
     tally.add_good()
-    return prompt
+    return item
 
 
 class _Tally:

@@ -53,6 +53,36 @@ class Evaluator:
             The result, a record of every response for people to look at, and the responses: on every rank, ordered by
             prompt and run.
         """
+        scored = self.respond(prompts, name=name, step=step, progress=progress)
+        result = evaluate_runs(
+            name,
+            prompts,
+            scored,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            seed=self.settings.seed,
+            step=step,
+        )
+        by_key = {prompt.key: prompt for prompt in prompts}
+        records = [
+            rollout_record(step, by_key[response.rollout.prompt_key], response, advantage=0.0) for response in scored
+        ]
+        return result, records, scored
+
+    def respond(
+        self, prompts: Sequence[Prompt], *, name: str, step: int, progress: Progress | None = None
+    ) -> list[ScoredRollout]:
+        """Generate and score responses.
+
+        Args:
+            prompts: the same on every rank.
+            name: never used before at this step.
+            step: training steps behind the weights.
+            progress: told (responses finished, tokens in them) of this replica after every engine step.
+
+        Returns:
+            `evaluation.runs` responses to each prompt, on every rank, ordered by prompt and run.
+        """
         queue = SharedPromptQueue(prompts, context=self.context, name=f"evaluate-{name}-{step}")
         rollouts = self.engine.generate(
             queue,
@@ -79,16 +109,4 @@ class Evaluator:
         order = {prompt.key: index for index, prompt in enumerate(prompts)}
         scored = [response for part in objects.all_gather(mine, self.context.groups.dp) for response in part]
         scored.sort(key=lambda response: (order[response.rollout.prompt_key], response.rollout.sample_index))
-        result = evaluate_runs(
-            name,
-            prompts,
-            scored,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            seed=self.settings.seed,
-            step=step,
-        )
-        records = [
-            rollout_record(step, by_key[response.rollout.prompt_key], response, advantage=0.0) for response in scored
-        ]
-        return result, records, scored
+        return scored

@@ -1,4 +1,4 @@
-"""Pass@1 over repeated sampled runs, with format and hallucination rates; pure but for one JSON file."""
+"""Pass@1, Pass@k and maj@k over repeated sampled runs, format and hallucination rates; pure but for one JSON file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,43 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megatron_r1v2.rewards.score import count_hallucinations
+from megatron_r1v2.evaluation.estimates import budgets, confidence_interval, majority_at_k, pass_at_k
+from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.rewards.claims import Claim, hallucination_counts
 from megatron_r1v2.types import Prompt, ScoredRollout
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What counts of one response.
+
+    Example: prompt_key "aime-12", sample_index 0, correct True, answer "204", well_formed 1.0, tokens 3120.
+    """
+
+    prompt_key: str
+    sample_index: int
+    """The run that it belongs to."""
+    correct: bool
+    """By the rules, or by the judge where the rules could not tell."""
+    answer: str | None
+    """The content of its last box; None: it has none."""
+    well_formed: float
+    """The format score."""
+    tokens: int | None
+    """The stop token included; None: an endpoint did not say."""
+    claims: tuple[Claim, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Of its prompt."""
+    judged: bool = False
+    """The judge was asked."""
+    unclear: bool = False
+    """The judge was asked and its answer has no verdict; counted as wrong."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +64,26 @@ class EvaluationResult:
     """Contradicted claims over claims; None when no claim was made."""
     claim_coverage: float | None
     """Responses with claims over responses to prompts with facts; None when no prompt has facts."""
-    mean_response_tokens: float
-    """The stop token included."""
+    mean_response_tokens: float | None
+    """The stop token included; None: an endpoint did not say."""
     num_prompts: int
     temperature: float
     top_p: float
     seed: int
     step: int
     """Optimizer steps that the evaluated weights have seen."""
+    pass_at_1_interval: tuple[float, float] | None = None
+    """95 % by the cluster bootstrap over prompts (`estimates.confidence_interval`); older files have none."""
+    pass_at_k: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """By k: the unbiased estimate, and the ends of its interval."""
+    maj_at_k: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """By k: how often the majority of k responses is right, and the ends of its interval."""
+    model: str = ""
+    """What was evaluated: a folder, or an endpoint's model."""
+    judged: int = 0
+    """Responses that the judge was asked about."""
+    judge_unclear: int = 0
+    """Those of them without a verdict, counted as wrong."""
 
 
 def evaluate_runs(
@@ -69,54 +110,124 @@ def evaluate_runs(
     Raises:
         ValueError: no prompts, a prompt twice, a response to another prompt, or a prompt without every run.
     """
-    by_key = {prompt.key: prompt for prompt in prompts}
-    runs = _responses_by_run(by_key, len(prompts), scored)
+    facts = {prompt.key: prompt.facts for prompt in prompts}
+    outcomes = [_outcome(response, facts.get(response.rollout.prompt_key, {})) for response in scored]
+    return evaluate_outcomes(
+        name, [prompt.key for prompt in prompts], outcomes, temperature=temperature, top_p=top_p, seed=seed, step=step
+    )
+
+
+def evaluate_outcomes(
+    name: str,
+    keys: Sequence[str],
+    outcomes: Sequence[Outcome],
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    step: int,
+    model: str = "",
+) -> EvaluationResult:
+    """Compute an evaluation; run i is every prompt's response with sample_index i.
+
+    Args:
+        name: "before", "after", ...
+        keys: of the prompts, each once.
+        outcomes: in any order, equally many for each prompt.
+        temperature: of the sampling, for the record.
+        top_p: of the sampling, for the record.
+        seed: of the sampling, for the record.
+        step: optimizer steps that the weights have seen.
+        model: what was evaluated, for the record.
+
+    Raises:
+        ValueError: no prompts, a prompt twice, a response to another prompt, or a prompt without every run.
+    """
+    runs = _outcomes_by_run(keys, outcomes)
     # Sums of whole numbers before the one division: the order of the responses must not change a bit.
-    pass_rates = tuple(sum(response.rule_correct for response in run) / len(run) for run in runs)
-    hallucination = count_hallucinations(scored, by_key)
+    pass_rates = tuple(sum(outcome.correct for outcome in run.values()) / len(run) for run in runs)
+    prompts = [[run[key] for run in runs] for key in keys]
+    counts = [sum(outcome.correct for outcome in responses) for responses in prompts]
+    hallucination = hallucination_counts([o.claims for o in outcomes], [o.facts for o in outcomes])
+    tokens = [outcome.tokens for outcome in outcomes if outcome.tokens is not None]
+    ks = budgets(len(runs))
     return EvaluationResult(
         name=name,
         pass_at_1=statistics.fmean(pass_rates),
         pass_at_1_std=statistics.stdev(pass_rates) if len(pass_rates) > 1 else 0.0,
         runs=pass_rates,
-        format_rate=statistics.fmean(response.rewards["format"] for response in scored),
+        format_rate=statistics.fmean(outcome.well_formed for outcome in outcomes),
         hallucination_rate=hallucination.rate,
         claim_coverage=hallucination.coverage,
-        mean_response_tokens=statistics.fmean(len(response.rollout.token_ids) for response in scored),
-        num_prompts=len(prompts),
+        mean_response_tokens=statistics.fmean(tokens) if tokens else None,
+        num_prompts=len(keys),
         temperature=temperature,
         top_p=top_p,
         seed=seed,
         step=step,
+        pass_at_1_interval=confidence_interval([count / len(runs) for count in counts]),
+        pass_at_k={str(k): _estimate([pass_at_k(len(runs), count, k) for count in counts]) for k in ks},
+        maj_at_k={str(k): _estimate([_majority(responses, k) for responses in prompts]) for k in ks},
+        model=model,
+        judged=sum(outcome.judged for outcome in outcomes),
+        judge_unclear=sum(outcome.unclear for outcome in outcomes),
     )
 
 
-def _responses_by_run(
-    prompts: Mapping[str, Prompt], num_prompts: int, scored: Sequence[ScoredRollout]
-) -> list[list[ScoredRollout]]:
+def _estimate(values: Sequence[float]) -> tuple[float, float, float]:
+    return (statistics.fmean(values), *confidence_interval(values))
+
+
+def _majority(responses: Sequence[Outcome], k: int) -> float:
+    """Return maj@k of one prompt: right answers, however written, are one answer; wrong ones are as many as texts."""
+    right = "right"
+    votes = [
+        None
+        if outcome.answer is None or not outcome.answer.strip()
+        else right
+        if outcome.correct
+        else f"wrong: {' '.join(outcome.answer.split()).casefold()}"
+        for outcome in responses
+    ]
+    return majority_at_k(votes, frozenset([right]), k)
+
+
+def _outcome(response: ScoredRollout, facts: Mapping[str, str]) -> Outcome:
+    rollout = response.rollout
+    return Outcome(
+        prompt_key=rollout.prompt_key,
+        sample_index=rollout.sample_index,
+        correct=response.rule_correct,
+        answer=last_boxed(response.text),
+        well_formed=response.rewards["format"],
+        tokens=len(rollout.token_ids),
+        claims=response.claims,
+        facts=facts,
+    )
+
+
+def _outcomes_by_run(keys: Sequence[str], outcomes: Sequence[Outcome]) -> list[dict[str, Outcome]]:
     """Group the responses by sample index, and check that every prompt is in every run exactly once."""
-    if not num_prompts or not scored:
+    if not keys or not outcomes:
         raise ValueError(
-            f"an evaluation needs prompts and responses, got {num_prompts} and {len(scored)}; "
+            f"an evaluation needs prompts and responses, got {len(keys)} and {len(outcomes)}; "
             "check evaluation.data and evaluation.runs"
         )
-    if len(prompts) != num_prompts:
-        raise ValueError(f"{num_prompts} evaluation prompts have only {len(prompts)} keys; each key may occur once")
-    num_runs = 1 + max(response.rollout.sample_index for response in scored)
-    runs: list[dict[str, ScoredRollout]] = [{} for _ in range(num_runs)]
-    for response in scored:
-        key, run = response.rollout.prompt_key, runs[response.rollout.sample_index]
-        if key not in prompts:
+    known = set(keys)
+    if len(known) != len(keys):
+        raise ValueError(f"{len(keys)} evaluation prompts have only {len(known)} keys; each key may occur once")
+    runs: list[dict[str, Outcome]] = [{} for _ in range(1 + max(outcome.sample_index for outcome in outcomes))]
+    for outcome in outcomes:
+        key, run = outcome.prompt_key, runs[outcome.sample_index]
+        if key not in known:
             raise ValueError(f"a response answers {key!r}, which is not among the evaluation prompts")
         if key in run:
-            raise ValueError(
-                f"prompt {key!r} has two responses in run {response.rollout.sample_index}; one is accepted"
-            )
-        run[key] = response
+            raise ValueError(f"prompt {key!r} has two responses in run {outcome.sample_index}; one is accepted")
+        run[key] = outcome
     for index, run in enumerate(runs):
-        if missing := sorted(prompts.keys() - run.keys()):
-            raise ValueError(f"prompts {missing[:3]} have no response in run {index} of {num_runs}; each needs one")
-    return [list(run.values()) for run in runs]
+        if missing := sorted(known - run.keys()):
+            raise ValueError(f"prompts {missing[:3]} have no response in run {index} of {len(runs)}; each needs one")
+    return runs
 
 
 def evaluation_path(folder: Path, name: str) -> Path:
@@ -156,17 +267,27 @@ def read_evaluation(path: Path) -> EvaluationResult:
         path: an `evaluation-NAME.json`.
 
     Raises:
-        ValueError: not JSON, or not with exactly the fields of `EvaluationResult`.
+        ValueError: not JSON, a field that `EvaluationResult` does not know, or one without a default is missing.
     """
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); run the evaluation again") from error
-    expected = {field.name for field in dataclasses.fields(EvaluationResult)}
-    if not isinstance(fields, dict) or fields.keys() != expected:
+    known = {field.name for field in dataclasses.fields(EvaluationResult)}
+    needed = {
+        field.name
+        for field in dataclasses.fields(EvaluationResult)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if not isinstance(fields, dict) or not needed <= fields.keys() <= known:
         got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"{path} holds {got}, an evaluation has {sorted(expected)}; run the evaluation again")
-    return EvaluationResult(**{**fields, "runs": tuple(fields["runs"])})
+        raise ValueError(f"{path} holds {got}, an evaluation has {sorted(known)}; run the evaluation again")
+    for name in ("runs", "pass_at_1_interval"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
+    for name in ("pass_at_k", "maj_at_k"):
+        fields[name] = {k: tuple(values) for k, values in fields.get(name, {}).items()}
+    return EvaluationResult(**fields)
 
 
 def comparison_table(results: Sequence[EvaluationResult]) -> Table:
@@ -190,16 +311,30 @@ def comparison_table(results: Sequence[EvaluationResult]) -> Table:
         table.add_column(result.name, justify="right")
     rows = {
         "Pass@1": [f"{_percent(r.pass_at_1)} +- {_percent(r.pass_at_1_std)}" for r in results],
+        "95 % interval": [_interval(r.pass_at_1_interval) for r in results],
+        **{f"Pass@{k}": [_percent(r.pass_at_k[k][0]) for r in results] for k in _shared(results, "pass_at_k")},
+        **{f"maj@{k}": [_percent(r.maj_at_k[k][0]) for r in results] for k in _shared(results, "maj_at_k")},
         "well-formed": [_percent(r.format_rate) for r in results],
         "hallucination rate": [_percent(r.hallucination_rate) for r in results],
         "claim coverage": [_percent(r.claim_coverage) for r in results],
-        "response tokens": [f"{r.mean_response_tokens:.1f}" for r in results],
+        "response tokens": [
+            "-" if r.mean_response_tokens is None else f"{r.mean_response_tokens:.1f}" for r in results
+        ],
         "prompts x runs": [f"{r.num_prompts} x {len(r.runs)}" for r in results],
         "step": [str(r.step) for r in results],
     }
     for label, cells in rows.items():
         table.add_row(label, *cells)
     return table
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "-" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
+
+
+def _shared(results: Sequence[EvaluationResult], name: str) -> list[str]:
+    """Return the k that all results have; those of older files have none."""
+    return [k for k in getattr(results[0], name) if all(k in getattr(result, name) for result in results)]
 
 
 def _percent(value: float | None) -> str:

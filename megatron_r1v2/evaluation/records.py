@@ -20,7 +20,9 @@ from megatron_r1v2.types import Prompt, ScoredRollout
 MAX_PICTURE_SIDE = 448
 
 
-def rollout_record(step: int, prompt: Prompt, scored: ScoredRollout, *, advantage: float) -> dict[str, Any]:
+def rollout_record(
+    step: int, prompt: Prompt, scored: ScoredRollout, *, advantage: float, picture: bool = True
+) -> dict[str, Any]:
     """Return one line of `rollouts.jsonl`.
 
     Args:
@@ -28,6 +30,7 @@ def rollout_record(step: int, prompt: Prompt, scored: ScoredRollout, *, advantag
         prompt: what was asked.
         scored: the response.
         advantage: as trained with; 0 in an evaluation.
+        picture: put the prompt's picture in.
     """
     verdicts = judge_claims(scored.claims, prompt.facts)
     return {
@@ -44,7 +47,7 @@ def rollout_record(step: int, prompt: Prompt, scored: ScoredRollout, *, advantag
         "claims": [[name, value, verdict] for (name, value), verdict in zip(scored.claims, verdicts, strict=True)],
         "finish_reason": scored.rollout.finish_reason,
         "response_tokens": len(scored.rollout.token_ids),
-        "image_png": picture_base64(prompt),
+        "image_png": picture_base64(prompt) if picture else None,
     }
 
 
@@ -82,7 +85,28 @@ def picture_base64(prompt: Prompt) -> str | None:
         return None
     num_images = sum(message["content"].count("<image>") for message in prompt.messages)
     picture_CHW = assemble_tiles(prompt.tiles_TCHW, one_image=num_images <= 1)
-    image = Image.fromarray(picture_CHW.permute(1, 2, 0).contiguous().cpu().numpy())
+    return _small_png(Image.fromarray(picture_CHW.permute(1, 2, 0).contiguous().cpu().numpy()))
+
+
+def images_base64(images: Sequence[Image.Image]) -> str | None:
+    """Return images side by side, as a PNG in base64 of at most `MAX_PICTURE_SIDE`; None without images.
+
+    Args:
+        images: RGB, of any size.
+    """
+    if not images:
+        return None
+    for image in images:
+        image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
+    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width
+    return _small_png(row)
+
+
+def _small_png(image: Image.Image) -> str:
     image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     stream = io.BytesIO()
     image.save(stream, format="PNG")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 
 from megatron_r1v2.generation import sampling
+from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
@@ -113,38 +115,54 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the tokens of a phase are drawn."""
+class Vocabulary:
+    """Which tokens can be drawn, and which end a response."""
 
-    temperature: float
-    top_p: float
+    size: int
+    """Ids from here on are padding."""
     stop_ids: frozenset[int]
-    vocab_size: int
+
+
+@dataclass(frozen=True)
+class DrawnToken:
+    """What one step of the engine gave one request."""
+
+    request_id: int
+    token_id: int
+    log_prob: float
+    """Under the sampling distribution; see `sampling.draw`."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens with their log-probs, best first."""
+    is_last: bool = False
+    """The response ends here."""
 
 
 class RolloutController(TextGenerationController):
     """Draws once per replica, with log-probs of the sampling distribution, and stops at any of a set of tokens."""
 
-    def __init__(self, model: ImageInferenceWrapper, parallel: ParallelContext, settings: Sampling) -> None:
+    def __init__(self, model: ImageInferenceWrapper, parallel: ParallelContext, vocabulary: Vocabulary) -> None:
         """Make the controller.
 
         Args:
             model: the wrapped model.
             parallel: process groups.
-            settings: how tokens are drawn.
+            vocabulary: what is drawn from.
         """
         super().__init__(model, _NoTokenizer(), pp_group=parallel.groups.pp)
-        self.response_keys: dict[int, int] = {}
-        """By request id; see sampling.response_key."""
+        self.draws: dict[int, Draw] = {}
+        """By request id."""
+        self.cancelled: set[int] = set()
+        """Requests that end with the next token they are given."""
+        self.drawn: list[DrawnToken] = []
+        """By the last step."""
         self._context = model.inference_context
-        self._settings = settings
-        self._stop_ids = torch.tensor(sorted(settings.stop_ids), dtype=torch.int64, device=parallel.device)
+        self._vocab_size = vocabulary.size
+        self._stop_ids = torch.tensor(sorted(vocabulary.stop_ids), dtype=torch.int64, device=parallel.device)
         self._model_group = parallel.groups.mp
         # Ranks of a replica are ordered stage by stage: the first of the last stage draws for all.
         ranks = dist.get_process_group_ranks(parallel.groups.mp)
         self._drawing_rank = ranks[(parallel.pipeline_size - 1) * parallel.tensor_size]
-        self._draws = dist.get_rank() == self._drawing_rank
-        self._log_probs_R = torch.empty(0)
+        self._draws_here = dist.get_rank() == self._drawing_rank
 
     def _active(self) -> slice:
         return slice(self._context.paused_request_count, self._context.total_request_count)
@@ -155,47 +173,71 @@ class RolloutController(TextGenerationController):
         return self.inference_wrapped_model.run_one_forward_step(inputs)
 
     def _dynamic_step_sample_bookkeeping(self) -> None:
-        """Do nothing: all requests of a phase are drawn in the same way."""
+        """Do nothing: megatron-core would group requests by their sampling parameters; a row here has its own."""
 
     def _dynamic_step_log_probs_bookkeeping(self) -> tuple[bool, bool]:
-        return True, False
+        """Tell megatron-core to compute none: ours come with the draw."""
+        return False, False
 
     def _dynamic_step_sample_logits(self, logits: torch.Tensor | None) -> None:
         """Draw a token for each active request and tell all ranks of the replica."""
-        count = self._context.get_active_request_count()
-        drawn = torch.empty(2, count, dtype=torch.float64, device=self._stop_ids.device)
-        if self._draws:
+        request_ids = self._context.request_ids[self._active()].tolist()
+        draws = [self.draws[request_id] for request_id in request_ids]
+        most = max(draw.num_alternatives for draw in draws)
+        # Rows: the tokens, their log-probs, then the ids and the log-probs of the alternatives.
+        drawn = torch.empty(2 + 2 * most, len(draws), dtype=torch.float64, device=self._stop_ids.device)
+        if self._draws_here:
             assert logits is not None
-            keys = [self.response_keys[request] for request in self._context.request_ids[self._active()].tolist()]
-            keys_R = torch.tensor(keys, dtype=torch.int64, device=drawn.device)
-            uniforms_R = sampling.uniforms(keys_R, self._context.get_active_sequence_lengths().long())
-            drawn[0], drawn[1] = sampling.draw(
-                logits.squeeze(0),
-                uniforms_R,
-                temperature=self._settings.temperature,
-                top_p=self._settings.top_p,
-                vocab_size=self._settings.vocab_size,
-            )
+            self._draw(logits.squeeze(0), draws, drawn)
         if self._model_group.size() > 1:
             dist.broadcast(drawn, src=self._drawing_rank, group=self._model_group)
-        self._sampled_tokens_cuda[:count] = drawn[0].long()
-        self._log_probs_R = drawn[1]
+        self._sampled_tokens_cuda[: len(draws)] = drawn[0].long()
+        self.drawn = [
+            DrawnToken(request_id, int(token), log_prob, _alternatives(rest, draw.num_alternatives))
+            for request_id, draw, (token, log_prob, *rest) in zip(request_ids, draws, drawn.T.tolist(), strict=True)
+            # The token after a chunk that does not end the prompt is thrown away.
+            if request_id != self._context.chunked_prefill_request_id
+        ]
 
-    def _dynamic_step_calculate_log_probs(self, logits: torch.Tensor | None) -> tuple[list[list[float]], None]:
-        return [[log_prob] for log_prob in self._log_probs_R.tolist()], None
+    def _draw(self, logits_RV: torch.Tensor, draws: Sequence[Draw], drawn: torch.Tensor) -> None:
+        def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=drawn.device)
+
+        keys_R = column([draw.response_key for draw in draws], torch.int64)
+        tokens_R, log_probs_RV = sampling.draw(
+            logits_RV,
+            sampling.uniforms(keys_R, self._context.get_active_sequence_lengths().long()),
+            temperatures_R=column([draw.temperature for draw in draws], torch.float32),
+            top_ps_R=column([draw.top_p for draw in draws], torch.float32),
+            vocab_size=self._vocab_size,
+        )
+        drawn[0], drawn[1] = tokens_R, log_probs_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+        most = (drawn.shape[0] - 2) // 2
+        if most:
+            values_RA, ids_RA = log_probs_RV.topk(most, dim=1)
+            drawn[2 : 2 + most], drawn[2 + most :] = ids_RA.T, values_RA.T
 
     def _dynamic_step_context_bookkeeping(self) -> dict[str, torch.Tensor]:
-        """Let a request end at any stop token: megatron-core compares the token with one id a request.
+        """Let a request end at any stop token, or because it was cancelled: megatron-core compares with one id each.
 
-        The id is set to the token itself where that is a stop token. Not for a prompt of which a chunk is still to
-        come: its token is thrown away.
+        The id is set to the token itself where the request ends. Not for a prompt of which a chunk is still to come:
+        its token is thrown away.
         """
         sampled = self._sampled_tokens_cuda[: self._context.get_active_request_count()]
-        termination = torch.where(torch.isin(sampled, self._stop_ids), sampled, -1)
+        ends = torch.isin(sampled, self._stop_ids)
+        if self.cancelled:
+            active = self._context.request_ids[self._active()].tolist()
+            ends |= torch.tensor([request_id in self.cancelled for request_id in active], device=ends.device)
+        termination = sampled.where(ends, -1)
         if self._context.chunked_prefill_request_id != -1:
             termination[-1] = -1
         self._request_metadata["termination_id"][self._active()] = termination
         return super()._dynamic_step_context_bookkeeping()
+
+
+def _alternatives(rest: Sequence[float], count: int) -> tuple[tuple[int, float], ...]:
+    most = len(rest) // 2
+    return tuple((int(token), log_prob) for token, log_prob in zip(rest[:count], rest[most:][:count], strict=True))
 
 
 class _NoTokenizer:

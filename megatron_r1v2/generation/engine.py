@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from megatron_r1v2.config.schema import GenerationConfig
-from megatron_r1v2.generation.controller import PromptImages, Sampling
+from megatron_r1v2.generation.controller import DrawnToken, PromptImages, Vocabulary
 from megatron_r1v2.generation.features import FeatureCache
-from megatron_r1v2.generation.phase import GenerationPhase, Response
+from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.queue import SharedPromptQueue
-from megatron_r1v2.generation.sampling import response_key
+from megatron_r1v2.generation.sampling import Draw, response_key
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt, Rollout
@@ -23,8 +24,24 @@ OnFinished = Callable[[Prompt, Sequence[Rollout]], None]
 """Called with a prompt and all responses to it, in the order of `sample_index`."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """One response to be generated."""
+
+    request_id: int
+    """Unique in the phase."""
+    prompt: Prompt
+    draw: Draw
+    max_response_tokens: int
+    """A response that reaches this is cut."""
+
+
 class RolloutEngine:
-    """Generates responses on one model replica; every rank of the replica calls `generate` together."""
+    """Generates responses on one model replica; every rank of the replica makes the same calls.
+
+    `generate` is for rollouts: all prompts are there, and all responses are wanted. Who serves opens a `phase`, adds
+    requests while others decode, and takes the tokens of each step.
+    """
 
     def __init__(
         self,
@@ -103,49 +120,86 @@ class RolloutEngine:
             ValueError: a prompt is too long, its image tokens do not match its tiles, or the cache holds no sequence.
         """
         seed = self.seed if seed is None else seed
+        taken: list[Prompt] = []
+        tokens: dict[int, list[DrawnToken]] = {}
+
+        def rollouts_to(number: int) -> list[Rollout]:
+            first = number * num_responses
+            return [
+                self._rollout(tokens[first + sample], taken[number], sample, policy_version)
+                for sample in range(num_responses)
+            ]
+
+        with self.phase(max_response_tokens) as phase:
+            num_finished = num_finished_tokens = 0
+            left: dict[int, int] = {}
+            for new in self._admissions(phase, prompts, num_responses):
+                requests = [
+                    Request(
+                        request_id=number * num_responses + sample,
+                        prompt=prompt,
+                        draw=Draw(response_key(seed, policy_version, prompt.key, sample), temperature, top_p),
+                        max_response_tokens=max_response_tokens,
+                    )
+                    for number, prompt in enumerate(new, start=len(taken))
+                    for sample in range(num_responses)
+                ]
+                taken += new
+                self.add(phase, requests, features)
+                for token in phase.step():
+                    response = tokens.setdefault(token.request_id, [])
+                    response.append(token)
+                    if token.is_last:
+                        num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(response)
+                        number = token.request_id // num_responses
+                        left[number] = left.get(number, num_responses) - 1
+                        if on_finished is not None and not left[number]:
+                            on_finished(taken[number], rollouts_to(number))
+                if progress is not None:
+                    progress(num_finished, num_finished_tokens)
+        return [rollout for number in range(len(taken)) for rollout in rollouts_to(number)]
+
+    @contextmanager
+    def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:
+        """Open a generation phase, for prompts of up to `max_prompt_tokens`; its cache is freed with the block.
+
+        Args:
+            max_response_tokens: the longest response.
+
+        Raises:
+            ValueError: the cache holds no sequence.
+        """
         with _evaluating(self.model), torch.no_grad():
             phase = GenerationPhase(
                 self.model,
                 parallel=self.parallel,
                 settings=self.settings,
-                draw=Sampling(temperature, top_p, self.stop_ids, self.vocab_size),
+                vocabulary=Vocabulary(self.vocab_size, self.stop_ids),
                 max_sequence_tokens=self.max_prompt_tokens + max_response_tokens,
             )
             try:
-                taken: list[Prompt] = []
-                responses: dict[int, Response] = {}
-
-                def rollouts_to(number: int) -> list[Rollout]:
-                    first = number * num_responses
-                    return [
-                        self._rollout(responses[first + sample], taken[number], sample, policy_version)
-                        for sample in range(num_responses)
-                    ]
-
-                for new in self._admissions(phase, prompts, num_responses):
-                    images = self._images(new, features)
-                    for prompt in new:
-                        for sample in range(num_responses):
-                            phase.add(
-                                len(taken) * num_responses + sample,
-                                prompt.token_ids,
-                                response_key=response_key(seed, policy_version, prompt.key, sample),
-                                images=images.get(prompt.key),
-                                max_response_tokens=max_response_tokens,
-                            )
-                        taken.append(prompt)
-                    ended = {response.request_id: response for response in phase.step()}
-                    responses |= ended
-                    for number in sorted({request // num_responses for request in ended}):
-                        group = range(number * num_responses, (number + 1) * num_responses)
-                        if on_finished is not None and all(request in responses for request in group):
-                            on_finished(taken[number], rollouts_to(number))
-                    if progress is not None:
-                        progress(len(responses), sum(len(response.token_ids) for response in responses.values()))
+                yield phase
                 self.num_evictions = phase.num_evictions
             finally:
                 phase.close()
-        return [rollout for number in range(len(taken)) for rollout in rollouts_to(number)]
+
+    def add(self, phase: GenerationPhase, requests: Sequence[Request], features: FeatureCache) -> None:
+        """Queue requests in a phase, with the embeddings of their images; all ranks of the replica together.
+
+        Args:
+            phase: open.
+            requests: their images are encoded together.
+            features: of images, filled as needed.
+        """
+        images = self._images(list({request.prompt.key: request.prompt for request in requests}.values()), features)
+        for request in requests:
+            phase.add(
+                request.request_id,
+                request.prompt.token_ids,
+                draw=request.draw,
+                images=images.get(request.prompt.key),
+                max_response_tokens=request.max_response_tokens,
+            )
 
     def _admissions(
         self, phase: GenerationPhase, prompts: Iterable[Prompt], num_responses: int
@@ -165,13 +219,21 @@ class RolloutEngine:
                 prompt = next(source, None)
                 exhausted = prompt is None
                 if prompt is not None:
-                    self._check(prompt)
+                    self.check(prompt)
                     new.append(prompt)
             if not new and not phase.num_in_flight:
                 return
             yield new
 
-    def _check(self, prompt: Prompt) -> None:
+    def check(self, prompt: Prompt) -> None:
+        """Refuse a prompt that the engine cannot take.
+
+        Args:
+            prompt: templated, tokenized and tiled.
+
+        Raises:
+            ValueError: it is too long, or its image tokens do not match its tiles.
+        """
         if len(prompt.token_ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"prompt {prompt.key!r} has {len(prompt.token_ids)} tokens, more than data.max_prompt_tokens="
@@ -200,14 +262,14 @@ class RolloutEngine:
             )
         return images
 
-    def _rollout(self, response: Response, prompt: Prompt, sample_index: int, policy_version: int) -> Rollout:
+    def _rollout(self, tokens: Sequence[DrawnToken], prompt: Prompt, sample_index: int, policy_version: int) -> Rollout:
         return Rollout(
             prompt_key=prompt.key,
             sample_index=sample_index,
-            token_ids=response.token_ids,
-            rollout_log_probs=response.log_probs,
+            token_ids=tuple(token.token_id for token in tokens),
+            rollout_log_probs=tuple(token.log_prob for token in tokens),
             policy_version=policy_version,
-            finish_reason="stop" if response.token_ids[-1] in self.stop_ids else "length",
+            finish_reason="stop" if tokens[-1].token_id in self.stop_ids else "length",
         )
 
 

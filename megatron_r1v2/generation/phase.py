@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
-from megatron.core.inference.inference_request import DynamicInferenceRequestRecord
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.context import make_context
-from megatron_r1v2.generation.controller import ImageInferenceWrapper, PromptImages, RolloutController, Sampling
+from megatron_r1v2.generation.controller import (
+    DrawnToken,
+    ImageInferenceWrapper,
+    PromptImages,
+    RolloutController,
+    Vocabulary,
+)
 from megatron_r1v2.generation.cuda_graphs import check_cuda_graphs, graphed_layers
+from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
-
-
-@dataclass(frozen=True)
-class Response:
-    """What the engine generated for one request."""
-
-    request_id: int
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
 
 
 class GenerationPhase:
@@ -41,7 +38,7 @@ class GenerationPhase:
         *,
         parallel: ParallelContext,
         settings: GenerationConfig,
-        draw: Sampling,
+        vocabulary: Vocabulary,
         max_sequence_tokens: int,
     ) -> None:
         """Allocate the cache.
@@ -50,7 +47,7 @@ class GenerationPhase:
             model: this rank's part, in eval mode.
             parallel: where this rank stands.
             settings: bounds of memory and batch.
-            draw: how tokens are drawn.
+            vocabulary: what is drawn from, and what ends a response.
             max_sequence_tokens: of prompt and response together.
 
         Raises:
@@ -68,7 +65,7 @@ class GenerationPhase:
             fp32_residual_connection=config.fp32_residual_connection,
         )
         self._wrapper = ImageInferenceWrapper(model, wrapper_config, self._context, parallel)
-        self._controller = RolloutController(self._wrapper, parallel, draw)
+        self._controller = RolloutController(self._wrapper, parallel, vocabulary)
         # Weights that were quantized before an update are stale: TransformerEngine makes them anew in the next forward.
         model.set_is_first_microbatch()
         self._graphs = ExitStack()
@@ -96,37 +93,51 @@ class GenerationPhase:
         request_id: int,
         token_ids: Sequence[int],
         *,
-        response_key: int,
+        draw: Draw,
         images: PromptImages | None,
         max_response_tokens: int,
     ) -> None:
-        """Queue a request.
+        """Queue a request; it joins those in flight at the next step that has room.
 
         Args:
             request_id: unique in the phase.
             token_ids: of the prompt.
-            response_key: names the response for the sampling.
+            draw: how its tokens are drawn.
             images: None for a text-only prompt, and on all but the first stage.
             max_response_tokens: where the response is cut.
         """
-        self._controller.response_keys[request_id] = response_key
+        self._controller.draws[request_id] = draw
         if images is not None:
             self._wrapper.images[request_id] = images
-        sampling_params = SamplingParams(
-            num_tokens_to_generate=max_response_tokens,
-            termination_id=-1,
-            return_log_probs=True,
-            skip_prompt_log_probs=True,
-        )
+        sampling_params = SamplingParams(num_tokens_to_generate=max_response_tokens, termination_id=-1)
         self._engine.add_request(request_id, list(token_ids), sampling_params)
 
-    def step(self) -> list[Response]:
-        """Generate one token for each active request and return the responses that ended."""
-        records = self._engine.step_modern()["finished_request_records"]
-        for record in records:
-            del self._controller.response_keys[record.request_id]
-            self._wrapper.images.pop(record.request_id, None)
-        return [_response(record) for record in records]
+    def cancel(self, request_id: int) -> None:
+        """End a request, of which no step tells anything any more; one that has ended already is left alone.
+
+        Args:
+            request_id: as it was added. While it waits it is gone at once, else when it is its turn to get a token.
+        """
+        waiting = self._engine.waiting_request_ids
+        if request_id in waiting and request_id != self._context.chunked_prefill_request_id:
+            waiting.remove(request_id)
+            del self._engine.requests[request_id]
+            self._forget(request_id)
+        elif request_id in self._engine.requests:
+            self._controller.cancelled.add(request_id)
+
+    def step(self) -> list[DrawnToken]:
+        """Generate one token for each active request and return them; those that wait for room get none."""
+        self._controller.drawn = []
+        ended = {record.request_id for record in self._engine.step_modern()["finished_request_records"]}
+        tokens = [
+            replace(token, is_last=token.request_id in ended)
+            for token in self._controller.drawn
+            if token.request_id not in self._controller.cancelled
+        ]
+        for request_id in ended:
+            self._forget(request_id)
+        return tokens
 
     def close(self) -> None:
         """Free the cache, whoever still refers to the engine, and drop the graphs that read it."""
@@ -134,10 +145,7 @@ class GenerationPhase:
         self._context.deallocate_all_tensors()
         self._wrapper.images.clear()
 
-
-def _response(record: DynamicInferenceRequestRecord) -> Response:
-    """Put the parts of a request together: an eviction starts a new one whose prompt is all so far."""
-    token_ids = tuple(token for part in record.requests for token in part.generated_tokens)
-    log_probs = tuple(value for part in record.requests for value in part.generated_log_probs or ())
-    assert len(token_ids) == len(log_probs), (record.request_id, len(token_ids), len(log_probs))
-    return Response(record.request_id, token_ids, log_probs)
+    def _forget(self, request_id: int) -> None:
+        del self._controller.draws[request_id]
+        self._controller.cancelled.discard(request_id)
+        self._wrapper.images.pop(request_id, None)

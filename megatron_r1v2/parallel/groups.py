@@ -121,6 +121,17 @@ def current_context(device: torch.device | None = None) -> ParallelContext:
     )
 
 
+def control_group(settings: ParallelConfig) -> dist.ProcessGroup | None:
+    """Return a group of all ranks for messages of the CPU, over gloo: nothing waits on a GPU; None for a rank alone.
+
+    Args:
+        settings: its time limit is that of the other groups.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=settings.timeout_minutes))
+
+
 def shut_down() -> None:
     """End the process groups."""
     parallel_state.destroy_model_parallel()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
-from jinja2 import Environment, PackageLoader
 
 from megatron_r1v2.report.charts import Chart, draw
+from megatron_r1v2.report.files import template, write_page
 from megatron_r1v2.report.images import data_uri
 from megatron_r1v2.report.read import Json, Run, mean_of, read_run
 
@@ -217,21 +216,13 @@ def write_report(run_dir: Path | str) -> Path:
         ValueError: the folder does not exist.
     """
     run = read_run(run_dir)
-    path = run.path / "report.html"
-    temporary = path.with_name(f".report.html.{os.getpid()}")
-    # "replace": a model can emit half a surrogate pair, which UTF-8 cannot hold.
-    temporary.write_bytes(render(run).encode("utf-8", errors="replace"))
-    temporary.replace(path)
-    return path
+    return write_page(run.path / "report.html", render(run))
 
 
 def render(run: Run) -> str:
     """Return the page as HTML; all text from the run is escaped."""
-    environment = Environment(
-        loader=PackageLoader("megatron_r1v2.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     settings = _settings(run)
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         name=settings.get("run.name") or run.path.resolve().name,
         folder=run.path,
         last_step=max(run.metrics, default=None),
@@ -239,9 +230,11 @@ def render(run: Run) -> str:
         cards=_cards(run),
         table=_table(run),
         groups=_groups(run, settings),
-        pairs=[{"change": p.change, "before": _rollout(p.before), "after": _rollout(p.after)} for p in run.pairs],
+        pairs=[
+            {"change": p.change, "before": shown_rollout(p.before), "after": shown_rollout(p.after)} for p in run.pairs
+        ],
         changes=run.changes,
-        rollouts={step: [_rollout(row) for row in rows] for step, rows in run.rollouts.items()},
+        rollouts={step: [shown_rollout(row) for row in rows] for step, rows in run.rollouts.items()},
         settings=run.settings,
         notes=run.notes,
     )
@@ -355,8 +348,12 @@ def _differs(compared: list[Json | None], key: str) -> bool:
     return first != second
 
 
-def _rollout(row: Json) -> dict[str, Any]:
-    """Return what the template shows of a line of rollouts.jsonl, whatever is missing from it."""
+def shown_rollout(row: Json) -> dict[str, Any]:
+    """Return what the template shows of a line of rollouts.jsonl, whatever is missing from it.
+
+    Args:
+        row: the line.
+    """
     text = str(row.get("text") or "")
     if len(text) > MAX_TEXT:
         omitted = len(text) - MAX_TEXT

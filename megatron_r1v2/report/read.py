@@ -88,7 +88,7 @@ def _read_metrics(run: Run) -> None:
         run.notes.append("There is no metrics.jsonl yet, so no curves are shown.")
         return
     found: dict[int, dict[str, float]] = {}
-    for _, row in _lines(path, run.notes):
+    for _, row in each_line(path, run.notes):
         numbers = {name: float(value) for name, value in row.items() if _is_number(value)}
         step = numbers.pop("step", math.nan)
         if math.isfinite(step):
@@ -101,11 +101,11 @@ def _read_rollouts(run: Run) -> None:
     if not path.is_file():
         return
     by_step: dict[int, list[tuple[bool, int]]] = {}
-    for offset, row in _lines(path, run.notes):
+    for offset, row in each_line(path, run.notes):
         if _is_number(row.get("step")):
             by_step.setdefault(int(row["step"]), []).append((bool(row.get("correct")), offset))
     for step in _spread(sorted(by_step), STEPS_SHOWN):
-        rows = {json.dumps(row, sort_keys=True): row for row in _rows_at(path, _mixed(by_step[step]))}
+        rows = {json.dumps(row, sort_keys=True): row for row in rows_at(path, _mixed(by_step[step]))}
         run.rollouts[step] = list(rows.values())
 
 
@@ -152,21 +152,26 @@ def _pair_up(run: Run, before: Path, after: Path) -> None:
             chosen += by_change[change][:1]
             del by_change[change][:1]
     chosen = chosen[:PAIRS_SHOWN]
-    rows_before = _rows_at(before, [first[key][1] for key in chosen])
-    rows_after = _rows_at(after, [second[key][1] for key in chosen])
+    rows_before = rows_at(before, [first[key][1] for key in chosen])
+    rows_after = rows_at(after, [second[key][1] for key in chosen])
     pairs = [Pair(b, a) for b, a in zip(rows_before, rows_after, strict=True)]
     run.pairs = sorted(pairs, key=lambda pair: CHANGES.index(pair.change))
 
 
 def _first_by_prompt(path: Path, notes: list[str]) -> dict[str, tuple[bool, int]]:
     found: dict[str, tuple[bool, int]] = {}
-    for offset, row in _lines(path, notes):
+    for offset, row in each_line(path, notes):
         found.setdefault(str(row.get("prompt_key")), (bool(row.get("correct")), offset))
     return found
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
-    """Yield (byte offset, object) of each line; a half-written last line is expected, a damaged one is noted."""
+def each_line(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
+    """Yield (byte offset, object) of each line; a half-written last line is expected, a damaged one is noted.
+
+    Args:
+        path: of JSON lines.
+        notes: told of damaged lines.
+    """
     damaged, offset = 0, 0
     with path.open("rb") as file:
         for raw in file:
@@ -180,7 +185,13 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
         notes.append(f"{path.name}: {damaged} damaged line{'s were' if damaged > 1 else ' was'} left out.")
 
 
-def _rows_at(path: Path, offsets: Sequence[int]) -> list[Json]:
+def rows_at(path: Path, offsets: Sequence[int]) -> list[Json]:
+    """Return the lines that begin at byte offsets.
+
+    Args:
+        path: of JSON lines.
+        offsets: from `each_line`.
+    """
     rows: list[Json] = []
     with path.open("rb") as file:
         for offset in offsets:

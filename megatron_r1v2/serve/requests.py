@@ -8,7 +8,7 @@ import hmac
 import io
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,11 @@ _DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECAS
 class BadRequest(ValueError):
     """The client's mistake, with the HTTP status that says so."""
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    def __init__(self, message: str, status: int = 400, *, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.param = param
+        """The field at fault, where it is one."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def json_endpoint(
             check_key(request, api_key)
             return JSONResponse(await answer(await read_object(request, limits)))
         except BadRequest as error:
-            return error_response(error.status, str(error))
+            return error_response(error.status, str(error), param=error.param)
 
     return handle
 
@@ -104,10 +106,24 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
     return content
 
 
-def error_response(status: int, message: str) -> JSONResponse:
+def error_response(
+    status: int, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """Return an error as OpenAI's clients read it."""
+    return JSONResponse(error_body(status, message, param=param), status, headers)
+
+
+def error_body(status: int, message: str, *, param: str | None = None) -> dict[str, Any]:
+    """Return the JSON of an error.
+
+    Args:
+        status: of HTTP.
+        message: which may quote what the client sent, valid Unicode or not.
+        param: the field at fault, where it is one.
+    """
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+    message = message.encode(errors="backslashreplace").decode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 def read_messages(content: dict[str, Any], limits: Limits) -> list[Turn]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 import torch
 import uvicorn
 
+from megatron_r1v2.serve.access import read_api_key
 from megatron_r1v2.serve.requests import Limits
 from megatron_r1v2.serve.reward_app import reward_app
 from megatron_r1v2.serve.skywork_reward import SkyworkReward
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and serve it until the process is asked to end."""
     arguments = _parser().parse_args(argv)
     try:
-        key = _api_key(arguments.api_key_variable)
+        key = read_api_key(arguments.api_key_variable)
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         scorer = SkyworkReward(arguments.folder, device=device, dtype=_DTYPES[arguments.precision])
     except ValueError as error:
@@ -42,14 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key-variable", default="", help="environment variable with the key clients must send")
     parser.add_argument("--max-body-mib", type=float, default=64.0, help="largest request")
     return parser
-
-
-def _api_key(variable: str) -> str:
-    if not variable:
-        return ""
-    if not os.environ.get(variable):
-        raise ValueError(f"--api-key-variable {variable}: there is no such environment variable, or it is empty")
-    return os.environ[variable]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ A checkpoint is a folder `step-00000020`:
     recipe.yaml                              the settings of the run
     manifest.json                            size and checksum of every other file (see manifest.py)
 
+Beside them `best.json` names the one with the best validation Pass@1: {"step": 20, "pass_at_1": 0.71}.
+
 It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole. One
 that has been damaged since is renamed `step-00000020.damaged` when a run goes on from the one before.
 Parts of the model that do not train are not in it: they are in the model that the run started from.
@@ -16,6 +18,7 @@ Parts of the model that do not train are not in it: they are in the model that t
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 RECIPE_FILE = "recipe.yaml"
+BEST_FILE = "best.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8})$")
 # Tensors in their canonical shapes: the only optimizer format of 0.16.1 that loads at another TP, PP and DP.
 _OPTIMIZER_FORMAT = {
@@ -63,7 +67,7 @@ class CheckpointStore:
 
         Args:
             folder: where the checkpoints are.
-            keep_last: older ones are deleted after each save.
+            keep_last: older ones are deleted after each save, but for the best.
             asynchronous: write in the background.
             context: process groups.
         """
@@ -76,7 +80,12 @@ class CheckpointStore:
             for leftover in (*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")):
                 shutil.rmtree(leftover)
         self._queue = AsyncCallsQueue(persistent=False)
-        self._written: tuple[Path, Path] | None = None
+        self._written: tuple[Path, Path, float | None] | None = None
+        self.validated: tuple[int, float] | None = None
+        """Step and Pass@1 of the last evaluation on the validation split."""
+        best = [_read_best(folder)]
+        dist.broadcast_object_list(best, src=0)
+        self._best_pass_at_1 = best[0][1] if best[0] is not None else None
 
     def newest_undamaged(self) -> Path | None:
         """Return the newest checkpoint whose files are as they were written, the same on every rank; None: none exists.
@@ -116,6 +125,14 @@ class CheckpointStore:
             logger.warning("checkpoint %s is damaged (%s): going on from %s", folder, damage, instead.name)
         dist.barrier()
 
+    def is_best(self, step: int) -> bool:
+        """Return whether validation has found this step better than every checkpoint; the same on every rank."""
+        pass_at_1 = self._pass_at_1(step)
+        return pass_at_1 is not None and (self._best_pass_at_1 is None or pass_at_1 > self._best_pass_at_1)
+
+    def _pass_at_1(self, step: int) -> float | None:
+        return self.validated[1] if self.validated is not None and self.validated[0] == step else None
+
     def save(
         self,
         step: int,
@@ -144,8 +161,11 @@ class CheckpointStore:
             The folder that the checkpoint will have when `finish_pending` finds it finished.
         """
         self.finish_pending(blocking=True)
+        pass_at_1 = self._pass_at_1(step)
+        if self.is_best(step):
+            self._best_pass_at_1 = pass_at_1
         with _telling(self.folder):
-            return self._save(step, model, optimizer, parts, trained, state, replay, recipe)
+            return self._save(step, model, optimizer, parts, trained, state, replay, recipe, pass_at_1)
 
     def _save(
         self,
@@ -157,6 +177,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         replay: Mapping[str, Any],
         recipe: RunRecipe,
+        pass_at_1: float | None,
     ) -> Path:
         target = self.folder / f"step-{step:08d}"
         partial = target.with_name(target.name + ".partial")
@@ -177,9 +198,9 @@ class CheckpointStore:
         request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
         dist.barrier()
         if request is None:
-            self._written = (partial, target)
+            self._written = (partial, target, pass_at_1)
         else:
-            request.add_finalize_fn(lambda: self._publish(partial, target))
+            request.add_finalize_fn(lambda: self._publish(partial, target, pass_at_1))
             self._queue.schedule_async_request(request)
         return target
 
@@ -232,13 +253,21 @@ class CheckpointStore:
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
         return state, [torch.load(path, weights_only=True) for path in shards]
 
-    def _publish(self, partial: Path, target: Path) -> None:
+    def _publish(self, partial: Path, target: Path, pass_at_1: float | None) -> None:
         """Give a finished checkpoint its name and delete the oldest; all ranks call it when every rank has written."""
         write_manifest(partial)
         if not self.context.is_main:
             return
         os.rename(partial, target)
+        best = _read_best(self.folder)
+        if pass_at_1 is not None and (best is None or pass_at_1 > best[1]):
+            best = (target, pass_at_1)
+            beside = self.folder / f"{BEST_FILE}.part"
+            beside.write_text(json.dumps({"step": _step_of(target), "pass_at_1": pass_at_1}) + "\n", encoding="utf-8")
+            os.replace(beside, self.folder / BEST_FILE)
         for old in finished_checkpoints(self.folder)[: -self.keep_last]:
+            if best is not None and old == best[0]:
+                continue
             # A run killed in the middle of a deletion must not leave half a checkpoint under a finished one's name.
             doomed = old.with_name(old.name + ".deleted")
             os.rename(old, doomed)
@@ -263,6 +292,20 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _STEP_FOLDER.match(path.name))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _read_best(folder: Path) -> tuple[Path, float] | None:
+    """Return the best checkpoint that was evaluated, while it is there, and its validation Pass@1."""
+    path = folder / BEST_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    checkpoint = folder / f"step-{content['step']:08d}"
+    return (checkpoint, content["pass_at_1"]) if checkpoint.is_dir() else None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

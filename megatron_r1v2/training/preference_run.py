@@ -14,6 +14,7 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.prompts import without_images
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.evaluation.progress import progress_bar
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rewards.format import format_score
@@ -29,7 +30,6 @@ from megatron_r1v2.training.preference_files import (
     count_pairs,
     counts_table,
 )
-from megatron_r1v2.training.progress import progress_bar
 from megatron_r1v2.training.session import LoadedModel, open_model
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 

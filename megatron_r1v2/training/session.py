@@ -219,7 +219,7 @@ class Session(LoadedModel):
     def should_save(self, *, last: bool) -> bool:
         """Return whether the step just done is one to save."""
         every = self.recipe.checkpoint.every_steps
-        return last or (every > 0 and self.step % every == 0)
+        return last or (every > 0 and self.step % every == 0) or self.checkpoints.is_best(self.step)
 
 
 @contextmanager

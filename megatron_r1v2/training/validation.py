@@ -41,6 +41,7 @@ class Validation:
             self.evaluator.features.clear()
             result, _, _ = self.evaluator.run(self.prompts, name="validation", step=session.step)
         session.recorder.note(validation_metrics(result))
+        session.checkpoints.validated = (session.step, result.pass_at_1)
         if self.calibrator is not None:
             self.calibrator.observe(result.hallucination_rate, result.claim_coverage)
         if not self.goal or result.pass_at_1 < self.goal:

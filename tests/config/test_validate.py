@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from megatron_r1v2.config import ranges
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.load import settings_of
 from megatron_r1v2.config.pairs import check_prefer
@@ -264,17 +265,15 @@ def test_an_fp8_dimension_that_does_not_fit_is_named():
 
 
 def test_every_checked_name_is_a_setting():
-    from megatron_r1v2.config import validate
-
     names = {f"{section}.{key}" for section, kind in settings_of(RunRecipe).items() for key in settings_of(kind)}
-    assert set(validate._RANGES) <= names
+    assert set(ranges.RANGES) <= names
     numbers = {
         f"{section}.{key}"
         for section, kind in settings_of(RunRecipe).items()
         for key, expected in settings_of(kind).items()
         if expected in (int, float)
     }
-    assert numbers == set(validate._RANGES) | set(validate._POSITIVE), "a number without a range"
+    assert numbers == set(ranges.RANGES) | set(ranges.POSITIVE), "a number without a range"
 
 
 HELD = {

@@ -9,7 +9,9 @@ from rich.console import Console
 
 from megatron_r1v2.evaluation.pass_at_1 import (
     EvaluationResult,
+    Outcome,
     comparison_table,
+    evaluate_outcomes,
     evaluate_runs,
     evaluation_path,
     read_evaluation,
@@ -49,7 +51,14 @@ def _example():
 
 def test_pass_at_1_is_the_mean_over_runs_with_its_deviation():
     result = _evaluate(*_example())
-    assert result == EvaluationResult(
+    # Right of three: a 3, b 2, c 1, d 0; of two drawn at least one is right in 1, 1, 2/3 and 0 of the cases.
+    assert result.pass_at_k["2"][0] == pytest.approx((1 + 1 + 2 / 3 + 0) / 4)
+    assert result.pass_at_k["3"][0] == pytest.approx(3 / 4)
+    low, high = result.pass_at_1_interval
+    assert 0 <= low < 0.5 < high <= 1
+    assert result.pass_at_k["3"][1] <= 0.75 <= result.pass_at_k["3"][2]
+    bare = dataclasses.replace(result, pass_at_1_interval=None, pass_at_k={}, maj_at_k={})
+    assert bare == EvaluationResult(
         name="before",
         pass_at_1=0.5,
         pass_at_1_std=0.25,
@@ -105,8 +114,40 @@ def test_the_record_has_the_agreed_fields_and_reads_back(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert json.loads(path.read_text()).keys() == {
         "name", "pass_at_1", "pass_at_1_std", "runs", "format_rate", "hallucination_rate", "claim_coverage",
-        "mean_response_tokens", "num_prompts", "temperature", "top_p", "seed", "step",
+        "mean_response_tokens", "num_prompts", "temperature", "top_p", "seed", "step", "pass_at_1_interval",
+        "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear",
     }  # fmt: skip
+
+
+def test_a_file_from_before_the_intervals_reads(tmp_path):
+    path = write_evaluation(tmp_path, _evaluate(*_example()))
+    fields = json.loads(path.read_text())
+    for name in ("pass_at_1_interval", "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear"):
+        del fields[name]
+    path.write_text(json.dumps(fields))
+    old = read_evaluation(path)
+    assert (old.pass_at_1, old.pass_at_1_interval, old.pass_at_k) == (0.5, None, {})
+    table = Console(width=100, record=True, file=io.StringIO())
+    table.print(comparison_table([old, dataclasses.replace(_evaluate(*_example()), name="after")]))
+    assert "Pass@2" not in table.export_text()
+
+
+def _outcomes(answers, correct):
+    return [
+        Outcome("a", run, is_right, answer, 1.0, 4)
+        for run, (answer, is_right) in enumerate(zip(answers, correct, strict=True))
+    ]
+
+
+def test_a_majority_counts_right_answers_as_one_and_wrong_ones_by_their_text():
+    def majority(answers, correct):
+        result = evaluate_outcomes("x", ["a"], _outcomes(answers, correct), temperature=1.0, top_p=1.0, seed=0, step=0)
+        return result.maj_at_k[str(len(answers))][0]
+
+    assert majority(["1/2", "0.5", "3", "3"], [True, True, False, False]) == 0.5
+    assert majority(["1/2", "0.5", "3", "4"], [True, True, False, False]) == 1
+    assert majority(["1/2", "3", " 3", None], [True, False, False, False]) == 0
+    assert majority(["1/2", None, "", None], [True, False, False, False]) == 1
 
 
 def test_a_rate_that_does_not_exist_is_null(tmp_path):

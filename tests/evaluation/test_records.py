@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -64,6 +64,7 @@ def test_the_picture_is_put_together_as_it_was_cut(rows, columns):
     assert torch.equal(_decode(picture_base64(_prompt(tiles))), picture)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 5))
 def test_any_number_of_tiles_of_any_size_keeps_every_pixel(num_tiles, height, width):
     generator = torch.Generator().manual_seed(num_tiles)

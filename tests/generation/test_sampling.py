@@ -49,9 +49,24 @@ def even_numbers(count: int) -> torch.Tensor:
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
+def draw_alike(
+    logits: torch.Tensor, numbers: torch.Tensor, *, temperature: float = 1.0, top_p: float = 1.0, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw all rows in one way; returns the tokens and their log-probs."""
+    tokens, log_probs = draw(
+        logits,
+        numbers,
+        temperatures_R=torch.full((len(logits),), temperature),
+        top_ps_R=torch.full((len(logits),), top_p),
+        vocab_size=vocab_size,
+    )
+    assert log_probs.shape == (len(logits), vocab_size)
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
 def frequencies(logits: torch.Tensor, **arguments) -> torch.Tensor:
     count = 20_000
-    tokens, _ = draw(logits.expand(count, -1), even_numbers(count), **arguments)
+    tokens, _ = draw_alike(logits.expand(count, -1), even_numbers(count), **arguments)
     return torch.bincount(tokens, minlength=logits.shape[0]) / count
 
 
@@ -74,7 +89,7 @@ def test_top_p_keeps_the_smallest_set_with_the_mass():
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_log_probs_are_those_of_the_whole_tempered_distribution(top_p):
     logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    tokens, log_probs = draw(logits, even_numbers(64), temperature=0.25, top_p=top_p, vocab_size=7)
+    tokens, log_probs = draw_alike(logits, even_numbers(64), temperature=0.25, top_p=top_p, vocab_size=7)
     expected = torch.log_softmax(logits[:, :7].float() / 0.25, dim=1)[torch.arange(64), tokens]
     torch.testing.assert_close(log_probs, expected)
     assert log_probs.dtype == torch.float32
@@ -82,7 +97,9 @@ def test_log_probs_are_those_of_the_whole_tempered_distribution(top_p):
 
 def test_temperature_zero_takes_the_most_probable_token():
     logits = torch.tensor([[0.0, 3.0, 9.0], [2.0, 1.0, 9.0]])
-    tokens, log_probs = draw(logits, torch.tensor([0.99, 0.99]).double(), temperature=0.0, top_p=1.0, vocab_size=2)
+    tokens, log_probs = draw_alike(
+        logits, torch.tensor([0.99, 0.99]).double(), temperature=0.0, top_p=1.0, vocab_size=2
+    )
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(log_probs, torch.log_softmax(logits[:, :2], dim=1).amax(dim=1))
 
@@ -90,5 +107,37 @@ def test_temperature_zero_takes_the_most_probable_token():
 def test_the_ends_of_the_unit_interval_give_tokens_of_positive_probability():
     logits = torch.tensor([[-200.0, 0.0, 0.0, -200.0]]).expand(2, -1)
     numbers = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    tokens, _ = draw(logits, numbers, temperature=1.0, top_p=1.0, vocab_size=4)
+    tokens, _ = draw_alike(logits, numbers, temperature=1.0, top_p=1.0, vocab_size=4)
     assert tokens.tolist() == [1, 2]
+
+
+def test_each_row_is_drawn_in_its_own_way_as_if_it_were_alone():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(60, 50, generator=generator) * 3
+    numbers = torch.rand(60, generator=generator, dtype=torch.float64)
+    temperatures = torch.tensor([0.0, 0.3, 1.0, 1.0, 2.0]).repeat(12)
+    top_ps = torch.tensor([1.0, 0.5, 1.0, 0.9, 1e-6]).repeat(12)
+    tokens, log_probs = draw(logits, numbers, temperatures_R=temperatures, top_ps_R=top_ps, vocab_size=48)
+    for row in range(60):
+        alone = draw_alike(
+            logits[row : row + 1],
+            numbers[row : row + 1],
+            temperature=temperatures[row].item(),
+            top_p=top_ps[row].item(),
+            vocab_size=48,
+        )
+        assert tokens[row] == alone[0][0]
+        assert log_probs[row, tokens[row]] == alone[1][0]
+    assert (tokens[::5] == logits[::5, :48].argmax(dim=1)).all()
+    assert (tokens[4::5] == logits[4::5, :48].argmax(dim=1)).all()
+    assert (tokens[2::5] != logits[2::5, :48].argmax(dim=1)).any()
+
+
+def test_a_row_that_is_not_cut_stays_so_beside_one_that_is():
+    """Sums of float32 reach 1 before the last tokens: a nucleus of 1 would drop them."""
+    logits = torch.randn(4000, 400, generator=torch.Generator().manual_seed(2)) * 8
+    numbers = torch.full((4000,), 1 - 2.0**-53, dtype=torch.float64)
+    arguments = {"temperatures_R": torch.ones(4000), "vocab_size": 400}
+    expected, _ = draw(logits, numbers, top_ps_R=torch.ones(4000), **arguments)
+    found, _ = draw(logits, numbers, top_ps_R=torch.tensor([0.5] + [1.0] * 3999), **arguments)
+    assert found[1:].equal(expected[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,6 +101,8 @@ def test_the_stage_ends_when_validation_is_good_enough(run: Run, root: Path) -> 
     assert 5 <= len(lines) < 40
     assert lines[-1]["validation/pass_at_1"] >= 0.3
     assert all(line.get("validation/pass_at_1", 0) < 0.3 for line in lines[:-1])
+    best = json.loads((folder / "checkpoints" / "best.json").read_text())
+    assert best == {"step": len(lines), "pass_at_1": lines[-1]["validation/pass_at_1"]}
     assert (
         run_stage(
             settings(root, folder, "train.steps=40", "train.learning_rate=0.01", "train.parts=[adapter, language]"),

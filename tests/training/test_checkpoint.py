@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,44 @@ def test_the_newest_are_kept_and_a_broken_write_is_written_again(session: Sessio
         store.finish_pending(blocking=True)
     assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000003", "step-00000004"]
     assert load_state(store.folder / "step-00000003")["step"] == 3
+
+
+def test_the_best_by_validation_is_kept_beside_the_newest(session: Session) -> None:
+    store = session.checkpoints
+    store.keep_last = 2
+    best = {}
+    for step, pass_at_1 in (
+        (1, 0.5),
+        (2, 0.7),
+        (3, None),
+        (4, 0.6),
+        (5, None),
+        (6, 0.7),
+        (7, 0.8),
+        (8, None),
+        (9, 0.1),
+    ):
+        session.step = step
+        if pass_at_1 is not None:
+            store.validated = (step, pass_at_1)
+        assert store.is_best(step) == (step in (1, 2, 7))
+        session.save({}, {})
+        store.finish_pending(blocking=True)
+        best[step] = sorted(int(path.name[-8:]) for path in finished_checkpoints(store.folder))
+    assert best == {
+        1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6], 7: [6, 7], 8: [7, 8], 9: [7, 8, 9],
+    }  # fmt: skip
+    assert json.loads((store.folder / "best.json").read_text()) == {"step": 7, "pass_at_1": 0.8}
+    again = CheckpointStore(store.folder, keep_last=2, asynchronous=False, context=session.context)
+    again.validated = (10, 0.8)
+    assert not again.is_best(10)
+    again.validated = (10, 0.9)
+    assert again.is_best(10)
+    assert not again.is_best(11)
+    shutil.rmtree(store.folder / "step-00000007")
+    again = CheckpointStore(store.folder, keep_last=2, asynchronous=False, context=session.context)
+    again.validated = (10, 0.1)
+    assert again.is_best(10), "a best that somebody deleted must not keep a new one from being saved"
 
 
 def test_names_of_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:

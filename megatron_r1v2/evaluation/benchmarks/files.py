@@ -1,0 +1,131 @@
+"""Rows of published files as they are: parquet with images inside, JSON and JSONL with images beside."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.data.samples import SampleError
+
+RowOfFile = Mapping[str, Any]
+_SUFFIXES = (".parquet", ".jsonl", ".json")
+_ROWS_AT_ONCE = 32
+
+
+def find_files(path: Path) -> list[Path]:
+    """Return the data files at a path, in order.
+
+    Args:
+        path: a file, or a folder that is searched to its depths.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_file() and path.suffix in _SUFFIXES:
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES) if path.is_dir() else []
+    if not files:
+        raise ValueError(
+            f"--input {path}: there is no {', '.join(_SUFFIXES)} file; give the file or folder as downloaded"
+        )
+    return files
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
+    """Read a data file.
+
+    Args:
+        path: parquet, JSONL, or JSON with a list of rows or a mapping from id to row.
+
+    Yields:
+        (where the row is, for errors; the row).
+
+    Raises:
+        ValueError: the file is not what its name says.
+    """
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            content: Any = [json.loads(line) for line in lines if line.strip()]
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    rows = content.items() if isinstance(content, dict) else enumerate(content, start=1)
+    for name, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {name}: expected an object, got {type(row).__name__}")
+        yield f"{path}, row {name}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install 'megatron_r1v2[evaluation]'")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file: {error}") from error
+    number = 0
+    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def image_bytes(value: Any, folder: Path) -> bytes | None:
+    """Return an encoded image.
+
+    Args:
+        value: {"bytes": ..., "path": ...} as parquet holds it, a path below the folder, or None.
+        folder: where images beside the data are.
+
+    Returns:
+        None: there is no image.
+
+    Raises:
+        SampleError: the image is missing, or the value is no image.
+    """
+    if isinstance(value, Mapping):
+        if value.get("bytes"):
+            return bytes(value["bytes"])
+        value = value.get("path")
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise SampleError(f"an image is a path or a struct of bytes and path, got {type(value).__name__}")
+    path = folder / value
+    if not path.is_file():
+        raise SampleError(f"image {path} does not exist; give the folder of the images with --images")
+    return path.read_bytes()
+
+
+def text_list(value: Any, name: str) -> list[str]:
+    """Return a list of texts, which some data sets write as the text of a Python list: "['3', '5']".
+
+    Args:
+        value: a list, such a text, or None.
+        name: of the field, for errors.
+
+    Raises:
+        SampleError: it is neither.
+    """
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise SampleError(f"{name} is not the text of a list: {value!r:.80}") from error
+    if not isinstance(value, list | tuple):
+        raise SampleError(f"{name} must be a list, got {value!r:.80}")
+    return [str(item) for item in value]

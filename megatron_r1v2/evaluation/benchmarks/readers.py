@@ -1,0 +1,231 @@
+"""What a row of each benchmark means: question, options, images, answer, and what results are broken down by.
+
+Column names and encodings are those of the published files; each reader names its source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.evaluation.benchmarks.files import RowOfFile, image_bytes, text_list
+from megatron_r1v2.evaluation.benchmarks.prompts import LETTERS, options_text
+from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.types import AnswerType
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row that is understood.
+
+    Example: id "validation_Art_3", text "<image 1> Who painted this?", options ("Monet", "Manet"), answer "B",
+    answer_type "choice", images {1: b"..."}, metadata {"subject": "Art"}.
+    """
+
+    id: str
+    """Unique in the benchmark."""
+    text: str
+    """The question, its images marked as in the data set."""
+    answer: str
+    answer_type: AnswerType
+    options: tuple[str, ...] = ()
+    """Shown below the text, each behind its letter."""
+    alternatives: tuple[str, ...] = ()
+    """Further right answers."""
+    images: Mapping[int, bytes] = field(default_factory=dict)
+    """Encoded, by their number in the marks."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+Reader = Callable[[RowOfFile, Path], Question | None]
+"""(row, folder of images beside the data) -> its question, or None: not part of the evaluation."""
+
+
+def aime_2024(row: RowOfFile, images: Path) -> Question:
+    """AIME 2024: id, problem, solution, answer, or the same with capitals; the answer is a whole number to 999.
+
+    Sources: HuggingFaceH4/aime_2024 (id, problem, solution, answer, url, year), Maxwell-Jia/AIME_2024 (ID, Problem,
+    Solution, Answer), math-ai/aime24 (the answer boxed in its solution).
+    """
+    small = {name.lower(): value for name, value in row.items()}
+    answer = small.get("answer")
+    if answer is None:
+        answer = last_boxed(_text(small, "solution"))
+    metadata = {"year": str(small["year"])} if small.get("year") else {}
+    test = re.search(r"AIME[_ -]+(II?)(?!I)|^2024-(II?)-", f"{small.get('url') or ''} {small.get('id')}".strip())
+    if test:
+        metadata["test"] = f"AIME {test[1] or test[2]}"
+    return Question(str(_field(small, "id")), _text(small, "problem"), str(answer), "numeric", metadata=metadata)
+
+
+def mmmu(row: RowOfFile, images: Path) -> Question:
+    """MMMU: options and, for open questions with several right answers, answer are the text of a Python list.
+
+    Source: MMMU/MMMU (id, question, options, explanation, image_1 ... image_7, img_type, answer, topic_difficulty,
+    question_type, subfield); the subject is the middle of the id.
+    """
+    name = _text(row, "id")
+    subject = re.fullmatch(r"[a-z]+_(.+)_\d+", name)
+    metadata = {
+        "subject": subject[1].replace("_", " ") if subject else "",
+        "difficulty": str(row.get("topic_difficulty") or ""),
+        "question_type": str(row.get("question_type") or ""),
+    }
+    question, found = _text(row, "question"), _numbered_images(row, images)
+    if row.get("question_type", "multiple-choice") == "multiple-choice":
+        options = tuple(text_list(_field(row, "options"), "options"))
+        letter = _letter(_text(row, "answer"), options)
+        return Question(name, question, letter, "choice", options, images=found, metadata=_filled(metadata))
+    answer = _text(row, "answer")
+    answers = text_list(answer, "answer") if answer.startswith("[") else [answer]
+    return Question(
+        name, question, answers[0], "math", alternatives=tuple(answers[1:]), images=found, metadata=_filled(metadata)
+    )
+
+
+def mmmu_pro(row: RowOfFile, images: Path) -> Question:
+    """MMMU-Pro: the standard sets as MMMU, with up to ten options; in the vision set the image holds all of it.
+
+    Source: MMMU/MMMU_Pro, "standard (4 options)" and "standard (10 options)" (id, question, options, image_1 ...
+    image_7, answer, topic_difficulty, subject) and "vision" (id, image, options, answer, subject).
+    """
+    options = tuple(text_list(_field(row, "options"), "options"))
+    vision = "question" not in row
+    metadata = {
+        "subject": str(row.get("subject") or "").replace("_", " "),
+        "difficulty": str(row.get("topic_difficulty") or ""),
+        "setting": "vision" if vision else "standard",
+    }
+    found = _only_image(row, "image", images) if vision else _numbered_images(row, images)
+    if vision and not found:
+        raise SampleError("the vision set has no image in this row")
+    return Question(
+        _text(row, "id"),
+        "" if vision else _text(row, "question"),
+        _letter(_text(row, "answer"), options),
+        "choice",
+        () if vision else options,
+        images=found,
+        metadata=_filled(metadata),
+    )
+
+
+def mathvista(row: RowOfFile, images: Path) -> Question:
+    """MathVista: the published `query` holds hint, question, unit and choices; of a choice the answer is its text.
+
+    Source: AI4Math/MathVista (pid, question, image, decoded_image, choices, unit, precision, answer, question_type,
+    answer_type, metadata, query).
+    """
+    details = row.get("metadata") or {}
+    names = ("task", "category", "source", "grade", "context", "language")
+    metadata = {name: str(details[name]) for name in names if details.get(name)}
+    metadata |= {"question_type": str(row.get("question_type") or ""), "skills": ", ".join(details.get("skills") or [])}
+    found = _only_image(row, "decoded_image", images) or _only_image(row, "image", images)
+    text, answer = str(row.get("query") or "") or _text(row, "question"), _text(row, "answer")
+    pid = str(_field(row, "pid"))
+    if row.get("question_type") == "multi_choice":
+        choices = text_list(_field(row, "choices"), "choices")
+        if answer not in choices:
+            raise SampleError(f"the answer {answer!r} is none of the choices {choices}")
+        options = () if row.get("query") else tuple(choices)
+        letter = LETTERS[choices.index(answer)]
+        return Question(pid, text, letter, "choice", options, images=found, metadata=_filled(metadata))
+    kind: AnswerType = "numeric" if row.get("answer_type") in ("integer", "float") else "math"
+    return Question(pid, text, answer, kind, images=found, metadata=_filled(metadata))
+
+
+def mathvision(row: RowOfFile, images: Path) -> Question:
+    """MathVision: options may be nothing but letters, which are drawn in the image; none means an open question.
+
+    Source: MathLLMs/MathVision (id, question, options, image, decoded_image, answer, solution, level, subject).
+    """
+    options = tuple(text_list(row.get("options"), "options"))
+    answer = str(_field(row, "answer"))
+    return Question(
+        str(_field(row, "id")),
+        _text(row, "question"),
+        _letter(answer, options) if options else answer,
+        "choice" if options else "math",
+        options,
+        images=_only_image(row, "decoded_image", images) or _only_image(row, "image", images),
+        metadata=_filled({"subject": str(row.get("subject") or ""), "level": str(row.get("level") or "")}),
+    )
+
+
+def olympiadbench(row: RowOfFile, images: Path) -> Question | None:
+    """OlympiadBench: final_answer is a list; theorems to prove have none and are left out.
+
+    Sources: Hothan/OlympiadBench (id, question, solution, final_answer, context, image_1 ..., modality, difficulty,
+    is_multiple_answer, unit, answer_type, error, question_type, subfield, subject, language), lmms-lab/OlympiadBench
+    (question_id, images, source), and the JSON of the authors (images: file names).
+    """
+    answers = text_list(row.get("final_answer"), "final_answer")
+    if not answers:
+        return None
+    text = "\n".join(part for part in (row.get("context"), _text(row, "question")) if part)
+    if row.get("unit"):
+        text += f"\nThe unit of the answer is {row['unit']}."
+    listed = [image_bytes(value, images) for value in row.get("images") or []]
+    found = {number: data for number, data in enumerate(listed, start=1) if data} or _numbered_images(row, images)
+    metadata = {name: str(row.get(name) or "") for name in ("subject", "subfield", "language", "answer_type", "source")}
+    name = row["id"] if "id" in row else _field(row, "question_id")
+    return Question(str(name), text, ", ".join(answers), "math", images=found, metadata=_filled(metadata))
+
+
+READERS: Mapping[str, tuple[str, Reader]] = {
+    "aime2024": ("AIME 2024", aime_2024),
+    "mmmu": ("MMMU", mmmu),
+    "mmmu_pro": ("MMMU-Pro", mmmu_pro),
+    "mathvista": ("MathVista", mathvista),
+    "mathvision": ("MathVision", mathvision),
+    "olympiadbench": ("OlympiadBench", olympiadbench),
+}
+"""Name on the command line -> name in tables, reader."""
+
+
+def shown_options(question: Question) -> str:
+    """Return the question with its options below it.
+
+    Args:
+        question: any.
+    """
+    return f"{question.text}\n{options_text(question.options)}" if question.options else question.text
+
+
+def _field(row: RowOfFile, name: str) -> Any:
+    if row.get(name) is None:
+        raise SampleError(f"the row has no {name!r}, only {', '.join(sorted(row))}; is it a file of this benchmark?")
+    return row[name]
+
+
+def _text(row: RowOfFile, name: str) -> str:
+    value = _field(row, name)
+    if not isinstance(value, str):
+        raise SampleError(f"{name} must be text, got {value!r:.80}")
+    return value.strip()
+
+
+def _letter(answer: str, options: tuple[str, ...]) -> str:
+    letter = answer.strip().upper()
+    if len(letter) != 1 or letter not in LETTERS[: len(options)]:
+        raise SampleError(f"the answer {answer!r} is no letter of the {len(options)} options")
+    return letter
+
+
+def _numbered_images(row: RowOfFile, folder: Path) -> dict[int, bytes]:
+    names = {int(match[1]): name for name in row if (match := re.fullmatch(r"image_(\d+)", name))}
+    found = {number: image_bytes(row[names[number]], folder) for number in sorted(names)}
+    return {number: data for number, data in found.items() if data}
+
+
+def _only_image(row: RowOfFile, name: str, folder: Path) -> dict[int, bytes]:
+    data = image_bytes(row.get(name), folder)
+    return {1: data} if data else {}
+
+
+def _filled(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in metadata.items() if value}

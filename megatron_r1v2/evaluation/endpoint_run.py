@@ -1,0 +1,130 @@
+"""Evaluates whatever an OpenAI-compatible server serves: no model is loaded here, and no process group is started."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1v2.config.schema import RewardConfig, RunRecipe
+from megatron_r1v2.data.images import decode_image
+from megatron_r1v2.data.messages import openai_messages
+from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.stream import read_samples
+from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
+from megatron_r1v2.evaluation.progress import progress_bar
+from megatron_r1v2.evaluation.records import images_base64
+from megatron_r1v2.evaluation.response_log import Row
+from megatron_r1v2.evaluation.rows import conclude, evaluation_rows, open_log
+from megatron_r1v2.rewards.score import score_rollouts
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.types import Prompt, Rollout
+
+Place = tuple[Sample, int]
+"""A sample and the run that a response belongs to."""
+
+
+def run_endpoint_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult:
+    """Evaluate `evaluation.endpoint_model` on `evaluation.data`, or go on with an evaluation that was interrupted.
+
+    Args:
+        recipe: the settings.
+        name: of the evaluation; `evaluation-NAME.json` and its responses go to `run.output_dir`.
+
+    Returns:
+        The result.
+
+    Raises:
+        EndpointFailed: the endpoint or the judge gives no answer; what was answered before is kept.
+        ValueError: bad data, or an interrupted evaluation with other settings.
+    """
+    settings = recipe.evaluation
+    evaluation_path(Path(recipe.run.output_dir), name)
+    samples = read_samples(settings.data, settings=recipe.data, count=settings.prompts)
+    endpoint = ChatEndpoint.from_settings(settings, "endpoint")
+    reward = recipe.reward
+    with (
+        open_log(recipe, name, model=endpoint.model, step=0) as log,
+        VerifierPool(reward.verifier_workers, reward.verifier_timeout_seconds) as pool,
+    ):
+        places = [(sample, index) for sample in samples for index in range(settings.runs)]
+        missing = [(sample, index) for sample, index in places if (sample.key, index) not in log.places]
+        with progress_bar("evaluate", len(places), shown=True) as show:
+            show(len(places) - len(missing))
+            answers = endpoint.ask_all(missing, lambda place: chat_request(place, recipe))
+            for done, (place, completion) in enumerate(answers, start=len(places) - len(missing) + 1):
+                log.append([_row(place, completion, reward, pool)])
+                show(done)
+        return conclude(recipe, name, [sample.key for sample in samples], log, model=endpoint.model, step=0)
+
+
+def chat_request(place: Place, recipe: RunRecipe) -> dict[str, Any]:
+    """Return the body of the request for one response, less the model's name.
+
+    Args:
+        place: sample and run; they and `evaluation.seed` decide the request's seed.
+        recipe: the settings.
+    """
+    sample, index = place
+    settings = recipe.evaluation
+    seed = hashlib.sha256(f"{settings.seed}/{sample.key}/{index}".encode()).digest()
+    return {
+        "messages": openai_messages(sample.messages, list(sample.images.values())),
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": recipe.generation.max_response_tokens,
+        "seed": int.from_bytes(seed[:4], "big") >> 1,
+    }
+
+
+def _row(place: Place, completion: Completion, reward: RewardConfig, pool: VerifierPool) -> Row:
+    sample, index = place
+    prompt = _prompt(sample)
+    rollout = Rollout(
+        prompt_key=sample.key,
+        sample_index=index,
+        token_ids=(),
+        rollout_log_probs=(),
+        policy_version=0,
+        finish_reason="stop" if completion.finish_reason == "stop" else "length",
+    )
+    # Answer, format and claims alone: the other parts of a reward need token ids, which an endpoint does not give.
+    rules = RewardConfig(
+        answer_weight=reward.answer_weight,
+        format_weight=reward.format_weight,
+        claim_pattern=reward.claim_pattern,
+        numeric_tolerance=reward.numeric_tolerance,
+    )
+    scored, _ = score_rollouts(
+        {sample.key: prompt},
+        [rollout],
+        [completion.text],
+        settings=rules,
+        pool=pool,
+        max_response_tokens=1,  # of no part that is scored here
+    )
+    (row,) = evaluation_rows([prompt], scored, step=0, pool=pool)
+    row |= {"finish_reason": completion.finish_reason, "response_tokens": completion.tokens}
+    return row | {"image_png": _picture(sample) if index == 0 else None}
+
+
+def _prompt(sample: Sample) -> Prompt:
+    """Return what the rules need of a prompt; tokens and tiles are the server's business."""
+    return Prompt(
+        key=sample.key,
+        messages=sample.messages,
+        token_ids=(),
+        tiles_TCHW=torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+        answer=sample.answer,
+        answer_type=sample.answer_type,
+        facts=sample.facts,
+        alternatives=sample.alternatives,
+        metadata=sample.metadata,
+    )
+
+
+def _picture(sample: Sample) -> str | None:
+    return images_base64([decode_image(data, f"{sample.key}.{name}") for name, data in sample.images.items()])

@@ -1,0 +1,105 @@
+"""What repeated responses to the same prompts say: Pass@k, maj@k and their confidence intervals; pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy
+
+CONFIDENCE = 0.95
+_RESAMPLES = 10_000
+_RESAMPLES_AT_ONCE = 200
+# Up to here every subset of k responses is counted; beyond, an even sample of them is.
+_MAX_SUBSETS = 2000
+
+
+def pass_at_k(num_responses: int, num_correct: int, k: int) -> float:
+    """Return the chance that at least one of k responses is right: 1 - C(n - c, k) / C(n, k).
+
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1; k = 1 gives c / n.
+
+    Args:
+        num_responses: n, to one prompt.
+        num_correct: c of them.
+        k: at most n.
+
+    Raises:
+        ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+    """
+    if not 1 <= k <= num_responses or not 0 <= num_correct <= num_responses:
+        raise ValueError(f"Pass@{k} of {num_responses} responses, {num_correct} right: needs 1 <= k <= n, 0 <= c <= n")
+    return 1.0 - math.comb(num_responses - num_correct, k) / math.comb(num_responses, k)
+
+
+def majority_at_k(votes: Sequence[str | None], right: frozenset[str], k: int) -> float:
+    """Return the chance that the answer most of k responses agree on is right.
+
+    The mean over all subsets of k of the n responses (over 2000 of them where there are more). Responses without an
+    answer do not vote; where several answers have most votes, each is taken equally often; no vote at all is wrong.
+
+    Args:
+        votes: the answer of each response; None: it has none. Equal answers are equal text.
+        right: the answers that are right.
+        k: at most n.
+
+    Raises:
+        ValueError: not 1 <= k <= n.
+    """
+    if not 1 <= k <= len(votes):
+        raise ValueError(f"maj@{k} of {len(votes)} responses: needs 1 <= k <= n")
+    subsets: Sequence[Sequence[int]]
+    if math.comb(len(votes), k) <= _MAX_SUBSETS:
+        subsets = list(itertools.combinations(range(len(votes)), k))
+    else:
+        generator = numpy.random.default_rng(0)
+        subsets = [generator.permutation(len(votes))[:k].tolist() for _ in range(_MAX_SUBSETS)]
+    return statistics.fmean(_majority([votes[index] for index in subset], right) for subset in subsets)
+
+
+def _majority(votes: Sequence[str | None], right: frozenset[str]) -> float:
+    counts = Counter(vote for vote in votes if vote is not None)
+    most = max(counts.values(), default=0)
+    winners = [vote for vote, count in counts.items() if count == most]
+    return sum(vote in right for vote in winners) / len(winners) if winners else 0.0
+
+
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean over prompts by a cluster bootstrap.
+
+    Responses to one prompt are alike, so the prompts are what is drawn: n of n with replacement, 10,000 times with
+    fixed random numbers; the interval goes from the 2.5th to the 97.5th percentile of the means (Efron 1979). It covers
+    the choice of prompts and the sampling of the responses at once. Where all prompts have one value (all right, say)
+    it has no width: that says nothing of other prompts.
+
+    Args:
+        values: one for each prompt, such as the part of its responses that are right.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("a confidence interval needs at least one prompt")
+    generator = numpy.random.default_rng(0)
+    # Sorted, so that the order of the prompts changes no bit.
+    ordered = numpy.sort(numpy.asarray(values, dtype=numpy.float64))
+    means = [
+        generator.choice(ordered, size=(_RESAMPLES_AT_ONCE, len(ordered))).mean(axis=1)
+        for _ in range(_RESAMPLES // _RESAMPLES_AT_ONCE)
+    ]
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = numpy.percentile(numpy.concatenate(means), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def budgets(num_responses: int) -> list[int]:
+    """Return the k that Pass@k and maj@k are told for: powers of two above 1, and all responses.
+
+    Args:
+        num_responses: to each prompt.
+    """
+    powers = [2**exponent for exponent in range(1, num_responses.bit_length()) if 2**exponent < num_responses]
+    return [*powers, num_responses] if num_responses > 1 else []

@@ -1,0 +1,139 @@
+"""An LLM judge for answers that rules cannot decide: asked once about each, its words kept on disk and in the rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint
+from megatron_r1v2.evaluation.response_log import Row
+from megatron_r1v2.rewards.answer import last_boxed
+
+JUDGE_PROMPT = """\
+You compare a student's final answer with the reference answer of an exam.
+
+Question:
+{question}
+
+Reference answer: {reference}
+Student's final answer: {answer}
+
+Decide whether the student's final answer means the same as the reference answer. Do not solve the question yourself: \
+the reference is right. Accept another form of the same value (a fraction for a decimal, an equivalent expression, a \
+unit that is written out or left out, another wording of the same thing, the text of an option for its letter). Reject \
+anything else: another value, a value rounded too coarsely for the reference, only a part of what is asked, or several \
+answers of which one is right.
+Explain in one or two sentences. Then end with a line that is exactly "Verdict: CORRECT" or "Verdict: INCORRECT"."""
+
+_VERDICT = re.compile(r"Verdict:\s*\**\s*(CORRECT|INCORRECT)\b", re.IGNORECASE)
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+_MAX_TOKENS = 2048
+
+
+def needs_judge(row: Row) -> bool:
+    """Return whether the judge may be asked: there is an answer, and the rules did not find it right.
+
+    A wrong option letter is wrong beyond doubt.
+
+    Args:
+        row: a scored response.
+    """
+    answer = last_boxed(row["text"])
+    if row["rule_correct"] or answer is None or not answer.strip():
+        return False
+    return not (row["answer_type"] == "choice" and _LETTER.fullmatch(answer.strip().strip("$")))
+
+
+def judge_rows(
+    rows: Sequence[Row], judge: ChatEndpoint, cache: Path, *, progress: Callable[[int], None] | None = None
+) -> list[Row]:
+    """Have the judge decide where it may.
+
+    Verdicts are appended to the cache as they come in, by a hash of the judge's name and all that it is told: a second
+    evaluation, or one that goes on after the judge was down, asks only what is new.
+
+    Args:
+        rows: scored responses.
+        judge: whom to ask.
+        cache: JSON lines; made when it is not there.
+        progress: told how many verdicts are there.
+
+    Returns:
+        The rows; those that were judged have a new `correct` and `judge`: {"verdict": true, false or null, "text",
+        "model"}; null: the judge's words hold no verdict, and the response counts as wrong.
+
+    Raises:
+        EndpointFailed: the judge gives no answer.
+        ValueError: the cache is damaged.
+    """
+    prompts = {index: judge_prompt(row) for index, row in enumerate(rows) if needs_judge(row)}
+    hashes = {index: _hash(judge.model, prompt) for index, prompt in prompts.items()}
+    known = _read_cache(cache)
+    asked = {hashes[index]: prompt for index, prompt in prompts.items() if hashes[index] not in known}
+    done = len(set(hashes.values())) - len(asked)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.open("a", encoding="utf-8") as file:
+        for key, completion in judge.ask_all(list(asked), lambda key: _request(asked[key])):
+            known[key] = {"verdict": read_verdict(completion.text), "text": completion.text, "model": judge.model}
+            file.write(json.dumps({"hash": key, **known[key]}) + "\n")
+            file.flush()
+            done += 1
+            if progress is not None:
+                progress(done)
+    return [
+        {**row, "judge": known[hashes[index]], "correct": known[hashes[index]]["verdict"] is True}
+        if index in hashes
+        else row
+        for index, row in enumerate(rows)
+    ]
+
+
+def judge_prompt(row: Row) -> str:
+    """Return what the judge is told about a response: never its reasoning, which could talk it round.
+
+    Args:
+        row: a scored response with an answer.
+    """
+    reference = " or ".join([row["answer"], *row["alternatives"]])
+    return JUDGE_PROMPT.format(question=row["question"], reference=reference, answer=last_boxed(row["text"]))
+
+
+def read_verdict(text: str) -> bool | None:
+    """Return the last verdict in the judge's words; None: there is none.
+
+    Args:
+        text: of the judge.
+    """
+    found = _VERDICT.findall(text)
+    return found[-1].upper() == "CORRECT" if found else None
+
+
+def _request(prompt: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0, "max_tokens": _MAX_TOKENS}
+
+
+def _hash(model: str, prompt: str) -> str:
+    return hashlib.sha256(json.dumps([model, prompt]).encode()).hexdigest()
+
+
+def _read_cache(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the verdicts by hash; a last line that was being written when an evaluation ended is taken off."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    known = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            known[entry.pop("hash")] = entry
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error!r}); delete the line") from error
+    return known

@@ -1,0 +1,122 @@
+"""The responses of an evaluation that is under way: one JSON line each, appended, so that an interrupted one goes on.
+
+`evaluation-NAME.unfinished.jsonl` begins with the settings that decide what its rows are; it is gone when the result
+and `evaluation-NAME.rollouts.jsonl` are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Row = dict[str, Any]
+"""A line of rollouts.jsonl (`records.py`)."""
+
+
+class ResponseLog:
+    """Rows on disk by (prompt key, sample index); use it as a context manager."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Read what an interrupted evaluation left, and open the file to append.
+
+        Args:
+            path: of the unfinished evaluation; made when it is not there.
+            settings: all that the rows depend on, JSON values.
+
+        Raises:
+            ValueError: the file is of an evaluation with other settings, or damaged in the middle.
+        """
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = json.loads(json.dumps({"settings": settings}))
+        self._rows, whole = _read(path, header)
+        self._file = path.open("r+b" if path.exists() else "wb")
+        # A line that was being written when the evaluation ended has no end; the next one must not be glued to it.
+        self._file.truncate(whole)
+        self._file.seek(whole)
+        if not whole:
+            self._write([header])
+
+    def __enter__(self) -> ResponseLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    @property
+    def rows(self) -> list[Row]:
+        """Return the rows, ordered by prompt key and sample index."""
+        return [self._rows[place] for place in sorted(self._rows)]
+
+    @property
+    def places(self) -> set[tuple[str, int]]:
+        """Return (prompt key, sample index) of every row that is there."""
+        return set(self._rows)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write rows so that they outlive this process.
+
+        Args:
+            rows: each with a `prompt_key` and a `sample_index`.
+        """
+        new = list(rows)
+        self._write(new)
+        self._rows |= {_place(row): row for row in new}
+
+    def discard(self) -> None:
+        """Delete the file: the evaluation is finished."""
+        self._file.close()
+        self.path.unlink()
+
+    def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        self._file.write(b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["prompt_key"], row["sample_index"]
+
+
+def _read(path: Path, header: Mapping[str, Any]) -> tuple[dict[tuple[str, int], Row], int]:
+    """Return the rows, and how many bytes of the file are whole lines."""
+    if not path.exists():
+        return {}, 0
+    rows: dict[tuple[str, int], Row] = {}
+    whole = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                content = json.loads(line)
+                if number:
+                    rows[_place(content)] = content
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number + 1} is damaged ({error!r}); delete the line to generate that response "
+                    "again, or the file to start over"
+                ) from error
+            if number == 0 and content != header:
+                raise ValueError(_other_settings(path, content, header))
+            whole += len(line)
+    return rows, whole
+
+
+def _other_settings(path: Path, found: Any, wanted: Mapping[str, Any]) -> str:
+    old = found.get("settings") if isinstance(found, dict) else None
+    changed = "it does not begin with its settings"
+    if isinstance(old, dict):
+        new = wanted["settings"]
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        changed = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
+    return (
+        f"{path} is an unfinished evaluation with other settings: {changed}; put them back to finish it, give this one "
+        "another --name, or delete the file"
+    )

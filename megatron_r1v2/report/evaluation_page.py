@@ -1,0 +1,150 @@
+"""The results page: the paper's table beside ours, breakdowns, and responses to look through; one HTML file.
+
+python -m megatron_r1v2.report.evaluation_page RUN_DIR [RUN_DIR ...] [--output PAGE.html]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
+from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
+from megatron_r1v2.report.files import template, write_page
+from megatron_r1v2.report.page import shown_rollout
+from megatron_r1v2.report.paper import TABLE_1
+from megatron_r1v2.report.read import Json
+
+PAGE = "evaluation.html"
+# A field with more values (every question its own source, say) breaks nothing down.
+_MAX_GROUPS = 60
+
+
+def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | None = None) -> Path:
+    """Write one page of all evaluations in run folders.
+
+    Args:
+        folders: of runs, one evaluation or more in each.
+        output: the page; None: `evaluation.html` in the first folder.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: a folder does not exist, or no evaluation is there.
+    """
+    notes: list[str] = []
+    evaluations = read_evaluations(folders, notes)
+    page = template("evaluation.html").render(
+        folders=[str(folder) for folder in folders],
+        paper=_paper_table(evaluations),
+        results=[_result(evaluation) for evaluation in evaluations],
+        evaluations=[_shown(evaluation) for evaluation in evaluations],
+        kinds=KINDS,
+        notes=notes,
+    )
+    return write_page(Path(output) if output is not None else Path(folders[0]) / PAGE, page)
+
+
+def _paper_table(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
+    """Return the paper's table 1 with a column for each model of ours; None where we have none of its benchmarks."""
+    named = [evaluation for evaluation in evaluations if evaluation.benchmark]
+    models = list(dict.fromkeys(_model(evaluation) for evaluation in named))
+    if not models:
+        return None
+    rows = []
+    for row in TABLE_1:
+        ours = []
+        for model in models:
+            of_model = [e.result for e in named if _model(e) == model and e.benchmark == row.benchmark]
+            ours.append([_with_interval(result) for result in of_model])
+        rows.append({"row": row, "ours": ours})
+    known = {row.benchmark for row in TABLE_1}
+    others = list(dict.fromkeys(e.benchmark for e in named if e.benchmark not in known))
+    return {"models": models, "rows": rows, "others": others}
+
+
+def _model(evaluation: Evaluation) -> str:
+    result = evaluation.result
+    name = result.model or str(evaluation.folder)
+    return f"{name}, step {result.step}" if result.step else name
+
+
+def _result(evaluation: Evaluation) -> dict[str, Any]:
+    result = evaluation.result
+    return {
+        "name": result.name,
+        "benchmark": evaluation.benchmark,
+        "model": _model(evaluation),
+        "pass_at_1": _with_interval(result),
+        "pass_at_k": {k: _percent(values[0]) for k, values in result.pass_at_k.items()},
+        "maj_at_k": {k: _percent(values[0]) for k, values in result.maj_at_k.items()},
+        "format": _percent(result.format_rate),
+        "hallucination": _percent(result.hallucination_rate),
+        "coverage": _percent(result.claim_coverage),
+        "tokens": "-" if result.mean_response_tokens is None else f"{result.mean_response_tokens:.0f}",
+        "size": f"{result.num_prompts} x {len(result.runs)}",
+        "sampling": f"temperature {result.temperature:g}, top-p {result.top_p:g}, seed {result.seed}",
+        "judged": result.judged,
+        "unclear": result.judge_unclear,
+    }
+
+
+def _with_interval(result: EvaluationResult) -> str:
+    text = _percent(result.pass_at_1)
+    if result.pass_at_1_interval is None:
+        return text
+    low, high = result.pass_at_1_interval
+    return f"{text} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _shown(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "name": evaluation.result.name,
+        "breakdowns": [
+            (name, sorted(values.items(), key=lambda item: item[0]))
+            for name, values in evaluation.groups.items()
+            if name != BENCHMARK and len(values) <= _MAX_GROUPS
+        ],
+        "counts": evaluation.counts,
+        "total": evaluation.num_responses,
+        "responses": [_response(row) for row in evaluation.responses],
+    }
+
+
+def _response(row: Json) -> dict[str, Any]:
+    metadata = row.get("metadata")
+    return {
+        **shown_rollout(row),
+        "kinds": kinds_of(row),
+        "run": row.get("sample_index", 0),
+        "judge": judge_words(row),
+        "metadata": metadata if isinstance(metadata, dict) else {},
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def main() -> None:
+    """Write the page and print its path; exit 2 on bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_r1v2.report.evaluation_page",
+        description="Write one self-contained page of all evaluations in run folders.",
+    )
+    parser.add_argument("run_dir", nargs="+", help="folder with evaluation-NAME.json and its responses")
+    parser.add_argument("--output", type=Path, help="the page; evaluation.html in the first folder if not given")
+    arguments = parser.parse_args()
+    try:
+        print(write_evaluation_page(arguments.run_dir, arguments.output))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

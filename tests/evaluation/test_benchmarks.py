@@ -1,0 +1,186 @@
+"""The benchmarks from made files in their published formats to shards that are read back."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("pyarrow")
+
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.stream import read_samples
+from megatron_r1v2.evaluation.benchmarks.__main__ import benchmark_samples, main
+from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION, place_images
+from tests.evaluation import published
+
+
+def read(name, folder, only="*"):
+    return list(benchmark_samples(name, folder, folder, only))
+
+
+def content(sample):
+    return sample.messages[-1]["content"]
+
+
+def color(sample, index):
+    data = list(sample.images.values())[index]
+    return Image.open(io.BytesIO(data)).convert("RGB").resize((1, 1)).getpixel((0, 0))
+
+
+def near(found, expected):
+    return all(abs(a - b) < 6 for a, b in zip(found, expected, strict=True))
+
+
+def test_mmmu_several_images_where_they_are_marked(tmp_path):
+    published.write_mmmu(tmp_path)
+    accounting, art = read("mmmu", tmp_path, "validation-*")
+    assert art.key == "mmmu-validation_Art_Theory_3"
+    assert content(art) == (
+        "Compare <image> with <image>. Is (image 1) older?\nA. Yes, it's older\nB. No\nC. <image>\n"
+        + CHOICE_INSTRUCTION
+    )
+    assert list(art.images) == ["0.jpg", "1.png", "2.png"]
+    assert near(color(art, 0), (0, 0, 255))
+    assert near(color(art, 1), (255, 0, 0))
+    assert (art.answer, art.answer_type) == ("B", "choice")
+    assert art.metadata == {
+        "benchmark": "MMMU", "subject": "Art Theory", "difficulty": "Easy", "question_type": "multiple-choice",
+    }  # fmt: skip
+    assert content(accounting) == "<image> What is the ratio?\n" + OPEN_INSTRUCTION
+    assert (accounting.answer, accounting.answer_type, accounting.alternatives) == ("24/7", "math", ("3.429",))
+    assert len(read("mmmu", tmp_path)) == 3
+
+
+def test_mmmu_pro_standard_and_vision(tmp_path):
+    published.write_mmmu_pro(tmp_path)
+    (standard,) = read("mmmu_pro", tmp_path / "standard (10 options)")
+    assert "J. option 9\n" + CHOICE_INSTRUCTION in content(standard)
+    assert (standard.answer, standard.metadata["subject"], standard.metadata["setting"]) == ("J", "History", "standard")
+    (vision,) = read("mmmu_pro", tmp_path / "vision")
+    assert content(vision) == "<image>\n" + CHOICE_INSTRUCTION
+    assert (vision.answer, vision.metadata["setting"]) == ("C", "vision")
+    with pytest.raises(ValueError, match=r"was used by .*already; give one split or set \(--only\)"):
+        read("mmmu_pro", tmp_path)
+
+
+@pytest.mark.parametrize("write", [published.write_mathvista, published.write_mathvista_json])
+def test_mathvista_choices_are_texts_and_become_letters(tmp_path, write):
+    write(tmp_path)
+    free, choice = read("mathvista", tmp_path)
+    assert (free.answer, free.answer_type) == ("1.2", "numeric")
+    assert content(free).startswith("<image>\nHint: Please answer")
+    assert content(free).endswith(OPEN_INSTRUCTION)
+    assert (choice.answer, choice.answer_type) == ("C", "choice")
+    assert content(choice).endswith("(C) equal\n" + CHOICE_INSTRUCTION)
+    assert choice.metadata["task"] == "geometry problem solving"
+    assert choice.metadata["skills"] == "geometry reasoning, arithmetic reasoning"
+
+
+def test_mathvision_options_that_are_in_the_image(tmp_path):
+    published.write_mathvision(tmp_path)
+    choice, free = read("mathvision", tmp_path)
+    assert content(choice) == ("Which piece is missing?\n<image>\nOptions: A, B, C, D, E\n" + CHOICE_INSTRUCTION)
+    assert (choice.answer, choice.answer_type, choice.metadata["level"]) == ("D", "choice", "2")
+    assert (free.answer, free.answer_type) == ("29", "math")
+
+
+def test_olympiadbench_answers_are_lists_and_proofs_are_left_out(tmp_path):
+    published.write_olympiadbench(tmp_path)
+    one, two = read("olympiadbench", tmp_path)
+    assert content(one) == (
+        "A ball rolls.\nFind the speed.\n\n<image>\nThe unit of the answer is m/s.\n" + OPEN_INSTRUCTION
+    )
+    assert (one.answer, two.answer) == ("$3.5$", "2, 3")
+    assert two.metadata["subfield"] == "Algebra"
+    assert not two.images
+
+
+def test_the_authors_json_of_olympiadbench_has_images_beside(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "2231.png").write_bytes(published.picture("red"))
+    row = {
+        "id": 2231, "subfield": "Geometry", "context": None, "question": "See <image_1>.", "images": ["2231.png"],
+        "solution": ["..."], "final_answer": ["5"], "is_multiple_answer": False, "unit": None,
+        "answer_type": "Numerical", "error": None,
+    }  # fmt: skip
+    (tmp_path / "OE_MM_maths_en_COMP.json").write_text(json.dumps([row]))
+    path = tmp_path / "OE_MM_maths_en_COMP.json"
+    (sample,) = benchmark_samples("olympiadbench", path, tmp_path / "images")
+    assert content(sample).startswith("See <image>.")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"ID": "2024-II-4", "Problem": "Find $m+n$.", "Solution": "...", "Answer": 33}],
+        [{"id": 60, "problem": "Find $m+n$.", "solution": r"\boxed{33}", "url": "2024_AIME_II_Problems/Problem_4"}],
+    ],
+)
+def test_aime_in_its_published_forms(tmp_path, rows):
+    published.write_aime(tmp_path / "h4")
+    (tmp_path / "aime.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (expected,) = read("aime2024", tmp_path / "h4")
+    (sample,) = read("aime2024", tmp_path / "aime.jsonl")
+    assert int(expected.answer) == int(sample.answer) == 33
+    assert content(sample) == content(expected) == "Find $m+n$.\n" + OPEN_INSTRUCTION
+    assert sample.metadata["test"] == expected.metadata["test"] == "AIME II"
+    assert sample.answer_type == "numeric"
+
+
+def test_the_command_writes_shards_that_read_back(tmp_path, capsys):
+    published.write_mmmu(tmp_path / "in")
+    out = tmp_path / "shards"
+    arguments = ["mmmu", "--input", str(tmp_path / "in"), "--only", "validation-*", "--output", str(out)]
+    assert main(arguments) == 0
+    assert "2 questions" in capsys.readouterr().out
+    written = read("mmmu", tmp_path / "in", "validation-*")
+    assert sorted(read_samples(out, settings=DataConfig()), key=lambda s: s.key) == sorted(written, key=lambda s: s.key)
+    assert main(arguments) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "validation_Art_1", "question": "?", "options": "['a', 'b']", "answer": "C"}, "no letter of the 2"),
+        ({"id": "validation_Art_1", "question": "?", "options": "a, b", "answer": "A"}, "not the text of a list"),
+        ({"question": "?", "options": "['a']", "answer": "A"}, "no 'id'.*file of this benchmark"),
+        ({"id": "x", "question": "?", "options": "['a']", "answer": "A", "image_1": "no.png"}, "no.png does not exist"),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl, row 1: .*{message}"):
+        read("mmmu", tmp_path / "rows.jsonl")
+    assert main(["mmmu", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]) == 1
+    assert "Nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_there_or_broken(tmp_path):
+    with pytest.raises(ValueError, match="no .parquet, .jsonl, .json file"):
+        read("mmmu", tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="a.parquet is not a parquet file"):
+        read("mmmu", tmp_path)
+
+
+def test_marks_and_images_that_do_not_fit():
+    assert place_images("<image 1> and <image 1>", [1]) == ("<image> and (image 1)", [1])
+    assert place_images("no mark", [1, 2]) == ("<image>\n<image>\nno mark", [1, 2])
+    assert place_images("<image 3> only", [1, 3]) == ("<image>\n<image> only", [1, 3])
+    assert place_images("<image> and <image>", [1]) == ("<image> and (image)", [1])
+    assert place_images("<image 5>", []) == ("(image 5)", [])
+
+
+def test_the_instructions_are_those_of_the_report():
+    assert CHOICE_INSTRUCTION.startswith(
+        "Answer the multiple choice preceding question. The last line of your response"
+    )
+    assert (
+        r"'Answer: \boxed{$LETTER}' (without quotes), where LETTER is one of the options. If you" in CHOICE_INSTRUCTION
+    )
+    assert r"'Answer: \boxed{$FINAL_ANSWER}' (without quotes)" in OPEN_INSTRUCTION
+    for instruction in (CHOICE_INSTRUCTION, OPEN_INSTRUCTION):
+        assert instruction.endswith("considering all relevant information before answering.")
