@@ -286,21 +286,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         model, context = loaded.model, loaded.context
         freeze_all_but(model, recipe.train.parts)
         reference = ReferenceWeights(model) if recipe.algorithm.kl_coefficient > 0 else None
-        ddp = wrap_with_ddp(model, context)
-        optimizer, scheduler = build_optimizer(ddp, recipe.train)
-        policy = Policy(
-            model=model,
-            ddp=ddp,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            context=context,
-            temperature=recipe.generation.temperature,
-            vocab_size=loaded.sampled_vocab_size,
-            features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
-            packed=recipe.train.packing is not Packing.none,
-            length_multiple=length_multiple(recipe),
-            skipped=SkippedUpdates(run_dir / SKIPPED_FOLDER, settings=recipe.train, context=context),
-        )
+        policy = _build_policy(loaded, run_dir)
         stream = PromptStream(recipe.data.train, seed=recipe.run.seed, **loaded._reading)
         checkpoints = CheckpointStore(
             run_dir / "checkpoints",
@@ -361,6 +347,26 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             except StepAbandoned:
                 session.interruptions.say_abandoned(session.step)
             checkpoints.finish_pending(blocking=True)
+
+
+def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:
+    """Give a model, frozen but for what trains, its optimizer."""
+    model, context, recipe = loaded.model, loaded.context, loaded.recipe
+    ddp = wrap_with_ddp(model, context)
+    optimizer, scheduler = build_optimizer(ddp, recipe.train)
+    return Policy(
+        model=model,
+        ddp=ddp,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        context=context,
+        temperature=recipe.generation.temperature,
+        vocab_size=loaded.sampled_vocab_size,
+        features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
+        packed=recipe.train.packing is not Packing.none,
+        length_multiple=length_multiple(recipe),
+        skipped=SkippedUpdates(run_dir / SKIPPED_FOLDER, settings=recipe.train, context=context),
+    )
 
 
 def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
