@@ -61,12 +61,12 @@ def install() -> None:
 class Cluster:
     """The daemons, their files in one folder, and what a user would type."""
 
-    def __init__(self, folder: Path, *, gpus: int = 2) -> None:
+    def __init__(self, folder: Path, *, gpus: int = 1) -> None:
         """Write the configuration.
 
         Args:
             folder: for everything; its path should be short, sockets are in it.
-            gpus: of each node: files that the scheduler looks at, nothing behind them.
+            gpus: of each node: files that the scheduler looks at, nothing behind them. An exclusive job gets all of them.
         """
         self.folder = folder
         self.environment = {
