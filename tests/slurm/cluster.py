@@ -66,7 +66,7 @@ class Cluster:
 
         Args:
             folder: for everything; its path should be short, sockets are in it.
-            gpus: of each node: files that the scheduler looks at, nothing behind them. An exclusive job gets all of them.
+            gpus: of each node: files that the scheduler looks at, nothing behind them. Exclusive jobs get all.
         """
         self.folder = folder
         self.environment = {
