@@ -7,7 +7,9 @@
 #   R1V2_RECIPE        instead of the script's recipe
 #   R1V2_LOGS          folder of the ranks' logs, one folder for each job, start and node; default: logs
 #   R1V2_MAX_REQUEUES  how often an interrupted job is put back; default: 100
-#   R1V2_RETRY_FAILED  1: put a job back that failed, too, with the same bound; default: 0
+#   R1V2_RETRY_AFTER   a start that fails after so many seconds is put back too (a lost node ends the others' processes
+#                      before SLURM notices); one that fails earlier is not: bad settings fail at once; default: 600
+#   R1V2_MAX_FAILURES  how many starts of a job may fail and be put back; default: 3
 #
 # What sbatch reads from the scripts can be changed by its own options (--nodes, --time, ...) or SBATCH_* variables.
 
@@ -32,7 +34,7 @@ launch() {
   local module=$1 recipe=${R1V2_RECIPE:-$2}
   shift 2
   local gpus warned=0 status=0 srun_pid logs
-  local nodes=() container=()
+  local nodes=() container=() failed=()
   # Not "| head": scontrol may then die of SIGPIPE, and with pipefail the job with it.
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   mapfile -t container < <(container_options)
@@ -59,8 +61,12 @@ launch() {
   # resumes at its last step and ends at once.
   if ((warned && status == 0)) || was_preempted; then
     put_back "interrupted" || return 1
-  elif ((status != 0 && ${R1V2_RETRY_FAILED:-0})); then
-    put_back "failed with status $status" || return "$status"
+  elif ((status != 0)); then
+    mkdir -p "$logs" && touch "$logs/failed"
+    failed=("${logs%/*}"/start-*/failed)
+    if ((SECONDS >= ${R1V2_RETRY_AFTER:-600} && ${#failed[@]} <= ${R1V2_MAX_FAILURES:-3})); then
+      put_back "failed with status $status after $SECONDS s" || return "$status"
+    fi
   fi
   return "$status"
 }

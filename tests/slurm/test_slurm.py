@@ -180,17 +180,19 @@ def test_a_job_is_not_put_back_beyond_the_bound(cluster: Cluster, root: Path, tm
 def test_a_job_that_loses_a_node_goes_on_when_there_are_enough_again(
     cluster: Cluster, root: Path, tmp_path: Path, finished: Job
 ) -> None:
-    job = Job(cluster, root, tmp_path / "run")
+    job = Job(cluster, root, tmp_path / "run", R1V2_RETRY_AFTER="1")
     job.wait_for_rollouts(1)
     cluster.kill_node(NODES[1])
-    cluster.wait_until(lambda: cluster.job(job.number)["JobState"] != "RUNNING", "end of the start", seconds=300)
+    cluster.wait_until(lambda: cluster.job(job.number)["JobState"] != "RUNNING", "end of the start", seconds=500)
+    assert "where the ranks were:" in job.log
+    assert "back into the queue, start over 1" in job.log
     cluster.start_node(NODES[1])
     assert job.wait_for_success()["Restarts"] == "1"
     assert "resuming from" in job.log
     assert_same_course(job.run, finished.run)
 
 
-def test_a_failed_job_is_not_put_back_unless_asked(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+def test_a_job_that_fails_at_once_is_not_put_back(cluster: Cluster, root: Path, tmp_path: Path) -> None:
     job = Job(cluster, root, tmp_path / "run", ("train.learning_rate=-1",))
     assert cluster.wait_for_end(job.number)["JobState"] == "FAILED"
     assert "train.learning_rate=-1.0 is out of range" in job.log
