@@ -182,13 +182,17 @@ class Session(LoadedModel):
         self.interruptions.check_lead()
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
-        self.checkpoints.finish_pending(blocking=False)
+        self.publish(blocking=False)
+
+    def publish(self, *, blocking: bool) -> None:
+        """Publish checkpoints that are written, and drop the rollouts of the steps that they hold."""
+        self.checkpoints.finish_pending(blocking=blocking)
         if self.context.is_main:
             self.interruptions.kept.drop_before(self.checkpoints.newest_step())
 
     def between_phases(self) -> None:
         """Publish a checkpoint that has been written meanwhile, and give the step up when SIGTERM has come."""
-        self.checkpoints.finish_pending(blocking=False)
+        self.publish(blocking=False)
         self.interruptions.between_phases()
 
     def save(self, state: Mapping[str, Any], replay: Mapping[str, Any]) -> None:
@@ -346,7 +350,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 yield session
             except StepAbandoned:
                 session.interruptions.say_abandoned(session.step)
-            checkpoints.finish_pending(blocking=True)
+            session.publish(blocking=True)
 
 
 def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:

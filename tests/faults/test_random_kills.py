@@ -38,6 +38,8 @@ class Point:
 
     def is_reached(self, run: Path) -> bool:
         """Return whether it is time, or later than that: what is only there for a moment may be missed."""
+        if not finished_checkpoints(run / "checkpoints"):  # the first may still be being written in the background
+            return False
         unfinished = run / "unfinished" / f"step-{self.step - 1:08d}"
         saved = run / "checkpoints" / f"step-{self.step:08d}"
         partial = saved.with_name(saved.name + ".partial")
@@ -113,7 +115,7 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bits(
     log = Ranks(recipe, world_size).wait(seconds=240)
     assert f"step {newest} of {STEPS}" in log
     assert_same_end(run, references(layout), rounded=True)
-    assert [path.name for path in (run / "unfinished").iterdir()] in ([], [f"step-{STEPS - 1:08d}"])
+    assert list((run / "unfinished").iterdir()) == []
 
 
 def test_the_points_are_of_every_kind_and_drawn_from_the_seed() -> None:
