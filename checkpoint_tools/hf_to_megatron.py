@@ -1,45 +1,32 @@
-"""Turn an InternVL folder into a torch_dist checkpoint of its weights."""
+"""Turn a Hugging Face folder of a whole model into a torch_dist checkpoint of its weights."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_tools.layout import add_layout_arguments, built_model
-from megatron_r1v2.config.schema import Part
-from megatron_r1v2.models.hf_weights import load_hf_weights
-from megatron_r1v2.training.checkpoint import save_weights
+from checkpoint_tools.command_line import INTERRUPTED, add_run_arguments, explained_errors, parser_of, run_options
+from checkpoint_tools.conversions import DistJob, write_checkpoint
+from checkpoint_tools.sources import HfSpec
 
-EXAMPLE = """example:
-  python -m checkpoint_tools.hf_to_megatron --hf r1v2-start --output r1v2-start-megatron
-  torchrun --nproc-per-node 8 -m checkpoint_tools.hf_to_megatron --hf r1v2-38b --output r1v2-38b-megatron --tensor 8
+EXAMPLE = f"""example:
+  python -m checkpoint_tools.hf_to_megatron --hf r1v2-38b --output r1v2-38b-megatron
 
-Training reads an InternVL folder directly (model.hf_path): this is for pipelines that want torch_dist. A checkpoint
-loads at any layout, whatever layout it was made with; more processes only make room for a larger model. Its precision
-is the folder's."""
+Training reads an InternVL folder directly (model.hf_path): this is for pipelines that want torch_dist. The checkpoint
+loads at any layout (TP, PP, DP). No GPU and no process group are needed; one tensor at a time is in memory.
+{INTERRUPTED}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_tools.hf_to_megatron",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--hf", type=Path, required=True, help="folder in the layout of transformers' InternVL")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make; must not exist")
-    add_layout_arguments(parser)
+    parser = parser_of("hf_to_megatron", __doc__, EXAMPLE)
+    parser.add_argument("--hf", type=Path, required=True, help="folder of a whole model, in either layout")
+    add_run_arguments(parser)
     options = parser.parse_args(arguments)
-    try:
-        with built_model(options.hf, tensor=options.tensor, pipeline=options.pipeline) as (model, context):
-            load_hf_weights(model, options.hf, context)
-            save_weights(model, options.output, context, parts=list(Part))
-            if context.is_main:
-                print(f"wrote {options.output}")
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
+    with explained_errors(parser):
+        job = DistJob(HfSpec(options.hf), (options.hf,), dtype=options.dtype or "")
+        write_checkpoint(job, options.output, companions=options.hf, options=run_options(options))
+        print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

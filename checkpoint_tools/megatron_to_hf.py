@@ -1,48 +1,62 @@
-"""Turn a checkpoint of a run into an InternVL folder that transformers loads."""
+"""Turn a checkpoint of a run into a Hugging Face folder that is complete: weights, config, tokenizer, processor."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_tools.layout import add_layout_arguments, built_model
-from megatron_r1v2.models.hf_weights import load_hf_weights, save_hf
-from megatron_r1v2.training.checkpoint import load_weights, resolve_checkpoint
+from checkpoint_tools.command_line import (
+    INTERRUPTED,
+    add_hf_arguments,
+    add_run_arguments,
+    explained_errors,
+    parser_of,
+    run_options,
+)
+from checkpoint_tools.conversions import HfJob, write_hf
+from checkpoint_tools.finding import recipe_base
+from checkpoint_tools.sources import HF_IN_CHECKPOINT, CheckpointSpec
+from megatron_r1v2.models.hf_config import layout_of
+from megatron_r1v2.models.hf_files import read_json
+from megatron_r1v2.training.checkpoint_files import load_state, resolve_checkpoint
 
-EXAMPLE = """example:
+EXAMPLE = f"""example:
   python -m checkpoint_tools.megatron_to_hf --checkpoint runs/digits-grpo --base base-model --output export
-  torchrun --nproc-per-node 8 -m checkpoint_tools.megatron_to_hf ... --tensor 8
+  python -m checkpoint_tools.megatron_to_hf --checkpoint runs/r1v2 --base r1v2-38b --layout chat --output for-vllm
 
-A checkpoint holds the parts that were trained. The others, config.json, tokenizer and processor come from --base: the
-folder that the run started from (its model.hf_path)."""
+A checkpoint of a run holds the parts that were trained. The others, config.json, tokenizer and processor come from
+--base: the folder that the run started from; default: model.hf_path of its recipe, where that folder is there. A
+checkpoint that hf_to_megatron made needs none.
+The padding of vocabulary and heads, which depends on the layout of the run, is cut off.
+{INTERRUPTED}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_tools.megatron_to_hf",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("megatron_to_hf", __doc__, EXAMPLE)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its newest checkpoint) or a checkpoint")
-    parser.add_argument("--base", type=Path, required=True, help="InternVL folder that the run started from")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
-    add_layout_arguments(parser)
+    parser.add_argument("--base", type=Path, help="Hugging Face folder that the run started from, in either layout")
+    add_run_arguments(parser)
+    add_hf_arguments(parser, default=None)
     options = parser.parse_args(arguments)
-    try:
+    with explained_errors(parser):
         checkpoint = resolve_checkpoint(options.checkpoint)
-        with built_model(options.base, tensor=options.tensor, pipeline=options.pipeline) as (model, context):
-            load_hf_weights(model, options.base, context)
-            parts = load_weights(model, checkpoint)
-            save_hf(model, options.output, base=options.base, context=context, overwrite=options.overwrite)
-            if context.is_main:
-                named = ", ".join(part.value for part in parts)
-                print(f"wrote {options.output} ({named} from {checkpoint}, the rest from {options.base})")
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
+        base = options.base or recipe_base(checkpoint)
+        companions = base or checkpoint / HF_IN_CHECKPOINT
+        spec = CheckpointSpec(checkpoint, base)
+        with spec.open():  # says what is missing before config.json is looked at
+            pass
+        job = HfJob(
+            spec,
+            options.layout or layout_of(read_json(companions / "config.json")),
+            (checkpoint, *([base] if base else [])),
+            dtype=options.dtype or "",
+            max_shard_bytes=options.shard_size,
+        )
+        write_hf(job, options.output, companions=companions, options=run_options(options))
+        named = ", ".join(load_state(checkpoint)["parts"])
+        rest = f", the rest from {base}" if base else ""
+        print(f"wrote {options.output} ({named} from {checkpoint}{rest})")
 
 
 if __name__ == "__main__":

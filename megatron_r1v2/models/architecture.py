@@ -155,7 +155,12 @@ def read_architecture(folder: Path | str) -> R1V2Architecture:
     Raises:
         ValueError: something is configured that the model does not compute.
     """
-    architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return with_pixel_statistics(r1v2_architecture(config), folder)
+
+
+def with_pixel_statistics(architecture: R1V2Architecture, folder: Path | str) -> R1V2Architecture:
+    """Return the architecture with the pixel statistics that the image processor in a folder states, if it does."""
     processor = Path(folder) / "preprocessor_config.json"
     if not processor.is_file():
         return architecture
@@ -178,6 +183,10 @@ def r1v2_architecture(hf: Mapping[str, Any]) -> R1V2Architecture:
     _require(hf, "projector_hidden_act", ("gelu",), "the adapter")
     _require(hf, "vision_feature_layer", (-1,), "the model")
     _require(hf, "vision_feature_select_strategy", ("default",), "the model")
+    # Not a key of transformers': `hf_config` carries the chat layout's over.
+    pixel_shuffle = hf.get("ps_version", "v2")
+    if pixel_shuffle not in ("v1", "v2"):
+        raise ValueError(f"ps_version={pixel_shuffle!r} is not supported; accepted: 'v1', 'v2'")
     text = dict(hf["text_config"])
     text["tie_word_embeddings"] = bool(hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     return R1V2Architecture(
@@ -185,6 +194,7 @@ def r1v2_architecture(hf: Mapping[str, Any]) -> R1V2Architecture:
         language=language_architecture(text),
         image_token_id=hf["image_token_id"],
         downsample_ratio=hf["downsample_ratio"],
+        pixel_shuffle=pixel_shuffle,
     )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from megatron_r1v2.models.hf_headers import TensorInfo, read_header, tensor_info, write_safetensors_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -52,6 +53,7 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         self._files: list[Any] = []
         self._where: dict[str, Any] = {}
+        self._infos: dict[str, TensorInfo] = {}
         expected = None
         if self.folder.is_file():
             paths = [self.folder]
@@ -60,6 +62,7 @@ class SafetensorsFolder:
             paths = [self.folder / name for name in sorted(set(expected.values()))]
         else:
             paths = [self.folder / SINGLE_NAME]
+        self._paths = paths
         try:
             for path in paths:
                 self._open(path)
@@ -79,6 +82,7 @@ class SafetensorsFolder:
         """Let go of the files."""
         self._files.clear()
         self._where.clear()
+        self._infos.clear()
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
@@ -94,11 +98,26 @@ class SafetensorsFolder:
             raise ValueError(f"{self.folder} has no tensor {name!r}")
         return self._where[name].get_tensor(name)
 
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of one tensor, without reading it.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self._infos:
+            raise ValueError(f"{self.folder} has no tensor {name!r}")
+        return self._infos[name]
+
+    def paths(self) -> list[Path]:
+        """Return the files."""
+        return list(self._paths)
+
     def _open(self, path: Path) -> None:
         if not path.exists():
             pickles = sorted(item.name for item in path.parent.glob("*.bin"))
             hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
             raise ValueError(f"{path} is missing; copy the folder again, with all its safetensors files{hint}")
+        header = read_header(path)
         try:
             opened = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
@@ -107,10 +126,11 @@ class SafetensorsFolder:
                 "it is truncated or something else, copy it again"
             ) from error
         self._files.append(opened)
-        for name in opened.keys():  # noqa: SIM118 (not a dict)
+        for name, info in header.items():
             if name in self._where:
                 raise ValueError(f"{path} holds {name!r}, which another file of the folder holds too; remove one")
             self._where[name] = opened
+            self._infos[name] = info
 
     def _check_index(self, expected: Mapping[str, str]) -> None:
         missing = sorted(set(expected) - set(self._where))
@@ -179,23 +199,41 @@ def replacing_folder(output: Path | str) -> Iterator[Path]:
     When the block raises, the folder is removed and `output` is as it was; when the process is killed, what it leaves
     is called `.NAME.partial` and the next export to the same place removes it.
     """
-    target = Path(output).resolve()
-    partial = target.parent / f".{target.name}.partial"
-    replaced = target.parent / f".{target.name}.replaced"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if replaced.exists() and not target.exists():
-        os.rename(replaced, target)  # an earlier export was killed between the two renames below
+    partial = partial_of(output)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    restore_replaced(output)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            os.rename(target, replaced)
-        os.rename(partial, target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(output: Path | str) -> Path:
+    """Return the folder beside `output` that is written into until it is complete."""
+    target = Path(output).resolve()
+    return target.parent / f".{target.name}.partial"
+
+
+def restore_replaced(output: Path | str) -> None:
+    """Put back what an earlier export, killed between the two renames of `publish`, had moved away."""
+    target = Path(output).resolve()
+    replaced = target.parent / f".{target.name}.replaced"
+    if replaced.exists() and not target.exists():
+        os.rename(replaced, target)
+
+
+def publish(partial: Path, output: Path | str) -> None:
+    """Rename a finished folder to `output`, whatever is there now moved away first and then deleted."""
+    target = Path(output).resolve()
+    replaced = target.parent / f".{target.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(partial, target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_safetensors(
@@ -217,7 +255,8 @@ def write_safetensors(
     total = size = 0
 
     def flush() -> None:
-        save_file(pending, folder / f"unnumbered-{len(shards)}", metadata={"format": "pt"})
+        infos = [(name, tensor_info(tensor)) for name, tensor in pending.items()]
+        write_safetensors_file(folder / f"unnumbered-{len(shards)}", infos, pending.values())
         shards.append(list(pending))
         pending.clear()
 
@@ -229,7 +268,7 @@ def write_safetensors(
         if pending and size + bytes_more > max_shard_bytes:
             flush()
             size = 0
-        pending[name] = _alone(tensor)
+        pending[name] = tensor.detach().cpu()
         size += bytes_more
         total += bytes_more
     if pending:
@@ -285,9 +324,11 @@ def write_hf_folder(
 def with_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
     """Return a config.json that names the weights' own dtype, in which transformers loads them by default."""
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    changed = {key: value for key, value in config.items() if key not in ("torch_dtype", "auto_map")}
-    changed["dtype"] = str(widest).removeprefix("torch.")
-    for part in ("text_config", "vision_config"):
+    changed = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "auto_map")}
+    # The readers of the chat layout (remote code, vLLM) know only the older name.
+    key = "torch_dtype" if config.get("model_type") == "internvl_chat" else "dtype"
+    changed[key] = str(widest).removeprefix("torch.")
+    for part in ("text_config", "vision_config", "llm_config"):
         if isinstance(changed.get(part), Mapping):
             changed[part] = {key: value for key, value in changed[part].items() if key not in ("torch_dtype", "dtype")}
     return changed
@@ -313,13 +354,6 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{path} names the shard {name!r}; accepted: plain *.safetensors names in the same folder")
     return weight_map
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor on the CPU with a storage of its own, as safetensors wants it."""
-    tensor = tensor.detach().cpu().contiguous()
-    is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    return tensor.clone() if is_view else tensor
 
 
 def _some(names: list[str]) -> str:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.models.hf_operations import GroupedQKV, Operation, Replicated, Split, Stacked
+from megatron_r1v2.models.hf_operations import GroupedQKV, JoinedQKV, Operation, Replicated, Split, Stacked
 
-Layout = Literal["transformers"]
-"""Column of the table to use. transformers: what its InternVLForConditionalGeneration saves and loads."""
+Layout = Literal["transformers", "chat"]
+"""Column of the table to use. transformers: what its InternVLForConditionalGeneration saves and loads. chat: what
+OpenGVLab's InternVL and Skywork's R1V folders hold (`vision_model.*`, `mlp1.*`), and what vLLM reads from them."""
+LAYOUTS: tuple[Layout, ...] = ("transformers", "chat")
 
 
 @dataclass(frozen=True)
@@ -70,22 +72,23 @@ def parameter_map(architecture: R1V2Architecture, layout: Layout = "transformers
     Raises:
         ValueError: the layout cannot hold this model.
     """
-    if layout != "transformers":
-        raise ValueError(f"layout={layout!r} is not known; accepted: 'transformers'")
-    if architecture.pixel_shuffle != "v2":
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not known; accepted: {', '.join(map(repr, LAYOUTS))}")
+    if layout == "transformers" and architecture.pixel_shuffle != "v2":
         raise ValueError(
             f"pixel_shuffle={architecture.pixel_shuffle!r} cannot be written in the layout of transformers, which "
-            "computes v2 only and would mix up the image; accepted: 'v2'"
+            "computes v2 only and would mix up the image; accepted: 'v2', or the layout 'chat'"
         )
     layers = {"vision": architecture.vision.num_layers, "language": architecture.language.num_layers}
     mapped = []
     for row in _TABLE:
         if not row.when(architecture):
             continue
-        operation = row.operation(architecture)
+        hf, operation_of = row.column(layout)
+        operation = operation_of(architecture)
         numbers = range(layers[row.ours.split(".")[0]]) if "{n}" in row.ours else range(1)
         for n in numbers:
-            names = tuple(name.replace("{n}", str(n)) for name in row.transformers)
+            names = tuple(name.replace("{n}", str(n)) for name in hf)
             mapped.append(MappedParameter(row.ours.replace("{n}", str(n)), names, operation, row.exported))
     return tuple(mapped)
 
@@ -121,18 +124,21 @@ def canonical_hf_name(name: str) -> str:
     return name
 
 
-def hf_leftovers(architecture: R1V2Architecture, hf_names: Iterable[str]) -> tuple[list[str], list[str]]:
+def hf_leftovers(
+    architecture: R1V2Architecture, hf_names: Iterable[str], layout: Layout = "transformers"
+) -> tuple[list[str], list[str]]:
     """Compare a checkpoint's tensors with the table.
 
     Args:
         architecture: of the model.
         hf_names: canonical names of the tensors that the checkpoint has.
+        layout: of the checkpoint.
 
     Returns:
         The names that no row reads, and the names that are read but not there. The output matrix of a model with tied
         embeddings is in neither: some checkpoints repeat it.
     """
-    read = {name for parameter in parameter_map(architecture) for name in parameter.hf}
+    read = {name for parameter in parameter_map(architecture, layout) for name in parameter.hf}
     found = set(hf_names)
     repeated = {HF_OUTPUT} if architecture.language.tied_embeddings else set()
     return sorted(found - read - repeated), sorted(read - found)
@@ -147,10 +153,17 @@ OperationOf = Callable[[R1V2Architecture], Operation]
 class _Row:
     ours: str
     transformers: tuple[str, ...]
-    # A second layout (InternVL-chat: joined qkv, mlp1) is a second column with operations of its own.
+    chat: tuple[str, ...]
     operation: OperationOf
     when: Callable[[R1V2Architecture], bool] = lambda _: True
     exported: bool = True
+    chat_operation: OperationOf | None = None
+    """Where the second layout is not only another name."""
+
+    def column(self, layout: Layout) -> tuple[tuple[str, ...], OperationOf]:
+        if layout == "transformers":
+            return self.transformers, self.operation
+        return self.chat, self.chat_operation or self.operation
 
 
 def _whole(_: R1V2Architecture) -> Operation:
@@ -159,6 +172,10 @@ def _whole(_: R1V2Architecture) -> Operation:
 
 def _vision_qkv(architecture: R1V2Architecture) -> Operation:
     return GroupedQKV(architecture.vision.num_heads, 1, architecture.vision.head_size, padded=True)
+
+
+def _vision_joined_qkv(architecture: R1V2Architecture) -> Operation:
+    return JoinedQKV(GroupedQKV(architecture.vision.num_heads, 1, architecture.vision.head_size, padded=True))
 
 
 def _vision_heads(dim: int) -> OperationOf:
@@ -226,59 +243,116 @@ def _qkv(pattern: str) -> tuple[str, ...]:
     return tuple(pattern.replace("*", letter) for letter in "qkv")
 
 
-_V = "vision.decoder.layers.{n}."
-_VH = "vision_tower.encoder.layer.{n}."
-_L = "language.decoder.layers.{n}."
-_LH = "language_model.model.layers.{n}."
 HF_EMBEDDING = "language_model.model.embed_tokens.weight"
 HF_OUTPUT = "language_model.lm_head.weight"
 OUTPUT_LAYER = "language.output_layer.weight"
 # The one parameter without a Hugging Face name: the layout of transformers has no reward model.
 SCORE_HEAD = "score.weight"
 
+
+def _vision(
+    ours: str, transformers: str | tuple[str, ...], chat: str, operation: OperationOf = _whole, **more: Any
+) -> _Row:
+    names = (transformers,) if isinstance(transformers, str) else transformers
+    return _Row(
+        f"vision.{ours}", tuple(f"vision_tower.{n}" for n in names), (f"vision_model.{chat}",), operation, **more
+    )
+
+
+def _vision_layer(ours: str, transformers: str | tuple[str, ...], chat: str, *operation: Any, **more: Any) -> _Row:
+    names = (transformers,) if isinstance(transformers, str) else transformers
+    hf = tuple(f"encoder.layer.{{n}}.{name}" for name in names)
+    return _vision(f"decoder.layers.{{n}}.{ours}", hf, f"encoder.layers.{{n}}.{chat}", *operation, **more)
+
+
+def _adapter(ours: str, transformers: str, chat: str, operation: OperationOf = _whole) -> _Row:
+    return _Row(f"adapter.{ours}", (f"multi_modal_projector.{transformers}",), (f"mlp1.{chat}",), operation)
+
+
+def _language(ours: str, hf: str | tuple[str, ...], operation: OperationOf, *more: Any, **options: Any) -> _Row:
+    """Both layouts keep the language model's own names below one prefix."""
+    names = tuple(f"language_model.{name}" for name in ((hf,) if isinstance(hf, str) else hf))
+    return _Row(f"language.{ours}", names, names, operation, *more, **options)
+
+
+def _language_layer(ours: str, hf: str | tuple[str, ...], operation: OperationOf = _whole, *more: Any) -> _Row:
+    names = (hf,) if isinstance(hf, str) else hf
+    below = tuple(f"model.layers.{{n}}.{name}" for name in names)
+    return _language(f"decoder.layers.{{n}}.{ours}", below, operation, *more)
+
+
+_JOINED: dict[str, Any] = {"chat_operation": _vision_joined_qkv}
 _TABLE: tuple[_Row, ...] = (
-    _Row("vision.class_token", ("vision_tower.embeddings.cls_token",), _whole),
-    _Row("vision.patch_embedding.weight", ("vision_tower.embeddings.patch_embeddings.projection.weight",), _whole),
-    _Row("vision.patch_embedding.bias", ("vision_tower.embeddings.patch_embeddings.projection.bias",), _whole),
-    _Row("vision.position_embeddings", ("vision_tower.embeddings.position_embeddings",), _whole),
-    _Row(_V + "input_layernorm.weight", (_VH + "layernorm_before.weight",), _whole),
-    _Row(_V + "input_layernorm.bias", (_VH + "layernorm_before.bias",), _whole, _vision_layer_norm),
-    _Row(_V + "self_attention.linear_qkv.weight", _qkv(_VH + "attention.*_proj.weight"), _vision_qkv),
-    _Row(_V + "self_attention.linear_qkv.bias", _qkv(_VH + "attention.*_proj.bias"), _vision_qkv, _vision_qkv_bias),
-    _Row(
-        _V + "self_attention.query_norm.weight", (_VH + "attention.q_norm.weight",), _vision_heads(0), _vision_qk_norm
+    _vision("class_token", "embeddings.cls_token", "embeddings.class_embedding"),
+    _vision(
+        "patch_embedding.weight",
+        "embeddings.patch_embeddings.projection.weight",
+        "embeddings.patch_embedding.weight",
     ),
-    _Row(_V + "self_attention.key_norm.weight", (_VH + "attention.k_norm.weight",), _vision_heads(0), _vision_qk_norm),
-    _Row(_V + "self_attention.linear_proj.weight", (_VH + "attention.projection_layer.weight",), _vision_heads(1)),
-    _Row(_V + "self_attention.linear_proj.bias", (_VH + "attention.projection_layer.bias",), _whole),
-    _Row(_V + "attention_scale", (_VH + "lambda_1",), _whole),
-    _Row(_V + "pre_mlp_layernorm.weight", (_VH + "layernorm_after.weight",), _whole),
-    _Row(_V + "pre_mlp_layernorm.bias", (_VH + "layernorm_after.bias",), _whole, _vision_layer_norm),
-    _Row(_V + "mlp.linear_fc1.weight", (_VH + "mlp.fc1.weight",), _vision_mlp(0)),
-    _Row(_V + "mlp.linear_fc1.bias", (_VH + "mlp.fc1.bias",), _vision_mlp(0)),
-    _Row(_V + "mlp.linear_fc2.weight", (_VH + "mlp.fc2.weight",), _vision_mlp(1)),
-    _Row(_V + "mlp.linear_fc2.bias", (_VH + "mlp.fc2.bias",), _whole),
-    _Row(_V + "mlp_scale", (_VH + "lambda_2",), _whole),
-    _Row("adapter.norm.weight", ("multi_modal_projector.layer_norm.weight",), _whole),
-    _Row("adapter.norm.bias", ("multi_modal_projector.layer_norm.bias",), _whole),
-    _Row("adapter.linear_fc1.weight", ("multi_modal_projector.linear_1.weight",), _adapter_mlp(0)),
-    _Row("adapter.linear_fc1.bias", ("multi_modal_projector.linear_1.bias",), _adapter_mlp(0)),
-    _Row("adapter.linear_fc2.weight", ("multi_modal_projector.linear_2.weight",), _adapter_mlp(1)),
-    _Row("adapter.linear_fc2.bias", ("multi_modal_projector.linear_2.bias",), _whole),
-    _Row("language.embedding.word_embeddings.weight", (HF_EMBEDDING,), _vocabulary),
-    _Row(_L + "input_layernorm.weight", (_LH + "input_layernorm.weight",), _whole),
-    _Row(_L + "self_attention.linear_qkv.weight", _qkv(_LH + "self_attn.*_proj.weight"), _language_qkv),
-    _Row(_L + "self_attention.linear_qkv.bias", _qkv(_LH + "self_attn.*_proj.bias"), _language_qkv, _language_qkv_bias),
-    _Row(_L + "self_attention.q_layernorm.weight", (_LH + "self_attn.q_norm.weight",), _whole, _language_qk_norm),
-    _Row(_L + "self_attention.k_layernorm.weight", (_LH + "self_attn.k_norm.weight",), _whole, _language_qk_norm),
-    _Row(_L + "self_attention.linear_proj.weight", (_LH + "self_attn.o_proj.weight",), _language_heads),
-    _Row(_L + "pre_mlp_layernorm.weight", (_LH + "post_attention_layernorm.weight",), _whole),
-    _Row(_L + "mlp.linear_fc1.weight", (_LH + "mlp.gate_proj.weight", _LH + "mlp.up_proj.weight"), _language_gated),
-    _Row(_L + "mlp.linear_fc2.weight", (_LH + "mlp.down_proj.weight",), _language_down),
-    _Row("language.decoder.final_layernorm.weight", ("language_model.model.norm.weight",), _whole),
-    _Row(OUTPUT_LAYER, (HF_OUTPUT,), _vocabulary, _untied),
+    _vision("patch_embedding.bias", "embeddings.patch_embeddings.projection.bias", "embeddings.patch_embedding.bias"),
+    _vision("position_embeddings", "embeddings.position_embeddings", "embeddings.position_embedding"),
+    _vision_layer("input_layernorm.weight", "layernorm_before.weight", "norm1.weight"),
+    _vision_layer("input_layernorm.bias", "layernorm_before.bias", "norm1.bias", _whole, when=_vision_layer_norm),
+    _vision_layer(
+        "self_attention.linear_qkv.weight", _qkv("attention.*_proj.weight"), "attn.qkv.weight", _vision_qkv, **_JOINED
+    ),
+    _vision_layer(
+        "self_attention.linear_qkv.bias",
+        _qkv("attention.*_proj.bias"),
+        "attn.qkv.bias",
+        _vision_qkv,
+        when=_vision_qkv_bias,
+        **_JOINED,
+    ),
+    _vision_layer(
+        "self_attention.query_norm.weight",
+        "attention.q_norm.weight",
+        "attn.q_norm.weight",
+        _vision_heads(0),
+        when=_vision_qk_norm,
+    ),
+    _vision_layer(
+        "self_attention.key_norm.weight",
+        "attention.k_norm.weight",
+        "attn.k_norm.weight",
+        _vision_heads(0),
+        when=_vision_qk_norm,
+    ),
+    _vision_layer(
+        "self_attention.linear_proj.weight",
+        "attention.projection_layer.weight",
+        "attn.proj.weight",
+        _vision_heads(1),
+    ),
+    _vision_layer("self_attention.linear_proj.bias", "attention.projection_layer.bias", "attn.proj.bias"),
+    _vision_layer("attention_scale", "lambda_1", "ls1"),
+    _vision_layer("pre_mlp_layernorm.weight", "layernorm_after.weight", "norm2.weight"),
+    _vision_layer("pre_mlp_layernorm.bias", "layernorm_after.bias", "norm2.bias", _whole, when=_vision_layer_norm),
+    _vision_layer("mlp.linear_fc1.weight", "mlp.fc1.weight", "mlp.fc1.weight", _vision_mlp(0)),
+    _vision_layer("mlp.linear_fc1.bias", "mlp.fc1.bias", "mlp.fc1.bias", _vision_mlp(0)),
+    _vision_layer("mlp.linear_fc2.weight", "mlp.fc2.weight", "mlp.fc2.weight", _vision_mlp(1)),
+    _vision_layer("mlp.linear_fc2.bias", "mlp.fc2.bias", "mlp.fc2.bias"),
+    _vision_layer("mlp_scale", "lambda_2", "ls2"),
+    _adapter("norm.weight", "layer_norm.weight", "0.weight"),
+    _adapter("norm.bias", "layer_norm.bias", "0.bias"),
+    _adapter("linear_fc1.weight", "linear_1.weight", "1.weight", _adapter_mlp(0)),
+    _adapter("linear_fc1.bias", "linear_1.bias", "1.bias", _adapter_mlp(0)),
+    _adapter("linear_fc2.weight", "linear_2.weight", "3.weight", _adapter_mlp(1)),
+    _adapter("linear_fc2.bias", "linear_2.bias", "3.bias"),
+    _language("embedding.word_embeddings.weight", "model.embed_tokens.weight", _vocabulary),
+    _language_layer("input_layernorm.weight", "input_layernorm.weight"),
+    _language_layer("self_attention.linear_qkv.weight", _qkv("self_attn.*_proj.weight"), _language_qkv),
+    _language_layer("self_attention.linear_qkv.bias", _qkv("self_attn.*_proj.bias"), _language_qkv, _language_qkv_bias),
+    _language_layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", _whole, _language_qk_norm),
+    _language_layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", _whole, _language_qk_norm),
+    _language_layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", _language_heads),
+    _language_layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+    _language_layer("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), _language_gated),
+    _language_layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", _language_down),
+    _language("decoder.final_layernorm.weight", "model.norm.weight", _whole),
+    _language("output_layer.weight", "lm_head.weight", _vocabulary, _untied),
     # Tied embeddings: the last of several stages needs a copy, which one stage alone has not.
-    _Row(OUTPUT_LAYER, (HF_EMBEDDING,), _vocabulary, _tied, exported=False),
+    _language("output_layer.weight", "model.embed_tokens.weight", _vocabulary, _tied, exported=False),
 )
 
 # transformers 5 keeps the names of its first InternVL release in files and renames on load and save.

@@ -85,7 +85,7 @@ class Split:
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Join the runs and cut the padding."""
-        whole = torch.cat(list(shards), dim=self.dim)
+        whole = shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=self.dim)
         return (whole.narrow(self.dim, 0, self.num_units * self.unit_size).contiguous(),)
 
 
@@ -132,6 +132,26 @@ class GroupedQKV:
 
 
 @dataclass(frozen=True)
+class JoinedQKV:
+    """One tensor of all queries, then all keys, then all values, where `GroupedQKV` has three."""
+
+    grouped: GroupedQKV
+
+    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """Take the three apart, then interleave them."""
+        (joined,) = tensors
+        key = self.grouped.num_groups * self.grouped.head_size
+        query = key * self.grouped.queries_per_group
+        if joined.shape[0] != query + 2 * key:
+            raise ValueError(f"the joined qkv has {joined.shape[0]} rows, config.json implies {query + 2 * key}")
+        return self.grouped.to_shard(joined.split([query, key, key]), tensor_rank=tensor_rank, tensor_size=tensor_size)
+
+    def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Undo the interleaving and join the three."""
+        return (torch.cat(self.grouped.to_hf(shards)),)
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Two column-parallel matrices of which each rank holds [its run of the first; its run of the second]."""
 
@@ -147,6 +167,9 @@ class Stacked:
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Join the first halves, and the second halves."""
+        if len(shards) == 1:  # views: a conversion of a large model has one shard and no memory to spare
+            first, second = shards[0].chunk(2)
+            return first, second
         firsts, seconds = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat(firsts), torch.cat(seconds)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_r1v2.models.dist_names import FUSED_NORM_NAMES
 from megatron_r1v2.models.hf_files import SafetensorsFolder, check_output, read_json, write_hf_folder
 from megatron_r1v2.models.hf_mapping import (
     HF_EMBEDDING,
@@ -21,7 +22,6 @@ from megatron_r1v2.models.hf_mapping import (
     hf_leftovers,
     parameter_map,
 )
-from megatron_r1v2.models.layer_specs import FUSED_NORM_NAMES
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
@@ -49,6 +49,18 @@ def load_hf_weights(model: R1V2Model, hf_path: Path | str, context: ParallelCont
             tensors = {name: folder.tensor(stored[name]) for name in mapped.hf}
             shard = mapped.to_shard(tensors, tensor_rank=context.tensor_rank, tensor_size=context.tensor_size)
             _fill(local[mapped.ours], shard, mapped, cast=cast)
+
+
+def fill_whole(model: R1V2Model, read: Callable[[str], torch.Tensor]) -> None:
+    """Fill a model that is on one rank alone.
+
+    Args:
+        model: unwrapped.
+        read: returns a whole parameter by our name.
+    """
+    with torch.no_grad():
+        for name, parameter in _by_global_name(model).items():
+            parameter.copy_(read(name))
 
 
 def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tuple[str, torch.Tensor | None]]:

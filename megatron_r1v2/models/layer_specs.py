@@ -23,14 +23,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_r1v2.config.schema import Layers
 from megatron_r1v2.models.architecture import LanguageArchitecture, VisionArchitecture
 from megatron_r1v2.models.attention import PagedSelfAttention, SDPACoreAttention
+from megatron_r1v2.models.dist_names import FUSED_NORM_NAMES
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
 from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
-
-FUSED_NORM_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-"""Local name to the name under which TransformerEngine keeps the same weight, in a layer that fuses norm and linear."""
 
 
 def language_block_spec(
@@ -82,7 +77,7 @@ def _local_language_layer(architecture: LanguageArchitecture) -> ModuleSpec:
             mlp=_mlp(),
             mlp_bda=get_bias_dropout_add,
             # Checkpoints keep TransformerEngine's names, so either implementation loads them.
-            sharded_state_dict_keys_map=FUSED_NORM_NAMES,
+            sharded_state_dict_keys_map=dict(FUSED_NORM_NAMES),
         ),
     )
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,17 +40,24 @@ from megatron_r1v2.config.schema import Part, RunRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.training.checkpoint_files import (
+    RECIPE_FILE,
+    STATE_FILE,
+    TENSORS,
+    finished_checkpoints,
+    load_state,
+    resolve_checkpoint,
+)
 from megatron_r1v2.training.manifest import find_damage, write_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
-from megatron_r1v2.training.part_state import TENSORS, check_shapes, fill, part_names, part_state
+from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
 from megatron_r1v2.training.random_states import random_states, restore_random_states
+
+__all__ = ["CheckpointStore", "finished_checkpoints", "load_state", "resolve_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "state.pt"
-RECIPE_FILE = "recipe.yaml"
 BEST_FILE = "best.json"
-_STEP_FOLDER = re.compile(r"step-(\d{8})$")
 # Tensors in their canonical shapes: the only optimizer format of 0.16.1 that loads at another TP, PP and DP.
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -287,13 +293,6 @@ def _telling(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def finished_checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints below a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _STEP_FOLDER.match(path.name))
-
-
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
@@ -306,30 +305,6 @@ def _read_best(folder: Path) -> tuple[Path, float] | None:
     content = json.loads(path.read_text(encoding="utf-8"))
     checkpoint = folder / f"step-{content['step']:08d}"
     return (checkpoint, content["pass_at_1"]) if checkpoint.is_dir() else None
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """Turn what a user names (a checkpoint, a run, its checkpoints folder) into a checkpoint folder.
-
-    Raises:
-        ValueError: nothing finished is there.
-    """
-    folder = Path(path)
-    if (folder / TENSORS / "metadata.json").is_file():
-        return folder
-    for candidate in (folder, folder / "checkpoints"):
-        finished = finished_checkpoints(candidate)
-        if finished:
-            return finished[-1]
-    raise ValueError(
-        f"no finished checkpoint in {folder}; expected tensors/metadata.json in it, or step-NNNNNNNN folders in it "
-        "or in its checkpoints/"
-    )
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Return what is beside the tensors of a checkpoint: step, parts, counters."""
-    return torch.load(folder / STATE_FILE, weights_only=True)
 
 
 def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, parts: Iterable[Part]) -> None:

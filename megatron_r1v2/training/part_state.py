@@ -11,9 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
-
-TENSORS = "tensors"
-"""The folder of a checkpoint that holds them."""
+from megatron_r1v2.training.checkpoint_files import TENSORS
 
 
 def part_state(model: R1V2Model, parts: Iterable[Part]) -> ShardedStateDict:

@@ -1,10 +1,10 @@
-"""The command line of reassemble; what it makes is tested in tests/models/test_hf_components.py."""
+"""The command line of reassemble; what it makes is tested in test_components.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from checkpoint_tools import hf_to_megatron, megatron_to_hf, reassemble
+from checkpoint_tools import hf_to_hf, hf_to_megatron, megatron_to_hf, reassemble
 from tests.tiny_hf import tiny_hf_language, tiny_hf_vision
 
 
@@ -21,7 +21,7 @@ def test_it_splices_and_says_what_it_made(tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tool", [reassemble, hf_to_megatron, megatron_to_hf])
+@pytest.mark.parametrize("tool", [reassemble, hf_to_hf, hf_to_megatron, megatron_to_hf])
 def test_help_has_an_example(tool, capsys):
     with pytest.raises(SystemExit) as stopped:
         tool.main(["--help"])

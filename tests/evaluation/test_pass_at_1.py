@@ -21,7 +21,8 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
 def _prompt(key):
-    return Prompt(key, (), (1,), torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "8", "numeric", {"left": "3"})
+    tiles = torch.zeros(0, 3, 4, 4, dtype=torch.uint8)
+    return Prompt(key, (), (1,), tiles, "8", "numeric", facts={"left": "3"})
 
 
 def _scored(key, run, correct, *, tokens=4, claims=(("left", "3"),), well_formed=True):

@@ -66,13 +66,13 @@ def test_the_value_at_a_cost_is_linear_and_nothing_outside():
 def test_the_rollouts_table_compares_arms_at_the_tokens_of_the_shortest(tmp_path):
     one = make_run(tmp_path / "one", 0.8, [step(1, 100, 0.5), step(2, 100, 0.7), step(3, 100, 0.9, fresh=0.2)])
     other = make_run(tmp_path / "other", 0.6, [step(1, 150, 0.4), step(2, 100, 0.6)])
-    before = make_run(tmp_path / "before", 0.5, [])
+    before = make_run(tmp_path / "before", 0.5, [{"step": 1, "mpo/pairs_kept": 3}])
     rows = tables.make_table("rollouts", {"before": [before], "one": [one], "other": [other]})
     assert rows["one"][0][tables.EQUAL_TOKENS] == pytest.approx(0.8)  # at 250 tokens
     assert rows["other"][0][tables.EQUAL_TOKENS] == pytest.approx(0.6)
     assert rows["one"][0]["effective, generated, late"] == 0.2
-    assert rows["one"][0]["responses to 75%"] == pytest.approx(22.5)
-    assert rows["other"][0]["responses to 75%"] is None
+    assert rows["one"][0]["responses to 82%"] == pytest.approx(26)
+    assert rows["other"][0]["responses to 82%"] is None
     assert rows["one"][0]["tokens"] == 300
     assert rows["before"] == [{"Pass@1": 0.5, "hallucination": 0.25, "coverage": 1.0}]
 

@@ -50,9 +50,16 @@ def read_checkpoint(folder: Path) -> tuple[R1V2Architecture, dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("tensor_size", [1, 2, 4, 8])
-def test_round_trip_is_bit_exact_at_every_tensor_parallel_size(checkpoint, tensor_size):
+def test_round_trip_is_bit_exact_at_every_tensor_parallel_size_and_in_both_layouts(checkpoint, tensor_size):
     architecture, tensors = checkpoint
     parameters = parameter_map(architecture)
+    chat = parameter_map(architecture, "chat")
+    # The table's second column: by way of it, at another size, and back.
+    whole = hf_from_shards(chat, [shards_from_hf(parameters, tensors, tensor_rank=0, tensor_size=1)])
+    assert hf_leftovers(architecture, whole, "chat") == ([], [])
+    in_chat = [shards_from_hf(chat, whole, tensor_rank=rank, tensor_size=tensor_size) for rank in range(tensor_size)]
+    again = hf_from_shards(parameters, in_chat)
+    assert [name for name in tensors if not torch.equal(again[name], tensors[name])] == []
     shards = [
         shards_from_hf(parameters, tensors, tensor_rank=rank, tensor_size=tensor_size) for rank in range(tensor_size)
     ]
@@ -127,6 +134,7 @@ def test_first_pixel_shuffle_is_refused_because_transformers_has_only_the_second
     architecture, _ = read_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="pixel_shuffle='v1'"):
         parameter_map(dataclasses.replace(architecture, pixel_shuffle="v1"))
+    assert parameter_map(dataclasses.replace(architecture, pixel_shuffle="v1"), "chat")
     with pytest.raises(ValueError, match="layout='skywork'"):
         parameter_map(architecture, "skywork")
 

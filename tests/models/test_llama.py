@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from checkpoint_tools.components import reassemble
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.models.architecture import language_architecture, r1v2_architecture
-from megatron_r1v2.models.hf_components import Components, reassemble
+from megatron_r1v2.models.hf_components import Components
 from megatron_r1v2.models.hf_files import read_json
 from megatron_r1v2.models.hf_mapping import hf_from_shards, hf_leftovers, parameter_map, shards_from_hf
 from tests.distributed.steps import Material, Outcome, make_material, run_step

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -80,7 +82,10 @@ def expected(folder: Path, parts: list[Any], response: str) -> float:
     content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": response}]
     images = [Image.open(io.BytesIO(part)).convert("RGB") for part in parts if not isinstance(part, str)]
-    return direct_score(folder, messages, images)
+    # In a process of its own: with parallel/cpu.py installed, as other tests leave it, transformers leaves the rotary
+    # frequencies of a loaded Qwen2.5-VL uninitialised.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(direct_score, folder, messages, images).result()
 
 
 @pytest.mark.parametrize("endpoint", ScoreEndpoint)

@@ -10,9 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 
-from megatron_r1v2.models.hf_components import Components, reassemble
+from checkpoint_tools.components import reassemble as splice
+from checkpoint_tools.jobs import RunOptions
+from megatron_r1v2.models.hf_components import Components
 from megatron_r1v2.models.hf_files import read_json, write_json
 from tests.tiny_hf import InternVLForConditionalGeneration, tiny_hf_language, tiny_hf_model, tiny_hf_vision
+
+
+def reassemble(components: Components, output: Path, *, overwrite: bool = False, **options):
+    return splice(components, output, options=RunOptions(quiet=True, overwrite=overwrite), **options)
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""Rewrite a Hugging Face folder of a whole model: the other layout, another dtype, other shard sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoint_tools.command_line import (
+    INTERRUPTED,
+    add_hf_arguments,
+    add_run_arguments,
+    explained_errors,
+    parser_of,
+    run_options,
+)
+from checkpoint_tools.conversions import HfJob, write_hf
+from checkpoint_tools.sources import HfSpec
+
+EXAMPLE = f"""example:
+  python -m checkpoint_tools.hf_to_hf --hf Skywork-R1V2-38B --layout transformers --output r1v2-38b
+  python -m checkpoint_tools.hf_to_hf --hf r1v2-38b --layout chat --dtype bf16 --output for-vllm
+
+Skywork's and OpenGVLab's folders come with code that transformers would have to run; no code of a folder is run here,
+and the result in the layout of transformers needs none. A model of the first pixel shuffle (ps_version v1) can be held
+by the layout chat only.
+{INTERRUPTED}"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = parser_of("hf_to_hf", __doc__, EXAMPLE)
+    parser.add_argument("--hf", type=Path, required=True, help="folder of a whole model, in either layout")
+    add_run_arguments(parser)
+    add_hf_arguments(parser, default="transformers")
+    options = parser.parse_args(arguments)
+    with explained_errors(parser):
+        job = HfJob(
+            HfSpec(options.hf),
+            options.layout,
+            (options.hf,),
+            dtype=options.dtype or "",
+            max_shard_bytes=options.shard_size,
+        )
+        write_hf(job, options.output, companions=options.hf, options=run_options(options))
+        print(f"wrote {options.output} in the layout {options.layout}")
+
+
+if __name__ == "__main__":
+    main()

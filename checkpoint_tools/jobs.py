@@ -1,0 +1,301 @@
+"""A conversion as a list of files: written by several processes beside the output, continued after an interruption.
+
+The output is made as `.NAME.partial` beside it and renamed when everything is on disk. Each finished file of it has a
+record in `.progress/`; a run that finds a partial folder of the same conversion of the same sources goes on with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import queue
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from checkpoint_tools.manifest import PROGRESS
+from megatron_r1v2.models.hf_files import check_output, partial_of, publish, read_json, restore_replaced, write_json
+from megatron_r1v2.models.hf_headers import TensorInfo
+
+_SPARE_BYTES = 64 * 1000**2
+_BYTES_PER_WORKER = 2 * 1000**3
+"""A worker takes seconds to start, which is worth it from here on."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of the output."""
+
+    name: str
+    parameters: tuple[str, ...]
+    """Our names of what is in it."""
+    tensors: tuple[tuple[str, TensorInfo], ...]
+    """What is written, in order."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return its size, without headers."""
+        return sum(info.num_bytes for _, info in self.tensors)
+
+
+class Job(Protocol):
+    """What a conversion writes; passed to the worker processes."""
+
+    def pieces(self) -> list[Piece]:
+        """Return the files, the same whenever it is called; everything that can be checked beforehand is."""
+        ...
+
+    def write(self, piece: Piece, folder: Path, wrote: Callable[[int], None]) -> dict[str, Any]:
+        """Write one file and return what is to be known about it, as JSON takes it."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options, as JSON takes them: a partial output is continued by the same ones only."""
+        ...
+
+    def sources(self) -> list[Path]:
+        """Return the files that are read."""
+        ...
+
+    def source_folders(self) -> list[Path]:
+        """Return the folders that are read: none may be the output."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a job is run."""
+
+    workers: int = 0
+    """Processes; 0: by the size of the output, at most four and at most the processor's cores."""
+    overwrite: bool = False
+    """Replace an existing output."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+
+def run_job(
+    job: Job,
+    output: Path,
+    options: RunOptions,
+    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+) -> None:
+    """Write an output, beside and renamed.
+
+    Args:
+        job: the files.
+        output: the folder to make.
+        options: how.
+        finish: writes what is beside the files, given the folder and the records of the files by name.
+
+    Raises:
+        ValueError: the output is refused, a source is damaged, or there is not enough room on the disk.
+    """
+    check_output(output, sources=job.source_folders(), overwrite=options.overwrite)
+    pieces = job.pieces()
+    partial = partial_of(output)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(partial):
+        restore_replaced(output)
+        _run(job, output, options, finish, pieces)
+
+
+def _run(
+    job: Job,
+    output: Path,
+    options: RunOptions,
+    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    pieces: list[Piece],
+) -> None:
+    partial = partial_of(output)
+    records = _begin(job, partial, pieces)
+    left = [piece for piece in pieces if piece.name not in records]
+    _check_space(partial.parent, sum(piece.num_bytes for piece in left))
+    console = Console(stderr=True, quiet=options.quiet)
+    if records:
+        console.print(f"going on with an interrupted conversion: {len(records)} of {len(pieces)} files are there")
+    try:
+        with _progress(console, pieces, records) as advance:
+            for piece, record in _written(job, left, partial, options.workers, advance):
+                records[piece.name] = record
+                _keep_record(partial, piece, record)
+        # In the order of the files, not in that in which workers finished them.
+        finish(partial, {piece.name: records[piece.name] for piece in pieces})
+    except ValueError:
+        # The sources are at fault: what was made of them is of no use to a later run.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial / PROGRESS)
+    _sync(partial)
+    publish(partial, output)
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Refuse to write where another process is writing: both would think the other's files their own."""
+    path = partial.with_suffix(".lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing {partial}; wait for it, or choose another output") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise  # some network file systems have no locks: then nobody is refused
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _begin(job: Job, partial: Path, pieces: list[Piece]) -> dict[str, dict[str, Any]]:
+    """Make the partial folder, or take an interrupted one over: return the records of its finished files."""
+    stats = [(str(path.resolve()), path.stat()) for path in job.sources()]
+    sources = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    identity = {"job": job.describe(), "sources": sources}
+    described = partial / PROGRESS / "job.json"
+    if not described.is_file() or _read_record(described) != json.loads(json.dumps(identity)):
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / PROGRESS).mkdir(parents=True)
+        write_json(described, identity)
+        return {}
+    records = {}
+    for piece in pieces:
+        record = _read_record(_record_path(partial, piece))
+        path = partial / piece.name
+        if record is not None and path.is_file() and path.stat().st_size == record["file_bytes"]:
+            records[piece.name] = record
+    return records
+
+
+def _keep_record(partial: Path, piece: Piece, record: dict[str, Any]) -> None:
+    record["file_bytes"] = (partial / piece.name).stat().st_size
+    kept = _record_path(partial, piece)
+    beside = kept.with_suffix(".tmp")
+    write_json(beside, record)
+    os.replace(beside, kept)
+
+
+def _record_path(partial: Path, piece: Piece) -> Path:
+    return partial / PROGRESS / f"{piece.name.replace('/', '-')}.json"
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Return a record; None: there is none, or the machine stopped while it was written."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise ValueError(
+            f"the output needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB left; free some, or choose "
+            "an output on another disk"
+        )
+
+
+def _written(
+    job: Job, pieces: list[Piece], folder: Path, workers: int, advance: Callable[[int], None]
+) -> Iterator[tuple[Piece, dict[str, Any]]]:
+    """Write the files, here or in worker processes, and yield each with its record when it is on disk."""
+    if workers == 0:
+        total = sum(piece.num_bytes for piece in pieces)
+        workers = max(1, min(4, os.cpu_count() or 1, total // _BYTES_PER_WORKER))
+    workers = min(workers, len(pieces))
+    if workers <= 1:
+        for piece in pieces:
+            yield piece, job.write(piece, folder, advance)
+        return
+    context = multiprocessing.get_context("spawn")
+    todo, told = context.Queue(), context.Queue()
+    for number in [*range(len(pieces)), *[None] * workers]:
+        todo.put(number)
+    processes = [context.Process(target=_work, args=(job, pieces, folder, todo, told)) for _ in range(workers)]
+    try:
+        for process in processes:
+            process.start()
+        left = len(pieces)
+        while left:
+            try:
+                kind, content = told.get(timeout=1.0)
+            except queue.Empty:
+                _check_alive(processes)
+                continue
+            if kind == "bytes":
+                advance(content)
+            elif kind == "done":
+                left -= 1
+                yield pieces[content[0]], content[1]
+            else:
+                raise content
+    finally:
+        for process in processes:
+            if _is_alive(process):
+                process.terminate()
+            process.join()
+
+
+def _is_alive(process: Any) -> bool:
+    return process.pid is not None and process.is_alive()
+
+
+def _check_alive(processes: list[Any]) -> None:
+    for process in processes:
+        if process.exitcode not in (None, 0):
+            raise RuntimeError(
+                f"a worker process ended with exit code {process.exitcode} (-9: killed, mostly for lack of memory); "
+                "run the same command again to go on, with a smaller --workers"
+            )
+
+
+def _work(job: Job, pieces: list[Piece], folder: Path, todo: Any, told: Any) -> None:
+    """Write files until there are no more; the body of a worker process."""
+    try:
+        while (number := todo.get()) is not None:
+            record = job.write(pieces[number], folder, lambda count: told.put(("bytes", count)))
+            told.put(("done", (number, record)))
+    except ValueError as error:
+        told.put(("error", ValueError(str(error))))
+    except Exception:
+        told.put(("error", RuntimeError(f"a worker process failed:\n{traceback.format_exc()}")))
+
+
+@contextmanager
+def _progress(console: Console, pieces: list[Piece], records: Mapping[str, Any]) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    total = sum(piece.num_bytes for piece in pieces)
+    done = sum(piece.num_bytes for piece in pieces if piece.name in records)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=console.quiet) as progress:
+        task: TaskID = progress.add_task("writing", total=total, completed=done)
+        yield lambda count: progress.advance(task, count)
+
+
+def _sync(folder: Path) -> None:
+    """Make files and names survive a power cut before the folder gets its final name."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,336 @@
+"""The torch_dist format of megatron-core, read and written one tensor at a time, without a process group or a model.
+
+A folder of it holds `metadata.json` and `common.pt`, `.metadata` (where every part of every array is) and files of
+records, each a tensor as torch.save writes it: a zip whose members carry a CRC-32.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_r1v2.models.dist_names import DistEntry
+from megatron_r1v2.models.hf_headers import TensorInfo, tensor_bytes
+
+METADATA = ".metadata"
+# A damaged pickle or zip can raise any of these, and pickle's documentation promises no shorter list.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SystemError,
+    TypeError,
+    ValueError,
+)
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON = {"common_backend": "torch", "common_backend_version": 1}
+# All that the pickle of `.metadata` may call: plain descriptions of tensors.
+_ALLOWED = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32"}
+    | {"int16", "int8", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a written parameter lies."""
+
+    file: str
+    offset: int
+    length: int
+
+
+class TorchDist:
+    """The arrays of a torch_dist folder, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is in the folder, but no tensor.
+
+        Raises:
+            ValueError: the folder is of another format, its metadata is damaged or names what it must not.
+        """
+        self.folder = folder
+        self._arrays: dict[str, TensorInfo] = {}
+        self._chunks: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
+        try:
+            stated = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+            metadata = _load_metadata(folder / METADATA)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is no torch_dist checkpoint, or is damaged: {error}") from error
+        if not isinstance(stated, dict) or stated.get("sharded_backend") != "torch_dist":
+            raise ValueError(f"{folder} has the format {stated!r}; accepted: torch_dist")
+        try:
+            self._index(metadata)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / METADATA} is damaged: {error!r}") from error
+
+    def array_names(self) -> list[str]:
+        """Return the names of the arrays, sorted."""
+        return sorted(self._arrays)
+
+    def array(self, key: str) -> TensorInfo:
+        """Return the shape and dtype of a whole array."""
+        if key not in self._arrays:
+            raise ValueError(f"{self.folder} has no {key!r}; was it made from another model?")
+        return self._arrays[key]
+
+    def num_chunks(self, key: str) -> int:
+        """Return in how many parts an array lies."""
+        return len(self._chunks[key])
+
+    def info(self, entry: DistEntry) -> TensorInfo:
+        """Return shape and dtype of a parameter.
+
+        Raises:
+            ValueError: it is not there, or its array has another number of layers.
+        """
+        array = self.array(entry.key)
+        if entry.layer is None:
+            return array
+        if not array.shape or array.shape[0] != entry.num_layers:
+            raise ValueError(
+                f"{self.folder}: {entry.key} is {list(array.shape)}, but the model has {entry.num_layers} layers"
+            )
+        return TensorInfo(array.dtype, array.shape[1:])
+
+    def read(self, entry: DistEntry, *, check_crc: bool = True) -> torch.Tensor:
+        """Read one parameter, put together from its parts.
+
+        Args:
+            entry: which.
+            check_crc: whether the CRC-32 of each record is checked; not needed where a digest is.
+
+        Raises:
+            ValueError: a part is missing, or its record is damaged.
+        """
+        info = self.info(entry)
+        first = () if entry.layer is None else (entry.layer,)
+        found: list[tuple[Sequence[int], Sequence[int], torch.Tensor]] = []
+        for chunk, storage in self._chunks[entry.key]:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            if first and not offsets[0] <= entry.layer < offsets[0] + sizes[0]:  # type: ignore[operator]
+                continue
+            tensor = self._record(storage, check_crc=check_crc)
+            if tuple(tensor.shape) != sizes or tensor.dtype != info.dtype:
+                raise ValueError(
+                    f"{self.folder / storage.relative_path}: a part of {entry.key} is {tensor.dtype} "
+                    f"{list(tensor.shape)} where {info.dtype} {list(sizes)} is announced"
+                )
+            if first:
+                tensor, offsets, sizes = tensor[entry.layer - offsets[0]], offsets[1:], sizes[1:]  # type: ignore[operator]
+            found.append((offsets, sizes, tensor))
+        if len(found) == 1 and found[0][1] == info.shape:
+            return found[0][2]
+        return _joined(found, info, f"{self.folder}: {entry.key}")
+
+    def _index(self, metadata: Metadata) -> None:
+        storage = {(index.fqn, tuple(index.offset or ())): where for index, where in metadata.storage_data.items()}
+        sizes = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+        for key, array in metadata.state_dict_metadata.items():
+            if not isinstance(array, TensorStorageMetadata):
+                continue
+            self._arrays[key] = TensorInfo(array.properties.dtype, tuple(array.size))
+            chunks = []
+            for chunk in array.chunks:
+                where = storage.get((key, tuple(chunk.offsets)))
+                if where is None:
+                    raise ValueError(f"{self.folder / METADATA} does not say where a part of {key} is; it is damaged")
+                name, end = where.relative_path, where.offset + where.length
+                if Path(name).name != name:
+                    raise ValueError(f"{self.folder / METADATA} names the file {name!r}; accepted: files beside it")
+                if name not in sizes:
+                    raise ValueError(f"{self.folder / name} is missing; copy the checkpoint again, with all its files")
+                if not 0 <= where.offset < end <= sizes[name]:
+                    raise ValueError(
+                        f"{self.folder / name} has {sizes[name]} bytes, but a part of {key} ends at byte {end}: the "
+                        "file is truncated, copy it again"
+                    )
+                chunks.append((chunk, where))
+            self._chunks[key] = chunks
+
+    def _record(self, storage: _StorageInfo, *, check_crc: bool) -> torch.Tensor:
+        path = self.folder / storage.relative_path
+        with path.open("rb") as file:
+            record = io.BufferedReader(_Window(file, storage.offset, storage.length), buffer_size=1024 * 1024)
+            try:
+                if check_crc:
+                    with zipfile.ZipFile(record) as archive:
+                        broken = archive.testzip()
+                        if broken is not None:
+                            raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
+                    record.seek(0)
+                tensor = torch.load(record, map_location="cpu", weights_only=True)
+            except (zipfile.BadZipFile, *_UNPICKLING_ERRORS) as error:
+                raise ValueError(
+                    f"{path}: the record at byte {storage.offset} is damaged ({str(error)[:200]}); copy it again"
+                ) from error
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: the record at byte {storage.offset} is a {type(tensor).__name__}, not a tensor")
+        return tensor
+
+
+def write_records(
+    path: Path,
+    parameters: Sequence[tuple[DistEntry, TensorInfo]],
+    read: Iterable[torch.Tensor],
+    *,
+    wrote: Callable[[int], None] = lambda _: None,
+    digest: Callable[[memoryview], str],
+) -> list[tuple[Record, str]]:
+    """Write a file of records, holding one tensor at a time.
+
+    Args:
+        path: the file to make.
+        parameters: what comes.
+        read: the tensors, in the same order.
+        wrote: told how many bytes were written, after each.
+        digest: computes what is returned of each tensor's bytes.
+
+    Returns:
+        Where each is, and its digest. The file is on disk (fsync) when this returns.
+    """
+    records = []
+    with path.open("wb") as file:
+        for (entry, info), tensor in zip(parameters, read, strict=True):
+            data = tensor_bytes(tensor)
+            start = file.tell()
+            shape = info.shape if entry.layer is None else (1, *info.shape)
+            # A storage of its own over the same memory: torch.save writes storages whole, and this may be a view.
+            torch.save(torch.frombuffer(data, dtype=info.dtype).view(shape), file)
+            records.append((Record(path.name, start, file.tell() - start), digest(data)))
+            wrote(info.num_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return records
+
+
+def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, Record]]) -> None:
+    """Write the rest of a torch_dist folder, whose files of records are there.
+
+    Args:
+        folder: of the checkpoint.
+        parameters: all of them, and where they are.
+    """
+    arrays: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    for entry, info, record in parameters:
+        stacked = entry.layer is not None
+        size = torch.Size((entry.num_layers, *info.shape) if stacked else info.shape)
+        offsets = torch.Size((entry.layer or 0, *([0] * len(info.shape))) if stacked else [0] * len(info.shape))
+        sizes = torch.Size((1, *info.shape) if stacked else info.shape)
+        if entry.key not in arrays:
+            arrays[entry.key] = TensorStorageMetadata(
+                properties=TensorProperties(dtype=info.dtype), size=size, chunks=[]
+            )
+        arrays[entry.key].chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+        storage[MetadataIndex(entry.key, offsets)] = _StorageInfo(record.file, record.offset, record.length)
+    with (folder / METADATA).open("wb") as file:
+        pickle.dump(Metadata(state_dict_metadata=dict(arrays), storage_data=storage), file)
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({**_FORMAT, **_COMMON}), encoding="utf-8")
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(self._length - self._position, 0))
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(memoryview(buffer)[:wanted])
+        self._position += count
+        return count
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata`, a pickle, without calling anything but descriptions of tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no checkpoint's metadata needs")
+        return super().find_class(module, name)
+
+
+def _load_metadata(path: Path) -> Metadata:
+    with path.open("rb") as file:
+        try:
+            metadata = _MetadataUnpickler(file).load()
+        except _UNPICKLING_ERRORS as error:
+            raise ValueError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path.name} holds a {type(metadata).__name__}")
+    return metadata
+
+
+def _joined(
+    parts: Sequence[tuple[Sequence[int], Sequence[int], torch.Tensor]], info: TensorInfo, what: str
+) -> torch.Tensor:
+    whole = torch.empty(info.shape, dtype=info.dtype)
+    covered = 0
+    for number, (offsets, sizes, tensor) in enumerate(parts):
+        ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+        if any(end > limit for end, limit in zip(ends, info.shape, strict=True)):
+            raise ValueError(f"{what}: a part reaches beyond the array; the checkpoint's metadata is damaged")
+        for other_offsets, other_sizes, _ in parts[:number]:
+            if all(
+                start < other + length and other < end
+                for start, end, other, length in zip(offsets, ends, other_offsets, other_sizes, strict=True)
+            ):
+                raise ValueError(f"{what}: two parts overlap; the checkpoint's metadata is damaged")
+        whole[tuple(slice(start, end) for start, end in zip(offsets, ends, strict=True))] = tensor
+        covered += tensor.numel()
+    if covered != whole.numel():
+        raise ValueError(f"{what}: parts are missing ({covered} of {whole.numel()} numbers are there)")
+    return whole

@@ -1,0 +1,302 @@
+"""Damaged, hostile and interrupted: never an output that looks finished, always an error in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from checkpoint_tools import hf_to_hf, hf_to_megatron, jobs, megatron_to_hf
+from checkpoint_tools.conversions import HfJob, write_hf
+from checkpoint_tools.jobs import RunOptions
+from checkpoint_tools.sources import HfSpec
+from checkpoint_tools.torch_dist import TorchDist
+from megatron_r1v2.models.hf_headers import read_header
+from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
+
+PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A foreign folder (no checksums), one of ours in several files, and a checkpoint of ours; all very small."""
+    root = tmp_path_factory.mktemp("damage")
+    vision = tiny_vision_config("6b", heads=2, head_size=4, layers=1, image_size=16, patch=4)
+    text = tiny_text_config(hidden=16, heads=2, kv_heads=1, layers=1)
+    tiny_hf_model(root / "foreign", "6b", vision=vision, text=text)
+    for out in ("ours", "megatron"):
+        tool, more = (hf_to_hf, ["--shard-size", "20KB"]) if out == "ours" else (hf_to_megatron, [])
+        tool.main(["--hf", str(root / "foreign"), "--output", str(root / out), "--quiet", *more])
+    return root
+
+
+def convert(source: Path, output: Path) -> bool:
+    """Convert in whichever direction; return whether it ended well. An error must be one in words."""
+    if (source / "tensors").is_dir():
+        tool, arguments = megatron_to_hf, ["--checkpoint", str(source)]
+    else:
+        tool, arguments = hf_to_megatron, ["--hf", str(source)]
+    try:
+        tool.main([*arguments, "--output", str(output), "--quiet"])
+    except SystemExit:
+        assert not output.exists()
+        assert not output.with_name(f".{output.name}.partial").exists()
+        return False
+    return True
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("tensors/*.distcp"), *folder.glob("tensors/.metadata")])
+
+
+@pytest.mark.parametrize("kind", ["foreign", "ours", "megatron"])
+@PROPERTY
+@given(data=st.data())
+def test_a_truncated_file_never_gives_an_output(folders, tmp_path, kind, data):
+    work = fresh(folders / kind, tmp_path / "work")
+    path = data.draw(st.sampled_from(weight_files(work)))
+    content = path.read_bytes()
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    assert not convert(work, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["ours", "megatron"])
+@PROPERTY
+@given(data=st.data())
+def test_a_flipped_bit_never_changes_a_weight_where_there_are_checksums(folders, tmp_path, kind, data):
+    """Anywhere in the weight files: headers, tensors, zip records. What comes out in spite of it is right."""
+    work = fresh(folders / kind, tmp_path / "work")
+    path = data.draw(st.sampled_from(weight_files(work)))
+    flip(path, data.draw(st.integers(0, 8 * path.stat().st_size - 1)))
+    if not convert(work, tmp_path / "out"):
+        return
+    back = tmp_path / "out"
+    if kind == "ours":
+        assert convert(tmp_path / "out", tmp_path / "back")
+        back = tmp_path / "back"
+    got, expected = (load_file(folder / "model.safetensors") for folder in (back, folders / "foreign"))
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "back", ignore_errors=True)
+
+
+@PROPERTY
+@given(data=st.data())
+def test_a_flipped_bit_in_a_checkpoint_of_others_is_found_by_its_crc(folders, tmp_path, data):
+    work = fresh(folders / "megatron", tmp_path / "work")
+    (work / "checkpoint_manifest.json").unlink()
+    path = next((work / "tensors").glob("*.distcp"))
+    flip(path, data.draw(st.integers(0, 8 * path.stat().st_size - 1)))
+    if convert(work, tmp_path / "out"):
+        got, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", folders / "foreign"))
+        assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+        shutil.rmtree(tmp_path / "out")
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def fresh(source: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
+
+
+def header_file(path: Path, header: object, *, data: int = 16, length: int | None = None, raw: bytes = b"") -> Path:
+    encoded = raw or json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded) if length is None else length) + encoded + bytes(data))
+    return path
+
+
+def entry(start: int, end: int, shape: tuple[int, ...] = (2,), dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"header": {"a": entry(0, 8), "b": entry(4, 12)}, "data": 12}, "overlap"),
+        ({"header": {"a": entry(0, 8), "b": entry(12, 20)}, "data": 20}, "gap"),
+        ({"header": {"a": entry(0, 8)}, "data": 4}, "end at byte 8 of 4"),
+        ({"header": {"a": entry(0, 8)}, "data": 16}, "end at byte 8 of 16"),
+        ({"header": {"a": entry(8, 0)}, "data": 8}, "has -8 bytes"),
+        ({"header": {"a": entry(-8, 0)}, "data": 8}, "no valid shape"),
+        ({"header": {"a": entry(0, 8, (3,))}, "data": 8}, "where shape and dtype make 12"),
+        ({"header": {"a": entry(0, 8, (2**62, 2**62))}, "data": 8}, "where shape and dtype make"),
+        ({"header": {"a": entry(0, 8, (True, 2))}, "data": 8}, "no valid shape"),
+        ({"header": {"a": entry(0, 8, dtype="F31")}, "data": 8}, "no known dtype"),
+        ({"header": {"a": None}, "data": 8}, "no known dtype"),
+        ({"header": [1]}, "no JSON object"),
+        ({"header": {}, "raw": b'{"a":' + json.dumps(entry(0, 8)).encode() + b',"a":' + b"1}"}, "in the header twice"),
+        ({"header": {}, "raw": b"[" * 100_000}, "cannot be read"),
+        ({"header": {}, "raw": b"\xff\xfe{}"}, "cannot be read"),
+        ({"header": {"__metadata__": {"a": 1}}}, "__metadata__"),
+        ({"header": {}, "length": 2**63}, "announce a header of"),
+        ({"header": {}, "length": 10**12}, "announce a header of"),
+    ],
+)
+def test_hostile_headers_are_named(tmp_path, content, told):
+    path = header_file(tmp_path / "model.safetensors", **content)
+    with pytest.raises(ValueError, match="model.safetensors .*cannot be read") as error:
+        read_header(path)
+    assert told in str(error.value)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch was-run",)
+
+
+def test_a_pickle_in_metadata_calls_nothing(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    work = fresh(folders / "megatron", tmp_path / "work")
+    (work / "tensors" / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match="wants to call"):
+        TorchDist(work / "tensors")
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize(("name", "told"), [("../secret", "accepted: files beside it"), ("gone", "is missing")])
+def test_metadata_may_name_only_files_beside_it(folders, tmp_path, name, told):
+    work = fresh(folders / "megatron", tmp_path / "work")
+    path = work / "tensors" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = name
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=told):
+        TorchDist(work / "tensors")
+
+
+def test_parts_of_an_array_must_tile_it(folders, tmp_path):
+    work = fresh(folders / "megatron", tmp_path / "work")
+    path = work / "tensors" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    array = metadata.state_dict_metadata["adapter.linear_fc1.weight"]
+    array.size = torch.Size([array.size[0] + 1, array.size[1]])
+    path.write_bytes(pickle.dumps(metadata))
+    assert not convert(work, tmp_path / "out")
+
+
+def hf_job(folders: Path, **options) -> HfJob:
+    return HfJob(HfSpec(folders / "foreign"), "chat", (folders / "foreign",), max_shard_bytes=20_000, **options)
+
+
+def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
+    companions = folders / "foreign"
+    write_hf(hf_job(folders), tmp_path / "straight", companions=companions, options=RunOptions(quiet=True))
+    written: list[str] = []
+    original = HfJob.write
+
+    def failing(self, piece, folder, wrote):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(piece.name)
+        return original(self, piece, folder, wrote)
+
+    monkeypatch.setattr(HfJob, "write", failing)
+    with pytest.raises(OSError, match="No space"):
+        write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=RunOptions(quiet=True))
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial"
+    assert not (partial / "config.json").exists()
+    times = {name: (partial / name).stat().st_mtime_ns for name in written}
+    half_written = next(piece.name for piece in hf_job(folders).pieces() if piece.name not in written)
+    (partial / half_written).write_bytes(b"half")
+    monkeypatch.setattr(HfJob, "write", original)
+    write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=RunOptions(quiet=True))
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == times
+    one, two = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("straight", "out"))
+    assert one == two
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "straight" / n).read_bytes() for n in one)
+
+
+def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, tmp_path, monkeypatch):
+    original = HfJob.write
+
+    def failing(self, piece, folder, wrote):
+        if list(folder.glob("*.safetensors")):
+            raise KeyboardInterrupt
+        return original(self, piece, folder, wrote)
+
+    for change in ("options", "source"):
+        source = fresh(folders / "foreign", tmp_path / "source")
+        job = HfJob(HfSpec(source), "chat", (source,), max_shard_bytes=20_000)
+        monkeypatch.setattr(HfJob, "write", failing)
+        with pytest.raises(KeyboardInterrupt):
+            write_hf(job, tmp_path / "out", companions=source, options=RunOptions(quiet=True))
+        monkeypatch.setattr(HfJob, "write", original)
+        assert len(jobs._begin(job, tmp_path / ".out.partial", job.pieces())) == 1  # unchanged, it would go on
+        if change == "options":
+            job = HfJob(HfSpec(source), "chat", (source,), max_shard_bytes=20_000, dtype="bf16")
+        else:
+            time.sleep(0.01)
+            tiny = load_file(source / "model.safetensors")
+            save_file({name: tensor + 1 for name, tensor in tiny.items()}, source / "model.safetensors")
+        begun = jobs._begin(job, tmp_path / ".out.partial", job.pieces())
+        assert begun == {}, change
+        shutil.rmtree(tmp_path / ".out.partial")
+
+
+def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch):
+    original = HfJob.write
+    options = {"companions": folders / "foreign", "options": RunOptions(quiet=True)}
+
+    def meanwhile(self, piece, folder, wrote):
+        monkeypatch.setattr(HfJob, "write", original)
+        with pytest.raises(ValueError, match="another process is writing"):
+            write_hf(hf_job(folders), tmp_path / "out", **options)
+        return original(self, piece, folder, wrote)
+
+    monkeypatch.setattr(HfJob, "write", meanwhile)
+    write_hf(hf_job(folders), tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 60_000_000))
+    with pytest.raises(ValueError, match=r"GB left; free some"):
+        write_hf(hf_job(folders), tmp_path / "out", companions=folders / "foreign", options=RunOptions(quiet=True))
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / ".out.partial").glob("*.safetensors")) == []
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_that_looks_finished(folders, tmp_path):
+    """The signal comes at a random moment of two workers; whatever is left, the same command then ends well."""
+    command = [sys.executable, "-m", "checkpoint_tools.hf_to_hf", "--hf", str(folders / "foreign"), "--layout", "chat"]
+    command += ["--output", str(tmp_path / "out"), "--shard-size", "4KB", "--workers", "2", "--quiet"]
+    process = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if not (tmp_path / "out").exists():
+        assert not (tmp_path / ".out.partial" / "config.json").exists()
+        hf_to_hf.main(command[3:])
+    got = load_many(tmp_path / "out")
+    write_hf(hf_job(folders), tmp_path / "straight", companions=folders / "foreign", options=RunOptions(quiet=True))
+    expected = load_many(tmp_path / "straight")
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+def load_many(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
