@@ -2,6 +2,7 @@
 # make test        the tests of continuous integration
 # make test-full   with the slow ones too
 # make lint        ruff, mypy, shellcheck, hadolint
+# make slurm-test  sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow it
 # make gpu-test    what needs a CUDA device, with the Python of the container (nothing is installed)
 #
 # All but gpu-test install the versions of requirements.lock into .venv first, once: they need Python 3.11 or newer.
@@ -21,7 +22,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-full lint gpu-test install clean
+.PHONY: demo test test-full lint slurm-test gpu-test install clean
 
 demo: install
 	$(BIN)/python -m examples.digits.run_demo
@@ -38,6 +39,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources .ci/run slurm/*.sh
 	$(BIN)/hadolint Dockerfile
+
+slurm-test: install
+	$(BIN)/python -m tests.slurm.cluster install
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/slurm tests/faults --timeout 3600
 
 gpu-test:
 	$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)

@@ -39,6 +39,7 @@ from megatron_r1v2.training.batches import collate
 from megatron_r1v2.training.grpo import batch_loss
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import Prompt, TrainingSample
 
 
@@ -206,6 +207,7 @@ def _policy(case: Case, context: groups.ParallelContext) -> Policy:
         scheduler=scheduler,
         context=context,
         temperature=0.7,
+        skipped=SkippedUpdates(Path("skipped"), settings=TrainConfig(), context=context),
         vocab_size=case.architecture.language.vocab_size,
         packed=case.packed,
         features=None if "vision" in case.parts else FeatureCache(2**40),

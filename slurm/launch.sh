@@ -1,33 +1,54 @@
 # shellcheck shell=bash
-# Shared by the sbatch scripts: start one torchrun on each node of the job and pass SLURM's warning on.
+# Shared by the sbatch scripts: one torchrun on each node of the job, SLURM's warning passed on, the job put back in the
+# queue when it was interrupted.
 #
-#   R1V2_CONTAINER  image for srun --container-image (pyxis); empty: run in the environment of the job
-#   R1V2_MOUNTS     for --container-mounts; default: the submit folder at its own path
+#   R1V2_CONTAINER     image for srun --container-image (pyxis); empty: run in the environment of the job
+#   R1V2_MOUNTS        for --container-mounts; default: the submit folder at its own path
+#   R1V2_RECIPE        instead of the script's recipe
+#   R1V2_LOGS          folder of the ranks' logs, one folder for each job, start and node; default: logs
+#   R1V2_MAX_REQUEUES  how often an interrupted job is put back; default: 100
+#   R1V2_RETRY_AFTER   a start that fails after so many seconds is put back too (a lost node ends the others' processes
+#                      before SLURM notices); one that fails earlier is not: bad settings fail at once; default: 600
+#   R1V2_MAX_FAILURES  how many starts of a job may fail and be put back; default: 3
+#
+# What sbatch reads from the scripts can be changed by its own options (--nodes, --time, ...) or SBATCH_* variables.
 
 # Runs on each node. SLURM passes a signal to every process of the step. torchrun would die of SIGUSR1, so it starts with
-# the signal ignored; so do its workers, until the trainer asks to hear of it.
-R1V2_NODE_SCRIPT='trap "" USR1; exec torchrun "$@"'
+# the signal ignored; so do its workers, until the trainer asks to hear of it. SIGTERM torchrun passes on itself.
+# shellcheck disable=SC2016 # expanded there
+R1V2_NODE_SCRIPT='trap "" USR1
+logs="$1/node-$SLURM_NODEID"; shift
+mkdir -p "$logs"
+exec torchrun --log-dir "$logs" --redirects 3 --tee "0:3" "$@"'
+
+# What is said of the container to srun.
+container_options() {
+  if [[ -n "${R1V2_CONTAINER:-}" ]]; then
+    printf '%s\n' "--container-image=$R1V2_CONTAINER" "--container-mounts=${R1V2_MOUNTS:-$PWD:$PWD}" \
+      "--container-workdir=$PWD"
+  fi
+}
 
 # launch MODULE RECIPE [section.key=value ...]
 launch() {
-  local module=$1
-  shift
-  local gpus warned=0 status=0 srun_pid
-  local nodes=() container=()
+  local module=$1 recipe=${R1V2_RECIPE:-$2}
+  shift 2
+  local gpus warned=0 status=0 srun_pid logs
+  local nodes=() container=() failed=()
   # Not "| head": scontrol may then die of SIGPIPE, and with pipefail the job with it.
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  mapfile -t container < <(container_options)
   gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs with --gpus-per-node}
-  if [[ -n "${R1V2_CONTAINER:-}" ]]; then
-    container=(--container-image="$R1V2_CONTAINER" --container-mounts="${R1V2_MOUNTS:-$PWD:$PWD}"
-      --container-workdir="$PWD")
-  fi
+  logs=${R1V2_LOGS:-logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID/start-${SLURM_RESTART_COUNT:-0}
 
-  # "$!" in the background plus wait, because a shell that waits in the foreground runs no trap.
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "${container[@]}" bash -c "$R1V2_NODE_SCRIPT" node \
+  # Not killed at once when a node ends badly: after SIGTERM each node takes its own time to end. "&" plus wait, because
+  # a shell that waits in the foreground runs no trap.
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+    --wait=300 "${container[@]}" bash -c "$R1V2_NODE_SCRIPT" node "$logs" \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$gpus" --rdzv-backend=c10d \
-    --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
-    -m "$module" "$@" &
+    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    --rdzv-endpoint="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
+    -m "$module" "$recipe" "$@" &
   srun_pid=$!
   trap 'warned=1; kill -USR1 "$srun_pid" || true' USR1
   # A trap ends wait early, with srun still at work; the last wait has its real exit status.
@@ -36,10 +57,31 @@ launch() {
   done
   wait "$srun_pid" || status=$?
 
-  # After the warning the run saves and ends well: put the job back in the queue, where it resumes. A run that had
-  # just finished resumes at its last step and ends at once.
-  if ((warned && status == 0)); then
-    scontrol requeue "$SLURM_JOB_ID"
+  # After the warning the run saves and ends well; preempted, its step is abandoned. A run that had just finished
+  # resumes at its last step and ends at once.
+  if ((warned && status == 0)) || was_preempted; then
+    put_back "interrupted" || return 1
+  elif ((status != 0)); then
+    mkdir -p "$logs" && touch "$logs/failed"
+    failed=("${logs%/*}"/start-*/failed)
+    if ((SECONDS >= ${R1V2_RETRY_AFTER:-600} && ${#failed[@]} <= ${R1V2_MAX_FAILURES:-3})); then
+      put_back "failed with status $status after $SECONDS s" || return "$status"
+    fi
   fi
   return "$status"
+}
+
+was_preempted() {
+  [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]]
+}
+
+# put_back WHY: within the bound.
+put_back() {
+  local count=${SLURM_RESTART_COUNT:-0} bound=${R1V2_MAX_REQUEUES:-100}
+  if ((count >= bound)); then
+    echo "job $SLURM_JOB_ID: $1, but R1V2_MAX_REQUEUES=$bound starts over are used up; submit again to go on" >&2
+    return 1
+  fi
+  echo "job $SLURM_JOB_ID: $1; back into the queue, start over $((count + 1)) of at most $bound" >&2
+  scontrol requeue "$SLURM_JOB_ID"
 }

@@ -177,6 +177,7 @@ def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, r
         "PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(log), "WORKER": WORKER, "STATUS": str(status),
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "123456", "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_NODEID": "0", "R1V2_LOGS": str(tmp_path / "logs"),
         "R1V2_CONTAINER": "image.sqsh",
     }  # fmt: skip
     job = subprocess.Popen(["bash", "slurm/grpo_38b.sh", "train.steps=7"], cwd=ROOT, env=environment)
@@ -190,6 +191,15 @@ def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, r
     assert ("requeue 123456" in lines) == requeued
     assert "srun --container-image=image.sqsh" in lines
     assert (
-        "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=123456 --rdzv-endpoint=n1:23456 "
-        "-m megatron_r1v2.grpo examples/r1v2_38b/grpo.yaml train.steps=7"
+        "--redirects 3 --tee 0:3 --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=123456-0 "
+        "--rdzv-endpoint=n1:23456 -m megatron_r1v2.grpo examples/r1v2_38b/grpo.yaml train.steps=7"
     ) in lines
+
+
+def test_the_scripts_warn_as_early_as_the_settings_say():
+    """SIGUSR1 of the training scripts and checkpoint.lead_seconds, which a step's duration is compared with."""
+    for script in SCRIPTS:
+        text = script.read_text(encoding="utf-8")
+        if found := re.search(r"^launch megatron_r1v2\.\w+ (\S+)", text, re.MULTILINE):
+            lead = load_recipe(ROOT / found[1]).checkpoint.lead_seconds
+            assert f"#SBATCH --signal=B:USR1@{lead:g}\n" in text, script.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_r1v2.config import hallucination, pairs
+from megatron_r1v2.config import checkpoint, hallucination, pairs
 from megatron_r1v2.config.schema import RewardConfig
 
 RANGES: Mapping[str, tuple[float | None, float | None]] = {
@@ -38,6 +38,7 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "algorithm.advantage_epsilon": (0, None),
     "algorithm.importance_cap": (0, None),
     "algorithm.dynamic_sampling_rounds": (1, None),
+    "algorithm.gate_tokens": (0, None),
     "preference.preference_weight": (0, None),
     "preference.quality_weight": (0, None),
     "preference.generation_weight": (0, None),
@@ -59,8 +60,8 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "train.adam_beta1": (0, 1),
     "train.adam_beta2": (0, 1),
     "train.clip_grad": (0, None),
-    "checkpoint.every_steps": (0, None),
-    "checkpoint.keep_last": (1, None),
+    "train.skip_above_grad_norm": (0, None),
+    "train.max_skipped_updates": (1, None),
     "evaluation.every_steps": (0, None),
     "evaluation.prompts": (0, None),
     "evaluation.runs": (1, None),
@@ -71,6 +72,7 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.attempts": (1, None),
     "evaluation.stop_at_pass_at_1": (0, 1),
     "logging.sample_rollouts": (0, None),
+    **checkpoint.RANGES,
     **hallucination.RANGES,
     **pairs.RANGES,
 }

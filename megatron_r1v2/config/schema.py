@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_r1v2.config.checkpoint import CheckpointConfig
 from megatron_r1v2.config.choices import (
     Fp8,
     Layers,
@@ -217,7 +218,10 @@ class AlgorithmConfig:
     """DAPO's dynamic sampling: while fewer than train.prompts_per_step groups are effective, as many further prompts
     are generated from, up to this many rounds in all; only effective groups are trained on. 1: off."""
     max_log_prob_difference: float = 0.5
-    """The run stops when the mean |engine - training| log-prob of a step exceeds this."""
+    """The run stops when the mean |engine - training| log-prob exceeds this: of a step, or of the gate before it."""
+    gate_tokens: int = 8
+    """Before each generation phase the engine generates so many tokens to one prompt of each modality, and the training
+    forward's log-probs of them are compared; 0: it is not done."""
 
 
 @dataclass
@@ -295,22 +299,13 @@ class TrainConfig:
     """Decay of the squared-gradient average."""
     clip_grad: float = 1.0
     """Norm to which gradients are clipped; 0: not."""
+    skip_above_grad_norm: float = 0.0
+    """An update whose gradient norm (before clipping) is above this is skipped, as one that is not finite always is;
+    0: no bound."""
+    max_skipped_updates: int = 3
+    """The run stops when so many updates in a row are skipped; what they were made of is in run.output_dir/skipped."""
     recompute: Recompute = Recompute.none
     """What the backward pass computes again to save memory: none, selective (core attention) or full (whole layers)."""
-
-
-@dataclass
-class CheckpointConfig:
-    """Saving and resuming; checkpoints are below `run.output_dir`/checkpoints."""
-
-    every_steps: int = 10
-    """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then."""
-    keep_last: int = 2
-    """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
-    asynchronous: bool = True
-    """Write in the background."""
-    resume: bool = True
-    """Continue from the newest checkpoint in the folder, if there is one."""
 
 
 @dataclass

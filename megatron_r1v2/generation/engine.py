@@ -20,6 +20,8 @@ from megatron_r1v2.types import Prompt, Rollout
 
 Progress = Callable[[int, int], None]
 """(responses finished, tokens in them) on this replica so far."""
+OnFinished = Callable[[Prompt, Sequence[Rollout]], None]
+"""Called with a prompt and all responses to it, in the order of `sample_index`."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class RolloutEngine:
         top_p: float = 1.0,
         seed: int | None = None,
         progress: Progress | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[Rollout]:
         """Generate responses; the key-value cache lives as long as the call.
 
@@ -107,6 +110,7 @@ class RolloutEngine:
             top_p: below 1 for evaluation only: log-probs stay those of the full distribution.
             seed: instead of the engine's.
             progress: called after every step.
+            on_finished: called as soon as all responses to a prompt are there.
 
         Returns:
             `num_responses` rollouts for each prompt, in the order of the prompts and then of `sample_index`, the same
@@ -116,10 +120,19 @@ class RolloutEngine:
             ValueError: a prompt is too long, its image tokens do not match its tiles, or the cache holds no sequence.
         """
         seed = self.seed if seed is None else seed
+        taken: list[Prompt] = []
+        tokens: dict[int, list[DrawnToken]] = {}
+
+        def rollouts_to(number: int) -> list[Rollout]:
+            first = number * num_responses
+            return [
+                self._rollout(tokens[first + sample], taken[number], sample, policy_version)
+                for sample in range(num_responses)
+            ]
+
         with self.phase(max_response_tokens) as phase:
-            taken: list[Prompt] = []
-            tokens: dict[int, list[DrawnToken]] = {}
             num_finished = num_finished_tokens = 0
+            left: dict[int, int] = {}
             for new in self._admissions(phase, prompts, num_responses):
                 requests = [
                     Request(
@@ -138,12 +151,13 @@ class RolloutEngine:
                     response.append(token)
                     if token.is_last:
                         num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(response)
+                        number = token.request_id // num_responses
+                        left[number] = left.get(number, num_responses) - 1
+                        if on_finished is not None and not left[number]:
+                            on_finished(taken[number], rollouts_to(number))
                 if progress is not None:
                     progress(num_finished, num_finished_tokens)
-        return [
-            self._rollout(tokens[request], taken[request // num_responses], request % num_responses, policy_version)
-            for request in sorted(tokens)
-        ]
+        return [rollout for number in range(len(taken)) for rollout in rollouts_to(number)]
 
     @contextmanager
     def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:

@@ -7,10 +7,12 @@ A checkpoint is a folder `step-00000020`:
     replay-D.pt                              the buffer's samples that data-parallel rank D holds
     rng-R.pt                                 random states of rank R
     recipe.yaml                              the settings of the run
+    manifest.json                            size and checksum of every other file (see manifest.py)
 
 Beside them `best.json` names the one with the best validation Pass@1: {"step": 20, "pass_at_1": 0.71}.
 
-It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole.
+It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole. One
+that has been damaged since is renamed `step-00000020.damaged` when a run goes on from the one before.
 Parts of the model that do not train are not in it: they are in the model that the run started from.
 """
 
@@ -20,20 +22,23 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_r1v2.config.load import save_recipe
 from megatron_r1v2.config.schema import Part, RunRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.checkpoint_files import (
     RECIPE_FILE,
@@ -43,7 +48,10 @@ from megatron_r1v2.training.checkpoint_files import (
     load_state,
     resolve_checkpoint,
 )
+from megatron_r1v2.training.manifest import find_damage, write_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
+from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
+from megatron_r1v2.training.random_states import random_states, restore_random_states
 
 __all__ = ["CheckpointStore", "finished_checkpoints", "load_state", "resolve_checkpoint"]
 
@@ -85,12 +93,43 @@ class CheckpointStore:
         dist.broadcast_object_list(best, src=0)
         self._best_pass_at_1 = best[0][1] if best[0] is not None else None
 
-    def latest(self) -> Path | None:
-        """Return the newest finished checkpoint, the same on every rank; None: there is none."""
+    def newest_undamaged(self) -> Path | None:
+        """Return the newest checkpoint whose files are as they were written, the same on every rank; None: none exists.
+
+        Newer ones that are damaged are put aside, and said in the log.
+
+        Raises:
+            RuntimeError: there are checkpoints, and all are damaged.
+        """
+        finished = objects.all_gather(finished_checkpoints(self.folder))[0]
+        damaged: list[tuple[Path, str]] = []
+        for folder in reversed(finished):
+            damage = find_damage(folder)
+            if damage is None:
+                self._put_aside(damaged, folder)
+                return folder
+            damaged.append((folder, damage))
+        if damaged:
+            told = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged)
+            raise RuntimeError(
+                f"every checkpoint in {self.folder} is damaged ({told}); bring one back from a copy, or set "
+                "run.output_dir to a new folder to start anew"
+            )
+        return None
+
+    def newest_step(self) -> int:
+        """Return the step of the newest finished checkpoint; 0: there is none."""
         finished = finished_checkpoints(self.folder)
-        box = [str(finished[-1]) if finished else None]
-        dist.broadcast_object_list(box, src=0)
-        return Path(box[0]) if box[0] else None
+        return int(finished[-1].name.removeprefix("step-")) if finished else 0
+
+    def _put_aside(self, damaged: Iterable[tuple[Path, str]], instead: Path) -> None:
+        dist.barrier()
+        for folder, damage in damaged if self.context.is_main else ():
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            logger.warning("checkpoint %s is damaged (%s): going on from %s", folder, damage, instead.name)
+        dist.barrier()
 
     def is_best(self, step: int) -> bool:
         """Return whether validation has found this step better than every checkpoint; the same on every rank."""
@@ -131,6 +170,21 @@ class CheckpointStore:
         pass_at_1 = self._pass_at_1(step)
         if self.is_best(step):
             self._best_pass_at_1 = pass_at_1
+        with _telling(self.folder):
+            return self._save(step, model, optimizer, parts, trained, state, replay, recipe, pass_at_1)
+
+    def _save(
+        self,
+        step: int,
+        model: R1V2Model,
+        optimizer: MegatronOptimizer,
+        parts: Iterable[Part],
+        trained: Iterable[Part],
+        state: Mapping[str, Any],
+        replay: Mapping[str, Any],
+        recipe: RunRecipe,
+        pass_at_1: float | None,
+    ) -> Path:
         target = self.folder / f"step-{step:08d}"
         partial = target.with_name(target.name + ".partial")
         if self.context.is_main:
@@ -138,12 +192,12 @@ class CheckpointStore:
             (partial / TENSORS).mkdir(parents=True)
         dist.barrier()
         if self.context.is_main:
-            names = {"parts": _names(parts), "trained": _names(trained)}
+            names = {"parts": part_names(parts), "trained": part_names(trained)}
             torch.save({**state, **names}, partial / STATE_FILE)
             save_recipe(recipe, partial / RECIPE_FILE)
         if self.context.is_replica_leader:
             torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
-        torch.save(_random_states(), partial / f"rng-{dist.get_rank()}.pt")
+        torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
         sharded: ShardedStateDict = {"model": part_state(model, parts)}
         if trains_here(optimizer):
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
@@ -162,10 +216,11 @@ class CheckpointStore:
         Args:
             blocking: wait for what is still being written in the background.
         """
-        self._queue.maybe_finalize_async_calls(blocking=blocking)
-        if self._written is not None:
-            self._publish(*self._written)
-            self._written = None
+        with _telling(self.folder):
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            if self._written is not None:
+                self._publish(*self._written)
+                self._written = None
 
     def load(
         self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, trained: Iterable[Part]
@@ -185,27 +240,28 @@ class CheckpointStore:
             ValueError: the checkpoint trained other parts.
         """
         state = load_state(folder)
-        if state["trained"] != _names(trained):
+        if state["trained"] != part_names(trained):
             raise ValueError(
-                f"checkpoint {folder} trained {state['trained']} but train.parts={_names(trained)}; to start another "
-                "stage from its weights set model.checkpoint to it and run.output_dir to a new folder"
+                f"checkpoint {folder} trained {state['trained']} but train.parts={part_names(trained)}; to start "
+                "another stage from its weights set model.checkpoint to it and run.output_dir to a new folder"
             )
         sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
-        _check_shapes(sharded["model"], folder)
+        check_shapes(sharded["model"], folder)
         if trains_here(optimizer):
             sharded["optimizer"] = optimizer.sharded_state_dict(
                 sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
             )
         loaded = dist_checkpointing.load(sharded, str(folder / TENSORS))
-        _fill(model, loaded["model"] if sharded["model"] else {}, folder)  # a later stage may have none of the parts
+        fill(model, loaded["model"] if sharded["model"] else {}, folder)  # a later stage may have none of the parts
         if trains_here(optimizer):
             load_optimizer_state(optimizer, loaded["optimizer"])
-        _restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
+        restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
         return state, [torch.load(path, weights_only=True) for path in shards]
 
     def _publish(self, partial: Path, target: Path, pass_at_1: float | None) -> None:
-        """Give a finished checkpoint its name and delete the oldest; runs when every rank has written."""
+        """Give a finished checkpoint its name and delete the oldest; all ranks call it when every rank has written."""
+        write_manifest(partial)
         if not self.context.is_main:
             return
         os.rename(partial, target)
@@ -222,6 +278,19 @@ class CheckpointStore:
             doomed = old.with_name(old.name + ".deleted")
             os.rename(old, doomed)
             shutil.rmtree(doomed)
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Say what to do when a checkpoint cannot be written, which is most often a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        free = shutil.disk_usage(folder).free / 2**20
+        raise RuntimeError(
+            f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free. The finished ones are as "
+            f"they were; make room (or lower checkpoint.keep_last) and start again. The cause: {error}"
+        ) from error
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -256,7 +325,7 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
     if context.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / TENSORS).mkdir(parents=True)
-        names = _names(set(parts) & set(model.parts))
+        names = part_names(set(parts) & set(model.parts))
         torch.save({"step": 0, "version": 0, "parts": names, "trained": []}, partial / STATE_FILE)
     dist.barrier()
     dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
@@ -286,72 +355,7 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
             "reward_model.checkpoint to it, and model.checkpoint to a checkpoint of another stage"
         )
     sharded = part_state(model, parts)
-    _check_shapes(sharded, folder)
+    check_shapes(sharded, folder)
     loaded = dist_checkpointing.load({"model": sharded}, str(folder / TENSORS))
-    _fill(model, loaded["model"] if sharded else {}, folder)  # a later stage may have none of the parts
+    fill(model, loaded["model"] if sharded else {}, folder)  # a later stage may have none of the parts
     return parts
-
-
-def part_state(model: R1V2Model, parts: Iterable[Part]) -> ShardedStateDict:
-    """Describe the parameters of some parts of the model to `dist_checkpointing`."""
-    names = _names(parts)
-    sharded = model.sharded_state_dict()
-    # TransformerEngine's extra states hold scales that tensorwise and blockwise recipes compute anew for every product.
-    return {
-        key: value
-        for key, value in sharded.items()
-        if key.split(".", 1)[0] in names and not key.endswith("_extra_state")
-    }
-
-
-def _names(parts: Iterable[Part]) -> list[str]:
-    return sorted({Part(part).value for part in parts})
-
-
-def _fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:
-    result = model.load_state_dict(dict(loaded), strict=False)
-    wanted = {key.split(".", 1)[0] for key in loaded}
-    missing = [
-        key for key in result.missing_keys if key.split(".", 1)[0] in wanted and not key.endswith("_extra_state")
-    ]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"checkpoint {folder} does not fit the model: missing {missing[:5]}, unexpected "
-            f"{result.unexpected_keys[:5]}; model.hf_path must be the model that it was made from"
-        )
-
-
-def _check_shapes(sharded: ShardedStateDict, folder: Path) -> None:
-    """Refuse a checkpoint of a model of other sizes before megatron-core does, in words."""
-    saved = dist_checkpointing.load_tensors_metadata(str(folder / TENSORS))
-    for wanted in sharded.values():
-        if not isinstance(wanted, ShardedTensor):
-            continue
-        if wanted.key not in saved:
-            told = f"{wanted.key} is not in it"
-        elif tuple(saved[wanted.key].global_shape) != tuple(wanted.global_shape) and not wanted.allow_shape_mismatch:
-            told = f"{wanted.key} is {list(saved[wanted.key].global_shape)} in it and {list(wanted.global_shape)} in "
-            told += "the model"
-        else:
-            continue
-        raise ValueError(
-            f"checkpoint {folder} does not fit the model: {told}; model.hf_path must be the model that it was made from"
-        )
-
-
-def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_states(path: Path) -> None:
-    """Restore the generators; a run that resumes with more ranks has no file for the new ones."""
-    if not path.is_file():
-        logger.warning("no random states for this rank in %s: the layout has changed", path.parent)
-        return
-    states = torch.load(path, weights_only=True)
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

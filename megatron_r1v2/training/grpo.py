@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from megatron_r1v2.rl.grpo import grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
 from megatron_r1v2.training.calibrator import Calibrator
+from megatron_r1v2.training.interruptions import made_by
 from megatron_r1v2.training.loaded_reward_model import open_reward_model
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
+from megatron_r1v2.training.policy import SKIPPED
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from megatron_r1v2.training.selection import (
     Selection,
@@ -37,6 +40,7 @@ from megatron_r1v2.training.selection import (
 )
 from megatron_r1v2.training.session import Session, next_distinct, open_session
 from megatron_r1v2.training.validation import Validation
+from megatron_r1v2.training.weight_proof import check_engine
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingBatch, TrainingSample
 
 SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fraction", "ssb/trained_effective_fraction")
@@ -104,11 +108,13 @@ class GrpoStage:
         """Do one step of the paper: rollouts, rewards, advantages and buffer, update."""
         session, timed = self.session, self.session.recorder.timed
         prompts, scored = self.collect()
+        session.between_phases()
         selection = self.select(prompts, scored)
         with timed("exchange"):
             samples, sample_prompts = self.bring_samples(selection, prompts, scored)
         with timed("log_probs"):
             samples = self.add_old_log_probs(samples, sample_prompts)
+        session.between_phases()
         with timed("update"):
             self.update(selection, samples, sample_prompts | {"": prompts[0]})
         self.remember(selection, samples, sample_prompts)
@@ -132,6 +138,8 @@ class GrpoStage:
         features.clear()
         for done in range(1, rounds + 1):
             more = next_distinct(session.stream, wanted, besides=prompts)
+            if done == 1:
+                self.prove(more, features)
             with timed("generate"):
                 rollouts = self.generate(more, features, round_number=done)
             with timed("reward"):
@@ -144,20 +152,39 @@ class GrpoStage:
         session.recorder.note({"rollout/rounds": done, **reward_metrics(counts)})
         return prompts, scored
 
+    def prove(self, prompts: Sequence[Prompt], features: FeatureCache) -> None:
+        """Hold that all replicas are about to sample from the same weights, and that the engine computes with them."""
+        session = self.session
+        with session.recorder.timed("gate"):
+            weights = session.proof.check({}, None)
+            check_engine(session, self.engine, prompts, features)
+        session.interruptions.kept.begin_step(
+            session.step,
+            made_by(session.recipe.run.seed, session.policy.version, session.recipe.generation, weights),
+        )
+
     def generate(self, prompts: Sequence[Prompt], features: FeatureCache, *, round_number: int) -> list[Rollout]:
-        """Sample N responses to each prompt that this replica takes from the shared queue."""
+        """Sample N responses to each prompt that this replica takes from the shared queue, less those that are on disk
+        from before an interruption."""
         session = self.session
         settings = session.recipe.generation
+        interruptions = session.interruptions
+        kept, missing = interruptions.kept.take(prompts)
+        interruptions.say_taken_up(session.step, len(prompts) - len(missing), len(prompts))
         rollouts = self.engine.generate(
-            SharedPromptQueue(prompts, context=session.context, name=f"grpo-{session.step}-{round_number}"),
+            SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
             num_responses=settings.responses_per_prompt,
             policy_version=session.policy.version,
             temperature=settings.temperature,
             max_response_tokens=settings.max_response_tokens,
             features=features,
+            progress=interruptions.between_engine_steps,
+            on_finished=interruptions.kept.keep,
         )
+        interruptions.watch.wait_for_all(f"generated-{session.step}-{round_number}")
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
-        return rollouts
+        order = {prompt.key: place for place, prompt in enumerate(prompts)}
+        return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
         """Score this replica's rollouts; returns them, and the reward sums of all replicas."""
@@ -261,6 +288,7 @@ class GrpoStage:
             of_updates.append(
                 policy.update(batches, partial(batch_loss, algorithm=algorithm, denominator=selection.denominator))
             )
+        values[SKIPPED] = sum(metrics.pop(SKIPPED) for metrics in of_updates)
         self.session.recorder.note(values | mean_of_updates(of_updates))
 
     def remember(

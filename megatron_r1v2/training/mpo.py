@@ -15,6 +15,7 @@ from megatron_r1v2.rl.mpo import RewardShift, TermWeights, generation_loss, mpo_
 from megatron_r1v2.training.calibrator import Calibrator
 from megatron_r1v2.training.given_responses import next_trainable, share_out, update
 from megatron_r1v2.training.pairs import SIDES, pair_samples, preference_of
+from megatron_r1v2.training.policy import SKIPPED
 from megatron_r1v2.training.reference_log_probs import belongs_to, reference_log_probs
 from megatron_r1v2.training.session import Session, open_session
 from megatron_r1v2.training.validation import Validation
@@ -137,7 +138,7 @@ class MpoStage:
             generation_denominator=denominator,
         )
         metrics = update(session, batches, loss)
-        if self.needs_reference:
+        if self.needs_reference and not metrics[SKIPPED]:
             mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             self.delta = self.delta.fold(mean, 2 * len(prompts), momentum=settings.delta_momentum)
 

@@ -17,6 +17,7 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.training.denominators import loss_scale
 from megatron_r1v2.training.forward import Forward
+from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import TrainingBatch
 
 Metrics = dict[str, torch.Tensor]
@@ -24,6 +25,8 @@ Metrics = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor, TrainingBatch], tuple[torch.Tensor, Metrics]]
 """(log_probs_BS or scores_BS, batch) to the local sum divided by the global denominator, and metrics."""
 
+SKIPPED = "actor/skipped_updates"
+"""1 for an update that was not made, since its gradient was not finite or too large."""
 _LOSS = "actor/loss"
 
 
@@ -34,6 +37,8 @@ class Policy(Forward):
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    skipped: SkippedUpdates
+    """What becomes of updates that must not be made."""
     temperature: float
     """Of the sampling distribution, whose log-probs these are."""
     vocab_size: int
@@ -85,13 +90,20 @@ class Policy(Forward):
             loss_function: its losses over all ranks and microbatches sum up to the loss.
 
         Returns:
-            Metrics over all ranks, with the loss and the gradient norm.
+            Metrics over all ranks, with the loss and the gradient norm; `actor/skipped_updates` alone when the update
+            is skipped: then weights, optimizer, schedule and version are as they were.
+
+        Raises:
+            RuntimeError: too many updates in a row are skipped.
         """
         scale = loss_scale(num_microbatches=len(batches), data_size=self.context.data_size)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
-        self._check_gradients()
+        if reason := self.skipped.reason(finite=self._is_gradient_finite(), gradient_norm=self._gradient_norm()):
+            self.skipped.add(batches, version=self.version, reason=reason)
+            return {SKIPPED: 1.0}
+        self.skipped.end_row()
         _, gradient_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         self.version += 1
@@ -99,16 +111,20 @@ class Policy(Forward):
         return mean_metrics(combined) | {
             "actor/loss": float(combined[_LOSS][0]),
             "actor/grad_norm": float(gradient_norm or 0.0),
+            SKIPPED: 0.0,
         }
 
-    def _check_gradients(self) -> None:
-        """Refuse to step on a gradient that is not finite: it would spoil the weights and then every checkpoint."""
+    def _is_gradient_finite(self) -> bool:
+        """Return whether the gradient is finite on all ranks: if not, a step would spoil the weights."""
         finite = all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in self.ddp.buffers)
-        if not all(objects.all_gather(finite)):
-            raise RuntimeError(
-                f"the gradient of update {self.version + 1} is not finite, so the weights were left as they are; the "
-                "newest checkpoint is from before it. Lower train.learning_rate or set train.clip_grad, and start again"
-            )
+        return all(objects.all_gather(finite))
+
+    def _gradient_norm(self) -> float | None:
+        """Return the norm before clipping, the same on all ranks, where there is a bound on it."""
+        if not self.skipped.settings.skip_above_grad_norm:
+            return None
+        self.optimizer.prepare_grads()
+        return max(objects.all_gather(float(self.optimizer.get_grad_norm() or 0.0)))
 
 
 def combine(sums: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext) -> dict[str, torch.Tensor]:

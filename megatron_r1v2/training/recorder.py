@@ -53,6 +53,9 @@ class Recorder:
         self.is_main = is_main
         self.shown = shown
         self.values: dict[str, float] = {}
+        self.steps_done = first_step
+        self.phase = "setup"
+        """The newest that `timed` has begun."""
         self._started = time.perf_counter()
         self._wandb: Any = None
         self._tensorboard: Any = None
@@ -94,6 +97,7 @@ class Recorder:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds that the block takes to `timing_s/PHASE` of this step."""
         start = time.perf_counter()
+        self.phase = phase
         try:
             yield
         finally:
@@ -125,6 +129,14 @@ class Recorder:
         """Return what `timed` has measured for a phase of this step."""
         return self.values[f"timing_s/{phase}"]
 
+    def where(self) -> str:
+        """Return the step and the phase that this rank is in."""
+        return f"step {self.steps_done + 1}, {self.phase}"
+
+    def step_seconds(self) -> float:
+        """Return how long this step has taken so far."""
+        return time.perf_counter() - self._started
+
     def note(self, values: Mapping[str, float]) -> None:
         """Add numbers to this step."""
         self.values.update(values)
@@ -139,6 +151,7 @@ class Recorder:
         self.values["timing_s/step"] = now - self._started
         self._started = now
         values, self.values = self.values, {}
+        self.steps_done = step
         if not self.is_main:
             return
         _append(self.run_dir / METRICS_FILE, [{"step": step, **values}])

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.config.load import load_recipe, save_recipe
-from megatron_r1v2.config.schema import Packing, Part, RunRecipe, TrainConfig
+from megatron_r1v2.config.load import save_recipe
+from megatron_r1v2.config.schema import Packing, Part, RunRecipe
 from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluate import Evaluator
@@ -21,6 +21,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.parallel.watch import RankWatch
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.training.batches import length_multiple
 from megatron_r1v2.training.checkpoint import (
@@ -30,24 +31,19 @@ from megatron_r1v2.training.checkpoint import (
     load_weights,
     resolve_checkpoint,
 )
+from megatron_r1v2.training.interruptions import Interruptions
+from megatron_r1v2.training.kept_rollouts import KeptRollouts
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import build_optimizer, unbind, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.recorder import Recorder
 from megatron_r1v2.training.reference import ReferenceWeights
-from megatron_r1v2.training.stop_request import StopRequest
+from megatron_r1v2.training.resume import resume
+from megatron_r1v2.training.skipped_updates import FOLDER as SKIPPED_FOLDER
+from megatron_r1v2.training.skipped_updates import SkippedUpdates
+from megatron_r1v2.training.stop_request import StepAbandoned, StopRequest
+from megatron_r1v2.training.weight_proof import WeightProof
 from megatron_r1v2.types import Prompt
-
-_SCHEDULE = (
-    "steps",
-    "updates_per_step",
-    "learning_rate",
-    "min_learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-)
 
 
 @dataclass
@@ -137,7 +133,8 @@ class Session(LoadedModel):
     checkpoints: CheckpointStore
     recorder: Recorder
     reference: ReferenceWeights | None
-    stop_request: StopRequest
+    interruptions: Interruptions
+    proof: WeightProof
     step: int = 0
     """Steps done."""
     loaded_state: Mapping[str, Any] = field(default_factory=dict)
@@ -177,17 +174,26 @@ class Session(LoadedModel):
 
     def must_stop(self) -> bool:
         """Return whether the run was asked to save and end before it is finished."""
-        if not self.stop_request.is_made():
-            return False
-        self.recorder.say(f"asked to stop by SIGUSR1: saving after step {self.step}; start again to go on")
-        return True
+        return self.interruptions.must_stop(self.step)
 
     def end_step(self) -> None:
         """Write the numbers of the step, then publish finished checkpoints."""
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
+        self.interruptions.check_lead()
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
-        self.checkpoints.finish_pending(blocking=False)
+        self.publish(blocking=False)
+
+    def publish(self, *, blocking: bool) -> None:
+        """Publish checkpoints that are written, and drop the rollouts of the steps that they hold."""
+        self.checkpoints.finish_pending(blocking=blocking)
+        if self.context.is_main:
+            self.interruptions.kept.drop_before(self.checkpoints.newest_step())
+
+    def between_phases(self) -> None:
+        """Publish a checkpoint that has been written meanwhile, and give the step up when SIGTERM has come."""
+        self.publish(blocking=False)
+        self.interruptions.between_phases()
 
     def save(self, state: Mapping[str, Any], replay: Mapping[str, Any]) -> None:
         """Write a checkpoint.
@@ -207,6 +213,7 @@ class Session(LoadedModel):
                 "version": self.policy.version,
                 "scheduler": self.policy.scheduler.state_dict(),
                 "stream": self.stream.state_dict(),
+                "checksums": self.proof.checksums(),
                 **state,
             },
             replay=replay,
@@ -283,20 +290,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
         model, context = loaded.model, loaded.context
         freeze_all_but(model, recipe.train.parts)
         reference = ReferenceWeights(model) if recipe.algorithm.kl_coefficient > 0 else None
-        ddp = wrap_with_ddp(model, context)
-        optimizer, scheduler = build_optimizer(ddp, recipe.train)
-        policy = Policy(
-            model=model,
-            ddp=ddp,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            context=context,
-            temperature=recipe.generation.temperature,
-            vocab_size=loaded.sampled_vocab_size,
-            features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
-            packed=recipe.train.packing is not Packing.none,
-            length_multiple=length_multiple(recipe),
-        )
+        policy = _build_policy(loaded, run_dir)
         stream = PromptStream(recipe.data.train, seed=recipe.run.seed, **loaded._reading)
         checkpoints = CheckpointStore(
             run_dir / "checkpoints",
@@ -304,16 +298,16 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             asynchronous=recipe.checkpoint.asynchronous,
             context=context,
         )
-        newest = checkpoints.latest()
+        newest = checkpoints.newest_undamaged()
         if newest is not None and not recipe.checkpoint.resume:
             raise ValueError(
                 f"checkpoint.resume=false but there is {newest}, which a new run would replace; set run.output_dir to "
                 "a new folder, delete this one, or set checkpoint.resume=true to go on from it"
             )
-        state, replay = _resume(newest, policy, stream, checkpoints, recipe)
+        state, replay = resume(newest, policy, stream, checkpoints, recipe)
         with (
             ExitStack() as at_the_end,
-            StopRequest(context.device) as stop_request,
+            StopRequest(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_request,
             Recorder(
                 run_dir,
                 name=recipe.run.name,
@@ -324,50 +318,59 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 is_main=context.is_main,
                 shown=shown,
             ) as recorder,
+            RankWatch(recorder.where, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
         ):
             at_the_end.callback(unbind, model)
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
             if context.is_main:
                 save_recipe(recipe, run_dir / RECIPE_FILE)
-            yield Session(
+            session = Session(
                 **vars(loaded),
                 policy=policy,
                 stream=stream,
                 checkpoints=checkpoints,
                 recorder=recorder,
                 reference=reference,
-                stop_request=stop_request,
+                interruptions=Interruptions(
+                    stop_request,
+                    KeptRollouts(run_dir, context, enabled=recipe.checkpoint.keep_rollouts),
+                    settings=recipe.checkpoint,
+                    recorder=recorder,
+                    watch=watch,
+                    context=context,
+                ),
+                proof=WeightProof(model, recipe.train.parts, context),
                 step=state.get("step", 0),
                 loaded_state=state,
                 loaded_replay=replay,
             )
-            checkpoints.finish_pending(blocking=True)
+            session.proof.check(state.get("checksums", {}), newest)
+            try:
+                yield session
+            except StepAbandoned:
+                session.interruptions.say_abandoned(session.step)
+            session.publish(blocking=True)
 
 
-def _resume(
-    folder: Path | None, policy: Policy, stream: PromptStream, checkpoints: CheckpointStore, recipe: RunRecipe
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    if folder is None:
-        return {}, []
-    _check_schedule(recipe.train, load_recipe(folder / RECIPE_FILE).train, folder)
-    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=recipe.train.parts)
-    policy.version = state["version"]
-    policy.scheduler.num_steps = 0  # its load_state_dict adds to this
-    policy.scheduler.load_state_dict(state["scheduler"])
-    stream.load_state_dict(state["stream"])
-    return state, replay
-
-
-def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:
-    """Refuse to resume with settings that live on in the optimizer's state, where a change would have no effect."""
-    for name in _SCHEDULE:
-        if getattr(now, name) != getattr(saved, name):
-            raise ValueError(
-                f"train.{name} was {getattr(saved, name)} when {folder} was saved and is {getattr(now, name)} now; put "
-                "it back to resume, or set model.checkpoint to this folder and run.output_dir to a new one to start "
-                "another stage from its weights"
-            )
+def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:
+    """Give a model, frozen but for what trains, its optimizer."""
+    model, context, recipe = loaded.model, loaded.context, loaded.recipe
+    ddp = wrap_with_ddp(model, context)
+    optimizer, scheduler = build_optimizer(ddp, recipe.train)
+    return Policy(
+        model=model,
+        ddp=ddp,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        context=context,
+        temperature=recipe.generation.temperature,
+        vocab_size=loaded.sampled_vocab_size,
+        features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
+        packed=recipe.train.packing is not Packing.none,
+        length_multiple=length_multiple(recipe),
+        skipped=SkippedUpdates(run_dir / SKIPPED_FOLDER, settings=recipe.train, context=context),
+    )
 
 
 def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:

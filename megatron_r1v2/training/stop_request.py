@@ -1,40 +1,125 @@
-"""A signal that asks the run to save and end: SLURM sends SIGUSR1 some minutes before the time is up."""
+"""Signals that ask the run to end: SLURM sends SIGUSR1 some minutes before the time is up, SIGTERM some seconds.
+
+SIGUSR1: finish the step, save, end. SIGTERM: abandon the step, end within `checkpoint.grace_seconds`; what was finished
+of it is on disk (see kept_rollouts.py).
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import select
 import signal
+import socket
+import sys
+import threading
+import time
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_END_OF_WATCH = b"\0"
+
+
+class StepAbandoned(Exception):
+    """The step in progress is given up, on all ranks of the replica at the same point."""
+
 
 class StopRequest:
-    """Remembers SIGUSR1 while its block runs; a step is never cut in the middle."""
+    """Remembers the signals while its block runs.
 
-    def __init__(self, device: torch.device) -> None:
+    A thread hears them, since the main one may be in a collective, where Python runs no handler. The main thread has
+    them blocked, and so have the processes that it starts (verifiers, the checkpoint writer and its manager): SLURM
+    signals every process of a step, and those must outlive the signal to finish their work.
+    """
+
+    def __init__(self, device: torch.device, *, grace_seconds: float = 25.0) -> None:
         """Prepare.
 
         Args:
             device: where the backend wants its tensors.
+            grace_seconds: after SIGTERM, until the process ends whatever it is doing.
         """
         self._device = device
-        self._received = False
+        self._grace_seconds = grace_seconds
+        self._deadline: float | None = None
+        self._received: set[int] = set()
 
     def __enter__(self) -> StopRequest:
-        self._previous = signal.signal(signal.SIGUSR1, self._receive)
+        self._ears, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._previous = {number: signal.signal(number, _heard_by_the_thread) for number in _SIGNALS}
+        self._previous_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGUSR1, self._previous)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._mouth.setblocking(True)
+        self._mouth.send(_END_OF_WATCH)
+        self._thread.join()
+        self._mouth.close()
+        self._ears.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def is_made(self) -> bool:
-        """Return whether any rank has received the signal; called together by all ranks."""
-        flag = torch.tensor([int(self._received)], device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def is_made(self) -> signal.Signals | None:
+        """Return the most urgent signal that any rank has received; called together by all ranks."""
+        urgency = max((_SIGNALS.index(signal.Signals(number)) + 1 for number in self._received), default=0)
+        agreed = self._largest(urgency, None)
+        return _SIGNALS[agreed - 1] if agreed else None
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+    def abandon_if_told(self, group: dist.ProcessGroup | None = None) -> None:
+        """Give the step up when any rank of the group has received SIGTERM; called together by all its ranks.
+
+        Args:
+            group: None: all ranks.
+
+        Raises:
+            StepAbandoned: on all of them.
+        """
+        if self._largest(int(signal.SIGTERM in self._received), group):
+            raise StepAbandoned
+
+    def _largest(self, value: int, group: dist.ProcessGroup | None) -> int:
+        if dist.get_world_size(group) == 1:
+            return value
+        box = torch.tensor([value], device=self._device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
+        return int(box.item())
+
+    def _listen(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        while True:
+            left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            if not select.select([self._ears], [], [], left)[0]:
+                self._leave()
+            heard = self._ears.recv(64)
+            if _END_OF_WATCH in heard:
+                return
+            self._received.update(number for number in heard if number in _SIGNALS)
+            if signal.SIGTERM in self._received and self._deadline is None:
+                self._deadline = time.monotonic() + self._grace_seconds
+
+    def _leave(self) -> None:
+        """End the process: the main thread may be in a collective that others have left, or deep in an update."""
+        print(
+            f"rank {os.environ.get('RANK', '0')}: ending in the middle of a step, since SIGTERM came "
+            f"checkpoint.grace_seconds={self._grace_seconds:g} ago; start again to go on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + signal.SIGTERM)
+
+
+def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
+    """Do nothing: that there is a handler is what keeps the signal from ending the process."""

@@ -22,7 +22,8 @@ from megatron_r1v2.models.hf_weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.training.checkpoint import load_weights, part_state, save_weights
+from megatron_r1v2.training.checkpoint import load_weights, save_weights
+from megatron_r1v2.training.part_state import part_state
 from tests.models.test_hf_mapping import VARIANTS
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model

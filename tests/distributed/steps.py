@@ -28,6 +28,7 @@ from megatron_r1v2.training.batches import collate, filler_sample
 from megatron_r1v2.training.grpo import batch_loss
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
 
 TEMPERATURE = 0.7
@@ -231,6 +232,7 @@ def make_policy(
         scheduler=scheduler,
         context=context,
         temperature=TEMPERATURE,
+        skipped=SkippedUpdates(Path("skipped"), settings=TrainConfig(), context=context),
         vocab_size=VOCABULARY,
     )
 

@@ -16,7 +16,7 @@ from megatron_r1v2.models.architecture import read_architecture
 from megatron_r1v2.models.hf_weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
-from megatron_r1v2.training.checkpoint import part_state
+from megatron_r1v2.training.part_state import part_state
 from tests.models.test_llama import qwen3
 from tests.tiny_hf import tiny_hf_model
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.training.align import run_align
+from megatron_r1v2.training.checkpoint import finished_checkpoints
 from megatron_r1v2.training.grpo import run_grpo
 from megatron_r1v2.training.mpo import run_mpo
 from megatron_r1v2.training.reward_model import run_reward_model
@@ -108,6 +110,56 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
+def last_checkpoint(run: Path) -> Path:
+    """Return the newest finished checkpoint of a run."""
+    return finished_checkpoints(run / "checkpoints")[-1]
+
+
+def assert_same_end(run: Path, reference: Path, *, rounded: bool = False) -> None:
+    """Compare weights, optimizer, buffer, data position, random states, metrics and rollouts, bit for bit.
+
+    Args:
+        run: that was interrupted.
+        reference: that was not.
+        rounded: the engine's log-probs are compared to rounding. With data parallelism, which replica takes which
+            prompt from the shared queue is a matter of time, and so is with what a response is batched; and a step that
+            goes on with what it had generated before an interruption has smaller batches.
+    """
+    ours, theirs = checkpoint_contents(last_checkpoint(run)), checkpoint_contents(last_checkpoint(reference))
+    our_lines, their_lines = without_timings(read_metrics(run)), without_timings(read_metrics(reference))
+    if rounded:
+        assert_close(take(ours, "rollout_log_probs"), take(theirs, "rollout_log_probs"))
+        for name in ("rollout_corr/", "token_mult_prob_error"):
+            assert_close(take(our_lines, name), take(their_lines, name))
+    assert differences(ours, theirs) == []
+    assert differences(our_lines, their_lines) == []
+    if not rounded:  # those of the main rank, whichever they were
+        assert read_rollouts(run) == read_rollouts(reference)
+
+
+def take(contents: Any, part: str) -> dict[str, float]:
+    """Remove the leaves whose key has a part in it, and return them by their path."""
+    taken = {}
+    for key, value in list(contents.items() if isinstance(contents, dict) else enumerate(contents)):
+        if isinstance(key, str) and part in key:
+            taken |= flatten(contents.pop(key), key)
+        elif isinstance(value, dict | list):
+            taken |= {f"{key}/{path}": leaf for path, leaf in take(value, part).items()}
+    return taken
+
+
+def assert_close(ours: dict[str, float], theirs: dict[str, float]) -> None:
+    """Compare leaves by their path, to rounding."""
+    assert len(ours) > 0
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def has_line(run: Path, file: str, step: int) -> bool:
+    """Return whether a file of lines has one of this step."""
+    path = run / file
+    return path.is_file() and f'{{"step": {step},' in path.read_text()
+
+
 class Ranks:
     """A run in processes of its own: they may be killed, and start fast, since a server has imported everything."""
 
@@ -147,12 +199,12 @@ class Ranks:
             condition: asked a thousand times a second.
             seconds: after which the test fails.
         """
-        self._wait_until(condition, seconds)
+        self.wait_until(condition, seconds)
         self.kill()
 
     def send_when(self, number: int, condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
         """Send a signal to the last rank as soon as the condition holds."""
-        self._wait_until(condition, seconds)
+        self.wait_until(condition, seconds)
         os.kill(self.processes[-1].pid, number)
 
     def wait(self, seconds: float = 120.0) -> str:
@@ -167,7 +219,8 @@ class Ranks:
         assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.log.read_text()}"
         return self.log.read_text()
 
-    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for something while the run goes on; the test fails when it ends, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while not condition():
             alive = all(process.is_alive() for process in self.processes)

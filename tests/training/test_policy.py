@@ -21,6 +21,7 @@ def take_steps(stage: GrpoStage, count: int) -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
     recipe = tiny_recipe(tmp_path)
+    recipe.algorithm.gate_tokens = 0  # it would find the NaN first
     with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
         stage = GrpoStage(session, pool)
         stage.step()
@@ -34,8 +35,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
             name: type(sample)(**vars(sample) | {"old_log_probs": (0.0,) * sample.response_length})
             for name, sample in samples.items()
         }
-        with pytest.raises(RuntimeError, match=f"gradient of update {version + 1} is not finite"):
-            take_steps(stage, 5)
+        session.policy.skipped.settings.max_skipped_updates = 2
+        with pytest.raises(RuntimeError, match=f"update {version + 1} was skipped, since its gradient is not finite"):
+            take_steps(stage, 9)
         assert session.policy.version == version
+        assert session.policy.skipped.in_a_row == 2
+        first, _ = sorted((Path(recipe.run.output_dir) / "skipped").iterdir())
+        kept = torch.load(first, weights_only=True)
+        assert kept["version"] == version
+        assert all(batch["token_ids_BS"].dtype == torch.int64 for batch in kept["batches"])
         for name, weight in session.policy.model.named_parameters():
             assert torch.equal(weight, before[name])

@@ -12,8 +12,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_r1v2.config.checkpoint import CheckpointConfig
 from megatron_r1v2.config.schema import (
-    CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     GenerationConfig,

@@ -1,0 +1,132 @@
+"""Finished rollouts on disk, until a checkpoint holds their step: an interrupted step does not generate them again.
+
+A file for each prompt whose responses are all there, `unfinished/step-00000012/HASH.pt` below the run's folder, written
+beside and renamed. It says what it was made by; rollouts of other weights or settings are not taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.types import Prompt, Rollout
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "unfinished"
+_STEP_FOLDER = re.compile(r"step-(\d{8})$")
+
+
+class KeptRollouts:
+    """The rollouts of steps that no checkpoint holds; the files are on a disk that all ranks see."""
+
+    def __init__(self, run_dir: Path, context: ParallelContext, *, enabled: bool) -> None:
+        """Prepare; writes nothing.
+
+        Args:
+            run_dir: of the run.
+            context: the leader of each replica writes.
+            enabled: False: nothing is kept, and nothing is found.
+        """
+        self.folder = run_dir / FOLDER
+        self.context = context
+        self.enabled = enabled
+        self._step_folder = self.folder
+        self._made_by = ""
+
+    def begin_step(self, step: int, made_by: Mapping[str, Any]) -> None:
+        """Say which step is in progress; called together by all ranks.
+
+        Args:
+            step: steps done before it.
+            made_by: all that decides which tokens are drawn: seed, version, weights, settings.
+        """
+        self._step_folder = self.folder / f"step-{step:08d}"
+        self._made_by = json.dumps(made_by, sort_keys=True)
+        if self.enabled and self.context.is_main:
+            self._step_folder.mkdir(parents=True, exist_ok=True)
+        if self.enabled:
+            dist.barrier()
+
+    def keep(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
+        """Write all responses to a prompt.
+
+        Args:
+            prompt: of the step in progress.
+            rollouts: theirs, in the order of `sample_index`.
+        """
+        if not self.enabled or not self.context.is_replica_leader:
+            return
+        path = self._path(prompt)
+        partial = path.with_suffix(f".{self.context.data_rank}.partial")
+        with partial.open("wb") as file:
+            torch.save({"made_by": self._made_by, "rollouts": [vars(rollout) for rollout in rollouts]}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def take(self, prompts: Sequence[Prompt]) -> tuple[dict[str, list[Rollout]], list[Prompt]]:
+        """Read what an interrupted run has kept of this step.
+
+        Args:
+            prompts: of the step, the same on all ranks.
+
+        Returns:
+            Rollouts by prompt key for this replica to go on with (the prompts found are dealt out to the replicas), and
+            the prompts that are still to be generated from, the same on all ranks.
+        """
+        if not self.enabled:
+            return {}, list(prompts)
+        box = [[prompt.key for prompt in prompts if self._read(prompt) is not None] if self.context.is_main else None]
+        dist.broadcast_object_list(box, src=0)
+        found = box[0] or []
+        mine = set(found[self.context.data_rank :: self.context.data_size])
+        kept = {}
+        for prompt in prompts:
+            if prompt.key in mine:
+                rollouts = self._read(prompt)
+                if rollouts is None:
+                    raise RuntimeError(f"{self._path(prompt)} can be read by the first rank only; is the disk shared?")
+                kept[prompt.key] = rollouts
+        return kept, [prompt for prompt in prompts if prompt.key not in set(found)]
+
+    def drop_before(self, step: int) -> None:
+        """Delete the rollouts of steps that a checkpoint holds.
+
+        Args:
+            step: of the newest finished checkpoint.
+        """
+        if not self.context.is_main or not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            found = _STEP_FOLDER.match(path.name)
+            if found and int(found[1]) < step:
+                shutil.rmtree(path)
+
+    def _path(self, prompt: Prompt) -> Path:
+        return self._step_folder / f"{hashlib.sha256(prompt.key.encode()).hexdigest()[:32]}.pt"
+
+    def _read(self, prompt: Prompt) -> list[Rollout] | None:
+        path = self._path(prompt)
+        if not path.is_file():
+            return None
+        try:
+            content = torch.load(path, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            logger.warning("%s is damaged (%s): its rollouts are generated again", path, error)
+            return None
+        if content["made_by"] != self._made_by:
+            return None
+        return [Rollout(**fields) for fields in content["rollouts"]]

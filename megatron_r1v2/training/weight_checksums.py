@@ -1,0 +1,103 @@
+"""Checksums of the weights by part: equal on all data-parallel replicas, at every layout, and in the checkpoint.
+
+The checksum of a part is the sum, modulo 2^63, of a number mixed from the bits of each element and the name of its
+tensor. Zero counts zero, so padding does not show; a tensor that several ranks hold is counted once; the order of the
+elements within a tensor does not show either, which is the price of not depending on the layout.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1v2.config.schema import Part
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.training.part_state import part_state
+
+_MODULUS = 2**63
+_FIRST_FACTOR = 0x1B873593CC9E2D51
+_ELEMENTS_AT_ONCE = 2**24
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def weight_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelContext) -> dict[str, int]:
+    """Return the checksum of each part over the ranks of this replica.
+
+    Args:
+        model: this rank's part.
+        parts: which to look at.
+        context: process groups.
+    """
+    names = sorted(Part(part).value for part in parts)
+    sums = torch.zeros(len(names), dtype=torch.int64, device=context.device)
+    for entry in part_state(model, parts).values():
+        if _is_counted_here(entry):
+            sums[names.index(entry.key.split(".", 1)[0])] += _checksum(entry.data, entry.key)
+    dist.all_reduce(sums, group=context.groups.mp)
+    return {name: value % _MODULUS for name, value in zip(names, sums.tolist(), strict=True)}
+
+
+def check_replicas(checksums: Mapping[str, int], context: ParallelContext) -> None:
+    """Hold that every data-parallel replica has the same weights.
+
+    Args:
+        checksums: of this replica.
+        context: process groups.
+
+    Raises:
+        RuntimeError: on every rank, when they differ.
+    """
+    gathered = objects.all_gather(dict(checksums), context.groups.dp)
+    for name in checksums:
+        values = [part[name] for part in gathered]
+        if len(set(values)) > 1:
+            told = ", ".join(f"replica {rank}: {value:016x}" for rank, value in enumerate(values))
+            raise RuntimeError(
+                f"the {name} weights of the data-parallel replicas differ (checksums {told}): a rank has computed or "
+                "received something else; take its node out and start again from the newest checkpoint"
+            )
+
+
+def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source: Any) -> None:
+    """Hold that what was loaded is what was saved.
+
+    Args:
+        checksums: of the weights now.
+        saved: those of when they were saved, by part; a part that it does not name is not compared.
+        source: the checkpoint, for the message.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    for name, value in checksums.items():
+        if name in saved and saved[name] != value:
+            raise RuntimeError(
+                f"the {name} weights loaded from {source} have checksum {value:016x}, and had {saved[name]:016x} when "
+                "they were saved; the file or the machine is at fault: delete the checkpoint to use the one before"
+            )
+
+
+def _is_counted_here(entry: Any) -> bool:
+    """Return whether this rank counts a tensor for its replica; the last index is that of the replica."""
+    index = entry.replica_id
+    return not any(index[:-1]) if isinstance(index, tuple) else True
+
+
+def _checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    tensor = tensor.detach()
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # TransformerEngine's 8-bit weights
+        tensor = tensor.float()
+    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    factor = (zlib.crc32(name.encode()) << 1) | 1
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in bits.split(_ELEMENTS_AT_ONCE):
+        mixed = part.long() * _FIRST_FACTOR
+        mixed = (mixed ^ (mixed >> 29)) * factor
+        total += (mixed ^ (mixed >> 32)).sum()
+    return total

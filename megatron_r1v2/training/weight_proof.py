@@ -1,0 +1,111 @@
+"""Holds that all replicas have the same weights, those of the checkpoint, and that engine and training agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_r1v2.config.schema import Part
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rl.mismatch import MEAN_ABSOLUTE_DIFFERENCE, check_mismatch
+from megatron_r1v2.training.mismatch import mismatch_over_ranks
+from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, weight_checksums
+from megatron_r1v2.types import Prompt, Rollout, TrainingSample
+
+if TYPE_CHECKING:
+    from megatron_r1v2.training.session import Session
+
+
+class WeightProof:
+    """Checksums of the weights; those of parts that do not train are computed once."""
+
+    def __init__(self, model: R1V2Model, trained: Iterable[Part], context: ParallelContext) -> None:
+        """Prepare.
+
+        Args:
+            model: this rank's part.
+            trained: parts that change.
+            context: process groups.
+        """
+        self.model = model
+        self.trained = sorted(set(trained))
+        self.context = context
+        self._frozen: dict[str, int] = {}
+
+    def checksums(self) -> dict[str, int]:
+        """Return the checksum of each part of the model; called together by all ranks."""
+        if not self._frozen:
+            self._frozen = weight_checksums(self.model, set(self.model.parts) - set(self.trained), self.context)
+        return {**self._frozen, **weight_checksums(self.model, self.trained, self.context)}
+
+    def check(self, saved: Mapping[str, int], source: Path | None) -> dict[str, int]:
+        """Compare the replicas with each other and with what a checkpoint says; called together by all ranks.
+
+        Args:
+            saved: by part; empty: nothing to compare with.
+            source: the checkpoint.
+
+        Returns:
+            The checksums.
+
+        Raises:
+            RuntimeError: something differs.
+        """
+        now = self.checksums()
+        check_replicas(now, self.context)
+        check_loaded(now, saved, source)
+        return now
+
+
+def check_engine(session: Session, engine: RolloutEngine, prompts: Sequence[Prompt], features: FeatureCache) -> None:
+    """Compare engine and training forward on a few tokens before a generation phase is spent on them.
+
+    The comparison after the phase covers all tokens, but comes when the hours are gone; this one costs one short
+    generation and one forward pass. It is noted as `gate/log_prob_abs_diff`.
+
+    Args:
+        session: the running stage.
+        engine: that is about to generate.
+        prompts: of the step; the first of each modality is used, by every replica.
+        features: of their images.
+
+    Raises:
+        ValueError: the mean difference is above `algorithm.max_log_prob_difference`.
+    """
+    settings, algorithm = session.recipe.generation, session.recipe.algorithm
+    if not algorithm.gate_tokens:
+        return
+    chosen = list({prompt.modality: prompt for prompt in reversed(prompts)}.values())
+    rollouts = engine.generate(
+        chosen,
+        num_responses=1,
+        policy_version=session.policy.version,
+        temperature=settings.temperature,
+        max_response_tokens=min(algorithm.gate_tokens, settings.max_response_tokens),
+        features=features,
+    )
+    samples = {prompt.key: _sample(prompt, rollout) for prompt, rollout in zip(chosen, rollouts, strict=True)}
+    batches = [part.batch for part in session.microbatcher.split(samples, {prompt.key: prompt for prompt in chosen})]
+    metrics = mismatch_over_ranks(batches, session.policy.log_probs(batches), session.context)
+    session.recorder.note({"gate/log_prob_abs_diff": metrics[MEAN_ABSOLUTE_DIFFERENCE]})
+    check_mismatch(metrics, algorithm.max_log_prob_difference)
+
+
+def _sample(prompt: Prompt, rollout: Rollout) -> TrainingSample:
+    return TrainingSample(
+        prompt_key=prompt.key,
+        sample_index=0,
+        token_ids=(*prompt.token_ids, *rollout.token_ids),
+        prompt_length=len(prompt.token_ids),
+        old_log_probs=(),
+        rollout_log_probs=rollout.rollout_log_probs,
+        advantage=0.0,
+        reward=0.0,
+        policy_version=rollout.policy_version,
+        group_effective=False,
+        modality=prompt.modality,
+    )

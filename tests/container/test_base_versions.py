@@ -1,0 +1,81 @@
+"""The versions of a base image are held: by the script alone, and by pip in an environment of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from container.base_versions import changes, installed, main, to_lines
+
+SCRIPT = Path(__file__).parents[2] / "container" / "base_versions.py"
+
+
+def test_what_has_changed_is_named() -> None:
+    before = to_lines({"torch": "2.10.0a0+nv25.12", "apex": "0.1", "flash-attn": "2.7.4"})
+    after = {"torch": "2.13.0", "flash-attn": "2.7.4", "transformer-engine": "2.11.0"}
+    assert changes(before, after) == [
+        "apex was 0.1 in the base image and is gone now",
+        "torch was 2.10.0a0+nv25.12 in the base image and is 2.13.0 now",
+    ]
+    assert changes(before, {"torch": "2.10.0a0+nv25.12", "apex": "0.1", "flash-attn": "2.7.4"}) == []
+
+
+def test_the_versions_of_this_environment_are_found_and_unchanged(tmp_path: Path) -> None:
+    assert {"torch", "numpy"} <= installed().keys()
+    assert main(["record", str(tmp_path / "versions")]) == 0
+    assert main(["compare", str(tmp_path / "versions")]) == 0
+    assert main(["compare"]) == 2
+
+
+def write_distribution(folder: Path, name: str, version: str, requires: str = "") -> None:
+    """Write a package that is its metadata and nothing else."""
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(
+        f'[build-system]\nrequires=["setuptools"]\nbuild-backend="setuptools.build_meta"\n'
+        f'[project]\nname="{name}"\nversion="{version}"\ndependencies=[{requires}]\n[tool.setuptools]\npy-modules=[]\n'
+    )
+
+
+@pytest.mark.slow
+def test_pip_keeps_to_the_recorded_versions_and_a_change_is_noticed(tmp_path: Path) -> None:
+    """apex, as a base image has it, and a package that wants a newer one: pip refuses; forced, the build would fail."""
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=True, system_site_packages=False)
+    python = environment / "bin" / "python"
+    wheels = tmp_path / "wheels"
+    for name, version, requires in (("apex", "0.1", ""), ("apex", "0.2", ""), ("ours", "1.0", '"apex>=0.2"')):
+        source = tmp_path / f"{name}-{version}"
+        write_distribution(source, name, version, requires)
+        build = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(wheels),
+        ]
+        subprocess.run([*build, str(source)], check=True)
+    recorded = tmp_path / "versions.txt"
+
+    def pip(*arguments: str) -> int:
+        install = [python, "-m", "pip", "install", "--quiet", "--no-index", f"--find-links={wheels}", *arguments]
+        return subprocess.run(install, check=False, capture_output=True).returncode
+
+    def compare() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([python, SCRIPT, "compare", recorded], check=False, capture_output=True, text=True)
+
+    assert pip("apex==0.1") == 0
+    subprocess.run([python, SCRIPT, "record", recorded], check=True)
+    assert pip("--constraint", str(recorded), "ours") != 0
+    assert compare().returncode == 0
+    assert pip("ours") == 0
+    done = compare()
+    assert done.returncode == 1
+    assert done.stderr == "apex was 0.1 in the base image and is 0.2 now\n"

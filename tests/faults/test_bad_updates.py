@@ -1,0 +1,40 @@
+"""An exploding loss: the update is skipped and counted, its batch kept, and the run ends after a bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1v2.training.session import open_session
+from megatron_r1v2.training.weight_checksums import weight_checksums
+from tests.training.runs import read_metrics, recipe_for, run_stage
+
+EXPLODES = ("train.steps=6", "train.learning_rate=1e30", "train.max_skipped_updates=2", "checkpoint.every_steps=0")
+
+
+@pytest.mark.parametrize("stage", ["align", "mpo"])
+def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path: Path, stage: str) -> None:
+    recipe = recipe_for(root, tmp_path / "run", EXPLODES)
+    with pytest.raises(
+        RuntimeError, match=r"update 2 was skipped, since its gradient is not finite; .*=2 in a row are"
+    ):
+        run_stage(recipe, stage)
+    assert [line["actor/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [0.0, 1.0]
+    kept = sorted((tmp_path / "run" / "skipped").iterdir())
+    assert [path.name for path in kept] == ["update-00000002-1-replica-0.pt", "update-00000002-2-replica-0.pt"]
+    batches = torch.load(kept[0], weights_only=True)["batches"]
+    assert sum(len(batch["token_ids_BS"]) for batch in batches) > 0
+
+
+def test_updates_above_a_gradient_norm_are_skipped_and_change_nothing(root: Path, tmp_path: Path) -> None:
+    settings = ("train.steps=3", "train.skip_above_grad_norm=1e-12", "train.max_skipped_updates=4")
+    recipe = recipe_for(root, tmp_path / "run", settings)
+    with open_session(recipe, stage="align", shown=()) as session:
+        before = weight_checksums(session.model, session.model.parts, session.context)
+    run_stage(recipe, "align")
+    assert [line["actor/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [1.0] * 3
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)
+    assert state["checksums"] == before
+    assert state["version"] == 0

@@ -1,0 +1,125 @@
+"""A run killed at random points ends with the bits of one that was not: weights, optimizer, buffer, metrics."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.training.checkpoint import finished_checkpoints
+from tests.training.runs import Ranks, assert_same_end, has_line, read_metrics, recipe_for
+
+STEPS = 4
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "buffer.target_effective_fraction=0.95",
+    "generation.max_response_tokens=12",
+    "train.warmup_steps=2",
+)
+LAYOUTS = {
+    "dp1": (1, ()),
+    "dp2": (2, ()),
+    "tp2": (2, ("parallel.tensor=2", "parallel.sequence=true", "train.parts=[adapter, language]")),
+}
+KINDS = ("line", "generation", "rollout", "save", "manifest", "published")
+
+
+@dataclass(frozen=True)
+class Point:
+    """When to kill: `delay` seconds after something of a step is seen on the disk."""
+
+    kind: str
+    step: int
+    delay: float
+
+    def is_reached(self, run: Path) -> bool:
+        """Return whether it is time, or later than that: what is only there for a moment may be missed."""
+        if not finished_checkpoints(run / "checkpoints"):  # the first may still be being written in the background
+            return False
+        unfinished = run / "unfinished" / f"step-{self.step - 1:08d}"
+        saved = run / "checkpoints" / f"step-{self.step:08d}"
+        partial = saved.with_name(saved.name + ".partial")
+        conditions: dict[str, Callable[[], bool]] = {
+            "generation": unfinished.is_dir,
+            "rollout": lambda: any(unfinished.glob("*.pt")),
+            "save": partial.is_dir,
+            "manifest": (partial / "manifest.json").is_file,
+            "line": lambda: has_line(run, "metrics.jsonl", self.step),
+            "published": saved.is_dir,
+        }
+        return conditions[self.kind]() or saved.is_dir()
+
+
+def random_points(seed: int) -> list[Point]:
+    """Draw one point, or two to be killed at one after the other; the first leaves a checkpoint."""
+    draw = random.Random(seed)
+    kinds = [KINDS[seed % len(KINDS)], *draw.choices(KINDS, k=seed % 2)]
+    steps = sorted(draw.choices(range(2, STEPS), k=len(kinds)))
+    return [Point(kind, step, draw.uniform(0, 0.15)) for kind, step in zip(kinds, steps, strict=True)]
+
+
+def kill_at(point: Point, ranks: Ranks, run: Path) -> None:
+    def due() -> bool:
+        if not point.is_reached(run):
+            return False
+        time.sleep(point.delay)
+        return True
+
+    ranks.kill_when(due, seconds=240)
+
+
+@pytest.fixture(scope="module")
+def references(root: Path, tmp_path_factory) -> Callable[[str], Path]:
+    """Return what gives the uninterrupted run of a layout, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def reference(layout: str) -> Path:
+        if layout not in made:
+            world_size, overrides = LAYOUTS[layout]
+            run = tmp_path_factory.mktemp("uninterrupted") / "run"
+            Ranks(recipe_for(root, run, (*SETTINGS, *overrides)), world_size).wait(seconds=240)
+            assert sum(line["ssb/replayed"] for line in read_metrics(run)) > 0
+            made[layout] = run
+        return made[layout]
+
+    return reference
+
+
+def slow(layout: str, seed: int) -> object:
+    return pytest.param(layout, seed, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("layout", "seed"),
+    [
+        ("dp1", 1),
+        *(slow("dp1", seed) for seed in range(20) if seed != 1),
+        *(slow("dp2", seed) for seed in (2, 5, 8)),
+        *(slow("tp2", seed) for seed in (2, 3, 4)),
+    ],
+)
+def test_a_run_killed_at_random_points_ends_with_the_same_bits(
+    root: Path, tmp_path: Path, references: Callable[[str], Path], layout: str, seed: int
+) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    run = tmp_path / "run"
+    recipe = recipe_for(root, run, (*SETTINGS, *overrides, f"checkpoint.asynchronous={str(seed % 2 == 0).lower()}"))
+    for point in random_points(seed):
+        kill_at(point, Ranks(recipe, world_size), run)
+        newest = len(finished_checkpoints(run / "checkpoints"))
+        assert 0 < newest < STEPS, point
+    log = Ranks(recipe, world_size).wait(seconds=240)
+    assert f"step {newest} of {STEPS}" in log
+    assert_same_end(run, references(layout), rounded=True)
+    assert list((run / "unfinished").iterdir()) == []
+
+
+def test_the_points_are_of_every_kind_and_drawn_from_the_seed() -> None:
+    points = [point for seed in range(20) for point in random_points(seed)]
+    assert {point.kind for point in points} == set(KINDS)
+    assert points == [point for seed in range(20) for point in random_points(seed)]
+    assert sum(len(random_points(seed)) == 2 for seed in range(20)) == 10

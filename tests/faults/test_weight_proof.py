@@ -1,0 +1,74 @@
+"""Replicas with other weights, a checkpoint that is not what it says, an engine that computes something else: each ends
+the run with the numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1v2.training.grpo import GrpoStage
+from megatron_r1v2.training.session import open_session
+from megatron_r1v2.training.weight_checksums import weight_checksums
+from tests.ranks import run_ranks
+from tests.training.runs import recipe_for
+
+
+def spoil_one_rank(root: str, output: str) -> str:
+    """Change one element on rank 1 and return what the proof says of it."""
+    with open_session(recipe_for(Path(root), Path(output)), stage="grpo", shown=()) as session:
+        session.proof.check({}, None)
+        if session.context.data_rank == 1:
+            with torch.no_grad():
+                next(session.model.adapter.parameters()).view(-1)[3].add_(1e-3)
+        try:
+            session.proof.check({}, None)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_a_replica_with_other_weights_is_noticed(root: Path, tmp_path: Path) -> None:
+    told = run_ranks(2, spoil_one_rank, str(root), str(tmp_path / "run"))
+    assert all(
+        "the adapter weights of the data-parallel replicas differ (checksums replica 0: " in text for text in told
+    )
+
+
+def test_a_bit_of_each_part_shows_and_only_there(root: Path, tmp_path: Path) -> None:
+    with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
+        model, parts = session.model, session.model.parts
+        before = weight_checksums(model, parts, session.context)
+        for part in parts:
+            weight = next(getattr(model, part.value).parameters()).data.view(-1).view(torch.int32)
+            weight[0] ^= 1
+            after = weight_checksums(model, parts, session.context)
+            assert [name for name in before if before[name] != after[name]] == [part.value]
+            with pytest.raises(RuntimeError, match=f"the {part.value} weights loaded from .* have checksum"):
+                session.proof.check(before, tmp_path) if part in session.parts else check_again(session, before)
+            weight[0] ^= 1
+        assert weight_checksums(model, parts, session.context) == before
+
+
+def check_again(session, saved: dict[str, int]) -> None:
+    """Check as a new start would: parts that do not train are looked at once."""
+    session.proof._frozen.clear()
+    try:
+        session.proof.check(saved, Path("checkpoint"))
+    finally:
+        session.proof._frozen.clear()
+
+
+def test_an_engine_that_disagrees_is_noticed_before_it_generates(root: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(root, tmp_path / "run", ("algorithm.max_log_prob_difference=0.01",))
+    with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
+        stage = GrpoStage(session, pool)
+        stage.step()
+        assert 0 <= session.recorder.values["gate/log_prob_abs_diff"] < 1e-4
+        session.policy.temperature = 2.0  # of the training forward alone
+        with pytest.raises(
+            ValueError, match=r"log_prob_abs_diff is .*, above algorithm.max_log_prob_difference = 0.01"
+        ):
+            stage.step()
+        assert "timing_s/generate" not in session.recorder.values or session.step == 1

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# What preempts another job.
+sleep 1

@@ -1,0 +1,199 @@
+"""The sbatch scripts as they are, on a real SLURM cluster of two nodes: to the end, preempted, warned, a node lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.slurm.cluster import NODES, Cluster, why_not
+from tests.training.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for
+from tests.training.tiny_run import tiny_recipe
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 5
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "generation.max_response_tokens=48",
+    "generation.max_requests=8",
+    "buffer.target_effective_fraction=0.95",
+)
+TENSOR_PARALLEL = ("parallel.tensor=2", "parallel.sequence=true", "train.parts=[adapter, language]")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_recipe(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    with Cluster(folder) as started:
+        yield started
+    shutil.rmtree(folder)
+
+
+class Job:
+    """slurm/grpo_38b.sh with a tiny recipe, on two nodes of one process each."""
+
+    def __init__(
+        self, cluster: Cluster, root: Path, run: Path, overrides: tuple[str, ...] = (), **variables: str
+    ) -> None:
+        recipe_for(root, run)
+        self.cluster = cluster
+        self.run = run
+        self.output = run.with_name("job.log")
+        self.logs = run.with_name("logs")
+        self.number = cluster.submit(
+            "slurm/grpo_38b.sh",
+            *SETTINGS,
+            *overrides,
+            options=("--nodes=2", "--gpus-per-node=1", f"--output={self.output}", f"--chdir={ROOT}"),
+            R1V2_RECIPE=str(run.with_name(run.name + ".yaml")),
+            R1V2_LOGS=str(self.logs),
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            PYTHONPATH=str(ROOT),
+            OMP_NUM_THREADS="1",
+            **variables,
+        )
+
+    @property
+    def log(self) -> str:
+        return self.output.read_text() if self.output.is_file() else ""
+
+    def wait_for_rollouts(self, step: int) -> None:
+        """Wait until the step after `step` has generated something, or a later one has."""
+
+        def begun() -> bool:
+            state = self.cluster.job(self.number)["JobState"]
+            assert state in ("PENDING", "RUNNING", "CONFIGURING"), f"{state}: {self.log}"
+            folders = sorted((self.run / "unfinished").glob("step-*"))
+            return bool(folders) and folders[-1].name >= f"step-{step:08d}" and any(folders[-1].glob("*.pt"))
+
+        self.cluster.wait_until(begun, f"rollouts of step {step + 1}", seconds=400)
+
+    def wait_for_success(self) -> dict[str, str]:
+        told = self.cluster.wait_for_end(self.number, seconds=600)
+        assert told["JobState"] == "COMPLETED", self.log
+        assert [line["step"] for line in read_metrics(self.run)] == list(range(1, STEPS + 1))
+        return told
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, root: Path, tmp_path_factory) -> Job:
+    """Return a data-parallel job that nothing interrupted."""
+    job = Job(cluster, root, tmp_path_factory.mktemp("finished") / "run")
+    assert job.wait_for_success()["Restarts"] == "0"
+    return job
+
+
+def assert_same_course(run: Path, reference: Path) -> None:
+    """Compare data position, schedule and counters.
+
+    Not the bits (tests/faults does that): which replica takes which prompt is a matter of time, and so is how the
+    engine rounds.
+    """
+    ours, theirs = (torch.load(last_checkpoint(path) / "state.pt", weights_only=True) for path in (run, reference))
+    for name in ("step", "version", "stream", "scheduler", "trained"):
+        assert differences(ours[name], theirs[name]) == [], name
+    our_lines, their_lines = read_metrics(run), read_metrics(reference)
+    for name in ("data/samples_read", "rollout/responses", "actor/lr"):
+        assert [line[name] for line in our_lines] == [line[name] for line in their_lines]
+
+
+def test_a_job_of_two_nodes_runs_to_its_end_and_keeps_the_logs_of_its_ranks(finished: Job) -> None:
+    assert "report: " in finished.log
+    for node in (0, 1):
+        folder = finished.logs / f"r1v2-grpo-{finished.number}" / "start-0" / f"node-{node}"
+        assert [path.parent.name for path in folder.rglob("stderr.log")] == ["0"]
+
+
+def test_tensor_parallel_ranks_on_two_nodes_end_with_the_bits_of_two_on_one(
+    cluster: Cluster, root: Path, tmp_path: Path
+) -> None:
+    job = Job(cluster, root, tmp_path / "run", TENSOR_PARALLEL)
+    Ranks(recipe_for(root, tmp_path / "reference", (*SETTINGS, *TENSOR_PARALLEL)), 2).wait(seconds=900)
+    job.wait_for_success()
+    assert_same_end(job.run, tmp_path / "reference", rounded=True)
+
+
+def test_a_preempted_job_gives_its_step_up_and_does_not_generate_again_what_it_had(
+    cluster: Cluster, root: Path, tmp_path: Path, finished: Job
+) -> None:
+    job = Job(cluster, root, tmp_path / "run")
+    job.wait_for_rollouts(1)
+    urgent = cluster.submit(
+        "tests/slurm/short_job.sh",
+        options=(
+            "--partition=urgent",
+            "--nodes=2",
+            "--exclusive",
+            f"--output={tmp_path}/urgent.log",
+            f"--chdir={ROOT}",
+        ),
+    )
+    assert cluster.wait_for_end(urgent)["JobState"] == "COMPLETED"
+    assert job.wait_for_success()["Restarts"] == "1"
+    assert "interrupted; back into the queue, start over 1 of at most 100" in job.log
+    # Nearly all of the time goes into rollouts, but a signal may come between two steps, too.
+    assert "is abandoned, as asked by SIGTERM; finished rollouts are kept" in job.log or "stop by SIGTERM" in job.log
+    assert "are there from before" in job.log or "stop by SIGTERM" in job.log
+    assert "resuming from" in job.log
+    assert_same_course(job.run, finished.run)
+
+
+def test_a_warned_job_saves_and_is_put_back_within_the_bound(
+    cluster: Cluster, root: Path, tmp_path: Path, finished: Job
+) -> None:
+    job = Job(cluster, root, tmp_path / "run", R1V2_MAX_REQUEUES="1")
+    job.wait_for_rollouts(0)
+    cluster.warn(job.number)
+    cluster.wait_until(lambda: "start over 1 of at most 1" in job.log, "start over", seconds=400)
+    assert "asked to stop by SIGUSR1: saving after step" in job.log
+    assert job.wait_for_success()["Restarts"] == "1"
+    assert_same_course(job.run, finished.run)
+
+
+def test_a_job_is_not_put_back_beyond_the_bound(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    job = Job(cluster, root, tmp_path / "run", R1V2_MAX_REQUEUES="0")
+    job.wait_for_rollouts(0)
+    cluster.warn(job.number)
+    assert cluster.wait_for_end(job.number)["JobState"] == "FAILED"
+    assert "R1V2_MAX_REQUEUES=0 starts over are used up; submit again to go on" in job.log
+
+
+def test_a_job_that_loses_a_node_goes_on_when_there_are_enough_again(
+    cluster: Cluster, root: Path, tmp_path: Path, finished: Job
+) -> None:
+    job = Job(cluster, root, tmp_path / "run", R1V2_RETRY_AFTER="1")
+    job.wait_for_rollouts(1)
+    cluster.kill_node(NODES[1])
+    cluster.wait_until(lambda: cluster.job(job.number)["JobState"] != "RUNNING", "end of the start", seconds=500)
+    assert "where the ranks were:" in job.log
+    assert "back into the queue, start over 1" in job.log
+    cluster.start_node(NODES[1])
+    assert job.wait_for_success()["Restarts"] == "1"
+    assert "resuming from" in job.log
+    assert_same_course(job.run, finished.run)
+
+
+def test_a_job_that_fails_at_once_is_not_put_back(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    job = Job(cluster, root, tmp_path / "run", ("train.learning_rate=-1",))
+    assert cluster.wait_for_end(job.number)["JobState"] == "FAILED"
+    assert "train.learning_rate=-1.0 is out of range" in job.log
+    assert cluster.job(job.number)["Restarts"] == "0"
