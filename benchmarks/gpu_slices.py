@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from megatron_r1v2.config.schema import Fp8, GenerationConfig, Layers, ParallelConfig, Part, Recompute
-from megatron_r1v2.generation.controller import Sampling
+from megatron_r1v2.generation.controller import Vocabulary
 from megatron_r1v2.generation.phase import GenerationPhase
+from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
 from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
@@ -231,12 +232,13 @@ def measure_decode(
         max_tokens_per_step=sizes.requests * sizes.prompt_tokens,
         cuda_graphs=cuda_graphs,
     )
-    vocabulary = architecture.language.vocab_size
-    draw = Sampling(1.0, 1.0, frozenset(), vocabulary)
+    vocabulary = Vocabulary(architecture.language.vocab_size, frozenset())
     model.eval()
     start = time.perf_counter()
     with torch.no_grad():
-        phase = GenerationPhase(model, parallel=context, settings=settings, draw=draw, max_sequence_tokens=longest)
+        phase = GenerationPhase(
+            model, parallel=context, settings=settings, vocabulary=vocabulary, max_sequence_tokens=longest
+        )
         try:
             set_up = time.perf_counter() - start
             generator = torch.Generator().manual_seed(0)
@@ -245,7 +247,7 @@ def measure_decode(
                 phase.add(
                     request,
                     prompt.tolist(),
-                    response_key=request,
+                    draw=Draw(request, temperature=1.0),
                     images=None,
                     max_response_tokens=sizes.decode_steps,
                 )

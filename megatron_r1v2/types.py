@@ -110,6 +110,8 @@ class ScoredRollout:
     """What the response says of the images: (name, value)."""
     model_score: float | None = None
     """Raw score of the reward model, which the margins of preference pairs are made of; None: there was no model."""
+    checked: bool = True
+    """False: a check timed out or crashed and gave 0, which says nothing of the response."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,24 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.planning.plan import Cluster, hf_config_of, make_plan
+from megatron_r1v2.planning.plan import Cluster, Stage, hf_config_of, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.planning.show import as_json, print_plan
+
+STAGES: tuple[Stage, ...] = ("align", "mpo", "grpo")
+
+
+def stage_of(recipe: str) -> Stage:
+    """Return the stage that a recipe is for, by the name of its file: "mpo" for mpo.yaml or mpo_64k.yaml, else "grpo".
+
+    Args:
+        recipe: path of the file.
+    """
+    name = Path(recipe).stem.split("_")[0].split("-")[0]
+    return next((stage for stage in STAGES if stage == name), "grpo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             recipe,
             hf_config,
             cluster,
-            stage=arguments.stage,
+            stage=arguments.stage or stage_of(arguments.recipe),
             tiles=arguments.tiles,
             mean_response=arguments.mean_response_tokens,
         )
@@ -63,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="YAML recipe of a run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for the stages")
     parser.add_argument(
-        "--stage", choices=("align", "mpo", "grpo"), default="grpo", help="what it runs (default: grpo)"
+        "--stage", choices=STAGES, help="what it runs (default: what the recipe's file name begins with, else grpo)"
     )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument("--gpu-memory", type=float, default=0.0, help="GiB of one GPU; default: that of --gpu")

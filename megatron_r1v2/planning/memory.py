@@ -25,7 +25,7 @@ PHASES: Mapping[str, tuple[Phase, ...]] = {
     "mpo": ("generation", "log-probs", "training"),
 }
 
-# flash-attn's block of the paged cache (generation/phase.py); without flash-attn blocks are smaller.
+# flash-attn's block of the paged cache (generation/context.py); without flash-attn blocks are smaller.
 _CACHE_BLOCK_TOKENS = 256
 # Bytes for each logit while a token is drawn: gathered logits, two float32 copies, probabilities, float64 sums.
 _DRAW_BYTES = 4 + 4 + 4 + 8
@@ -197,7 +197,7 @@ def plan_memory(architecture: R1V2Architecture, layout: Layout, work: Workload) 
 
 
 def kv_cache_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
-    """Compute the paged cache as generation/phase.py allocates it with flash-attn.
+    """Compute the paged cache as generation/context.py allocates it with flash-attn.
 
     Raises:
         ValueError: `generation.kv_cache_gib` does not hold one sequence.

@@ -167,6 +167,7 @@ def _layout(recipe: RunRecipe, cluster: Cluster) -> Layout:
 
 def _notes(recipe: RunRecipe, stage: Stage) -> tuple[str, ...]:
     notes = [
+        f"planned as the {stage} stage (--stage for another)",
         "worst case: rows of data.max_prompt_tokens + generation.max_response_tokens, every prompt with all its tiles",
         "generation as with flash-attn: without it, attention gathers the cache of all requests layer by layer",
     ]

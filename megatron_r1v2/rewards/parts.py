@@ -86,7 +86,9 @@ PARTS: Mapping[str, Part] = {
 _WEIGHT_OR_NOT = ("answer", "format", "model")
 
 
-def score_parts(responses: Sequence[Response], *, settings: RewardConfig, pool: VerifierPool) -> list[dict[str, float]]:
+def score_parts(
+    responses: Sequence[Response], *, settings: RewardConfig, pool: VerifierPool
+) -> tuple[list[dict[str, float]], list[bool]]:
     """Compute the parts that have a weight, and those that are wanted without one.
 
     Args:
@@ -95,17 +97,21 @@ def score_parts(responses: Sequence[Response], *, settings: RewardConfig, pool: 
         pool: where the calls run; one that hangs or crashes gives 0.
 
     Returns:
-        For each response its parts by name; a part that does not apply is not there.
+        For each response its parts by name (one that does not apply is not there), and whether every check ended.
     """
     weights = settings.weights
     names = [name for name in PARTS if name in _WEIGHT_OR_NOT or weights[name] > 0]
     found = [(row, name, PARTS[name](response, settings)) for row, response in enumerate(responses) for name in names]
-    results = iter(pool.run([value for _, _, value in found if isinstance(value, Call)], failed=0.0))
+    results = iter(pool.run([value for _, _, value in found if isinstance(value, Call)], failed=None))
     rewards: list[dict[str, float]] = [{} for _ in responses]
+    checked = [True] * len(responses)
     for row, name, value in found:
-        if value is not None:
-            rewards[row][name] = float(next(results) if isinstance(value, Call) else value)
-    return rewards
+        if value is None:
+            continue
+        score = next(results) if isinstance(value, Call) else value
+        checked[row] &= score is not None
+        rewards[row][name] = float(score or 0.0)
+    return rewards, checked
 
 
 def weighted_total(rewards: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -57,6 +57,7 @@ def score_rollouts(
         Response(prompt, rollout, text, found, max_response_tokens, score)
         for prompt, rollout, text, found, score in zip(of_rollout, rollouts, texts, claims, scores, strict=True)
     ]
+    rewards_and_checks = score_parts(responses, settings=settings, pool=pool)
     scored = [
         ScoredRollout(
             response.rollout,
@@ -66,8 +67,9 @@ def score_rollouts(
             rule_correct=rewards["answer"] == 1,
             claims=response.claims,
             model_score=response.model_score,
+            checked=checked,
         )
-        for response, rewards in zip(responses, score_parts(responses, settings=settings, pool=pool), strict=True)
+        for response, rewards, checked in zip(responses, *rewards_and_checks, strict=True)
     ]
     counts = reward_counts(scored, prompts)
     counts["verifier_timeouts"] = float(pool.timeouts - timeouts)

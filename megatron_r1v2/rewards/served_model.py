@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import os
 import threading
 import time
@@ -21,6 +20,7 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt
 
 # More is no answer with a score in it.
+_LARGEST_SCORE = 1e30
 _MAX_ANSWER_BYTES = 2**20
 _LONGEST_PAUSE_SECONDS = 30.0
 # The request may be in order and the server not: busy, starting, or behind a proxy that lost it.
@@ -146,8 +146,8 @@ class ServedRewardModel:
                 f"the reward model at {url} refuses the request with HTTP {error.code}: {told}; check "
                 "reward_model.url, reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
             ) from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            # URLError and time-outs are OSErrors; bad JSON and bad UTF-8 are ValueErrors.
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+            # URLError and time-outs are OSErrors; bad JSON and bad UTF-8 are ValueErrors, endless brackets recursion.
             raise _TryAgain(f"{type(error).__name__}: {error}") from error
 
 
@@ -217,6 +217,7 @@ def read_score(answer: Any, endpoint: ScoreEndpoint) -> float:
     if not isinstance(values, list) or len(values) != 1:
         raise _TryAgain(f"the answer holds no single score: {json.dumps(answer)[:300]}")
     score = values[0]
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise _TryAgain(f"the score is {score!r}, not a finite number")
+    # A whole number of hundreds of digits is no float.
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST_SCORE:
+        raise _TryAgain(f"the score is {str(score)[:40]}, not a finite number")
     return float(score)

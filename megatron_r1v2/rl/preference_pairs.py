@@ -44,6 +44,8 @@ class Candidate:
     """Whether the format rule accepts it."""
     encodable: bool
     """False: its text has a control token in it (an image token, the end of a turn), so it cannot be trained on."""
+    checked: bool = True
+    """False: a check of it hung or crashed, so whether it is right is not known."""
 
 
 def choose_pairs(
@@ -170,6 +172,8 @@ def _why_unusable(candidate: Candidate, reject_ill_formed: bool) -> str | None:
         return "empty"
     if not candidate.encodable:
         return "control_token"
+    if not candidate.checked:
+        return "unchecked"
     if not candidate.whole and not reject_ill_formed:
         return "cut"
     if not candidate.well_formed and not reject_ill_formed:

@@ -126,6 +126,10 @@ class SampleBuffer:
         """
         return self._drop(entry.sample_id for entry in self.entries if step - entry.step > self.max_age)
 
+    def clear(self) -> tuple[str, ...]:
+        """Drop every entry; returns the dropped ids, sorted."""
+        return self._drop(list(self._entries))
+
     def draw(
         self, step: int, count: int, seed: int, fresh_modality_counts: Mapping[Modality, int] | None = None
     ) -> list[str]:

@@ -93,6 +93,7 @@ class GrpoStage:
         self.engine = session.engine()
         self.store = ReplayStore()
         self.buffer: SampleBuffer | None = None
+        self.buffer_weight = session.loaded_state.get("buffer_weight", self.calibrator.value)
         settings = session.recipe.buffer
         if settings.enabled:
             self.buffer = SampleBuffer(
@@ -107,6 +108,7 @@ class GrpoStage:
     def step(self) -> None:
         """Do one step of the paper: rollouts, rewards, advantages and buffer, update."""
         session, timed = self.session, self.session.recorder.timed
+        self.forget_other_rewards()
         prompts, scored = self.collect()
         session.between_phases()
         selection = self.select(prompts, scored)
@@ -122,6 +124,12 @@ class GrpoStage:
         speed = selection.metrics["rollout/tokens"] / session.recorder.seconds("generate")
         session.recorder.note({"perf/generated_tokens_per_second": speed})
         session.step += 1
+
+    def forget_other_rewards(self) -> None:
+        """Empty the buffer when the calibrator has lowered the reward model's weight: its advantages rest on more."""
+        if self.buffer is not None and self.calibrator.value < self.buffer_weight:
+            self.store.drop(self.buffer.clear())
+        self.buffer_weight = self.calibrator.value
 
     def collect(self) -> tuple[list[Prompt], list[ScoredRollout]]:
         """Generate and score: once, or with dynamic sampling until enough groups are effective.
@@ -320,7 +328,7 @@ class GrpoStage:
         with self.session.recorder.timed("save"):
             state: dict[str, Any] = {"finished": finished, **self.calibrator.state_dict()}
             if self.buffer is not None:
-                state |= {"buffer": self.buffer.state_dict()}
+                state |= {"buffer": self.buffer.state_dict(), "buffer_weight": self.buffer_weight}
             self.session.save(state, self.store.state_dict())
 
     def _with_reference(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_r1v2.config.schema import LossAggregation, PreferenceConfig, RunRecipe
 from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.rl.mpo import RewardShift, TermWeights, generation_loss, mpo_loss, split_by_margin
 from megatron_r1v2.training.calibrator import Calibrator
 from megatron_r1v2.training.given_responses import next_trainable, share_out, update
@@ -33,6 +34,7 @@ def run_mpo(recipe: RunRecipe) -> Path:
     Returns:
         The run's folder.
     """
+    check_margins(recipe)
     with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.verifiers() as pool:
         stage = MpoStage(session)
         validation = Validation(session, session.evaluator(session.engine(), pool), stage.calibrator)
@@ -46,6 +48,29 @@ def run_mpo(recipe: RunRecipe) -> Path:
                 stage.save(finished=finished)
             session.end_step()
     return Path(recipe.run.output_dir)
+
+
+def check_margins(recipe: RunRecipe) -> None:
+    """Refuse a tau that no pair reaches, before anything is computed.
+
+    Args:
+        recipe: the settings.
+
+    Raises:
+        ValueError: no margin is as large as `preference.min_margin`, or as the calibrator may make it.
+    """
+    name, tau = "preference.min_margin", recipe.preference.min_margin
+    if recipe.hallucination.target_rate:
+        name, tau = "hallucination.max_margin", recipe.hallucination.max_margin
+    if tau <= 0:
+        return
+    # A pair that nobody scored counts as one of margin 0, as in `split_by_margin`.
+    largest = max((sample.margin or 0.0 for sample in each_sample(recipe.data.train) if sample.chosen), default=0.0)
+    if largest < tau:
+        raise ValueError(
+            f"{name}={tau:g} but the largest margin in data.train={recipe.data.train!r} is {largest:g}: no pair would "
+            "be left; lower it, or build the pairs with python -m megatron_r1v2.prefer, which writes margins"
+        )
 
 
 class MpoStage:

@@ -54,7 +54,7 @@ class PairCounts:
     right: int = 0
     """Of the responses."""
     verifier_failures: int = 0
-    """Answer checks that timed out or crashed: their responses count as wrong."""
+    """Checks of responses that timed out or crashed: these are in no pair."""
     pairs: dict[str, int] = field(default_factory=dict)
     """By source."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -80,7 +80,7 @@ def count_pairs(found: Iterable[PromptPairs], *, responses: int, right: int, ver
         found: of each prompt.
         responses: to all of them.
         right: of the responses.
-        verifier_failures: answer checks that timed out or crashed.
+        verifier_failures: checks that timed out or crashed.
     """
     each = list(found)
     dropped: Counter[str] = Counter()
@@ -211,7 +211,7 @@ def counts_table(counts: PairCounts) -> Table:
     table.add_row("prompts with pairs", str(counts.prompts_with_pairs))
     table.add_row("responses", str(counts.responses))
     table.add_row("right responses", f"{100 * counts.right / max(1, counts.responses):.1f} %")
-    table.add_row("answer checks that failed", str(counts.verifier_failures))
+    table.add_row("checks that failed", str(counts.verifier_failures))
     for title, numbers in (("pairs", counts.pairs), ("dropped", counts.dropped)):
         table.add_section()
         for name in sorted(numbers):

@@ -228,6 +228,7 @@ class PairMaker:
             whole=scored.rollout.finish_reason == "stop",
             well_formed=format_score(scored.text) == 1.0,
             encodable=self._is_encodable(scored.text),
+            checked=scored.checked,
         )
 
     def _is_encodable(self, text: str) -> bool:

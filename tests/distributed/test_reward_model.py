@@ -24,6 +24,7 @@ from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.reward_model import pair_loss
 from megatron_r1v2.training.scores import last_scores, with_successor
+from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import Prompt, TrainingSample
 from tests.distributed.steps import gather_gradients, make_prompts, parameters_out_of_step
 from tests.distributed.test_step import check_gradients
@@ -163,6 +164,7 @@ def run_step(folder: str, case: Case) -> Outcome:
         scheduler=scheduler,
         context=context,
         temperature=1.0,
+        skipped=SkippedUpdates(Path("skipped"), settings=TrainConfig(), context=context),
         vocab_size=250,
         packed=case.packed,
     )

@@ -91,6 +91,7 @@ TWO_RANKS = {
     "tied DP2, packed": Case("tied", split=UNEQUAL, packed=True),
     "6b DP2, a rank without samples": Case("6b", split=EMPTY),
     "6b SP2, recomputed": Case("6b", SP2, recompute=Recompute.full),
+    "6b SP2, core attention recomputed": Case("6b", SP2, recompute=Recompute.selective),
     "300m PP2, recomputed": Case("300m", PP2, recompute=Recompute.full),
     "6b SP2, adapter": Case("6b", SP2, parts=("adapter",)),
     "6b PP2, adapter": Case("6b", UNEVEN, parts=("adapter",)),

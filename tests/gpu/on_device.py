@@ -91,9 +91,12 @@ def policy_of(folder: str, compute: dict[str, Any], parts: Iterable[str] = ALL_P
 def score(model: R1V2Model, context: ParallelContext, token_ids: tuple[int, ...], tiles: torch.Tensor) -> Any:
     """Return log-probs and logits of a row by the training forward."""
     ids = torch.tensor([token_ids], device=context.device)
-    positions = torch.arange(ids.shape[1] - 1, device=context.device)[None]
+    length = ids.shape[1] - 1
+    # TransformerEngine's 8-bit products want whole multiples of tokens; what comes later changes nothing before it.
+    padded = torch.nn.functional.pad(ids[:, :-1], (0, -length % 16))
+    positions = torch.arange(padded.shape[1], device=context.device)[None]
     with torch.no_grad():
-        logits = model(ids[:, :-1], positions, tiles_TCHW=tiles.to(context.device))
+        logits = model(padded, positions, tiles_TCHW=tiles.to(context.device))[:, :length]
         log_probs = token_log_probs(logits, ids[:, 1:], temperature=1.0, vocab_size=VOCABULARY, groups=context.groups)
     return log_probs[0].cpu(), logits[0, :, :VOCABULARY].float().cpu()
 

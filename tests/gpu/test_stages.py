@@ -20,7 +20,7 @@ def mismatch(lines: list[dict[str, float]]) -> float:
     return max(found)
 
 
-@pytest.mark.parametrize("stage", ["align", "grpo"])
+@pytest.mark.parametrize("stage", ["align", "mpo", "grpo"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stage_runs_and_engine_and_training_agree(tmp_path: Path, stage: str, precision: str):
     recipe = recipe_for(tmp_path, tmp_path / "run", (f"model.precision={precision}", "checkpoint.every_steps=0"))

@@ -10,7 +10,7 @@ import pytest
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import Fp8, Part, Recompute
 from megatron_r1v2.models.architecture import r1v2_architecture
-from megatron_r1v2.planning.__main__ import main
+from megatron_r1v2.planning.__main__ import main, stage_of
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import GIB, Workload, kv_cache_bytes, plan_memory
 from megatron_r1v2.planning.parameters import Layout
@@ -307,3 +307,23 @@ def test_a_config_file_or_its_folder_is_accepted(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(RECIPE), "--gpus", "8", "--hf-config", str(tmp_path / "config.json")])
     assert "is not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("align.yaml", "align"),
+        ("a/mpo.yaml", "mpo"),
+        ("grpo_64k.yaml", "grpo"),
+        ("mine.yaml", "grpo"),
+        ("mpo-2.yaml", "mpo"),
+    ],
+)
+def test_the_stage_is_what_the_name_of_the_recipe_says(name, stage):
+    assert stage_of(name) == stage
+
+
+@pytest.mark.parametrize("name", ["align", "mpo"])
+def test_recipes_are_planned_as_their_stage_without_being_told(name, capsys):
+    main([f"examples/r1v2_38b/{name}.yaml", "--gpus", "8", "--hf-config", "r1v2-38b", "--json"])
+    assert any(f"planned as the {name} stage" in note for note in json.loads(capsys.readouterr().out)["notes"])

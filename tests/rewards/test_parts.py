@@ -48,7 +48,7 @@ def test_each_part_of_three_responses(pool):
         ),
         _response("no", claims=(), facts={}, token_ids=(7,) * 10, finish="length", model_score=None),
     ]
-    first, second, third = score_parts(responses, settings=EVERY_PART, pool=pool)
+    (first, second, third), _ = score_parts(responses, settings=EVERY_PART, pool=pool)
     assert first == {
         "answer": 1, "format": 1, "consistency": 1, "steps": 1, "repetition": 1, "overlong": 1, "model": 0.5,
     }  # fmt: skip
@@ -60,10 +60,10 @@ def test_each_part_of_three_responses(pool):
 
 
 def test_parts_without_a_weight_are_left_out(pool):
-    [rewards] = score_parts([_response(model_score=None)], settings=RewardConfig(), pool=pool)
+    [rewards], _ = score_parts([_response(model_score=None)], settings=RewardConfig(), pool=pool)
     assert rewards.keys() == {"answer", "format"}
     nothing = RewardConfig(answer_weight=0.0, format_weight=0.0)
-    [rewards] = score_parts([_response()], settings=nothing, pool=pool)
+    [rewards], _ = score_parts([_response()], settings=nothing, pool=pool)
     assert rewards == {"answer": 1, "format": 1, "model": 0.5}
 
 
@@ -72,9 +72,10 @@ def test_a_part_that_hangs_in_its_worker_is_0_and_counted():
         looping = dataclasses.replace(_response(), rollout=dataclasses.replace(_response().rollout, token_ids=(7,)))
         long = dataclasses.replace(looping, rollout=dataclasses.replace(looping.rollout, token_ids=(7,) * 1_000_000))
         hungry = dataclasses.replace(EVERY_PART, repetition_tokens=400_000)
-        found = score_parts([long, _response()], settings=hungry, pool=pool)
+        found, checked = score_parts([long, _response()], settings=hungry, pool=pool)
         assert found[0]["repetition"] == 0.0
         assert found[1]["repetition"] == 1.0
+        assert checked == [False, True]
         assert pool.timeouts + pool.crashes == 1
 
 
@@ -116,6 +117,6 @@ def test_every_prompt_has_the_same_range(rewards, weights):
 @settings(max_examples=50, deadline=None)
 def test_every_part_of_any_response_is_in_bounds(pool, text, token_ids, claims, score):
     response = _response(text, claims=tuple(claims), token_ids=token_ids, model_score=score)
-    [rewards] = score_parts([response], settings=EVERY_PART, pool=pool)
+    [rewards], _ = score_parts([response], settings=EVERY_PART, pool=pool)
     assert rewards.keys() == PARTS.keys()
     assert all(0.0 <= value <= 1.0 for value in rewards.values())

@@ -168,3 +168,9 @@ def test_whatever_the_responses(group: list[Candidate], limit: int, min_margin: 
     assert all(count > 0 for count in dropped.values())
     again = choose_pairs(group, max_pairs=limit, min_margin=min_margin, reject_ill_formed=keep)
     assert again == (pairs, dropped)
+
+
+def test_a_response_whose_check_failed_is_in_no_pair() -> None:
+    pairs, dropped = choose(candidate("a", 1.2), candidate("b", 0.2, checked=False), candidate("c", 1.3, checked=False))
+    assert pairs == []
+    assert dropped == {"response/unchecked": 2, "prompt/all_right": 1}

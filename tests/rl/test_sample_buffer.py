@@ -319,3 +319,11 @@ def test_every_plan_keeps_the_rules(effective, zero, other, held, target, random
     assert not plan.replayed or trained <= plan.target_effective
     # A sample with an advantage is never replaced while one without is kept.
     assert not (plan.fresh_zero_advantage and [name for name in plan.replaced if name.startswith("o")])
+
+
+def test_clearing_drops_everything():
+    buffer = make_buffer()
+    buffer.add([entry("a"), entry("b")], step=0)
+    assert buffer.clear() == ("a", "b")
+    assert len(buffer) == 0
+    assert buffer.state_dict() == {"entries": []}

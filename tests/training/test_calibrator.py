@@ -6,6 +6,7 @@ some a true one by a large margin.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ SETTINGS = (
     "train.parts=[adapter, language]",
     "train.learning_rate=0.01",
     "generation.responses_per_prompt=8",
-    "buffer.enabled=false",
+    "buffer.target_effective_fraction=0.8",
     "reward.answer_weight=0.2",
     "reward.format_weight=0",
     "reward.consistency_weight=0.5",
@@ -107,6 +108,14 @@ def test_an_interrupted_run_goes_on_with_the_brake_where_it_was(start, held: Pat
     assert ends[0]["state.pt"]["calibration"]["brake"] > 0
 
 
+def test_what_was_rewarded_with_more_weight_is_not_replayed(held: Path) -> None:
+    lines = read_metrics(held)
+    assert any(line["ssb/replayed"] for line in lines), "else the buffer would be in no danger"
+    for before, now in itertools.pairwise(lines):
+        if now["hallucination/model_weight"] < before["hallucination/model_weight"]:
+            assert now["ssb/replayed"] == 0
+
+
 def test_a_validation_set_without_facts_cannot_be_held(root: Path, start, tmp_path: Path) -> None:
     write_shards((replace(sample, facts={}) for sample in each_sample(root / "data")), tmp_path / "blank")
     with pytest.raises(ValueError, match="none of the 16 prompts read from data.validation=.* has facts"):
@@ -154,24 +163,6 @@ def test_tau_holds_mpo_on_pairs_that_prefer_hallucination(root: Path, pairs: Pat
 
     free, run = read_metrics(start("free", 0.0)), start("held", TARGET)
     held = read_metrics(run)
-    print(
-        [
-            (round(line.get("validation/hallucination_rate", -1), 2), round(line["validation/claim_coverage"], 2))
-            for line in free
-        ]
-    )
-    print(
-        [
-            (
-                round(line.get("validation/hallucination_rate", -1), 2),
-                round(line["validation/claim_coverage"], 2),
-                line["hallucination/threshold"],
-                line["hallucination/decision"],
-                line["mpo/pairs_kept"],
-            )
-            for line in held
-        ]
-    )
     assert min(line["validation/hallucination_rate"] for line in free[-4:]) > 0.6
     assert max(line["validation/hallucination_rate"] for line in held[-4:]) < TARGET
     assert min(line["validation/claim_coverage"] for line in held[-4:]) > 0.5

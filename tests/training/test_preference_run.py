@@ -136,3 +136,19 @@ def test_pairs_do_not_depend_on_the_layout(root: Path, made: Path, tmp_path: Pat
 
 def _prefer(root: str, folder: str, overrides: tuple[str, ...]) -> None:
     run_prefer(recipe(Path(root), Path(folder), *overrides))
+
+
+def test_pairs_are_built_again_from_the_model_that_learnt_from_them(root: Path, made: Path, tmp_path: Path) -> None:
+    """Iterative MPO: prefer, mpo, prefer with the new model."""
+    settings = ("train.steps=2", "train.learning_rate=0.01", "train.parts=[language]", "checkpoint.every_steps=0")
+    start = f"model.checkpoint={root / 'aligned'}"
+    first = run_stage(recipe_for(root, tmp_path / "mpo-1", (*settings, start, f"data.train={made}")), "mpo")
+    again = run_prefer(recipe(root, tmp_path / "round-2", f"model.checkpoint={first}"))
+    counts = [json.loads((folder / "pairs.json").read_text()) for folder in (made, again)]
+    assert [count["policy_version"] for count in counts] == [12, 2]
+    assert counts[1]["model"] == str(first)
+    second = run_stage(
+        recipe_for(root, tmp_path / "mpo-2", (*settings, f"model.checkpoint={first}", f"data.train={again}")), "mpo"
+    )
+    references = [{path.name for path in (run / "reference").glob("*.jsonl")} for run in (first, second)]
+    assert references[0].isdisjoint(references[1])
