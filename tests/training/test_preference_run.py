@@ -140,7 +140,7 @@ def _prefer(root: str, folder: str, overrides: tuple[str, ...]) -> None:
 
 def test_pairs_are_built_again_from_the_model_that_learnt_from_them(root: Path, made: Path, tmp_path: Path) -> None:
     """Iterative MPO: prefer, mpo, prefer with the new model."""
-    settings = ("train.steps=2", "train.learning_rate=0.01", "train.parts=[language]", "checkpoint.every_steps=0")
+    settings = ("train.steps=2", "train.prompts_per_step=2", "train.parts=[language]", "checkpoint.every_steps=0")
     start = f"model.checkpoint={root / 'aligned'}"
     first = run_stage(recipe_for(root, tmp_path / "mpo-1", (*settings, start, f"data.train={made}")), "mpo")
     again = run_prefer(recipe(root, tmp_path / "round-2", f"model.checkpoint={first}"))
