@@ -38,15 +38,9 @@ class Handler(BaseHTTPRequestHandler):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with Handler.lock:
             Handler.asked += 1
-            Handler.under_way += 1
-            Handler.most_under_way = max(Handler.most_under_way, Handler.under_way)
             Handler.last = {"body": content, "path": self.path, "key": self.headers.get("Authorization", "")}
             number = Handler.asked
-        try:
-            self._behave(self.path.split("/")[1], content, number)
-        finally:
-            with Handler.lock:
-                Handler.under_way -= 1
+        self._behave(self.path.split("/")[1], content, number)
 
     def _behave(self, mode: str, content: dict, number: int) -> None:
         score = float(len(content["messages"][-1]["content"].split()))
@@ -56,8 +50,17 @@ class Handler(BaseHTTPRequestHandler):
         elif mode == "drips":
             self._answer(200, good, pause=0.2)
         else:
-            time.sleep({"slow": 0.5, "hangs": 60}.get(mode, 0.0))
+            self._work({"slow": 0.5, "hangs": 60}.get(mode, 0.0))
             self._answer(200, WRONG.get(mode, good))
+
+    def _work(self, seconds: float) -> None:
+        """Count as under way until the answer: a client that has it may ask again before this handler ends."""
+        with Handler.lock:
+            Handler.under_way += 1
+            Handler.most_under_way = max(Handler.most_under_way, Handler.under_way)
+        time.sleep(seconds)
+        with Handler.lock:
+            Handler.under_way -= 1
 
     def _answer(self, status: int, body: bytes, pause: float = 0.0) -> None:
         self.send_response(status)
