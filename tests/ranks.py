@@ -24,7 +24,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     Raises:
         AssertionError: a rank failed, or `timeout` seconds passed.
     """
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         context = forked_context()
         processes = [
@@ -68,18 +68,9 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-    )
+    enter_rank(rank, world_size, port)
     import torch
 
-    torch.set_num_threads(1)
     try:
         result = function(*args)
         if torch.distributed.is_initialized():
@@ -92,6 +83,22 @@ def _rank_main(rank: int, world_size: int, port: int, folder: str, function: Cal
     _leave(0)
 
 
+def enter_rank(rank: int, world_size: int, port: int) -> None:
+    """Give this process the environment that torchrun gives a rank, and one thread."""
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+    )
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def _leave(code: int) -> NoReturn:
     """Exit at once, but not without the children: megatron-core's checkpoint writer keeps a manager process."""
     for child in multiprocessing.active_children():
@@ -99,7 +106,8 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -10,6 +10,7 @@ import torch
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.rl.supervised import supervised_loss
 from megatron_r1v2.training.given_responses import given_sample, next_trainable, share_out, update
+from megatron_r1v2.training.loop import run_steps
 from megatron_r1v2.training.session import Session, open_session
 from megatron_r1v2.training.validation import Validation
 from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
@@ -28,15 +29,7 @@ def run_align(recipe: RunRecipe) -> Path:
     """
     with open_session(recipe, stage="align", shown=SHOWN) as session, session.verifiers() as pool:
         validation = Validation(session, session.evaluator(session.engine(), pool))
-        finished, stopping = session.is_finished, False
-        while not finished and not stopping:
-            supervised_step(session)
-            finished = validation.is_reached() or session.is_finished
-            stopping = session.must_stop()
-            if session.should_save(last=finished or stopping):
-                with session.recorder.timed("save"):
-                    session.save({"finished": finished}, {})
-            session.end_step()
+        run_steps(session, partial(supervised_step, session), is_reached=validation.is_reached)
     return Path(recipe.run.output_dir)
 
 

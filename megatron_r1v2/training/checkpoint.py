@@ -170,45 +170,37 @@ class CheckpointStore:
         pass_at_1 = self._pass_at_1(step)
         if self.is_best(step):
             self._best_pass_at_1 = pass_at_1
-        with _telling(self.folder):
-            return self._save(step, model, optimizer, parts, trained, state, replay, recipe, pass_at_1)
-
-    def _save(
-        self,
-        step: int,
-        model: R1V2Model,
-        optimizer: MegatronOptimizer,
-        parts: Iterable[Part],
-        trained: Iterable[Part],
-        state: Mapping[str, Any],
-        replay: Mapping[str, Any],
-        recipe: RunRecipe,
-        pass_at_1: float | None,
-    ) -> Path:
         target = self.folder / f"step-{step:08d}"
         partial = target.with_name(target.name + ".partial")
-        if self.context.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / TENSORS).mkdir(parents=True)
-        dist.barrier()
-        if self.context.is_main:
-            names = {"parts": part_names(parts), "trained": part_names(trained)}
-            torch.save({**state, **names}, partial / STATE_FILE)
-            save_recipe(recipe, partial / RECIPE_FILE)
-        if self.context.is_replica_leader:
-            torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
-        torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
-        sharded: ShardedStateDict = {"model": part_state(model, parts)}
-        if trains_here(optimizer):
-            sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
-        request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
-        dist.barrier()
+        names = {"parts": part_names(parts), "trained": part_names(trained)}
+        with _telling(self.folder):
+            self._write_small_files(partial, {**state, **names}, replay, recipe)
+            sharded: ShardedStateDict = {"model": part_state(model, parts)}
+            if trains_here(optimizer):
+                sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
+            request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
+            dist.barrier()
         if request is None:
             self._written = (partial, target, pass_at_1)
         else:
             request.add_finalize_fn(lambda: self._publish(partial, target, pass_at_1))
             self._queue.schedule_async_request(request)
         return target
+
+    def _write_small_files(
+        self, partial: Path, state: Mapping[str, Any], replay: Mapping[str, Any], recipe: RunRecipe
+    ) -> None:
+        """Make a folder for a checkpoint, empty of what an interrupted one left there, with all but the tensors."""
+        if self.context.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / TENSORS).mkdir(parents=True)
+        dist.barrier()
+        if self.context.is_main:
+            torch.save(dict(state), partial / STATE_FILE)
+            save_recipe(recipe, partial / RECIPE_FILE)
+        if self.context.is_replica_leader:
+            torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
+        torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
 
     def finish_pending(self, *, blocking: bool) -> None:
         """Give checkpoints that are written their final name; called on all ranks after each step.

@@ -27,6 +27,7 @@ from megatron_r1v2.rl.sample_buffer import SampleBuffer
 from megatron_r1v2.training.calibrator import Calibrator
 from megatron_r1v2.training.interruptions import made_by
 from megatron_r1v2.training.loaded_reward_model import open_reward_model
+from megatron_r1v2.training.loop import run_steps
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.policy import SKIPPED
@@ -59,14 +60,8 @@ def run_grpo(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> P
     with open_session(recipe, stage="grpo", shown=SHOWN) as session, session.verifiers() as pool:
         stage = GrpoStage(session, pool, reward_model)
         validation = Validation(session, session.evaluator(stage.engine, pool), stage.calibrator)
-        finished, stopping = session.is_finished, False
-        while not finished and not stopping:
-            stage.step()
-            finished = validation.is_reached() or session.is_finished
-            stopping = session.must_stop()
-            if session.should_save(last=finished or stopping):
-                stage.save(finished=finished)
-            session.end_step()
+        replay = stage.store.state_dict
+        run_steps(session, stage.step, state=stage.state_dict, replay=replay, is_reached=validation.is_reached)
     return Path(recipe.run.output_dir)
 
 
@@ -323,13 +318,12 @@ class GrpoStage:
             records.append(rollout_record(session.step + 1, prompt, response, advantage=judged.advantage))
         session.recorder.write_rollouts(records)
 
-    def save(self, *, finished: bool) -> None:
-        """Write a checkpoint."""
-        with self.session.recorder.timed("save"):
-            state: dict[str, Any] = {"finished": finished, **self.calibrator.state_dict()}
-            if self.buffer is not None:
-                state |= {"buffer": self.buffer.state_dict(), "buffer_weight": self.buffer_weight}
-            self.session.save(state, self.store.state_dict())
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed stage must know: the index of the buffer, and the reward model's weight."""
+        state: dict[str, Any] = self.calibrator.state_dict()
+        if self.buffer is not None:
+            state |= {"buffer": self.buffer.state_dict(), "buffer_weight": self.buffer_weight}
+        return state
 
     def _with_reference(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
         session = self.session

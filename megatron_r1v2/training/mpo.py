@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.rl.mpo import RewardShift, TermWeights, generation_loss, mpo_loss, split_by_margin
 from megatron_r1v2.training.calibrator import Calibrator
 from megatron_r1v2.training.given_responses import next_trainable, share_out, update
+from megatron_r1v2.training.loop import run_steps
 from megatron_r1v2.training.pairs import SIDES, pair_samples, preference_of
 from megatron_r1v2.training.policy import SKIPPED
 from megatron_r1v2.training.reference_log_probs import belongs_to, reference_log_probs
@@ -38,15 +40,8 @@ def run_mpo(recipe: RunRecipe) -> Path:
     with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.verifiers() as pool:
         stage = MpoStage(session)
         validation = Validation(session, session.evaluator(session.engine(), pool), stage.calibrator)
-        finished = session.is_finished
-        stopping = not finished and not stage.find_reference()
-        while not finished and not stopping:
-            stage.step()
-            finished = validation.is_reached() or session.is_finished
-            stopping = session.must_stop()
-            if session.should_save(last=finished or stopping):
-                stage.save(finished=finished)
-            session.end_step()
+        if session.is_finished or stage.find_reference():
+            run_steps(session, stage.step, state=stage.state_dict, is_reached=validation.is_reached)
     return Path(recipe.run.output_dir)
 
 
@@ -167,11 +162,9 @@ class MpoStage:
             mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             self.delta = self.delta.fold(mean, 2 * len(prompts), momentum=settings.delta_momentum)
 
-    def save(self, *, finished: bool) -> None:
-        """Write a checkpoint."""
-        with self.session.recorder.timed("save"):
-            state = {"finished": finished, "delta": asdict(self.delta), "reference": self.about}
-            self.session.save({**state, **self.calibrator.state_dict()}, {})
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed stage must know: delta, tau, and what the reference log-probs belong to."""
+        return {"delta": asdict(self.delta), "reference": self.about, **self.calibrator.state_dict()}
 
     def _with_reference(self, batch: TrainingBatch, names: Sequence[str]) -> TrainingBatch:
         if not self.needs_reference:

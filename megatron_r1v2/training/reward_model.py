@@ -13,6 +13,7 @@ from megatron_r1v2.parallel import objects
 from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.rl.reward_model import bradley_terry_loss
 from megatron_r1v2.training.given_responses import given_sample, next_trainable, share_out, update
+from megatron_r1v2.training.loop import run_steps
 from megatron_r1v2.training.policy import Metrics, add_pairs
 from megatron_r1v2.training.scores import last_scores, with_successor
 from megatron_r1v2.training.session import Session, open_session
@@ -34,17 +35,13 @@ def run_reward_model(recipe: RunRecipe) -> Path:
     """
     with open_session(recipe, stage="reward_model", shown=SHOWN) as session:
         held_out = session.read_prompts(recipe.data.validation, recipe.evaluation.prompts) if _validates(recipe) else []
-        finished, stopping = session.is_finished, False
-        while not finished and not stopping:
+
+        def step() -> None:
             preference_step(session)
-            finished = session.is_finished
-            if held_out and (finished or session.step % recipe.evaluation.every_steps == 0):
+            if held_out and (session.is_finished or session.step % recipe.evaluation.every_steps == 0):
                 validate(session, held_out)
-            stopping = session.must_stop()
-            if session.should_save(last=finished or stopping):
-                with session.recorder.timed("save"):
-                    session.save({"finished": finished}, {})
-            session.end_step()
+
+        run_steps(session, step)
     return Path(recipe.run.output_dir)
 
 

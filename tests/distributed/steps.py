@@ -208,9 +208,14 @@ def make_policy(
     context: ParallelContext,
     parts: Sequence[str],
     recompute: Recompute,
+    *,
+    score_seed: int | None = None,
     **compute: Any,
 ) -> Policy:
-    """Load the model and wrap it as the stages do; no clipping, which would scale the gradients."""
+    """Load the model and wrap it as the stages do; no clipping, which would scale the gradients.
+
+    With `score_seed` it is a reward model, whose head is drawn from it.
+    """
     architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
     settings = ComputeSettings(
         tensor=parallel.tensor,
@@ -220,7 +225,7 @@ def make_policy(
         recompute=recompute,
         **compute,
     )
-    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, folder, context, cast=True)
     freeze_all_but(model, [Part(part) for part in parts])
     ddp = wrap_with_ddp(model, context)

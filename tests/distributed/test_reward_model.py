@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,21 +11,14 @@ import torch
 from megatron.core import parallel_state
 from torch.nn.functional import logsigmoid
 
-from megatron_r1v2.config.schema import ParallelConfig, Part, TrainConfig
-from megatron_r1v2.models.architecture import read_architecture
+from megatron_r1v2.config.schema import ParallelConfig, Recompute
 from megatron_r1v2.models.hf_mapping import canonical_hf_name
-from megatron_r1v2.models.hf_weights import load_hf_weights
-from megatron_r1v2.models.r1v2 import build_r1v2, freeze_all_but
-from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.training.batches import collate, filler_sample
-from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
-from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.reward_model import pair_loss
 from megatron_r1v2.training.scores import last_scores, with_successor
-from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import Prompt, TrainingSample
-from tests.distributed.steps import gather_gradients, make_prompts, parameters_out_of_step
+from tests.distributed.steps import gather_gradients, make_policy, make_prompts, parameters_out_of_step
 from tests.distributed.test_step import check_gradients
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
@@ -150,24 +142,9 @@ def run_step(folder: str, case: Case) -> Outcome:
     parallel_state.destroy_model_parallel()
     parallel = ParallelConfig(**case.parallel)
     context = groups.initialize(parallel, seed=1)
-    architecture = read_architecture(Path(folder))
-    settings = ComputeSettings(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence)
-    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=SEED)
-    load_hf_weights(model, folder, context)
-    freeze_all_but(model, [Part(part) for part in case.parts])
-    ddp = wrap_with_ddp(model, context)
-    optimizer, scheduler = build_optimizer(ddp, TrainConfig(clip_grad=0.0, learning_rate=1e-3, steps=2))
-    policy = Policy(
-        model=model,
-        ddp=ddp,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        context=context,
-        temperature=1.0,
-        skipped=SkippedUpdates(Path("skipped"), settings=TrainConfig(), context=context),
-        vocab_size=250,
-        packed=case.packed,
-    )
+    policy = make_policy(folder, parallel, context, case.parts, Recompute.none, score_seed=SEED)
+    policy.packed = case.packed
+    model, architecture = policy.model, policy.model.architecture
     prompts = make_prompts(architecture.image_token_id, architecture.tokens_per_tile)
     samples = make_pairs(prompts)
 

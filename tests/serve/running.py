@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import urllib.request
@@ -24,7 +23,7 @@ from megatron_r1v2.serve.__main__ import main
 from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.session import open_model
 from megatron_r1v2.types import Prompt
-from tests.ranks import forked_context
+from tests.ranks import enter_rank, forked_context, free_port
 from tests.training.tiny_run import tiny_recipe
 
 RESPONSE_TOKENS = 40
@@ -51,12 +50,6 @@ class Served:
         return [process.exitcode for process in self.processes]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def served(folder: Path | str, *arguments: str, ranks: int = 1, log: Path) -> Iterator[Served]:
     """Start a server and wait until it answers; whatever is left of it at the end is killed."""
@@ -80,19 +73,8 @@ def served(folder: Path | str, *arguments: str, ranks: int = 1, log: Path) -> It
 
 
 def _serve(rank: int, world_size: int, meeting: int, argv: Sequence[str], log: str) -> None:
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(meeting),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        SERVE_TEST_KEY="secret",
-    )
-    import torch
-
-    torch.set_num_threads(1)
+    enter_rank(rank, world_size, meeting)
+    os.environ["SERVE_TEST_KEY"] = "secret"
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)

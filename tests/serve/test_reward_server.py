@@ -26,9 +26,9 @@ from megatron_r1v2.config.schema import RewardModelConfig, ScoreEndpoint
 from megatron_r1v2.rewards.served_model import ScoringFailed, ServedRewardModel
 from megatron_r1v2.serve.skywork_reward import SkyworkReward
 from megatron_r1v2.types import Prompt
+from tests.ranks import free_port
 from tests.serve.tiny_skywork import direct_score, write_tiny_skywork
 from tests.tiny import tiny_png
-from tests.training.runs import free_port
 
 ALONE: Any = SimpleNamespace(is_replica_leader=True, tensor_size=1, pipeline_size=1)
 PICTURES = (tiny_png(1), tiny_png(2, width=40, height=56))

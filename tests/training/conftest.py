@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.runs import free_port
+from tests.ranks import free_port
 from tests.training.tiny_run import tiny_recipe
 
 

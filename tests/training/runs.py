@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from megatron_r1v2.training.checkpoint import finished_checkpoints
 from megatron_r1v2.training.grpo import run_grpo
 from megatron_r1v2.training.mpo import run_mpo
 from megatron_r1v2.training.reward_model import run_reward_model
-from tests.ranks import forked_context
+from tests.ranks import enter_rank, forked_context, free_port
 from tests.training.tiny_run import tiny_recipe
 
 _STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo, "reward_model": run_reward_model}
@@ -237,25 +236,9 @@ class Ranks:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _rank_main(rank: int, world_size: int, port: int, file: str, stage: str, log: str) -> None:
     os.setpgid(0, 0)
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-    )
-    torch.set_num_threads(1)
+    enter_rank(rank, world_size, port)
     gc.freeze()  # megatron-core collects garbage in each save, a second for all that is imported
     with Path(log).open("a", buffering=1) as stderr, contextlib.redirect_stderr(stderr):
         try:

@@ -1,0 +1,168 @@
+"""python -m megatron_r1v2.evaluation.filter_prompts ROWS... --data SHARDS --output SHARDS; see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.evaluation.benchmarks.files import read_rows
+from megatron_r1v2.rl.prompt_pool import PoolPrompt, filtered_prompt_pool
+
+POOL_FILE = "pool.json"
+_DESCRIPTION = """\
+Keep the prompts of a data set that a model answers sometimes rightly and sometimes wrongly: the filtered prompt pool
+of the R1V2 report, its Selective Sample Buffer run beforehand. GRPO learns nothing from the others at first.
+
+Responses come from `python -m megatron_r1v2.evaluate` on the training data, in process or on an endpoint, with as many
+runs as GRPO will sample; right is what the answer rules found right, whatever a judge said. pool.json in the output
+counts the prompts that were dropped and lists those that are kept, the most telling first: pass rate, responses, and
+the weight 2 sqrt(p (1 - p)) that the buffer's priority would give them.
+"""
+_EXAMPLE = """\
+example:
+  python -m megatron_r1v2.evaluate recipe.yaml --name pool evaluation.data=data/train evaluation.runs=8
+  python -m megatron_r1v2.evaluation.filter_prompts runs/r1v2/evaluation-pool.rollouts.jsonl \\
+      --data data/train --output data/pool
+  python -m megatron_r1v2.grpo recipe.yaml data.train=data/pool
+"""
+
+
+def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
+    """Read which responses the answer rules found right.
+
+    Args:
+        files: `evaluation-NAME.rollouts.jsonl` of one model, different ones.
+
+    Returns:
+        The results of each prompt.
+
+    Raises:
+        ValueError: a file is missing, given twice, damaged, or of something else than an evaluation.
+    """
+    results: dict[str, list[bool]] = defaultdict(list)
+    seen: set[Path] = set()
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is not there; python -m megatron_r1v2.evaluate writes it")
+        if file.resolve() in seen:
+            raise ValueError(f"{file} is given twice: its responses would count double")
+        seen.add(file.resolve())
+        for place, row in read_rows(file):
+            key, right = row.get("prompt_key"), row.get("rule_correct")
+            if not isinstance(key, str) or not isinstance(right, bool):
+                raise ValueError(
+                    f"{place}: no prompt_key and rule_correct; give evaluation-NAME.rollouts.jsonl as "
+                    "python -m megatron_r1v2.evaluate writes it"
+                )
+            results[key].append(right)
+    return results
+
+
+def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, *, most: int = 0) -> dict[str, Any]:
+    """Write the prompts that are worth training on, in the order of their data set.
+
+    Args:
+        results: of each prompt.
+        data: shards that hold the prompts.
+        output: folder of shards to make.
+        most: keep so many, the most telling; 0: all.
+
+    Returns:
+        What pool.json holds.
+
+    Raises:
+        ValueError: the output exists, a prompt is not in the data set, or none is worth training on.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already; choose another folder or delete it first")
+    keys = [key for key, of_prompt in results.items() for _ in of_prompt]
+    effective = filtered_prompt_pool(keys, [right for of_prompt in results.values() for right in of_prompt])
+    kept = effective[:most] if most else effective
+    if not kept:
+        raise ValueError(
+            f"none of the {len(results)} prompts has both right and wrong responses (there are {len(keys)} responses); "
+            "sample more of them (evaluation.runs), at a higher evaluation.temperature, or of another model"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.unfinished-", dir=output.parent) as unfinished:
+        shards = Path(unfinished) / "shards"
+        wanted = {prompt.prompt_key for prompt in kept}
+        found: set[str] = set()
+
+        def wanted_samples() -> Iterator[Sample]:
+            for sample in each_sample(data):
+                found.add(sample.key)
+                if sample.key in wanted:
+                    yield sample
+
+        write_shards(wanted_samples(), shards)
+        unknown = results.keys() - found
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} prompts of the responses are not in {data}, {min(unknown)!r} for one; give the data "
+                "set that was evaluated (evaluation.data)"
+            )
+        record = _record(results, kept, len(effective), absent=len(found - results.keys()))
+        (shards / POOL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shards.rename(output)
+    return record
+
+
+def _record(
+    results: Mapping[str, Sequence[bool]], kept: Sequence[PoolPrompt], num_effective: int, *, absent: int
+) -> dict[str, Any]:
+    return {
+        "prompts": len(results) + absent,
+        "without responses": absent,
+        "always right": sum(all(of_prompt) for of_prompt in results.values()),
+        "always wrong": sum(not any(of_prompt) for of_prompt in results.values()),
+        "sometimes right": num_effective,
+        "kept": [asdict(prompt) for prompt in kept],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit status: 0, or 1 when the input has an error, which is printed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_r1v2.evaluation.filter_prompts",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help="evaluation-NAME.rollouts.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="the data set that was evaluated")
+    parser.add_argument("--output", type=Path, required=True, help="folder of shards to make; must not exist yet")
+    parser.add_argument("--most", type=int, default=0, help="keep so many, the most telling; 0 (default): all")
+    arguments = parser.parse_args(argv)
+    if arguments.most < 0:
+        parser.error(f"--most is {arguments.most}; accepted is 0 (all) or more")
+    try:
+        record = write_pool(read_results(arguments.rows), arguments.data, arguments.output, most=arguments.most)
+    except ValueError as error:
+        print(f"error: {error}\nNothing was written.", file=sys.stderr)
+        return 1
+    for name, value in record.items():
+        print(f"{name + ':':19}{len(value) if name == 'kept' else value:>8}")
+    print(f"written to {arguments.output}; set data.train to it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
