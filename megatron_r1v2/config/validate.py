@@ -187,6 +187,12 @@ def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a size that `parallel.tensor` or `parallel.pipeline` does not divide, or too many positions.
     """
+    if "llm_config" in hf_config:
+        raise ValueError(
+            f"model.hf_path={recipe.model.hf_path!r} has the layout of InternVL's chat models (llm_config); training "
+            f"reads transformers' own: python -m checkpoint_tools.hf_to_hf --hf {recipe.model.hf_path} --output FOLDER, "
+            "then set model.hf_path to FOLDER"
+        )
     text = hf_config.get("text_config", hf_config)
     missing = [key for key in _LANGUAGE_SIZES if key not in text]
     if missing:

@@ -187,6 +187,11 @@ def test_a_configuration_without_sizes_is_refused():
         check_model_fits(RunRecipe(), {"text_config": {}})
 
 
+def test_the_layout_of_chat_models_is_refused_with_the_command_that_converts_it():
+    with pytest.raises(ValueError, match=r"checkpoint_tools.hf_to_hf --hf \S+ --output FOLDER, then set model.hf_path"):
+        check_model_fits(recipe_with(), {"llm_config": QWQ, "vision_config": {}})
+
+
 def test_each_stage_needs_its_files(tmp_path):
     model, shards = tmp_path / "model", tmp_path / "shards"
     model.mkdir()
