@@ -190,7 +190,7 @@ def check_model_fits(recipe: RunRecipe, hf_config: Mapping[str, Any]) -> None:
     if "llm_config" in hf_config:
         raise ValueError(
             f"model.hf_path={recipe.model.hf_path!r} has the layout of InternVL's chat models (llm_config); training "
-            f"reads transformers' own: python -m checkpoint_tools.hf_to_hf --hf {recipe.model.hf_path} --output FOLDER, "
+            f"reads transformers': python -m checkpoint_tools.hf_to_hf --hf {recipe.model.hf_path} --output FOLDER, "
             "then set model.hf_path to FOLDER"
         )
     text = hf_config.get("text_config", hf_config)
