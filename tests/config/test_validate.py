@@ -188,7 +188,9 @@ def test_a_configuration_without_sizes_is_refused():
 
 
 def test_the_layout_of_chat_models_is_refused_with_the_command_that_converts_it():
-    with pytest.raises(ValueError, match=r"checkpoint_tools.hf_to_hf --hf chat --output FOLDER, then set model.hf_path"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint_tools.hf_to_hf --hf chat --output FOLDER, then set model.hf_path"
+    ):
         check_model_fits(recipe_with(model__hf_path="chat"), {"llm_config": QWQ, "vision_config": {}})
 
 
