@@ -96,7 +96,11 @@ class RankWatch:
             try:
                 entry = self._entry(rank)
             except (RuntimeError, ValueError) as error:  # the first rank has the store
-                return f"where the ranks were is not known: the first rank does not answer ({error})"
+                told = str(error).partition("\n")[0]
+                return (
+                    f"where the ranks were: the first rank, which would know, does not answer ({told}); rank "
+                    f"{dist.get_rank()} itself: {self._where()}"
+                )
             if not entry:
                 lines.append(f"  rank {rank}: not heard of")
                 continue
