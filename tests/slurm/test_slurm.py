@@ -32,7 +32,7 @@ SETTINGS = (
     "buffer.target_effective_fraction=0.95",
 )
 TENSOR_PARALLEL = ("parallel.tensor=2", "parallel.sequence=true", "train.parts=[adapter, language]")
-PROMPTS = 12  # of a step that is preempted: one after the other, so that a signal comes between them
+PROMPTS = 8  # of a step that is preempted: one after the other, so that a signal comes between them
 ONE_BY_ONE = (f"train.prompts_per_step={PROMPTS}", "generation.max_requests=4", "checkpoint.asynchronous=true")
 
 
