@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.parallel.store import ask
+from megatron_r1v2.parallel.store import ask, default_store
 from tests.ranks import run_ranks
 
 SECONDS = 3.0
@@ -19,10 +20,11 @@ SECONDS = 3.0
 
 def ask_one_that_is_stopped() -> tuple[list[bool], str, float]:
     """Rank 1 stops rank 0, which has the store, and lets it go on in the end."""
-    groups.initialize(ParallelConfig(timeout_minutes=SECONDS / 60), seed=1)
+    groups.initialize(ParallelConfig(), seed=1)
+    default_store().set_timeout(datetime.timedelta(seconds=SECONDS))
     told, seconds = "", 0.0
     process = ask(lambda store: (store.set(f"pid-{dist.get_rank()}", str(os.getpid())), store.get("pid-0"))[1])
-    there = [ask(lambda store: store.check([name])) for name in ("pid-0", "nothing")]
+    there = ask(lambda store: [store.check([name]) for name in ("pid-0", "nothing")])
     if dist.get_rank() == 1:
         os.kill(int(process), signal.SIGSTOP)
         start = time.monotonic()

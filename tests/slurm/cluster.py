@@ -210,7 +210,7 @@ class Cluster:
             check=False,
             timeout=60,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        assert not check or done.returncode == 0, f"{command}: {done.returncode} {done.stderr}{done.stdout}"
         return done.stdout
 
     def _start(self, program: str, *arguments: str) -> None:

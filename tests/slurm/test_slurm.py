@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_r1v2.training.checkpoint import finished_checkpoints
+from tests.checkpoint_tools.test_conversion import assert_same_weights
 from tests.slurm.cluster import NODES, Cluster, why_not
 from tests.training.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for
 from tests.training.tiny_run import tiny_recipe
@@ -247,7 +248,7 @@ def test_the_conversion_job_converts_there_and_back_and_is_put_back_when_time_is
     assert "out of time; back into the queue, start over 1 of at most 100" in there.output.read_text()
     back = ("--checkpoint", megatron, "--output", tmp_path / "hf")
     Conversion(cluster, tmp_path / "back.log", "megatron_to_hf", *back).wait_for_success()
-    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    assert_same_weights(hf, tmp_path / "hf")
 
 
 def test_a_conversion_job_that_fails_says_so_and_is_not_put_back(cluster: Cluster, tmp_path: Path) -> None:
