@@ -84,6 +84,11 @@ class Job:
     def log(self) -> str:
         return self.output.read_text() if self.output.is_file() else ""
 
+    @property
+    def rank_logs(self) -> str:
+        """Return what all ranks of all starts have written to stderr, also when their torchrun was gone by then."""
+        return "".join(path.read_text() for path in sorted(self.logs.rglob("stderr.log")))
+
     def wait_for_rollouts(self, step: int) -> None:
         """Wait until the step after `step` has generated something, or a later one has."""
 
@@ -203,7 +208,7 @@ def test_a_job_that_loses_a_node_goes_on_when_there_are_enough_again(
         cluster.wait_until(lambda: cluster.job(job.number)["JobState"] != "RUNNING", "end of the start", seconds=500)
     finally:
         cluster.start_node(NODES[1])
-    assert "where the ranks were:" in job.log
+    assert "where the ranks were:" in job.rank_logs
     assert "back into the queue, start over 1" in job.log
     assert job.wait_for_success()["Restarts"] == "1"
     assert "resuming from" in job.log
