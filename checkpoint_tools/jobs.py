@@ -131,7 +131,8 @@ def _run(
     _check_space(partial.parent, sum(piece.num_bytes for piece in left))
     console = Console(stderr=True, quiet=options.quiet)
     if records:
-        console.print(f"going on with an interrupted conversion: {len(records)} of {len(pieces)} files are there")
+        told = f"going on with an interrupted conversion: {len(records)} of {len(pieces)} files are there"
+        console.print(told, soft_wrap=True)
     try:
         with _progress(console, pieces, records) as advance:
             for piece, record in _written(job, left, partial, options.workers, advance):

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_r1v2.parallel.store import ask, default_store
+
 _SECONDS_BETWEEN_BEATS = 1.0
 
 
@@ -63,17 +65,16 @@ class RankWatch:
             name: of the place, never used before.
 
         Raises:
-            RuntimeError: a rank has not come, and has done nothing for the limit.
+            RuntimeError: a rank has not come, and has done nothing for the limit; or the store does not answer.
         """
         size = dist.get_world_size()
         if size == 1:
             return
-        store = _store()
-        store.set(f"watch/{name}/{dist.get_rank()}", "here")
+        ask(lambda store: store.set(f"watch/{name}/{dist.get_rank()}", "here"))
         missing = {rank for rank in range(size) if rank != dist.get_rank()}
         heard: dict[int, tuple[Any, float]] = {}
         while missing:
-            missing = {rank for rank in missing if not store.check([f"watch/{name}/{rank}"])}
+            missing = {rank for rank in missing if not _has(f"watch/{name}/{rank}")}
             for rank in missing:
                 entry = self._entry(rank)
                 # Beats go on while a main thread hangs: what counts is what it does.
@@ -96,7 +97,11 @@ class RankWatch:
             try:
                 entry = self._entry(rank)
             except (RuntimeError, ValueError) as error:  # the first rank has the store
-                return f"where the ranks were is not known: the first rank does not answer ({error})"
+                told = str(error).partition("\n")[0]
+                return (
+                    f"where the ranks were: the first rank, which would know, does not answer ({told}); rank "
+                    f"{dist.get_rank()} itself: {self._where()}"
+                )
             if not entry:
                 lines.append(f"  rank {rank}: not heard of")
                 continue
@@ -106,8 +111,7 @@ class RankWatch:
 
     def _entry(self, rank: int) -> dict[str, Any]:
         key = f"watch/rank-{rank}"
-        store = _store()
-        return json.loads(store.get(key)) if store.check([key]) else {}
+        return json.loads(ask(lambda store: store.get(key))) if _has(key) else {}
 
     def _beat(self) -> None:
         last, since = None, time.monotonic()
@@ -118,7 +122,7 @@ class RankWatch:
             seconds = time.monotonic() - since
             entry = {"where": done[0], "ticks": done[1], "since": seconds, "time": time.time()}
             try:
-                _store().set(f"watch/rank-{dist.get_rank()}", json.dumps(entry))
+                default_store().set(f"watch/rank-{dist.get_rank()}", json.dumps(entry))
                 self._warn_before_the_end(seconds)
             except (RuntimeError, ValueError):
                 return  # the process groups have ended, or the first rank has, and the main thread is told by its own
@@ -133,5 +137,5 @@ class RankWatch:
             print(told, file=sys.stderr, flush=True)
 
 
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+def _has(key: str) -> bool:
+    return ask(lambda store: store.check([key]))

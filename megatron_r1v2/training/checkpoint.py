@@ -274,14 +274,15 @@ class CheckpointStore:
 
 @contextmanager
 def _telling(folder: Path) -> Iterator[None]:
-    """Say what to do when a checkpoint cannot be written, which is most often a full disk."""
+    """Say what to do when a checkpoint cannot be written: a full disk, or a rank that is gone."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
         free = shutil.disk_usage(folder).free / 2**20
         raise RuntimeError(
             f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free. The finished ones are as "
-            f"they were; make room (or lower checkpoint.keep_last) and start again. The cause: {error}"
+            "they were: start again, and where the disk is full make room before (or lower checkpoint.keep_last). The "
+            f"cause: {error}"
         ) from error
 
 

@@ -1,18 +1,20 @@
 """Finished rollouts on disk, until a checkpoint holds their step: an interrupted step does not generate them again.
 
 A file for each prompt whose responses are all there, `unfinished/step-00000012/HASH.pt` below the run's folder, written
-beside and renamed. It says what it was made by; rollouts of other weights or settings are not taken.
+beside and renamed: its CRC-32 in four bytes, then what torch.save makes. It says what it was made by; rollouts of other
+weights or settings are not taken.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "unfinished"
 _STEP_FOLDER = re.compile(r"step-(\d{8})$")
+_CHECKSUM_BYTES = 4
 
 
 class KeptRollouts:
@@ -71,8 +74,11 @@ class KeptRollouts:
             return
         path = self._path(prompt)
         partial = path.with_suffix(f".{self.context.data_rank}.partial")
+        body = io.BytesIO()
+        torch.save({"made_by": self._made_by, "rollouts": [vars(rollout) for rollout in rollouts]}, body)
         with partial.open("wb") as file:
-            torch.save({"made_by": self._made_by, "rollouts": [vars(rollout) for rollout in rollouts]}, file)
+            file.write(_checksum(body.getvalue()))
+            file.write(body.getvalue())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -122,11 +128,16 @@ class KeptRollouts:
         path = self._path(prompt)
         if not path.is_file():
             return None
-        try:
-            content = torch.load(path, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            logger.warning("%s is damaged (%s): its rollouts are generated again", path, error)
+        content = path.read_bytes()
+        checksum, body = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+        if checksum != _checksum(body):  # torch.load would not notice a flipped bit
+            logger.warning("%s is damaged: its rollouts are generated again", path)
             return None
-        if content["made_by"] != self._made_by:
+        kept = torch.load(io.BytesIO(body), weights_only=True)
+        if kept["made_by"] != self._made_by:
             return None
-        return [Rollout(**fields) for fields in content["rollouts"]]
+        return [Rollout(**fields) for fields in kept["rollouts"]]
+
+
+def _checksum(body: bytes) -> bytes:
+    return zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "big")

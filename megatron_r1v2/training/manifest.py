@@ -53,7 +53,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         listed = _read(folder) if rank == 0 else {}
         found = None
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         listed, found = {}, f"{MANIFEST} is not readable ({error})"
     listed, found = objects.all_gather((listed, found))[0]
     if found is None:
@@ -61,21 +61,27 @@ def find_damage(folder: Path) -> str | None:
     return found
 
 
-def _read(folder: Path) -> dict[str, list[int]]:
+def _read(folder: Path) -> dict[str, tuple[int, int]]:
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+    return {name: (size, checksum) for name, (size, checksum) in listed.items()}
 
 
-def _first_wrong(folder: Path, listed: Mapping[str, list[int]], rank: int, size: int) -> str | None:
+def _first_wrong(folder: Path, listed: Mapping[str, tuple[int, int]], rank: int, size: int) -> str | None:
     for name in sorted(listed)[rank::size]:
         expected_size, expected_sum = listed[name]
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected_size:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected_size}"
-        if _checksum(path) != expected_sum:
-            return f"{name} has other content than when it was written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected_size:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected_size}"
+            if _checksum(path) != expected_sum:
+                return f"{name} has other content than when it was written"
+        except OSError as error:  # of a bad disk: told to the other ranks too
+            return f"{name} cannot be read ({error})"
     return None
 
 

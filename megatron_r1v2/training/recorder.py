@@ -170,7 +170,8 @@ class Recorder:
     def say(self, message: str) -> None:
         """Print a line, on the main rank."""
         if self.is_main:
-            self._console.print(message, highlight=False)
+            # As it is: in a job's log, rich would break lines at 80 columns; and "[adapter]" is no markup.
+            self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def _sayer(self, what: str, total: int) -> Callable[[int], None]:
         told = float("-inf")

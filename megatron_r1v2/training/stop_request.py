@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
 import torch
@@ -53,6 +54,9 @@ class StopRequest:
         self._previous = {number: signal.signal(number, _heard_by_the_thread) for number in _SIGNALS}
         self._previous_fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         self._previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        # The first process that is spawned starts it, and Python then unblocks SIGTERM: so it starts here.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
         self._thread.start()
         return self

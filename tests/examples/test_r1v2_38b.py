@@ -76,6 +76,15 @@ def test_jobs_ask_for_the_cluster_of_their_recipe(job):
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_preemption_costs_a_step_at_most_where_a_checkpoint_is_small(name):
+    recipe = recipe_of(name)
+    assert recipe.checkpoint.asynchronous
+    assert recipe.checkpoint.keep_rollouts
+    if recipe.train.parts == [Part.adapter]:
+        assert recipe.checkpoint.every_steps == 1
+
+
 def test_recipes_have_names_and_folders_of_their_own():
     recipes = [recipe_of(name) for name in NAMES]
     assert len({recipe.run.name for recipe in recipes}) == len(NAMES)

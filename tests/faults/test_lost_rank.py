@@ -21,14 +21,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_is_named_with_what_it_was_doing(root: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_rank_is_named_with_what_it_was_doing(
+    root: Path, tmp_path: Path, number: signal.Signals, lost: int
+) -> None:
+    """Where it is the first one, which has the store that the others would read, the other says what it does itself."""
     ranks = Ranks(recipe_for(root, tmp_path / "run", SETTINGS), 2)
     ranks.wait_until((tmp_path / "run" / "checkpoints" / "step-00000001").is_dir, 240)
-    first, lost = ranks.processes
-    os.kill(lost.pid, number)
-    first.join(timeout=400)
+    os.kill(ranks.processes[lost].pid, number)
+    other = ranks.processes[1 - lost]
+    other.join(timeout=400)
     log = ranks.log.read_text()
     ranks.kill()
-    assert first.exitcode == 1, log
-    assert "where the ranks were:" in log or "rank 1 is lost" in log
-    assert "  rank 1: step " in log
+    assert other.exitcode == 1, log
+    assert "where the ranks were:" in log or f"rank {lost} is lost" in log
+    assert ("  rank 1: step " if lost else "rank 1 itself: step ") in log

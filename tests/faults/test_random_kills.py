@@ -1,11 +1,19 @@
-"""A run killed at random points ends with the bits of one that was not: weights, optimizer, buffer, metrics."""
+"""A run killed at random points ends with the bits of one that was not: weights, optimizer, buffer, metrics.
+
+    pytest tests/faults/test_random_kills.py --timeout 3600 --record-kills benchmarks/results/random_kills.json
+
+runs all of them and writes down what each has come to.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -13,6 +21,7 @@ import pytest
 from megatron_r1v2.training.checkpoint import finished_checkpoints
 from tests.training.runs import Ranks, assert_same_end, has_line, read_metrics, recipe_for
 
+ROOT = Path(__file__).parents[2]
 STEPS = 4
 SETTINGS = (
     f"train.steps={STEPS}",
@@ -89,6 +98,37 @@ def references(root: Path, tmp_path_factory) -> Callable[[str], Path]:
     return reference
 
 
+class Record:
+    """A file that says for each layout and seed where it was killed, from what it went on, and with what end."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+
+    def add(self, layout: str, seed: int, kills: list[dict[str, object]], *, identical: bool) -> None:
+        if self.file is None:
+            return
+        runs = json.loads(self.file.read_text())["runs"] if self.file.is_file() else {}
+        runs[f"{layout}-{seed:02d}"] = {
+            "kills": kills,
+            "identical": identical,
+            "commit": told_by_git("rev-parse", "--short", "HEAD") + ("+" if told_by_git("diff", "HEAD") else ""),
+            "load_average": round(os.getloadavg()[0], 1),
+        }
+        same = sum(run["identical"] for run in runs.values())
+        content = {"steps": STEPS, "runs": dict(sorted(runs.items())), "identical": f"{same} of {len(runs)}"}
+        self.file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def told_by_git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Record:
+    file = request.config.getoption("--record-kills", default=None)
+    return Record(Path(file) if file else None)
+
+
 def slow(layout: str, seed: int) -> object:
     return pytest.param(layout, seed, marks=pytest.mark.slow)
 
@@ -103,18 +143,25 @@ def slow(layout: str, seed: int) -> object:
     ],
 )
 def test_a_run_killed_at_random_points_ends_with_the_same_bits(
-    root: Path, tmp_path: Path, references: Callable[[str], Path], layout: str, seed: int
+    root: Path, tmp_path: Path, references: Callable[[str], Path], record: Record, layout: str, seed: int
 ) -> None:
     world_size, overrides = LAYOUTS[layout]
     run = tmp_path / "run"
     recipe = recipe_for(root, run, (*SETTINGS, *overrides, f"checkpoint.asynchronous={str(seed % 2 == 0).lower()}"))
+    kills: list[dict[str, object]] = []
     for point in random_points(seed):
         kill_at(point, Ranks(recipe, world_size), run)
         newest = len(finished_checkpoints(run / "checkpoints"))
+        kills.append({**asdict(point), "delay": round(point.delay, 3), "resumed_from_step": newest})
         assert 0 < newest < STEPS, point
     log = Ranks(recipe, world_size).wait(seconds=240)
     assert f"step {newest} of {STEPS}" in log
-    assert_same_end(run, references(layout), rounded=True)
+    try:
+        assert_same_end(run, references(layout), rounded=True)
+    except AssertionError:
+        record.add(layout, seed, kills, identical=False)
+        raise
+    record.add(layout, seed, kills, identical=True)
     assert list((run / "unfinished").iterdir()) == []
 
 

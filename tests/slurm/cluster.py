@@ -153,16 +153,26 @@ class Cluster:
         """Send the batch script the signal that SLURM sends it before the time is up (--signal=B:USR1@...)."""
         self._say("scancel", "--batch", "--signal=USR1", str(number))
 
+    def steps(self, number: int) -> list[str]:
+        """Return the steps of a job that srun has started, the batch script not among them."""
+        told = self._say("squeue", "-h", "--steps", "--format=%i", "--jobs", str(number)).split()
+        return [step for step in told if not step.endswith((".batch", ".extern"))]
+
     def start_now(self, number: int) -> None:
-        """Spare a job that was put back the two minutes that SLURM has it wait."""
+        """Spare a job that was put back the two minutes that SLURM has it wait.
+
+        Not the first seconds: a node takes a start within the second of the last end for one that was cancelled.
+        """
+        time.sleep(3)
         self._say("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
 
     def wait_for_end(self, number: int, *, seconds: float = 400.0) -> dict[str, str]:
         """Wait until a job has ended for good, started again as often as it is put back; returns what SLURM says."""
 
         def has_ended() -> bool:
-            state = self.job(number)["JobState"]
-            if state == "PENDING":
+            told = self.job(number)
+            state = told["JobState"]
+            if state == "PENDING" and told["Restarts"] != "0":
                 self.start_now(number)
             return state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -200,7 +210,7 @@ class Cluster:
             check=False,
             timeout=60,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        assert not check or done.returncode == 0, f"{command}: {done.returncode} {done.stderr}{done.stdout}"
         return done.stdout
 
     def _start(self, program: str, *arguments: str) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.training.checkpoint import finished_checkpoints
+from tests.checkpoint_tools.test_conversion import assert_same_weights
 from tests.slurm.cluster import NODES, Cluster, why_not
 from tests.training.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for
 from tests.training.tiny_run import tiny_recipe
@@ -31,6 +33,14 @@ SETTINGS = (
     "buffer.target_effective_fraction=0.95",
 )
 TENSOR_PARALLEL = ("parallel.tensor=2", "parallel.sequence=true", "train.parts=[adapter, language]")
+PROMPTS = 8  # of a step that is preempted: one after the other, so that a signal comes between them
+ONE_BY_ONE = (f"train.prompts_per_step={PROMPTS}", "generation.max_requests=4", "checkpoint.asynchronous=true")
+
+
+def environment() -> dict[str, str]:
+    """Return what a user of this installation would have set in the shell that submits."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +76,18 @@ class Job:
             options=("--nodes=2", "--gpus-per-node=1", f"--output={self.output}", f"--chdir={ROOT}"),
             R1V2_RECIPE=str(run.with_name(run.name + ".yaml")),
             R1V2_LOGS=str(self.logs),
-            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            PYTHONPATH=str(ROOT),
-            OMP_NUM_THREADS="1",
+            **environment(),
             **variables,
         )
 
     @property
     def log(self) -> str:
         return self.output.read_text() if self.output.is_file() else ""
+
+    @property
+    def rank_logs(self) -> str:
+        """Return what all ranks of all starts have written to stderr, also when their torchrun was gone by then."""
+        return "".join(path.read_text() for path in sorted(self.logs.rglob("stderr.log")))
 
     def wait_for_rollouts(self, step: int) -> None:
         """Wait until the step after `step` has generated something, or a later one has."""
@@ -123,38 +136,46 @@ def test_a_job_of_two_nodes_runs_to_its_end_and_keeps_the_logs_of_its_ranks(fini
         assert [path.parent.name for path in folder.rglob("stderr.log")] == ["0"]
 
 
+@pytest.fixture(scope="module")
+def tensor_parallel(root: Path, tmp_path_factory) -> Path:
+    """Return what two tensor-parallel ranks end with that know nothing of SLURM and of interruptions."""
+    run = tmp_path_factory.mktemp("tensor") / "run"
+    Ranks(recipe_for(root, run, (*SETTINGS, *TENSOR_PARALLEL)), 2).wait(seconds=900)
+    return run
+
+
 def test_tensor_parallel_ranks_on_two_nodes_end_with_the_bits_of_two_on_one(
-    cluster: Cluster, root: Path, tmp_path: Path
+    cluster: Cluster, root: Path, tmp_path: Path, tensor_parallel: Path
 ) -> None:
     job = Job(cluster, root, tmp_path / "run", TENSOR_PARALLEL)
-    Ranks(recipe_for(root, tmp_path / "reference", (*SETTINGS, *TENSOR_PARALLEL)), 2).wait(seconds=900)
     job.wait_for_success()
-    assert_same_end(job.run, tmp_path / "reference", rounded=True)
+    assert_same_end(job.run, tensor_parallel, rounded=True)
 
 
-def test_a_preempted_job_gives_its_step_up_and_does_not_generate_again_what_it_had(
-    cluster: Cluster, root: Path, tmp_path: Path, finished: Job
+@pytest.mark.parametrize("layout", [(), TENSOR_PARALLEL], ids=["dp2", "tp2"])
+def test_preemption_in_a_step_costs_that_step_and_not_its_finished_rollouts(
+    cluster: Cluster, root: Path, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
-    job = Job(cluster, root, tmp_path / "run")
+    job = Job(cluster, root, tmp_path / "run", (*ONE_BY_ONE, *layout))
     job.wait_for_rollouts(1)
-    urgent = cluster.submit(
-        "tests/slurm/short_job.sh",
-        options=(
-            "--partition=urgent",
-            "--nodes=2",
-            "--exclusive",
-            f"--output={tmp_path}/urgent.log",
-            f"--chdir={ROOT}",
-        ),
-    )
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", f"--chdir={ROOT}")
+    urgent = cluster.submit("tests/slurm/short_job.sh", options=options)
     assert cluster.wait_for_end(urgent)["JobState"] == "COMPLETED"
+    # The job is back in the queue, and this is what it has left.
+    begun = read_metrics(job.run)[-1]["step"] + 1
+    newest = int(finished_checkpoints(job.run / "checkpoints")[-1].name.removeprefix("step-"))
+    kept = len(list((job.run / "unfinished" / f"step-{newest:08d}").glob("*.pt")))
+    assert f"step {begun} is abandoned, as asked by SIGTERM; finished rollouts are kept" in job.log
+    assert begun == newest + 1, "a step that was done is lost"
+    assert 0 < kept <= PROMPTS
     assert job.wait_for_success()["Restarts"] == "1"
     assert "interrupted; back into the queue, start over 1 of at most 100" in job.log
-    # Nearly all of the time goes into rollouts, but a signal may come between two steps, too.
-    assert "is abandoned, as asked by SIGTERM; finished rollouts are kept" in job.log or "stop by SIGTERM" in job.log
-    assert "are there from before" in job.log or "stop by SIGTERM" in job.log
-    assert "resuming from" in job.log
-    assert_same_course(job.run, finished.run)
+    assert f"step-{newest:08d}, step {newest} of {STEPS}" in job.log
+    assert f"step {begun}: rollouts of {kept} of {PROMPTS} prompts are there from before" in job.log
+    print(f"preempted in step {begun}: resumed from {newest}, {kept} of {PROMPTS} prompts not generated again")
+    undisturbed = Ranks(recipe_for(root, tmp_path / "reference", (*SETTINGS, *ONE_BY_ONE, *layout)), 2)
+    undisturbed.wait(seconds=900)
+    assert_same_end(job.run, tmp_path / "reference", rounded=True)
 
 
 def test_a_warned_job_saves_and_is_put_back_within_the_bound(
@@ -183,10 +204,12 @@ def test_a_job_that_loses_a_node_goes_on_when_there_are_enough_again(
     job = Job(cluster, root, tmp_path / "run", R1V2_RETRY_AFTER="1")
     job.wait_for_rollouts(1)
     cluster.kill_node(NODES[1])
-    cluster.wait_until(lambda: cluster.job(job.number)["JobState"] != "RUNNING", "end of the start", seconds=500)
-    assert "where the ranks were:" in job.log
+    try:
+        cluster.wait_until(lambda: cluster.job(job.number)["JobState"] != "RUNNING", "end of the start", seconds=500)
+    finally:
+        cluster.start_node(NODES[1])
+    assert "where the ranks were:" in job.rank_logs
     assert "back into the queue, start over 1" in job.log
-    cluster.start_node(NODES[1])
     assert job.wait_for_success()["Restarts"] == "1"
     assert "resuming from" in job.log
     assert_same_course(job.run, finished.run)
@@ -197,3 +220,45 @@ def test_a_job_that_fails_at_once_is_not_put_back(cluster: Cluster, root: Path, 
     assert cluster.wait_for_end(job.number)["JobState"] == "FAILED"
     assert "train.learning_rate=-1.0 is out of range" in job.log
     assert cluster.job(job.number)["Restarts"] == "0"
+
+
+class Conversion:
+    """slurm/convert_38b.sh with a tool of checkpoint_tools/ and its arguments."""
+
+    def __init__(self, cluster: Cluster, log: Path, tool: str, *arguments: str | Path) -> None:
+        self.cluster = cluster
+        self.output = log
+        self.number = cluster.submit(
+            "slurm/convert_38b.sh",
+            *map(str, arguments),
+            options=(f"--output={log}", f"--chdir={ROOT}"),
+            R1V2_TOOL=tool,
+            **environment(),
+        )
+
+    def wait_for_success(self) -> dict[str, str]:
+        told = self.cluster.wait_for_end(self.number)
+        assert told["JobState"] == "COMPLETED", self.output.read_text()
+        return told
+
+
+def test_the_conversion_job_converts_there_and_back_and_is_put_back_when_time_is_up(
+    cluster: Cluster, root: Path, tmp_path: Path
+) -> None:
+    hf, megatron = root / "model", tmp_path / "megatron"
+    there = Conversion(cluster, tmp_path / "there.log", "hf_to_megatron", "--hf", hf, "--output", megatron)
+    cluster.wait_until(lambda: cluster.steps(there.number) != [], "step of the conversion")
+    cluster.warn(there.number)
+    assert there.wait_for_success()["Restarts"] == "1"
+    assert "out of time; back into the queue, start over 1 of at most 100" in there.output.read_text()
+    back = ("--checkpoint", megatron, "--output", tmp_path / "hf")
+    Conversion(cluster, tmp_path / "back.log", "megatron_to_hf", *back).wait_for_success()
+    assert_same_weights(hf, tmp_path / "hf")
+
+
+def test_a_conversion_job_that_fails_says_so_and_is_not_put_back(cluster: Cluster, tmp_path: Path) -> None:
+    missing = ("--hf", tmp_path / "nothing", "--output", tmp_path / "megatron")
+    job = Conversion(cluster, tmp_path / "job.log", "hf_to_megatron", *missing)
+    told = cluster.wait_for_end(job.number)
+    assert (told["JobState"], told["Restarts"]) == ("FAILED", "0")
+    assert f"{tmp_path}/nothing" in job.output.read_text()

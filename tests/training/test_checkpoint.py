@@ -21,6 +21,7 @@ from megatron_r1v2.training.checkpoint import (
     resolve_checkpoint,
     save_weights,
 )
+from megatron_r1v2.training.manifest import MANIFEST
 from megatron_r1v2.training.session import Session, open_model, open_session
 from tests.training.runs import checkpoint_contents, differences, recipe_for, run_stage
 
@@ -134,6 +135,17 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(session: Session, async
     load(session, store.folder / "step-00000002")
     assert differences(everything(session)["weights"], before) == []
     assert not list(store.folder.glob("*.partial"))
+
+
+def test_what_has_no_manifest_gets_no_name(session: Session) -> None:
+    store = session.checkpoints
+    session.save({}, {})
+    in_the_way = store.folder / "step-00000002.partial" / MANIFEST
+    in_the_way.mkdir()
+    with pytest.raises(RuntimeError, match="could not be written"):
+        store.finish_pending(blocking=True)
+    assert finished_checkpoints(store.folder) == []
+    in_the_way.rmdir()
 
 
 def test_the_newest_are_kept_and_a_broken_write_is_written_again(session: Session) -> None:

@@ -78,6 +78,13 @@ def test_only_the_main_rank_writes(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_said_is_one_line_of_a_log_as_it_is(tmp_path: Path, capsys) -> None:
+    message = f"train.parts=[adapter, language]: {'checkpoints/' * 20} [/x] and the rest"
+    with recorder(tmp_path) as opened:
+        opened.say(message)
+    assert message in capsys.readouterr().err.splitlines()
+
+
 def test_time_counts_also_when_the_block_fails(tmp_path: Path) -> None:
     opened = recorder(tmp_path, is_main=False)
     with pytest.raises(KeyError), opened.timed("reward"):

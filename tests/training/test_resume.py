@@ -134,14 +134,14 @@ def test_killed_tensor_parallel_ranks_end_with_the_same_bits(root: Path, tmp_pat
 
 
 def test_a_run_goes_on_at_another_layout(root: Path, tmp_path: Path) -> None:
-    """Compare what one rank does from the start with two data-parallel, then one, then two tensor-parallel ranks."""
+    """Compare what one rank does from the start with two ranks: data-parallel, then tensor-, then pipeline-parallel."""
     reference = run_stage(recipe_for(root, tmp_path / "reference", SETTINGS))
     run = tmp_path / "run"
     Ranks(recipe_for(root, run, SETTINGS), 2).kill_when((run / "checkpoints" / "step-00000002").is_dir)
-    one_rank = Restarts(recipe_for(root, run, SETTINGS), 1)
-    one_rank.kill_when((run / "checkpoints" / "step-00000004").is_dir)
-    two_ranks = Restarts(recipe_for(root, run, (*SETTINGS, "parallel.tensor=2")), 2)
-    two_ranks.finish()
+    tensor_parallel = Restarts(recipe_for(root, run, (*SETTINGS, "parallel.tensor=2")), 2)
+    tensor_parallel.kill_when((run / "checkpoints" / "step-00000004").is_dir)
+    pipeline_parallel = Restarts(recipe_for(root, run, (*SETTINGS, "parallel.pipeline=2")), 2)
+    pipeline_parallel.finish()
     ours, theirs = read_rollouts(run), read_rollouts(reference)
     # After the two data-parallel ranks, of which the first one alone writes its rollouts.
     later = [[line for line in lines if line["step"] > 2] for lines in (ours, theirs)]
