@@ -1,21 +1,18 @@
-"""lm-eval against a served model, where it is installed (pip install 'lm-eval[api,ifeval]').
+"""lm-eval against a served model, where it is installed: pip install 'lm-eval[api,ifeval]' pillow, LM_EVAL_PYTHON.
 
 IFEval by the harness's own rules, but on made prompts: its published data needs the network.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from examples.digits.verify_endpoint import lm_eval_python, run_lm_eval
 from tests.evaluation.responder import serving
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),
+    pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: set LM_EVAL_PYTHON to a Python that has it"),
 ]
 
 TASK = """\
@@ -67,16 +64,9 @@ def test_ifeval_rules_by_lm_eval_on_an_endpoint(tmp_path):
         "Shout.": "not loud",
     }
     with serving(lambda body: answers[body["messages"][-1]["content"]]) as (url, responder):
-        command = [
-            sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args",
-            f"model=served,base_url={url}/chat/completions,num_concurrent=4,max_retries=2", "--tasks", "ifeval_made",
-            "--include_path", str(tmp_path / "task"), "--apply_chat_template", "--output_path", str(tmp_path / "out"),
-        ]  # fmt: skip
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OPENAI_API_KEY": "none"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(responder.bodies) == 4
-    (written,) = (tmp_path / "out").rglob("results*.json")
-    results = json.loads(written.read_text())["results"]["ifeval_made"]
+        results, rows = run_lm_eval(
+            lm_eval_python(), "ifeval_made", tmp_path / "out", url=url, model="served", tasks=tmp_path / "task"
+        )
+    assert len(responder.bodies) == len(rows) == 4
     assert results["prompt_level_strict_acc,none"] == 0.5
     assert results["inst_level_strict_acc,none"] == 0.5
