@@ -63,7 +63,7 @@ setup(
     version="0.1.0",
     description="Skywork-R1V2-class vision-language reasoning models trained by MPO and GRPO on megatron-core",
     packages=find_packages(include=["megatron_r1v2", "megatron_r1v2.*", "checkpoint_tools"]),
-    package_data={"megatron_r1v2.report": ["*.html", "*.css"]},
+    package_data={"megatron_r1v2.report": ["*.html", "*.css"], "megatron_r1v2.evaluation.lm_eval": ["*.yaml"]},
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -40,6 +40,9 @@ _FOLDERS = (
     "reward_model.checkpoint",
 )
 
+_USED: Mapping[Stage, tuple[str, ...]] = {"evaluate": ("model.", "evaluation."), "serve": ("model.",)}
+"""Which folders a stage looks into, where not all."""
+
 
 def check_ranges(recipe: RunRecipe) -> None:
     """Check every setting that can be judged without looking at files.
@@ -76,8 +79,8 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
         if not _get(recipe, name):
             raise ValueError(f"{name} is not set; the {stage} stage needs it: give the path of an existing folder")
     for name in _FOLDERS:
-        if stage == "serve" and not name.startswith("model."):
-            continue  # the recipe is that of a training run, whose data need not be on this machine
+        if (stage in _USED and not name.startswith(_USED[stage])) or (at_endpoint and name.startswith("model.")):
+            continue  # the recipe may be that of a training run, whose data need not be on this machine
         path = _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")

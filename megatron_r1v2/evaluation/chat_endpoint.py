@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_r1v2.config.schema import EvaluationConfig
+from megatron_r1v2.rewards.json_http import Refused, TryAgain, pause_seconds, post_json
 
 # A response of 64K tokens is below a megabyte; more is no answer to what was asked.
 _MAX_ANSWER_BYTES = 2**26
-_LONGEST_PAUSE_SECONDS = 30.0
-# The request may be in order and the server not: busy, starting, or behind a proxy that lost it.
-_WORTH_ANOTHER_TRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 Task = TypeVar("Task")
 
 
 class EndpointFailed(RuntimeError):
     """An endpoint gives no answer, or refuses the question."""
-
-
-class _TryAgain(Exception):
-    """An attempt failed in a way that may pass."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +130,12 @@ class ChatEndpoint:
         started, last = time.monotonic(), ""
         for attempt in range(self.attempts):
             if attempt:
-                self.sleep(min(2.0 ** (attempt - 1), _LONGEST_PAUSE_SECONDS))
+                self.sleep(pause_seconds(attempt))
             if stop is not None and stop.is_set():
                 raise EndpointFailed(f"{self.url} was not asked: another request had failed")
             try:
-                return read_completion(self._post(json.dumps(body).encode()))
-            except _TryAgain as error:
+                return read_completion(self._post(body))
+            except TryAgain as error:
                 last = str(error)
         raise EndpointFailed(
             f"evaluation.{self.kind}_url={self.url!r} gave no answer in {self.attempts} attempts over "
@@ -153,37 +144,24 @@ class ChatEndpoint:
             "time"
         )
 
-    def _post(self, body: bytes) -> Any:
-        """Return the JSON of one answer, all of it within the time limit."""
-        headers = {"Content-Type": "application/json"}
-        if self.key_variable:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.key_variable, '')}"
+    def _post(self, body: Mapping[str, Any]) -> Any:
         url = f"{self.url.rstrip('/')}/chat/completions"
-        deadline = time.monotonic() + self.timeout_seconds
-        answer = bytearray()
+        key = os.environ.get(self.key_variable, "") if self.key_variable else ""
         try:
-            request = urllib.request.Request(url, body, headers, method="POST")
-            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                # The socket's limit is for each read: a server that drips bytes would never reach it.
-                while part := response.read1(2**16):
-                    answer += part
-                    if len(answer) > _MAX_ANSWER_BYTES:
-                        raise _TryAgain(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
-                    if time.monotonic() > deadline:
-                        raise _TryAgain(f"no complete answer in evaluation.timeout_seconds={self.timeout_seconds:g}")
-            return json.loads(bytes(answer))
-        except urllib.error.HTTPError as error:
-            told = error.read(500).decode(errors="replace")
-            if error.code in _WORTH_ANOTHER_TRY:
-                raise _TryAgain(f"HTTP {error.code}: {told}") from error
+            return post_json(
+                url,
+                body,
+                {"Authorization": f"Bearer {key}"} if key else {},
+                seconds=self.timeout_seconds,
+                setting="evaluation.timeout_seconds",
+                max_bytes=_MAX_ANSWER_BYTES,
+            )
+        except Refused as error:
             raise EndpointFailed(
-                f"{url} refuses a request with HTTP {error.code}: {told}; check evaluation.{self.kind}_url, "
+                f"{url} refuses a request with {error}; check evaluation.{self.kind}_url, "
                 f"evaluation.{self.kind}_model, evaluation.{self.kind}_key_variable and "
                 "generation.max_response_tokens. What was answered before is kept"
             ) from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            # URLError and time-outs are OSErrors; bad JSON and bad UTF-8 are ValueErrors.
-            raise _TryAgain(f"{type(error).__name__}: {error}") from error
 
 
 def read_completion(answer: Any) -> Completion:
@@ -193,7 +171,7 @@ def read_completion(answer: Any) -> Completion:
         answer: JSON of /chat/completions.
 
     Raises:
-        _TryAgain: it is no such answer; what a proxy makes up must not count as a wrong response.
+        TryAgain: it is no such answer; what a proxy makes up must not count as a wrong response.
     """
     try:
         choice = answer["choices"][0]
@@ -203,7 +181,7 @@ def read_completion(answer: Any) -> Completion:
         if not isinstance(text, str) or not isinstance(finish_reason, str):
             raise TypeError("content and finish_reason must be text")
     except (LookupError, TypeError, AttributeError) as error:
-        raise _TryAgain(f"not a chat completion ({error!r}): {json.dumps(answer)[:300]}") from error
+        raise TryAgain(f"not a chat completion ({error!r}): {json.dumps(answer)[:300]}") from error
     if isinstance(reasoning, str) and reasoning:
         text = f"{reasoning}</think>{text}" if text or finish_reason == "stop" else reasoning
     usage = answer.get("usage")

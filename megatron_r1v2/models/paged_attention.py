@@ -79,10 +79,13 @@ def flash_decode_and_prefill(
         [tokens, 1, heads, D], zero for padding tokens.
     """
     table = block_table[:, : -(-max_seqlen_k // k.shape[1])].clamp(min=0).long()
-    if is_decode_only:
-        return _decode(q.squeeze(1), k, v, seqlens_k, table, max_seqlen_k, softmax_scale).unsqueeze(1)
     queries = q.squeeze(1)
     out = torch.zeros_like(queries)
+    if is_decode_only:
+        # megatron-core pads the requests to a multiple of 16: a last long one would be attended to 16 times.
+        rows = seqlens_k.nonzero(as_tuple=True)[0]
+        out[rows] = _decode(queries[rows], k, v, seqlens_k[rows], table[rows], max_seqlen_k, softmax_scale)
+        return out.unsqueeze(1)
     starts = cu_seqlens_q[:-1].long()
     lengths = cu_seqlens_q.diff().long()
     decoding = (lengths == 1).nonzero(as_tuple=True)[0]

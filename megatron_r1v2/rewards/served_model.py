@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,22 +14,16 @@ from megatron_r1v2.config.schema import RewardModelConfig, ScoreEndpoint
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.json_http import Refused, TryAgain, pause_seconds, post_json
 from megatron_r1v2.types import Prompt
 
 # More is no answer with a score in it.
 _LARGEST_SCORE = 1e30
 _MAX_ANSWER_BYTES = 2**20
-_LONGEST_PAUSE_SECONDS = 30.0
-# The request may be in order and the server not: busy, starting, or behind a proxy that lost it.
-_WORTH_ANOTHER_TRY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class ScoringFailed(RuntimeError):
     """The server gives no score for a response."""
-
-
-class _TryAgain(Exception):
-    """An attempt failed in a way that may pass."""
 
 
 class ServedRewardModel:
@@ -54,7 +45,7 @@ class ServedRewardModel:
         self.settings = settings
         self.context = context
         self._first_pause_seconds = first_pause_seconds
-        self._headers = {"Content-Type": "application/json"} | authorization(settings.api_key_variable)
+        self._headers = authorization(settings.api_key_variable)
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Score responses; see `RewardModel.score`.
@@ -104,15 +95,28 @@ class ServedRewardModel:
 
     def _ask(self, prompt: Prompt, text: str, given_up: threading.Event) -> float:
         settings = self.settings
-        body = json.dumps(score_request(prompt, text, settings)).encode()
+        body = score_request(prompt, text, settings)
         url = f"{settings.url.rstrip('/')}/{settings.endpoint.value}"
         started = time.monotonic()
         attempt = 1
         while True:
             try:
-                return read_score(self._post(url, body), settings.endpoint)
-            except _TryAgain as error:
-                pause = min(self._first_pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
+                answer = post_json(
+                    url,
+                    body,
+                    self._headers,
+                    seconds=settings.timeout_seconds,
+                    setting="reward_model.timeout_seconds",
+                    max_bytes=_MAX_ANSWER_BYTES,
+                )
+                return read_score(answer, settings.endpoint)
+            except Refused as error:
+                raise ScoringFailed(
+                    f"the reward model at {url} refuses the request with {error}; check reward_model.url, "
+                    "reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
+                ) from error
+            except TryAgain as error:
+                pause = pause_seconds(attempt, self._first_pause_seconds)
                 if attempt >= settings.attempts or given_up.wait(pause):
                     raise ScoringFailed(
                         f"the reward model at {url} gave no score for {prompt.key!r} in {attempt} attempts over "
@@ -121,42 +125,6 @@ class ServedRewardModel:
                         "reward_model.timeout_seconds"
                     ) from error
             attempt += 1
-
-    def _post(self, url: str, body: bytes) -> Any:
-        """Return the JSON of one answer, all of it within the time limit."""
-        seconds = self.settings.timeout_seconds
-        deadline = time.monotonic() + seconds
-        request = urllib.request.Request(url, body, self._headers, method="POST")
-        answer = b""
-        try:
-            with urllib.request.urlopen(request, timeout=seconds) as response:
-                # The socket's limit is for each read: a server that drips bytes would never reach it.
-                while part := response.read1(65536):
-                    answer += part
-                    if len(answer) > _MAX_ANSWER_BYTES:
-                        raise _TryAgain(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
-                    if time.monotonic() > deadline:
-                        raise _TryAgain(f"no complete answer in reward_model.timeout_seconds={seconds:g}")
-            return json.loads(answer)
-        except urllib.error.HTTPError as error:
-            told = _told(error)
-            if error.code in _WORTH_ANOTHER_TRY:
-                raise _TryAgain(f"HTTP {error.code}: {told}") from error
-            raise ScoringFailed(
-                f"the reward model at {url} refuses the request with HTTP {error.code}: {told}; check "
-                "reward_model.url, reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
-            ) from error
-        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
-            # URLError and time-outs are OSErrors; bad JSON and bad UTF-8 are ValueErrors, endless brackets recursion.
-            raise _TryAgain(f"{type(error).__name__}: {error}") from error
-
-
-def _told(error: urllib.error.HTTPError) -> str:
-    """Return the beginning of what a server says of an error, if it says it."""
-    try:
-        return error.read(500).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return "(no text)"
 
 
 def authorization(variable: str) -> dict[str, str]:
@@ -206,7 +174,7 @@ def read_score(answer: Any, endpoint: ScoreEndpoint) -> float:
         endpoint: which of the two.
 
     Raises:
-        _TryAgain: anything else, or a number that is not finite.
+        TryAgain: anything else, or a number that is not finite.
     """
     name = "data" if endpoint is ScoreEndpoint.pooling else "probs"
     items = answer.get("data") if isinstance(answer, Mapping) else None
@@ -215,9 +183,9 @@ def read_score(answer: Any, endpoint: ScoreEndpoint) -> float:
     if isinstance(values, list) and values and isinstance(values[-1], list):
         values = values[-1]
     if not isinstance(values, list) or len(values) != 1:
-        raise _TryAgain(f"the answer holds no single score: {json.dumps(answer)[:300]}")
+        raise TryAgain(f"the answer holds no single score: {json.dumps(answer)[:300]}")
     score = values[0]
     # A whole number of hundreds of digits is no float.
     if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST_SCORE:
-        raise _TryAgain(f"the score is {str(score)[:40]}, not a finite number")
+        raise TryAgain(f"the score is {str(score)[:40]}, not a finite number")
     return float(score)

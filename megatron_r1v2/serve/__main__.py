@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments without the program's name; None: the process's.
     """
     arguments = _parser().parse_intermixed_args(argv)
+    quiet_libraries()
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with tell_bad_input():
         recipe = serving_recipe(arguments.checkpoint, arguments.settings)
@@ -64,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(
                 f"warning: anyone who reaches {arguments.host} may use this server; set --api-key-file", file=sys.stderr
             )
-    quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
     from megatron_r1v2.serve.requests import Limits
     from megatron_r1v2.serve.run import ServeOptions, serve

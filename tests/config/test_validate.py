@@ -204,6 +204,12 @@ def test_each_stage_needs_its_files(tmp_path):
     recipe = recipe_with(model__hf_path=str(model), data__train=str(shards))
     with pytest.raises(ValueError, match="data.train='.*shards' is not a folder"):
         check_stage(recipe, "align")
+    elsewhere = {"evaluation__endpoint_url": "http://127.0.0.1:8000/v1", "evaluation__endpoint_model": "served"}
+    check_stage(
+        recipe_with(evaluation__data=str(model), model__hf_path="gone", data__train="gone", **elsewhere), "evaluate"
+    )
+    with pytest.raises(ValueError, match="evaluation.data='gone' is not a folder"):
+        check_stage(recipe_with(evaluation__data="gone", **elsewhere), "evaluate")
     shards.mkdir()
     with pytest.raises(ValueError, match=r"has no config.json; give the folder of a whole model"):
         check_stage(recipe, "align")

@@ -40,7 +40,11 @@ def test_the_key_comes_from_the_environment(monkeypatch):
     assert [headers.get("Authorization") for headers in responder.headers] == ["Bearer secret", None]
 
 
-@pytest.mark.parametrize("trouble", [429, 500, 503, b"<html>", {"choices": []}, {"choices": [{"message": None}]}, []])
+@pytest.mark.parametrize(
+    "trouble",
+    [429, 500, 503, b"<html>", b"[" * 90_000, {"choices": []}, {"choices": [{"message": None}]}, []],
+    ids=lambda trouble: str(trouble)[:20],
+)
 def test_what_may_pass_is_tried_again_with_longer_pauses(trouble):
     replies = [json.dumps(trouble).encode() if isinstance(trouble, list) else trouble] * 2 + ["fine"]
     pauses = []

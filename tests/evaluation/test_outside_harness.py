@@ -1,22 +1,23 @@
-"""lm-eval against a served model, where it is installed (pip install 'lm-eval[api,ifeval]').
+"""lm-eval and bfcl-eval against scripted servers, where they are installed: LM_EVAL_PYTHON and BFCL_PYTHON.
 
-IFEval by the harness's own rules, but on made prompts: its published data needs the network.
+IFEval by the harness's own rules, but on made prompts: its published data needs the network. BFCL's is in its package.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
+import megatron_r1v2
+from examples.digits.verify_endpoint import lm_eval_python, run_lm_eval
 from tests.evaluation.responder import serving
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),
-]
+pytestmark = pytest.mark.slow
+
+BFCL = Path(megatron_r1v2.__file__).parent / "evaluation" / "bfcl.py"
+BFCL_PYTHON = os.environ.get("BFCL_PYTHON")
 
 TASK = """\
 task: ifeval_made
@@ -54,6 +55,7 @@ ROWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: set LM_EVAL_PYTHON to a Python that has it")
 def test_ifeval_rules_by_lm_eval_on_an_endpoint(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -67,16 +69,37 @@ def test_ifeval_rules_by_lm_eval_on_an_endpoint(tmp_path):
         "Shout.": "not loud",
     }
     with serving(lambda body: answers[body["messages"][-1]["content"]]) as (url, responder):
-        command = [
-            sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args",
-            f"model=served,base_url={url}/chat/completions,num_concurrent=4,max_retries=2", "--tasks", "ifeval_made",
-            "--include_path", str(tmp_path / "task"), "--apply_chat_template", "--output_path", str(tmp_path / "out"),
-        ]  # fmt: skip
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OPENAI_API_KEY": "none"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(responder.bodies) == 4
-    (written,) = (tmp_path / "out").rglob("results*.json")
-    results = json.loads(written.read_text())["results"]["ifeval_made"]
+        results, rows = run_lm_eval(
+            lm_eval_python(), "ifeval_made", tmp_path / "out", url=url, model="served", tasks=tmp_path / "task"
+        )
+    assert len(responder.bodies) == len(rows) == 4
     assert results["prompt_level_strict_acc,none"] == 0.5
     assert results["inst_level_strict_acc,none"] == 0.5
+
+
+def run_bfcl(root: Path, url: str, *arguments: str) -> None:
+    environment = os.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "none", "BFCL_PROJECT_ROOT": str(root)}
+    command = [BFCL_PYTHON, BFCL, *arguments, "--model", "r1v2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(BFCL_PYTHON is None, reason="no bfcl-eval: set BFCL_PYTHON to a Python that has it")
+def test_bfcl_reads_calls_behind_the_reasoning(tmp_path):
+    """Two of its questions: one call that only the reasoning gets wrong, and one wrong call."""
+    chosen = {"simple_python": ["simple_python_0", "simple_python_1"]}
+    (tmp_path / "test_case_ids_to_generate.json").write_text(json.dumps(chosen))
+    right, wrong = "[calculate_triangle_area(base=10, height=5)]", "[math.factorial(number=6)]"
+
+    def answer(body):
+        triangle = "triangle" in body["messages"][-1]["content"]
+        return f"Perhaps [area(5)]?</think>\n\n{right}" if triangle else f"</think>{wrong}"
+
+    with serving(answer) as (url, responder):
+        run_bfcl(tmp_path, url, "generate", "--temperature", "0", "--run-ids")
+        run_bfcl(tmp_path, url, "evaluate", "--test-category", "simple_python", "--partial-eval")
+    assert [body["model"] for body in responder.bodies] == ["r1v2", "r1v2"]
+    (scores,) = tmp_path.rglob("BFCL_v4_simple_python_score.json")
+    total, *failed = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert (total["correct_count"], total["total_count"]) == (1, 2)
+    assert [row["id"] for row in failed] == ["simple_python_1"]

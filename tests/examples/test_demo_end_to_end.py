@@ -52,6 +52,12 @@ def test_plain_transformers_computes_the_same(demo):
     assert "greedy responses equal: 100 of 100" in out
 
 
+def test_the_endpoint_answers_as_the_model_in_process(demo):
+    out = run("examples.digits.verify_endpoint", "--run", str(demo.grpo))
+    assert "through the endpoint: " in out
+    assert out.count("responses equal: 300, verdicts equal: 300") >= 2  # three with lm-eval
+
+
 def test_shuffled_rewards_teach_nothing(demo, tmp_path):
     """The control: rewards of the right size and spread, dealt to the wrong responses."""
     settings = [

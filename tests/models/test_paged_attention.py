@@ -82,7 +82,7 @@ def test_mixed_prefill_and_decode_equal_dense_attention(requests, kv_heads, seed
 def test_decode_equals_dense_attention(lengths, kv_heads):
     out, expected = attend(lengths, [1] * len(lengths), kv_heads, seed=3)
     torch.testing.assert_close(out[: len(expected), 0], expected, atol=1e-5, rtol=1e-5)
-    assert out.isfinite().all(), "a padding request must not become NaN"
+    assert not out[len(expected) :].any(), "a padding request gives zeros"
 
 
 def test_the_context_view_hides_dynamic_batching_only():

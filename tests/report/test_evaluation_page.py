@@ -126,6 +126,7 @@ def in_browser(page, tmp_path):
     """Return the page's document as the browser has it after layout."""
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri(),
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -134,12 +135,28 @@ def in_browser(page, tmp_path):
 PROBE = """
 <script>
 addEventListener("load", () => {
-  const shown = () => [...document.querySelectorAll("article")].filter(row => row.offsetHeight > 0).length;
-  const found = {images: [...document.images].filter(image => image.naturalWidth > 0).length, all: shown()};
+  const seen = element => element.offsetHeight > 0 && element.offsetWidth > 0;
+  const rows = () => [...document.querySelectorAll("article")].filter(seen);
+  const colour = image => {
+    const canvas = document.createElement("canvas");
+    canvas.getContext("2d").drawImage(image, 0, 0);
+    return [...canvas.getContext("2d").getImageData(5, 5, 1, 1).data];
+  };
+  const rows_of = table => [...document.querySelectorAll(`${table} tbody tr`)].filter(seen).map(row => [...row.cells]);
+  document.querySelectorAll("summary").forEach(summary => summary.parentElement.open || summary.click());
+  const found = {
+    rows: rows().length,
+    colours: [...document.images].filter(seen).map(colour),
+    paper: rows_of("#paper").map(cells => cells.map(cell => cell.innerText.trim())),
+    breakdowns: rows_of(".breakdown").map(
+      ([name, rate, bar]) => [name.innerText, rate.innerText, bar.firstChild.offsetWidth / bar.offsetWidth]),
+  };
   for (const kind of ["wrong", "hallucinated", "judged", "right", "all"]) {
     document.querySelector(`label[for=show-${kind}]`).click();
-    found["after " + kind] = shown();
+    found[kind] = rows().map(row => row.querySelector("small").innerText.split(",").slice(0, 2).join());
   }
+  document.querySelector("label[for=show-judged]").click();
+  found.told = rows()[0].innerText;
   document.title = JSON.stringify(found);
 });
 </script>
@@ -147,18 +164,29 @@ addEventListener("load", () => {
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
-def test_rows_images_and_filters_in_a_browser(tmp_path):
+def test_rows_images_breakdowns_and_filters_in_a_browser(tmp_path):
     path = write(tmp_path, rows())
     # The page itself has no script and its policy allows none: the probe replaces the policy of a copy.
     source = path.read_text().replace("default-src 'none';", "default-src 'unsafe-inline';")
     probed = tmp_path / "probed.html"
     probed.write_text(source.replace("</body>", PROBE + "</body>"))
     document = Page(in_browser(probed, tmp_path))
-    title = document.text[document.text.index("{") : document.text.index("}") + 1]
-    assert json.loads(title) == {
-        "images": 8, "all": 8, "after wrong": 2, "after hallucinated": 1, "after judged": 1, "after right": 6,
-        "after all": 8,
-    }  # fmt: skip
+    found, _ = json.JSONDecoder().raw_decode(document.text[document.text.index("{") :])
+    assert found["rows"] == 8
+    assert found["colours"] == [[200, 20, 30, 255]] * 8
+    assert ["MMMU validation", "73.6 %", "75.0 % (25.0 to 100.0)"] in [row[:3] for row in found["paper"]]
+    assert len(found["paper"]) == 10
+    by_subject = {name: (rate, width) for name, rate, width in found["breakdowns"]}
+    assert by_subject["Art"][0] == "100.0 %"
+    assert by_subject["History"][0] == "50.0 %"
+    assert by_subject["Art"][1] > 1.8 * by_subject["History"][1] > 0.5
+    assert found["wrong"] == ["q-2, run 0", "q-2, run 1"]
+    assert found["hallucinated"] == ["q-2, run 0"]
+    assert found["judged"] == ["q-2, run 1"]
+    assert found["right"] == [f"q-{number}, run {run}" for number in (1, 3, 4) for run in (0, 1)]
+    assert len(found["all"]) == 8
+    for shown in ("I see 2", "expected 2", "judge-1: wrong", "No. "):
+        assert shown in found["told"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from examples.digits.verify_endpoint import lm_eval_python, run_lm_eval
 from megatron_r1v2.config.schema import EvaluationConfig, RunConfig, RunRecipe
 from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
 from megatron_r1v2.training.align import run_align
 from megatron_r1v2.training.evaluation_run import run_evaluation
 from tests.ranks import run_ranks
-from tests.serve.running import recipe_of, served
+from tests.serve.running import RESPONSE_TOKENS, recipe_of, served
 
 RUNS = 2
 # Enough that some answers are right and some are wrong, also greedily.
@@ -77,48 +74,15 @@ def test_our_evaluator_finds_the_same_through_the_endpoint(evaluated):
     ]
 
 
-TASK = """\
-task: boxed_made
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: generate_until
-test_split: test
-num_fewshot: 0
-doc_to_text: question
-doc_to_target: answer
-generation_kwargs: {{until: [], do_sample: false, temperature: 0.0, max_gen_toks: 40}}
-filter_list:
-  - name: last_box
-    filter:
-      - function: regex
-        regex_pattern: '\\\\boxed{{([01])}}'
-        group_select: -1
-      - function: take_first
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_lm_eval_finds_the_same_accuracy_on_text_prompts(evaluated, server, tmp_path):
-    folder, _, _ = evaluated
-    rows = [row for row in rows_of(folder / "in_process") if row["image_png"] is None and row["sample_index"] == 0]
-    assert len(rows) == 4
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({name: row[name] for name in ("question", "answer")}) + "\n" for row in rows))
-    (tmp_path / "task").mkdir()
-    (tmp_path / "task" / "boxed_made.yaml").write_text(TASK.format(data=data))
-    command = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args",
-        f"model=tiny,base_url={server.url}/v1/chat/completions,num_concurrent=4", "--tasks", "boxed_made",
-        "--include_path", str(tmp_path / "task"), "--apply_chat_template", "--output_path", str(tmp_path / "out"),
-    ]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OPENAI_API_KEY": "secret"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (written,) = (tmp_path / "out").rglob("results*.json")
-    found = json.loads(written.read_text())["results"]["boxed_made"]["exact_match,last_box"]
-    assert found == pytest.approx(sum(row["correct"] for row in rows) / len(rows))
+@pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: set LM_EVAL_PYTHON to a Python that has it")
+def test_lm_eval_sees_the_same_images_and_finds_the_same(evaluated, server, tmp_path):
+    folder, in_process, _ = evaluated
+    rows = {row["prompt_key"]: row for row in rows_of(folder / "in_process") if row["sample_index"] == 0}
+    results, found = run_lm_eval(
+        lm_eval_python(), "shards", tmp_path, url=f"{server.url}/v1", model="tiny", max_tokens=RESPONSE_TOKENS,
+        metadata={"shards": str(folder / "data")},
+    )  # fmt: skip
+    assert sum(bool(row["doc"]["images"]) for row in found) == 12
+    assert {row["doc"]["key"]: row["resps"][0][0] for row in found} == {key: row["text"] for key, row in rows.items()}
+    assert results["exact_match,last_box"] == pytest.approx(in_process.runs[0])
