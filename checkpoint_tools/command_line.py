@@ -40,7 +40,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: as the source has it")
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes, each with one tensor in memory; default: by size, up to 4"
+        "--workers",
+        type=int,
+        default=0,
+        help="files at a time, one tensor of each in memory; default: cores, up to 4",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -62,7 +65,7 @@ def add_hf_arguments(parser: argparse.ArgumentParser, *, default: str | None) ->
 def run_options(options: argparse.Namespace) -> RunOptions:
     """Return how the job is to be run."""
     if options.workers < 0:
-        raise ValueError(f"--workers={options.workers} is negative; give 1 or more, or 0 to choose by size")
+        raise ValueError(f"--workers={options.workers} is negative; give 1 or more, or 0: by the cores")
     return RunOptions(workers=options.workers, overwrite=options.overwrite, quiet=options.quiet)
 
 

@@ -137,9 +137,12 @@ class ComponentsSource:
 
     def parameter(self, ours: str) -> torch.Tensor:
         """Read one parameter, or draw it."""
+        return torch.cat(self.blocks(ours))
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter, or draw it, as blocks of its rows."""
         row = self._rows[ours]
-        tensors = {name: _grown(self._read(name), self._num_rows(name)) for name in row.hf}
-        return row.to_shard(tensors, tensor_rank=0, tensor_size=1)
+        return row.blocks({name: _grown(self._read(name), self._num_rows(name)) for name in row.hf})
 
     def _open_vision(self) -> Layout:
         folder = self._stack.enter_context(SafetensorsFolder(self._components.vision))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron_r1v2.models.hf_components import make_companions
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
 from megatron_r1v2.models.hf_headers import TensorInfo, tensor_info, write_safetensors_file
 from megatron_r1v2.models.hf_mapping import Layout
+from megatron_r1v2.models.tensor_files import DIGEST
 from megatron_r1v2.training.checkpoint_files import STATE_FILE, TENSORS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +66,7 @@ class HfJob:
                 for tensor in rows[ours].to_hf([_cast(source.parameter(ours), self.dtype)]).values()
             )
             digests = write_safetensors_file(folder / piece.name, piece.tensors, tensors, wrote=wrote)
-        return {"tensors": {name: tensor_entry(info, digests[name]) for name, info in piece.tensors}}
+        return {"tensors": {name: tensor_entry(info, digests[name], DIGEST) for name, info in piece.tensors}}
 
     def describe(self) -> dict[str, Any]:
         """Return the options."""
@@ -106,13 +106,11 @@ class DistJob:
         path.parent.mkdir(exist_ok=True)
         with self.source.open() as source:
             entries = [(dist_entry(ours, source.architecture), info) for ours, info in piece.tensors]
-            tensors = (_cast(source.parameter(ours), self.dtype) for ours in piece.parameters)
-            records = write_records(
-                path, entries, tensors, wrote=wrote, digest=lambda data: hashlib.sha256(data).hexdigest()
-            )
+            tensors = ([_cast(block, self.dtype) for block in source.blocks(ours)] for ours in piece.parameters)
+            records = write_records(path, entries, tensors, wrote=wrote)
         return {
             "tensors": {
-                ours: {**tensor_entry(info, digest), "record": dataclasses.astuple(record)}
+                ours: {**tensor_entry(info, digest, DIGEST), "record": dataclasses.astuple(record)}
                 for (ours, info), (record, digest) in zip(piece.tensors, records, strict=True)
             }
         }

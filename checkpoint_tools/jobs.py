@@ -1,4 +1,4 @@
-"""A conversion as a list of files: written by several processes beside the output, continued after an interruption.
+"""A conversion as a list of files: written several at a time beside the output, continued after an interruption.
 
 The output is made as `.NAME.partial` beside it and renamed when everything is on disk. Each finished file of it has a
 record in `.progress/`; a run that finds a partial folder of the same conversion of the same sources goes on with it.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
-import queue
 import shutil
-import traceback
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,6 @@ from megatron_r1v2.models.hf_files import check_output, partial_of, publish, rea
 from megatron_r1v2.models.hf_headers import TensorInfo
 
 _SPARE_BYTES = 64 * 1000**2
-_BYTES_PER_WORKER = 2 * 1000**3
-"""A worker takes seconds to start, which is worth it from here on."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,17 @@ class Piece:
 
 
 class Job(Protocol):
-    """What a conversion writes; passed to the worker processes."""
+    """What a conversion writes."""
 
     def pieces(self) -> list[Piece]:
         """Return the files, the same whenever it is called; everything that can be checked beforehand is."""
         ...
 
     def write(self, piece: Piece, folder: Path, wrote: Callable[[int], None]) -> dict[str, Any]:
-        """Write one file and return what is to be known about it, as JSON takes it."""
+        """Write one file and return what is to be known about it, as JSON takes it.
+
+        Several are written at a time, each in a thread; `wrote` is told of bytes, and raises when the job is given up.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class RunOptions:
     """How a job is run."""
 
     workers: int = 0
-    """Processes; 0: by the size of the output, at most four and at most the processor's cores."""
+    """Files written at a time, each with one tensor in memory; 0: as many as the machine has cores, at most four."""
     overwrite: bool = False
     """Replace an existing output."""
     quiet: bool = False
@@ -110,6 +110,8 @@ def run_job(
         ValueError: the output is refused, a source is damaged, or there is not enough room on the disk.
     """
     check_output(output, sources=job.source_folders(), overwrite=options.overwrite)
+    # torch then takes huge pages for what it copies: ordinary ones cost five times the copy itself.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     pieces = job.pieces()
     partial = partial_of(output)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -135,9 +137,7 @@ def _run(
         console.print(told, soft_wrap=True)
     try:
         with _progress(console, pieces, records) as advance:
-            for piece, record in _written(job, left, partial, options.workers, advance):
-                records[piece.name] = record
-                _keep_record(partial, piece, record)
+            records |= _write(job, left, partial, options.workers, advance)
         # In the order of the files, not in that in which workers finished them.
         finish(partial, {piece.name: records[piece.name] for piece in pieces})
     except ValueError:
@@ -216,70 +216,34 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _written(
-    job: Job, pieces: list[Piece], folder: Path, workers: int, advance: Callable[[int], None]
-) -> Iterator[tuple[Piece, dict[str, Any]]]:
-    """Write the files, here or in worker processes, and yield each with its record when it is on disk."""
-    if workers == 0:
-        total = sum(piece.num_bytes for piece in pieces)
-        workers = max(1, min(4, os.cpu_count() or 1, total // _BYTES_PER_WORKER))
-    workers = min(workers, len(pieces))
-    if workers <= 1:
-        for piece in pieces:
-            yield piece, job.write(piece, folder, advance)
-        return
-    context = multiprocessing.get_context("spawn")
-    todo, told = context.Queue(), context.Queue()
-    for number in [*range(len(pieces)), *[None] * workers]:
-        todo.put(number)
-    processes = [context.Process(target=_work, args=(job, pieces, folder, todo, told)) for _ in range(workers)]
+def _write(
+    job: Job, pieces: list[Piece], partial: Path, workers: int, advance: Callable[[int], None]
+) -> dict[str, dict[str, Any]]:
+    """Write files, several at a time, and return their records.
+
+    In threads: reading, hashing, copying and writing let go of the interpreter, and a process costs two seconds.
+    """
+    stopped = threading.Event()
+
+    def wrote(count: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        advance(count)
+
+    def write(piece: Piece) -> dict[str, Any]:
+        record = job.write(piece, partial, wrote)
+        _keep_record(partial, piece, record)
+        return record
+
+    pool = ThreadPoolExecutor(max_workers=workers or min(4, os.cpu_count() or 1))
     try:
-        for process in processes:
-            process.start()
-        left = len(pieces)
-        while left:
-            try:
-                kind, content = told.get(timeout=1.0)
-            except queue.Empty:
-                _check_alive(processes)
-                continue
-            if kind == "bytes":
-                advance(content)
-            elif kind == "done":
-                left -= 1
-                yield pieces[content[0]], content[1]
-            else:
-                raise content
+        begun = {piece.name: pool.submit(write, piece) for piece in pieces}
+        for ended in wait(begun.values(), return_when=FIRST_EXCEPTION).done:
+            ended.result()
+        return {name: future.result() for name, future in begun.items()}
     finally:
-        for process in processes:
-            if _is_alive(process):
-                process.terminate()
-            process.join()
-
-
-def _is_alive(process: Any) -> bool:
-    return process.pid is not None and process.is_alive()
-
-
-def _check_alive(processes: list[Any]) -> None:
-    for process in processes:
-        if process.exitcode not in (None, 0):
-            raise RuntimeError(
-                f"a worker process ended with exit code {process.exitcode} (-9: killed, mostly for lack of memory); "
-                "run the same command again to go on, with a smaller --workers"
-            )
-
-
-def _work(job: Job, pieces: list[Piece], folder: Path, todo: Any, told: Any) -> None:
-    """Write files until there are no more; the body of a worker process."""
-    try:
-        while (number := todo.get()) is not None:
-            record = job.write(pieces[number], folder, lambda count: told.put(("bytes", count)))
-            told.put(("done", (number, record)))
-    except ValueError as error:
-        told.put(("error", ValueError(str(error))))
-    except Exception:
-        told.put(("error", RuntimeError(f"a worker process failed:\n{traceback.format_exc()}")))
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Checksums kept beside what our tools write, so that damage on the way is found and not trained on.
 
-`checkpoint_manifest.json` holds the SHA-256 of every tensor's bytes and of every small file, and the size of the large
-ones. What has no manifest (folders that others made) is checked as far as the format allows: safetensors holds no
-checksum, so a flipped bit in a weight cannot be seen there; torch_dist has a CRC-32 in every record, which is checked.
+`checkpoint_manifest.json` holds a digest of every tensor's bytes (XXH3-128; SHA-256 in manifests of version 1), the
+SHA-256 of every small file, and the size of the large ones. What has no manifest (folders that others made) is checked
+as far as the format allows: safetensors holds no checksum, so a flipped bit in a weight cannot be seen there;
+torch_dist has a CRC-32 in every record, which is checked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from megatron_r1v2.models.hf_files import read_json, write_json
-from megatron_r1v2.models.hf_headers import TensorInfo, tensor_bytes, tensor_info
+from megatron_r1v2.models.hf_headers import TensorInfo, tensor_info
+from megatron_r1v2.models.tensor_files import DIGEST, digest_of, tensor_bytes
 
 MANIFEST = "checkpoint_manifest.json"
 PROGRESS = ".progress"
@@ -35,6 +37,10 @@ class Manifest:
         """
         self.path = folder / MANIFEST
         content = read_json(self.path)
+        if content.get("version") not in (1, 2):
+            raise ValueError(
+                f"{self.path} has version {content.get('version')!r}; accepted: 1, 2. Update checkpoint_tools"
+            )
         self.layout = str(content.get("layout"))
         self.tensors: dict[str, dict[str, Any]] = content.get("tensors") or {}
         self.files: dict[str, dict[str, Any]] = content.get("files") or {}
@@ -55,7 +61,10 @@ class Manifest:
         """
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no {name!r}: the folder's weights were changed after it was written")
-        found = tensor_entry(tensor_info(tensor), sha256(tensor))
+        if "sha256" in self.tensors[name]:
+            found = tensor_entry(tensor_info(tensor), sha256(tensor))
+        else:
+            found = tensor_entry(tensor_info(tensor), digest_of(tensor), DIGEST)
         if found != self.tensors[name]:
             raise ValueError(
                 f"{self.path.parent}: {name} is not what it was when it was written ({found}, the manifest has "
@@ -87,12 +96,18 @@ def write_manifest(folder: Path, layout: str, tensors: Mapping[str, Mapping[str,
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST and PROGRESS not in path.parts
     }
-    write_json(folder / MANIFEST, {"version": 1, "layout": layout, "tensors": dict(tensors), "files": files})
+    write_json(folder / MANIFEST, {"version": 2, "layout": layout, "tensors": dict(tensors), "files": files})
 
 
-def tensor_entry(info: TensorInfo, digest: str) -> dict[str, Any]:
-    """Return what the manifest says of a tensor."""
-    return {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), "sha256": digest}
+def tensor_entry(info: TensorInfo, digest: str, kind: str = "sha256") -> dict[str, Any]:
+    """Return what is to be said of a tensor.
+
+    Args:
+        info: shape and dtype.
+        digest: of its bytes.
+        kind: of the digest.
+    """
+    return {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), kind: digest}
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -61,6 +61,14 @@ class Source(Protocol):
         """
         ...
 
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as blocks of its rows, which saves the copy that puts them together.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        ...
+
 
 class SourceSpec(Protocol):
     """How to open a source, in any process."""
@@ -168,6 +176,11 @@ class HfSource:
         """Read one parameter."""
         row = self._rows[ours]
         return row.to_shard({name: self._tensor(name) for name in row.hf}, tensor_rank=0, tensor_size=1)
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as blocks of its rows."""
+        row = self._rows[ours]
+        return row.blocks({name: self._tensor(name) for name in row.hf})
 
     def _tensor(self, name: str) -> torch.Tensor:
         stored = self._stored[name]
@@ -281,6 +294,10 @@ class CheckpointSource:
             self._manifest.check_tensor(ours, tensor)
         return self._unpadded(ours, tensor)
 
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as it lies, in one block."""
+        return [self.parameter(ours)]
+
     def _unpadded(self, ours: str, tensor: torch.Tensor) -> torch.Tensor:
         """Take zero heads and vocabulary padding off: through the Hugging Face tensors, which have neither."""
         row = self._rows[ours]
@@ -343,3 +360,7 @@ class OverSource:
     def parameter(self, ours: str) -> torch.Tensor:
         """Read one parameter."""
         return self._of(ours).parameter(ours)
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as blocks of its rows."""
+        return self._of(ours).blocks(ours)

@@ -1,16 +1,14 @@
 """The torch_dist format of megatron-core, read and written one tensor at a time, without a process group or a model.
 
 A folder of it holds `metadata.json` and `common.pt`, `.metadata` (where every part of every array is) and files of
-records, each a tensor as torch.save writes it: a zip whose members carry a CRC-32.
+records, each a tensor as torch.save writes it.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import os
+import mmap
 import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,24 +24,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from checkpoint_tools.records import UNPICKLING_ERRORS, read_record, write_record
 from megatron_r1v2.models.dist_names import DistEntry
-from megatron_r1v2.models.hf_headers import TensorInfo, tensor_bytes
+from megatron_r1v2.models.hf_headers import TensorInfo
+from megatron_r1v2.models.tensor_files import file_on_disk
 
 METADATA = ".metadata"
-# A damaged pickle or zip can raise any of these, and pickle's documentation promises no shorter list.
-_UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    SystemError,
-    TypeError,
-    ValueError,
-)
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 # All that the pickle of `.metadata` may call: plain descriptions of tensors.
@@ -88,6 +74,7 @@ class TorchDist:
         self.folder = folder
         self._arrays: dict[str, TensorInfo] = {}
         self._chunks: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
+        self._mapped: dict[Path, memoryview] = {}
         try:
             stated = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
             metadata = _load_metadata(folder / METADATA)
@@ -187,56 +174,39 @@ class TorchDist:
     def _record(self, storage: _StorageInfo, *, check_crc: bool) -> torch.Tensor:
         path = self.folder / storage.relative_path
         with path.open("rb") as file:
-            record = io.BufferedReader(_Window(file, storage.offset, storage.length), buffer_size=1024 * 1024)
+            if path not in self._mapped:
+                self._mapped[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
             try:
-                if check_crc:
-                    with zipfile.ZipFile(record) as archive:
-                        broken = archive.testzip()
-                        if broken is not None:
-                            raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
-                    record.seek(0)
-                tensor = torch.load(record, map_location="cpu", weights_only=True)
-            except (zipfile.BadZipFile, *_UNPICKLING_ERRORS) as error:
-                raise ValueError(
-                    f"{path}: the record at byte {storage.offset} is damaged ({str(error)[:200]}); copy it again"
-                ) from error
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: the record at byte {storage.offset} is a {type(tensor).__name__}, not a tensor")
-        return tensor
+                return read_record(file, storage.offset, storage.length, self._mapped[path], check_crc=check_crc)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}; copy it again") from error
 
 
 def write_records(
     path: Path,
     parameters: Sequence[tuple[DistEntry, TensorInfo]],
-    read: Iterable[torch.Tensor],
+    read: Iterable[Sequence[torch.Tensor]],
     *,
     wrote: Callable[[int], None] = lambda _: None,
-    digest: Callable[[memoryview], str],
 ) -> list[tuple[Record, str]]:
     """Write a file of records, holding one tensor at a time.
 
     Args:
         path: the file to make.
         parameters: what comes.
-        read: the tensors, in the same order.
+        read: the tensors in the same order, each as blocks of its rows.
         wrote: told how many bytes were written, after each.
-        digest: computes what is returned of each tensor's bytes.
 
     Returns:
-        Where each is, and its digest. The file is on disk (fsync) when this returns.
+        Where each is, and its digest (`write_hashed`). The file is on disk when this returns.
     """
     records = []
-    with path.open("wb") as file:
-        for (entry, info), tensor in zip(parameters, read, strict=True):
-            data = tensor_bytes(tensor)
-            start = file.tell()
-            shape = info.shape if entry.layer is None else (1, *info.shape)
-            # A storage of its own over the same memory: torch.save writes storages whole, and this may be a view.
-            torch.save(torch.frombuffer(data, dtype=info.dtype).view(shape), file)
-            records.append((Record(path.name, start, file.tell() - start), digest(data)))
+    with file_on_disk(path) as file:
+        for (entry, info), blocks in zip(parameters, read, strict=True):
+            stored = info if entry.layer is None else TensorInfo(info.dtype, (1, *info.shape))
+            start, digest = write_record(file, stored, blocks)
+            records.append((Record(path.name, start, file.tell() - start), digest))
             wrote(info.num_bytes)
-        file.flush()
-        os.fsync(file.fileno())
     return records
 
 
@@ -266,34 +236,6 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
     (folder / "metadata.json").write_text(json.dumps({**_FORMAT, **_COMMON}), encoding="utf-8")
 
 
-class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(self._length - self._position, 0))
-        self._file.seek(self._start + self._position)
-        count = self._file.readinto(memoryview(buffer)[:wanted])
-        self._position += count
-        return count
-
-
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads `.metadata`, a pickle, without calling anything but descriptions of tensors."""
 
@@ -307,7 +249,7 @@ def _load_metadata(path: Path) -> Metadata:
     with path.open("rb") as file:
         try:
             metadata = _MetadataUnpickler(file).load()
-        except _UNPICKLING_ERRORS as error:
+        except UNPICKLING_ERRORS as error:
             raise ValueError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path.name} holds a {type(metadata).__name__}")

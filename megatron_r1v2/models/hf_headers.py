@@ -5,9 +5,7 @@ A file is eight bytes that say how long the header is, a JSON header that says w
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_r1v2.models.tensor_files import file_on_disk, write_hashed
 
 _MAX_HEADER_BYTES = 100 * 1000**2
 """Of the format itself; a header of the 38B model has 0.2 MB."""
@@ -106,7 +106,7 @@ def write_safetensors_file(
         wrote: told how many bytes were written, after each tensor.
 
     Returns:
-        The SHA-256 of each tensor's bytes, by name. The file is on disk (fsync) when this returns.
+        The digest of each tensor's bytes (`write_hashed`), by name. The file is on disk when this returns.
 
     Raises:
         ValueError: a tensor comes out in another shape or dtype than announced.
@@ -120,23 +120,14 @@ def write_safetensors_file(
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     digests = {}
-    with path.open("wb") as file:
+    with file_on_disk(path) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for (name, info), tensor in zip(tensors, read, strict=True):
             if tensor_info(tensor) != info:
                 raise ValueError(f"{name} came out as {tensor_info(tensor)} where {info} was announced")
-            data = tensor_bytes(tensor)
-            digests[name] = hashlib.sha256(data).hexdigest()
-            file.write(data)
+            digests[name] = write_hashed(file.write, [tensor])
             wrote(info.num_bytes)
-        file.flush()
-        os.fsync(file.fileno())
     return digests
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a CPU tensor, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _check_offsets(header: Mapping[str, Any], data_bytes: int) -> None:

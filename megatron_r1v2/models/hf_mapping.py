@@ -8,7 +8,8 @@ and the tensor-parallel split of both follow from the rows; nothing else in the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,9 +47,26 @@ class MappedParameter:
         Raises:
             ValueError: a tensor has not the shape that config.json implies.
         """
-        chosen = [tensors[name] for name in self.hf]
-        try:
+        with self._named(tensors):
+            chosen = [tensors[name] for name in self.hf]
             return self.operation.to_shard(chosen, tensor_rank=tensor_rank, tensor_size=tensor_size)
+
+    def blocks(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return the whole parameter as blocks of its rows, without a copy.
+
+        Args:
+            tensors: at least the tensors named in `hf`.
+
+        Raises:
+            ValueError: a tensor has not the shape that config.json implies.
+        """
+        with self._named(tensors):
+            return self.operation.blocks([tensors[name] for name in self.hf])
+
+    @contextmanager
+    def _named(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
             shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in self.hf)
             raise ValueError(f"{shapes}: {error}; the weights do not belong to this config.json") from error

@@ -26,6 +26,14 @@ class Operation(Protocol):
         """
         ...
 
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the whole parameter as blocks of its rows, from the first to the last: views, no copies.
+
+        Args:
+            tensors: the Hugging Face tensors, in the order of the table.
+        """
+        ...
+
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the Hugging Face tensors.
 
@@ -43,6 +51,10 @@ class Replicated:
         """Return the tensor itself."""
         (tensor,) = tensors
         return tensor
+
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensor itself."""
+        return list(tensors)
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the first rank's copy."""
@@ -83,6 +95,10 @@ class Split:
         shape[self.dim] = missing
         return torch.cat([shard, shard.new_zeros(shape)], dim=self.dim)
 
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensor itself: one rank needs no padding."""
+        return [self.to_shard(tensors, tensor_rank=0, tensor_size=1)]
+
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Join the runs and cut the padding."""
         whole = shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=self.dim)
@@ -111,6 +127,11 @@ class GroupedQKV:
 
     def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
         """Interleave [q; k; v] by group and cut out this rank's run."""
+        joined = torch.cat(self.blocks(tensors))
+        return self._split.to_shard([joined], tensor_rank=tensor_rank, tensor_size=tensor_size)
+
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the queries, the key and the value of each group in turn."""
         heads = (self.queries_per_group, 1, 1)
         for tensor, count in zip(tensors, heads, strict=True):
             rows = self.num_groups * count * self.head_size
@@ -120,8 +141,7 @@ class GroupedQKV:
             tensor.reshape(self.num_groups, count * self.head_size, *tensor.shape[1:])
             for tensor, count in zip(tensors, heads, strict=True)
         ]
-        joined = torch.cat(grouped, dim=1).flatten(0, 1)
-        return self._split.to_shard([joined], tensor_rank=tensor_rank, tensor_size=tensor_size)
+        return [part[group] for group in range(self.num_groups) for part in grouped]
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Undo the interleaving of the joined shards."""
@@ -139,12 +159,19 @@ class JoinedQKV:
 
     def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
         """Take the three apart, then interleave them."""
+        return self.grouped.to_shard(self._parts(tensors), tensor_rank=tensor_rank, tensor_size=tensor_size)
+
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the queries, the key and the value of each group in turn."""
+        return self.grouped.blocks(self._parts(tensors))
+
+    def _parts(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         (joined,) = tensors
         key = self.grouped.num_groups * self.grouped.head_size
         query = key * self.grouped.queries_per_group
         if joined.shape[0] != query + 2 * key:
             raise ValueError(f"the joined qkv has {joined.shape[0]} rows, config.json implies {query + 2 * key}")
-        return self.grouped.to_shard(joined.split([query, key, key]), tensor_rank=tensor_rank, tensor_size=tensor_size)
+        return joined.split([query, key, key])
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Undo the interleaving and join the three."""
@@ -160,10 +187,16 @@ class Stacked:
 
     def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
         """Split each matrix alone: a run of the stacked one would give rank 0 nothing but the first."""
+        return torch.cat(self._runs(tensors, tensor_rank=tensor_rank, tensor_size=tensor_size))
+
+    def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the two."""
+        return self._runs(tensors, tensor_rank=0, tensor_size=1)
+
+    def _runs(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> list[torch.Tensor]:
         split = Split(0, self.num_rows)
-        runs = [split.to_shard([tensor], tensor_rank=tensor_rank, tensor_size=tensor_size) for tensor in tensors]
-        first, second = runs
-        return torch.cat([first, second])
+        first, second = tensors
+        return [split.to_shard([one], tensor_rank=tensor_rank, tensor_size=tensor_size) for one in (first, second)]
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Join the first halves, and the second halves."""

@@ -28,6 +28,7 @@ from megatron_r1v2.models.hf_headers import read_header
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
 PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ONE_AT_A_TIME = RunOptions(workers=1, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def hf_job(folders: Path, **options) -> HfJob:
 
 def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     companions = folders / "foreign"
-    write_hf(hf_job(folders), tmp_path / "straight", companions=companions, options=RunOptions(quiet=True))
+    write_hf(hf_job(folders), tmp_path / "straight", companions=companions, options=ONE_AT_A_TIME)
     written: list[str] = []
     original = HfJob.write
 
@@ -212,7 +213,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, m
 
     monkeypatch.setattr(HfJob, "write", failing)
     with pytest.raises(OSError, match="No space"):
-        write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=RunOptions(quiet=True))
+        write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=ONE_AT_A_TIME)
     assert not (tmp_path / "out").exists()
     partial = tmp_path / ".out.partial"
     assert not (partial / "config.json").exists()
@@ -220,7 +221,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, m
     half_written = next(piece.name for piece in hf_job(folders).pieces() if piece.name not in written)
     (partial / half_written).write_bytes(b"half")
     monkeypatch.setattr(HfJob, "write", original)
-    write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=RunOptions(quiet=True))
+    write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=ONE_AT_A_TIME)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == times
     one, two = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("straight", "out"))
     assert one == two
@@ -240,7 +241,7 @@ def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, 
         job = HfJob(HfSpec(source), "chat", (source,), max_shard_bytes=20_000)
         monkeypatch.setattr(HfJob, "write", failing)
         with pytest.raises(KeyboardInterrupt):
-            write_hf(job, tmp_path / "out", companions=source, options=RunOptions(quiet=True))
+            write_hf(job, tmp_path / "out", companions=source, options=ONE_AT_A_TIME)
         monkeypatch.setattr(HfJob, "write", original)
         assert len(jobs._begin(job, tmp_path / ".out.partial", job.pieces())) == 1  # unchanged, it would go on
         if change == "options":
@@ -256,7 +257,7 @@ def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, 
 
 def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch):
     original = HfJob.write
-    options = {"companions": folders / "foreign", "options": RunOptions(quiet=True)}
+    options = {"companions": folders / "foreign", "options": ONE_AT_A_TIME}
 
     def meanwhile(self, piece, folder, wrote):
         monkeypatch.setattr(HfJob, "write", original)
@@ -272,7 +273,7 @@ def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch)
 def test_a_full_disk_is_seen_before_anything_is_written(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 60_000_000))
     with pytest.raises(ValueError, match=r"GB left; free some"):
-        write_hf(hf_job(folders), tmp_path / "out", companions=folders / "foreign", options=RunOptions(quiet=True))
+        write_hf(hf_job(folders), tmp_path / "out", companions=folders / "foreign", options=ONE_AT_A_TIME)
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / ".out.partial").glob("*.safetensors")) == []
 
@@ -292,7 +293,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(folders, tmp_path):
         assert not (tmp_path / ".out.partial" / "config.json").exists()
         hf_to_hf.main(command[3:])
     got = load_many(tmp_path / "out")
-    write_hf(hf_job(folders), tmp_path / "straight", companions=folders / "foreign", options=RunOptions(quiet=True))
+    write_hf(hf_job(folders), tmp_path / "straight", companions=folders / "foreign", options=ONE_AT_A_TIME)
     expected = load_many(tmp_path / "straight")
     assert got.keys() == expected.keys()
     assert [name for name in got if not torch.equal(got[name], expected[name])] == []
