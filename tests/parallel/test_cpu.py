@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from transformers import AutoModel, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2Config, Qwen2Model
 
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -26,6 +29,7 @@ from megatron_r1v2.parallel import cpu, groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt
 from tests.ranks import run_ranks
+from tests.tiny_hf import tiny_hf_model
 
 VISION = VisionArchitecture(32, 1, 4, 64, 32, 4, "layer_norm", 1e-6, True, False)
 BY_NAME = {replacement.name: replacement for replacement in cpu.REPLACEMENTS}
@@ -179,3 +183,39 @@ def test_importing_installs_nothing():
         "from megatron_r1v2.parallel import cpu; assert before == (torch.zeros, torch.Tensor.cuda)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def buffers_of_loaded_models(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
+    """Load models of transformers with the replacements installed first of all, as an entry point does."""
+    cpu.install_if_needed()
+    with torch.device("meta"):
+        assert all(made.is_meta for made in (torch.tensor([1.0]), torch.zeros(2), torch.empty_like(torch.empty(2))))
+    assert torch.tensor([1.0]).device == torch.zeros(2).device == cpu.CPU
+    return [{name: b.clone() for name, b in AutoModel.from_pretrained(folder).named_buffers()} for folder in folders]
+
+
+def test_transformers_loads_models_as_without_the_replacements(tmp_path):
+    text = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    seeing = {"hidden_size": 32, "depth": 1, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 32}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    made = {
+        "qwen2": Qwen2Model(Qwen2Config(**text)),
+        "qwen2_5_vl": Qwen2_5_VLModel(
+            Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=seeing)
+        ),
+        "internvl": tiny_hf_model(tmp_path / "internvl").model,
+    }
+    for name in ("qwen2", "qwen2_5_vl"):
+        made[name].save_pretrained(tmp_path / name)
+    # What torch notes at the first use of a device context is noted once a process, so this needs a fresh one.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        loaded = process.submit(buffers_of_loaded_models, [tmp_path / name for name in made]).result()
+    for model, found in zip(made.values(), loaded, strict=True):
+        expected = dict(model.named_buffers())
+        assert any("inv_freq" in name for name in expected)
+        assert found.keys() == expected.keys()
+        for name, buffer in expected.items():
+            assert torch.equal(found[name], buffer), name
