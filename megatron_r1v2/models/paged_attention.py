@@ -82,9 +82,12 @@ def flash_decode_and_prefill(
     queries = q.squeeze(1)
     out = torch.zeros_like(queries)
     if is_decode_only:
-        # megatron-core pads the requests to a multiple of 16: a last long one would be attended to 16 times.
-        rows = seqlens_k.nonzero(as_tuple=True)[0]
-        out[rows] = _decode(queries[rows], k, v, seqlens_k[rows], table[rows], max_seqlen_k, softmax_scale)
+        # megatron-core pads the requests to a multiple of 16: a last long one would be attended to 16 times. In a CUDA
+        # graph, whose shapes are fixed, it is.
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return _decode(queries, k, v, seqlens_k, table, max_seqlen_k, softmax_scale).unsqueeze(1)
+        asking = seqlens_k.nonzero(as_tuple=True)[0]
+        out[asking] = _decode(queries[asking], k, v, seqlens_k[asking], table[asking], max_seqlen_k, softmax_scale)
         return out.unsqueeze(1)
     starts = cu_seqlens_q[:-1].long()
     lengths = cu_seqlens_q.diff().long()
