@@ -19,8 +19,8 @@ class CheckpointConfig:
     """Saving and resuming; checkpoints are below `run.output_dir`/checkpoints."""
 
     every_steps: int = 10
-    """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then. SIGTERM costs the
-    step in progress and those since the newest checkpoint, less what `keep_rollouts` keeps of them: 1 where a
+    """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then. SIGTERM costs
+    the step in progress and those since the newest checkpoint, less what `keep_rollouts` keeps of them: 1 where a
     checkpoint is small against a step."""
     keep_last: int = 2
     """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
