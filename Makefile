@@ -37,7 +37,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources .ci/run slurm/*.sh
+	$(BIN)/shellcheck --external-sources .ci/run slurm/*.sh tests/slurm/*.sh
 	$(BIN)/hadolint Dockerfile
 
 slurm-test: install

@@ -19,13 +19,16 @@ class CheckpointConfig:
     """Saving and resuming; checkpoints are below `run.output_dir`/checkpoints."""
 
     every_steps: int = 10
-    """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then."""
+    """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then. SIGTERM costs
+    the step in progress and those since the newest checkpoint, less what `keep_rollouts` keeps of them: 1 where a
+    checkpoint is small against a step."""
     keep_last: int = 2
     """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
     asynchronous: bool = True
     """Write in the background."""
     resume: bool = True
-    """Continue from the newest checkpoint in the folder that is not damaged, if there is one."""
+    """Continue from the newest checkpoint in the folder that is not damaged, if there is one. At the same layout with
+    the same bits; at another number of replicas, TP or PP with the same data order and buffer, equal to rounding."""
     keep_rollouts: bool = True
     """Keep the finished rollouts of a step on disk until a checkpoint holds the step: one that is interrupted does not
     generate them again. They are the same tokens; the engine's log-probs of the rest may differ in the last bits, since
