@@ -1,4 +1,4 @@
-"""`python -m megatron_r1v2.evaluate RECIPE.yaml [--name NAME] section.key=value ...` measures Pass@1; see `--help`.
+"""`python -m megatron_r1v2.evaluate [RECIPE.yaml] [--name NAME] section.key=value ...` measures Pass@1; see `--help`.
 
 With evaluation.endpoint_url it evaluates what an OpenAI-compatible server serves, without loading a model.
 """
