@@ -83,8 +83,8 @@ def flash_decode_and_prefill(
     out = torch.zeros_like(queries)
     if is_decode_only:
         # megatron-core pads the requests to a multiple of 16: a last long one would be attended to 16 times.
-        rows = seqlens_k.nonzero(as_tuple=True)[0]
-        out[rows] = _decode(queries[rows], k, v, seqlens_k[rows], table[rows], max_seqlen_k, softmax_scale)
+        real = seqlens_k.nonzero(as_tuple=True)[0]
+        out[real] = _decode(queries[real], k, v, seqlens_k[real], table[real], max_seqlen_k, softmax_scale)
         return out.unsqueeze(1)
     starts = cu_seqlens_q[:-1].long()
     lengths = cu_seqlens_q.diff().long()
