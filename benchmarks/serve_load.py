@@ -1,7 +1,8 @@
 """Throughput of a chat server under many clients, with the figure of one client measured in the same run beside it.
 
-    python -m megatron_r1v2.serve runs/grpo --port 8000 &
-    python -m benchmarks.serve_load --url http://127.0.0.1:8000 --clients 64 --output benchmarks/results/serve_load.json
+    python -m megatron_r1v2.serve runs/digits/grpo --port 8000 &
+    python -m benchmarks.serve_load --url http://127.0.0.1:8000 --clients 64 --max-tokens 32 \\
+        --question "What is left plus right?" --device "2 cores" --output benchmarks/results/serve_load_cpu.json
 
 Only servers on this machine are asked, for a bounded number of requests and a bounded time. Rounds with one client and
 with many alternate, so that a machine that gets slower or faster meanwhile moves both.
@@ -31,6 +32,16 @@ from PIL import Image
 
 MAX_CLIENTS = 256
 MAX_SECONDS = 600.0
+_ELSEWHERE = b'{"type": "image_url", "image_url": {"url": "http://127.0.0.1/picture.png"}}'
+BAD = (
+    b"{",
+    b'{"messages": [], "n": "many"}',
+    b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1000000000}',
+    b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+    b'{"messages": [{"role": "user", "content": [%s]}]}' % _ELSEWHERE,
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b"\xff" * 100_000,
+)
 
 
 @dataclass
@@ -97,15 +108,16 @@ class Load:
         for number in waiting:
             bad_every = self._arguments.bad_every
             is_bad = bad_every and number % bad_every == bad_every - 1
+            bad = BAD[number // max(bad_every, 1) % len(BAD)]
             try:
-                await (self._ask_badly(http, tally) if is_bad else self._ask(http, number, tally))
+                await (self._ask_badly(http, tally, bad) if is_bad else self._ask(http, number, tally))
             except httpx.HTTPError:
                 tally.lost += 1
             if time.monotonic() > self._deadline:
                 return
 
-    async def _ask_badly(self, http: httpx.AsyncClient, tally: Tally) -> None:
-        answer = await http.post("/v1/chat/completions", json={"messages": [], "n": "many"})
+    async def _ask_badly(self, http: httpx.AsyncClient, tally: Tally, content: bytes) -> None:
+        answer = await http.post("/v1/chat/completions", content=content)
         if 400 <= answer.status_code < 500:
             tally.bad_answered_so += 1
         else:
@@ -143,7 +155,7 @@ class Load:
         tally.first_token_seconds.append((first or time.monotonic()) - started)
 
     def _question(self, number: int) -> dict[str, Any]:
-        content: list[dict[str, Any]] = [{"type": "text", "text": f"\nQuestion {number}: what is on the picture?"}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": self._arguments.question}]
         if self._arguments.image_pixels:
             content.insert(
                 0, {"type": "image_url", "image_url": {"url": _picture(number, self._arguments.image_pixels)}}
@@ -168,6 +180,7 @@ def _picture(seed: int, pixels: int) -> str:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the rounds and return the figures."""
+    load_before = os.getloadavg()[0]
     listed = httpx.get(
         f"{arguments.url}/v1/models", headers={"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
     )
@@ -188,20 +201,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "image_pixels": arguments.image_pixels,
         "bad_every": arguments.bad_every,
+        "device": arguments.device,
         "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        "load_average_before": round(load_before, 2),
+        "load_average_after": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "one_client": [tally.figures() for tally in ones],
         "many_clients": [tally.figures() for tally in manies],
         "throughput_ratio_by_round": [round(ratio, 2) for ratio in ratios],
         "throughput_ratio_median": round(statistics.median(ratios), 2) if ratios else None,
         "lost": sum(tally.lost for tally in ones + manies),
+        "healthy_after": httpx.get(f"{arguments.url}/health").status_code == 200,
+        "answered_500": _server_errors(arguments.url),
     }
 
 
 def main() -> None:
-    """Measure, print and write the figures; exit 1 when a request was lost."""
-    arguments = _parser().parse_args()
+    """Measure, print and write the figures; exit 1 when a request was lost or the server is not well."""
+    arguments = parser().parse_args()
     host = urlsplit(arguments.url).hostname or ""
     if host != "localhost" and not _is_loopback(host):
         raise SystemExit(f"error: --url {arguments.url}: only servers on this machine are put under load")
@@ -214,7 +231,13 @@ def main() -> None:
         partial = path.with_suffix(".partial")
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
-    sys.exit(1 if figures["lost"] else 0)
+    sys.exit(1 if figures["lost"] or figures["answered_500"] or not figures["healthy_after"] else 0)
+
+
+def _server_errors(url: str) -> int:
+    """Return how often the server answered with a fault of its own, by its own count."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith('r1v2_requests_total{status="500"}'))
 
 
 def _is_loopback(host: str) -> bool:
@@ -224,19 +247,22 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, without /v1")
-    parser.add_argument("--clients", type=int, choices=range(1, MAX_CLIENTS + 1), metavar="1..256", default=64)
-    parser.add_argument("--requests", type=int, default=192, help="of all clients together, in each round")
-    parser.add_argument("--requests-of-one", type=int, default=8, help="of the one client, in each round")
-    parser.add_argument("--rounds", type=int, default=3, help="of one client and of many, in turn")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of a response")
-    parser.add_argument("--image-pixels", type=int, default=64, help="side of the picture; 0: no picture")
-    parser.add_argument("--bad-every", type=int, default=8, help="every so-manieth request is bad; 0: none is")
-    parser.add_argument("--seconds", type=float, default=MAX_SECONDS, help="the whole run takes no longer (about)")
-    parser.add_argument("--output", default="", help="JSON file for the figures")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, without /v1")
+    options.add_argument("--clients", type=int, choices=range(1, MAX_CLIENTS + 1), metavar="1..256", default=64)
+    options.add_argument("--requests", type=int, default=192, help="of all clients together, in each round")
+    options.add_argument("--requests-of-one", type=int, default=8, help="of the one client, in each round")
+    options.add_argument("--rounds", type=int, default=3, help="of one client and of many, in turn")
+    options.add_argument("--question", default="What is on the picture?", help="asked about every picture")
+    options.add_argument("--device", default="", help="what the server runs on, for the record")
+    options.add_argument("--max-tokens", type=int, default=64, help="of a response")
+    options.add_argument("--image-pixels", type=int, default=64, help="side of the picture; 0: no picture")
+    options.add_argument("--bad-every", type=int, default=8, help="every so-manieth request is bad; 0: none is")
+    options.add_argument("--seconds", type=float, default=MAX_SECONDS, help="the whole run takes no longer (about)")
+    options.add_argument("--output", default="", help="JSON file for the figures")
+    return options
 
 
 if __name__ == "__main__":

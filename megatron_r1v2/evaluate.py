@@ -1,4 +1,4 @@
-"""`python -m megatron_r1v2.evaluate RECIPE.yaml [--name NAME] section.key=value ...` measures Pass@1; see `--help`.
+"""`python -m megatron_r1v2.evaluate [RECIPE.yaml] [--name NAME] section.key=value ...` measures Pass@1; see `--help`.
 
 With evaluation.endpoint_url it evaluates what an OpenAI-compatible server serves, without loading a model.
 """
@@ -12,6 +12,11 @@ from rich.console import Console
 from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
 
 NAME_OPTION = "--name"
+_DESCRIPTION = """\
+Measures Pass@1 on evaluation.data: of model.checkpoint or model.hf_path in process; with evaluation.endpoint_url and
+evaluation.endpoint_model, of what a server serves. --name NAME (default: evaluation) names the result, which goes to
+evaluation-NAME.json in run.output_dir; the responses are beside it, and evaluation.html shows them. An evaluation that
+was interrupted goes on where it stopped. Without RECIPE.yaml the settings are the defaults."""
 
 
 def main() -> None:
@@ -24,7 +29,7 @@ def main() -> None:
             raise SystemExit(f"error: {NAME_OPTION} needs a value: the result is written to evaluation-NAME.json")
         name = arguments[position + 1]
         del arguments[position : position + 2]
-    recipe = parse_command_line(arguments, "evaluate")
+    recipe = parse_command_line(arguments, "evaluate", description=_DESCRIPTION)
     quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
     from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed

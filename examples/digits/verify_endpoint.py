@@ -63,6 +63,7 @@ def run_lm_eval(
     model: str,
     tasks: Path = TASKS,
     max_tokens: int = 256,
+    model_args: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run a task of lm-eval on an endpoint, without a network.
@@ -75,6 +76,7 @@ def run_lm_eval(
         model: its name.
         tasks: folder of the task.
         max_tokens: of a response.
+        model_args: more for lm-eval's client, such as "think_end_token=</think>".
         metadata: for the task.
 
     Returns:
@@ -83,9 +85,10 @@ def run_lm_eval(
     Raises:
         RuntimeError: lm-eval failed, with the end of what it said.
     """
+    client = f"model={model},base_url={url}/chat/completions,num_concurrent=8,max_images=16"
     command = [
         python, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args",
-        f"model={model},base_url={url}/chat/completions,num_concurrent=8,max_images=16", "--tasks", task,
+        f"{client},{model_args}".rstrip(","), "--tasks", task,
         "--include_path", str(tasks), "--apply_chat_template", "--gen_kwargs", f"max_gen_toks={max_tokens}",
         "--metadata", json.dumps(metadata or {}), "--output_path", str(output), "--log_samples",
     ]  # fmt: skip

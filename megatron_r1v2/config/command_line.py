@@ -24,7 +24,8 @@ def parse_command_line(argv: Sequence[str], stage: Stage, *, description: str = 
     """Turn the arguments of an entry point into checked settings, or end the process with advice.
 
     Args:
-        argv: the arguments without the program's name: a recipe, then `section.key=value` overrides.
+        argv: the arguments without the program's name: a recipe, then `section.key=value` overrides. What evaluates
+            does without a recipe: the settings are the defaults then.
         stage: what is about to run; decides which files must exist.
         description: shown by `--help` between the usage and the settings.
 
@@ -40,9 +41,10 @@ def parse_command_line(argv: Sequence[str], stage: Stage, *, description: str = 
     try:
         if not argv:
             raise ValueError(f"no recipe given\n{_usage(stage)}\n--help lists every setting")
-        if argv[0].startswith("-") or "=" in argv[0]:
+        has_recipe = "=" not in argv[0]
+        if argv[0].startswith("-") or not (has_recipe or stage == "evaluate"):
             raise ValueError(f"the first argument must be a recipe, got {argv[0]!r}\n{_usage(stage)}")
-        recipe = load_recipe(argv[0], argv[1:])
+        recipe = load_recipe(argv[0], argv[1:]) if has_recipe else load_recipe(None, argv)
         check_stage(recipe, stage)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -176,14 +176,16 @@ def read_completion(answer: Any) -> Completion:
     try:
         choice = answer["choices"][0]
         message = choice["message"]
-        text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        content, reasoning = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+        text = content or ""
         finish_reason = choice["finish_reason"]
         if not isinstance(text, str) or not isinstance(finish_reason, str):
             raise TypeError("content and finish_reason must be text")
     except (LookupError, TypeError, AttributeError) as error:
         raise TryAgain(f"not a chat completion ({error!r}): {json.dumps(answer)[:300]}") from error
     if isinstance(reasoning, str) and reasoning:
-        text = f"{reasoning}</think>{text}" if text or finish_reason == "stop" else reasoning
+        # A server that parts them and tells no content at all has seen no end of the reasoning.
+        text = reasoning if content is None else f"{reasoning}</think>{text}"
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return Completion(text, finish_reason, tokens if isinstance(tokens, int) else None)

@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         request_seconds=arguments.request_seconds,
         grace_seconds=arguments.grace_seconds,
         api_key=key,
+        reasoning_ends=arguments.reasoning_ends,
     )
     with tell_bad_input():
         serve(recipe, options, listener)
@@ -144,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument("--api-key-variable", default="", help="environment variable with the key clients must send")
     parser.add_argument("--api-key-file", default="", help="file with the key clients must send")
+    parser.add_argument(
+        "--reasoning-ends",
+        default="",
+        metavar="TEXT",
+        help="such as '</think>': what stands before it is told as reasoning_content, and content is the answer alone",
+    )
     parser.add_argument("--max-queue", type=_count, default=256, help="responses that may wait (default: 256)")
     parser.add_argument("--max-body-mib", type=_positive, default=64.0, help="largest request (default: 64)")
     parser.add_argument("--max-images", type=_count, default=16, help="images in a request (default: 16)")

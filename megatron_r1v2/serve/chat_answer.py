@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_r1v2.generation.controller import DrawnToken
 from megatron_r1v2.serve.chat_text import ChoiceText, Decode, Piece
+from megatron_r1v2.serve.reasoning import ReasoningSplit
 
 STREAM_END = "data: [DONE]\n\n"
 
@@ -22,14 +23,25 @@ def event(content: dict[str, Any]) -> str:
 class ChatAnswer:
     """What all parts of an answer to one request have in common."""
 
-    def __init__(self, *, model: str, decode: Decode, prompt_tokens: int, num_alternatives: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        decode: Decode,
+        prompt_tokens: int,
+        num_choices: int,
+        num_alternatives: int | None,
+        reasoning_ends: str = "",
+    ) -> None:
         """Begin an answer.
 
         Args:
             model: its name.
             decode: of the tokenizer.
             prompt_tokens: of the prompt, image tokens included.
+            num_choices: responses.
             num_alternatives: told for each token; None: no log-probs.
+            reasoning_ends: text between reasoning and answer, where they are told apart; empty: they are not.
         """
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._model = model
@@ -37,6 +49,8 @@ class ChatAnswer:
         self._created = int(time.time())
         self._prompt_tokens = prompt_tokens
         self._num_alternatives = num_alternatives
+        self._reasoning_ends = reasoning_ends
+        self._splits = [ReasoningSplit(reasoning_ends) for _ in range(num_choices)]
 
     def whole(self, choices: Sequence[ChoiceText], pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
         """Return the answer of a request that is not streamed.
@@ -48,7 +62,7 @@ class ChatAnswer:
         told = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(piece.text for piece in parts), "refusal": None},
+                "message": {"role": "assistant", **self._whole_text(index, parts), "refusal": None},
                 "logprobs": self._log_probs([token for piece in parts for token in piece.tokens]),
                 "finish_reason": choice.finish_reason,
             }
@@ -62,9 +76,10 @@ class ChatAnswer:
 
     def piece(self, index: int, piece: Piece, finish_reason: str | None) -> dict[str, Any]:
         """Return a chunk with a piece of a response, the last with the reason of its end."""
-        return self._chunk(
-            index, {"content": piece.text} if piece.text else {}, self._log_probs(piece.tokens), finish_reason
-        )
+        reasoning, content = self._splits[index].push(piece.text, is_last=finish_reason is not None)
+        delta = {"reasoning_content": reasoning, "content": content}
+        told = {name: text for name, text in delta.items() if text}
+        return self._chunk(index, told, self._log_probs(piece.tokens), finish_reason)
 
     def usage_chunk(self, choices: Sequence[ChoiceText]) -> dict[str, Any]:
         """Return the chunk with the token counts that ends a stream."""
@@ -78,6 +93,14 @@ class ChatAnswer:
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
         }
+
+    def _whole_text(self, index: int, parts: Sequence[Piece]) -> dict[str, str | None]:
+        split = self._splits[index]
+        reasoning, content = split.push("".join(piece.text for piece in parts), is_last=True)
+        if not self._reasoning_ends:
+            return {"content": content}
+        # null: the reasoning has no end, so there is no answer, not even an empty one.
+        return {"content": content if split.has_ended else None, "reasoning_content": reasoning}
 
     def _chunk(
         self, index: int, delta: dict[str, Any], log_probs: dict[str, Any] | None, finish_reason: str | None

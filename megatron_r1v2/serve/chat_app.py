@@ -48,6 +48,8 @@ class ChatModel:
     decode: Decode
     version: int
     """Optimizer steps behind the weights: a part of the name of each response in the sampling."""
+    reasoning_ends: str = ""
+    """Text between reasoning and answer, where they are told apart; empty: they are not."""
 
 
 class ChatServer:
@@ -231,7 +233,9 @@ class _Answering:
             model=model.defaults.model,
             decode=model.decode,
             prompt_tokens=prompt_tokens,
+            num_choices=asked.num_choices,
             num_alternatives=asked.num_alternatives,
+            reasoning_ends=model.reasoning_ends,
         )
 
     async def whole(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class ChoiceText:
         return min(found, default=None)
 
     def _release(self) -> Piece:
-        keep = 0 if self.finish_reason else self._length_of_possible_stop()
+        keep = 0 if self.finish_reason else length_of_beginning(self._held, self._stop)
         text = self._held[: len(self._held) - keep]
         self._held = self._held[len(text) :]
         self._released += len(text)
@@ -125,10 +125,16 @@ class ChoiceText:
         del self._waiting[: len(told)]
         return Piece(text, tuple(told))
 
-    def _length_of_possible_stop(self) -> int:
-        """Return the length of the longest end of the held text that begins a stop string."""
-        longest = max((len(text) for text in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-length:]) for text in self._stop):
-                return length
-        return 0
+
+def length_of_beginning(text: str, sought: Sequence[str]) -> int:
+    """Return the length of the longest end of a text that begins one of the sought texts, and is not all of it.
+
+    Args:
+        text: so far.
+        sought: what may follow.
+    """
+    longest = max((len(one) for one in sought), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(one.startswith(text[-length:]) for one in sought):
+            return length
+    return 0

@@ -44,6 +44,8 @@ class ServeOptions:
     grace_seconds: float
     """From SIGTERM until what is under way is ended with an error."""
     api_key: str = ""
+    reasoning_ends: str = ""
+    """Text between reasoning and answer, where they are told apart; empty: they are not."""
 
 
 def serve(recipe: RunRecipe, options: ServeOptions, listener: socket.socket | None) -> None:
@@ -69,7 +71,7 @@ def serve(recipe: RunRecipe, options: ServeOptions, listener: socket.socket | No
         inbox, metrics = Inbox(), ServerMetrics()
         capacity = recipe.generation.max_requests + options.max_queue
         service = Service(inbox, metrics, capacity=capacity, stop_ids=engine.stop_ids)
-        model = chat_model(loaded, engine, options.name, max_choices=min(MAX_CHOICES, capacity))
+        model = chat_model(loaded, engine, options, max_choices=min(MAX_CHOICES, capacity))
         chat = ChatServer(
             model,
             service,
@@ -94,12 +96,12 @@ def serve(recipe: RunRecipe, options: ServeOptions, listener: socket.socket | No
                 service.give_up(_ENDING)
 
 
-def chat_model(loaded: LoadedModel, engine: RolloutEngine, name: str, *, max_choices: int) -> ChatModel:
+def chat_model(loaded: LoadedModel, engine: RolloutEngine, options: ServeOptions, *, max_choices: int) -> ChatModel:
     """Return what the endpoints know of a model."""
     recipe = loaded.recipe
     return ChatModel(
         defaults=Defaults(
-            model=name,
+            model=options.name,
             max_response_tokens=recipe.generation.max_response_tokens,
             temperature=recipe.generation.temperature,
             top_p=recipe.generation.top_p,
@@ -114,6 +116,7 @@ def chat_model(loaded: LoadedModel, engine: RolloutEngine, name: str, *, max_cho
         check=engine.check,
         decode=loaded.tokenizer.decode,
         version=loaded.version,
+        reasoning_ends=options.reasoning_ends,
     )
 
 

@@ -32,6 +32,12 @@ def test_a_good_command_line_gives_the_settings(recipe_path):
     assert (recipe.train.steps, recipe.parallel.tensor) == (3, 2)
 
 
+def test_an_evaluation_needs_no_recipe(tmp_path):
+    endpoint = ["evaluation.endpoint_url=http://127.0.0.1:8000/v1", "evaluation.endpoint_model=r1v2"]
+    recipe = parse_command_line([f"evaluation.data={tmp_path}", *endpoint, "evaluation.runs=2"], "evaluate")
+    assert (recipe.evaluation.data, recipe.evaluation.runs) == (str(tmp_path), 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -118,7 +118,11 @@ def test_reasoning_that_a_server_parts_off_is_put_back():
     replies = [
         completion("\\boxed{8}", reasoning_content="3+5"),
         completion(None, reasoning_content="3+", finish_reason="length"),
+        completion("", reasoning_content="3+5"),
+        completion(None, reasoning_content="I give up"),
     ]
     with serving(lambda body: replies.pop(0)) as (url, _):
         assert endpoint(url).ask(BODY).text == "3+5</think>\\boxed{8}"
         assert endpoint(url).ask(BODY).text == "3+"
+        assert endpoint(url).ask(BODY).text == "3+5</think>"
+        assert endpoint(url).ask(BODY).text == "I give up"

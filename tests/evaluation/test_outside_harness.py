@@ -56,22 +56,23 @@ ROWS = [
 
 
 @pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: set LM_EVAL_PYTHON to a Python that has it")
-def test_ifeval_rules_by_lm_eval_on_an_endpoint(tmp_path):
+def test_ifeval_rules_by_lm_eval_judge_what_is_behind_the_reasoning(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "ifeval_made.yaml").write_text(TASK.format(data=data))
     (tmp_path / "task" / "rules.py").write_text(RULES)
     answers = {
-        "Name a color. No commas.": "red",
+        "Name a color. No commas.": "Red, or green, or blue.</think>\n\nred",
         "Two colors. No commas.": "red, blue",
         "Say it in JSON.": '{"said": 1}',
         "Shout.": "not loud",
     }
     with serving(lambda body: answers[body["messages"][-1]["content"]]) as (url, responder):
         results, rows = run_lm_eval(
-            lm_eval_python(), "ifeval_made", tmp_path / "out", url=url, model="served", tasks=tmp_path / "task"
-        )
+            lm_eval_python(), "ifeval_made", tmp_path / "out", url=url, model="served", tasks=tmp_path / "task",
+            model_args="think_end_token=</think>",
+        )  # fmt: skip
     assert len(responder.bodies) == len(rows) == 4
     assert results["prompt_level_strict_acc,none"] == 0.5
     assert results["inst_level_strict_acc,none"] == 0.5

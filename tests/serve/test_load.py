@@ -8,6 +8,7 @@ import threading
 import httpx
 import openai
 
+from benchmarks import serve_load
 from tests.serve.running import ask, messages_of, metric, stream, until
 
 CLIENTS = 64
@@ -75,3 +76,15 @@ def test_every_request_of_sixty_four_clients_gets_its_own_answer(run, server, cl
     until(lambda: metric(server, "r1v2_open_responses") == 0)
     assert ask(client, messages_of(run.prompts[0]), temperature=0).choices[0].message.content == expected[0]
     assert metric(server, 'r1v2_requests_total{status="500"}') == 0
+
+
+def test_the_benchmark_counts_answers_and_refusals(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    options = ["--url", server.url, "--clients", "8", "--requests", "28", "--requests-of-one", "2", "--rounds", "1"]
+    options += ["--bad-every", "4", "--max-tokens", "8", "--image-pixels", "32", "--question", "abc?"]
+    figures = serve_load.measure(serve_load.parser().parse_args(options))
+    (many,) = figures["many_clients"]
+    assert (many["answered"], many["bad_requests_told_so"], figures["lost"]) == (21, 7, 0)
+    assert 21 <= many["tokens"] <= 21 * 8
+    assert figures["throughput_ratio_median"] > 0
+    assert (figures["healthy_after"], figures["answered_500"]) == (True, 0)
