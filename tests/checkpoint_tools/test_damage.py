@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import struct
@@ -23,8 +24,9 @@ from checkpoint_tools import hf_to_hf, hf_to_megatron, jobs, megatron_to_hf
 from checkpoint_tools.conversions import HfJob, write_hf
 from checkpoint_tools.jobs import RunOptions
 from checkpoint_tools.sources import HfSpec
-from checkpoint_tools.torch_dist import TorchDist
+from checkpoint_tools.torch_dist import METADATA, TorchDist
 from megatron_r1v2.models.hf_headers import read_header
+from tests.checkpoint_tools import interrupted
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
 PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -279,25 +281,34 @@ def test_a_full_disk_is_seen_before_anything_is_written(folders, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_nothing_that_looks_finished(folders, tmp_path):
-    """The signal comes at a random moment of two workers; whatever is left, the same command then ends well."""
-    command = [sys.executable, "-m", "checkpoint_tools.hf_to_hf", "--hf", str(folders / "foreign"), "--layout", "chat"]
-    command += ["--output", str(tmp_path / "out"), "--shard-size", "4KB", "--workers", "2", "--quiet"]
-    process = subprocess.Popen(command, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial/*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if not (tmp_path / "out").exists():
-        assert not (tmp_path / ".out.partial" / "config.json").exists()
-        hf_to_hf.main(command[3:])
-    got = load_many(tmp_path / "out")
-    write_hf(hf_job(folders), tmp_path / "straight", companions=folders / "foreign", options=ONE_AT_A_TIME)
-    expected = load_many(tmp_path / "straight")
-    assert got.keys() == expected.keys()
-    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_a_killed_run_leaves_nothing_that_looks_finished_and_ends_with_the_same_bytes(folders, tmp_path, way):
+    """SIGKILL at random moments of two workers, each time later; then the same command runs to its end."""
+    source = folders / ("foreign" if way == "in" else "megatron")
+    interrupted.convert(way, source, tmp_path / "straight")
+    num_files = len(weight_files(tmp_path / "straight"))
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    command = [sys.executable, "-m", "tests.checkpoint_tools.interrupted", way, str(source), str(out)]
+    chance = random.Random(way)
+    for kill in range(1, 4):
+        process = subprocess.Popen(command)
+        while process.poll() is None and len(finished_files(partial)) < kill * num_files // 5:
+            time.sleep(0.001)
+        time.sleep(0.01 * chance.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+        assert [*partial.rglob("config.json"), *partial.rglob(METADATA)] == []
+    assert len(finished_files(partial)) >= 3 * num_files // 5
+    interrupted.convert(way, source, out)
+    straight = {path.relative_to(tmp_path / "straight"): path for path in files_below(tmp_path / "straight")}
+    assert {path.relative_to(out) for path in files_below(out)} == set(straight)
+    assert [name for name, path in straight.items() if (out / name).read_bytes() != path.read_bytes()] == []
 
 
-def load_many(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+def finished_files(partial: Path) -> list[Path]:
+    return [path for path in partial.glob(".progress/*.json") if path.name != "job.json"]
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
