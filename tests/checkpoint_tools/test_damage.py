@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from checkpoint_tools import hf_to_hf, hf_to_megatron, jobs, megatron_to_hf
 from checkpoint_tools.conversions import HfJob, write_hf
 from checkpoint_tools.jobs import RunOptions
-from checkpoint_tools.sources import HfSpec
+from checkpoint_tools.manifest import sha256
+from checkpoint_tools.sources import CheckpointSpec, HfSpec
 from checkpoint_tools.torch_dist import METADATA, TorchDist
 from megatron_r1v2.models.hf_headers import read_header
 from tests.checkpoint_tools import interrupted
@@ -174,6 +175,46 @@ def test_a_pickle_in_metadata_calls_nothing(folders, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wants to call"):
         TorchDist(work / "tensors")
     assert not (tmp_path / "was-run").exists()
+
+
+def test_a_pickle_beside_the_tensors_calls_nothing(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    work = fresh(folders / "megatron", tmp_path / "work")
+    (work / "checkpoint_manifest.json").unlink()
+    torch.save(Hostile(), work / "state.pt")
+    assert not convert(work, tmp_path / "out")
+    assert "state.pt cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_shard_that_is_gone_is_named(folders, tmp_path, capsys):
+    work = fresh(folders / "ours", tmp_path / "work")
+    gone = sorted(work.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert not convert(work, tmp_path / "out")
+    assert f"{gone.name} is missing" in capsys.readouterr().err
+
+
+def test_manifests_of_the_first_version_are_checked_and_unknown_ones_refused(folders, tmp_path, capsys):
+    for kind in ("ours", "megatron"):
+        work = fresh(folders / kind, tmp_path / "work")
+        content = json.loads((work / "checkpoint_manifest.json").read_text())
+        with (HfSpec if kind == "ours" else CheckpointSpec)(work).open() as source:
+            read = source._tensor if kind == "ours" else source.parameter
+            for name, said in content["tensors"].items():
+                del said["xxh3_128"]
+                said["sha256"] = sha256(read(name))
+        for version, told in ((1, ""), (3, "has version 3")):
+            content["version"] = version
+            (work / "checkpoint_manifest.json").write_text(json.dumps(content))
+            assert convert(work, tmp_path / f"{kind}-{version}") == (version == 1)
+            assert told in capsys.readouterr().err
+        content["version"] = 1
+        name = next(iter(content["tensors"]))
+        content["tensors"][name]["sha256"] = "0" * 64
+        (work / "checkpoint_manifest.json").write_text(json.dumps(content))
+        assert not convert(work, tmp_path / "out")
+        assert f"{name} is not what it was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "told"), [("../secret", "accepted: files beside it"), ("gone", "is missing")])
