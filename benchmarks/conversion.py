@@ -6,8 +6,8 @@ The checkpoint has the shapes of InternViT-6B, the adapter and QwQ-32B but fewer
 weight of a real model is needed. Each measurement begins with the source out of the page cache (posix_fadvise) and ends
 when everything is on disk (fsync), for `cp` as for us. `cp` and the conversion take turns, so that what else the
 machine does hurts both; the ratio is that of the medians. Memory is what the processes of the conversion hold that no
-file backs (Pss_Anon of all of them together), looked at ten times a second: pages of files that are read through the
-page cache can be dropped at any time and are not counted. The peer, mbridge, loads the language model alone through
+file backs (Pss_Anon of all of them together), looked at up to ten times a second: pages of files that are read through
+the page cache can be dropped at any time and are not counted. The peer, mbridge, loads the language model alone through
 megatron-core and saves it with dist_checkpointing; it is measured when its folder is given (see conversion_peer.py).
 """
 
@@ -148,12 +148,16 @@ def measure(command: Sequence[str], source: Path, output: Path, *, path: str = "
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
+        begun = time.perf_counter()
         peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.1)
+        # The system walks all that a process has mapped: looking must not take more than a twentieth of a core.
+        time.sleep(max(0.1, 20 * (time.perf_counter() - begun)))
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
     sync(output)
-    return Measured(time.perf_counter() - start, _cpu_seconds() - cpu, peak)
+    found = Measured(time.perf_counter() - start, _cpu_seconds() - cpu, peak)
+    print(f"{' '.join(command)}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def _cpu_seconds() -> float:
@@ -234,6 +238,8 @@ def summary(num_bytes: int, copies: list[Measured], conversions: list[Measured])
         "cp_GB_per_s": round(num_bytes / copy / GB, 3),
         "GB_per_s": round(num_bytes / ours / GB, 3),
         "of_cp": round(copy / ours, 3),
+        "cpu_seconds_per_GB": round(statistics.median(run.cpu_seconds for run in conversions) / num_bytes * GB, 2),
+        "cp_cpu_seconds_per_GB": round(statistics.median(run.cpu_seconds for run in copies) / num_bytes * GB, 2),
         "peak_anonymous_GB": round(max(run.peak_anonymous_bytes for run in conversions) / GB, 3),
     }
 

@@ -177,6 +177,8 @@ class ComponentsSource:
             # Old Llama files hold the rotations too, which nobody reads: they follow from the configuration.
             if not stored.endswith(".rotary_emb.inv_freq"):
                 self._found[_LANGUAGE + stored] = (folder, stored)
+        if self._components.untie_embeddings and HF_EMBEDDING in self._found:
+            self._found.setdefault(HF_OUTPUT, self._found[HF_EMBEDDING])
         return "transformers"
 
     def _rows_of(self, layouts: dict[str, Layout]) -> dict[str, MappedParameter]:

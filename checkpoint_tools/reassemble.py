@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--max-tiles", type=int, default=DEFAULT_MAX_TILES, help="tiles an image is cut into at most (processor)"
     )
+    parser.add_argument(
+        "--untie-embeddings", action="store_true", help="write a tied embedding as output matrix too, to train apart"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of a random adapter")
     add_run_arguments(parser)
     add_hf_arguments(parser, default="transformers")
@@ -52,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_tiles=options.max_tiles,
         dtype=DTYPES[options.dtype] if options.dtype else None,
         seed=options.seed,
+        untie_embeddings=options.untie_embeddings,
     )
     with explained_errors(parser):
         architecture = reassemble(

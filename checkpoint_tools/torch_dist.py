@@ -219,6 +219,7 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
     """
     arrays: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, Any] = {}
+    files: dict[str, str] = {}  # one object a name: a pickle tells them apart, and the bytes shall always be the same
     for entry, info, record in parameters:
         stacked = entry.layer is not None
         size = torch.Size((entry.num_layers, *info.shape) if stacked else info.shape)
@@ -229,7 +230,9 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
                 properties=TensorProperties(dtype=info.dtype), size=size, chunks=[]
             )
         arrays[entry.key].chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-        storage[MetadataIndex(entry.key, offsets)] = _StorageInfo(record.file, record.offset, record.length)
+        storage[MetadataIndex(entry.key, offsets)] = _StorageInfo(
+            files.setdefault(record.file, record.file), record.offset, record.length
+        )
     with (folder / METADATA).open("wb") as file:
         pickle.dump(Metadata(state_dict_metadata=dict(arrays), storage_data=storage), file)
     torch.save({}, folder / "common.pt")

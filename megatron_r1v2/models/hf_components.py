@@ -55,6 +55,9 @@ class Components:
     """Dtype of the result; None: that of the components, which must agree."""
     seed: int = 0
     """Of a random adapter."""
+    untie_embeddings: bool = False
+    """Give a language model that uses its embedding as output matrix a copy of it there, so that training tells them
+    apart."""
 
 
 def components_config(components: Components) -> dict[str, Any]:
@@ -73,6 +76,8 @@ def components_config(components: Components) -> dict[str, Any]:
     vision, text = ({k: v for k, v in part.items() if k not in parts} for part in (vision, text))
     if "vocab_size" in text:  # a folder that is no language model is refused in words below
         text["vocab_size"] = max(text["vocab_size"], num_tokens)
+    if components.untie_embeddings:
+        text["tie_word_embeddings"] = False
     whole: dict[str, Any] = {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",

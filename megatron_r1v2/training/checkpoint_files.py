@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -41,5 +42,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Return what is beside the tensors of a checkpoint: step, parts, counters."""
-    return torch.load(folder / STATE_FILE, weights_only=True)
+    """Return what is beside the tensors of a checkpoint: step, parts, counters.
+
+    Raises:
+        ValueError: the file is damaged, or a pickle of something else.
+    """
+    try:
+        return torch.load(folder / STATE_FILE, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{folder / STATE_FILE} cannot be read: {str(error)[:200]}; copy the checkpoint again"
+        ) from error

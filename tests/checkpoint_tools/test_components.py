@@ -52,6 +52,21 @@ def test_the_result_loads_in_transformers_with_the_components_bits(tmp_path, fam
     assert 0.015 < adapter["model.multi_modal_projector.linear_1.weight"].std() < 0.025
 
 
+def test_tied_embeddings_become_two_equal_matrices_when_asked(tmp_path):
+    tiny_hf_vision(tmp_path / "vision")
+    language = tiny_hf_language(tmp_path / "language", tied=True, vocab_size=261).state_dict()
+    components = Components(vision=tmp_path / "vision", language=tmp_path / "language", untie_embeddings=True)
+    reassemble(components, tmp_path / "out")
+    config = read_json(tmp_path / "out" / "config.json")
+    assert (config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]) == (False, False)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    embedding, output = (stored[f"language_model.{n}"] for n in ("model.embed_tokens.weight", "lm_head.weight"))
+    assert torch.equal(embedding[:261], language["model.embed_tokens.weight"])
+    assert torch.equal(embedding, output)  # grown rows too
+    model = InternVLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight.data_ptr() != model.model.language_model.embed_tokens.weight.data_ptr()
+
+
 def test_image_tokens_are_added_once_and_the_rest_of_the_tokenizer_stays(components, tmp_path):
     reassemble(components, tmp_path / "out")
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (components.language, tmp_path / "out"))

@@ -96,6 +96,21 @@ def assert_same_weights(expected: Path, got: Path) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("layout", ["chat", "transformers"])
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_there_and_back_bit_for_bit_tied_and_untied_in_both_layouts(tmp_path, variant, layout):
+    tiny_hf_model(tmp_path / "hf", dtype=torch.bfloat16, **VARIANTS[variant])
+    hf_to_hf.main(["--hf", f"{tmp_path}/hf", "--output", f"{tmp_path}/start", "--layout", layout, "--quiet"])
+    hf_to_megatron.main(["--hf", f"{tmp_path}/start", "--output", f"{tmp_path}/megatron", "--quiet"])
+    source = ["--checkpoint", f"{tmp_path}/megatron", "--quiet"]
+    megatron_to_hf.main([*source, "--layout", layout, "--output", f"{tmp_path}/back"])
+    assert_same_weights(tmp_path / "start", tmp_path / "back")
+    tied = bool(VARIANTS[variant].get("tied"))
+    assert ("language_model.lm_head.weight" in load_file(tmp_path / "back" / "model.safetensors")) != tied
+    hf_to_hf.main(["--hf", f"{tmp_path}/back", "--output", f"{tmp_path}/end", "--layout", "transformers", "--quiet"])
+    assert_same_weights(tmp_path / "hf", tmp_path / "end")
+
+
 def test_parts_that_were_not_trained_come_from_the_base(converted, tmp_path):
     root, _ = converted
     for folder in ("checkpoint", "other"):
@@ -147,6 +162,19 @@ def test_both_layouts_and_a_dtype_there_and_back(converted, tmp_path):
     config = json.loads((tmp_path / "megatron" / "hf" / "config.json").read_text())
     assert config["torch_dtype"] == "float32"
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("tool", [hf_to_hf, hf_to_megatron])
+def test_a_source_is_never_the_output(converted, tool, capsys):
+    root, _ = converted
+    folder = str(root / "300m-tied")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in Path(folder).iterdir())
+    for output in (folder, f"{folder}/inside", str(root)):
+        layout = ["--layout", "chat"] if tool is hf_to_hf else []
+        with pytest.raises(SystemExit):
+            tool.main(["--hf", folder, "--output", output, "--overwrite", *layout, "--quiet"])
+        assert "one folder or one inside the other" in capsys.readouterr().err
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in Path(folder).iterdir()) == before
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

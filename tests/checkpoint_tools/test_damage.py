@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import struct
@@ -22,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from checkpoint_tools import hf_to_hf, hf_to_megatron, jobs, megatron_to_hf
 from checkpoint_tools.conversions import HfJob, write_hf
 from checkpoint_tools.jobs import RunOptions
-from checkpoint_tools.sources import HfSpec
-from checkpoint_tools.torch_dist import TorchDist
+from checkpoint_tools.manifest import sha256
+from checkpoint_tools.sources import CheckpointSpec, HfSpec
+from checkpoint_tools.torch_dist import METADATA, TorchDist
 from megatron_r1v2.models.hf_headers import read_header
+from tests.checkpoint_tools import interrupted
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
 PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -174,6 +177,46 @@ def test_a_pickle_in_metadata_calls_nothing(folders, tmp_path, monkeypatch):
     assert not (tmp_path / "was-run").exists()
 
 
+def test_a_pickle_beside_the_tensors_calls_nothing(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    work = fresh(folders / "megatron", tmp_path / "work")
+    (work / "checkpoint_manifest.json").unlink()
+    torch.save(Hostile(), work / "state.pt")
+    assert not convert(work, tmp_path / "out")
+    assert "state.pt cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_shard_that_is_gone_is_named(folders, tmp_path, capsys):
+    work = fresh(folders / "ours", tmp_path / "work")
+    gone = sorted(work.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert not convert(work, tmp_path / "out")
+    assert f"{gone.name} is missing" in capsys.readouterr().err
+
+
+def test_manifests_of_the_first_version_are_checked_and_unknown_ones_refused(folders, tmp_path, capsys):
+    for kind in ("ours", "megatron"):
+        work = fresh(folders / kind, tmp_path / "work")
+        content = json.loads((work / "checkpoint_manifest.json").read_text())
+        with (HfSpec if kind == "ours" else CheckpointSpec)(work).open() as source:
+            read = source._tensor if kind == "ours" else source.parameter
+            for name, said in content["tensors"].items():
+                del said["xxh3_128"]
+                said["sha256"] = sha256(read(name))
+        for version, told in ((1, ""), (3, "has version 3")):
+            content["version"] = version
+            (work / "checkpoint_manifest.json").write_text(json.dumps(content))
+            assert convert(work, tmp_path / f"{kind}-{version}") == (version == 1)
+            assert told in capsys.readouterr().err
+        content["version"] = 1
+        name = next(iter(content["tensors"]))
+        content["tensors"][name]["sha256"] = "0" * 64
+        (work / "checkpoint_manifest.json").write_text(json.dumps(content))
+        assert not convert(work, tmp_path / "out")
+        assert f"{name} is not what it was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "told"), [("../secret", "accepted: files beside it"), ("gone", "is missing")])
 def test_metadata_may_name_only_files_beside_it(folders, tmp_path, name, told):
     work = fresh(folders / "megatron", tmp_path / "work")
@@ -279,25 +322,34 @@ def test_a_full_disk_is_seen_before_anything_is_written(folders, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_nothing_that_looks_finished(folders, tmp_path):
-    """The signal comes at a random moment of two workers; whatever is left, the same command then ends well."""
-    command = [sys.executable, "-m", "checkpoint_tools.hf_to_hf", "--hf", str(folders / "foreign"), "--layout", "chat"]
-    command += ["--output", str(tmp_path / "out"), "--shard-size", "4KB", "--workers", "2", "--quiet"]
-    process = subprocess.Popen(command, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial/*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if not (tmp_path / "out").exists():
-        assert not (tmp_path / ".out.partial" / "config.json").exists()
-        hf_to_hf.main(command[3:])
-    got = load_many(tmp_path / "out")
-    write_hf(hf_job(folders), tmp_path / "straight", companions=folders / "foreign", options=ONE_AT_A_TIME)
-    expected = load_many(tmp_path / "straight")
-    assert got.keys() == expected.keys()
-    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_a_killed_run_leaves_nothing_that_looks_finished_and_ends_with_the_same_bytes(folders, tmp_path, way):
+    """SIGKILL at random moments of two workers, each time later; then the same command runs to its end."""
+    source = folders / ("foreign" if way == "in" else "megatron")
+    interrupted.convert(way, source, tmp_path / "straight")
+    num_files = len(weight_files(tmp_path / "straight"))
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    command = [sys.executable, "-m", "tests.checkpoint_tools.interrupted", way, str(source), str(out)]
+    chance = random.Random(way)
+    for kill in range(1, 4):
+        process = subprocess.Popen(command)
+        while process.poll() is None and len(finished_files(partial)) < kill * num_files // 5:
+            time.sleep(0.001)
+        time.sleep(0.01 * chance.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+        assert [*partial.rglob("config.json"), *partial.rglob(METADATA)] == []
+    assert len(finished_files(partial)) >= 3 * num_files // 5
+    interrupted.convert(way, source, out)
+    straight = {path.relative_to(tmp_path / "straight"): path for path in files_below(tmp_path / "straight")}
+    assert {path.relative_to(out) for path in files_below(out)} == set(straight)
+    assert [name for name, path in straight.items() if (out / name).read_bytes() != path.read_bytes()] == []
 
 
-def load_many(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+def finished_files(partial: Path) -> list[Path]:
+    return [path for path in partial.glob(".progress/*.json") if path.name != "job.json"]
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
