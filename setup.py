@@ -36,6 +36,8 @@ EXTRAS = {
     "evaluation": ["pyarrow>=18"],
     # examples/digits: its images, and the optimizer that pretrains its components.
     "demo": ["scikit-learn>=1.5", "torch>=2.9"],
+    # examples/real_weights: its files and photographs; the weights themselves are in its requirements.txt.
+    "real-weights": ["gguf>=0.19", "onnx>=1.20", "scikit-image>=0.25", "scikit-learn>=1.5"],
     # megatron_r1v2.serve: the model, or a reward model, behind HTTP.
     "serve": ["starlette>=1.0", "uvicorn>=0.40", "anyio>=4.0", "prometheus-client>=0.20"],
     "dev": [
@@ -47,6 +49,9 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "scikit-learn>=1.5",
+        "gguf>=0.19",
+        "onnx>=1.20",
+        "scikit-image>=0.25",
         "pyarrow>=18",
         "trl>=1.16",  # its DPOTrainer is what tests hold the MPO loss against
         "starlette>=1.0",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from checkpoint_tools.conversions import DTYPES, HfJob, finish_hf
 from checkpoint_tools.jobs import RunOptions, run_job
+from checkpoint_tools.sources import TableSource
 from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
 from megatron_r1v2.models.hf_components import Components, components_config, make_components_companions
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, SafetensorsFolder, read_json
@@ -93,7 +93,7 @@ class ComponentsSpec:
         return found
 
 
-class ComponentsSource:
+class ComponentsSource(TableSource):
     """Open components."""
 
     def __init__(self, spec: ComponentsSpec) -> None:
@@ -102,9 +102,9 @@ class ComponentsSource:
         Raises:
             ValueError: tensors are left over or missing, or dtypes differ.
         """
+        super().__init__()
         self.architecture = r1v2_architecture(spec.config)
         self._components = spec.components
-        self._stack = ExitStack()
         self._found: dict[str, tuple[SafetensorsFolder, str]] = {}
         try:
             layouts: dict[str, Layout] = {
@@ -114,35 +114,14 @@ class ComponentsSource:
             }
             self._rows = self._rows_of(layouts)
             self._check_dtypes()
-            self._check_repeated_output()
+            self._check_repeated_output(self._found, self._components.language)
         except ValueError:
             self._stack.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def names(self) -> list[str]:
-        """Return our names of the parameters."""
-        return sorted(self._rows)
-
-    def meta(self, ours: str) -> torch.Tensor:
-        """Return a parameter without data."""
-        row = self._rows[ours]
-        tensors = {name: _grown(self._info(name), self._num_rows(name)) for name in row.hf}
-        return row.to_shard(tensors, tensor_rank=0, tensor_size=1)
-
-    def parameter(self, ours: str) -> torch.Tensor:
-        """Read one parameter, or draw it."""
-        return torch.cat(self.blocks(ours))
-
-    def blocks(self, ours: str) -> list[torch.Tensor]:
-        """Read one parameter, or draw it, as blocks of its rows."""
-        row = self._rows[ours]
-        return row.blocks({name: _grown(self._read(name), self._num_rows(name)) for name in row.hf})
+    def _folder_of(self, ours: str) -> Path:
+        folders = {part: getattr(self._components, part) for part in ("vision", "language", "adapter")}
+        return folders[ours.split(".")[0]] or Path("the random adapter")
 
     def _open_vision(self) -> Layout:
         folder = self._stack.enter_context(SafetensorsFolder(self._components.vision))
@@ -211,29 +190,20 @@ class ComponentsSource:
         if len({folder.info(stored).dtype for folder, stored in self._found.values()}) > 1:
             raise ValueError(f"the components differ in dtype: {found}; choose one with --dtype")
 
-    def _check_repeated_output(self) -> None:
-        if not self.architecture.language.tied_embeddings or HF_OUTPUT not in self._found:
-            return
-        if not torch.equal(self._read(HF_OUTPUT), self._read(HF_EMBEDDING)):
-            raise ValueError(
-                f"{self._components.language} has tie_word_embeddings=true but lm_head.weight is not the embedding; "
-                "set it to false in its config.json"
-            )
-
     def _num_rows(self, name: str) -> int:
         return self.architecture.language.vocab_size if name in (HF_EMBEDDING, HF_OUTPUT) else 0
 
-    def _info(self, name: str) -> torch.Tensor:
-        if name in self._found:
-            folder, stored = self._found[name]
-            return folder.info(stored).meta()
-        return self._drawn(name).to("meta")
+    def _meta(self, name: str) -> torch.Tensor:
+        if name not in self._found:
+            return self._drawn(name).to("meta")
+        folder, stored = self._found[name]
+        return _grown(folder.info(stored).meta(), self._num_rows(name))
 
-    def _read(self, name: str) -> torch.Tensor:
-        if name in self._found:
-            folder, stored = self._found[name]
-            return folder.tensor(stored)
-        return self._drawn(name)
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name not in self._found:
+            return self._drawn(name)
+        folder, stored = self._found[name]
+        return _grown(folder.tensor(stored), self._num_rows(name))
 
     def _drawn(self, name: str) -> torch.Tensor:
         """Draw a parameter of the adapter as transformers initialises it; each has a seed of its own."""

@@ -6,6 +6,7 @@ so each converter is: for every row of the table, read from a source, write to a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,82 @@ def exported_rows(architecture: R1V2Architecture, layout: Layout) -> list[Mapped
     return [row for row in parameter_map(architecture, layout) if row.exported]
 
 
+class OpenSource:
+    """A source that closes what it has opened."""
+
+    def __init__(self) -> None:
+        """Begin with nothing open."""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+class TableSource(OpenSource):
+    """An open source whose parameters are put together from Hugging Face tensors, as the rows of the table say.
+
+    Who inherits sets `architecture` and `_rows`, keeps what it opens in `_stack`, and gives the tensors by name.
+    """
+
+    architecture: R1V2Architecture
+
+    def __init__(self) -> None:
+        """Begin with nothing open and no rows."""
+        super().__init__()
+        self._rows: dict[str, MappedParameter] = {}
+
+    def names(self) -> list[str]:
+        """Return our names of the parameters."""
+        return sorted(self._rows)
+
+    def meta(self, ours: str) -> torch.Tensor:
+        """Return a parameter without data."""
+        row = self._rows[ours]
+        tensors = {name: self._meta(name) for name in row.hf}
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+            found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+            raise ValueError(
+                f"{self._folder_of(ours)}: {found}; accepted: floating point, the same for all of a weight"
+            )
+        return row.to_shard(tensors, tensor_rank=0, tensor_size=1)
+
+    def parameter(self, ours: str) -> torch.Tensor:
+        """Read one parameter."""
+        row = self._rows[ours]
+        return row.to_shard({name: self._tensor(name) for name in row.hf}, tensor_rank=0, tensor_size=1)
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as blocks of its rows."""
+        row = self._rows[ours]
+        return row.blocks({name: self._tensor(name) for name in row.hf})
+
+    def _meta(self, name: str) -> torch.Tensor:
+        """Return a tensor without data."""
+        raise NotImplementedError
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
+        raise NotImplementedError
+
+    def _folder_of(self, ours: str) -> Path:
+        """Return where a parameter is, for errors."""
+        raise NotImplementedError
+
+    def _check_repeated_output(self, stored: Collection[str], folder: Path) -> None:
+        """Refuse an output matrix that differs from the embedding that it is tied to."""
+        if not self.architecture.language.tied_embeddings or not {HF_OUTPUT, HF_EMBEDDING} <= set(stored):
+            return
+        if not torch.equal(self._tensor(HF_OUTPUT), self._tensor(HF_EMBEDDING)):
+            raise ValueError(
+                f"{folder} has tie_word_embeddings=true but {HF_OUTPUT} differs from {HF_EMBEDDING}; set it to false "
+                "in config.json, or remove the tensor"
+            )
+
+
 @dataclass(frozen=True)
 class HfSpec:
     """A Hugging Face folder in either layout, or a part of it."""
@@ -109,7 +186,7 @@ class HfSpec:
             return [*folder.paths(), (self.config or self.folder) / "config.json"]
 
 
-class HfSource:
+class HfSource(TableSource):
     """An open Hugging Face folder."""
 
     def __init__(self, spec: HfSpec) -> None:
@@ -118,14 +195,15 @@ class HfSource:
         Raises:
             ValueError: tensors are missing, left over, or not of the shape that config.json implies.
         """
+        super().__init__()
         self.architecture, layout = read_hf_architecture(spec.config or spec.folder)
         self.layout = spec.layout or layout
         self._manifest = Manifest.of(spec.folder)
-        self._folder = SafetensorsFolder(spec.folder)
+        self._folder = self._stack.enter_context(SafetensorsFolder(spec.folder))
         try:
             self._index(spec)
         except ValueError:
-            self._folder.close()
+            self._stack.close()
             raise
 
     def _index(self, spec: HfSpec) -> None:
@@ -150,37 +228,13 @@ class HfSource:
             self._manifest.check_files(["config.json"])
             if set(self._manifest.tensors) != set(self._folder.names()):
                 raise ValueError(f"{self._manifest.path} lists other tensors than the folder has; copy it again")
-        self._check_repeated_output()
+        self._check_repeated_output(self._stored, spec.folder)
 
-    def __enter__(self) -> Self:
-        return self
+    def _folder_of(self, ours: str) -> Path:
+        return self._folder.folder
 
-    def __exit__(self, *_: object) -> None:
-        self._folder.close()
-
-    def names(self) -> list[str]:
-        """Return our names of the parameters."""
-        return sorted(self._rows)
-
-    def meta(self, ours: str) -> torch.Tensor:
-        """Return a parameter without data."""
-        row = self._rows[ours]
-        infos = {name: self._folder.info(self._stored[name]) for name in row.hf}
-        dtypes = {info.dtype for info in infos.values()}
-        if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-            found = ", ".join(f"{name} {info.dtype}" for name, info in infos.items())
-            raise ValueError(f"{self._folder.folder}: {found}; accepted: floating point, the same for all of a weight")
-        return row.to_shard({name: info.meta() for name, info in infos.items()}, tensor_rank=0, tensor_size=1)
-
-    def parameter(self, ours: str) -> torch.Tensor:
-        """Read one parameter."""
-        row = self._rows[ours]
-        return row.to_shard({name: self._tensor(name) for name in row.hf}, tensor_rank=0, tensor_size=1)
-
-    def blocks(self, ours: str) -> list[torch.Tensor]:
-        """Read one parameter as blocks of its rows."""
-        row = self._rows[ours]
-        return row.blocks({name: self._tensor(name) for name in row.hf})
+    def _meta(self, name: str) -> torch.Tensor:
+        return self._folder.info(self._stored[name]).meta()
 
     def _tensor(self, name: str) -> torch.Tensor:
         stored = self._stored[name]
@@ -188,15 +242,6 @@ class HfSource:
         if self._manifest is not None:
             self._manifest.check_tensor(stored, tensor)
         return tensor
-
-    def _check_repeated_output(self) -> None:
-        if not self.architecture.language.tied_embeddings or HF_OUTPUT not in self._stored:
-            return
-        if HF_EMBEDDING in self._stored and not torch.equal(self._tensor(HF_OUTPUT), self._tensor(HF_EMBEDDING)):
-            raise ValueError(
-                f"{self._folder.folder} has tie_word_embeddings=true but {HF_OUTPUT} differs from {HF_EMBEDDING}; set "
-                "it to false in config.json, or remove the tensor"
-            )
 
 
 @dataclass(frozen=True)
@@ -219,7 +264,7 @@ class CheckpointSpec:
         return [*own, self.folder / STATE_FILE, *(HfSpec(self.base).files() if self.base else [])]
 
 
-class CheckpointSource:
+class CheckpointSource(OpenSource):
     """An open checkpoint."""
 
     def __init__(self, spec: CheckpointSpec) -> None:
@@ -228,6 +273,7 @@ class CheckpointSource:
         Raises:
             ValueError: parts are missing and there is no base; or arrays do not fit the model.
         """
+        super().__init__()
         self._manifest = Manifest.of(spec.folder)
         if self._manifest is not None:
             self._manifest.check_files([STATE_FILE, f"{TENSORS}/{METADATA}", f"{HF_IN_CHECKPOINT}/config.json"])
@@ -245,7 +291,6 @@ class CheckpointSource:
         self._rows = {row.ours: row for row in rows}
         self._own = {row.ours for row in rows if row.ours.split(".")[0] in self.parts}
         others = set(self._rows) - self._own
-        self._stack = ExitStack()
         self._base: HfSource | None = None
         if others and not spec.only_stored:
             if spec.base is None:
@@ -266,12 +311,6 @@ class CheckpointSource:
                 f"{folder} does not fit the model: {len(missing)} arrays are missing {missing[:5]}, {len(unused)} have "
                 f"no place in it {unused[:5]}; is --base the model that it was made from?"
             )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def names(self) -> list[str]:
         """Return our names of the parameters."""
@@ -329,22 +368,16 @@ class OverSpec:
         return [*HfSpec(self.base).files(), *self.top.files()]
 
 
-class OverSource:
+class OverSource(OpenSource):
     """Two open folders."""
 
     def __init__(self, spec: OverSpec) -> None:
         """Open both; the base describes the model."""
-        self._stack = ExitStack()
+        super().__init__()
         self._base = self._stack.enter_context(HfSpec(spec.base).open())
         self.architecture = self._base.architecture
         self._top = self._stack.enter_context(spec.top.open())
         self._parts = spec.top.parts
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def names(self) -> list[str]:
         """Return our names of the parameters."""

@@ -1,4 +1,4 @@
-"""Runs the demo's stages as processes: several at a time where they may, each with a log and a line of progress."""
+"""Runs an example's stages as processes: several at a time where they may, each with a log and a line of progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TAIL_LINES = 30
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the demo.
+    """One command of an example.
 
     Example: Stage("align", "adapter until about half right", ("megatron_r1v2.align", "examples/digits/align.yaml")).
     """
@@ -183,7 +183,7 @@ def _recipes(stage: Stage) -> dict[str, str]:
 
 def _environment(threads: int) -> Mapping[str, str]:
     # The children import this repository also where it is not installed.
-    paths: Sequence[str] = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths: Sequence[str] = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),

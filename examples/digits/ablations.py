@@ -23,9 +23,10 @@ from typing import Literal
 
 from rich.console import Console
 
+from examples import whole_run
 from examples.digits import ablation_tables, run_demo
-from examples.digits.run_demo import Paths
-from examples.digits.stages import Stage, StageError, StageRunner
+from examples.stages import Stage, StageError, StageRunner
+from examples.whole_run import Paths
 
 FIRST_SEED = 1234
 STEPS = 50
@@ -103,7 +104,7 @@ def seed_folder(root: Path, seed: int) -> Path:
 
 def paths_of(root: Path, seed: int, arm: str) -> Paths:
     """Return the demo's paths with the folders of one arm: components and data are shared by all."""
-    paths = Paths(root)
+    paths = run_demo.demo_paths(root)
     paths.align = seed_folder(root, seed) / "align"
     paths.pairs = seed_folder(root, seed) / "pairs"
     paths.grpo = seed_folder(root, seed) / arm
@@ -121,7 +122,7 @@ def start_chain(root: Path, seed: int) -> list[Stage]:
     paths = paths_of(root, seed, START)
     stages = [
         run_demo.align_stage(paths, seed, ()),
-        run_demo.evaluation_stage(paths, seed, "heldout", paths.align, ()),
+        whole_run.evaluation_stage(paths, seed, "heldout", paths.align, ()),
         run_demo.prefer_stage(paths, seed),
     ]
     return [named(stage, seed, START) for stage in stages] + arm_chain(root, seed, FIRST_ARM, ())
@@ -145,8 +146,10 @@ def arm_chain(root: Path, seed: int, arm: Arm, overrides: Sequence[str]) -> list
             *arm.settings,
             *overrides,
         )
-        stage = run_demo.grpo_stage(paths, seed, start, settings)
-    return [named(each, seed, arm.name) for each in (stage, run_demo.evaluation_stage(paths, seed, "heldout", end, ()))]
+        stage = whole_run.grpo_stage(paths, seed, start, settings)
+    return [
+        named(each, seed, arm.name) for each in (stage, whole_run.evaluation_stage(paths, seed, "heldout", end, ()))
+    ]
 
 
 def chains(root: Path, seed: int, tables: Collection[str], overrides: Sequence[str]) -> list[list[Stage]]:
@@ -171,11 +174,11 @@ def run_ablations(
     Raises:
         StageError: a stage failed; the others that are done stay done.
     """
-    paths = Paths(root)
+    paths = run_demo.demo_paths(root)
     runner.run(run_demo.data_stage(paths, FIRST_SEED))
     runner.run(*run_demo.component_stages(paths, FIRST_SEED))
-    runner.run_chains([[stage] for stage in run_demo.shard_stages(paths)], at_once=jobs)
-    runner.run(run_demo.base_stage(paths))
+    runner.run_chains([[stage] for stage in whole_run.shard_stages(paths, run_demo.IMAGE_SETS)], at_once=jobs)
+    runner.run(whole_run.base_stage(paths))
     runner.run_chains([start_chain(root, seed) for seed in seeds], at_once=jobs)
     # Seed by seed: an interrupted run has whole rows for some seeds rather than parts of all.
     every = [chain for seed in seeds for chain in chains(root, seed, tables, overrides)]

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from examples.digits import pretraining, questions, source
+from examples.digits import questions, source
+from megatron_r1v2.models.hf_files import replacing_folder
 
 COUNTS: Mapping[str, int] = {"align": 1024, "prefer": 512, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
 """How many questions each set has."""
@@ -84,7 +85,7 @@ def make_data(output: Path, *, seed: int, counts: Mapping[str, int]) -> dict[str
     """
     tiles, labels = source.digit_tiles()
     splits = source.split_indices()
-    with pretraining.complete_folder(output) as partial:
+    with replacing_folder(output) as partial:
         images = partial / "images"
         images.mkdir()
         for name, count in counts.items():

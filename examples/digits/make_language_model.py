@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from examples.digits import pretraining, questions
+from megatron_r1v2.models.hf_files import replacing_folder
 
 SPARE_ROWS = 32
 """Rows of the embedding beyond the tokenizer, as QwQ has them, for the image tokens that splicing adds."""
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     tokenizer = make_tokenizer(settings.seed)
     model = train(settings, tokenizer)
-    with pretraining.complete_folder(options.output) as partial:
+    with replacing_folder(options.output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     right = accuracy(model.eval(), tokenizer, seed=settings.seed + 1)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from examples.digits import pretraining, source
+from megatron_r1v2.models.hf_files import replacing_folder
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     settings = Settings(hidden_size=options.hidden_size, layers=options.layers, steps=options.steps, seed=options.seed)
     model, head = train(settings)
-    with pretraining.complete_folder(options.output) as partial:
+    with replacing_folder(options.output) as partial:
         model.save_pretrained(partial)
     validation = accuracy(model.eval(), head, *load_split("validation"))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,14 +1,10 @@
-"""What the two component makers share: the schedule, the progress line, and folders that appear only when complete."""
+"""What the two component makers share: the schedule and the progress line."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -76,13 +72,3 @@ class Progress:
         left = seconds / step * (self._total - step)
         line = f"{self._name}: step {step}/{self._total}, loss {loss:.3f}, {seconds:.0f} s, {left:.0f} s left"
         print(f"\r{line:<78}" if self._terminal else line, end="\n" if last or not self._terminal else "", flush=True)
-
-
-@contextmanager
-def complete_folder(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` to write into; it gets its name when the block ends without an error."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(output)

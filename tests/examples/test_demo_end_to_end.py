@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.digits.run_demo import BASE_RANGE, GOAL, Paths
+from examples.digits.run_demo import BASE_RANGE, GOAL, demo_paths
+from examples.whole_run import Paths
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, read_evaluation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -29,7 +30,7 @@ def evaluations(folder: Path) -> tuple[EvaluationResult, EvaluationResult]:
 def demo(tmp_path_factory) -> Paths:
     root = tmp_path_factory.mktemp("demo") / "digits"
     run("examples.digits.run_demo", "--output", str(root))
-    return Paths(root)
+    return demo_paths(root)
 
 
 def test_pass_at_1_rises_on_handwriting_never_trained_on(demo):
@@ -48,7 +49,7 @@ def test_the_buffer_keeps_the_batches_effective(demo):
 
 
 def test_plain_transformers_computes_the_same(demo):
-    out = run("examples.digits.verify_export", "--run", str(demo.grpo), "--export", str(demo.export))
+    out = run("examples.verify_export", "--run", str(demo.grpo), "--export", str(demo.export))
     assert "greedy responses equal: 100 of 100" in out
 
 

@@ -5,26 +5,28 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from examples import whole_run
 from examples.digits import make_data, questions, run_demo
+from examples.stages import Stage
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import Layers, Part, Precision
 
 
-def every_stage(root: Path) -> list[run_demo.Stage]:
-    paths = run_demo.Paths(root)
+def every_stage(root: Path) -> list[Stage]:
+    paths = run_demo.demo_paths(root)
     return [
         run_demo.data_stage(paths, 1),
         *run_demo.component_stages(paths, 1),
-        *run_demo.shard_stages(paths),
-        run_demo.base_stage(paths),
+        *whole_run.shard_stages(paths, run_demo.IMAGE_SETS),
+        whole_run.base_stage(paths),
         run_demo.align_stage(paths, 1, ()),
-        run_demo.evaluation_stage(paths, 1, "aligned", paths.align, ["train.steps=7"]),
+        whole_run.evaluation_stage(paths, 1, "aligned", paths.align, ["train.steps=7"]),
         run_demo.prefer_stage(paths, 1),
         run_demo.mpo_stage(paths, 1, ()),
-        run_demo.evaluation_stage(paths, 1, "mpo", paths.mpo, ["train.steps=7"]),
-        run_demo.grpo_stage(paths, 1, paths.mpo, ["train.steps=7"]),
-        run_demo.evaluation_stage(paths, 1, "grpo", paths.grpo, ["train.steps=7"]),
-        *run_demo.closing_stages(paths),
+        whole_run.evaluation_stage(paths, 1, "mpo", paths.mpo, ["train.steps=7"]),
+        whole_run.grpo_stage(paths, 1, paths.mpo, ["train.steps=7"]),
+        whole_run.evaluation_stage(paths, 1, "grpo", paths.grpo, ["train.steps=7"]),
+        *whole_run.closing_stages(paths),
     ]
 
 
@@ -37,7 +39,7 @@ def test_recipes_load_and_look_for_the_claims_that_the_data_makes(name):
 
 
 def test_recipes_point_to_where_the_demo_writes_by_default():
-    paths = run_demo.Paths(Path("runs/digits"))
+    paths = run_demo.demo_paths(Path("runs/digits"))
     names = ("align", "prefer", "mpo", "grpo")
     align, prefer, mpo, grpo = (load_recipe(run_demo.RECIPES / f"{name}.yaml") for name in names)
     for recipe in (align, prefer, mpo, grpo):
@@ -79,9 +81,9 @@ def test_every_stage_runs_a_module_that_exists_with_settings_that_exist(tmp_path
 
 
 def test_evaluations_differ_in_the_weights_alone(tmp_path):
-    paths = run_demo.Paths(tmp_path)
-    before = run_demo.evaluation_stage(paths, 1, "aligned", paths.align, ())
-    after = run_demo.evaluation_stage(paths, 1, "grpo", paths.grpo, ())
+    paths = run_demo.demo_paths(tmp_path)
+    before = whole_run.evaluation_stage(paths, 1, "aligned", paths.align, ())
+    after = whole_run.evaluation_stage(paths, 1, "grpo", paths.grpo, ())
     changed = [pair for pair in zip(before.command, after.command, strict=True) if pair[0] != pair[1]]
     assert changed == [
         ("aligned", "grpo"),
@@ -106,6 +108,6 @@ def test_the_buffer_table_compares_the_first_and_the_last_third(tmp_path):
     lines = [json.dumps({"step": i, "ssb/fresh_effective_fraction": f}) for i, f in enumerate(fractions)]
     metrics.write_text("\n".join(lines) + "\n")
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
-    console.print(run_demo.buffer_table(metrics))
+    console.print(whole_run.buffer_table(metrics))
     row = next(line for line in console.export_text().splitlines() if "fresh" in line)
     assert [cell.strip() for cell in row.split("\u2502")[2:4]] == ["0.6", "0.2"]

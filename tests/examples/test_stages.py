@@ -5,7 +5,7 @@ import time
 import pytest
 from rich.console import Console
 
-from examples.digits.stages import Stage, StageError, StageRunner
+from examples.stages import Stage, StageError, StageRunner
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 One process answers held-out questions with the rollout engine and computes the logits of each answer with the training
 forward. Another one, which imports torch and transformers only, loads the exported folder and does the same.
 
-python -m examples.digits.verify_export --run runs/digits/grpo --export runs/digits/export
+python -m examples.verify_export --run runs/digits/grpo --export runs/digits/export
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def compare_with_transformers(export: Path, answers: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.digits.verify_export",
+        prog="python -m examples.verify_export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -112,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.pt"
         answer_with_ours(options.run, options.prompts, answers)
-        command = [sys.executable, "-m", "examples.digits.verify_export"]
+        command = [sys.executable, "-m", "examples.verify_export"]
         raise SystemExit(
             subprocess.run([*command, "--export", str(options.export), "--answers", str(answers)]).returncode
         )
