@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.schema import Part
+from megatron_r1v2.training.align import supervised_step
+from megatron_r1v2.training.checkpoint import finished_checkpoints
 from megatron_r1v2.training.session import next_distinct, open_model, open_session
 from tests.training.runs import recipe_for
 
@@ -66,3 +68,17 @@ def test_when_a_step_is_saved(root: Path, tmp_path: Path, every: int, step: int,
         session.recipe.checkpoint.every_steps = every
         session.step = step
         assert session.should_save(last=last) is saved
+
+
+def test_a_checkpoint_has_its_name_after_the_numbers_of_its_step_are_written(root: Path, tmp_path: Path) -> None:
+    """A run that dies between the two does the step again; the other way round its line would be missing for ever."""
+    run = tmp_path / "run"
+    with open_session(recipe_for(root, run), stage="align", shown=()) as session:
+        supervised_step(session)
+        session.save({}, {})
+        in_the_way = run / "metrics.jsonl"
+        in_the_way.mkdir()
+        with pytest.raises(IsADirectoryError):
+            session.end_step()
+        assert finished_checkpoints(run / "checkpoints") == []
+        in_the_way.rmdir()
