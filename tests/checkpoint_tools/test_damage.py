@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -311,6 +313,26 @@ def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch)
     monkeypatch.setattr(HfJob, "write", meanwhile)
     write_hf(hf_job(folders), tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_source_stops_the_files_that_are_under_way(folders, tmp_path, monkeypatch):
+    original, ends = HfJob.write, []
+
+    def endless_but_for_the_first(self, piece, folder, wrote):
+        if piece.name.startswith("model-00001"):
+            raise ValueError("it is damaged")
+        with contextlib.suppress(CancelledError):
+            for _ in range(3000):
+                wrote(1)
+                time.sleep(0.01)
+            ends.append(piece.name)
+        return original(self, piece, folder, wrote)
+
+    monkeypatch.setattr(HfJob, "write", endless_but_for_the_first)
+    with pytest.raises(ValueError, match="it is damaged"):
+        write_hf(hf_job(folders), tmp_path / "out", companions=folders / "foreign", options=RunOptions(2, quiet=True))
+    assert ends == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(folders, tmp_path, monkeypatch):

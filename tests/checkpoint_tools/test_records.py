@@ -58,7 +58,16 @@ def test_what_torch_writes_is_read(tmp_path, dtype, shift):
         with path.open("wb") as file:
             file.write(bytes(shift))
             torch.save(tensor, file)
-        assert same(read(path, shift), tensor)
+        got = read(path, shift)
+        assert same(got, tensor)
+        assert got.data_ptr() % dtype.itemsize == 0
+
+
+def test_what_is_written_in_several_goes_has_one_digest(tmp_path):
+    tensor = torch.arange(700_000, dtype=torch.int32)
+    with (tmp_path / "records").open("wb") as file:
+        assert write_record(file, tensor_info(tensor), [tensor[:3], tensor[3:]]) == (0, digest_of(tensor))
+    assert same(read(tmp_path / "records"), tensor)
 
 
 def test_blocks_must_make_the_tensor():
