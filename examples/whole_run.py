@@ -41,6 +41,7 @@ class Paths:
         self.shards = root / "shards"
         self.vision = root / "components" / "vision"
         self.language = root / "components" / "language"
+        self.adapter = root / "components" / "adapter"
         self.base = root / "base"
         self.align = root / "align"
         self.pairs = root / "pairs"
@@ -65,12 +66,14 @@ def shard_stages(paths: Paths, names: Sequence[str]) -> list[Stage]:
     ]
 
 
-def base_stage(paths: Paths) -> Stage:
-    """Return the stage that splices the components."""
-    parts = ("--vision", str(paths.vision), "--language", str(paths.language))
+def base_stage(paths: Paths, *, adapter: Path | None = None) -> Stage:
+    """Return the stage that splices the components; without an adapter it is random."""
+    parts = ["--vision", str(paths.vision), "--language", str(paths.language)]
+    if adapter is not None:
+        parts += ["--adapter", str(adapter)]
     return Stage(
         "base",
-        "splice tower, random adapter and language model",
+        f"splice tower, {'fitted' if adapter else 'random'} adapter and language model",
         ("checkpoint_tools.reassemble", *parts, "--output", str(paths.base)),
     )
 

@@ -51,6 +51,8 @@ _BEFORE_TRANSFORMERS_5: Mapping[str, str] = {
 }
 """In the names of older exports, and what it is called now."""
 _SCALES: Mapping[str, str] = {"layer_scale1.lambda1": "lambda_1", "layer_scale2.lambda1": "lambda_2"}
+_UNNAMED = "onnx::"
+"""What the exporter's numbers follow."""
 _DROPPED = ("layernorm.weight", "layernorm.bias", "embeddings.mask_token")
 
 
@@ -87,7 +89,8 @@ def read_backbone(path: Path) -> dict[str, torch.Tensor]:
     def array(name: str) -> numpy.ndarray:
         return onnx.numpy_helper.to_array(stored[name])
 
-    found = {name.removeprefix(prefix): array(name) for name in stored if name.startswith(prefix)}
+    named = [name for name in stored if name.startswith(prefix) and not name.startswith(_UNNAMED)]
+    found = {name.removeprefix(prefix): array(name) for name in named}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         biases = [name for name in node.input if name.startswith(prefix) and name.endswith(".bias")]
@@ -96,7 +99,7 @@ def read_backbone(path: Path) -> dict[str, torch.Tensor]:
             weight = biases[0].removeprefix(prefix).removesuffix("bias") + "weight"
             found[weight] = array(matrices[0]).T
     if _POSITIONS not in found:
-        found[_POSITIONS] = _split_positions(path, {name: array(name) for name in stored if name.startswith("onnx::")})
+        found[_POSITIONS] = _split_positions(path, {name: array(name) for name in stored if name.startswith(_UNNAMED)})
     return {_todays_name(name): torch.from_numpy(numpy.array(value)) for name, value in found.items()}
 
 

@@ -2,7 +2,8 @@
 
 data         crops of photographs and handwritten digits, with questions
 components   the language model out of a GGUF file, the vision tower out of an ONNX file, as HF folders
-base         both spliced, with a random adapter between them
+             and a first adapter, fitted so that image tokens are near the embeddings of words
+base         the three spliced
 check        features and logits of the parts against transformers' and the ONNX file's own network
 align        the adapter learns from reference responses
 grpo         the adapter learns from rewards alone, with the Selective Sample Buffer
@@ -53,6 +54,14 @@ def component_stages(paths: Paths) -> list[Stage]:
     ]
 
 
+def adapter_stage(paths: Paths, seed: int) -> Stage:
+    """Return the stage that fits the first adapter to the components."""
+    folders = ("--vision", str(paths.vision), "--language", str(paths.language))
+    rows = ("--rows", str(paths.data / "align.jsonl"), "--seed", str(seed))
+    command = ("examples.real_weights.make_adapter", *folders, *rows, "--output", str(paths.adapter))
+    return Stage("adapter", "fit a first adapter", command)
+
+
 def data_stage(paths: Paths, seed: int) -> Stage:
     """Return the stage that makes the questions."""
     command = ("examples.real_weights.make_data", "--output", str(paths.data), "--seed", str(seed))
@@ -73,8 +82,9 @@ def run_stages(paths: Paths, runner: StageRunner, seed: int, overrides: Sequence
         StageError: a stage failed.
     """
     runner.run(data_stage(paths, seed), *component_stages(paths))
-    runner.run_chains([[stage] for stage in whole_run.shard_stages(paths, SETS)], at_once=2)
-    runner.run(whole_run.base_stage(paths))
+    chains = [[adapter_stage(paths, seed)], whole_run.shard_stages(paths, SETS)]
+    runner.run_chains(chains, at_once=2)
+    runner.run(whole_run.base_stage(paths, adapter=paths.adapter))
     runner.run(check_stage(paths))
     runner.run(whole_run.align_stage(paths, seed, (), what="train the adapter on reference responses"))
     runner.run(whole_run.evaluation_stage(paths, seed, "aligned", paths.align, overrides))

@@ -80,6 +80,13 @@ def test_an_export_of_the_trained_size_is_read_too(tmp_path):
     assert torch.equal(found["embeddings.position_embeddings"], network.backbone.embeddings.position_embeddings)
 
 
+def test_a_backbone_that_is_the_whole_network_is_read_too(made, tmp_path):
+    write_onnx(tmp_path / "alone.onnx", made[1])
+    found, expected = (converter.read_backbone(path) for path in (tmp_path / "alone.onnx", made[0] / "tiny.onnx"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize("tile", [0, 14, 30])
 def test_a_tile_that_does_not_divide_is_refused(made, tmp_path, tile):
     with pytest.raises(ValueError, match=f"--tile {tile} is no positive multiple of 28"):
