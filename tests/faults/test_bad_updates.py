@@ -12,11 +12,13 @@ from megatron_r1v2.training.weight_checksums import weight_checksums
 from tests.training.runs import read_metrics, recipe_for, run_stage
 
 EXPLODES = ("train.steps=6", "train.learning_rate=1e30", "train.max_skipped_updates=2", "checkpoint.every_steps=0")
+# The gate between engine and training would see the weights first.
+WITHOUT_GATE = {"grpo": ("algorithm.gate_tokens=0",)}
 
 
-@pytest.mark.parametrize("stage", ["align", "mpo"])
+@pytest.mark.parametrize("stage", ["align", "mpo", "grpo"])
 def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path: Path, stage: str) -> None:
-    recipe = recipe_for(root, tmp_path / "run", EXPLODES)
+    recipe = recipe_for(root, tmp_path / "run", (*EXPLODES, *WITHOUT_GATE.get(stage, ())))
     with pytest.raises(
         RuntimeError, match=r"update 2 was skipped, since its gradient is not finite; .*=2 in a row are"
     ):
@@ -28,12 +30,19 @@ def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path:
     assert sum(len(batch["token_ids_BS"]) for batch in batches) > 0
 
 
-def test_updates_above_a_gradient_norm_are_skipped_and_change_nothing(root: Path, tmp_path: Path) -> None:
+def test_exploded_weights_do_not_pass_the_gate_of_the_next_step(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rollout_corr/log_prob_abs_diff is nan, above"):
+        run_stage(recipe_for(root, tmp_path / "run", EXPLODES), "grpo")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("stage", ["align", "grpo"])
+def test_updates_above_a_gradient_norm_are_skipped_and_change_nothing(root: Path, tmp_path: Path, stage: str) -> None:
     settings = ("train.steps=3", "train.skip_above_grad_norm=1e-12", "train.max_skipped_updates=4")
     recipe = recipe_for(root, tmp_path / "run", settings)
-    with open_session(recipe, stage="align", shown=()) as session:
+    with open_session(recipe, stage=stage, shown=()) as session:
         before = weight_checksums(session.model, session.model.parts, session.context)
-    run_stage(recipe, "align")
+    run_stage(recipe, stage)
     assert [line["actor/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [1.0] * 3
     state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)
     assert state["checksums"] == before
