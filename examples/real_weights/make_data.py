@@ -29,7 +29,7 @@ from examples.real_weights.convert_vision_tower import TILE
 from examples.real_weights.questions import make_row
 from megatron_r1v2.models.hf_files import replacing_folder
 
-COUNTS: Mapping[str, int] = {"align": 1280, "grpo": 256, "heldout": 120}
+COUNTS: Mapping[str, int] = {"align": 896, "grpo": 256, "heldout": 120}
 """How many questions each set has, half of them about photographs."""
 
 PHOTOGRAPHS: Mapping[str, str] = {

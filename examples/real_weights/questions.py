@@ -11,8 +11,13 @@ PHRASES = {
 }
 ANSWER_TYPES = {"photograph": "exact", "digit": "numeric"}
 
-SYSTEM = "Answer with one word in a box, like \\boxed{cat}."
-"""SmolLM2 knows from text what is asked of it; the adapter has to tell it what is seen, not how to answer."""
+OPENING = (
+    {"role": "system", "content": "Name what is shown."},
+    {"role": "user", "content": "cat cat cat cat\nWhat is this?"},
+    {"role": "assistant", "content": "\\boxed{ cat}"},
+)
+"""Shows SmolLM2 in text what is asked of it: the adapter has to say what is seen, not how to answer. The box has a
+space, so that the word in it is the token that it is in a sentence."""
 
 
 def make_row(kind: str, key: str, answer: str, origin: str, rng: random.Random) -> dict[str, Any]:
@@ -29,12 +34,12 @@ def make_row(kind: str, key: str, answer: str, origin: str, rng: random.Random) 
         "schema": 1,
         "key": key,
         "messages": [
-            {"role": "system", "content": SYSTEM},
+            *OPENING,
             {"role": "user", "content": f"<image>\n{rng.choice(PHRASES[kind])}"},
         ],
         "answer": answer,
         "answer_type": ANSWER_TYPES[kind],
-        "response": f"\\boxed{{{answer}}}",
+        "response": f"\\boxed{{ {answer}}}",
         "images": [f"{key}.png"],
         "source": origin,
         "metadata": {"kind": kind},

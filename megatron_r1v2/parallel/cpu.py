@@ -65,9 +65,9 @@ def install_if_needed() -> None:
     """Install every replacement where no CUDA device exists; do nothing where one does."""
     if torch.cuda.is_available():
         return
-    # torch notes, when a device context is first used, which functions take their device from one, by identity. It must
-    # note the originals, which the replacements call: with the replacements noted, `with torch.device("meta")`
-    # has no effect on torch.tensor and torch.zeros, and transformers loads models with uninitialised buffers.
+    # When a device context is first used, torch notes by identity which functions take their device from one. It must
+    # note the originals, which the replacements call: with the replacements noted, `with torch.device("meta")` has no
+    # effect on torch.tensor and torch.zeros, and transformers loads models with uninitialised buffers.
     with torch.device("cpu"):
         torch.empty(0)
     for replacement in REPLACEMENTS:
