@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from megatron_r1v2.models.hf_headers import TensorInfo, tensor_info
-from megatron_r1v2.models.tensor_files import write_hashed
+from megatron_r1v2.models.tensor_files import tensor_in, write_hashed
 
 # A damaged pickle or zip can raise any of these, and pickle's documentation promises no shorter list.
 UNPICKLING_ERRORS = (
@@ -113,9 +113,7 @@ def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, 
         if check_crc and zlib.crc32(data) != member.CRC:
             raise zipfile.BadZipFile(f"the checksum of {member.filename} is wrong")
         dtype = described.dtype or _STORAGES[storage]
-        if begin % dtype.itemsize:
-            data = torch.frombuffer(data, dtype=torch.uint8).clone().numpy().data
-        numbers = torch.frombuffer(data, dtype=dtype)
+        numbers = tensor_in(data, dtype, start=begin)
         return numbers.as_strided(described.shape, described.stride, described.offset)
     except (zipfile.BadZipFile, NotImplementedError, *UNPICKLING_ERRORS) as error:
         raise ValueError(f"the record at byte {start} is damaged ({str(error)[:200]})") from error

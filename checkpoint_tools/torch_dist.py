@@ -7,7 +7,6 @@ records, each a tensor as torch.save writes it.
 from __future__ import annotations
 
 import json
-import mmap
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from checkpoint_tools.records import UNPICKLING_ERRORS, read_record, write_record
 from megatron_r1v2.models.dist_names import DistEntry
 from megatron_r1v2.models.hf_headers import TensorInfo
-from megatron_r1v2.models.tensor_files import file_on_disk
+from megatron_r1v2.models.tensor_files import file_on_disk, mapped_file
 
 METADATA = ".metadata"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -175,7 +174,7 @@ class TorchDist:
         path = self.folder / storage.relative_path
         with path.open("rb") as file:
             if path not in self._mapped:
-                self._mapped[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+                self._mapped[path] = mapped_file(path)
             try:
                 return read_record(file, storage.offset, storage.length, self._mapped[path], check_crc=check_crc)
             except ValueError as error:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron_r1v2.models.hf_headers import TensorInfo, read_header, tensor_info, write_safetensors_file
+from megatron_r1v2.models.hf_headers import TensorInfo, map_safetensors_file, tensor_info, write_safetensors_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -51,9 +50,7 @@ class SafetensorsFolder:
             ValueError: there are no weights, or a shard is missing, truncated, unreadable or not what the index says.
         """
         self.folder = Path(folder)
-        self._files: list[Any] = []
-        self._where: dict[str, Any] = {}
-        self._infos: dict[str, TensorInfo] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
         expected = None
         if self.folder.is_file():
             paths = [self.folder]
@@ -80,13 +77,11 @@ class SafetensorsFolder:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._files.clear()
-        self._where.clear()
-        self._infos.clear()
+        self._tensors.clear()
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
-        return sorted(self._where)
+        return sorted(self._tensors)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor.
@@ -94,9 +89,9 @@ class SafetensorsFolder:
         Raises:
             ValueError: there is none of this name.
         """
-        if name not in self._where:
+        if name not in self._tensors:
             raise ValueError(f"{self.folder} has no tensor {name!r}")
-        return self._where[name].get_tensor(name)
+        return self._tensors[name]
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of one tensor, without reading it.
@@ -104,9 +99,7 @@ class SafetensorsFolder:
         Raises:
             ValueError: there is none of this name.
         """
-        if name not in self._infos:
-            raise ValueError(f"{self.folder} has no tensor {name!r}")
-        return self._infos[name]
+        return tensor_info(self.tensor(name))
 
     def paths(self) -> list[Path]:
         """Return the files."""
@@ -117,24 +110,14 @@ class SafetensorsFolder:
             pickles = sorted(item.name for item in path.parent.glob("*.bin"))
             hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
             raise ValueError(f"{path} is missing; copy the folder again, with all its safetensors files{hint}")
-        header = read_header(path)
-        try:
-            opened = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) cannot be read as safetensors: {error}; "
-                "it is truncated or something else, copy it again"
-            ) from error
-        self._files.append(opened)
-        for name, info in header.items():
-            if name in self._where:
+        for name, tensor in map_safetensors_file(path).items():
+            if name in self._tensors:
                 raise ValueError(f"{path} holds {name!r}, which another file of the folder holds too; remove one")
-            self._where[name] = opened
-            self._infos[name] = info
+            self._tensors[name] = tensor
 
     def _check_index(self, expected: Mapping[str, str]) -> None:
-        missing = sorted(set(expected) - set(self._where))
-        extra = sorted(set(self._where) - set(expected))
+        missing = sorted(set(expected) - set(self._tensors))
+        extra = sorted(set(self._tensors) - set(expected))
         if missing:
             raise ValueError(
                 f"{self.folder / expected[missing[0]]} lacks {_some(missing)}, which {INDEX_NAME} promises"

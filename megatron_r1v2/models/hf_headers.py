@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1v2.models.tensor_files import file_on_disk, write_hashed
+from megatron_r1v2.models.tensor_files import file_on_disk, mapped_file, tensor_in, write_hashed
 
 _MAX_HEADER_BYTES = 100 * 1000**2
 """Of the format itself; a header of the 38B model has 0.2 MB."""
@@ -57,14 +57,14 @@ def tensor_info(tensor: torch.Tensor) -> TensorInfo:
     return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read and check the header of a safetensors file: what it says must fit the file byte for byte.
+def map_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
+    """Open a safetensors file after checking its header: what it says must fit the file byte for byte.
 
     Args:
         path: of the file.
 
     Returns:
-        The tensors by name.
+        The tensors by name, each read from the disk when it is touched.
 
     Raises:
         ValueError: the header is too long, no JSON, has a name twice, or its tensors overlap, leave gaps, reach out of
@@ -87,7 +87,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         _check_offsets(header, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise _broken(path, size, str(error)) from error
-    return {name: TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+    mapped, tensors = mapped_file(path), {}
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = tensor_in(mapped[start:end], _DTYPES[entry["dtype"]], start=start).view(entry["shape"])
+    return tensors
 
 
 def write_safetensors_file(

@@ -28,7 +28,7 @@ from checkpoint_tools.jobs import RunOptions
 from checkpoint_tools.manifest import sha256
 from checkpoint_tools.sources import CheckpointSpec, HfSpec
 from checkpoint_tools.torch_dist import METADATA, TorchDist
-from megatron_r1v2.models.hf_headers import read_header
+from megatron_r1v2.models.hf_headers import map_safetensors_file
 from tests.checkpoint_tools import interrupted
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
@@ -161,7 +161,7 @@ def entry(start: int, end: int, shape: tuple[int, ...] = (2,), dtype: str = "F32
 def test_hostile_headers_are_named(tmp_path, content, told):
     path = header_file(tmp_path / "model.safetensors", **content)
     with pytest.raises(ValueError, match="model.safetensors .*cannot be read") as error:
-        read_header(path)
+        map_safetensors_file(path)
     assert told in str(error.value)
 
 

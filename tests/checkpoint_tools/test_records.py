@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import mmap
 import sys
 import zipfile
 
@@ -12,7 +11,7 @@ import torch
 
 from checkpoint_tools.records import read_record, write_record
 from megatron_r1v2.models.hf_headers import TensorInfo, tensor_info
-from megatron_r1v2.models.tensor_files import digest_of
+from megatron_r1v2.models.tensor_files import digest_of, mapped_file
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
 DTYPES += [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -24,7 +23,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def read(path, start: int = 0) -> torch.Tensor:
     with path.open("rb") as file:
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        mapped = mapped_file(path)
         return read_record(file, start, len(mapped) - start, mapped, check_crc=True)
 
 
