@@ -95,7 +95,9 @@ def run_stages(paths: Paths, runner: StageRunner, seed: int, overrides: Sequence
 
 def show_results(paths: Paths, console: Console) -> None:
     """Print how well the parts agree, the table before and after, by kind of picture, and the buffer's numbers."""
-    console.print((paths.root / "logs" / "check.log").read_text(encoding="utf-8").strip(), highlight=False)
+    # The figures are at the end, after what libraries have to say.
+    figures = (paths.root / "logs" / "check.log").read_text(encoding="utf-8").splitlines()[-4:]
+    console.print("\n".join(figures), highlight=False)
     found = {each.result.name: each for each in read_evaluations([paths.grpo], [])}
     evaluations = [found[name] for name in EVALUATIONS]
     console.print(comparison_table([each.result for each in evaluations]))

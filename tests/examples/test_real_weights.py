@@ -150,7 +150,7 @@ def test_the_whole_example_runs_and_learns(tmp_path):
     paths = run_example.example_paths(tmp_path)
     before, after = (read_evaluation(paths.grpo / f"evaluation-{name}.json") for name in run_example.EVALUATIONS)
     # Guessing one of the twelve photographs or the ten digits is right in one of ten.
-    assert before.pass_at_1 > 0.25
+    assert before.pass_at_1 > 0.2
     assert after.pass_at_1 > before.pass_at_1 - 0.05
     assert "The capital of France is Paris." in first
     steps = [json.loads(line) for line in (paths.grpo / "metrics.jsonl").read_text().splitlines()]
