@@ -115,6 +115,12 @@ def check_mismatch(metrics: dict[str, float], max_log_prob_difference: float) ->
     """
     # Absent when no fresh response has an advantage: then nothing was computed that could disagree.
     difference = metrics.get(MEAN_ABSOLUTE_DIFFERENCE, 0.0)
+    if math.isnan(difference):
+        raise ValueError(
+            f"{MEAN_ABSOLUTE_DIFFERENCE} is nan: a log-prob is not finite, so the weights are broken, most likely by "
+            "the last update. Delete the newest checkpoint, so that the one before is used, and lower "
+            "train.learning_rate or set train.skip_above_grad_norm"
+        )
     if not difference <= max_log_prob_difference:
         raise ValueError(
             f"{MEAN_ABSOLUTE_DIFFERENCE} is {difference:.4g}, above algorithm.max_log_prob_difference = "

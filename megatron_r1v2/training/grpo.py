@@ -110,11 +110,14 @@ class GrpoStage:
         with timed("exchange"):
             samples, sample_prompts = self.bring_samples(selection, prompts, scored)
         with timed("log_probs"):
-            samples = self.add_old_log_probs(samples, sample_prompts)
+            trained = self.add_old_log_probs(samples, sample_prompts)
         session.between_phases()
-        with timed("update"):
-            self.update(selection, samples, sample_prompts | {"": prompts[0]})
-        self.remember(selection, samples, sample_prompts)
+        if trained is None:
+            session.recorder.note({SKIPPED: 1.0})
+        else:
+            with timed("update"):
+                self.update(selection, trained, sample_prompts | {"": prompts[0]})
+            self.remember(selection, trained, sample_prompts)
         self.keep_rollouts(selection, prompts, scored)
         speed = selection.metrics["rollout/tokens"] / session.recorder.seconds("generate")
         session.recorder.note({"perf/generated_tokens_per_second": speed})
@@ -250,13 +253,17 @@ class GrpoStage:
 
     def add_old_log_probs(
         self, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
-    ) -> dict[str, TrainingSample]:
-        """Compute the training forward's log-probs of fresh samples; replayed ones keep those they were stored with."""
+    ) -> dict[str, TrainingSample] | None:
+        """Compute the training forward's log-probs of fresh samples; replayed ones keep those they were stored with.
+
+        None: some are not finite, and the update is skipped."""
         session = self.session
         fresh = {name: sample for name, sample in samples.items() if not sample.old_log_probs}
         microbatches = session.microbatcher.split(fresh, prompts)
         batches = [part.batch for part in microbatches]
         log_probs = session.policy.log_probs(batches)
+        if session.policy.skips(batches, log_probs):
+            return None
         result = dict(samples)
         for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
             for row, name in enumerate(part.names):

@@ -75,7 +75,8 @@ class KeptRollouts:
         path = self._path(prompt)
         partial = path.with_suffix(f".{self.context.data_rank}.partial")
         body = io.BytesIO()
-        torch.save({"made_by": self._made_by, "rollouts": [vars(rollout) for rollout in rollouts]}, body)
+        content = {"made_by": self._made_by, "prompt": _digest(prompt), "rollouts": [vars(each) for each in rollouts]}
+        torch.save(content, body)
         with partial.open("wb") as file:
             file.write(_checksum(body.getvalue()))
             file.write(body.getvalue())
@@ -134,9 +135,16 @@ class KeptRollouts:
             logger.warning("%s is damaged: its rollouts are generated again", path)
             return None
         kept = torch.load(io.BytesIO(body), weights_only=True)
-        if kept["made_by"] != self._made_by:
+        if kept["made_by"] != self._made_by or kept["prompt"] != _digest(prompt):
             return None
         return [Rollout(**fields) for fields in kept["rollouts"]]
+
+
+def _digest(prompt: Prompt) -> str:
+    """Return a digest of what the model sees of a prompt: another template, tiling or image is another prompt."""
+    digest = hashlib.sha256(json.dumps(prompt.token_ids).encode())
+    digest.update(prompt.tiles_TCHW.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _checksum(body: bytes) -> bytes:

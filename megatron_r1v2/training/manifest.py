@@ -47,7 +47,7 @@ def find_damage(folder: Path) -> str | None:
         folder: a finished checkpoint.
 
     Returns:
-        What is wrong, the same on all ranks; None: nothing, or it is of a version that wrote no manifest.
+        What is wrong, the same on all ranks; None: nothing.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     try:
@@ -62,10 +62,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _read(folder: Path) -> dict[str, tuple[int, int]]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+    listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     return {name: (size, checksum) for name, (size, checksum) in listed.items()}
 
 

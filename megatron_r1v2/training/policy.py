@@ -114,6 +114,24 @@ class Policy(Forward):
             SKIPPED: 0.0,
         }
 
+    def skips(self, batches: Sequence[TrainingBatch], log_probs: Sequence[torch.Tensor]) -> bool:
+        """Skip the update that samples are meant for when a log-prob is not finite on some rank; all ranks call it.
+
+        Args:
+            batches: this replica's microbatches; may be empty.
+            log_probs: float32 [B, S] for each, of the training forward.
+
+        Returns:
+            Whether it is skipped: the batches are kept, and the update counts as one.
+
+        Raises:
+            RuntimeError: too many updates in a row are skipped.
+        """
+        if all(objects.all_gather(all(bool(torch.isfinite(values_BS).all()) for values_BS in log_probs))):
+            return False
+        self.skipped.add(batches, version=self.version, reason="a log-prob of the training forward is not finite")
+        return True
+
     def _is_gradient_finite(self) -> bool:
         """Return whether the gradient is finite on all ranks: if not, a step would spoil the weights."""
         finite = all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in self.ddp.buffers)

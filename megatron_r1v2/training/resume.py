@@ -48,6 +48,7 @@ def resume(
     policy.version = state["version"]
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this
     policy.scheduler.load_state_dict(state["scheduler"])
+    policy.skipped.in_a_row = state["skipped_in_a_row"]
     stream.load_state_dict(state["stream"])
     return state, replay
 

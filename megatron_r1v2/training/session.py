@@ -214,6 +214,7 @@ class Session(LoadedModel):
                 "scheduler": self.policy.scheduler.state_dict(),
                 "stream": self.stream.state_dict(),
                 "checksums": self.proof.checksums(),
+                "skipped_in_a_row": self.policy.skipped.in_a_row,
                 **state,
             },
             replay=replay,

@@ -67,7 +67,8 @@ class SkippedUpdates:
             raise RuntimeError(
                 f"update {version + 1} was skipped, since {reason}; with it train.max_skipped_updates={bound} in a row "
                 f"are. The weights are as they were before the first, and what they were made of is in {self.folder}. "
-                "Lower train.learning_rate or set train.clip_grad, and start again"
+                "Lower train.learning_rate or set train.clip_grad, and start again; if the update before them broke "
+                "the weights, delete the newest checkpoint, so that the one before is used"
             )
 
     def end_row(self) -> None:

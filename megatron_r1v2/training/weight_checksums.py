@@ -83,6 +83,25 @@ def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source:
             )
 
 
+def check_unchanged(checksums: Mapping[str, int], before: Mapping[str, int]) -> None:
+    """Hold that parts that do not train are what they were.
+
+    Args:
+        checksums: of the weights now, by part.
+        before: of the same parts when the run started.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    for name, value in checksums.items():
+        if value != before[name]:
+            raise RuntimeError(
+                f"the {name} weights do not train, but have changed since the run started (checksum {before[name]:016x}"
+                f", now {value:016x}): the memory of a device is at fault; take its node out and start again from the "
+                "newest checkpoint"
+            )
+
+
 def _is_counted_here(entry: Any) -> bool:
     """Return whether this rank counts a tensor for its replica; the last index is that of the replica."""
     index = entry.replica_id

@@ -13,7 +13,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.mismatch import MEAN_ABSOLUTE_DIFFERENCE, check_mismatch
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
-from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, weight_checksums
+from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, check_unchanged, weight_checksums
 from megatron_r1v2.types import Prompt, Rollout, TrainingSample
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class WeightProof:
-    """Checksums of the weights; those of parts that do not train are computed once."""
+    """Checksums of the weights; those of parts that do not train must stay what they were at first."""
 
     def __init__(self, model: R1V2Model, trained: Iterable[Part], context: ParallelContext) -> None:
         """Prepare.
@@ -32,25 +32,23 @@ class WeightProof:
             context: process groups.
         """
         self.model = model
-        self.trained = sorted(set(trained))
+        self.frozen = sorted(set(model.parts) - set(trained))
         self.context = context
-        self._frozen: dict[str, int] = {}
+        self._at_first: dict[str, int] = {}
 
     def checksums(self) -> dict[str, int]:
         """Return the checksum of each part of the model; called together by all ranks."""
-        if not self._frozen:
-            self._frozen = weight_checksums(self.model, set(self.model.parts) - set(self.trained), self.context)
-        return {**self._frozen, **weight_checksums(self.model, self.trained, self.context)}
+        return weight_checksums(self.model, self.model.parts, self.context)
 
     def check(self, saved: Mapping[str, int], source: Path | None) -> dict[str, int]:
-        """Compare the replicas with each other and with what a checkpoint says; called together by all ranks.
+        """Compare the replicas with each other, with what a checkpoint says, and frozen parts with what they were.
 
         Args:
             saved: by part; empty: nothing to compare with.
             source: the checkpoint.
 
         Returns:
-            The checksums.
+            The checksums; called together by all ranks.
 
         Raises:
             RuntimeError: something differs.
@@ -58,6 +56,9 @@ class WeightProof:
         now = self.checksums()
         check_replicas(now, self.context)
         check_loaded(now, saved, source)
+        frozen = {part.value: now[part.value] for part in self.frozen}
+        check_unchanged(frozen, self._at_first or frozen)
+        self._at_first = frozen
         return now
 
 

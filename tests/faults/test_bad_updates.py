@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.training.grpo import GrpoStage
 from megatron_r1v2.training.session import open_session
 from megatron_r1v2.training.weight_checksums import weight_checksums
 from tests.training.runs import read_metrics, recipe_for, run_stage
@@ -31,9 +32,31 @@ def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path:
 
 
 def test_exploded_weights_do_not_pass_the_gate_of_the_next_step(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rollout_corr/log_prob_abs_diff is nan, above"):
+    with pytest.raises(ValueError, match="rollout_corr/log_prob_abs_diff is nan: .* Delete the newest checkpoint"):
         run_stage(recipe_for(root, tmp_path / "run", EXPLODES), "grpo")
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
+
+
+def test_log_probs_that_are_not_finite_skip_the_update_and_keep_its_batch(root: Path, tmp_path: Path) -> None:
+    settings = ("algorithm.gate_tokens=0", "train.max_skipped_updates=3", "checkpoint.every_steps=0")
+    recipe = recipe_for(root, tmp_path / "run", settings)
+    with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
+        stage = GrpoStage(session, pool)
+        before = session.proof.checksums()
+        temperature, session.policy.temperature = session.policy.temperature, float("nan")
+        stage.step()
+        assert session.recorder.values["actor/skipped_updates"] == 1.0
+        assert (session.step, session.policy.version, session.proof.checksums()) == (1, 0, before)
+        assert session.policy.skipped.in_a_row == 1
+        session.save(stage.state_dict(), stage.store.state_dict())
+        session.policy.temperature = temperature
+        while not session.policy.version and session.step < 10:  # a step without an effective group updates nothing
+            stage.step()
+        assert (session.policy.version, session.policy.skipped.in_a_row) == (1, 0)
+    (kept,) = (tmp_path / "run" / "skipped").iterdir()
+    assert "log-prob" in torch.load(kept, weights_only=True)["reason"]
+    with open_session(recipe, stage="grpo", shown=()) as session:
+        assert session.policy.skipped.in_a_row == 1
 
 
 @pytest.mark.parametrize("stage", ["align", "grpo"])

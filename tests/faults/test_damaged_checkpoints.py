@@ -42,6 +42,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a state cut short": (lambda folder: os.truncate(folder / "state.pt", 100), "state.pt has 100 bytes instead of"),
     "a missing file": (lambda folder: (folder / "replay-0.pt").unlink(), "replay-0.pt is missing"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is not readable"),
     "a manifest cut short": (lambda folder: os.truncate(folder / "manifest.json", 50), "manifest.json is not readable"),
 }
 
@@ -67,13 +68,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothing(roo
     with pytest.raises(RuntimeError, match=r"every checkpoint in .* is damaged \(step-00000003: state.pt has other"):
         run_stage(recipe_for(root, run, SETTINGS))
     assert len(finished_checkpoints(run / "checkpoints")) == STEPS
-
-
-def test_a_checkpoint_without_a_manifest_is_of_an_older_version(root: Path, run: Path, reference: Path) -> None:
-    shutil.rmtree(run / "checkpoints" / "step-00000003")
-    (run / "checkpoints" / "step-00000002" / "manifest.json").unlink()
-    run_stage(recipe_for(root, run, SETTINGS))
-    assert_same_end(run, reference)
 
 
 @pytest.fixture
