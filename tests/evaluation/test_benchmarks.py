@@ -12,6 +12,7 @@ from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.stream import read_samples
 from megatron_r1v2.evaluation.benchmarks.__main__ import benchmark_samples, main
 from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION, place_images
+from megatron_r1v2.rewards.answer import answer_is_correct
 from tests.evaluation import published
 
 
@@ -68,7 +69,7 @@ def test_mmmu_pro_standard_and_vision(tmp_path):
 def test_mathvista_choices_are_texts_and_become_letters(tmp_path, write):
     write(tmp_path)
     free, choice = read("mathvista", tmp_path)
-    assert (free.answer, free.answer_type) == ("1.2", "numeric")
+    assert (free.answer, free.answer_type) == ("1.2", "math")
     assert content(free).startswith("<image>\nHint: Please answer")
     assert content(free).endswith(OPEN_INSTRUCTION)
     assert (choice.answer, choice.answer_type) == ("C", "choice")
@@ -122,10 +123,32 @@ def test_aime_in_its_published_forms(tmp_path, rows):
     (tmp_path / "aime.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (expected,) = read("aime2024", tmp_path / "h4")
     (sample,) = read("aime2024", tmp_path / "aime.jsonl")
-    assert int(expected.answer) == int(sample.answer) == 33
+    assert expected.answer == sample.answer == "33"
     assert content(sample) == content(expected) == "Find $m+n$.\n" + OPEN_INSTRUCTION
     assert sample.metadata["test"] == expected.metadata["test"] == "AIME II"
-    assert sample.answer_type == "numeric"
+    assert sample.answer_type == "math"
+
+
+@pytest.mark.parametrize("box", [r"33^\circ", "n=33", "033", "33.", "33.0", "66/2", "33 cm", "2^5+1"])
+def test_a_number_is_right_however_it_is_written(tmp_path, box):
+    published.write_aime(tmp_path)
+    (sample,) = read("aime2024", tmp_path)
+    assert answer_is_correct(rf"\boxed{{{box}}}", sample.answer, sample.answer_type)
+    assert not answer_is_correct(rf"\boxed{{{box}}}", "34", sample.answer_type)
+
+
+@pytest.mark.parametrize(("box", "right"), [(r"1.2\text{ cm}", True), (r"\frac{6}{5}", True), ("1.3", False)])
+def test_a_unit_does_not_make_mathvista_wrong(tmp_path, box, right):
+    published.write_mathvista(tmp_path)
+    free, _ = read("mathvista", tmp_path)
+    assert answer_is_correct(rf"\boxed{{{box}}}", free.answer, free.answer_type) is right
+
+
+@pytest.mark.parametrize("row", [{"solution": "no box"}, {"answer": "1000"}, {"answer": "n"}, {"answer": -1}])
+def test_an_aime_answer_that_is_none_is_refused(tmp_path, row):
+    (tmp_path / "aime.jsonl").write_text(json.dumps({"id": 1, "problem": "?", "solution": "", **row}))
+    with pytest.raises(ValueError, match=r"aime.jsonl, row 1: the answer must be a whole number from 0 to 999"):
+        read("aime2024", tmp_path)
 
 
 def test_the_command_writes_shards_that_read_back(tmp_path, capsys):

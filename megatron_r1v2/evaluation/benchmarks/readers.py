@@ -55,11 +55,13 @@ def aime_2024(row: RowOfFile, images: Path) -> Question:
     answer = small.get("answer")
     if answer is None:
         answer = last_boxed(_text(small, "solution"))
+    if answer is None or not re.fullmatch(r"\d{1,3}", str(answer).strip(), re.ASCII):
+        raise SampleError(f"the answer must be a whole number from 0 to 999, got {answer!r}")
     metadata = {"year": str(small["year"])} if small.get("year") else {}
     test = re.search(r"AIME[_ -]+(II?)(?!I)|^2024-(II?)-", f"{small.get('url') or ''} {small.get('id')}".strip())
     if test:
         metadata["test"] = f"AIME {test[1] or test[2]}"
-    return Question(str(_field(small, "id")), _text(small, "problem"), str(answer), "numeric", metadata=metadata)
+    return Question(str(_field(small, "id")), _text(small, "problem"), str(int(answer)), "math", metadata=metadata)
 
 
 def mmmu(row: RowOfFile, images: Path) -> Question:
@@ -134,8 +136,7 @@ def mathvista(row: RowOfFile, images: Path) -> Question:
         options = () if row.get("query") else tuple(choices)
         letter = LETTERS[choices.index(answer)]
         return Question(pid, text, letter, "choice", options, images=found, metadata=_filled(metadata))
-    kind: AnswerType = "numeric" if row.get("answer_type") in ("integer", "float") else "math"
-    return Question(pid, text, answer, kind, images=found, metadata=_filled(metadata))
+    return Question(pid, text, answer, "math", images=found, metadata=_filled(metadata))
 
 
 def mathvision(row: RowOfFile, images: Path) -> Question:
