@@ -122,6 +122,7 @@ def _prompt(sample: Sample) -> Prompt:
         answer_type=sample.answer_type,
         facts=sample.facts,
         alternatives=sample.alternatives,
+        tolerances=sample.tolerances,
         metadata=sample.metadata,
     )
 

@@ -20,7 +20,7 @@ You compare a student's final answer with the reference answer of an exam.
 Question:
 {question}
 
-Reference answer: {reference}
+Reference answer: {reference}{tolerance}
 Student's final answer: {answer}
 
 Decide whether the student's final answer means the same as the reference answer. Do not solve the question yourself: \
@@ -30,6 +30,7 @@ anything else: another value, a value rounded too coarsely for the reference, on
 answers of which one is right.
 Explain in one or two sentences. Then end with a line that is exactly "Verdict: CORRECT" or "Verdict: INCORRECT"."""
 
+_TOLERANCE = "\nA number of the reference may be missed by at most {} (absolute)."
 _VERDICT = re.compile(r"Verdict:\s*\**\s*(CORRECT|INCORRECT)\b", re.IGNORECASE)
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 _MAX_TOKENS = 2048
@@ -100,7 +101,13 @@ def judge_prompt(row: Row) -> str:
         row: a scored response with an answer.
     """
     reference = " or ".join([row["answer"], *row["alternatives"]])
-    return JUDGE_PROMPT.format(question=row["question"], reference=reference, answer=last_boxed(row["text"]))
+    tolerance = " or ".join(f"{number:g}" for number in row["tolerances"])
+    return JUDGE_PROMPT.format(
+        question=row["question"],
+        reference=reference,
+        tolerance=_TOLERANCE.format(tolerance) if tolerance else "",
+        answer=last_boxed(row["text"]),
+    )
 
 
 def read_verdict(text: str) -> bool | None:

@@ -20,7 +20,7 @@ from megatron_r1v2.evaluation.progress import progress_bar
 from megatron_r1v2.evaluation.records import rollout_record, write_rollouts
 from megatron_r1v2.evaluation.response_log import ResponseLog, Row
 from megatron_r1v2.rewards.answer import last_boxed
-from megatron_r1v2.rewards.verifiers import VerifierPool, answer_call
+from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, within_call
 from megatron_r1v2.types import Prompt, ScoredRollout
 
 JUDGE_CACHE = "judge.jsonl"
@@ -56,7 +56,7 @@ def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> Response
 def evaluation_rows(
     prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], *, step: int, pool: VerifierPool
 ) -> list[Row]:
-    """Return the rows of scored responses; one that equals an alternative answer is right.
+    """Return the rows of scored responses; one that equals an alternative answer or is near enough is right.
 
     The picture of a prompt is in the row of its first response only.
 
@@ -77,22 +77,29 @@ def evaluation_rows(
                 "sample_index": index,
                 "answer_type": prompt.answer_type,
                 "alternatives": list(prompt.alternatives),
+                "tolerances": list(prompt.tolerances),
                 "facts": dict(prompt.facts),
                 "metadata": dict(prompt.metadata),
                 "rule_correct": response.rule_correct,
                 "judge": None,
             }
         )
-    return _accept_alternatives(rows, pool)
+    return _accept_others(rows, pool)
 
 
-def _accept_alternatives(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
-    asked = [
-        (index, answer) for index, row in enumerate(rows) if not row["rule_correct"] for answer in row["alternatives"]
-    ]
-    calls = [answer_call(rows[index]["text"], answer, rows[index]["answer_type"]) for index, answer in asked]
-    right = {index for (index, _), verdict in zip(asked, pool.run(calls, failed=False), strict=True) if verdict is True}
+def _accept_others(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
+    asked = [(index, call) for index, row in enumerate(rows) if not row["rule_correct"] for call in _other_calls(row)]
+    verdicts = pool.run([call for _, call in asked], failed=False)
+    right = {index for (index, _), verdict in zip(asked, verdicts, strict=True) if verdict is True}
     return [{**row, "rule_correct": True, "correct": True} if index in right else row for index, row in enumerate(rows)]
+
+
+def _other_calls(row: Row) -> list[Call]:
+    """Return what else may find a response right: an alternative answer, or a number within the tolerances."""
+    calls = [answer_call(row["text"], answer, row["answer_type"]) for answer in row["alternatives"]]
+    if row["tolerances"]:
+        calls.append(within_call(row["text"], row["answer"], row["tolerances"]))
+    return calls
 
 
 def conclude(

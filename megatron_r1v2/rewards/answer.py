@@ -111,7 +111,7 @@ def plain_text(text: str) -> str:
 
 
 def _numbers_agree(given: str, reference: str, tolerance: float) -> bool:
-    left, right = _number(given), _number(reference)
+    left, right = read_number(given), read_number(reference)
     if left is None or right is None:
         return False
     if left.denominator == 1 and right.denominator == 1:
@@ -120,8 +120,12 @@ def _numbers_agree(given: str, reference: str, tolerance: float) -> bool:
     return abs(left - right) <= Fraction(str(tolerance)) * abs(right)
 
 
-def _number(text: str) -> Fraction | None:
-    r"""Return a number written as 8, -1,234.5, 1e-3, 3/4 or \frac{3}{4}, or None for anything else."""
+def read_number(text: str) -> Fraction | None:
+    r"""Return a number written as 8, -1,234.5, 1e-3, 3/4 or \frac{3}{4}, or None for anything else.
+
+    Args:
+        text: from `plain_text`.
+    """
     if len(text) > MAX_NUMBER_CHARACTERS:
         return None
     text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()

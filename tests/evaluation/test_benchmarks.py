@@ -69,7 +69,7 @@ def test_mmmu_pro_standard_and_vision(tmp_path):
 def test_mathvista_choices_are_texts_and_become_letters(tmp_path, write):
     write(tmp_path)
     free, choice = read("mathvista", tmp_path)
-    assert (free.answer, free.answer_type) == ("1.2", "math")
+    assert (free.answer, free.answer_type, free.tolerances) == ("1.2", "math", (0.05,))
     assert content(free).startswith("<image>\nHint: Please answer")
     assert content(free).endswith(OPEN_INSTRUCTION)
     assert (choice.answer, choice.answer_type) == ("C", "choice")
@@ -93,8 +93,19 @@ def test_olympiadbench_answers_are_lists_and_proofs_are_left_out(tmp_path):
         "A ball rolls.\nFind the speed.\n\n<image>\nThe unit of the answer is m/s.\n" + OPEN_INSTRUCTION
     )
     assert (one.answer, two.answer) == ("$3.5$", "2, 3")
+    assert (one.tolerances, two.tolerances) == ((0.1,), (0.1, 0.0))
     assert two.metadata["subfield"] == "Algebra"
     assert not two.images
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [("small", "error must be a number"), ("1,2,3", "nor for each of the 2")]
+)
+def test_an_error_that_cannot_be_meant(tmp_path, error, message):
+    row = {"id": 1, "question": "?", "final_answer": ["2", "3"], "error": error}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=f"rows.json, row 1: .*{message}"):
+        read("olympiadbench", tmp_path)
 
 
 def test_the_authors_json_of_olympiadbench_has_images_beside(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -153,6 +154,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(shards, 
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_number_within_the_tolerance_is_right_before_a_judge_is_asked(tmp_path):
+    write_shards([replace(sample(1, tolerances=(0.1,)), answer_type="math")], tmp_path / "shards")
+    replies = [r"\boxed{1.05\text{ m}}", r"\boxed{1.2}"]
+    with serving(lambda body: replies.pop(0)) as (url, _), serving(judge) as (judge_url, judged):
+        settings = recipe(tmp_path / "shards", tmp_path, url, judge_url=judge_url, judge_model="judge", concurrency=1)
+        assert run_endpoint_evaluation(settings, "evaluation").runs == (1.0, 0.0)
+    (body,) = judged.bodies
+    assert "missed by at most 0.1" in body["messages"][0]["content"]
+    assert [row["tolerances"] for row in rows_of(tmp_path)] == [[0.1], [0.1]]
+
+
 def test_a_judge_that_is_down_loses_nothing(shards, tmp_path):
     with serving(answer) as (url, responder), serving(lambda body: 500) as (judge_url, _):
         settings = recipe(shards, tmp_path, url, judge_url=judge_url, judge_model="judge")
@@ -184,7 +196,7 @@ def test_a_response_that_was_cut_is_wrong_and_says_so(shards, tmp_path):
 
 ROW = {
     "text": "\\boxed{x}", "rule_correct": False, "answer_type": "math", "question": "Q", "answer": "y",
-    "alternatives": ["z"],
+    "alternatives": ["z"], "tolerances": [],
 }  # fmt: skip
 
 
@@ -207,6 +219,8 @@ def test_who_is_judged(changes, asked):
 def test_what_the_judge_is_told_and_says():
     told = judge_prompt({**ROW, "text": "secret reasoning {0}</think>\\boxed{\\frac{1}{2}}"})
     assert "Reference answer: y or z\nStudent's final answer: \\frac{1}{2}" in told
+    near = judge_prompt({**ROW, "tolerances": [0.1, 0.05]})
+    assert "Reference answer: y or z\nA number of the reference may be missed by at most 0.1 or 0.05" in near
     assert "secret" not in told
     assert read_verdict("Verdict: CORRECT ... no:\n**Verdict: INCORRECT**") is False
     assert read_verdict("verdict: **correct**") is True

@@ -36,6 +36,8 @@ class Question:
     """Shown below the text, each behind its letter."""
     alternatives: tuple[str, ...] = ()
     """Further right answers."""
+    tolerances: tuple[float, ...] = ()
+    """How far from the answer its numbers may be."""
     images: Mapping[int, bytes] = field(default_factory=dict)
     """Encoded, by their number in the marks."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +121,8 @@ def mmmu_pro(row: RowOfFile, images: Path) -> Question:
 def mathvista(row: RowOfFile, images: Path) -> Question:
     """MathVista: the published `query` holds hint, question, unit and choices; of a choice the answer is its text.
 
+    `precision` is the decimals that a number is rounded to, so it may be half of the last one away.
+
     Source: AI4Math/MathVista (pid, question, image, decoded_image, choices, unit, precision, answer, question_type,
     answer_type, metadata, query).
     """
@@ -136,7 +140,10 @@ def mathvista(row: RowOfFile, images: Path) -> Question:
         options = () if row.get("query") else tuple(choices)
         letter = LETTERS[choices.index(answer)]
         return Question(pid, text, letter, "choice", options, images=found, metadata=_filled(metadata))
-    return Question(pid, text, answer, "math", images=found, metadata=_filled(metadata))
+    tolerances: tuple[float, ...] = ()
+    if row.get("answer_type") == "float" and row.get("precision") is not None:
+        tolerances = (0.5 * 10.0 ** -_number(row["precision"], "precision"),)
+    return Question(pid, text, answer, "math", tolerances=tolerances, images=found, metadata=_filled(metadata))
 
 
 def mathvision(row: RowOfFile, images: Path) -> Question:
@@ -160,6 +167,8 @@ def mathvision(row: RowOfFile, images: Path) -> Question:
 def olympiadbench(row: RowOfFile, images: Path) -> Question | None:
     """OlympiadBench: final_answer is a list; theorems to prove have none and are left out.
 
+    `error` is how far a number may be away, for all answers or for each behind commas, where nothing means not at all.
+
     Sources: Hothan/OlympiadBench (id, question, solution, final_answer, context, image_1 ..., modality, difficulty,
     is_multiple_answer, unit, answer_type, error, question_type, subfield, subject, language), lmms-lab/OlympiadBench
     (question_id, images, source), and the JSON of the authors (images: file names).
@@ -174,7 +183,13 @@ def olympiadbench(row: RowOfFile, images: Path) -> Question | None:
     found = {number: data for number, data in enumerate(listed, start=1) if data} or _numbered_images(row, images)
     metadata = {name: str(row.get(name) or "") for name in ("subject", "subfield", "language", "answer_type", "source")}
     name = row["id"] if "id" in row else _field(row, "question_id")
-    return Question(str(name), text, ", ".join(answers), "math", images=found, metadata=_filled(metadata))
+    errors = str(row.get("error") or "")
+    tolerances = tuple(_number(error.strip() or "0", "error") for error in errors.split(",")) if errors else ()
+    if len(tolerances) not in (0, 1, len(answers)):
+        raise SampleError(f"error {errors!r} is neither for all answers nor for each of the {len(answers)}")
+    return Question(
+        str(name), text, ", ".join(answers), "math", tolerances=tolerances, images=found, metadata=_filled(metadata)
+    )
 
 
 READERS: Mapping[str, tuple[str, Reader]] = {
@@ -208,6 +223,13 @@ def _text(row: RowOfFile, name: str) -> str:
     if not isinstance(value, str):
         raise SampleError(f"{name} must be text, got {value!r:.80}")
     return value.strip()
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise SampleError(f"{name} must be a number, got {value!r:.80}") from error
 
 
 def _letter(answer: str, options: tuple[str, ...]) -> str:
