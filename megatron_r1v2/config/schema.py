@@ -343,6 +343,8 @@ class EvaluationConfig:
     """The judge's name at its endpoint."""
     judge_key_variable: str = ""
     """Environment variable that holds the API key of the judge's endpoint; empty: no key is sent."""
+    judge_max_tokens: int = 8192
+    """The judge's longest answer, its reasoning included; one that is cut off gives no verdict."""
     concurrency: int = 32
     """Requests in flight at once at an endpoint."""
     timeout_seconds: float = 3600.0

@@ -128,7 +128,8 @@ def conclude(
     if evaluation.judge_url:
         judge = ChatEndpoint.from_settings(evaluation, "judge")
         with progress_bar("judge", sum(needs_judge(row) for row in rows), shown=True) as show:
-            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, progress=show)
+            limit = evaluation.judge_max_tokens
+            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, max_tokens=limit, progress=show)
     result = evaluate_outcomes(
         name,
         keys,

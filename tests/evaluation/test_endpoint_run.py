@@ -13,7 +13,6 @@ from megatron_r1v2.data.samples import Sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
 from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
-from megatron_r1v2.evaluation.judge import judge_prompt, needs_judge, read_verdict
 from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
 from tests.evaluation.responder import completion, serving
 
@@ -192,36 +191,3 @@ def test_a_response_that_was_cut_is_wrong_and_says_so(shards, tmp_path):
     with serving(lambda body: completion("\\boxed{1", finish_reason="length")) as (url, _):
         run_endpoint_evaluation(recipe(shards, tmp_path, url, prompts=1), "evaluation")
     assert {(row["finish_reason"], row["correct"]) for row in rows_of(tmp_path)} == {("length", False)}
-
-
-ROW = {
-    "text": "\\boxed{x}", "rule_correct": False, "answer_type": "math", "question": "Q", "answer": "y",
-    "alternatives": ["z"], "tolerances": [],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "asked"),
-    [
-        ({}, True),
-        ({"rule_correct": True}, False),
-        ({"text": "no box"}, False),
-        ({"text": "\\boxed{ }"}, False),
-        ({"text": "\\boxed{B}", "answer_type": "choice"}, False),
-        ({"text": "\\boxed{(B)}", "answer_type": "choice"}, False),
-        ({"text": "\\boxed{the second}", "answer_type": "choice"}, True),
-    ],
-)
-def test_who_is_judged(changes, asked):
-    assert needs_judge({**ROW, **changes}) is asked
-
-
-def test_what_the_judge_is_told_and_says():
-    told = judge_prompt({**ROW, "text": "secret reasoning {0}</think>\\boxed{\\frac{1}{2}}"})
-    assert "Reference answer: y or z\nStudent's final answer: \\frac{1}{2}" in told
-    near = judge_prompt({**ROW, "tolerances": [0.1, 0.05]})
-    assert "Reference answer: y or z\nA number of the reference may be missed by at most 0.1 or 0.05" in near
-    assert "secret" not in told
-    assert read_verdict("Verdict: CORRECT ... no:\n**Verdict: INCORRECT**") is False
-    assert read_verdict("verdict: **correct**") is True
-    assert read_verdict("It is CORRECT") is None
