@@ -315,7 +315,7 @@ class EvaluationConfig:
     data: str = ""
     """Folder of shards for the evaluate command; during training `data.validation` is used."""
     every_steps: int = 0
-    """During training; 0: never."""
+    """During training, by the rules alone: no judge is asked; 0: never."""
     prompts: int = 0
     """How many prompts, from the start of the shards; 0: all."""
     runs: int = 5

@@ -43,6 +43,7 @@ def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> Response
         "model": model,
         "step": step,
         "evaluation.data": str(Path(evaluation.data).absolute()),
+        "evaluation.endpoint_url": evaluation.endpoint_url,
         "evaluation.temperature": evaluation.temperature,
         "evaluation.top_p": evaluation.top_p,
         "evaluation.seed": evaluation.seed,
@@ -54,7 +55,12 @@ def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> Response
 
 
 def evaluation_rows(
-    prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], *, step: int, pool: VerifierPool
+    prompts: Sequence[Prompt],
+    scored: Sequence[ScoredRollout],
+    *,
+    step: int,
+    pool: VerifierPool,
+    pictures: bool = True,
 ) -> list[Row]:
     """Return the rows of scored responses; one that equals an alternative answer or is near enough is right.
 
@@ -65,12 +71,13 @@ def evaluation_rows(
         scored: the responses.
         step: optimizer steps behind the weights.
         pool: where answers are checked.
+        pictures: False: leave them out.
     """
     by_key = {prompt.key: prompt for prompt in prompts}
     rows = []
     for response in scored:
         prompt, index = by_key[response.rollout.prompt_key], response.rollout.sample_index
-        row = rollout_record(step, prompt, response, advantage=0.0, picture=index == 0)
+        row = rollout_record(step, prompt, response, advantage=0.0, picture=pictures and index == 0)
         rows.append(
             row
             | {

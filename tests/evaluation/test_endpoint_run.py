@@ -52,6 +52,10 @@ def recipe(shards, output, url, **evaluation):
     )
 
 
+def port_of(url):
+    return int(re.search(r":(\d+)/", url)[1])
+
+
 def number_of(body):
     text = next(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
     return int(re.search(r"question (\d)", text)[1])
@@ -145,7 +149,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(shards, 
     assert kept == 6
     with log.open("a") as file:
         file.write('{"prompt_key": "q-1", "sam')  # killed while it wrote
-    with serving(answer) as (url, responder):
+    with serving(answer, port=port_of(url)) as (url, responder):
         result = run_endpoint_evaluation(recipe(shards, tmp_path / "cut", url), "evaluation")
         assert len(responder.bodies) == 10 - kept
     assert result == whole
@@ -171,7 +175,7 @@ def test_a_judge_that_is_down_loses_nothing(shards, tmp_path):
             run_endpoint_evaluation(settings, "evaluation")
         assert len(responder.bodies) == 10
         assert not (tmp_path / "evaluation-evaluation.json").exists()
-    with serving(answer) as (url, responder), serving(judge) as (judge_url, _):
+    with serving(answer, port=port_of(url)) as (url, responder), serving(judge) as (judge_url, _):
         settings = recipe(shards, tmp_path, url, judge_url=judge_url, judge_model="judge")
         assert run_endpoint_evaluation(settings, "evaluation").pass_at_1 == pytest.approx(3 / 5)
         assert not responder.bodies
@@ -180,11 +184,26 @@ def test_a_judge_that_is_down_loses_nothing(shards, tmp_path):
 def test_another_temperature_does_not_go_on_with_old_responses(shards, tmp_path):
     with serving(lambda body: 500) as (url, _), pytest.raises(EndpointFailed):
         run_endpoint_evaluation(recipe(shards, tmp_path, url), "evaluation")
-    with serving(answer) as (url, _):
+    with serving(answer, port=port_of(url)) as (url, _):
         with pytest.raises(ValueError, match=r"evaluation.temperature was 1.0 and is 0.6.*another --name"):
             run_endpoint_evaluation(recipe(shards, tmp_path, url, temperature=0.6), "evaluation")
         more_runs = run_endpoint_evaluation(recipe(shards, tmp_path, url, runs=3), "evaluation")
     assert len(more_runs.runs) == 3
+
+
+def test_another_server_does_not_go_on_with_the_first_ones_responses(shards, tmp_path):
+    with serving(lambda body: 500) as (first, _), pytest.raises(EndpointFailed):
+        run_endpoint_evaluation(recipe(shards, tmp_path, first), "evaluation")
+    with serving(answer) as (url, _), pytest.raises(ValueError, match=f"evaluation.endpoint_url was '{first}' and is"):
+        run_endpoint_evaluation(recipe(shards, tmp_path, url), "evaluation")
+
+
+def test_a_question_that_is_refused_is_named(shards, tmp_path):
+    def refuse(body):
+        return 400 if number_of(body) == 3 else answer(body)
+
+    with serving(refuse) as (url, _), pytest.raises(EndpointFailed, match=r"about 'q-3' with HTTP 400"):
+        run_endpoint_evaluation(recipe(shards, tmp_path, url), "evaluation")
 
 
 def test_a_response_that_was_cut_is_wrong_and_says_so(shards, tmp_path):
