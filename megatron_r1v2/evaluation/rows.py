@@ -21,7 +21,7 @@ from megatron_r1v2.evaluation.records import rollout_record, write_rollouts
 from megatron_r1v2.evaluation.response_log import ResponseLog, Row
 from megatron_r1v2.rewards.answer import last_boxed
 from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, within_call
-from megatron_r1v2.types import Prompt, ScoredRollout
+from megatron_r1v2.types import AnswerType, Prompt, ScoredRollout
 
 JUDGE_CACHE = "judge.jsonl"
 
@@ -103,10 +103,16 @@ def _accept_others(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
 
 def _other_calls(row: Row) -> list[Call]:
     """Return what else may find a response right: an alternative answer, or a number within the tolerances."""
-    calls = [answer_call(row["text"], answer, row["answer_type"]) for answer in row["alternatives"]]
+    calls = [answer_call(row["text"], answer, _type_of_other(row, answer)) for answer in row["alternatives"]]
     if row["tolerances"]:
         calls.append(within_call(row["text"], row["answer"], row["tolerances"]))
     return calls
+
+
+def _type_of_other(row: Row, answer: str) -> AnswerType:
+    """Return how an alternative is compared: the text of an option is no letter, whatever it begins with."""
+    is_letter = len(answer.strip()) == 1
+    return "exact" if row["answer_type"] == "choice" and not is_letter else row["answer_type"]
 
 
 def conclude(

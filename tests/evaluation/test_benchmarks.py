@@ -60,7 +60,7 @@ def test_mmmu_pro_standard_and_vision(tmp_path):
     assert (standard.answer, standard.metadata["subject"], standard.metadata["setting"]) == ("J", "History", "standard")
     (vision,) = read("mmmu_pro", tmp_path / "vision")
     assert content(vision) == "<image>\n" + CHOICE_INSTRUCTION
-    assert (vision.answer, vision.metadata["setting"]) == ("C", "vision")
+    assert (vision.answer, vision.alternatives, vision.metadata["setting"]) == ("C", ("option 2",), "vision")
     with pytest.raises(ValueError, match=r"was used by .*already; give one split or set \(--only\)"):
         read("mmmu_pro", tmp_path)
 
@@ -72,7 +72,7 @@ def test_mathvista_choices_are_texts_and_become_letters(tmp_path, write):
     assert (free.answer, free.answer_type, free.tolerances) == ("1.2", "math", (0.05,))
     assert content(free).startswith("<image>\nHint: Please answer")
     assert content(free).endswith(OPEN_INSTRUCTION)
-    assert (choice.answer, choice.answer_type) == ("C", "choice")
+    assert (choice.answer, choice.answer_type, choice.alternatives) == ("C", "choice", ("equal",))
     assert content(choice).endswith("(C) equal\n" + CHOICE_INSTRUCTION)
     assert choice.metadata["task"] == "geometry problem solving"
     assert choice.metadata["skills"] == "geometry reasoning, arithmetic reasoning"
@@ -190,6 +190,57 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, messag
     assert main(["mmmu", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]) == 1
     assert "Nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["null", "5", '"text"'])
+def test_json_that_holds_no_rows(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match=r"rows.json: expected a list of rows or a mapping"):
+        read("mmmu", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_line_ends_inside_texts_and_a_byte_order_mark(tmp_path, name):
+    row = {"id": 1, "problem": "one\u2028two\x85three", "answer": "3"}
+    (tmp_path / name).write_text("\ufeff" + json.dumps(row if name == "rows.jsonl" else [row], ensure_ascii=False))
+    (sample,) = read("aime2024", tmp_path)
+    assert content(sample).startswith("one\u2028two\x85three\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers"),
+    [("[0,1)", ["[0,1)"]), ("[2,3]", ["[2,3]"]), ("['a', 'b']", ["a", "b"]), ("[]", ["[]"]), ("5", ["5"])],
+)
+def test_an_open_answer_may_be_an_interval(tmp_path, answer, answers):
+    row = {"id": "validation_Math_1", "question": "?", "options": "[]", "answer": answer, "question_type": "open"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (sample,) = read("mmmu", tmp_path)
+    assert [sample.answer, *sample.alternatives] == answers
+
+
+@pytest.mark.parametrize("details", ["text", {"skills": 5}])
+def test_metadata_of_another_kind_is_refused(tmp_path, details):
+    row = {"pid": "1", "question": "?", "query": "?", "answer": "1", "answer_type": "integer", "metadata": details}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=r"rows.json, row 1: (metadata|skills) must be"):
+        read("mathvista", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "alternatives"),
+    [
+        (["x", "12 cm"], ("12 cm",)),
+        (["x", "D. melanogaster"], ("D. melanogaster",)),
+        (["B", "A"], ()),
+        (["x", "(a)"], ()),
+        (["x", "see <image 2>"], ()),
+    ],
+)
+def test_the_text_of_the_right_option_is_right_too(tmp_path, options, alternatives):
+    row = {"id": "validation_Math_1", "question": "?", "options": str(options), "answer": "B"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (sample,) = read("mmmu", tmp_path)
+    assert (sample.answer, sample.alternatives) == ("B", alternatives)
 
 
 def test_files_that_are_not_there_or_broken(tmp_path):

@@ -168,6 +168,18 @@ def test_a_number_within_the_tolerance_is_right_before_a_judge_is_asked(tmp_path
     assert [row["tolerances"] for row in rows_of(tmp_path)] == [[0.1], [0.1]]
 
 
+def test_the_text_of_an_option_is_compared_as_text_and_told_to_the_judge(tmp_path):
+    asked = replace(sample(1, alternatives=("A. thaliana",)), answer="C", answer_type="choice")
+    write_shards([asked], tmp_path / "shards")
+    replies = ["\\boxed{A}", "\\boxed{A. thaliana}", "\\boxed{c}", "\\boxed{thale cress}"]
+    with serving(lambda body: replies.pop(0)) as (url, _), serving(judge) as (judge_url, judged):
+        settings = {"judge_url": judge_url, "judge_model": "judge", "concurrency": 1, "runs": 4}
+        result = run_endpoint_evaluation(recipe(tmp_path / "shards", tmp_path, url, **settings), "evaluation")
+    assert result.runs == (0.0, 1.0, 1.0, 0.0)
+    (body,) = judged.bodies
+    assert "Reference answer: C or A. thaliana\n" in body["messages"][0]["content"]
+
+
 def test_a_judge_that_is_down_loses_nothing(shards, tmp_path):
     with serving(answer) as (url, responder), serving(lambda body: 500) as (judge_url, _):
         settings = recipe(shards, tmp_path, url, judge_url=judge_url, judge_model="judge")

@@ -5,6 +5,7 @@ Column names and encodings are those of the published files; each reader names i
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -83,11 +84,11 @@ def mmmu(row: RowOfFile, images: Path) -> Question:
     if row.get("question_type", "multiple-choice") == "multiple-choice":
         options = tuple(text_list(_field(row, "options"), "options"))
         letter = _letter(_text(row, "answer"), options)
-        return Question(name, question, letter, "choice", options, images=found, metadata=_filled(metadata))
-    answer = _text(row, "answer")
-    answers = text_list(answer, "answer") if answer.startswith("[") else [answer]
+        others = _right_text(letter, options)
+        return Question(name, question, letter, "choice", options, others, images=found, metadata=_filled(metadata))
+    answer, *others = _open_answers(_text(row, "answer"))
     return Question(
-        name, question, answers[0], "math", alternatives=tuple(answers[1:]), images=found, metadata=_filled(metadata)
+        name, question, answer, "math", alternatives=tuple(others), images=found, metadata=_filled(metadata)
     )
 
 
@@ -107,12 +108,14 @@ def mmmu_pro(row: RowOfFile, images: Path) -> Question:
     found = _only_image(row, "image", images) if vision else _numbered_images(row, images)
     if vision and not found:
         raise SampleError("the vision set has no image in this row")
+    letter = _letter(_text(row, "answer"), options)
     return Question(
         _text(row, "id"),
         "" if vision else _text(row, "question"),
-        _letter(_text(row, "answer"), options),
+        letter,
         "choice",
         () if vision else options,
+        _right_text(letter, options),
         images=found,
         metadata=_filled(metadata),
     )
@@ -127,9 +130,14 @@ def mathvista(row: RowOfFile, images: Path) -> Question:
     answer_type, metadata, query).
     """
     details = row.get("metadata") or {}
+    if not isinstance(details, Mapping):
+        raise SampleError(f"metadata must be an object, got {details!r:.80}")
     names = ("task", "category", "source", "grade", "context", "language")
     metadata = {name: str(details[name]) for name in names if details.get(name)}
-    metadata |= {"question_type": str(row.get("question_type") or ""), "skills": ", ".join(details.get("skills") or [])}
+    metadata |= {
+        "question_type": str(row.get("question_type") or ""),
+        "skills": ", ".join(text_list(details.get("skills"), "skills")),
+    }
     found = _only_image(row, "decoded_image", images) or _only_image(row, "image", images)
     text, answer = str(row.get("query") or "") or _text(row, "question"), _text(row, "answer")
     pid = str(_field(row, "pid"))
@@ -139,7 +147,8 @@ def mathvista(row: RowOfFile, images: Path) -> Question:
             raise SampleError(f"the answer {answer!r} is none of the choices {choices}")
         options = () if row.get("query") else tuple(choices)
         letter = LETTERS[choices.index(answer)]
-        return Question(pid, text, letter, "choice", options, images=found, metadata=_filled(metadata))
+        others = _right_text(letter, tuple(choices))
+        return Question(pid, text, letter, "choice", options, others, images=found, metadata=_filled(metadata))
     tolerances: tuple[float, ...] = ()
     if row.get("answer_type") == "float" and row.get("precision") is not None:
         tolerances = (0.5 * 10.0 ** -_number(row["precision"], "precision"),)
@@ -153,12 +162,14 @@ def mathvision(row: RowOfFile, images: Path) -> Question:
     """
     options = tuple(text_list(row.get("options"), "options"))
     answer = str(_field(row, "answer"))
+    answer = _letter(answer, options) if options else answer
     return Question(
         str(_field(row, "id")),
         _text(row, "question"),
-        _letter(answer, options) if options else answer,
+        answer,
         "choice" if options else "math",
         options,
+        _right_text(answer, options) if options else (),
         images=_only_image(row, "decoded_image", images) or _only_image(row, "image", images),
         metadata=_filled({"subject": str(row.get("subject") or ""), "level": str(row.get("level") or "")}),
     )
@@ -237,6 +248,23 @@ def _letter(answer: str, options: tuple[str, ...]) -> str:
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise SampleError(f"the answer {answer!r} is no letter of the {len(options)} options")
     return letter
+
+
+def _right_text(letter: str, options: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what else is the right answer: the option's text, unless it is an image or looks like another's letter."""
+    text = options[LETTERS.index(letter)].strip()
+    return () if re.fullmatch(r"|\W*[A-Za-z]\W*|.*<image.*", text, re.DOTALL) else (text,)
+
+
+def _open_answers(answer: str) -> list[str]:
+    """Return the right answers: those of a list of texts, or the answer itself, which may be a list or an interval."""
+    try:
+        listed = ast.literal_eval(answer) if answer.startswith("[") else None
+    except (ValueError, SyntaxError):
+        listed = None
+    if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
+        return listed
+    return [answer]
 
 
 def _numbered_images(row: RowOfFile, folder: Path) -> dict[int, bytes]:
