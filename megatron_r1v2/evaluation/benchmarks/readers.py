@@ -86,10 +86,8 @@ def mmmu(row: RowOfFile, images: Path) -> Question:
         letter = _letter(_text(row, "answer"), options)
         others = _right_text(letter, options)
         return Question(name, question, letter, "choice", options, others, images=found, metadata=_filled(metadata))
-    answer, *others = _open_answers(_text(row, "answer"))
-    return Question(
-        name, question, answer, "math", alternatives=tuple(others), images=found, metadata=_filled(metadata)
-    )
+    answer, *more = _open_answers(_text(row, "answer"))
+    return Question(name, question, answer, "math", alternatives=tuple(more), images=found, metadata=_filled(metadata))
 
 
 def mmmu_pro(row: RowOfFile, images: Path) -> Question:
@@ -134,10 +132,8 @@ def mathvista(row: RowOfFile, images: Path) -> Question:
         raise SampleError(f"metadata must be an object, got {details!r:.80}")
     names = ("task", "category", "source", "grade", "context", "language")
     metadata = {name: str(details[name]) for name in names if details.get(name)}
-    metadata |= {
-        "question_type": str(row.get("question_type") or ""),
-        "skills": ", ".join(text_list(details.get("skills"), "skills")),
-    }
+    metadata["question_type"] = str(row.get("question_type") or "")
+    metadata["skills"] = ", ".join(text_list(details.get("skills"), "skills"))
     found = _only_image(row, "decoded_image", images) or _only_image(row, "image", images)
     text, answer = str(row.get("query") or "") or _text(row, "question"), _text(row, "answer")
     pid = str(_field(row, "pid"))
