@@ -15,6 +15,7 @@ REQUIREMENTS = [
     "megatron-energon>=7.4,<8",
     "pillow>=11.0",
     "math-verify>=0.9",
+    "sympy>=1.13.3",  # the expressions that math-verify reads
     "rich>=13.0",
     "wandb>=0.20",
     "jinja2>=3.1",

@@ -60,6 +60,9 @@ class Prompt:
     """What is true of the images, by name; a claim that contradicts one is a hallucination."""
     alternatives: tuple[str, ...] = ()
     """Further answers that are as right as `answer`; the evaluation accepts them."""
+    tolerances: tuple[float, ...] = ()
+    """How far from `answer` a number may be, absolute: one for all of its parts or one for each (parted by ", "); the
+    evaluation accepts them."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
     response: str | None = None

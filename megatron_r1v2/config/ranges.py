@@ -70,6 +70,7 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "evaluation.save_every_prompts": (1, None),
     "evaluation.concurrency": (1, 1024),
     "evaluation.attempts": (1, None),
+    "evaluation.judge_max_tokens": (1, None),
     "evaluation.stop_at_pass_at_1": (0, 1),
     "logging.sample_rollouts": (0, None),
     **checkpoint.RANGES,

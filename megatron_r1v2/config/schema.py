@@ -315,7 +315,7 @@ class EvaluationConfig:
     data: str = ""
     """Folder of shards for the evaluate command; during training `data.validation` is used."""
     every_steps: int = 0
-    """During training; 0: never."""
+    """During training, by the rules alone: no judge is asked; 0: never."""
     prompts: int = 0
     """How many prompts, from the start of the shards; 0: all."""
     runs: int = 5
@@ -343,6 +343,8 @@ class EvaluationConfig:
     """The judge's name at its endpoint."""
     judge_key_variable: str = ""
     """Environment variable that holds the API key of the judge's endpoint; empty: no key is sent."""
+    judge_max_tokens: int = 8192
+    """The judge's longest answer, its reasoning included; one that is cut off gives no verdict."""
     concurrency: int = 32
     """Requests in flight at once at an endpoint."""
     timeout_seconds: float = 3600.0

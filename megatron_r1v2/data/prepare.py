@@ -39,7 +39,7 @@ Three kinds of rows are understood, told apart by their fields:
   our own     {"messages": [{"role": "user", "content": "<image>\\nleft + right?"}], "answer": "8",
                "answer_type": "numeric", "images": ["17.png"], "facts": {"left": "3", "right": "5"}}
               optional: key, response (supervised data), chosen, rejected, margin, source,
-              alternatives and metadata (evaluation)
+              alternatives, tolerances and metadata (evaluation)
   MMPR        {"question": "...", "chosen": "...", "rejected": "...", "image": "a.jpg"}
   verl        {"prompt": [{"role": "user", "content": "<image>..."}], "images": [{"path": "a.jpg"}],
                "reward_model": {"ground_truth": "8"}, "data_source": "..."}
@@ -136,7 +136,7 @@ def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType
 
 def _own_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     known = {"key", "messages", "answer", "answer_type", "facts", "images"}
-    known |= {"response", "chosen", "rejected", "margin", "source", "alternatives", "metadata"}
+    known |= {"response", "chosen", "rejected", "margin", "source", "alternatives", "tolerances", "metadata"}
     unknown = sorted(set(row) - known - {"schema"})
     if unknown or row.get("schema", SCHEMA_VERSION) != SCHEMA_VERSION:
         what = f"field {unknown[0]!r}" if unknown else f"schema {row['schema']!r} (accepted is {SCHEMA_VERSION})"

@@ -58,6 +58,7 @@ class PromptBuilder:
             images=tuple(sample.images.values()),
             facts=sample.facts,
             alternatives=sample.alternatives,
+            tolerances=sample.tolerances,
             metadata=sample.metadata,
             response=sample.response,
             preference=_preference(sample),

@@ -5,12 +5,14 @@
 
 `facts` and `images` may be left out. `response` (supervised data), `chosen`, `rejected` and `margin` (preference data)
 and `source` are optional; `answer` may be empty only where a `response` or a `chosen` is there to learn from. For
-evaluation, `alternatives` lists further right answers and `metadata` (names to text) what results are broken down by.
+evaluation, `alternatives` lists further right answers, `tolerances` how far from the answer its numbers may be, and
+`metadata` (names to text) what results are broken down by.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _IMAGE_NAME = re.compile(r"[0-9]+\.(" + "|".join(IMAGE_EXTENSIONS) + ")")
 _REQUIRED = {"schema", "messages", "answer", "answer_type"}
 _OPTIONAL_TEXT = ("response", "chosen", "rejected", "source")
-_KNOWN = _REQUIRED | {"facts", "images", "margin", "alternatives", "metadata", *_OPTIONAL_TEXT}
+_KNOWN = _REQUIRED | {"facts", "images", "margin", "alternatives", "tolerances", "metadata", *_OPTIONAL_TEXT}
 
 
 class SampleError(ValueError):
@@ -58,6 +60,8 @@ class Sample:
     source: str | None = None
     alternatives: tuple[str, ...] = ()
     """Further answers that are as right as `answer`."""
+    tolerances: tuple[float, ...] = ()
+    """How far from `answer` a number may be, absolute: one for all of its parts or one for each (parted by ", ")."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
 
@@ -116,6 +120,8 @@ def encode_record(sample: Sample) -> bytes:
             record[name] = value
     if sample.alternatives:
         record["alternatives"] = list(sample.alternatives)
+    if sample.tolerances:
+        record["tolerances"] = list(sample.tolerances)
     if sample.metadata:
         record["metadata"] = dict(sample.metadata)
     _check_record(record, sample.key)
@@ -158,6 +164,7 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
         facts=record.get("facts", {}),
         margin=record.get("margin"),
         alternatives=tuple(record.get("alternatives", ())),
+        tolerances=tuple(record.get("tolerances", ())),
         metadata=record.get("metadata", {}),
         **{name: record.get(name) for name in _OPTIONAL_TEXT},
     )
@@ -226,8 +233,11 @@ def _check_values(record: Mapping[str, Any], key: str) -> None:
             f"sample {key!r}: answer is empty; only a sample with a 'response' or a 'chosen' may have none"
         )
     margin = record.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
+    if not _is_number(margin):
         raise SampleError(f"sample {key!r}: margin must be a number, got {margin!r}")
+    tolerances = record.get("tolerances", [])
+    if not isinstance(tolerances, list) or not all(_is_number(t) and 0 <= t < math.inf for t in tolerances):
+        raise SampleError(f"sample {key!r}: tolerances must be a list of numbers from 0, got {tolerances!r}")
     for name in ("facts", "metadata"):
         mapping = record.get(name, {})
         if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
@@ -235,6 +245,10 @@ def _check_values(record: Mapping[str, Any], key: str) -> None:
     others = record.get("alternatives", [])
     if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
         raise SampleError(f"sample {key!r}: alternatives must be a list of texts that are not empty, got {others!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_images(record: Mapping[str, Any], key: str) -> None:

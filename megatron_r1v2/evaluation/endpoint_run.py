@@ -54,7 +54,7 @@ def run_endpoint_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult:
         missing = [(sample, index) for sample, index in places if (sample.key, index) not in log.places]
         with progress_bar("evaluate", len(places), shown=True) as show:
             show(len(places) - len(missing))
-            answers = endpoint.ask_all(missing, lambda place: chat_request(place, recipe))
+            answers = endpoint.ask_all(missing, lambda place: chat_request(place, recipe), about=_about)
             for done, (place, completion) in enumerate(answers, start=len(places) - len(missing) + 1):
                 log.append([_row(place, completion, reward, pool)])
                 show(done)
@@ -78,6 +78,10 @@ def chat_request(place: Place, recipe: RunRecipe) -> dict[str, Any]:
         "max_tokens": recipe.generation.max_response_tokens,
         "seed": int.from_bytes(seed[:4], "big") >> 1,
     }
+
+
+def _about(place: Place) -> str:
+    return place[0].key
 
 
 def _row(place: Place, completion: Completion, reward: RewardConfig, pool: VerifierPool) -> Row:
@@ -122,6 +126,7 @@ def _prompt(sample: Sample) -> Prompt:
         answer_type=sample.answer_type,
         facts=sample.facts,
         alternatives=sample.alternatives,
+        tolerances=sample.tolerances,
         metadata=sample.metadata,
     )
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
-from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_runs
-from megatron_r1v2.evaluation.records import rollout_record
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_outcomes
+from megatron_r1v2.evaluation.rows import evaluation_rows, outcome_of
 from megatron_r1v2.generation.engine import Progress, RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
@@ -38,36 +37,32 @@ class Evaluator:
     reward_model: RewardModel | None = None
     """None: the totals of the responses shown are those of the rules alone; no rate depends on a reward model."""
 
-    def run(
-        self, prompts: Sequence[Prompt], *, name: str, step: int, progress: Progress | None = None
-    ) -> tuple[EvaluationResult, list[dict[str, Any]], list[ScoredRollout]]:
-        """Evaluate the model that the engine holds.
+    def run(self, prompts: Sequence[Prompt], *, name: str, step: int) -> EvaluationResult:
+        """Evaluate the model that the engine holds, by the rules alone: no judge is asked.
 
         Args:
             prompts: the same on every rank.
             name: of the evaluation.
             step: training steps behind the weights.
-            progress: told (responses finished, tokens in them) of this replica after every engine step.
 
         Returns:
-            The result, a record of every response for people to look at, and the responses: on every rank, ordered by
-            prompt and run.
+            The result, on every rank.
         """
-        scored = self.respond(prompts, name=name, step=step, progress=progress)
-        result = evaluate_runs(
+        scored = self.respond(prompts, name=name, step=step)
+        outcomes = None
+        if self.context.is_main:
+            assert self.pool is not None, "the first rank leads its replica and has a VerifierPool"
+            rows = evaluation_rows(prompts, scored, step=step, pool=self.pool, pictures=False)
+            outcomes = [outcome_of(row) for row in rows]
+        return evaluate_outcomes(
             name,
-            prompts,
-            scored,
+            [prompt.key for prompt in prompts],
+            objects.all_gather(outcomes)[0] or [],
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
             seed=self.settings.seed,
             step=step,
         )
-        by_key = {prompt.key: prompt for prompt in prompts}
-        records = [
-            rollout_record(step, by_key[response.rollout.prompt_key], response, advantage=0.0) for response in scored
-        ]
-        return result, records, scored
 
     def respond(
         self, prompts: Sequence[Prompt], *, name: str, step: int, progress: Progress | None = None

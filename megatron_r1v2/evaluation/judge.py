@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint
+from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.response_log import Row
 from megatron_r1v2.rewards.answer import last_boxed
 
@@ -20,7 +20,7 @@ You compare a student's final answer with the reference answer of an exam.
 Question:
 {question}
 
-Reference answer: {reference}
+Reference answer: {reference}{tolerance}
 Student's final answer: {answer}
 
 Decide whether the student's final answer means the same as the reference answer. Do not solve the question yourself: \
@@ -30,9 +30,9 @@ anything else: another value, a value rounded too coarsely for the reference, on
 answers of which one is right.
 Explain in one or two sentences. Then end with a line that is exactly "Verdict: CORRECT" or "Verdict: INCORRECT"."""
 
-_VERDICT = re.compile(r"Verdict:\s*\**\s*(CORRECT|INCORRECT)\b", re.IGNORECASE)
+_TOLERANCE = "\nA number of the reference may be missed by at most {} (absolute)."
+_VERDICT = re.compile(r"Verdict:[\s*_\"'`\u2018-\u201f]*(CORRECT|INCORRECT)\b", re.IGNORECASE)
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
-_MAX_TOKENS = 2048
 
 
 def needs_judge(row: Row) -> bool:
@@ -50,22 +50,28 @@ def needs_judge(row: Row) -> bool:
 
 
 def judge_rows(
-    rows: Sequence[Row], judge: ChatEndpoint, cache: Path, *, progress: Callable[[int], None] | None = None
+    rows: Sequence[Row],
+    judge: ChatEndpoint,
+    cache: Path,
+    *,
+    max_tokens: int,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Row]:
     """Have the judge decide where it may.
 
     Verdicts are appended to the cache as they come in, by a hash of the judge's name and all that it is told: a second
-    evaluation, or one that goes on after the judge was down, asks only what is new.
+    evaluation, or one that goes on after the judge was down, asks only what is new, and what had no verdict.
 
     Args:
         rows: scored responses.
         judge: whom to ask.
         cache: JSON lines; made when it is not there.
+        max_tokens: of the judge's answer, its reasoning included.
         progress: told how many verdicts are there.
 
     Returns:
         The rows; those that were judged have a new `correct` and `judge`: {"verdict": true, false or null, "text",
-        "model"}; null: the judge's words hold no verdict, and the response counts as wrong.
+        "model"}; null: the judge came to no verdict, and the response counts as wrong.
 
     Raises:
         EndpointFailed: the judge gives no answer.
@@ -73,15 +79,18 @@ def judge_rows(
     """
     prompts = {index: judge_prompt(row) for index, row in enumerate(rows) if needs_judge(row)}
     hashes = {index: _hash(judge.model, prompt) for index, prompt in prompts.items()}
+    questions = {key: rows[index]["prompt_key"] for index, key in hashes.items()}
     known = _read_cache(cache)
     asked = {hashes[index]: prompt for index, prompt in prompts.items() if hashes[index] not in known}
     done = len(set(hashes.values())) - len(asked)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with cache.open("a", encoding="utf-8") as file:
-        for key, completion in judge.ask_all(list(asked), lambda key: _request(asked[key])):
-            known[key] = {"verdict": read_verdict(completion.text), "text": completion.text, "model": judge.model}
-            file.write(json.dumps({"hash": key, **known[key]}) + "\n")
-            file.flush()
+        requests = {key: _request(prompt, max_tokens) for key, prompt in asked.items()}
+        for key, completion in judge.ask_all(list(asked), requests.__getitem__, about=questions.__getitem__):
+            known[key] = {"verdict": read_verdict(completion), "text": completion.text, "model": judge.model}
+            if known[key]["verdict"] is not None:
+                file.write(json.dumps({"hash": key, **known[key]}) + "\n")
+                file.flush()
             done += 1
             if progress is not None:
                 progress(done)
@@ -100,21 +109,27 @@ def judge_prompt(row: Row) -> str:
         row: a scored response with an answer.
     """
     reference = " or ".join([row["answer"], *row["alternatives"]])
-    return JUDGE_PROMPT.format(question=row["question"], reference=reference, answer=last_boxed(row["text"]))
+    tolerance = " or ".join(f"{number:g}" for number in row["tolerances"])
+    return JUDGE_PROMPT.format(
+        question=row["question"],
+        reference=reference,
+        tolerance=_TOLERANCE.format(tolerance) if tolerance else "",
+        answer=last_boxed(row["text"]),
+    )
 
 
-def read_verdict(text: str) -> bool | None:
-    """Return the last verdict in the judge's words; None: there is none.
+def read_verdict(completion: Completion) -> bool | None:
+    """Return the last verdict behind the judge's reasoning; None: there is none, or the judge was cut off.
 
     Args:
-        text: of the judge.
+        completion: of the judge.
     """
-    found = _VERDICT.findall(text)
+    found = _VERDICT.findall(completion.answer) if completion.finish_reason == "stop" else []
     return found[-1].upper() == "CORRECT" if found else None
 
 
-def _request(prompt: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0, "max_tokens": _MAX_TOKENS}
+def _request(prompt: str, max_tokens: int) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0, "max_tokens": max_tokens}
 
 
 def _hash(model: str, prompt: str) -> str:
@@ -133,7 +148,8 @@ def _read_cache(path: Path) -> dict[str, Mapping[str, Any]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             entry = json.loads(line)
-            known[entry.pop("hash")] = entry
+            if entry["verdict"] is not None:
+                known[entry.pop("hash")] = entry
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is damaged ({error!r}); delete the line") from error
     return known

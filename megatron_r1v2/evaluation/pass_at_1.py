@@ -14,9 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_r1v2.evaluation.estimates import budgets, confidence_interval, majority_at_k, pass_at_k
-from megatron_r1v2.rewards.answer import last_boxed
 from megatron_r1v2.rewards.claims import Claim, hallucination_counts
-from megatron_r1v2.types import Prompt, ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -84,37 +82,6 @@ class EvaluationResult:
     """Responses that the judge was asked about."""
     judge_unclear: int = 0
     """Those of them without a verdict, counted as wrong."""
-
-
-def evaluate_runs(
-    name: str,
-    prompts: Sequence[Prompt],
-    scored: Sequence[ScoredRollout],
-    *,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    step: int,
-) -> EvaluationResult:
-    """Compute an evaluation from scored responses; run i is every prompt's response with sample_index i.
-
-    Args:
-        name: "before", "after", ...
-        prompts: the prompts, each once.
-        scored: the responses in any order, equally many for each prompt.
-        temperature: of the sampling, for the record.
-        top_p: of the sampling, for the record.
-        seed: of the sampling, for the record.
-        step: optimizer steps that the weights have seen.
-
-    Raises:
-        ValueError: no prompts, a prompt twice, a response to another prompt, or a prompt without every run.
-    """
-    facts = {prompt.key: prompt.facts for prompt in prompts}
-    outcomes = [_outcome(response, facts.get(response.rollout.prompt_key, {})) for response in scored]
-    return evaluate_outcomes(
-        name, [prompt.key for prompt in prompts], outcomes, temperature=temperature, top_p=top_p, seed=seed, step=step
-    )
 
 
 def evaluate_outcomes(
@@ -190,20 +157,6 @@ def _majority(responses: Sequence[Outcome], k: int) -> float:
         for outcome in responses
     ]
     return majority_at_k(votes, frozenset([right]), k)
-
-
-def _outcome(response: ScoredRollout, facts: Mapping[str, str]) -> Outcome:
-    rollout = response.rollout
-    return Outcome(
-        prompt_key=rollout.prompt_key,
-        sample_index=rollout.sample_index,
-        correct=response.rule_correct,
-        answer=last_boxed(response.text),
-        well_formed=response.rewards["format"],
-        tokens=len(rollout.token_ids),
-        claims=response.claims,
-        facts=facts,
-    )
 
 
 def _outcomes_by_run(keys: Sequence[str], outcomes: Sequence[Outcome]) -> list[dict[str, Outcome]]:

@@ -20,8 +20,8 @@ from megatron_r1v2.evaluation.progress import progress_bar
 from megatron_r1v2.evaluation.records import rollout_record, write_rollouts
 from megatron_r1v2.evaluation.response_log import ResponseLog, Row
 from megatron_r1v2.rewards.answer import last_boxed
-from megatron_r1v2.rewards.verifiers import VerifierPool, answer_call
-from megatron_r1v2.types import Prompt, ScoredRollout
+from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, within_call
+from megatron_r1v2.types import AnswerType, Prompt, ScoredRollout
 
 JUDGE_CACHE = "judge.jsonl"
 
@@ -43,6 +43,7 @@ def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> Response
         "model": model,
         "step": step,
         "evaluation.data": str(Path(evaluation.data).absolute()),
+        "evaluation.endpoint_url": evaluation.endpoint_url,
         "evaluation.temperature": evaluation.temperature,
         "evaluation.top_p": evaluation.top_p,
         "evaluation.seed": evaluation.seed,
@@ -54,9 +55,14 @@ def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> Response
 
 
 def evaluation_rows(
-    prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], *, step: int, pool: VerifierPool
+    prompts: Sequence[Prompt],
+    scored: Sequence[ScoredRollout],
+    *,
+    step: int,
+    pool: VerifierPool,
+    pictures: bool = True,
 ) -> list[Row]:
-    """Return the rows of scored responses; one that equals an alternative answer is right.
+    """Return the rows of scored responses; one that equals an alternative answer or is near enough is right.
 
     The picture of a prompt is in the row of its first response only.
 
@@ -65,34 +71,48 @@ def evaluation_rows(
         scored: the responses.
         step: optimizer steps behind the weights.
         pool: where answers are checked.
+        pictures: False: leave them out.
     """
     by_key = {prompt.key: prompt for prompt in prompts}
     rows = []
     for response in scored:
         prompt, index = by_key[response.rollout.prompt_key], response.rollout.sample_index
-        row = rollout_record(step, prompt, response, advantage=0.0, picture=index == 0)
+        row = rollout_record(step, prompt, response, advantage=0.0, picture=pictures and index == 0)
         rows.append(
             row
             | {
                 "sample_index": index,
                 "answer_type": prompt.answer_type,
                 "alternatives": list(prompt.alternatives),
+                "tolerances": list(prompt.tolerances),
                 "facts": dict(prompt.facts),
                 "metadata": dict(prompt.metadata),
                 "rule_correct": response.rule_correct,
                 "judge": None,
             }
         )
-    return _accept_alternatives(rows, pool)
+    return _accept_others(rows, pool)
 
 
-def _accept_alternatives(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
-    asked = [
-        (index, answer) for index, row in enumerate(rows) if not row["rule_correct"] for answer in row["alternatives"]
-    ]
-    calls = [answer_call(rows[index]["text"], answer, rows[index]["answer_type"]) for index, answer in asked]
-    right = {index for (index, _), verdict in zip(asked, pool.run(calls, failed=False), strict=True) if verdict is True}
+def _accept_others(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
+    asked = [(index, call) for index, row in enumerate(rows) if not row["rule_correct"] for call in _other_calls(row)]
+    verdicts = pool.run([call for _, call in asked], failed=False)
+    right = {index for (index, _), verdict in zip(asked, verdicts, strict=True) if verdict is True}
     return [{**row, "rule_correct": True, "correct": True} if index in right else row for index, row in enumerate(rows)]
+
+
+def _other_calls(row: Row) -> list[Call]:
+    """Return what else may find a response right: an alternative answer, or a number within the tolerances."""
+    calls = [answer_call(row["text"], answer, _type_of_other(row, answer)) for answer in row["alternatives"]]
+    if row["tolerances"]:
+        calls.append(within_call(row["text"], row["answer"], row["tolerances"]))
+    return calls
+
+
+def _type_of_other(row: Row, answer: str) -> AnswerType:
+    """Return how an alternative is compared: the text of an option is no letter, whatever it begins with."""
+    is_letter = len(answer.strip()) == 1
+    return "exact" if row["answer_type"] == "choice" and not is_letter else row["answer_type"]
 
 
 def conclude(
@@ -121,7 +141,8 @@ def conclude(
     if evaluation.judge_url:
         judge = ChatEndpoint.from_settings(evaluation, "judge")
         with progress_bar("judge", sum(needs_judge(row) for row in rows), shown=True) as show:
-            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, progress=show)
+            limit = evaluation.judge_max_tokens
+            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, max_tokens=limit, progress=show)
     result = evaluate_outcomes(
         name,
         keys,

@@ -68,8 +68,8 @@ def answer_is_correct(
         text: the response.
         answer: the reference answer, without a box.
         answer_type: "numeric": equal as numbers, whole numbers exactly, others to the tolerance; "choice": the same
-            option letter, in either case; "exact": equal as text; "math": mathematically equal by math-verify,
-            which is not asked about more than 2,000 characters.
+            option letter, in either case; "exact": equal as text; "math": equal as numbers, or mathematically
+            equal by math-verify, which is not asked about more than 2,000 characters.
         numeric_tolerance: `reward.numeric_tolerance`, relative to the reference.
 
     Raises:
@@ -89,6 +89,9 @@ def answer_is_correct(
         return _numbers_agree(given, reference, numeric_tolerance)
     if answer_type == "choice":
         return _choices_agree(given, reference)
+    # math-verify takes "8." for no number and "1e-3" for e - 3.
+    if answer_type == "math" and _numbers_agree(given, reference, 0.0):
+        return True
     if answer_type == "math" and len(boxed) <= MAX_EXPRESSION_CHARACTERS:
         # Imported here because it takes half a second and most runs never need it.
         from megatron_r1v2.rewards.math_answer import expressions_agree
@@ -108,7 +111,7 @@ def plain_text(text: str) -> str:
 
 
 def _numbers_agree(given: str, reference: str, tolerance: float) -> bool:
-    left, right = _number(given), _number(reference)
+    left, right = read_number(given), read_number(reference)
     if left is None or right is None:
         return False
     if left.denominator == 1 and right.denominator == 1:
@@ -117,8 +120,12 @@ def _numbers_agree(given: str, reference: str, tolerance: float) -> bool:
     return abs(left - right) <= Fraction(str(tolerance)) * abs(right)
 
 
-def _number(text: str) -> Fraction | None:
-    r"""Return a number written as 8, -1,234.5, 1e-3, 3/4 or \frac{3}{4}, or None for anything else."""
+def read_number(text: str) -> Fraction | None:
+    r"""Return a number written as 8, -1,234.5, 1e-3, 3/4 or \frac{3}{4}, or None for anything else.
+
+    Args:
+        text: from `plain_text`.
+    """
     if len(text) > MAX_NUMBER_CHARACTERS:
         return None
     text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()

@@ -64,6 +64,18 @@ def answer_call(text: str, answer: str, answer_type: AnswerType, numeric_toleran
     return Call("megatron_r1v2.rewards.answer", "answer_is_correct", arguments, imports)
 
 
+def within_call(text: str, answer: str, tolerances: Sequence[float]) -> Call:
+    """Return the call that tells whether the numbers in a response's last box are near enough (a bool).
+
+    Args:
+        text: the response.
+        answer: the reference answer.
+        tolerances: absolute; one for all parts of the reference, or one for each.
+    """
+    module = "megatron_r1v2.rewards.math_answer"
+    return Call(module, "answer_is_within", (text, answer, tolerances), imports=(module,))
+
+
 def claims_call(text: str, pattern: str) -> Call:
     """Return the call that finds the claims of a response (a list of [name, value]).
 

@@ -39,7 +39,7 @@ class Validation:
             return False
         with session.recorder.timed("evaluate"):
             self.evaluator.features.clear()
-            result, _, _ = self.evaluator.run(self.prompts, name="validation", step=session.step)
+            result = self.evaluator.run(self.prompts, name="validation", step=session.step)
         session.recorder.note(validation_metrics(result))
         session.checkpoints.validated = (session.step, result.pass_at_1)
         if self.calibrator is not None:

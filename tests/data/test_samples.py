@@ -17,7 +17,7 @@ def parse(**changes: Any) -> None:
 
 
 def test_a_sample_survives_writing_and_reading() -> None:
-    sample = tiny_sample(7, chosen="a", rejected="b", margin=1.5, source="here")
+    sample = tiny_sample(7, chosen="a", rejected="b", margin=1.5, source="here", tolerances=(0.1, 0.0))
     assert parse_sample(sample.key, {"json": encode_record(sample), **sample.images}) == sample
     text_only = tiny_sample(8, images={}, messages=({"role": "user", "content": "1 + 1?"},), response=None)
     assert parse_sample(text_only.key, {"json": encode_record(text_only)}) == text_only
@@ -36,6 +36,10 @@ def test_a_sample_survives_writing_and_reading() -> None:
         ({"facts": {"left": 3}}, "facts must map"),
         ({"facts": ["left"]}, "facts must map"),
         ({"margin": "1"}, "margin must be a number"),
+        ({"tolerances": 0.1}, "tolerances must be a list of numbers"),
+        ({"tolerances": [-0.1]}, "tolerances must be a list of numbers"),
+        ({"tolerances": [float("inf")]}, "tolerances must be a list of numbers"),
+        ({"tolerances": [True]}, "tolerances must be a list of numbers"),
         ({"response": 8}, "response must be text"),
         ({"images": ["../x.png"]}, "images must be a list of names"),
         ({"images": "0.png"}, "images must be a list of names"),

@@ -155,7 +155,7 @@ def write_olympiadbench(folder):
     }  # fmt: skip
     multiple = {
         **row, "id": 2000, "question": "Solve.", "final_answer": ["2", "3"], "unit": None, "image_1": None,
-        "context": None, "is_multiple_answer": True, "subject": "Math", "subfield": "Algebra",
+        "context": None, "is_multiple_answer": True, "subject": "Math", "subfield": "Algebra", "error": "1e-1,",
     }  # fmt: skip
     write(folder / "OE_MM_physics_en_COMP" / "OE_MM_physics_en_COMP.parquet", columns, [row, multiple])
     write(folder / "TP_TO_maths_en_COMP" / "p.parquet", columns, [{**row, "id": 9, "final_answer": None}])

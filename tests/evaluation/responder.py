@@ -13,7 +13,8 @@ class Responder:
     """What the server does and what it was asked.
 
     Args:
-        answer: body -> text, dict (a whole answer), int (an HTTP status), or bytes (sent as they are).
+        answer: body -> text, dict (a whole answer), int (an HTTP status), (status, what is told), or bytes (sent as
+            they are).
     """
 
     def __init__(self, answer):
@@ -54,6 +55,8 @@ def serving(answer, *, port=0):
             status, content = 200, reply
             if isinstance(reply, int):
                 status, content = reply, b'{"error": {"message": "scripted"}}'
+            if isinstance(reply, tuple):
+                status, content = reply[0], {"error": {"message": reply[1]}}
             if isinstance(reply, str):
                 content = completion(reply)
             if isinstance(content, dict):

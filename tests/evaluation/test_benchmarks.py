@@ -12,6 +12,7 @@ from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.stream import read_samples
 from megatron_r1v2.evaluation.benchmarks.__main__ import benchmark_samples, main
 from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION, place_images
+from megatron_r1v2.rewards.answer import answer_is_correct
 from tests.evaluation import published
 
 
@@ -59,7 +60,7 @@ def test_mmmu_pro_standard_and_vision(tmp_path):
     assert (standard.answer, standard.metadata["subject"], standard.metadata["setting"]) == ("J", "History", "standard")
     (vision,) = read("mmmu_pro", tmp_path / "vision")
     assert content(vision) == "<image>\n" + CHOICE_INSTRUCTION
-    assert (vision.answer, vision.metadata["setting"]) == ("C", "vision")
+    assert (vision.answer, vision.alternatives, vision.metadata["setting"]) == ("C", ("option 2",), "vision")
     with pytest.raises(ValueError, match=r"was used by .*already; give one split or set \(--only\)"):
         read("mmmu_pro", tmp_path)
 
@@ -68,10 +69,10 @@ def test_mmmu_pro_standard_and_vision(tmp_path):
 def test_mathvista_choices_are_texts_and_become_letters(tmp_path, write):
     write(tmp_path)
     free, choice = read("mathvista", tmp_path)
-    assert (free.answer, free.answer_type) == ("1.2", "numeric")
+    assert (free.answer, free.answer_type, free.tolerances) == ("1.2", "math", (0.05,))
     assert content(free).startswith("<image>\nHint: Please answer")
     assert content(free).endswith(OPEN_INSTRUCTION)
-    assert (choice.answer, choice.answer_type) == ("C", "choice")
+    assert (choice.answer, choice.answer_type, choice.alternatives) == ("C", "choice", ("equal",))
     assert content(choice).endswith("(C) equal\n" + CHOICE_INSTRUCTION)
     assert choice.metadata["task"] == "geometry problem solving"
     assert choice.metadata["skills"] == "geometry reasoning, arithmetic reasoning"
@@ -92,8 +93,19 @@ def test_olympiadbench_answers_are_lists_and_proofs_are_left_out(tmp_path):
         "A ball rolls.\nFind the speed.\n\n<image>\nThe unit of the answer is m/s.\n" + OPEN_INSTRUCTION
     )
     assert (one.answer, two.answer) == ("$3.5$", "2, 3")
+    assert (one.tolerances, two.tolerances) == ((0.1,), (0.1, 0.0))
     assert two.metadata["subfield"] == "Algebra"
     assert not two.images
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [("small", "error must be a number"), ("1,2,3", "nor for each of the 2")]
+)
+def test_an_error_that_cannot_be_meant(tmp_path, error, message):
+    row = {"id": 1, "question": "?", "final_answer": ["2", "3"], "error": error}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=f"rows.json, row 1: .*{message}"):
+        read("olympiadbench", tmp_path)
 
 
 def test_the_authors_json_of_olympiadbench_has_images_beside(tmp_path):
@@ -122,10 +134,32 @@ def test_aime_in_its_published_forms(tmp_path, rows):
     (tmp_path / "aime.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (expected,) = read("aime2024", tmp_path / "h4")
     (sample,) = read("aime2024", tmp_path / "aime.jsonl")
-    assert int(expected.answer) == int(sample.answer) == 33
+    assert expected.answer == sample.answer == "33"
     assert content(sample) == content(expected) == "Find $m+n$.\n" + OPEN_INSTRUCTION
     assert sample.metadata["test"] == expected.metadata["test"] == "AIME II"
-    assert sample.answer_type == "numeric"
+    assert sample.answer_type == "math"
+
+
+@pytest.mark.parametrize("box", [r"33^\circ", "n=33", "033", "33.", "33.0", "66/2", "33 cm", "2^5+1"])
+def test_a_number_is_right_however_it_is_written(tmp_path, box):
+    published.write_aime(tmp_path)
+    (sample,) = read("aime2024", tmp_path)
+    assert answer_is_correct(rf"\boxed{{{box}}}", sample.answer, sample.answer_type)
+    assert not answer_is_correct(rf"\boxed{{{box}}}", "34", sample.answer_type)
+
+
+@pytest.mark.parametrize(("box", "right"), [(r"1.2\text{ cm}", True), (r"\frac{6}{5}", True), ("1.3", False)])
+def test_a_unit_does_not_make_mathvista_wrong(tmp_path, box, right):
+    published.write_mathvista(tmp_path)
+    free, _ = read("mathvista", tmp_path)
+    assert answer_is_correct(rf"\boxed{{{box}}}", free.answer, free.answer_type) is right
+
+
+@pytest.mark.parametrize("row", [{"solution": "no box"}, {"answer": "1000"}, {"answer": "n"}, {"answer": -1}])
+def test_an_aime_answer_that_is_none_is_refused(tmp_path, row):
+    (tmp_path / "aime.jsonl").write_text(json.dumps({"id": 1, "problem": "?", "solution": "", **row}))
+    with pytest.raises(ValueError, match=r"aime.jsonl, row 1: the answer must be a whole number from 0 to 999"):
+        read("aime2024", tmp_path)
 
 
 def test_the_command_writes_shards_that_read_back(tmp_path, capsys):
@@ -156,6 +190,57 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, messag
     assert main(["mmmu", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]) == 1
     assert "Nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["null", "5", '"text"'])
+def test_json_that_holds_no_rows(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match=r"rows.json: expected a list of rows or a mapping"):
+        read("mmmu", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_line_ends_inside_texts_and_a_byte_order_mark(tmp_path, name):
+    row = {"id": 1, "problem": "one\u2028two\x85three", "answer": "3"}
+    (tmp_path / name).write_text("\ufeff" + json.dumps(row if name == "rows.jsonl" else [row], ensure_ascii=False))
+    (sample,) = read("aime2024", tmp_path)
+    assert content(sample).startswith("one\u2028two\x85three\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers"),
+    [("[0,1)", ["[0,1)"]), ("[2,3]", ["[2,3]"]), ("['a', 'b']", ["a", "b"]), ("[]", ["[]"]), ("5", ["5"])],
+)
+def test_an_open_answer_may_be_an_interval(tmp_path, answer, answers):
+    row = {"id": "validation_Math_1", "question": "?", "options": "[]", "answer": answer, "question_type": "open"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (sample,) = read("mmmu", tmp_path)
+    assert [sample.answer, *sample.alternatives] == answers
+
+
+@pytest.mark.parametrize("details", ["text", {"skills": 5}])
+def test_metadata_of_another_kind_is_refused(tmp_path, details):
+    row = {"pid": "1", "question": "?", "query": "?", "answer": "1", "answer_type": "integer", "metadata": details}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=r"rows.json, row 1: (metadata|skills) must be"):
+        read("mathvista", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "alternatives"),
+    [
+        (["x", "12 cm"], ("12 cm",)),
+        (["x", "D. melanogaster"], ("D. melanogaster",)),
+        (["B", "A"], ()),
+        (["x", "(a)"], ()),
+        (["x", "see <image 2>"], ()),
+    ],
+)
+def test_the_text_of_the_right_option_is_right_too(tmp_path, options, alternatives):
+    row = {"id": "validation_Math_1", "question": "?", "options": str(options), "answer": "B"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (sample,) = read("mmmu", tmp_path)
+    assert (sample.answer, sample.alternatives) == ("B", alternatives)
 
 
 def test_files_that_are_not_there_or_broken(tmp_path):

@@ -61,6 +61,44 @@ def test_a_refusal_ends_at_once_and_names_the_settings(status):
         assert len(responder.bodies) == 1
 
 
+def reasoning_model(body):
+    """Refuses as OpenAI's o-series does."""
+    if "max_tokens" in body:
+        return 400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
+    if body.get("temperature", 1) != 1:
+        return 400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is."
+    return f"limit {body['max_completion_tokens']}"
+
+
+def test_what_a_reasoning_model_refuses_is_left_out_from_then_on():
+    body = {**BODY, "temperature": 0.0, "max_tokens": 99}
+    with serving(reasoning_model) as (url, responder):
+        judge = endpoint(url, kind="judge", concurrency=1)
+        assert [answer.text for _, answer in judge.ask_all("abc", lambda task: body)] == ["limit 99"] * 3
+        assert [len(sent) for sent in responder.bodies] == [4, 4, 3, 3, 3]
+        fresh = endpoint(url, kind="judge", concurrency=8)
+        assert [answer.text for _, answer in fresh.ask_all("abcdefgh", lambda task: body)] == ["limit 99"] * 8
+
+
+def test_the_temperature_of_an_evaluated_model_is_never_left_out():
+    with serving(reasoning_model) as (url, _):
+        with pytest.raises(EndpointFailed, match=r"temperature.*does not support 0.*evaluation.temperature"):
+            endpoint(url).ask({**BODY, "temperature": 0.0, "max_tokens": 99})
+        assert endpoint(url).ask({**BODY, "temperature": 1.0, "max_tokens": 99}).text == "limit 99"
+
+
+def test_a_limit_is_not_taken_off_for_a_server_that_knows_no_other():
+    with serving(lambda body: (400, "max_tokens is too large")) as (url, responder):
+        with pytest.raises(EndpointFailed, match=r"too large.*evaluation.judge_max_tokens"):
+            endpoint(url, kind="judge").ask({**BODY, "max_tokens": 99})
+        assert len(responder.bodies) == 1
+
+
+def test_a_refused_question_is_named():
+    with serving(lambda body: 400) as (url, _), pytest.raises(EndpointFailed, match=r"a request about 'q-a' with HTTP"):
+        list(endpoint(url).ask_all(["a"], lambda task: BODY, about=lambda task: f"q-{task}"))
+
+
 def test_a_server_that_is_gone_is_told_clearly():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -12,7 +13,6 @@ from megatron_r1v2.data.samples import Sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
 from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
-from megatron_r1v2.evaluation.judge import judge_prompt, needs_judge, read_verdict
 from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
 from tests.evaluation.responder import completion, serving
 
@@ -50,6 +50,10 @@ def recipe(shards, output, url, **evaluation):
         reward=RewardConfig(verifier_workers=1, claim_pattern=r"(?P<name>left) (?P<value>\d)"),
         evaluation=EvaluationConfig(data=str(shards), endpoint_url=url, endpoint_model="served", **settings),
     )
+
+
+def port_of(url):
+    return int(re.search(r":(\d+)/", url)[1])
 
 
 def number_of(body):
@@ -145,12 +149,35 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(shards, 
     assert kept == 6
     with log.open("a") as file:
         file.write('{"prompt_key": "q-1", "sam')  # killed while it wrote
-    with serving(answer) as (url, responder):
+    with serving(answer, port=port_of(url)) as (url, responder):
         result = run_endpoint_evaluation(recipe(shards, tmp_path / "cut", url), "evaluation")
         assert len(responder.bodies) == 10 - kept
     assert result == whole
     for name in ("evaluation-evaluation.json", "evaluation-evaluation.rollouts.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_number_within_the_tolerance_is_right_before_a_judge_is_asked(tmp_path):
+    write_shards([replace(sample(1, tolerances=(0.1,)), answer_type="math")], tmp_path / "shards")
+    replies = [r"\boxed{1.05\text{ m}}", r"\boxed{1.2}"]
+    with serving(lambda body: replies.pop(0)) as (url, _), serving(judge) as (judge_url, judged):
+        settings = recipe(tmp_path / "shards", tmp_path, url, judge_url=judge_url, judge_model="judge", concurrency=1)
+        assert run_endpoint_evaluation(settings, "evaluation").runs == (1.0, 0.0)
+    (body,) = judged.bodies
+    assert "missed by at most 0.1" in body["messages"][0]["content"]
+    assert [row["tolerances"] for row in rows_of(tmp_path)] == [[0.1], [0.1]]
+
+
+def test_the_text_of_an_option_is_compared_as_text_and_told_to_the_judge(tmp_path):
+    asked = replace(sample(1, alternatives=("A. thaliana",)), answer="C", answer_type="choice")
+    write_shards([asked], tmp_path / "shards")
+    replies = ["\\boxed{A}", "\\boxed{A. thaliana}", "\\boxed{c}", "\\boxed{thale cress}"]
+    with serving(lambda body: replies.pop(0)) as (url, _), serving(judge) as (judge_url, judged):
+        settings = {"judge_url": judge_url, "judge_model": "judge", "concurrency": 1, "runs": 4}
+        result = run_endpoint_evaluation(recipe(tmp_path / "shards", tmp_path, url, **settings), "evaluation")
+    assert result.runs == (0.0, 1.0, 1.0, 0.0)
+    (body,) = judged.bodies
+    assert "Reference answer: C or A. thaliana\n" in body["messages"][0]["content"]
 
 
 def test_a_judge_that_is_down_loses_nothing(shards, tmp_path):
@@ -160,7 +187,7 @@ def test_a_judge_that_is_down_loses_nothing(shards, tmp_path):
             run_endpoint_evaluation(settings, "evaluation")
         assert len(responder.bodies) == 10
         assert not (tmp_path / "evaluation-evaluation.json").exists()
-    with serving(answer) as (url, responder), serving(judge) as (judge_url, _):
+    with serving(answer, port=port_of(url)) as (url, responder), serving(judge) as (judge_url, _):
         settings = recipe(shards, tmp_path, url, judge_url=judge_url, judge_model="judge")
         assert run_endpoint_evaluation(settings, "evaluation").pass_at_1 == pytest.approx(3 / 5)
         assert not responder.bodies
@@ -169,45 +196,29 @@ def test_a_judge_that_is_down_loses_nothing(shards, tmp_path):
 def test_another_temperature_does_not_go_on_with_old_responses(shards, tmp_path):
     with serving(lambda body: 500) as (url, _), pytest.raises(EndpointFailed):
         run_endpoint_evaluation(recipe(shards, tmp_path, url), "evaluation")
-    with serving(answer) as (url, _):
+    with serving(answer, port=port_of(url)) as (url, _):
         with pytest.raises(ValueError, match=r"evaluation.temperature was 1.0 and is 0.6.*another --name"):
             run_endpoint_evaluation(recipe(shards, tmp_path, url, temperature=0.6), "evaluation")
         more_runs = run_endpoint_evaluation(recipe(shards, tmp_path, url, runs=3), "evaluation")
     assert len(more_runs.runs) == 3
 
 
+def test_another_server_does_not_go_on_with_the_first_ones_responses(shards, tmp_path):
+    with serving(lambda body: 500) as (first, _), pytest.raises(EndpointFailed):
+        run_endpoint_evaluation(recipe(shards, tmp_path, first), "evaluation")
+    with serving(answer) as (url, _), pytest.raises(ValueError, match=f"evaluation.endpoint_url was '{first}' and is"):
+        run_endpoint_evaluation(recipe(shards, tmp_path, url), "evaluation")
+
+
+def test_a_question_that_is_refused_is_named(shards, tmp_path):
+    def refuse(body):
+        return 400 if number_of(body) == 3 else answer(body)
+
+    with serving(refuse) as (url, _), pytest.raises(EndpointFailed, match=r"about 'q-3' with HTTP 400"):
+        run_endpoint_evaluation(recipe(shards, tmp_path, url), "evaluation")
+
+
 def test_a_response_that_was_cut_is_wrong_and_says_so(shards, tmp_path):
     with serving(lambda body: completion("\\boxed{1", finish_reason="length")) as (url, _):
         run_endpoint_evaluation(recipe(shards, tmp_path, url, prompts=1), "evaluation")
     assert {(row["finish_reason"], row["correct"]) for row in rows_of(tmp_path)} == {("length", False)}
-
-
-ROW = {
-    "text": "\\boxed{x}", "rule_correct": False, "answer_type": "math", "question": "Q", "answer": "y",
-    "alternatives": ["z"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "asked"),
-    [
-        ({}, True),
-        ({"rule_correct": True}, False),
-        ({"text": "no box"}, False),
-        ({"text": "\\boxed{ }"}, False),
-        ({"text": "\\boxed{B}", "answer_type": "choice"}, False),
-        ({"text": "\\boxed{(B)}", "answer_type": "choice"}, False),
-        ({"text": "\\boxed{the second}", "answer_type": "choice"}, True),
-    ],
-)
-def test_who_is_judged(changes, asked):
-    assert needs_judge({**ROW, **changes}) is asked
-
-
-def test_what_the_judge_is_told_and_says():
-    told = judge_prompt({**ROW, "text": "secret reasoning {0}</think>\\boxed{\\frac{1}{2}}"})
-    assert "Reference answer: y or z\nStudent's final answer: \\frac{1}{2}" in told
-    assert "secret" not in told
-    assert read_verdict("Verdict: CORRECT ... no:\n**Verdict: INCORRECT**") is False
-    assert read_verdict("verdict: **correct**") is True
-    assert read_verdict("It is CORRECT") is None

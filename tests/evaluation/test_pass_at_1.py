@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-import torch
 from rich.console import Console
 
 from megatron_r1v2.evaluation.pass_at_1 import (
@@ -12,40 +11,29 @@ from megatron_r1v2.evaluation.pass_at_1 import (
     Outcome,
     comparison_table,
     evaluate_outcomes,
-    evaluate_runs,
     evaluation_path,
     read_evaluation,
     write_evaluation,
 )
-from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
-
-
-def _prompt(key):
-    tiles = torch.zeros(0, 3, 4, 4, dtype=torch.uint8)
-    return Prompt(key, (), (1,), tiles, "8", "numeric", facts={"left": "3"})
 
 
 def _scored(key, run, correct, *, tokens=4, claims=(("left", "3"),), well_formed=True):
-    rollout = Rollout(key, run, tuple(range(tokens)), (0.0,) * tokens, policy_version=7, finish_reason="stop")
-    rewards = {"answer": float(correct), "format": float(well_formed)}
-    return ScoredRollout(rollout, "", rewards, float(correct), correct, claims)
+    return Outcome(key, run, correct, None, float(well_formed), tokens, claims, {"left": "3"})
 
 
-def _evaluate(prompts, scored, name="before"):
-    return evaluate_runs(name, prompts, scored, temperature=1.0, top_p=1.0, seed=3, step=7)
+def _evaluate(keys, outcomes, name="before"):
+    return evaluate_outcomes(name, list(keys), outcomes, temperature=1.0, top_p=1.0, seed=3, step=7)
 
 
 def _example():
-    prompts = [_prompt(key) for key in "abcd"]
+    prompts = "abcd"
     correct = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]  # by run, then prompt: 0.5, 0.25, 0.75
     scored = [
-        _scored(prompt.key, run, bool(correct[run][index]), tokens=4 + run)
+        _scored(prompt, run, bool(correct[run][index]), tokens=4 + run)
         for run in range(3)
         for index, prompt in enumerate(prompts)
     ]
-    scored[0] = dataclasses.replace(
-        scored[0], claims=(("left", "9"), ("left", "3")), rewards={"answer": 1, "format": 0}
-    )
+    scored[0] = dataclasses.replace(scored[0], claims=(("left", "9"), ("left", "3")), well_formed=0.0)
     scored[1] = dataclasses.replace(scored[1], claims=())
     return prompts, scored
 
@@ -84,7 +72,7 @@ def test_the_order_of_the_responses_does_not_change_a_bit():
 
 
 def test_one_run_has_no_deviation_and_no_claims_have_no_rate():
-    result = _evaluate([_prompt("a")], [_scored("a", 0, True, claims=())])
+    result = _evaluate("a", [_scored("a", 0, True, claims=())])
     assert (result.pass_at_1, result.pass_at_1_std, result.runs) == (1.0, 0.0, (1.0,))
     assert result.hallucination_rate is None
     assert result.claim_coverage == 0.0
@@ -104,7 +92,7 @@ def test_one_run_has_no_deviation_and_no_claims_have_no_rate():
 )
 def test_every_prompt_must_be_in_every_run(prompts, responses, message):
     with pytest.raises(ValueError, match=message):
-        _evaluate([_prompt(key) for key in prompts], [_scored(key, run, True) for key, run in responses])
+        _evaluate(prompts, [_scored(key, run, True) for key, run in responses])
 
 
 def test_the_record_has_the_agreed_fields_and_reads_back(tmp_path):
@@ -152,7 +140,7 @@ def test_a_majority_counts_right_answers_as_one_and_wrong_ones_by_their_text():
 
 
 def test_a_rate_that_does_not_exist_is_null(tmp_path):
-    path = write_evaluation(tmp_path, _evaluate([_prompt("a")], [_scored("a", 0, True, claims=())]))
+    path = write_evaluation(tmp_path, _evaluate("a", [_scored("a", 0, True, claims=())]))
     assert json.loads(path.read_text())["hallucination_rate"] is None
     assert read_evaluation(path).hallucination_rate is None
 
@@ -174,8 +162,8 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
 def test_the_table_shows_before_and_after():
     before = _evaluate(*_example())
     after = _evaluate(
-        before_prompts := [_prompt(key) for key in "abcd"],
-        [_scored(prompt.key, run, True, claims=()) for run in range(3) for prompt in before_prompts],
+        "abcd",
+        [_scored(prompt, run, True, claims=()) for run in range(3) for prompt in "abcd"],
         name="after",
     )
     console = Console(width=100, record=True, file=io.StringIO())

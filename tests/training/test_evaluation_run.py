@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import read_samples
 from megatron_r1v2.evaluation.rows import open_log
 from megatron_r1v2.training.evaluation_run import run_evaluation
+from megatron_r1v2.training.session import open_model
 from tests.ranks import run_ranks
 from tests.training.runs import recipe_for, run_stage
 
@@ -56,6 +61,19 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(root: Pa
     assert again[0] == first, "the prompt that was done is not generated again"
     assert again[1:] == (tmp_path / "whole" / "evaluation-e.rollouts.jsonl").read_text().splitlines()[1:]
     assert not log.path.exists()
+
+
+def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp_path: Path) -> None:
+    samples = read_samples(root / "data", settings=DataConfig(), count=6)
+    others = [replace(sample, answer="neither", alternatives=("0", "1")) for sample in samples]
+    write_shards(others, tmp_path / "data")
+    recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={tmp_path / 'data'}",))
+    with open_model(recipe) as loaded, loaded.verifiers() as pool:
+        evaluator = loaded.evaluator(loaded.engine(), pool)
+        validated = evaluator.run(loaded.read_prompts(recipe.evaluation.data), name="validation", step=0)
+    assert validated.pass_at_1 > 0
+    commanded = run_evaluation(recipe, "validation")
+    assert replace(commanded, model="") == validated
 
 
 def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:

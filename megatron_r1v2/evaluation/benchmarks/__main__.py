@@ -28,8 +28,8 @@ every image is checked first; the output folder appears only when all of it is w
   mathvision     MathLLMs/MathVision: testmini or test
   olympiadbench  Hothan/OlympiadBench (folders OE_*), lmms-lab/OlympiadBench, or the authors' JSON
 
-Rules compare answers exactly (numbers to 1e-6); where a benchmark allows a rounding or an error, let a judge decide
-(evaluation.judge_url).
+Rules compare answers exactly (numbers to 1e-6), or within what MathVista's precision and OlympiadBench's error allow.
+Where a benchmark accepts other wordings, let a judge decide (evaluation.judge_url).
 """
 _EXAMPLE = """\
 example:
@@ -94,6 +94,7 @@ def to_sample(name: str, title: str, question: Question) -> Sample:
         answer_type=question.answer_type,
         images=name_images(encoded),
         alternatives=question.alternatives,
+        tolerances=question.tolerances,
         metadata={"benchmark": title, **question.metadata},
         source=name,
     )

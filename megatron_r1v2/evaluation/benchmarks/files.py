@@ -51,13 +51,17 @@ def read_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
         yield from _parquet_rows(path)
         return
     try:
-        if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            content: Any = [json.loads(line) for line in lines if line.strip()]
-        else:
-            content = json.loads(path.read_text(encoding="utf-8"))
+        # Some programs begin a file with a byte order mark, which JSON has no place for.
+        text = path.read_text(encoding="utf-8-sig")
+        # Not splitlines(): a text in JSON may hold the other line ends of Unicode as they are.
+        lines = [line for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else [text]
+        content: Any = [json.loads(line) for line in lines]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if path.suffix == ".json":
+        (content,) = content
+    if not isinstance(content, dict | list):
+        raise ValueError(f"{path}: expected a list of rows or a mapping from id to row, got {type(content).__name__}")
     rows = content.items() if isinstance(content, dict) else enumerate(content, start=1)
     for name, row in rows:
         if not isinstance(row, dict):

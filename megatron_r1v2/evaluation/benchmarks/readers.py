@@ -5,6 +5,7 @@ Column names and encodings are those of the published files; each reader names i
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Question:
     """Shown below the text, each behind its letter."""
     alternatives: tuple[str, ...] = ()
     """Further right answers."""
+    tolerances: tuple[float, ...] = ()
+    """How far from the answer its numbers may be."""
     images: Mapping[int, bytes] = field(default_factory=dict)
     """Encoded, by their number in the marks."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -55,11 +58,13 @@ def aime_2024(row: RowOfFile, images: Path) -> Question:
     answer = small.get("answer")
     if answer is None:
         answer = last_boxed(_text(small, "solution"))
+    if answer is None or not re.fullmatch(r"\d{1,3}", str(answer).strip(), re.ASCII):
+        raise SampleError(f"the answer must be a whole number from 0 to 999, got {answer!r}")
     metadata = {"year": str(small["year"])} if small.get("year") else {}
     test = re.search(r"AIME[_ -]+(II?)(?!I)|^2024-(II?)-", f"{small.get('url') or ''} {small.get('id')}".strip())
     if test:
         metadata["test"] = f"AIME {test[1] or test[2]}"
-    return Question(str(_field(small, "id")), _text(small, "problem"), str(answer), "numeric", metadata=metadata)
+    return Question(str(_field(small, "id")), _text(small, "problem"), str(int(answer)), "math", metadata=metadata)
 
 
 def mmmu(row: RowOfFile, images: Path) -> Question:
@@ -79,12 +84,10 @@ def mmmu(row: RowOfFile, images: Path) -> Question:
     if row.get("question_type", "multiple-choice") == "multiple-choice":
         options = tuple(text_list(_field(row, "options"), "options"))
         letter = _letter(_text(row, "answer"), options)
-        return Question(name, question, letter, "choice", options, images=found, metadata=_filled(metadata))
-    answer = _text(row, "answer")
-    answers = text_list(answer, "answer") if answer.startswith("[") else [answer]
-    return Question(
-        name, question, answers[0], "math", alternatives=tuple(answers[1:]), images=found, metadata=_filled(metadata)
-    )
+        others = _right_text(letter, options)
+        return Question(name, question, letter, "choice", options, others, images=found, metadata=_filled(metadata))
+    answer, *more = _open_answers(_text(row, "answer"))
+    return Question(name, question, answer, "math", alternatives=tuple(more), images=found, metadata=_filled(metadata))
 
 
 def mmmu_pro(row: RowOfFile, images: Path) -> Question:
@@ -103,12 +106,14 @@ def mmmu_pro(row: RowOfFile, images: Path) -> Question:
     found = _only_image(row, "image", images) if vision else _numbered_images(row, images)
     if vision and not found:
         raise SampleError("the vision set has no image in this row")
+    letter = _letter(_text(row, "answer"), options)
     return Question(
         _text(row, "id"),
         "" if vision else _text(row, "question"),
-        _letter(_text(row, "answer"), options),
+        letter,
         "choice",
         () if vision else options,
+        _right_text(letter, options),
         images=found,
         metadata=_filled(metadata),
     )
@@ -117,13 +122,18 @@ def mmmu_pro(row: RowOfFile, images: Path) -> Question:
 def mathvista(row: RowOfFile, images: Path) -> Question:
     """MathVista: the published `query` holds hint, question, unit and choices; of a choice the answer is its text.
 
+    `precision` is the decimals that a number is rounded to, so it may be half of the last one away.
+
     Source: AI4Math/MathVista (pid, question, image, decoded_image, choices, unit, precision, answer, question_type,
     answer_type, metadata, query).
     """
     details = row.get("metadata") or {}
+    if not isinstance(details, Mapping):
+        raise SampleError(f"metadata must be an object, got {details!r:.80}")
     names = ("task", "category", "source", "grade", "context", "language")
     metadata = {name: str(details[name]) for name in names if details.get(name)}
-    metadata |= {"question_type": str(row.get("question_type") or ""), "skills": ", ".join(details.get("skills") or [])}
+    metadata["question_type"] = str(row.get("question_type") or "")
+    metadata["skills"] = ", ".join(text_list(details.get("skills"), "skills"))
     found = _only_image(row, "decoded_image", images) or _only_image(row, "image", images)
     text, answer = str(row.get("query") or "") or _text(row, "question"), _text(row, "answer")
     pid = str(_field(row, "pid"))
@@ -133,9 +143,12 @@ def mathvista(row: RowOfFile, images: Path) -> Question:
             raise SampleError(f"the answer {answer!r} is none of the choices {choices}")
         options = () if row.get("query") else tuple(choices)
         letter = LETTERS[choices.index(answer)]
-        return Question(pid, text, letter, "choice", options, images=found, metadata=_filled(metadata))
-    kind: AnswerType = "numeric" if row.get("answer_type") in ("integer", "float") else "math"
-    return Question(pid, text, answer, kind, images=found, metadata=_filled(metadata))
+        others = _right_text(letter, tuple(choices))
+        return Question(pid, text, letter, "choice", options, others, images=found, metadata=_filled(metadata))
+    tolerances: tuple[float, ...] = ()
+    if row.get("answer_type") == "float" and row.get("precision") is not None:
+        tolerances = (0.5 * 10.0 ** -_number(row["precision"], "precision"),)
+    return Question(pid, text, answer, "math", tolerances=tolerances, images=found, metadata=_filled(metadata))
 
 
 def mathvision(row: RowOfFile, images: Path) -> Question:
@@ -145,12 +158,14 @@ def mathvision(row: RowOfFile, images: Path) -> Question:
     """
     options = tuple(text_list(row.get("options"), "options"))
     answer = str(_field(row, "answer"))
+    answer = _letter(answer, options) if options else answer
     return Question(
         str(_field(row, "id")),
         _text(row, "question"),
-        _letter(answer, options) if options else answer,
+        answer,
         "choice" if options else "math",
         options,
+        _right_text(answer, options) if options else (),
         images=_only_image(row, "decoded_image", images) or _only_image(row, "image", images),
         metadata=_filled({"subject": str(row.get("subject") or ""), "level": str(row.get("level") or "")}),
     )
@@ -158,6 +173,8 @@ def mathvision(row: RowOfFile, images: Path) -> Question:
 
 def olympiadbench(row: RowOfFile, images: Path) -> Question | None:
     """OlympiadBench: final_answer is a list; theorems to prove have none and are left out.
+
+    `error` is how far a number may be away, for all answers or for each behind commas, where nothing means not at all.
 
     Sources: Hothan/OlympiadBench (id, question, solution, final_answer, context, image_1 ..., modality, difficulty,
     is_multiple_answer, unit, answer_type, error, question_type, subfield, subject, language), lmms-lab/OlympiadBench
@@ -173,7 +190,13 @@ def olympiadbench(row: RowOfFile, images: Path) -> Question | None:
     found = {number: data for number, data in enumerate(listed, start=1) if data} or _numbered_images(row, images)
     metadata = {name: str(row.get(name) or "") for name in ("subject", "subfield", "language", "answer_type", "source")}
     name = row["id"] if "id" in row else _field(row, "question_id")
-    return Question(str(name), text, ", ".join(answers), "math", images=found, metadata=_filled(metadata))
+    errors = str(row.get("error") or "")
+    tolerances = tuple(_number(error.strip() or "0", "error") for error in errors.split(",")) if errors else ()
+    if len(tolerances) not in (0, 1, len(answers)):
+        raise SampleError(f"error {errors!r} is neither for all answers nor for each of the {len(answers)}")
+    return Question(
+        str(name), text, ", ".join(answers), "math", tolerances=tolerances, images=found, metadata=_filled(metadata)
+    )
 
 
 READERS: Mapping[str, tuple[str, Reader]] = {
@@ -209,11 +232,35 @@ def _text(row: RowOfFile, name: str) -> str:
     return value.strip()
 
 
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise SampleError(f"{name} must be a number, got {value!r:.80}") from error
+
+
 def _letter(answer: str, options: tuple[str, ...]) -> str:
     letter = answer.strip().upper()
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise SampleError(f"the answer {answer!r} is no letter of the {len(options)} options")
     return letter
+
+
+def _right_text(letter: str, options: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what else is the right answer: the option's text, unless it is an image or looks like another's letter."""
+    text = options[LETTERS.index(letter)].strip()
+    return () if re.fullmatch(r"|\W*[A-Za-z]\W*|.*<image.*", text, re.DOTALL) else (text,)
+
+
+def _open_answers(answer: str) -> list[str]:
+    """Return the right answers: those of a list of texts, or the answer itself, which may be a list or an interval."""
+    try:
+        listed = ast.literal_eval(answer) if answer.startswith("[") else None
+    except (ValueError, SyntaxError):
+        listed = None
+    if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
+        return listed
+    return [answer]
 
 
 def _numbered_images(row: RowOfFile, folder: Path) -> dict[int, bytes]:
