@@ -92,12 +92,12 @@ class ChatServer:
         """Return the ASGI application."""
         return Starlette(
             routes=[
-                Route("/v1/chat/completions", self._answer_errors(self.complete), methods=["POST"]),
+                Route("/v1/chat/completions", self.complete, methods=["POST"]),
                 Route("/v1/models", self._answer_errors(self.models), methods=["GET"]),
                 Route("/health", self.health, methods=["GET"]),
                 Route("/metrics", self.prometheus, methods=["GET"]),
             ],
-            exception_handlers={HTTPException: _http_error},
+            exception_handlers={HTTPException: _http_error, Exception: _own_error},
             lifespan=self._lifespan,
         )
 
@@ -119,24 +119,16 @@ class ChatServer:
 
     async def complete(self, request: Request) -> Response:
         """Answer a chat completion request."""
-        started = time.monotonic()
         status = 500
         try:
-            response, status = await self._complete(request, started)
+            response = await self._answer_errors(self._complete)(request)
+            status = response.status_code
             return response
-        except BadRequest as error:
-            status = error.status
-            raise
-        except Unavailable:
-            status = 503
-            raise
-        except TimeoutError:
-            status = 504
-            raise
         finally:
             self._metrics.requests.labels(status=str(status)).inc()
 
-    async def _complete(self, request: Request, started: float) -> tuple[Response, int]:
+    async def _complete(self, request: Request) -> Response:
+        started = time.monotonic()
         check_key(request, self._api_key)
         self._service.check_room(1)  # before the body costs anything
         try:
@@ -149,14 +141,14 @@ class ChatServer:
         self._metrics.prompt_tokens.inc(len(prompt.token_ids))
         answering = _Answering(self, asked, job, len(prompt.token_ids), started)
         if asked.stream:
-            return _EventStream(answering.stream(), job), 200
+            return _EventStream(answering.stream(), job)
         try:
             body = await _unless_disconnected(request, answering.whole())
         finally:
             job.close()
         if body is None:
-            return Response(status_code=_CLIENT_LEFT), _CLIENT_LEFT
-        return JSONResponse(body), 200
+            return Response(status_code=_CLIENT_LEFT)
+        return JSONResponse(body)
 
     def _prepare(self, content: dict[str, Any]) -> tuple[ChatRequest, Prompt]:
         """Check a request, and template, tile and tokenize its prompt; runs in a thread of its own."""
@@ -331,3 +323,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return error_response(
         error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
     )
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    """Answer where the server itself is at fault; what happened stands in its log."""
+    return error_response(500, f"{request.method} {request.url.path}: the server failed; its log says why")

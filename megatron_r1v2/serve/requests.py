@@ -119,11 +119,16 @@ def error_body(status: int, message: str, *, param: str | None = None) -> dict[s
     Args:
         status: of HTTP.
         message: which may quote what the client sent, valid Unicode or not.
-        param: the field at fault, where it is one.
+        param: the field at fault, where it is one; it may be a name of the client's.
     """
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    message = message.encode(errors="backslashreplace").decode()
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    named = None if param is None else _sendable(param)
+    return {"error": {"message": _sendable(message), "type": kind, "param": named, "code": status}}
+
+
+def _sendable(text: str) -> str:
+    """Write out what is not Unicode, such as half of a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_messages(content: dict[str, Any], limits: Limits) -> list[Turn]:

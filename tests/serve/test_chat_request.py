@@ -89,6 +89,7 @@ def test_what_is_said_is_taken():
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs=21 is out of range; accepted: 0 to 20"),
         ({"logprobs": 5}, "logprobs", "logprobs=5; accepted: true or false"),
         ({"temprature": 1}, "temprature", "unknown field 'temprature'; did you mean 'temperature'"),
+        ({"\ud800": 1}, "\ud800", "unknown field"),
         ({"tools": [{}]}, "tools", r"tools=\[{}\] is not supported; accepted: \[\]"),
         ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty=0.5 is not supported; accepted: 0"),
         ({"messages": []}, None, "messages must be a list"),
@@ -109,6 +110,7 @@ def test_a_refusal_names_the_field_the_value_and_what_is_accepted(fields, param,
     assert caught.value.param == param
     body = json.loads(error_response(400, str(caught.value), param=param).body)
     assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["param"] == (param and param.replace("\ud800", "\\ud800"))
 
 
 @pytest.mark.parametrize(("kind", "format_"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
@@ -155,7 +157,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-NAMES = ["messages", "model", "n", "stop", "seed", "top_p", "stream", "stream_options", "max_tokens", "logit_bias", "x"]
+NAMES = ["messages", "model", "n", "stop", "seed", "top_p", "stream", "stream_options", "max_tokens", "logit_bias", "x", "\ud800"]
 
 
 @settings(max_examples=300, deadline=None)
@@ -166,5 +168,5 @@ def test_whatever_is_sent_is_taken_or_refused_and_never_crashes(fields):
         read(**fields)
     except BadRequest as error:
         refused = error
-    assert refused is None or error_response(refused.status, str(refused)).body
+    assert refused is None or error_response(refused.status, str(refused), param=refused.param).body
     assert refused is None or 400 <= refused.status < 500
