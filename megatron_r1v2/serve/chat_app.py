@@ -25,13 +25,19 @@ from megatron_r1v2.serve.chat_answer import STREAM_END, ChatAnswer, event
 from megatron_r1v2.serve.chat_request import ChatRequest, Defaults, read_chat_request
 from megatron_r1v2.serve.chat_text import ChoiceText, Decode, Piece
 from megatron_r1v2.serve.metrics import ServerMetrics
-from megatron_r1v2.serve.requests import BadRequest, Limits, check_key, error_body, error_response, read_object
-from megatron_r1v2.serve.service import Job, Service, Unavailable
+from megatron_r1v2.serve.requests import (
+    BadRequest,
+    BodyReader,
+    Limits,
+    Unavailable,
+    check_key,
+    error_body,
+    error_response,
+    unavailable_response,
+)
+from megatron_r1v2.serve.service import Job, Service
 from megatron_r1v2.types import Prompt
 
-RETRY_AFTER_SECONDS = 5
-BODY_SECONDS = 60.0
-"""A client that sends its request more slowly is told so."""
 # Requests whose images are decoded, tiled and tokenized at once: each may hold a whole body and its pictures.
 _PREPARED_AT_ONCE = 4
 _CLIENT_LEFT = 499
@@ -79,6 +85,7 @@ class ChatServer:
         self._service = service
         self._metrics = metrics
         self._limits = limits
+        self._bodies = BodyReader(limits, most_held=service.capacity)
         self._api_key = api_key
         self._request_seconds = request_seconds
         self._preparing = anyio.CapacityLimiter(_PREPARED_AT_ONCE)
@@ -131,12 +138,8 @@ class ChatServer:
         started = time.monotonic()
         check_key(request, self._api_key)
         self._service.check_room(1)  # before the body costs anything
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                content = await read_object(request, self._limits)
-        except TimeoutError as error:
-            raise BadRequest(f"the body did not arrive within {BODY_SECONDS:g} s", 408) from error
-        asked, prompt = await anyio.to_thread.run_sync(self._prepare, content, limiter=self._preparing)
+        async with self._bodies.read(request) as content:
+            asked, prompt = await anyio.to_thread.run_sync(self._prepare, content, limiter=self._preparing)
         job = self._service.submit(prompt, self._draws(asked, prompt), asked.max_tokens)
         self._metrics.prompt_tokens.inc(len(prompt.token_ids))
         answering = _Answering(self, asked, job, len(prompt.token_ids), started)
@@ -194,7 +197,7 @@ class ChatServer:
                 headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
                 return error_response(error.status, str(error), param=error.param, headers=headers)
             except Unavailable as error:
-                return error_response(503, str(error), headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+                return unavailable_response(error)
             except TimeoutError:
                 return error_response(504, _too_long(self._request_seconds))
             except ClientDisconnect:
