@@ -157,7 +157,20 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-NAMES = ["messages", "model", "n", "stop", "seed", "top_p", "stream", "stream_options", "max_tokens", "logit_bias", "x", "\ud800"]
+NAMES = [
+    "messages",
+    "model",
+    "n",
+    "stop",
+    "seed",
+    "top_p",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "logit_bias",
+    "x",
+    "\ud800",
+]
 
 
 @settings(max_examples=300, deadline=None)
