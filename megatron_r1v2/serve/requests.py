@@ -257,17 +257,29 @@ def image_from_data_url(url: object, where: str, limits: Limits) -> Image.Image:
 
 
 def _turn(message: object, where: str, limits: Limits) -> Turn:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise BadRequest(f"{where}: a message is an object with role (one of {', '.join(ROLES)}) and content")
-    content = message.get("content")
+    if not isinstance(message, dict):
+        raise BadRequest(f"{where}: a message is an object with role and content, got {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if role == "developer":
+        role = "system"  # its name for newer models of OpenAI's
+    if role not in ROLES:
+        raise BadRequest(
+            f"{where}.role={str(role)[:60]!r}; accepted: {', '.join(ROLES)}, and developer, which is system; "
+            "this server calls no tools"
+        )
+    for name in ("tool_calls", "function_call", "audio"):
+        if message.get(name):
+            raise BadRequest(f"{where}.{name} is not supported: this server calls no tools; leave it out")
+    if role == "assistant" and content is None:
+        content = ""
     if isinstance(content, str):
-        return Turn(message["role"], (content,))
+        return Turn(role, (content,))
     if not isinstance(content, list):
         raise BadRequest(f"{where}.content must be text or a list of parts, got {type(content).__name__}")
     if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in content) > limits.images:
         raise BadRequest(f"{where}: more than {limits.images} images", 413)
     parts = [_part(part, f"{where}.content[{index}]", limits) for index, part in enumerate(content)]
-    return Turn(message["role"], tuple(parts))
+    return Turn(role, tuple(parts))
 
 
 def _part(part: object, where: str, limits: Limits) -> str | Image.Image:
