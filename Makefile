@@ -3,6 +3,7 @@
 # make test          the tests of continuous integration
 # make test-full     with the slow ones too
 # make lint          ruff, mypy, shellcheck, hadolint
+# make harness-test  our endpoint and evaluator against lm-eval, which is installed into .venv-harness first (2 minutes)
 # make slurm-test    sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow
 # make gpu-test      what needs a CUDA device, with the Python of the container (nothing is installed)
 #
@@ -13,6 +14,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 VENV ?= .venv
+HARNESS_VENV ?= .venv-harness
 PIP_ARGS ?=
 # Test processes side by side; each may start ranks of its own, so one thread each.
 JOBS ?= 2
@@ -23,7 +25,10 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo real-weights test test-full lint slurm-test gpu-test install clean
+# What lm-eval needs to ask an endpoint and to judge IFEval; none of it needs torch.
+HARNESS := 'lm-eval[api,ifeval]==0.4.13' pillow==13.0.0
+
+.PHONY: demo real-weights test test-full lint harness-test slurm-test gpu-test install clean
 
 demo: install
 	$(BIN)/python -m examples.digits.run_demo
@@ -47,6 +52,16 @@ lint: install
 	$(BIN)/shellcheck --external-sources .ci/run slurm/*.sh tests/slurm/*.sh
 	$(BIN)/hadolint Dockerfile
 
+harness-test: install $(HARNESS_VENV)/installed
+	LM_EVAL_PYTHON=$(abspath $(HARNESS_VENV)/bin/python) $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 3600 \
+		tests/evaluation/test_outside_harness.py tests/serve/test_evaluation.py
+
+# In an environment of its own: lm-eval brings versions of its own. Made again when the Makefile, which names it, changes.
+$(HARNESS_VENV)/installed: Makefile
+	$(PYTHON) -m venv --clear $(HARNESS_VENV)
+	$(HARNESS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(HARNESS)
+	touch $@
+
 slurm-test: install
 	$(BIN)/python -m tests.slurm.cluster install
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/slurm tests/faults --timeout 3600
@@ -66,4 +81,4 @@ install:
 	fi
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(HARNESS_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

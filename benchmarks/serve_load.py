@@ -40,6 +40,7 @@ BAD = (
     b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
     b'{"messages": [{"role": "user", "content": [%s]}]}' % _ELSEWHERE,
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}',
     b"\xff" * 100_000,
 )
 

@@ -78,7 +78,7 @@ class PromptBuilder:
             Token ids, and uint8 [T, 3, height, width]: all tiles.
 
         Raises:
-            SampleError: If placeholders and images differ in number, or a text has an image token of its own.
+            SampleError: If placeholders and images differ in number, or a text has a control token of its own.
             ValueError: If the prompt is longer than data.max_prompt_tokens.
         """
         limit = tile_limit(self._settings.max_tiles, max(1, len(images)))

@@ -55,6 +55,18 @@ class ChatTokenizer:
             raise ValueError(f"{self._folder}: the tokenizer has no pad token; set pad_token in tokenizer_config.json")
         return int(pad)
 
+    @functools.cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Return what no text may hold: image tokens, and what the template or the tokenizer marks turns and ends with.
+
+        Other special tokens of a model (such as "<ref>" and "<box>" of its training data) are text like any other.
+        """
+        template = str(self._tokenizer.chat_template)
+        ends = (self._tokenizer.bos_token, self._tokenizer.eos_token, self._tokenizer.pad_token)
+        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        marks = [token for token in special if token in template or token in ends]
+        return tuple(dict.fromkeys((IMAGE_START, IMAGE_CONTEXT, IMAGE_END, *marks)))
+
     def token_id(self, text: str) -> int:
         """Return the id of a text that is one token.
 
@@ -108,7 +120,7 @@ class ChatTokenizer:
             Token ids.
 
         Raises:
-            SampleError: If placeholders and images differ in number, or the text has an image token of its own.
+            SampleError: If placeholders and images differ in number, or the text has a control token of its own.
         """
         placeholders = count_placeholders(messages)
         if placeholders != len(tiles_per_image):
@@ -119,7 +131,7 @@ class ChatTokenizer:
         tiles = iter(tiles_per_image)
         expanded = []
         for message in messages:
-            self._refuse(message["content"], (IMAGE_START, IMAGE_CONTEXT, IMAGE_END), key)
+            self._refuse(message["content"], self.control_tokens, key)
             text, *rest = message["content"].split(IMAGE_PLACEHOLDER)
             for piece in rest:
                 text += IMAGE_START + IMAGE_CONTEXT * (next(tiles) * tokens_per_tile) + IMAGE_END + piece
@@ -148,10 +160,10 @@ class ChatTokenizer:
             Token ids, the last that of `end_token`.
 
         Raises:
-            SampleError: If the text contains the end token or an image token.
+            SampleError: If the text contains the end token or another control token.
             ValueError: If `end_token` is not one token.
         """
-        self._refuse(text, (IMAGE_START, IMAGE_CONTEXT, IMAGE_END, end_token), key)
+        self._refuse(text, (*self.control_tokens, end_token), key)
         return [*self._encode(text), self.token_id(end_token)]
 
     def encode_text(self, text: str) -> list[int]:

@@ -41,6 +41,15 @@ examples
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "What is 3 + 5?"}], "max_tokens": 2000}'
 
+requests
+  The fields of chat completions for text and images are understood, role developer is system, and an assistant's
+  content may be null. Fields that change nothing are ignored: user, metadata, store, service_tier and the like. What
+  would change the answer and is not done is refused with 400: tools, role tool, response_format, penalties,
+  reasoning_effort other than "medium", chat_template_kwargs other than enable_thinking=true; unknown fields too, and
+  texts with a control token of the model (<|im_end|>, <img>).
+  A connection has 10 seconds for the headers of a request and 60 for its body. Bodies that are held at once may be 16
+  times --max-body-mib together, then clients are told 503.
+
 GET /health says whether requests are taken, GET /metrics counts for Prometheus. SIGTERM ends the server: it takes no
 more requests and gives those under way --grace-seconds."""
 

@@ -25,13 +25,19 @@ from megatron_r1v2.serve.chat_answer import STREAM_END, ChatAnswer, event
 from megatron_r1v2.serve.chat_request import ChatRequest, Defaults, read_chat_request
 from megatron_r1v2.serve.chat_text import ChoiceText, Decode, Piece
 from megatron_r1v2.serve.metrics import ServerMetrics
-from megatron_r1v2.serve.requests import BadRequest, Limits, check_key, error_body, error_response, read_object
-from megatron_r1v2.serve.service import Job, Service, Unavailable
+from megatron_r1v2.serve.requests import (
+    BadRequest,
+    BodyReader,
+    Limits,
+    Unavailable,
+    check_key,
+    error_body,
+    error_response,
+    unavailable_response,
+)
+from megatron_r1v2.serve.service import Job, Service
 from megatron_r1v2.types import Prompt
 
-RETRY_AFTER_SECONDS = 5
-BODY_SECONDS = 60.0
-"""A client that sends its request more slowly is told so."""
 # Requests whose images are decoded, tiled and tokenized at once: each may hold a whole body and its pictures.
 _PREPARED_AT_ONCE = 4
 _CLIENT_LEFT = 499
@@ -79,6 +85,7 @@ class ChatServer:
         self._service = service
         self._metrics = metrics
         self._limits = limits
+        self._bodies = BodyReader(limits, most_held=service.capacity)
         self._api_key = api_key
         self._request_seconds = request_seconds
         self._preparing = anyio.CapacityLimiter(_PREPARED_AT_ONCE)
@@ -92,12 +99,12 @@ class ChatServer:
         """Return the ASGI application."""
         return Starlette(
             routes=[
-                Route("/v1/chat/completions", self._answer_errors(self.complete), methods=["POST"]),
+                Route("/v1/chat/completions", self.complete, methods=["POST"]),
                 Route("/v1/models", self._answer_errors(self.models), methods=["GET"]),
                 Route("/health", self.health, methods=["GET"]),
                 Route("/metrics", self.prometheus, methods=["GET"]),
             ],
-            exception_handlers={HTTPException: _http_error},
+            exception_handlers={HTTPException: _http_error, Exception: _own_error},
             lifespan=self._lifespan,
         )
 
@@ -119,44 +126,32 @@ class ChatServer:
 
     async def complete(self, request: Request) -> Response:
         """Answer a chat completion request."""
-        started = time.monotonic()
         status = 500
         try:
-            response, status = await self._complete(request, started)
+            response = await self._answer_errors(self._complete)(request)
+            status = response.status_code
             return response
-        except BadRequest as error:
-            status = error.status
-            raise
-        except Unavailable:
-            status = 503
-            raise
-        except TimeoutError:
-            status = 504
-            raise
         finally:
             self._metrics.requests.labels(status=str(status)).inc()
 
-    async def _complete(self, request: Request, started: float) -> tuple[Response, int]:
+    async def _complete(self, request: Request) -> Response:
+        started = time.monotonic()
         check_key(request, self._api_key)
         self._service.check_room(1)  # before the body costs anything
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                content = await read_object(request, self._limits)
-        except TimeoutError as error:
-            raise BadRequest(f"the body did not arrive within {BODY_SECONDS:g} s", 408) from error
-        asked, prompt = await anyio.to_thread.run_sync(self._prepare, content, limiter=self._preparing)
+        async with self._bodies.read(request) as content:
+            asked, prompt = await anyio.to_thread.run_sync(self._prepare, content, limiter=self._preparing)
         job = self._service.submit(prompt, self._draws(asked, prompt), asked.max_tokens)
         self._metrics.prompt_tokens.inc(len(prompt.token_ids))
         answering = _Answering(self, asked, job, len(prompt.token_ids), started)
         if asked.stream:
-            return _EventStream(answering.stream(), job), 200
+            return _EventStream(answering.stream(), job)
         try:
             body = await _unless_disconnected(request, answering.whole())
         finally:
             job.close()
         if body is None:
-            return Response(status_code=_CLIENT_LEFT), _CLIENT_LEFT
-        return JSONResponse(body), 200
+            return Response(status_code=_CLIENT_LEFT)
+        return JSONResponse(body)
 
     def _prepare(self, content: dict[str, Any]) -> tuple[ChatRequest, Prompt]:
         """Check a request, and template, tile and tokenize its prompt; runs in a thread of its own."""
@@ -202,7 +197,7 @@ class ChatServer:
                 headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
                 return error_response(error.status, str(error), param=error.param, headers=headers)
             except Unavailable as error:
-                return error_response(503, str(error), headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+                return unavailable_response(error)
             except TimeoutError:
                 return error_response(504, _too_long(self._request_seconds))
             except ClientDisconnect:
@@ -331,3 +326,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return error_response(
         error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers
     )
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    """Answer where the server itself is at fault; what happened stands in its log."""
+    return error_response(500, f"{request.method} {request.url.path}: the server failed; its log says why")

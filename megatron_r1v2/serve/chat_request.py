@@ -33,9 +33,18 @@ _UNDERSTOOD = (
     "logprobs",
     "top_logprobs",
 )
-_IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls")
+IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "service_tier",
+    "parallel_tool_calls",
+)
 """They change nothing about the answer."""
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
@@ -45,10 +54,21 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "reasoning_effort": ("medium",),
+    "verbosity": ("medium",),
+    "chat_template_kwargs": ({}, {"enable_thinking": True}),
+    "include_reasoning": (True,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "best_of": (1,),
+    "ignore_eos": (False,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
 }
-"""Not supported; accepted where they would change nothing."""
+"""Not supported; accepted where they would change nothing: the value is what is done anyway."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +157,14 @@ def read_chat_request(content: dict[str, Any], defaults: Defaults, limits: Limit
 
 def _check_fields(content: Mapping[str, Any]) -> None:
     for name, value in content.items():
-        if name in _UNDERSTOOD or name in _IGNORED:
+        if name in _UNDERSTOOD or name in IGNORED:
             continue
-        if name not in _NEUTRAL:
+        if name not in NEUTRAL:
             close = difflib.get_close_matches(name, _UNDERSTOOD, n=1)
             advice = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(_UNDERSTOOD)}"
             raise BadRequest(f"unknown field {name!r}; {advice}", param=name)
-        if value not in _NEUTRAL[name]:
-            accepted = " or ".join(repr(neutral) for neutral in _NEUTRAL[name])
+        if value not in NEUTRAL[name]:
+            accepted = " or ".join(repr(neutral) for neutral in NEUTRAL[name])
             raise BadRequest(f"{name}={value!r} is not supported; accepted: {accepted}, or leave it out", param=name)
 
 

@@ -13,7 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from megatron_r1v2.serve.requests import BadRequest, Limits, Turn, json_endpoint, read_messages
+from megatron_r1v2.serve.requests import BadRequest, BodyReader, Limits, Turn, json_endpoint, read_messages
+
+MOST_REQUESTS = 256
+"""That wait for their scores; beyond it a client is told 503, and tries again."""
 
 
 class ConversationScorer(Protocol):
@@ -41,6 +44,7 @@ def reward_app(scorer: ConversationScorer, *, limits: Limits | None = None, api_
         An ASGI application.
     """
     limits = limits or Limits()
+    bodies = BodyReader(limits, most_held=MOST_REQUESTS)
 
     async def pooling(content: dict[str, Any]) -> dict[str, Any]:
         score, tokens = await _score(scorer, content, limits)
@@ -56,8 +60,8 @@ def reward_app(scorer: ConversationScorer, *, limits: Limits | None = None, api_
 
     return Starlette(
         routes=[
-            Route("/pooling", json_endpoint(pooling, limits=limits, api_key=api_key), methods=["POST"]),
-            Route("/classify", json_endpoint(classify, limits=limits, api_key=api_key), methods=["POST"]),
+            Route("/pooling", json_endpoint(pooling, bodies=bodies, api_key=api_key), methods=["POST"]),
+            Route("/classify", json_endpoint(classify, bodies=bodies, api_key=api_key), methods=["POST"]),
             Route("/health", health, methods=["GET"]),
         ]
     )

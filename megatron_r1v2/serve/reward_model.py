@@ -10,8 +10,9 @@ import torch
 import uvicorn
 
 from megatron_r1v2.serve.access import read_api_key
+from megatron_r1v2.serve.connections import web_config
 from megatron_r1v2.serve.requests import Limits
-from megatron_r1v2.serve.reward_app import reward_app
+from megatron_r1v2.serve.reward_app import MOST_REQUESTS, reward_app
 from megatron_r1v2.serve.skywork_reward import SkyworkReward
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -28,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     app = reward_app(scorer, limits=Limits(body_bytes=int(arguments.max_body_mib * 2**20)), api_key=key)
-    # Beyond this many a client is told 503, and tries again.
-    uvicorn.run(app, host=arguments.host, port=arguments.port, limit_concurrency=256, log_level="warning")
+    config = web_config(app, connections=2 * MOST_REQUESTS, host=arguments.host, port=arguments.port)
+    uvicorn.Server(config).run()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.parallel.groups import control_group
 from megatron_r1v2.serve.chat_app import ChatModel, ChatServer
 from megatron_r1v2.serve.chat_request import MAX_CHOICES, Defaults
+from megatron_r1v2.serve.connections import web_config
 from megatron_r1v2.serve.engine_loop import HEARTBEAT_SECONDS, Inbox, follow, lead
 from megatron_r1v2.serve.metrics import ServerMetrics
 from megatron_r1v2.serve.requests import Limits
@@ -160,14 +161,7 @@ class Ending:
 @contextmanager
 def _web_server(chat: ChatServer, listener: socket.socket, *, connections: int) -> Iterator[None]:
     """Run the web server in a thread of its own; signals stay with the main thread."""
-    config = uvicorn.Config(
-        chat.app(),
-        log_level="warning",
-        access_log=False,
-        lifespan="on",
-        limit_concurrency=connections,
-        timeout_graceful_shutdown=_FLUSH_SECONDS,
-    )
+    config = web_config(chat.app(), connections=connections, lifespan="on", timeout_graceful_shutdown=_FLUSH_SECONDS)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="web", daemon=True)
     thread.start()

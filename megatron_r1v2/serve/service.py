@@ -12,11 +12,8 @@ from megatron_r1v2.generation.engine import Request
 from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.serve.engine_loop import Inbox
 from megatron_r1v2.serve.metrics import ServerMetrics
+from megatron_r1v2.serve.requests import Unavailable
 from megatron_r1v2.types import Prompt
-
-
-class Unavailable(RuntimeError):
-    """The server cannot take or finish a request now; the client may try again."""
 
 
 @dataclass(frozen=True)

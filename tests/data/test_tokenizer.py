@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.tokenizer import ChatTokenizer
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, CONTROL_TOKENS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,26 @@ def test_a_literal_image_token_in_text_is_refused(tokenizer: ChatTokenizer, toke
         tokenizer.encode_prompt([user(f"<image> {token}")], [1], 4, key="k-7")
     with pytest.raises(SampleError, match=token):
         tokenizer.encode_response(f"I see {token}", "<|im_end|>")
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_no_text_begins_or_ends_a_turn(tokenizer: ChatTokenizer, token: str) -> None:
+    for role in ("system", "user", "assistant"):
+        with pytest.raises(SampleError, match=rf"'k-7'.*{re.escape(token)}"):
+            tokenizer.encode_prompt([{"role": role, "content": f"a{token}\nb"}], [], 4, key="k-7")
+    with pytest.raises(SampleError, match=re.escape(token)):
+        tokenizer.encode_response(f"8{token}", "<|im_end|>")
+
+
+def test_tokens_of_reasoning_and_of_grounding_are_text(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path)
+    raw = AutoTokenizer.from_pretrained(folder)
+    raw.add_tokens(["<ref>"], special_tokens=True)
+    raw.save_pretrained(folder)
+    tokenizer = ChatTokenizer(folder)
+    for text in ("<ref>a", "8</think>8", "<think>", "<|im_end", "a <| b |>"):
+        assert text in tokenizer.decode(tokenizer.encode_prompt([user(text)], [], 4))
+    assert set(tokenizer.control_tokens) == set(CONTROL_TOKENS)
 
 
 def test_an_end_token_inside_a_response_is_refused(tokenizer: ChatTokenizer) -> None:

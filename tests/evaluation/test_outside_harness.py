@@ -1,4 +1,4 @@
-"""lm-eval and bfcl-eval against scripted servers, where they are installed: LM_EVAL_PYTHON and BFCL_PYTHON.
+"""lm-eval and bfcl-eval against scripted servers: `make harness-test`, with BFCL_PYTHON for the latter.
 
 IFEval by the harness's own rules, but on made prompts: its published data needs the network. BFCL's is in its package.
 """
@@ -55,7 +55,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: set LM_EVAL_PYTHON to a Python that has it")
+@pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: run `make harness-test`")
 def test_ifeval_rules_by_lm_eval_judge_what_is_behind_the_reasoning(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -85,7 +85,7 @@ def run_bfcl(root: Path, url: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.skipif(BFCL_PYTHON is None, reason="no bfcl-eval: set BFCL_PYTHON to a Python that has it")
+@pytest.mark.skipif(BFCL_PYTHON is None, reason="no bfcl-eval: run `make harness-test BFCL_PYTHON=...`")
 def test_bfcl_reads_calls_behind_the_reasoning(tmp_path):
     """Two of its questions: one call that only the reasoning gets wrong, and one wrong call."""
     chosen = {"simple_python": ["simple_python_0", "simple_python_1"]}

@@ -89,8 +89,24 @@ def test_what_is_said_is_taken():
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs=21 is out of range; accepted: 0 to 20"),
         ({"logprobs": 5}, "logprobs", "logprobs=5; accepted: true or false"),
         ({"temprature": 1}, "temprature", "unknown field 'temprature'; did you mean 'temperature'"),
+        ({"\ud800": 1}, "\ud800", "unknown field"),
         ({"tools": [{}]}, "tools", r"tools=\[{}\] is not supported; accepted: \[\]"),
         ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty=0.5 is not supported; accepted: 0"),
+        (
+            {"reasoning_effort": "high"},
+            "reasoning_effort",
+            "reasoning_effort='high' is not supported; accepted: 'medium'",
+        ),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "is not supported"),
+        ({"min_tokens": 5}, "min_tokens", "min_tokens=5 is not supported; accepted: 0"),
+        ({"messages": [{"role": "tool", "content": "4", "tool_call_id": "a"}]}, None, "role='tool'.* calls no tools"),
+        ({"messages": [{"role": {}, "content": "x"}]}, None, r"role='{}'; accepted: system, user, assistant"),
+        ({"messages": [{"role": "user", "content": None}]}, None, "must be text or a list of parts, got NoneType"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}, *MESSAGES]},
+            None,
+            r"messages\[0\].tool_calls is not supported",
+        ),
         ({"messages": []}, None, "messages must be a list"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "the last message must be the user's"),
         ({"messages": [{"role": "user", "content": "an <image>"}]}, "messages", r"messages\[0\].content has '<image>'"),
@@ -109,6 +125,7 @@ def test_a_refusal_names_the_field_the_value_and_what_is_accepted(fields, param,
     assert caught.value.param == param
     body = json.loads(error_response(400, str(caught.value), param=param).body)
     assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["param"] == (param and param.replace("\ud800", "\\ud800"))
 
 
 @pytest.mark.parametrize(("kind", "format_"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
@@ -118,6 +135,40 @@ def test_images_of_three_formats_are_decoded(kind, format_, tmp_path):
     asked = read(messages=[{"role": "user", "content": [image_part(path.read_bytes(), kind)]}])
     assert [image.size for image in asked.images] == [(5, 4)]
     assert asked.messages == ({"role": "user", "content": "<image>"},)
+
+
+def test_what_common_clients_send_by_default_changes_nothing():
+    fields = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "prompt_cache_key": "k",
+        "tools": [],
+        "tool_choice": "auto",
+        "reasoning_effort": "medium",
+        "verbosity": "medium",
+        "chat_template_kwargs": {"enable_thinking": True},
+        "repetition_penalty": 1.0,
+        "skip_special_tokens": True,
+    }
+    assert read(**fields) == read()
+
+
+def test_developer_is_system_and_an_assistant_may_have_said_nothing():
+    messages = [
+        {"role": "developer", "content": "Think."},
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": None, "refusal": None},
+        *MESSAGES,
+    ]
+    assert read(messages=messages).messages == (
+        {"role": "system", "content": "Think."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "hello"},
+    )
 
 
 def test_other_models_and_too_many_images_are_refused():
@@ -155,7 +206,20 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-NAMES = ["messages", "model", "n", "stop", "seed", "top_p", "stream", "stream_options", "max_tokens", "logit_bias", "x"]
+NAMES = [
+    "messages",
+    "model",
+    "n",
+    "stop",
+    "seed",
+    "top_p",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "logit_bias",
+    "x",
+    "\ud800",
+]
 
 
 @settings(max_examples=300, deadline=None)
@@ -166,5 +230,5 @@ def test_whatever_is_sent_is_taken_or_refused_and_never_crashes(fields):
         read(**fields)
     except BadRequest as error:
         refused = error
-    assert refused is None or error_response(refused.status, str(refused)).body
+    assert refused is None or error_response(refused.status, str(refused), param=refused.param).body
     assert refused is None or 400 <= refused.status < 500

@@ -94,7 +94,7 @@ def test_our_evaluator_finds_the_same_through_the_endpoint(evaluated):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: set LM_EVAL_PYTHON to a Python that has it")
+@pytest.mark.skipif(lm_eval_python() is None, reason="no lm-eval: run `make harness-test`")
 def test_lm_eval_sees_the_same_images_and_finds_the_same(evaluated, server, tmp_path):
     folder, _, _ = evaluated
     rows = {row["prompt_key"]: row for row in rows_of(folder / "in_process") if row["sample_index"] == 0}
