@@ -24,6 +24,7 @@ from megatron_r1v2.rewards.math_answer import answer_is_within
         ("2", "2, 3", [0.1], False),
         ("2, 3, 4", "2, 3", [0.1], False),
         ("2, 2.01", "2, 3", [0.1], False),
+        ("2, 9", "2, 2.05", [0.1], False),
         ("2, 3", "2, 3", [0.1, 0.1, 0.1], False),
         ("x", "3", [0.1], False),
         ("3", "x", [0.1], False),
