@@ -17,6 +17,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 source slurm/launch.sh
+check_bound
 mapfile -t container < <(container_options)
 trap 'put_back "out of time"' USR1
 srun --ntasks=1 "${container[@]}" python -m "checkpoint_tools.${R1V2_TOOL:-hf_to_megatron}" "$@" &

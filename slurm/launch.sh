@@ -6,7 +6,10 @@
 #   R1V2_MOUNTS        for --container-mounts; default: the submit folder at its own path
 #   R1V2_RECIPE        instead of the script's recipe
 #   R1V2_LOGS          folder of the ranks' logs, one folder for each job, start and node; default: logs
-#   R1V2_MAX_REQUEUES  how often an interrupted job is put back; default: 100
+#   R1V2_MAX_REQUEUES  how often a job is started over, whether we or SLURM put it back (preemption, a failed node);
+#                      default: 100
+#   R1V2_LAST_SECONDS  a step that the warning has not ended is given up so long before the end of the job: SIGTERM, of
+#                      which checkpoint.grace_seconds must fit in two thirds; default: 90
 #   R1V2_RETRY_AFTER   a start that fails after so many seconds is put back too (a lost node ends the others' processes
 #                      before SLURM notices); one that fails earlier is not: bad settings fail at once; default: 600
 #   R1V2_MAX_FAILURES  how many starts of a job may fail and be put back; default: 3
@@ -33,7 +36,8 @@ container_options() {
 launch() {
   local module=$1 recipe=${R1V2_RECIPE:-$2}
   shift 2
-  local gpus warned=0 status=0 srun_pid logs
+  check_bound || return 1
+  local gpus warned=0 late=0 status=0 srun_pid timer='' logs
   local nodes=() container=() failed=()
   # Not "| head": scontrol may then die of SIGPIPE, and with pipefail the job with it.
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -50,16 +54,22 @@ launch() {
     --rdzv-endpoint="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
     -m "$module" "$recipe" "$@" &
   srun_pid=$!
-  trap 'warned=1; kill -USR1 "$srun_pid" || true' USR1
+  trap 'warned=1; kill -USR1 "$srun_pid" || true; [[ -n $timer ]] || { ring_before_the_end & timer=$!; }' USR1
+  # The tasks, not srun, which would kill them at once. The second time they have not heard: the job goes without them.
+  trap 'late=$((late + 1)); scancel --signal=TERM "$SLURM_JOB_ID.0" || true' ALRM
   # A trap ends wait early, with srun still at work; the last wait has its real exit status.
-  while kill -0 "$srun_pid" 2>/dev/null; do
+  while ((late < 2)) && kill -0 "$srun_pid" 2>/dev/null; do
     wait "$srun_pid" || true
   done
-  wait "$srun_pid" || status=$?
+  trap '' ALRM
+  [[ -z $timer ]] || kill "$timer" 2>/dev/null || true
+  ((late == 2)) || wait "$srun_pid" || status=$?
 
   # After the warning the run saves and ends well; preempted, its step is abandoned. A run that had just finished
   # resumes at its last step and ends at once.
-  if ((warned && status == 0)) || was_preempted; then
+  if ((late)); then
+    put_back "out of time in a step" || return 1
+  elif ((warned && status == 0)) || was_preempted; then
     put_back "interrupted" || return 1
   elif ((status != 0)); then
     mkdir -p "$logs" && touch "$logs/failed"
@@ -71,17 +81,39 @@ launch() {
   return "$status"
 }
 
+# Runs beside the step after the warning: SIGALRM for the script some time before the end of the job, and again at a
+# third of that time. A job without an end is not run out of it.
+ring_before_the_end() {
+  local end before last=${R1V2_LAST_SECONDS:-90}
+  end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')
+  [[ -n $end ]] || return 0
+  end=$(date --date="$end" +%s)
+  for before in "$last" $((last / 3)); do
+    while (($(date +%s) < end - before)); do sleep 2; done
+    kill -ALRM "$$"
+  done
+}
+
 was_preempted() {
   [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]]
+}
+
+# A start beyond the bound, for which SLURM itself or a user has put the job back, does nothing.
+check_bound() {
+  ((${SLURM_RESTART_COUNT:-0} <= ${R1V2_MAX_REQUEUES:-100})) || say_used_up "put back by SLURM"
+}
+
+# say_used_up WHY: fails.
+say_used_up() {
+  echo "job $SLURM_JOB_ID: $1, but R1V2_MAX_REQUEUES=${R1V2_MAX_REQUEUES:-100} starts over are used up;" \
+    "submit again to go on" >&2
+  return 1
 }
 
 # put_back WHY: within the bound.
 put_back() {
   local count=${SLURM_RESTART_COUNT:-0} bound=${R1V2_MAX_REQUEUES:-100}
-  if ((count >= bound)); then
-    echo "job $SLURM_JOB_ID: $1, but R1V2_MAX_REQUEUES=$bound starts over are used up; submit again to go on" >&2
-    return 1
-  fi
+  ((count < bound)) || { say_used_up "$1"; return 1; }
   echo "job $SLURM_JOB_ID: $1; back into the queue, start over $((count + 1)) of at most $bound" >&2
   scontrol requeue "$SLURM_JOB_ID"
 }

@@ -278,7 +278,8 @@ def _telling(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        free = shutil.disk_usage(folder).free / 2**20
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        free = shutil.disk_usage(there).free / 2**20
         raise RuntimeError(
             f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free. The finished ones are as "
             "they were: start again, and where the disk is full make room before (or lower checkpoint.keep_last). The "

@@ -153,6 +153,10 @@ class Cluster:
         """Send the batch script the signal that SLURM sends it before the time is up (--signal=B:USR1@...)."""
         self._say("scancel", "--batch", "--signal=USR1", str(number))
 
+    def requeue(self, number: int) -> None:
+        """Put a job back, as SLURM does when a node fails."""
+        self._say("scontrol", "requeue", str(number))
+
     def steps(self, number: int) -> list[str]:
         """Return the steps of a job that srun has started, the batch script not among them."""
         told = self._say("squeue", "-h", "--steps", "--format=%i", "--jobs", str(number)).split()

@@ -62,7 +62,13 @@ class Job:
     """slurm/grpo_38b.sh with a tiny recipe, on two nodes of one process each."""
 
     def __init__(
-        self, cluster: Cluster, root: Path, run: Path, overrides: tuple[str, ...] = (), **variables: str
+        self,
+        cluster: Cluster,
+        root: Path,
+        run: Path,
+        overrides: tuple[str, ...] = (),
+        options: tuple[str, ...] = (),
+        **variables: str,
     ) -> None:
         recipe_for(root, run)
         self.cluster = cluster
@@ -73,11 +79,10 @@ class Job:
             "slurm/grpo_38b.sh",
             *SETTINGS,
             *overrides,
-            options=("--nodes=2", "--gpus-per-node=1", f"--output={self.output}", f"--chdir={ROOT}"),
+            options=("--nodes=2", "--gpus-per-node=1", f"--output={self.output}", f"--chdir={ROOT}", *options),
             R1V2_RECIPE=str(run.with_name(run.name + ".yaml")),
             R1V2_LOGS=str(self.logs),
-            **environment(),
-            **variables,
+            **{**environment(), **variables},
         )
 
     @property
@@ -271,3 +276,46 @@ def test_a_conversion_job_that_fails_says_so_and_is_not_put_back(cluster: Cluste
     told = cluster.wait_for_end(job.number)
     assert (told["JobState"], told["Restarts"]) == ("FAILED", "0")
     assert f"{tmp_path}/nothing" in job.output.read_text()
+
+
+STUB = """#!/usr/bin/env bash
+# In the place of a trainer: on its first start as STUB says, later done at once.
+trap "$STUB" TERM
+[[ -n ${SLURM_RESTART_COUNT:-} ]] || for _ in {1..2000}; do sleep 0.2; done
+"""
+
+
+def stub_job(cluster: Cluster, root: Path, folder: Path, *options: str, stub: str = "exit 1", **variables: str) -> Job:
+    """Return slurm/grpo_38b.sh as it is, on one node, with a torchrun that has nothing to train."""
+    folder.mkdir()
+    (folder / "torchrun").write_text(STUB)
+    (folder / "torchrun").chmod(0o755)
+    path = f"{folder}:{environment()['PATH']}"
+    return Job(cluster, root, folder / "run", options=options, PATH=path, STUB=stub, **variables)
+
+
+def test_a_step_that_is_longer_than_the_warning_is_given_up_in_time_and_the_job_put_back(
+    cluster: Cluster, root: Path, tmp_path: Path
+) -> None:
+    """Also where its tasks do not end on SIGTERM. Into the time limit for real: two minutes."""
+    limits = ("--nodes=1", "--time=2", "--signal=B:USR1@75")
+    jobs = [
+        stub_job(cluster, root, tmp_path / name, *limits, stub=stub, R1V2_LAST_SECONDS="45", R1V2_RETRY_AFTER="9999")
+        for name, stub in (("ends", "echo given up; exit 1"), ("deaf", "echo deaf"))
+    ]
+    for job in jobs:
+        told = cluster.wait_for_end(job.number)
+        assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), job.log
+        assert "out of time in a step; back into the queue, start over 1 of at most 100" in job.log
+    assert "given up" in jobs[0].log
+    assert "deaf" in jobs[1].log
+
+
+def test_starts_that_slurm_itself_makes_count_for_the_bound(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    job = stub_job(cluster, root, tmp_path / "job", "--nodes=1", R1V2_MAX_REQUEUES="0")
+    cluster.wait_until(lambda: cluster.steps(job.number) != [], "step")
+    cluster.requeue(job.number)
+    told = cluster.wait_for_end(job.number)
+    assert (told["JobState"], told["Restarts"]) == ("FAILED", "1"), job.log
+    assert "put back by SLURM, but R1V2_MAX_REQUEUES=0 starts over are used up; submit again to go on" in job.log
+    assert cluster.steps(job.number) == []

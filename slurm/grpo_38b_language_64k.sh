@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# GRPO on the 38B model, language model and adapter, with responses of up to 64k tokens. Submit from the top folder of the
+# repository:
+#   sbatch slurm/grpo_38b_language_64k.sh [section.key=value ...]
+# Resources are here, every other setting in the recipe. Give sbatch --partition and --account as your site asks, and
+# --nodes to use more of them: each further pair is one more data-parallel rank.
+#SBATCH --job-name=r1v2-grpo-language-64k
+#SBATCH --nodes=4
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@6000
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+source slurm/launch.sh
+launch megatron_r1v2.grpo examples/r1v2_38b/grpo_language_64k.yaml "$@"
