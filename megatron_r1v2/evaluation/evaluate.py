@@ -36,6 +36,10 @@ class Evaluator:
     max_response_tokens: int
     reward_model: RewardModel | None = None
     """None: the totals of the responses shown are those of the rules alone; no rate depends on a reward model."""
+    progress: Progress | None = None
+    """Told (responses finished, tokens in them) of this replica after every engine step, where a call names none."""
+    wait_for_all: Callable[[str], None] | None = None
+    """Called, with the name of the place, when this replica has generated, and others may not have."""
 
     def run(self, prompts: Sequence[Prompt], *, name: str, step: int) -> EvaluationResult:
         """Evaluate the model that the engine holds, by the rules alone: no judge is asked.
@@ -88,8 +92,10 @@ class Evaluator:
             max_response_tokens=self.max_response_tokens,
             features=self.features,
             seed=self.settings.seed,
-            progress=progress,
+            progress=progress or self.progress,
         )
+        if self.wait_for_all is not None:
+            self.wait_for_all(f"evaluated-{name}-{step}")
         by_key = {prompt.key: prompt for prompt in prompts}
         mine, _ = score_in_replica(
             by_key,

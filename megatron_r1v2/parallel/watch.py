@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_r1v2.parallel.store import ask, default_store
 
 _SECONDS_BETWEEN_BEATS = 1.0
+_SECONDS_BETWEEN_LOOKS = 0.02
 
 
 class RankWatch:
@@ -56,26 +57,27 @@ class RankWatch:
         """Say that something was done, however long the whole takes."""
         self._ticks += 1
 
-    def wait_for_all(self, name: str) -> None:
+    def wait_for_all(self, name: str, *, leave: Callable[[bool], bool] = bool) -> None:
         """Wait until all ranks have come here, for as long as those that have not go on doing something.
 
         A collective would end by its time-out while a replica is still generating long responses.
 
         Args:
             name: of the place, never used before.
+            leave: asked again and again, told whether all are here; says whether to go on, and may do something
+                meanwhile.
 
         Raises:
             RuntimeError: a rank has not come, and has done nothing for the limit; or the store does not answer.
         """
-        size = dist.get_world_size()
-        if size == 1:
-            return
         ask(lambda store: store.set(f"watch/{name}/{dist.get_rank()}", "here"))
-        missing = {rank for rank in range(size) if rank != dist.get_rank()}
+        missing = {rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()}
         heard: dict[int, tuple[Any, float]] = {}
-        while missing:
+        while True:
             missing = {rank for rank in missing if not _has(f"watch/{name}/{rank}")}
-            for rank in missing:
+            if leave(not missing):
+                return
+            for rank in missing or {0}:  # where all are here, the first one says when to leave
                 entry = self._entry(rank)
                 # Beats go on while a main thread hangs: what counts is what it does.
                 done = (entry.get("where"), entry.get("ticks"))
@@ -87,8 +89,7 @@ class RankWatch:
                         f"{self._limit_seconds / 60:g}, while the others wait for it. Look at its node and its log, "
                         "and start again to go on from the newest checkpoint"
                     )
-            if missing:
-                time.sleep(0.02)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def report(self) -> str:
         """Return what every rank was doing when it was last heard of."""

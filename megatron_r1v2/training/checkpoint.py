@@ -202,8 +202,15 @@ class CheckpointStore:
             torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
         torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
 
+    def written(self) -> int | None:
+        """Return the number of the save whose files this rank has written in the background, while it has no name."""
+        for call in self._queue.async_calls:
+            if call.async_caller.is_current_async_call_done(blocking=False, no_dist=True):
+                return call.idx
+        return None
+
     def finish_pending(self, *, blocking: bool) -> None:
-        """Give checkpoints that are written their final name; called on all ranks after each step.
+        """Give checkpoints that are written their final name; called together by all ranks.
 
         Args:
             blocking: wait for what is still being written in the background.

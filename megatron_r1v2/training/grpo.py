@@ -187,7 +187,7 @@ class GrpoStage:
             progress=interruptions.between_engine_steps,
             on_finished=interruptions.kept.keep,
         )
-        interruptions.watch.wait_for_all(f"generated-{session.step}-{round_number}")
+        interruptions.wait_for_all(f"generated-{session.step}-{round_number}")
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
         order = {prompt.key: place for place, prompt in enumerate(prompts)}
         return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])

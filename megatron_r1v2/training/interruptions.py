@@ -7,15 +7,20 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_r1v2.config.checkpoint import CheckpointConfig
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.parallel.orders import Orders
 from megatron_r1v2.parallel.watch import RankWatch
+from megatron_r1v2.training.checkpoint import CheckpointStore
 from megatron_r1v2.training.kept_rollouts import KeptRollouts
 from megatron_r1v2.training.recorder import Recorder
-from megatron_r1v2.training.stop_request import StopRequest
+from megatron_r1v2.training.stop_request import StepAbandoned, StopRequest
 
 _ENGINE_STEPS_BETWEEN_LOOKS = 8
-"""Ranks of a replica agree on whether to stop by a collective, which is small but not free."""
+"""Ranks of a replica agree on what to do by a collective, which is small but not free."""
+_ABANDON, _PUBLISH, _GO_ON = "abandon the step", "publish the checkpoint", "go on"
 
 
 class Interruptions:
@@ -25,6 +30,7 @@ class Interruptions:
         self,
         stop_request: StopRequest,
         kept: KeptRollouts,
+        checkpoints: CheckpointStore,
         *,
         settings: CheckpointConfig,
         recorder: Recorder,
@@ -36,6 +42,7 @@ class Interruptions:
         Args:
             stop_request: entered.
             kept: rollouts of unfinished steps.
+            checkpoints: published as soon as they are written.
             settings: lead and grace time.
             recorder: where the run says what it does.
             watch: told that generation goes on.
@@ -44,9 +51,11 @@ class Interruptions:
         self.watch = watch
         self.stop_request = stop_request
         self.kept = kept
+        self.checkpoints = checkpoints
         self.settings = settings
         self.recorder = recorder
         self.context = context
+        self._orders = Orders(context)
         self._engine_steps = 0
         self._longest_need = 0.0
 
@@ -62,12 +71,23 @@ class Interruptions:
         self.recorder.say(f"asked to stop by {number.name}: saving after step {step}; start again to go on")
         return True
 
+    def publish(self, *, blocking: bool) -> None:
+        """Publish checkpoints that are written, and drop the rollouts of the steps that they hold; called together.
+
+        Args:
+            blocking: wait for what is still being written.
+        """
+        self.checkpoints.finish_pending(blocking=blocking)
+        if self.context.is_main:
+            self.kept.drop_before(self.checkpoints.newest_step())
+
     def between_phases(self) -> None:
-        """Give the step up when SIGTERM has come; called together by all ranks."""
+        """Publish what has been written, and give the step up when SIGTERM has come; called together by all ranks."""
+        self.publish(blocking=False)
         self.stop_request.abandon_if_told()
 
     def between_engine_steps(self, responses: int, tokens: int) -> None:
-        """Give the step up now and then when SIGTERM has come; called together by the ranks of a replica.
+        """Do the same now and then while replicas generate; called together by the ranks of one.
 
         Args:
             responses: finished so far.
@@ -76,7 +96,40 @@ class Interruptions:
         self.watch.tick()
         self._engine_steps += 1
         if self._engine_steps % _ENGINE_STEPS_BETWEEN_LOOKS == 0:
-            self.stop_request.abandon_if_told(self.context.groups.mp)
+            self._follow_orders(self.context.groups.mp)
+
+    def wait_for_all(self, name: str) -> None:
+        """Wait for the replicas that still generate, and do what `between_engine_steps` does meanwhile.
+
+        Args:
+            name: of the place, never used before.
+        """
+        self.watch.wait_for_all(name, leave=lambda all_here: self._follow_orders(None, all_here=all_here))
+
+    def _follow_orders(self, group: dist.ProcessGroup | None, *, all_here: bool = False) -> bool:
+        """Report, decide on the first rank, and do what it has decided; returns whether all go on together.
+
+        To publish is a collective. It is ordered when every rank has written its files, and done by each at its next
+        look: for none is there anything left to wait for but those few engine steps of the others.
+        """
+        written = self.checkpoints.written()
+        if written is not None:
+            self._orders.report(f"written {written}")
+        if self.stop_request.must_abandon():
+            self._orders.report(_ABANDON)
+        if self.context.is_main:
+            if self._orders.reports(_ABANDON):
+                self._orders.give(_ABANDON)
+            elif written is not None and self._orders.reports(f"written {written}") == dist.get_world_size():
+                self._orders.give(_PUBLISH)
+            elif all_here:
+                self._orders.give(_GO_ON)
+        order = self._orders.next(group)
+        if order == _ABANDON:
+            raise StepAbandoned
+        if order == _PUBLISH:
+            self.publish(blocking=False)
+        return order == _GO_ON
 
     def say_abandoned(self, step: int) -> None:
         """Say what the next start finds.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_r1v2.training.session import Session
+from megatron_r1v2.training.stop_request import StepAbandoned
 
 State = Mapping[str, Any]
 
@@ -30,7 +31,10 @@ def run_steps(
     finished, stopping = session.is_finished, False
     while not finished and not stopping:
         step()
-        finished = is_reached() or session.is_finished
+        try:
+            finished = is_reached() or session.is_finished
+        except StepAbandoned:  # in its evaluation: the step is done, and saved below
+            session.recorder.say(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
         stopping = session.must_stop()
         if session.should_save(last=finished or stopping):
             with session.recorder.timed("save"):

@@ -182,17 +182,10 @@ class Session(LoadedModel):
         self.interruptions.check_lead()
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
-        self.publish(blocking=False)
-
-    def publish(self, *, blocking: bool) -> None:
-        """Publish checkpoints that are written, and drop the rollouts of the steps that they hold."""
-        self.checkpoints.finish_pending(blocking=blocking)
-        if self.context.is_main:
-            self.interruptions.kept.drop_before(self.checkpoints.newest_step())
+        self.interruptions.publish(blocking=False)
 
     def between_phases(self) -> None:
         """Publish a checkpoint that has been written meanwhile, and give the step up when SIGTERM has come."""
-        self.publish(blocking=False)
         self.interruptions.between_phases()
 
     def save(self, state: Mapping[str, Any], replay: Mapping[str, Any]) -> None:
@@ -336,6 +329,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 interruptions=Interruptions(
                     stop_request,
                     KeptRollouts(run_dir, context, enabled=recipe.checkpoint.keep_rollouts),
+                    checkpoints,
                     settings=recipe.checkpoint,
                     recorder=recorder,
                     watch=watch,
@@ -351,7 +345,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 yield session
             except StepAbandoned:
                 session.interruptions.say_abandoned(session.step)
-            session.publish(blocking=True)
+            session.interruptions.publish(blocking=True)
 
 
 def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:

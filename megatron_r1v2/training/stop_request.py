@@ -25,7 +25,7 @@ _END_OF_WATCH = b"\0"
 
 
 class StepAbandoned(Exception):
-    """The step in progress is given up, on all ranks of the replica at the same point."""
+    """The step in progress is given up, on all ranks."""
 
 
 class StopRequest:
@@ -77,26 +77,27 @@ class StopRequest:
     def is_made(self) -> signal.Signals | None:
         """Return the most urgent signal that any rank has received; called together by all ranks."""
         urgency = max((_SIGNALS.index(signal.Signals(number)) + 1 for number in self._received), default=0)
-        agreed = self._largest(urgency, None)
+        agreed = self._largest(urgency)
         return _SIGNALS[agreed - 1] if agreed else None
 
-    def abandon_if_told(self, group: dist.ProcessGroup | None = None) -> None:
-        """Give the step up when any rank of the group has received SIGTERM; called together by all its ranks.
+    def must_abandon(self) -> bool:
+        """Return whether this rank has received SIGTERM."""
+        return signal.SIGTERM in self._received
 
-        Args:
-            group: None: all ranks.
+    def abandon_if_told(self) -> None:
+        """Give the step up when any rank has received SIGTERM; called together by all ranks.
 
         Raises:
             StepAbandoned: on all of them.
         """
-        if self._largest(int(signal.SIGTERM in self._received), group):
+        if self._largest(int(self.must_abandon())):
             raise StepAbandoned
 
-    def _largest(self, value: int, group: dist.ProcessGroup | None) -> int:
-        if dist.get_world_size(group) == 1:
+    def _largest(self, value: int) -> int:
+        if dist.get_world_size() == 1:
             return value
         box = torch.tensor([value], device=self._device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return int(box.item())
 
     def _listen(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_r1v2.evaluation.evaluate import Evaluator
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.training.calibrator import Calibrator
@@ -21,7 +23,10 @@ class Validation:
         """
         settings = session.recipe.evaluation
         self.session = session
-        self.evaluator = evaluator
+        interruptions = session.interruptions
+        self.evaluator = replace(
+            evaluator, progress=interruptions.between_engine_steps, wait_for_all=interruptions.wait_for_all
+        )
         self.calibrator = calibrator
         intervals = [settings.every_steps]
         if calibrator is not None and calibrator.is_on:

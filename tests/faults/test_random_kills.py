@@ -62,6 +62,15 @@ class Point:
         }
         return conditions[self.kind]() or saved.is_dir()
 
+    def surely_resumed_from(self, *, asynchronous: bool) -> int:
+        """Return the step that is published for sure when it is time.
+
+        A save waits for the one before to be published; without `checkpoint.asynchronous` the next step does too. With
+        it, the checkpoint of the step before may still be being written while the next one generates.
+        """
+        generating = self.kind in ("generation", "rollout")
+        return self.step - 2 if asynchronous and generating else self.step - 1
+
 
 def random_points(seed: int) -> list[Point]:
     """Draw one point, or two to be killed at one after the other; the first leaves a checkpoint."""
@@ -154,6 +163,7 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bits(
         newest = len(finished_checkpoints(run / "checkpoints"))
         kills.append({**asdict(point), "delay": round(point.delay, 3), "resumed_from_step": newest})
         assert 0 < newest < STEPS, point
+        assert newest >= point.surely_resumed_from(asynchronous=recipe.checkpoint.asynchronous), point
     log = Ranks(recipe, world_size).wait(seconds=240)
     assert f"step {newest} of {STEPS}" in log
     try:

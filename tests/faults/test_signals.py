@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.training.checkpoint import finished_checkpoints
-from tests.training.runs import Ranks, assert_same_end, recipe_for, run_stage
+from tests.training.runs import Ranks, assert_same_end, read_metrics, recipe_for, run_stage
 
 STEPS, PROMPTS = 4, 8
 # A prompt at a time: some are done while others have not begun, also where the test hears of the first one late.
@@ -47,6 +47,40 @@ def test_sigterm_gives_a_step_up_and_its_finished_rollouts_are_used(root: Path, 
     assert f"resuming from {newest}" in again
     assert f"step 3: rollouts of {kept} of {PROMPTS} prompts are there from before" in again
     assert_same_end(tmp_path / "run", reference, rounded=True)
+
+
+def test_a_replica_that_waits_for_another_publishes_and_stops_with_it(root: Path, tmp_path: Path) -> None:
+    # One prompt: the replica that gets none waits while the other generates 96 responses, one after the other.
+    alone = ("train.prompts_per_step=1", "generation.responses_per_prompt=96", "generation.max_requests=1")
+    ranks = Ranks(recipe_for(root, tmp_path / "run", (*SETTINGS, *alone)), 2)
+    saved, generated = tmp_path / "run" / "checkpoints", tmp_path / "run" / "unfinished" / "step-00000002"
+    ranks.wait_until((saved / "step-00000002").is_dir, 240)
+    # Written in the background, and published while the next step still generates.
+    assert generated.is_dir()
+    assert not list(generated.glob("*.pt"))
+    asked = time.monotonic()
+    os.killpg(ranks.processes[1].pid, signal.SIGTERM)  # one of them alone: that it is asked to stop, all must learn
+    log = ranks.wait(seconds=240)
+    assert time.monotonic() - asked < 20  # less than checkpoint.grace_seconds
+    assert "step 3 is abandoned, as asked by SIGTERM" in log
+    assert finished_checkpoints(saved)[-1].name == "step-00000002"
+    assert not list(generated.glob("*.pt"))
+
+
+def test_a_step_is_kept_when_its_validation_is_abandoned(root: Path, tmp_path: Path) -> None:
+    validation = ("evaluation.every_steps=2", "evaluation.prompts=1", "evaluation.runs=4000")
+    recipe = recipe_for(root, tmp_path / "run", (*SETTINGS, *validation, f"data.validation={root / 'data'}"))
+    ranks = Ranks(recipe, 2)
+    ranks.wait_until((tmp_path / "run" / "checkpoints" / "step-00000001").is_dir, 240)
+    ranks.wait_until(lambda: all("evaluate" in ranks.where(rank) for rank in range(2)), 240)
+    asked = time.monotonic()
+    for process in ranks.processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    log = ranks.wait(seconds=240)
+    assert time.monotonic() - asked < 20
+    assert "the validation after step 2 is abandoned, as asked by SIGTERM" in log
+    assert finished_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
+    assert "validation/pass_at_1" not in read_metrics(tmp_path / "run")[1]
 
 
 @pytest.mark.slow

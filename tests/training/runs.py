@@ -10,12 +10,14 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed import TCPStore
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -177,7 +179,7 @@ class Ranks:
         self.log = output.with_name(output.name + ".log")
         self.log.write_text("")
         context = forked_context()
-        port = free_port()
+        port = self._port = free_port()
         self.processes = [
             context.Process(target=_rank_main, args=(rank, world_size, port, str(file), stage, str(self.log)))
             for rank in range(world_size)
@@ -217,6 +219,11 @@ class Ranks:
         self.kill()
         assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.log.read_text()}"
         return self.log.read_text()
+
+    def where(self, rank: int) -> str:
+        """Return what a rank has last told the others that it is doing; there must be others."""
+        store = TCPStore("127.0.0.1", self._port, is_master=False, timeout=timedelta(seconds=60))
+        return json.loads(store.get(f"default_pg/watch/rank-{rank}"))["where"]
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait for something while the run goes on; the test fails when it ends, or after so many seconds."""
