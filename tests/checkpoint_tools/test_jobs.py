@@ -1,0 +1,67 @@
+"""What a conversion does when sources, disk and what it has written already are not as they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from checkpoint_tools import conversions
+from checkpoint_tools.conversions import DistJob, HfJob, write_checkpoint, write_hf
+from checkpoint_tools.jobs import RunOptions
+from checkpoint_tools.sources import HfSpec
+from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
+
+FILE_BYTES = 10_000
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A very small model, which the test may change."""
+    vision = tiny_vision_config("6b", heads=2, head_size=4, layers=1, image_size=16, patch=4)
+    tiny_hf_model(tmp_path / "hf", "6b", vision=vision, text=tiny_text_config(hidden=16, heads=2, kv_heads=1, layers=1))
+    return tmp_path / "hf"
+
+
+def write(model: Path, output: Path, *, kind: type = HfJob, overwrite: bool = False, **options) -> None:
+    run = RunOptions(workers=1, quiet=True, overwrite=overwrite)
+    if kind is HfJob:
+        job = HfJob(HfSpec(model), "chat", (model,), max_shard_bytes=FILE_BYTES, **options)
+        write_hf(job, output, companions=model, options=run)
+    else:
+        dist = DistJob(HfSpec(model), (model,), max_file_bytes=FILE_BYTES, **options)
+        write_checkpoint(dist, output, companions=model, options=run)
+
+
+@pytest.mark.parametrize("kind", [HfJob, DistJob])
+def test_a_source_that_changes_meanwhile_gives_no_output(model, tmp_path, monkeypatch, kind):
+    original, written = kind.write, []
+    path = model / "model.safetensors"
+
+    def replacing(self, piece, folder, wrote):
+        if len(written) == 1:
+            save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, model / "new")
+            (model / "new").replace(path)
+        written.append(piece.name)
+        return original(self, piece, folder, wrote)
+
+    monkeypatch.setattr(kind, "write", replacing)
+    with pytest.raises(ValueError, match=f"{path} was changed while it was read"):
+        write(model, tmp_path / "out", kind=kind)
+    assert len(written) <= 3  # it is seen at once, by when the worker may have begun another
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_configuration_that_changes_at_the_end_gives_no_output(model, tmp_path, monkeypatch):
+    original = conversions.write_manifest
+
+    def changing(folder, layout, tensors):
+        original(folder, layout, tensors)
+        config = model / "config.json"
+        config.write_text(config.read_text() + " ")
+
+    monkeypatch.setattr(conversions, "write_manifest", changing)
+    with pytest.raises(ValueError, match=r"config\.json was changed while it was read"):
+        write(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
