@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from checkpoint_tools.jobs import Piece, RunOptions, run_job
 from checkpoint_tools.manifest import tensor_entry, write_manifest
 from checkpoint_tools.sources import HF_IN_CHECKPOINT, SourceSpec, exported_rows
 from checkpoint_tools.torch_dist import Record, write_index, write_records
+from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
 from megatron_r1v2.models.hf_components import make_companions
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
@@ -97,6 +98,7 @@ class DistJob:
             for row in exported_rows(source.architecture, "chat"):
                 info = tensor_info(_cast(source.meta(row.ours), self.dtype))
                 made.append((row.ours, ((row.ours, info),)))
+            _check_stacks({ours: info for ours, ((_, info),) in made}, source.architecture)
         groups = _grouped(made, self.max_file_bytes)
         return [_piece(f"{TENSORS}/__{number}_0.distcp", group) for number, group in enumerate(groups)]
 
@@ -231,6 +233,18 @@ def _piece(name: str, parameters: list[_Parameter]) -> Piece:
 
 def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return tensor.to(DTYPES[dtype]) if dtype else tensor
+
+
+def _check_stacks(parameters: Mapping[str, TensorInfo], architecture: R1V2Architecture) -> None:
+    """Refuse layers that differ: torch_dist stacks them in one array, of one dtype and shape."""
+    first: dict[str, str] = {}
+    for ours, info in parameters.items():
+        other = first.setdefault(dist_entry(ours, architecture).key, ours)
+        if parameters[other] != info:
+            told = [f"{name} is {parameters[name].dtype} {list(parameters[name].shape)}" for name in (other, ours)]
+            raise ValueError(
+                f"{' and '.join(told)}: torch_dist keeps all layers in one array of one dtype and shape; give --dtype"
+            )
 
 
 def _described(job: Any) -> dict[str, Any]:

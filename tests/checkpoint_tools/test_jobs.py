@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import conversions
 from checkpoint_tools.conversions import DistJob, HfJob, write_checkpoint, write_hf
 from checkpoint_tools.jobs import RunOptions
-from checkpoint_tools.sources import HfSpec
+from checkpoint_tools.sources import CheckpointSpec, HfSpec
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
 FILE_BYTES = 10_000
@@ -19,7 +21,7 @@ FILE_BYTES = 10_000
 @pytest.fixture
 def model(tmp_path) -> Path:
     """A very small model, which the test may change."""
-    vision = tiny_vision_config("6b", heads=2, head_size=4, layers=1, image_size=16, patch=4)
+    vision = tiny_vision_config("6b", heads=2, head_size=4, layers=2, image_size=16, patch=4)
     tiny_hf_model(tmp_path / "hf", "6b", vision=vision, text=tiny_text_config(hidden=16, heads=2, kv_heads=1, layers=1))
     return tmp_path / "hf"
 
@@ -65,3 +67,21 @@ def test_a_configuration_that_changes_at_the_end_gives_no_output(model, tmp_path
     with pytest.raises(ValueError, match=r"config\.json was changed while it was read"):
         write(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def change(model: Path, name: str, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {name: made(tensors[name])}, model / "model.safetensors")
+
+
+def test_layers_of_several_dtypes_are_refused_where_they_share_an_array(model, tmp_path):
+    second = "vision_tower.encoder.layer.1.lambda_1"
+    change(model, second, torch.Tensor.half)
+    told = r"layers\.0\.attention_scale is torch\.float32 .* and .*1\.attention_scale is torch\.float16 .* give --dtype"
+    with pytest.raises(ValueError, match=told):
+        write(model, tmp_path / "out", kind=DistJob)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    write(model, tmp_path / "out", kind=DistJob, dtype="fp32")
+    with CheckpointSpec(tmp_path / "out").open() as got, HfSpec(model).open() as source:
+        ours = "vision.decoder.layers.1.attention_scale"
+        assert torch.equal(got.parameter(ours), source.parameter(ours).float())
