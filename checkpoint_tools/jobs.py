@@ -112,6 +112,7 @@ def run_job(
         ValueError: the output is refused, a source is damaged or changes meanwhile, or the disk has not enough room.
     """
     check_output(output, sources=job.source_folders(), overwrite=options.overwrite)
+    _check_links(job, output)
     # torch then takes huge pages for what it copies: ordinary ones cost five times the copy itself.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sources = _stamps(job.sources())  # before anything is concluded from what they hold
@@ -170,6 +171,13 @@ def _alone(partial: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _check_links(job: Job, output: Path) -> None:
+    """Refuse an output that files of a source lead to: replacing it would destroy them."""
+    for path in (*job.sources(), *(path for folder in job.source_folders() for path in folder.glob("*"))):
+        if output.resolve() in path.resolve().parents:
+            raise ValueError(f"{path} leads into the output {output}, which would be replaced; choose another output")
 
 
 def _stamps(paths: list[Path]) -> list[_Stamp]:

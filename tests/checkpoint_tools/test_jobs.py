@@ -85,3 +85,16 @@ def test_layers_of_several_dtypes_are_refused_where_they_share_an_array(model, t
     with CheckpointSpec(tmp_path / "out").open() as got, HfSpec(model).open() as source:
         ours = "vision.decoder.layers.1.attention_scale"
         assert torch.equal(got.parameter(ours), source.parameter(ours).float())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_an_output_that_a_source_leads_to_is_refused(model, tmp_path, name):
+    """A folder of links, as download caches make them, whose files are in the output."""
+    (tmp_path / "kept").mkdir()
+    kept = (model / name).rename(tmp_path / "kept" / name)
+    (model / name).symlink_to(kept)
+    content = kept.read_bytes()
+    with pytest.raises(ValueError, match=f"{name} leads into the output"):
+        write(model, tmp_path / "kept", overwrite=True)
+    assert kept.read_bytes() == content
+    write(model, tmp_path / "out")
