@@ -49,7 +49,7 @@ class HfJob:
         with self.source.open() as source:
             for row in exported_rows(source.architecture, self.layout):
                 if not self.parts or row.ours.split(".")[0] in self.parts:
-                    tensors = row.to_hf([_cast(source.meta(row.ours), self.dtype)])
+                    tensors = row.to_hf([_cast(row.ours, source.meta(row.ours), self.dtype)])
                     made.append((row.ours, tuple((name, tensor_info(tensor)) for name, tensor in tensors.items())))
         groups = _grouped(made, self.max_shard_bytes)
         if len(groups) == 1:
@@ -64,7 +64,7 @@ class HfJob:
             tensors = (
                 tensor
                 for ours in piece.parameters
-                for tensor in rows[ours].to_hf([_cast(source.parameter(ours), self.dtype)]).values()
+                for tensor in rows[ours].to_hf([_cast(ours, source.parameter(ours), self.dtype)]).values()
             )
             digests = write_safetensors_file(folder / piece.name, piece.tensors, tensors, wrote=wrote)
         return {"tensors": {name: tensor_entry(info, digests[name], DIGEST) for name, info in piece.tensors}}
@@ -96,7 +96,7 @@ class DistJob:
         made: list[_Parameter] = []
         with self.source.open() as source:
             for row in exported_rows(source.architecture, "chat"):
-                info = tensor_info(_cast(source.meta(row.ours), self.dtype))
+                info = tensor_info(_cast(row.ours, source.meta(row.ours), self.dtype))
                 made.append((row.ours, ((row.ours, info),)))
             _check_stacks({ours: info for ours, ((_, info),) in made}, source.architecture)
         groups = _grouped(made, self.max_file_bytes)
@@ -108,7 +108,7 @@ class DistJob:
         path.parent.mkdir(exist_ok=True)
         with self.source.open() as source:
             entries = [(dist_entry(ours, source.architecture), info) for ours, info in piece.tensors]
-            tensors = ([_cast(block, self.dtype) for block in source.blocks(ours)] for ours in piece.parameters)
+            tensors = ([_cast(ours, block, self.dtype) for block in source.blocks(ours)] for ours in piece.parameters)
             records = write_records(path, entries, tensors, wrote=wrote)
         return {
             "tensors": {
@@ -231,8 +231,21 @@ def _piece(name: str, parameters: list[_Parameter]) -> Piece:
     return Piece(name, tuple(ours for ours, _ in ordered), tuple(tensor for _, made in ordered for tensor in made))
 
 
-def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    return tensor.to(DTYPES[dtype]) if dtype else tensor
+def _cast(ours: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    if not dtype:
+        return tensor
+    cast = tensor.to(DTYPES[dtype])
+    if cast.is_meta or not cast.numel() or all(bound.isfinite() for bound in cast.aminmax()):
+        return cast
+    finite = tensor[tensor.isfinite()].double()
+    if cast.isfinite().sum() < len(finite):
+        largest = finite.abs().max().item()
+        fitting = [name for name, other in DTYPES.items() if largest <= torch.finfo(other).max]
+        raise ValueError(
+            f"{ours} reaches {largest:.4g}, beyond the {torch.finfo(cast.dtype).max:.4g} of --dtype={dtype}: it would "
+            f"become infinite; accepted: {', '.join(fitting) or 'its own dtype, without --dtype'}"
+        )
+    return cast
 
 
 def _check_stacks(parameters: Mapping[str, TensorInfo], architecture: R1V2Architecture) -> None:

@@ -98,3 +98,23 @@ def test_an_output_that_a_source_leads_to_is_refused(model, tmp_path, name):
         write(model, tmp_path / "kept", overwrite=True)
     assert kept.read_bytes() == content
     write(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [HfJob, DistJob])
+def test_a_dtype_that_would_make_weights_infinite_is_refused(model, tmp_path, kind):
+    name = "language_model.model.layers.0.self_attn.o_proj.weight"
+    change(model, name, lambda tensor: tensor.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(-70_000.0)))
+    told = r"language.*0\.self_attention\.linear_proj\.weight reaches 7e\+04.*--dtype=fp16.*accepted: fp32, bf16"
+    with pytest.raises(ValueError, match=told):
+        write(model, tmp_path / "out", kind=kind, dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    write(model, tmp_path / "out", kind=kind, dtype="bf16")
+
+
+def test_what_is_infinite_in_the_source_stays_so(model, tmp_path):
+    name = "language_model.model.norm.weight"
+    change(model, name, lambda tensor: tensor * torch.tensor([torch.inf, -torch.inf, torch.nan, 1]).repeat(4))
+    write(model, tmp_path / "out", dtype="fp16")
+    with HfSpec(tmp_path / "out").open() as got, HfSpec(model).open() as source:
+        ours = "language.decoder.final_layernorm.weight"
+        assert torch.equal(got.parameter(ours).nan_to_num(), source.parameter(ours).half().nan_to_num())
