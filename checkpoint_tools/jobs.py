@@ -134,6 +134,7 @@ def _run(
 ) -> None:
     partial = partial_of(output)
     records = _begin(job, partial, pieces, sources)
+    _remove_unfinished(partial, records)
     left = [piece for piece in pieces if piece.name not in records]
     _check_space(partial.parent, sum(piece.num_bytes for piece in left))
     console = Console(stderr=True, quiet=options.quiet)
@@ -209,6 +210,14 @@ def _begin(job: Job, partial: Path, pieces: list[Piece], sources: list[_Stamp]) 
         if record is not None and path.is_file() and path.stat().st_size == record["file_bytes"]:
             records[piece.name] = record
     return records
+
+
+def _remove_unfinished(partial: Path, records: Mapping[str, Any]) -> None:
+    """Delete what has no record: it is written again, and its room is needed for that."""
+    for path in partial.rglob("*"):
+        name = path.relative_to(partial)
+        if path.is_file() and PROGRESS not in name.parts and str(name) not in records:
+            path.unlink()
 
 
 def _keep_record(partial: Path, piece: Piece, record: dict[str, Any]) -> None:

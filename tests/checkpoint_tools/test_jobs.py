@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools import conversions
+from checkpoint_tools import conversions, jobs
 from checkpoint_tools.conversions import DistJob, HfJob, write_checkpoint, write_hf
 from checkpoint_tools.jobs import RunOptions
 from checkpoint_tools.sources import CheckpointSpec, HfSpec
@@ -118,3 +119,49 @@ def test_what_is_infinite_in_the_source_stays_so(model, tmp_path):
     with HfSpec(tmp_path / "out").open() as got, HfSpec(model).open() as source:
         ours = "language.decoder.final_layernorm.weight"
         assert torch.equal(got.parameter(ours).nan_to_num(), source.parameter(ours).half().nan_to_num())
+
+
+@pytest.mark.parametrize("kind", [HfJob, DistJob])
+def test_a_continued_run_needs_no_room_for_what_it_writes_again(model, tmp_path, monkeypatch, kind):
+    """The disk holds one output and no more; the run is stopped when the bytes of its last file are there."""
+    write(model, tmp_path / "straight", kind=kind)
+    size, partial = bytes_below(tmp_path / "straight"), tmp_path / ".out.partial"
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "_SPARE_BYTES", 0)
+        free = lambda _: shutil._ntuple_diskusage(size, 0, size - bytes_below(partial))  # noqa: E731
+        patched.setattr(shutil, "disk_usage", free)
+        stop_after(kind, 3, patched)
+        with pytest.raises(OSError, match="the power is gone"):
+            write(model, tmp_path / "out", kind=kind)
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "_SPARE_BYTES", 0)
+        patched.setattr(shutil, "disk_usage", free)
+        write(model, tmp_path / "out", kind=kind)
+    assert same_files(tmp_path / "straight", tmp_path / "out")
+
+
+def stop_after(kind: type, count: int, monkeypatch) -> None:
+    """Let a run end when so many files are written, the last of them without a record."""
+    original, written = kind.write, []
+
+    def failing(self, piece, folder, wrote):
+        record = original(self, piece, folder, wrote)
+        written.append(piece.name)
+        if len(written) == count:
+            raise OSError(5, "the power is gone")
+        return record
+
+    monkeypatch.setattr(kind, "write", failing)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def bytes_below(folder: Path) -> int:
+    """Of weights."""
+    return sum(len(data) for name, data in files_below(folder).items() if name.endswith((".safetensors", ".distcp")))
+
+
+def same_files(one: Path, two: Path) -> bool:
+    return files_below(one) == files_below(two)
