@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from checkpoint_tools.jobs import Piece, RunOptions, run_job
 from checkpoint_tools.manifest import tensor_entry, write_manifest
 from checkpoint_tools.sources import HF_IN_CHECKPOINT, SourceSpec, exported_rows
 from checkpoint_tools.torch_dist import Record, write_index, write_records
+from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
 from megatron_r1v2.models.hf_components import make_companions
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
@@ -48,7 +49,7 @@ class HfJob:
         with self.source.open() as source:
             for row in exported_rows(source.architecture, self.layout):
                 if not self.parts or row.ours.split(".")[0] in self.parts:
-                    tensors = row.to_hf([_cast(source.meta(row.ours), self.dtype)])
+                    tensors = row.to_hf([_cast(row.ours, source.meta(row.ours), self.dtype)])
                     made.append((row.ours, tuple((name, tensor_info(tensor)) for name, tensor in tensors.items())))
         groups = _grouped(made, self.max_shard_bytes)
         if len(groups) == 1:
@@ -63,7 +64,7 @@ class HfJob:
             tensors = (
                 tensor
                 for ours in piece.parameters
-                for tensor in rows[ours].to_hf([_cast(source.parameter(ours), self.dtype)]).values()
+                for tensor in rows[ours].to_hf([_cast(ours, source.parameter(ours), self.dtype)]).values()
             )
             digests = write_safetensors_file(folder / piece.name, piece.tensors, tensors, wrote=wrote)
         return {"tensors": {name: tensor_entry(info, digests[name], DIGEST) for name, info in piece.tensors}}
@@ -95,8 +96,9 @@ class DistJob:
         made: list[_Parameter] = []
         with self.source.open() as source:
             for row in exported_rows(source.architecture, "chat"):
-                info = tensor_info(_cast(source.meta(row.ours), self.dtype))
+                info = tensor_info(_cast(row.ours, source.meta(row.ours), self.dtype))
                 made.append((row.ours, ((row.ours, info),)))
+            _check_stacks({ours: info for ours, ((_, info),) in made}, source.architecture)
         groups = _grouped(made, self.max_file_bytes)
         return [_piece(f"{TENSORS}/__{number}_0.distcp", group) for number, group in enumerate(groups)]
 
@@ -106,7 +108,7 @@ class DistJob:
         path.parent.mkdir(exist_ok=True)
         with self.source.open() as source:
             entries = [(dist_entry(ours, source.architecture), info) for ours, info in piece.tensors]
-            tensors = ([_cast(block, self.dtype) for block in source.blocks(ours)] for ours in piece.parameters)
+            tensors = ([_cast(ours, block, self.dtype) for block in source.blocks(ours)] for ours in piece.parameters)
             records = write_records(path, entries, tensors, wrote=wrote)
         return {
             "tensors": {
@@ -229,8 +231,33 @@ def _piece(name: str, parameters: list[_Parameter]) -> Piece:
     return Piece(name, tuple(ours for ours, _ in ordered), tuple(tensor for _, made in ordered for tensor in made))
 
 
-def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    return tensor.to(DTYPES[dtype]) if dtype else tensor
+def _cast(ours: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    if not dtype:
+        return tensor
+    cast = tensor.to(DTYPES[dtype])
+    if cast.is_meta or not cast.numel() or all(bound.isfinite() for bound in cast.aminmax()):
+        return cast
+    finite = tensor[tensor.isfinite()].double()
+    if cast.isfinite().sum() < len(finite):
+        largest = finite.abs().max().item()
+        fitting = [name for name, other in DTYPES.items() if largest <= torch.finfo(other).max]
+        raise ValueError(
+            f"{ours} reaches {largest:.4g}, beyond the {torch.finfo(cast.dtype).max:.4g} of --dtype={dtype}: it would "
+            f"become infinite; accepted: {', '.join(fitting) or 'its own dtype, without --dtype'}"
+        )
+    return cast
+
+
+def _check_stacks(parameters: Mapping[str, TensorInfo], architecture: R1V2Architecture) -> None:
+    """Refuse layers that differ: torch_dist stacks them in one array, of one dtype and shape."""
+    first: dict[str, str] = {}
+    for ours, info in parameters.items():
+        other = first.setdefault(dist_entry(ours, architecture).key, ours)
+        if parameters[other] != info:
+            told = [f"{name} is {parameters[name].dtype} {list(parameters[name].shape)}" for name in (other, ours)]
+            raise ValueError(
+                f"{' and '.join(told)}: torch_dist keeps all layers in one array of one dtype and shape; give --dtype"
+            )
 
 
 def _described(job: Any) -> dict[str, Any]:

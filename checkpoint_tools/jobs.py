@@ -35,6 +35,8 @@ from megatron_r1v2.models.hf_files import check_output, partial_of, publish, rea
 from megatron_r1v2.models.hf_headers import TensorInfo
 
 _SPARE_BYTES = 64 * 1000**2
+_Stamp = tuple[str, int, int]
+"""A file that is read: its path, size, and time of the last change in nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,19 @@ def run_job(
         finish: writes what is beside the files, given the folder and the records of the files by name.
 
     Raises:
-        ValueError: the output is refused, a source is damaged, or there is not enough room on the disk.
+        ValueError: the output is refused, a source is damaged or changes meanwhile, or the disk has not enough room.
     """
     check_output(output, sources=job.source_folders(), overwrite=options.overwrite)
+    _check_links(job, output)
     # torch then takes huge pages for what it copies: ordinary ones cost five times the copy itself.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    sources = _stamps(job.sources())  # before anything is concluded from what they hold
     pieces = job.pieces()
     partial = partial_of(output)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
         restore_replaced(output)
-        _run(job, output, options, finish, pieces)
+        _run(job, output, options, finish, pieces, sources)
 
 
 def _run(
@@ -126,9 +130,11 @@ def _run(
     options: RunOptions,
     finish: Callable[[Path, dict[str, dict[str, Any]]], None],
     pieces: list[Piece],
+    sources: list[_Stamp],
 ) -> None:
     partial = partial_of(output)
-    records = _begin(job, partial, pieces)
+    records = _begin(job, partial, pieces, sources)
+    _remove_unfinished(partial, records)
     left = [piece for piece in pieces if piece.name not in records]
     _check_space(partial.parent, sum(piece.num_bytes for piece in left))
     console = Console(stderr=True, quiet=options.quiet)
@@ -137,9 +143,10 @@ def _run(
         console.print(told, soft_wrap=True)
     try:
         with _progress(console, pieces, records) as advance:
-            records |= _write(job, left, partial, options.workers, advance)
+            records |= _write(job, left, partial, options.workers, advance, sources)
         # In the order of the files, not in that in which workers finished them.
         finish(partial, {piece.name: records[piece.name] for piece in pieces})
+        _check_unchanged(sources)
     except ValueError:
         # The sources are at fault: what was made of them is of no use to a later run.
         shutil.rmtree(partial, ignore_errors=True)
@@ -167,10 +174,28 @@ def _alone(partial: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _begin(job: Job, partial: Path, pieces: list[Piece]) -> dict[str, dict[str, Any]]:
+def _check_links(job: Job, output: Path) -> None:
+    """Refuse an output that files of a source lead to: replacing it would destroy them."""
+    for path in (*job.sources(), *(path for folder in job.source_folders() for path in folder.glob("*"))):
+        if output.resolve() in path.resolve().parents:
+            raise ValueError(f"{path} leads into the output {output}, which would be replaced; choose another output")
+
+
+def _stamps(paths: list[Path]) -> list[_Stamp]:
+    """Return what changes when a file does."""
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def _check_unchanged(sources: list[_Stamp]) -> None:
+    """Refuse to go on where a file was replaced: the output would be half of one model, half of another."""
+    for stamp in sources:
+        if not Path(stamp[0]).is_file() or _stamps([Path(stamp[0])]) != [stamp]:
+            raise ValueError(f"{stamp[0]} was changed while it was read; convert again when nothing writes to it")
+
+
+def _begin(job: Job, partial: Path, pieces: list[Piece], sources: list[_Stamp]) -> dict[str, dict[str, Any]]:
     """Make the partial folder, or take an interrupted one over: return the records of its finished files."""
-    stats = [(str(path.resolve()), path.stat()) for path in job.sources()]
-    sources = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     identity = {"job": job.describe(), "sources": sources}
     described = partial / PROGRESS / "job.json"
     if not described.is_file() or _read_record(described) != json.loads(json.dumps(identity)):
@@ -185,6 +210,14 @@ def _begin(job: Job, partial: Path, pieces: list[Piece]) -> dict[str, dict[str, 
         if record is not None and path.is_file() and path.stat().st_size == record["file_bytes"]:
             records[piece.name] = record
     return records
+
+
+def _remove_unfinished(partial: Path, records: Mapping[str, Any]) -> None:
+    """Delete what has no record: it is written again, and its room is needed for that."""
+    for path in partial.rglob("*"):
+        name = path.relative_to(partial)
+        if path.is_file() and PROGRESS not in name.parts and str(name) not in records:
+            path.unlink()
 
 
 def _keep_record(partial: Path, piece: Piece, record: dict[str, Any]) -> None:
@@ -217,7 +250,12 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _write(
-    job: Job, pieces: list[Piece], partial: Path, workers: int, advance: Callable[[int], None]
+    job: Job,
+    pieces: list[Piece],
+    partial: Path,
+    workers: int,
+    advance: Callable[[int], None],
+    sources: list[_Stamp],
 ) -> dict[str, dict[str, Any]]:
     """Write files, several at a time, and return their records.
 
@@ -232,6 +270,7 @@ def _write(
 
     def write(piece: Piece) -> dict[str, Any]:
         record = job.write(piece, partial, wrote)
+        _check_unchanged(sources)
         _keep_record(partial, piece, record)
         return record
 

@@ -6,6 +6,7 @@ A file is eight bytes that say how long the header is, a JSON header that says w
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from megatron_r1v2.models.tensor_files import file_on_disk, mapped_file, tensor_
 
 _MAX_HEADER_BYTES = 100 * 1000**2
 """Of the format itself; a header of the 38B model has 0.2 MB."""
+_WORD = 2**63
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -137,7 +139,7 @@ def write_safetensors_file(
 def _check_offsets(header: Mapping[str, Any], data_bytes: int) -> None:
     spans = []
     for name, entry in header.items():
-        if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
+        if not isinstance(entry, dict) or str(entry.get("dtype")) not in _DTYPES:
             raise ValueError(f"{name!r} has no known dtype: {str(entry)[:80]}")
         shape: Any = entry.get("shape")
         offsets: Any = entry.get("data_offsets")
@@ -148,6 +150,8 @@ def _check_offsets(header: Mapping[str, Any], data_bytes: int) -> None:
             size *= dimension  # Python's integers: a product that would overflow a machine word stays what it is
         if offsets[1] - offsets[0] != size:
             raise ValueError(f"{name!r} has {offsets[1] - offsets[0]} bytes where shape and dtype make {size}")
+        if math.prod(dimension or 1 for dimension in shape) >= _WORD:
+            raise ValueError(f"{name!r} has the shape {shape}, beyond what any machine counts")
         spans.append((offsets[0], offsets[1], name))
     position = 0
     for start, end, name in sorted(spans):

@@ -148,6 +148,9 @@ def entry(start: int, end: int, shape: tuple[int, ...] = (2,), dtype: str = "F32
         ({"header": {"a": entry(0, 8, (2**62, 2**62))}, "data": 8}, "where shape and dtype make"),
         ({"header": {"a": entry(0, 8, (True, 2))}, "data": 8}, "no valid shape"),
         ({"header": {"a": entry(0, 8, dtype="F31")}, "data": 8}, "no known dtype"),
+        ({"header": {"a": entry(0, 8) | {"dtype": []}}, "data": 8}, "no known dtype"),
+        ({"header": {"a": entry(0, 0, (0, 2**63))}, "data": 0}, "beyond what any machine counts"),
+        ({"header": {"a": entry(0, 0, (0, 2**62, 2**62))}, "data": 0}, "beyond what any machine counts"),
         ({"header": {"a": None}, "data": 8}, "no known dtype"),
         ({"header": [1]}, "no JSON object"),
         ({"header": {}, "raw": b'{"a":' + json.dumps(entry(0, 8)).encode() + b',"a":' + b"1}"}, "in the header twice"),
@@ -288,16 +291,20 @@ def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, 
         with pytest.raises(KeyboardInterrupt):
             write_hf(job, tmp_path / "out", companions=source, options=ONE_AT_A_TIME)
         monkeypatch.setattr(HfJob, "write", original)
-        assert len(jobs._begin(job, tmp_path / ".out.partial", job.pieces())) == 1  # unchanged, it would go on
+        assert len(begun(job, tmp_path / ".out.partial")) == 1  # unchanged, it would go on
         if change == "options":
             job = HfJob(HfSpec(source), "chat", (source,), max_shard_bytes=20_000, dtype="bf16")
         else:
             time.sleep(0.01)
             tiny = load_file(source / "model.safetensors")
             save_file({name: tensor + 1 for name, tensor in tiny.items()}, source / "model.safetensors")
-        begun = jobs._begin(job, tmp_path / ".out.partial", job.pieces())
-        assert begun == {}, change
+        assert begun(job, tmp_path / ".out.partial") == {}, change
         shutil.rmtree(tmp_path / ".out.partial")
+
+
+def begun(job: HfJob, partial: Path) -> dict:
+    """The records that a run would take over."""
+    return jobs._begin(job, partial, job.pieces(), jobs._stamps(job.sources()))
 
 
 def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch):
