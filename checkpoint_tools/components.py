@@ -12,7 +12,12 @@ from checkpoint_tools.conversions import DTYPES, HfJob, finish_hf
 from checkpoint_tools.jobs import RunOptions, run_job
 from checkpoint_tools.sources import TableSource
 from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
-from megatron_r1v2.models.hf_components import Components, components_config, make_components_companions
+from megatron_r1v2.models.hf_components import (
+    Components,
+    check_companions,
+    components_config,
+    make_components_companions,
+)
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, SafetensorsFolder, read_json
 from megatron_r1v2.models.hf_mapping import (
     HF_EMBEDDING,
@@ -56,6 +61,7 @@ def reassemble(
         ValueError: a component is missing something, has something else, or does not fit the others.
     """
     spec = ComponentsSpec(components, components_config(components))
+    check_companions(components.language)
     names = {dtype: name for name, dtype in DTYPES.items()}
     dtype = names[components.dtype] if components.dtype else ""
     job = HfJob(spec, layout, tuple(spec.folders()), dtype=dtype, max_shard_bytes=max_shard_bytes)

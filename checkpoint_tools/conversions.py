@@ -17,7 +17,7 @@ from checkpoint_tools.sources import HF_IN_CHECKPOINT, SourceSpec, exported_rows
 from checkpoint_tools.torch_dist import Record, write_index, write_records
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
-from megatron_r1v2.models.hf_components import make_companions
+from megatron_r1v2.models.hf_components import check_companions, make_companions
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
 from megatron_r1v2.models.hf_headers import TensorInfo, tensor_info, write_safetensors_file
 from megatron_r1v2.models.hf_mapping import Layout
@@ -163,8 +163,9 @@ def write_hf(job: HfJob, output: Path, *, companions: Path, options: RunOptions)
         options: how.
 
     Raises:
-        ValueError: see `run_job`.
+        ValueError: see `check_companions` and `run_job`.
     """
+    check_companions(companions)
     run_job(
         job,
         output,
@@ -183,8 +184,9 @@ def write_checkpoint(job: DistJob, output: Path, *, companions: Path, options: R
         options: how.
 
     Raises:
-        ValueError: see `run_job`.
+        ValueError: see `check_companions` and `run_job`.
     """
+    check_companions(companions)
 
     def finish(folder: Path, records: dict[str, dict[str, Any]]) -> None:
         tensors = {name: entry for record in records.values() for name, entry in record["tensors"].items()}

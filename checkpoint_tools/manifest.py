@@ -42,11 +42,14 @@ class Manifest:
                 f"{self.path} has version {content.get('version')!r}; accepted: 1, 2. Update checkpoint_tools"
             )
         self.layout = str(content.get("layout"))
-        self.tensors: dict[str, dict[str, Any]] = content.get("tensors") or {}
-        self.files: dict[str, dict[str, Any]] = content.get("files") or {}
-        entries = [*self.tensors.values(), *self.files.values()]
-        if not self.tensors or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{self.path} is damaged: it lists no tensors; copy it again, or delete it to go without")
+        self.tensors: dict[str, dict[str, Any]] = self._entries(content, "tensors")
+        self.files: dict[str, dict[str, Any]] = self._entries(content, "files")
+
+    def _entries(self, content: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+        entries = content.get(kind)
+        if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
+            raise ValueError(f"{self.path} is damaged: it lists no {kind}; copy it again, or delete it to go without")
+        return entries
 
     @classmethod
     def of(cls, folder: Path) -> Manifest | None:
@@ -71,18 +74,15 @@ class Manifest:
                 f"{self.tensors[name]}): the file is damaged, copy it again"
             )
 
-    def check_files(self, names: Iterable[str] | None = None) -> None:
-        """Compare files with the manifest, by size and, the small ones, by checksum.
-
-        Args:
-            names: which; None: all.
+    def check_files(self) -> None:
+        """Compare all files with the manifest, by size and, the small ones, by checksum.
 
         Raises:
             ValueError: one is missing or another.
         """
         folder = self.path.parent
-        for name in self.files if names is None else names:
-            if name in self.files and file_entry(folder / name) != self.files[name]:
+        for name, expected in self.files.items():
+            if file_entry(folder / name) != expected:
                 raise ValueError(
                     f"{folder / name} is not what it was when the checkpoint was written; if it was changed on "
                     f"purpose, delete {MANIFEST}, else copy the folder again"

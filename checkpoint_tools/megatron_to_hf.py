@@ -14,11 +14,11 @@ from checkpoint_tools.command_line import (
     run_options,
 )
 from checkpoint_tools.conversions import HfJob, write_hf
-from checkpoint_tools.finding import recipe_base
+from checkpoint_tools.finding import check_base, recipe_base
 from checkpoint_tools.sources import HF_IN_CHECKPOINT, CheckpointSpec
 from megatron_r1v2.models.hf_config import layout_of
 from megatron_r1v2.models.hf_files import read_json
-from megatron_r1v2.training.checkpoint_files import load_state, resolve_checkpoint
+from megatron_r1v2.training.checkpoint_files import resolve_checkpoint
 
 EXAMPLE = f"""example:
   python -m checkpoint_tools.megatron_to_hf --checkpoint runs/digits-grpo --base base-model --output export
@@ -27,6 +27,7 @@ EXAMPLE = f"""example:
 A checkpoint of a run holds the parts that were trained. The others, config.json, tokenizer and processor come from
 --base: the folder that the run started from; default: model.hf_path of its recipe, where that folder is there. A
 checkpoint that hf_to_megatron made needs none.
+A base that is not the model that the run was trained on is refused, by the checksums that training noted of it.
 The padding of vocabulary and heads, which depends on the layout of the run, is cut off.
 {INTERRUPTED}"""
 
@@ -44,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base = options.base or recipe_base(checkpoint)
         companions = base or checkpoint / HF_IN_CHECKPOINT
         spec = CheckpointSpec(checkpoint, base)
-        with spec.open():  # says what is missing before config.json is looked at
-            pass
+        with spec.open() as source:  # says what is missing before config.json is looked at
+            state = source.state
+        if base is not None:
+            check_base(base, checkpoint, state, workers=options.workers or 2)
         job = HfJob(
             spec,
             options.layout or layout_of(read_json(companions / "config.json")),
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_shard_bytes=options.shard_size,
         )
         write_hf(job, options.output, companions=companions, options=run_options(options))
-        named = ", ".join(load_state(checkpoint)["parts"])
+        named = ", ".join(state["parts"])
         rest = f", the rest from {base}" if base else ""
         print(f"wrote {options.output} ({named} from {checkpoint}{rest})")
 

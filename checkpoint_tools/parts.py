@@ -8,7 +8,7 @@ from pathlib import Path
 
 from checkpoint_tools.command_line import add_hf_arguments, add_run_arguments, explained_errors, parser_of, run_options
 from checkpoint_tools.conversions import HfJob, finish_hf, write_hf
-from checkpoint_tools.finding import digest_of, recipe_base
+from checkpoint_tools.finding import ALL_PARTS, PARTS_VERSION, check_base, digest_of, read_parts, recipe_base
 from checkpoint_tools.jobs import run_job
 from checkpoint_tools.sources import PARTS_FILE, CheckpointSpec, HfSpec, OverSpec
 from megatron_r1v2.models.hf_config import layout_of
@@ -20,10 +20,10 @@ EXAMPLE = """example:
   python -m checkpoint_tools.parts apply --parts r1v2-adapter --base r1v2-38b --output r1v2-trained
 
 A run that trains the adapter changes 184 MB of 77 GB: the rest needs no second copy. `export` writes the parts under
-their Hugging Face names, with a checksum of all other weights of the model that the run started from; `apply` computes
-that checksum of its --base, in whatever layout it is, and refuses another model (reading all of it takes a while).
+their Hugging Face names, with a checksum of the architecture and all other weights of the model that the run started
+from, after it was held against what training noted of them; `apply` computes that checksum of its --base, in whatever
+layout it is, and refuses another model (reading all of it takes a while).
 reassemble --adapter takes exported adapters too."""
-_ALL = ("adapter", "language", "vision")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,10 +57,11 @@ def export_parts(options: argparse.Namespace) -> None:
         raise ValueError(f"{checkpoint} does not say which model it started from, or that is gone; give --base")
     state = load_state(checkpoint)
     parts = tuple(str(part) for part in state["parts"])
+    check_base(base, checkpoint, state, workers=options.workers or 2)
     layout = layout_of(read_json(base / "config.json"))
     spec = CheckpointSpec(checkpoint, base, only_stored=True)
     job = HfJob(spec, layout, (checkpoint, base), dtype=options.dtype or "", parts=parts)
-    stated = {"version": 1, "parts": list(parts), "layout": layout, "step": int(state["step"])}
+    stated = {"version": PARTS_VERSION, "parts": list(parts), "layout": layout, "step": int(state["step"])}
     stated["base_sha256"] = _digest_of_rest(base, parts, workers=options.workers)
     run_job(
         job,
@@ -78,8 +79,9 @@ def apply_parts(options: argparse.Namespace) -> None:
     found = _digest_of_rest(options.base, parts, workers=options.workers)
     if found != stated["base_sha256"]:
         raise ValueError(
-            f"{options.base} is not the model that {options.parts} was trained on: the checksum of its weights "
-            f"(without {', '.join(parts)}) is {found[:12]}, that of the model trained on {stated['base_sha256'][:12]}; "
+            f"{options.base} is not the model that {options.parts} was trained on: the checksum of its architecture "
+            f"and weights (without {', '.join(parts)}) is {found[:12]}, that of the model trained on "
+            f"{stated['base_sha256'][:12]}; "
             "a model of the same weights in another dtype is another model too"
         )
     top = HfSpec(options.parts, options.base, parts, stated["layout"])
@@ -94,24 +96,9 @@ def apply_parts(options: argparse.Namespace) -> None:
     print(f"wrote {options.output} ({', '.join(parts)} from {options.parts}, the rest from {options.base})")
 
 
-def read_parts(folder: Path) -> dict:
-    """Read what `export` says of the parts.
-
-    Raises:
-        ValueError: the folder is not of `export`.
-    """
-    if not (folder / PARTS_FILE).is_file():
-        raise ValueError(f"{folder} has no {PARTS_FILE}; give a folder that `parts export` wrote")
-    stated = read_json(folder / PARTS_FILE)
-    missing = {"parts", "layout", "step", "base_sha256"} - set(stated)
-    if missing or not set(stated["parts"]) <= set(_ALL):
-        raise ValueError(f"{folder / PARTS_FILE} is damaged (missing: {sorted(missing)}); export again")
-    return stated
-
-
 def _digest_of_rest(base: Path, parts: tuple[str, ...], *, workers: int) -> str:
     """Return the checksum of the parts that were not trained."""
-    rest = tuple(part for part in _ALL if part not in parts)
+    rest = tuple(part for part in ALL_PARTS if part not in parts)
     with HfSpec(base).open() as source:
         return digest_of(source, parts=rest, workers=workers or 2)
 

@@ -15,7 +15,7 @@ from typing import Protocol, Self
 import torch
 
 from checkpoint_tools.manifest import Manifest
-from checkpoint_tools.torch_dist import METADATA, TorchDist
+from checkpoint_tools.torch_dist import TorchDist
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
 from megatron_r1v2.models.hf_config import read_hf_architecture
@@ -225,7 +225,7 @@ class HfSource(TableSource):
             )
         self._rows = {row.ours: row for row in rows if row.exported}
         if self._manifest is not None:
-            self._manifest.check_files(["config.json"])
+            self._manifest.check_files()
             if set(self._manifest.tensors) != set(self._folder.names()):
                 raise ValueError(f"{self._manifest.path} lists other tensors than the folder has; copy it again")
         self._check_repeated_output(self._stored, spec.folder)
@@ -276,7 +276,7 @@ class CheckpointSource(OpenSource):
         super().__init__()
         self._manifest = Manifest.of(spec.folder)
         if self._manifest is not None:
-            self._manifest.check_files([STATE_FILE, f"{TENSORS}/{METADATA}", f"{HF_IN_CHECKPOINT}/config.json"])
+            self._manifest.check_files()
         self.state = load_state(spec.folder)
         self.parts = [str(part) for part in self.state["parts"]]
         config = spec.base or spec.folder / HF_IN_CHECKPOINT

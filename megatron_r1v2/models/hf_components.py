@@ -21,7 +21,7 @@ from megatron_r1v2.models.hf_config import (
     stated_processor,
     transformers_vision_config,
 )
-from megatron_r1v2.models.hf_files import copy_companions, read_json, with_dtype, write_json
+from megatron_r1v2.models.hf_files import companion_files, copy_companions, read_json, with_dtype, write_json
 from megatron_r1v2.models.hf_mapping import Layout
 
 # Roles that transformers' InternVLProcessor looks for in the tokenizer, and the token of each.
@@ -32,6 +32,8 @@ _IMAGE_TOKENS: Mapping[str, str] = {
     "video_token": "<video>",
 }
 DEFAULT_MAX_TILES = 12
+_TOKENIZERS = frozenset(("tokenizer.json", "tokenizer.model", "vocab.json"))
+"""Files that hold a vocabulary, one of which every tokenizer has."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,29 @@ def components_config(components: Components) -> dict[str, Any]:
     return whole
 
 
+def check_companions(source: Path) -> None:
+    """Refuse what lies beside the weights if it is damaged, before the weights are looked at.
+
+    Args:
+        source: folder of a whole model, or of a language model.
+
+    Raises:
+        ValueError: a JSON file is none, or the tokenizer is missing or cannot be loaded.
+    """
+    files = companion_files(source)
+    for path in files:
+        if path.suffix == ".json":
+            read_json(path)
+        if path.name == "tokenizer.json":
+            _load_tokenizer(path)
+    names = {path.name for path in files}
+    if not names & _TOKENIZERS or "tokenizer_config.json" not in names:
+        raise ValueError(
+            f"{source} has no tokenizer; accepted: tokenizer_config.json and one of {', '.join(sorted(_TOKENIZERS))}; "
+            "copy the tokenizer's files into the folder"
+        )
+
+
 def make_components_companions(
     components: Components, config: Mapping[str, Any], folder: Path, layout: Layout, dtypes: Iterable[torch.dtype]
 ) -> None:
@@ -172,11 +197,18 @@ def _with_image_tokens(language: Path) -> tuple[Tokenizer, list[str], int, int]:
             "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     # The file is edited, not saved by transformers: what a tokenizer class would change on the way stays as it is.
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = _load_tokenizer(path)
     missing = [token for token in _IMAGE_TOKENS.values() if tokenizer.token_to_id(token) is None]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return tokenizer, missing, vocabulary[_IMAGE_TOKENS["context_image_token"]], max(vocabulary.values()) + 1
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises this class itself, for whatever is wrong
+        raise ValueError(f"{path} cannot be loaded: {error}; copy the tokenizer's files again") from error
 
 
 def _add_image_tokens(source: Path, folder: Path) -> None:

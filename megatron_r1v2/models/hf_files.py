@@ -261,12 +261,16 @@ def write_safetensors(
     _number_shards(folder, shards, total)
 
 
+def companion_files(source: Path | str) -> list[Path]:
+    """Return the files of tokenizer, processor, generation settings and chat template of a folder."""
+    found = [path for pattern in _COMPANIONS for path in sorted(Path(source).glob(pattern))]
+    return [path for path in found if path.is_file() and path.suffix != ".py"]
+
+
 def copy_companions(source: Path | str, folder: Path) -> None:
     """Copy tokenizer, processor, generation settings and chat template from one folder to another."""
-    for pattern in _COMPANIONS:
-        for path in sorted(Path(source).glob(pattern)):
-            if path.is_file() and path.suffix != ".py":
-                shutil.copyfile(path, folder / path.name)
+    for path in companion_files(source):
+        shutil.copyfile(path, folder / path.name)
 
 
 def write_hf_folder(

@@ -195,18 +195,19 @@ class Session(LoadedModel):
             state: of the stage, the same on every rank.
             replay: what this data-parallel rank holds of the buffer.
         """
+        own = {*self.parts, *self.changed_parts}
         self.checkpoints.save(
             self.step,
             self.policy.model,
             self.policy.optimizer,
-            parts={*self.parts, *self.changed_parts},
+            parts=own,
             trained=self.parts,
             state={
                 "step": self.step,
                 "version": self.policy.version,
                 "scheduler": self.policy.scheduler.state_dict(),
                 "stream": self.stream.state_dict(),
-                "checksums": self.proof.checksums(),
+                **self.proof.record(own),
                 "skipped_in_a_row": self.policy.skipped.in_a_row,
                 **state,
             },

@@ -7,7 +7,6 @@ elements within a tensor does not show either, which is the price of not dependi
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,11 +18,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.part_state import part_state
-
-_MODULUS = 2**63
-_FIRST_FACTOR = 0x1B873593CC9E2D51
-_ELEMENTS_AT_ONCE = 2**24
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from megatron_r1v2.training.tensor_checksum import MODULUS, tensor_checksum
 
 
 def weight_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelContext) -> dict[str, int]:
@@ -38,9 +33,9 @@ def weight_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelC
     sums = torch.zeros(len(names), dtype=torch.int64, device=context.device)
     for entry in part_state(model, parts).values():
         if _is_counted_here(entry):
-            sums[names.index(entry.key.split(".", 1)[0])] += _checksum(entry.data, entry.key)
+            sums[names.index(entry.key.split(".", 1)[0])] += tensor_checksum(entry.data, entry.key)
     dist.all_reduce(sums, group=context.groups.mp)
-    return {name: value % _MODULUS for name, value in zip(names, sums.tolist(), strict=True)}
+    return {name: value % MODULUS for name, value in zip(names, sums.tolist(), strict=True)}
 
 
 def check_replicas(checksums: Mapping[str, int], context: ParallelContext) -> None:
@@ -106,17 +101,3 @@ def _is_counted_here(entry: Any) -> bool:
     """Return whether this rank counts a tensor for its replica; the last index is that of the replica."""
     index = entry.replica_id
     return not any(index[:-1]) if isinstance(index, tuple) else True
-
-
-def _checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    tensor = tensor.detach()
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # TransformerEngine's 8-bit weights
-        tensor = tensor.float()
-    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-    factor = (zlib.crc32(name.encode()) << 1) | 1
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in bits.split(_ELEMENTS_AT_ONCE):
-        mixed = part.long() * _FIRST_FACTOR
-        mixed = (mixed ^ (mixed >> 29)) * factor
-        total += (mixed ^ (mixed >> 32)).sum()
-    return total

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -39,6 +40,27 @@ class WeightProof:
     def checksums(self) -> dict[str, int]:
         """Return the checksum of each part of the model; called together by all ranks."""
         return weight_checksums(self.model, self.model.parts, self.context)
+
+    def record(self, own: Iterable[Part]) -> dict[str, Any]:
+        """Return what a checkpoint says of the weights; called together by all ranks.
+
+        Args:
+            own: parts that the checkpoint holds itself.
+
+        Returns:
+            `checksums` by part, and `base`, which tells the Hugging Face model that the run started from: its
+            architecture, the dtype that its weights were read in, and the checksums of the parts that are not `own`. A
+            language model in 8 bits has none there: the rounding is the GPU's own.
+        """
+        checksums = self.checksums()
+        rounded = {Part.language} if self.model.config.fp8_param else set()
+        taken = set(self.model.parts) - set(own) - rounded
+        base = {
+            "architecture": asdict(self.model.architecture),
+            "dtype": str(self.model.config.params_dtype).removeprefix("torch."),
+            "checksums": {name: value for name, value in checksums.items() if Part(name) in taken},
+        }
+        return {"checksums": checksums, "base": base}
 
     def check(self, saved: Mapping[str, int], source: Path | None) -> dict[str, int]:
         """Compare the replicas with each other, with what a checkpoint says, and frozen parts with what they were.

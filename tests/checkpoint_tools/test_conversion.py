@@ -111,16 +111,22 @@ def test_there_and_back_bit_for_bit_tied_and_untied_in_both_layouts(tmp_path, va
     assert_same_weights(tmp_path / "hf", tmp_path / "end")
 
 
-def test_parts_that_were_not_trained_come_from_the_base(converted, tmp_path):
+def test_parts_that_were_not_trained_come_from_the_base_that_they_were_trained_on(converted, tmp_path, capsys):
     root, _ = converted
-    for folder in ("checkpoint", "other"):
-        (tmp_path / folder).mkdir()
-    shutil.copytree(root / "6b-odd-2x1", tmp_path / "checkpoint", dirs_exist_ok=True)
+    shutil.copytree(root / "6b-odd-2x1", tmp_path / "checkpoint")
     state = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
     torch.save({**state, "parts": ["adapter"]}, tmp_path / "checkpoint" / "state.pt")
     tiny_hf_model(tmp_path / "other", dtype=torch.bfloat16, **VARIANTS["6b-odd"], seed=99)
     source = ["--checkpoint", str(tmp_path / "checkpoint"), "--quiet"]
-    megatron_to_hf.main([*source, "--base", str(tmp_path / "other"), "--output", str(tmp_path / "out")])
+    to_other = [*source, "--base", str(tmp_path / "other"), "--output", str(tmp_path / "out")]
+    recipe = tmp_path / "checkpoint" / "recipe.yaml"
+    recipe.write_text(f"model:\n  hf_path: {root / '6b-odd'}\n")
+    with pytest.raises(SystemExit):
+        megatron_to_hf.main(to_other)
+    assert f"its recipe names {root / '6b-odd'}" in capsys.readouterr().err
+    recipe.unlink()
+    megatron_to_hf.main(to_other)  # of a version that noted nothing, and nothing is known: said, and done
+    assert "has no checksum of the language and vision weights" in capsys.readouterr().err
     got, base, trained = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "other", root / "6b-odd")
     )

@@ -1,0 +1,35 @@
+"""The number that one tensor adds to the checksum of its part; see `weight_checksums`, which sums over ranks."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+MODULUS = 2**63
+_FIRST_FACTOR = 0x1B873593CC9E2D51
+_ELEMENTS_AT_ONCE = 2**24
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def tensor_checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a number mixed from the bits of each element, whatever their order, and the name; zeros count zero.
+
+    Args:
+        tensor: any shape; its dtype matters.
+        name: megatron-core's, of the array in a checkpoint (`dist_entry`).
+
+    Returns:
+        A scalar int64 on the tensor's device, to be summed with those of other tensors and taken modulo 2^63.
+    """
+    tensor = tensor.detach()
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # TransformerEngine's 8-bit weights
+        tensor = tensor.float()
+    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    factor = (zlib.crc32(name.encode()) << 1) | 1
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in bits.split(_ELEMENTS_AT_ONCE):
+        mixed = part.long() * _FIRST_FACTOR
+        mixed = (mixed ^ (mixed >> 29)) * factor
+        total += (mixed ^ (mixed >> 32)).sum()
+    return total
