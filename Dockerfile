@@ -1,5 +1,12 @@
 # The container of the 38B runs: NVIDIA's PyTorch image, whose torch, TransformerEngine, flash-attn and apex are built
-# for each other and stay as they are. Build from the top folder: docker build -t megatron_r1v2 .
+# for each other and stay as they are. From the top folder, build it, make it a file for SLURM's pyxis (or push it, and give
+# R1V2_CONTAINER docker://REGISTRY#PATH/megatron_r1v2:latest), and check it on a GPU:
+#   docker build -t megatron_r1v2 .
+#   enroot import -o "$PWD/megatron_r1v2.sqsh" dockerd://megatron_r1v2
+#   srun --gpus=1 --container-image="$PWD/megatron_r1v2.sqsh" --container-workdir=/workspace/megatron_r1v2 \
+#     python -m pytest -m gpu tests/gpu -p no:cacheprovider
+#   R1V2_CONTAINER="$PWD/megatron_r1v2.sqsh" sbatch slurm/grpo_38b.sh
+# With docker alone the check is: docker run --rm --gpus all --ipc=host megatron_r1v2 -m pytest -m gpu tests/gpu
 FROM nvcr.io/nvidia/pytorch:25.12-py3
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

@@ -67,7 +67,7 @@ slurm-test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/slurm tests/faults --timeout 3600
 
 gpu-test:
-	$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)
+	$(or $(PYTHON),python3) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 # The copy of the lock file is written last, so a broken install is tried again.
 install:

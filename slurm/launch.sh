@@ -2,7 +2,9 @@
 # Shared by the sbatch scripts: one torchrun on each node of the job, SLURM's warning passed on, the job put back in the
 # queue when it was interrupted.
 #
-#   R1V2_CONTAINER     image for srun --container-image (pyxis); empty: run in the environment of the job
+#   R1V2_CONTAINER     image for srun --container-image (pyxis); empty: run in the environment of the job. Of the image
+#                      that Dockerfile builds: a file that all nodes see (enroot import -o /SHARED/megatron_r1v2.sqsh
+#                      dockerd://megatron_r1v2), or, pushed, docker://REGISTRY#PATH/megatron_r1v2:latest
 #   R1V2_MOUNTS        for --container-mounts; default: the submit folder at its own path
 #   R1V2_RECIPE        instead of the script's recipe
 #   R1V2_LOGS          folder of the ranks' logs, one folder for each job, start and node; default: logs

@@ -16,6 +16,10 @@ from packaging.version import Version
 
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.validate import check_grpo, check_model_fits
+from megatron_r1v2.planning.__main__ import stage_of
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
+from megatron_r1v2.planning.plan import Cluster, make_plan
+from megatron_r1v2.planning.roofline import HARDWARE
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("examples/**/*.yaml"))
@@ -196,10 +200,25 @@ def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, r
     ) in lines
 
 
-def test_the_scripts_warn_as_early_as_the_settings_say():
+JOBS = {
+    script: found[1]
+    for script in SCRIPTS
+    if (found := re.search(r"^launch megatron_r1v2\.\w+ (\S+)", script.read_text(encoding="utf-8"), re.MULTILINE))
+}
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.stem)
+def test_the_scripts_warn_as_early_as_the_settings_say(script):
     """SIGUSR1 of the training scripts and checkpoint.lead_seconds, which a step's duration is compared with."""
-    for script in SCRIPTS:
-        text = script.read_text(encoding="utf-8")
-        if found := re.search(r"^launch megatron_r1v2\.\w+ (\S+)", text, re.MULTILINE):
-            lead = load_recipe(ROOT / found[1]).checkpoint.lead_seconds
-            assert f"#SBATCH --signal=B:USR1@{lead:g}\n" in text, script.name
+    lead = load_recipe(ROOT / JOBS[script]).checkpoint.lead_seconds
+    assert f"#SBATCH --signal=B:USR1@{lead:g}\n" in script.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.stem)
+def test_the_warning_comes_early_enough_for_a_step_much_longer_than_planned(script):
+    """The planner counts with responses half of the longest."""
+    recipe = load_recipe(ROOT / JOBS[script])
+    gpus = 8 * int(re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(encoding="utf-8"), re.MULTILINE)[1])
+    cluster = Cluster(gpus, 8, 80.0, 4.0, HARDWARE["h100"])
+    plan = make_plan(recipe, KNOWN_MODELS["r1v2-38b"], cluster, stage=stage_of(JOBS[script]))
+    assert recipe.checkpoint.lead_seconds >= 2.5 * plan.time.total

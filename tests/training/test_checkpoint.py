@@ -148,6 +148,14 @@ def test_what_has_no_manifest_gets_no_name(session: Session) -> None:
     in_the_way.rmdir()
 
 
+def test_a_folder_that_cannot_be_made_is_told_of_too(session: Session) -> None:
+    session.checkpoints.folder.symlink_to(session.checkpoints.folder.with_name("nowhere") / "checkpoints")
+    with pytest.raises(
+        RuntimeError, match=r"could not be written to .*checkpoints, where \d+ MiB are free.*File exists"
+    ):
+        session.save({}, {})
+
+
 def test_the_newest_are_kept_and_a_broken_write_is_written_again(session: Session) -> None:
     store = session.checkpoints
     store.keep_last = 2
