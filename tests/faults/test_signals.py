@@ -67,6 +67,7 @@ def test_a_replica_that_waits_for_another_publishes_and_stops_with_it(root: Path
     assert not list(generated.glob("*.pt"))
 
 
+@pytest.mark.slow
 def test_a_step_is_kept_when_its_validation_is_abandoned(root: Path, tmp_path: Path) -> None:
     validation = ("evaluation.every_steps=2", "evaluation.prompts=1", "evaluation.runs=4000")
     recipe = recipe_for(root, tmp_path / "run", (*SETTINGS, *validation, f"data.validation={root / 'data'}"))

@@ -223,7 +223,7 @@ class Ranks:
     def where(self, rank: int) -> str:
         """Return what a rank has last told the others that it is doing; there must be others."""
         store = TCPStore("127.0.0.1", self._port, is_master=False, timeout=timedelta(seconds=60))
-        return json.loads(store.get(f"default_pg/watch/rank-{rank}"))["where"]
+        return json.loads(store.get(f"default_pg/0//watch/rank-{rank}"))["where"]
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait for something while the run goes on; the test fails when it ends, or after so many seconds."""
