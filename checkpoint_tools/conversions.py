@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 from checkpoint_tools.jobs import Piece, RunOptions, run_job
 from checkpoint_tools.manifest import tensor_entry, write_manifest
 from checkpoint_tools.sources import HF_IN_CHECKPOINT, SourceSpec, exported_rows
-from checkpoint_tools.torch_dist import Record, write_index, write_records
+from checkpoint_tools.torch_dist import Record, read_records, write_index, write_records
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
 from megatron_r1v2.models.hf_components import make_companions
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
-from megatron_r1v2.models.hf_headers import TensorInfo, tensor_info, write_safetensors_file
+from megatron_r1v2.models.hf_headers import TensorInfo, map_safetensors_file, tensor_info, write_safetensors_file
 from megatron_r1v2.models.hf_mapping import Layout
 from megatron_r1v2.models.tensor_files import DIGEST
 from megatron_r1v2.training.checkpoint_files import STATE_FILE, TENSORS
@@ -69,6 +69,10 @@ class HfJob:
             digests = write_safetensors_file(folder / piece.name, piece.tensors, tensors, wrote=wrote)
         return {"tensors": {name: tensor_entry(info, digests[name], DIGEST) for name, info in piece.tensors}}
 
+    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a written file again."""
+        yield from map_safetensors_file(folder / piece.name).items()
+
     def describe(self) -> dict[str, Any]:
         """Return the options."""
         return _described(self)
@@ -116,6 +120,13 @@ class DistJob:
                 for (ours, info), (record, digest) in zip(piece.tensors, records, strict=True)
             }
         }
+
+    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a written file again."""
+        places = [(ours, Record(*entry["record"])) for ours, entry in record["tensors"].items()]
+        yield from zip(
+            (ours for ours, _ in places), read_records(folder / piece.name, [at for _, at in places]), strict=True
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the options."""

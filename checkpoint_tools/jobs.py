@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,11 +31,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from checkpoint_tools.manifest import PROGRESS
+from checkpoint_tools.manifest import PROGRESS, in_threads
 from megatron_r1v2.models.hf_files import check_output, partial_of, publish, read_json, restore_replaced, write_json
 from megatron_r1v2.models.hf_headers import TensorInfo
+from megatron_r1v2.models.tensor_files import DIGEST, digest_of
 
 _SPARE_BYTES = 64 * 1000**2
+_WORKERS = min(4, os.cpu_count() or 1)
 _Stamp = tuple[str, int, int]
 """A file that is read: its path, size, and time of the last change in nanoseconds."""
 
@@ -66,6 +69,14 @@ class Job(Protocol):
         """Write one file and return what is to be known about it, as JSON takes it.
 
         Several are written at a time, each in a thread; `wrote` is told of bytes, and raises when the job is given up.
+        """
+        ...
+
+    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a written file again: name, as in the record's `tensors`, and tensor, in whatever shape.
+
+        Raises:
+            ValueError: it is damaged.
         """
         ...
 
@@ -203,13 +214,21 @@ def _begin(job: Job, partial: Path, pieces: list[Piece], sources: list[_Stamp]) 
         (partial / PROGRESS).mkdir(parents=True)
         write_json(described, identity)
         return {}
-    records = {}
-    for piece in pieces:
-        record = _read_record(_record_path(partial, piece))
-        path = partial / piece.name
-        if record is not None and path.is_file() and path.stat().st_size == record["file_bytes"]:
-            records[piece.name] = record
-    return records
+    kept = {piece.name: (piece, _read_record(_record_path(partial, piece))) for piece in pieces}
+    intact = in_threads(lambda name: _is_intact(job, partial, *kept[name]), kept, workers=_WORKERS)
+    return {name: record for name, (_, record) in kept.items() if record is not None and intact[name]}
+
+
+def _is_intact(job: Job, partial: Path, piece: Piece, record: dict[str, Any] | None) -> bool:
+    """Return whether a file has what its record says: a machine that stopped may have left something else."""
+    path = partial / piece.name
+    if record is None or not path.is_file() or path.stat().st_size != record["file_bytes"]:
+        return False
+    try:
+        found = {name: digest_of(tensor) for name, tensor in job.tensors(piece, partial, record)}
+    except ValueError:
+        return False
+    return found == {name: entry[DIGEST] for name, entry in record["tensors"].items()}
 
 
 def _remove_unfinished(partial: Path, records: Mapping[str, Any]) -> None:
@@ -274,7 +293,7 @@ def _write(
         _keep_record(partial, piece, record)
         return record
 
-    pool = ThreadPoolExecutor(max_workers=workers or min(4, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=workers or _WORKERS)
     try:
         begun = {piece.name: pool.submit(write, piece) for piece in pieces}
         for ended in wait(begun.values(), return_when=FIRST_EXCEPTION).done:

@@ -140,6 +140,26 @@ def test_a_continued_run_needs_no_room_for_what_it_writes_again(model, tmp_path,
     assert same_files(tmp_path / "straight", tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", [HfJob, DistJob])
+@pytest.mark.parametrize("place", [3, -300, -5])
+def test_a_continued_run_writes_again_what_was_damaged_meanwhile(model, tmp_path, monkeypatch, kind, place):
+    """One bit of a finished file, of the same size: in its header, its tensors or at its end."""
+    write(model, tmp_path / "straight", kind=kind)
+    with monkeypatch.context() as patched:
+        stop_after(kind, 3, patched)
+        with pytest.raises(OSError, match="the power is gone"):
+            write(model, tmp_path / "out", kind=kind)
+    partial = tmp_path / ".out.partial"
+    finished = sorted([*partial.glob("*.safetensors"), *partial.glob("tensors/*.distcp")])
+    content = bytearray(finished[0].read_bytes())
+    content[place] ^= 1
+    finished[0].write_bytes(content)
+    untouched = finished[1].stat().st_mtime_ns
+    write(model, tmp_path / "out", kind=kind)
+    assert same_files(tmp_path / "straight", tmp_path / "out")
+    assert (tmp_path / "out" / finished[1].relative_to(partial)).stat().st_mtime_ns == untouched
+
+
 def stop_after(kind: type, count: int, monkeypatch) -> None:
     """Let a run end when so many files are written, the last of them without a record."""
     original, written = kind.write, []
