@@ -38,6 +38,7 @@ from megatron_r1v2.models.tensor_files import DIGEST, digest_of
 
 _SPARE_BYTES = 64 * 1000**2
 _WORKERS = min(4, os.cpu_count() or 1)
+_BESIDE = f"{PROGRESS}/beside"
 _Stamp = tuple[str, int, int]
 """A file that is read: its path, size, and time of the last change in nanoseconds."""
 
@@ -93,6 +94,22 @@ class Job(Protocol):
         ...
 
 
+class Rest(Protocol):
+    """What an output has besides the files of a job."""
+
+    def prepare(self, folder: Path, dtypes: set[torch.dtype]) -> None:
+        """Write what does not depend on the files, given the dtypes in them: before anything else, as it may fail.
+
+        Raises:
+            ValueError: a source lacks something.
+        """
+        ...
+
+    def finish(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
+        """Write what depends on the files, given the folder with all else and the records of the files by name."""
+        ...
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How a job is run."""
@@ -109,7 +126,7 @@ def run_job(
     job: Job,
     output: Path,
     options: RunOptions,
-    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    rest: Rest,
 ) -> None:
     """Write an output, beside and renamed.
 
@@ -117,7 +134,7 @@ def run_job(
         job: the files.
         output: the folder to make.
         options: how.
-        finish: writes what is beside the files, given the folder and the records of the files by name.
+        rest: what is beside the files.
 
     Raises:
         ValueError: the output is refused, a source is damaged or changes meanwhile, or the disk has not enough room.
@@ -132,20 +149,21 @@ def run_job(
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
         restore_replaced(output)
-        _run(job, output, options, finish, pieces, sources)
+        _run(job, output, options, rest, pieces, sources)
 
 
 def _run(
     job: Job,
     output: Path,
     options: RunOptions,
-    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    rest: Rest,
     pieces: list[Piece],
     sources: list[_Stamp],
 ) -> None:
     partial = partial_of(output)
     records = _begin(job, partial, pieces, sources)
     _remove_unfinished(partial, records)
+    _prepare(rest, partial, pieces, keep=bool(records))
     left = [piece for piece in pieces if piece.name not in records]
     _check_space(partial.parent, sum(piece.num_bytes for piece in left))
     console = Console(stderr=True, quiet=options.quiet)
@@ -156,7 +174,8 @@ def _run(
         with _progress(console, pieces, records) as advance:
             records |= _write(job, left, partial, options.workers, advance, sources)
         # In the order of the files, not in that in which workers finished them.
-        finish(partial, {piece.name: records[piece.name] for piece in pieces})
+        shutil.copytree(partial / _BESIDE, partial, dirs_exist_ok=True)
+        rest.finish(partial, {piece.name: records[piece.name] for piece in pieces})
         _check_unchanged(sources)
     except ValueError:
         # The sources are at fault: what was made of them is of no use to a later run.
@@ -165,6 +184,18 @@ def _run(
     shutil.rmtree(partial / PROGRESS)
     _sync(partial)
     publish(partial, output)
+
+
+def _prepare(rest: Rest, partial: Path, pieces: list[Piece], *, keep: bool) -> None:
+    """Make what is beside the files, out of sight until these are there: an output shall not look finished."""
+    shutil.rmtree(partial / _BESIDE, ignore_errors=True)
+    (partial / _BESIDE).mkdir()
+    try:
+        rest.prepare(partial / _BESIDE, {info.dtype for piece in pieces for _, info in piece.tensors})
+    except ValueError:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextmanager
