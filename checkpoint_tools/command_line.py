@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from megatron_r1v2.models.hf_mapping import LAYOUTS
 
 INTERRUPTED = """An output is written beside its final place and renamed when it is complete and on disk. If a run is
 interrupted, the same command goes on where it stopped; a damaged or unsuitable source leaves nothing behind."""
+_MAPPED = """Sources are read in place (mapped): leave them as they are until the command ends. A file that is truncated
+meanwhile ends it with "Bus error" and the line of code; nothing that looks finished is left."""
 _UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 
 
@@ -29,7 +32,7 @@ def parser_of(name: str, description: str, epilog: str) -> argparse.ArgumentPars
     return argparse.ArgumentParser(
         prog=f"python -m checkpoint_tools.{name}",
         description=description,
-        epilog=epilog,
+        epilog=f"{epilog}\n{_MAPPED}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -85,7 +88,9 @@ def byte_count(text: str) -> int:
 
 @contextmanager
 def explained_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 1."""
+    """Turn what a user can mend into one line and exit code 1, and let a signal that ends the process say where."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     try:
         yield
     except ValueError as error:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint_tools.jobs import Piece, RunOptions, run_job
+from checkpoint_tools.jobs import Piece, Rest, RunOptions, run_job
 from checkpoint_tools.manifest import tensor_entry, write_manifest
 from checkpoint_tools.sources import HF_IN_CHECKPOINT, SourceSpec, exported_rows
-from checkpoint_tools.torch_dist import Record, write_index, write_records
+from checkpoint_tools.torch_dist import Record, read_records, write_index, write_records
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.dist_names import dist_entry
 from megatron_r1v2.models.hf_components import check_companions, make_companions
 from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
-from megatron_r1v2.models.hf_headers import TensorInfo, tensor_info, write_safetensors_file
+from megatron_r1v2.models.hf_headers import TensorInfo, map_safetensors_file, tensor_info, write_safetensors_file
 from megatron_r1v2.models.hf_mapping import Layout
 from megatron_r1v2.models.tensor_files import DIGEST
 from megatron_r1v2.training.checkpoint_files import STATE_FILE, TENSORS
@@ -69,6 +68,10 @@ class HfJob:
             digests = write_safetensors_file(folder / piece.name, piece.tensors, tensors, wrote=wrote)
         return {"tensors": {name: tensor_entry(info, digests[name], DIGEST) for name, info in piece.tensors}}
 
+    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a written file again."""
+        yield from map_safetensors_file(folder / piece.name).items()
+
     def describe(self) -> dict[str, Any]:
         """Return the options."""
         return _described(self)
@@ -117,6 +120,13 @@ class DistJob:
             }
         }
 
+    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a written file again."""
+        places = [(ours, Record(*entry["record"])) for ours, entry in record["tensors"].items()]
+        yield from zip(
+            (ours for ours, _ in places), read_records(folder / piece.name, [at for _, at in places]), strict=True
+        )
+
     def describe(self) -> dict[str, Any]:
         """Return the options."""
         return _described(self)
@@ -130,27 +140,32 @@ class DistJob:
         return list(self.folders)
 
 
-def finish_hf(
-    layout: Layout, companions: Callable[[Path, set[torch.dtype]], None]
-) -> Callable[[Path, dict[str, dict[str, Any]]], None]:
-    """Return what completes a Hugging Face folder after its weights: index, companions and checksums.
+def finish_hf(layout: Layout, companions: Callable[[Path, set[torch.dtype]], None]) -> Rest:
+    """Return what completes a Hugging Face folder: index, companions and checksums.
 
     Args:
         layout: of the folder.
         companions: writes config.json, tokenizer and processor, given the folder and the weights' dtypes.
     """
+    return _HfRest(layout, companions)
 
-    def finish(folder: Path, records: dict[str, dict[str, Any]]) -> None:
+
+@dataclass(frozen=True)
+class _HfRest:
+    layout: Layout
+    companions: Callable[[Path, set[torch.dtype]], None]
+
+    def prepare(self, folder: Path, dtypes: set[torch.dtype]) -> None:
+        self.companions(folder, dtypes)
+
+    def finish(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
         tensors = {name: entry for record in records.values() for name, entry in record["tensors"].items()}
         if len(records) > 1:
             where = {name: file for file, record in records.items() for name in record["tensors"]}
             total = sum(_info(entry).num_bytes for entry in tensors.values())
             content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             write_json(folder / INDEX_NAME, content)
-        companions(folder, {_info(entry).dtype for entry in tensors.values()})
-        write_manifest(folder, layout, tensors)
-
-    return finish
+        write_manifest(folder, self.layout, tensors)
 
 
 def write_hf(job: HfJob, output: Path, *, companions: Path, options: RunOptions) -> None:
@@ -188,21 +203,28 @@ def write_checkpoint(job: DistJob, output: Path, *, companions: Path, options: R
     """
     check_companions(companions)
 
-    def finish(folder: Path, records: dict[str, dict[str, Any]]) -> None:
+    run_job(job, output, options, _DistRest(job, companions))
+
+
+@dataclass(frozen=True)
+class _DistRest:
+    job: DistJob
+    companions: Path
+
+    def prepare(self, folder: Path, dtypes: set[torch.dtype]) -> None:
+        (folder / HF_IN_CHECKPOINT).mkdir()
+        make_companions(self.companions, folder / HF_IN_CHECKPOINT, None, dtypes)
+        torch.save({"step": 0, "version": 0, "parts": list(_PARTS), "trained": []}, folder / STATE_FILE)
+
+    def finish(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
         tensors = {name: entry for record in records.values() for name, entry in record["tensors"].items()}
-        with job.source.open() as source:
+        with self.job.source.open() as source:
             architecture = source.architecture
         indexed = []
         for ours, entry in tensors.items():
             indexed.append((dist_entry(ours, architecture), _info(entry), Record(*entry.pop("record"))))
         write_index(folder / TENSORS, indexed)
-        torch.save({"step": 0, "version": 0, "parts": list(_PARTS), "trained": []}, folder / STATE_FILE)
-        shutil.rmtree(folder / HF_IN_CHECKPOINT, ignore_errors=True)
-        (folder / HF_IN_CHECKPOINT).mkdir()
-        make_companions(companions, folder / HF_IN_CHECKPOINT, None, {info.dtype for _, info, _ in indexed})
         write_manifest(folder, "torch_dist", tensors)
-
-    run_job(job, output, options, finish)
 
 
 def _info(entry: dict[str, Any]) -> TensorInfo:

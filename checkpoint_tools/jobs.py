@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,11 +31,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from checkpoint_tools.manifest import PROGRESS
+from checkpoint_tools.manifest import PROGRESS, in_threads
 from megatron_r1v2.models.hf_files import check_output, partial_of, publish, read_json, restore_replaced, write_json
 from megatron_r1v2.models.hf_headers import TensorInfo
+from megatron_r1v2.models.tensor_files import DIGEST, digest_of
 
 _SPARE_BYTES = 64 * 1000**2
+_WORKERS = min(4, os.cpu_count() or 1)
+_BESIDE = f"{PROGRESS}/beside"
 _Stamp = tuple[str, int, int]
 """A file that is read: its path, size, and time of the last change in nanoseconds."""
 
@@ -69,6 +73,14 @@ class Job(Protocol):
         """
         ...
 
+    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a written file again: name, as in the record's `tensors`, and tensor, in whatever shape.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Return the options, as JSON takes them: a partial output is continued by the same ones only."""
         ...
@@ -79,6 +91,22 @@ class Job(Protocol):
 
     def source_folders(self) -> list[Path]:
         """Return the folders that are read: none may be the output."""
+        ...
+
+
+class Rest(Protocol):
+    """What an output has besides the files of a job."""
+
+    def prepare(self, folder: Path, dtypes: set[torch.dtype]) -> None:
+        """Write what does not depend on the files, given the dtypes in them: before anything else, as it may fail.
+
+        Raises:
+            ValueError: a source lacks something.
+        """
+        ...
+
+    def finish(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
+        """Write what depends on the files, given the folder with all else and the records of the files by name."""
         ...
 
 
@@ -98,7 +126,7 @@ def run_job(
     job: Job,
     output: Path,
     options: RunOptions,
-    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    rest: Rest,
 ) -> None:
     """Write an output, beside and renamed.
 
@@ -106,7 +134,7 @@ def run_job(
         job: the files.
         output: the folder to make.
         options: how.
-        finish: writes what is beside the files, given the folder and the records of the files by name.
+        rest: what is beside the files.
 
     Raises:
         ValueError: the output is refused, a source is damaged or changes meanwhile, or the disk has not enough room.
@@ -121,20 +149,21 @@ def run_job(
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
         restore_replaced(output)
-        _run(job, output, options, finish, pieces, sources)
+        _run(job, output, options, rest, pieces, sources)
 
 
 def _run(
     job: Job,
     output: Path,
     options: RunOptions,
-    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    rest: Rest,
     pieces: list[Piece],
     sources: list[_Stamp],
 ) -> None:
     partial = partial_of(output)
     records = _begin(job, partial, pieces, sources)
     _remove_unfinished(partial, records)
+    _prepare(rest, partial, pieces, keep=bool(records))
     left = [piece for piece in pieces if piece.name not in records]
     _check_space(partial.parent, sum(piece.num_bytes for piece in left))
     console = Console(stderr=True, quiet=options.quiet)
@@ -145,7 +174,8 @@ def _run(
         with _progress(console, pieces, records) as advance:
             records |= _write(job, left, partial, options.workers, advance, sources)
         # In the order of the files, not in that in which workers finished them.
-        finish(partial, {piece.name: records[piece.name] for piece in pieces})
+        shutil.copytree(partial / _BESIDE, partial, dirs_exist_ok=True)
+        rest.finish(partial, {piece.name: records[piece.name] for piece in pieces})
         _check_unchanged(sources)
     except ValueError:
         # The sources are at fault: what was made of them is of no use to a later run.
@@ -154,6 +184,18 @@ def _run(
     shutil.rmtree(partial / PROGRESS)
     _sync(partial)
     publish(partial, output)
+
+
+def _prepare(rest: Rest, partial: Path, pieces: list[Piece], *, keep: bool) -> None:
+    """Make what is beside the files, out of sight until these are there: an output shall not look finished."""
+    shutil.rmtree(partial / _BESIDE, ignore_errors=True)
+    (partial / _BESIDE).mkdir()
+    try:
+        rest.prepare(partial / _BESIDE, {info.dtype for piece in pieces for _, info in piece.tensors})
+    except ValueError:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -203,13 +245,21 @@ def _begin(job: Job, partial: Path, pieces: list[Piece], sources: list[_Stamp]) 
         (partial / PROGRESS).mkdir(parents=True)
         write_json(described, identity)
         return {}
-    records = {}
-    for piece in pieces:
-        record = _read_record(_record_path(partial, piece))
-        path = partial / piece.name
-        if record is not None and path.is_file() and path.stat().st_size == record["file_bytes"]:
-            records[piece.name] = record
-    return records
+    kept = {piece.name: (piece, _read_record(_record_path(partial, piece))) for piece in pieces}
+    intact = in_threads(lambda name: _is_intact(job, partial, *kept[name]), kept, workers=_WORKERS)
+    return {name: record for name, (_, record) in kept.items() if record is not None and intact[name]}
+
+
+def _is_intact(job: Job, partial: Path, piece: Piece, record: dict[str, Any] | None) -> bool:
+    """Return whether a file has what its record says: a machine that stopped may have left something else."""
+    path = partial / piece.name
+    if record is None or not path.is_file() or path.stat().st_size != record["file_bytes"]:
+        return False
+    try:
+        found = {name: digest_of(tensor) for name, tensor in job.tensors(piece, partial, record)}
+    except ValueError:
+        return False
+    return found == {name: entry[DIGEST] for name, entry in record["tensors"].items()}
 
 
 def _remove_unfinished(partial: Path, records: Mapping[str, Any]) -> None:
@@ -274,7 +324,7 @@ def _write(
         _keep_record(partial, piece, record)
         return record
 
-    pool = ThreadPoolExecutor(max_workers=workers or min(4, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=workers or _WORKERS)
     try:
         begun = {piece.name: pool.submit(write, piece) for piece in pieces}
         for ended in wait(begun.values(), return_when=FIRST_EXCEPTION).done:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,22 @@ def write_records(
             records.append((Record(path.name, start, file.tell() - start), digest))
             wrote(info.num_bytes)
     return records
+
+
+def read_records(path: Path, records: Iterable[Record]) -> Iterator[torch.Tensor]:
+    """Read what `write_records` wrote, with the checks that a record allows.
+
+    Args:
+        path: the file.
+        records: where they are in it.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    mapped = mapped_file(path)
+    with path.open("rb") as file:
+        for record in records:
+            yield read_record(file, record.offset, record.length, mapped, check_crc=True)
 
 
 def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, Record]]) -> None:

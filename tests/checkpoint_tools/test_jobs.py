@@ -140,6 +140,50 @@ def test_a_continued_run_needs_no_room_for_what_it_writes_again(model, tmp_path,
     assert same_files(tmp_path / "straight", tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", [HfJob, DistJob])
+@pytest.mark.parametrize("place", [3, -300, -5])
+def test_a_continued_run_writes_again_what_was_damaged_meanwhile(model, tmp_path, monkeypatch, kind, place):
+    """One bit of a finished file, of the same size: in its header, its tensors or at its end."""
+    write(model, tmp_path / "straight", kind=kind)
+    with monkeypatch.context() as patched:
+        stop_after(kind, 3, patched)
+        with pytest.raises(OSError, match="the power is gone"):
+            write(model, tmp_path / "out", kind=kind)
+    partial = tmp_path / ".out.partial"
+    finished = sorted([*partial.glob("*.safetensors"), *partial.glob("tensors/*.distcp")])
+    content = bytearray(finished[0].read_bytes())
+    content[place] ^= 1
+    finished[0].write_bytes(content)
+    untouched = finished[1].stat().st_mtime_ns
+    write(model, tmp_path / "out", kind=kind)
+    assert same_files(tmp_path / "straight", tmp_path / "out")
+    assert (tmp_path / "out" / finished[1].relative_to(partial)).stat().st_mtime_ns == untouched
+
+
+@pytest.mark.parametrize("kind", [HfJob, DistJob])
+def test_what_is_beside_the_weights_is_made_before_them(model, tmp_path, monkeypatch, kind):
+    def failing(*_):
+        raise ValueError("no tokenizer here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conversions, "make_companions", failing)
+        patched.setattr(kind, "write", lambda *_: pytest.fail("weights are written"))
+        with pytest.raises(ValueError, match="no tokenizer here"):
+            write(model, tmp_path / "out", kind=kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    # What an interrupted run has written is not lost by it.
+    with monkeypatch.context() as patched:
+        stop_after(kind, 3, patched)
+        with pytest.raises(OSError, match="the power is gone"):
+            write(model, tmp_path / "out", kind=kind)
+    with monkeypatch.context() as patched:
+        patched.setattr(conversions, "make_companions", failing)
+        with pytest.raises(ValueError, match="no tokenizer here"):
+            write(model, tmp_path / "out", kind=kind)
+    assert bytes_below(tmp_path / ".out.partial") > 0
+    write(model, tmp_path / "out", kind=kind)
+
+
 def stop_after(kind: type, count: int, monkeypatch) -> None:
     """Let a run end when so many files are written, the last of them without a record."""
     original, written = kind.write, []

@@ -160,4 +160,6 @@ def test_help_has_an_example(tool, capsys):
     with pytest.raises(SystemExit) as stopped:
         tool.main(["--help"])
     assert stopped.value.code == 0
-    assert f"python -m checkpoint_tools.{tool.__name__.split('.')[-1]}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"python -m checkpoint_tools.{tool.__name__.split('.')[-1]}" in told
+    assert "Bus error" in told
