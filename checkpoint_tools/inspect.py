@@ -11,8 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from checkpoint_tools.command_line import explained_errors, parser_of
+from checkpoint_tools.finding import read_parts
 from checkpoint_tools.manifest import Manifest
 from checkpoint_tools.sources import HF_IN_CHECKPOINT, PARTS_FILE
 from checkpoint_tools.torch_dist import TorchDist
@@ -73,7 +75,7 @@ def _describe_hf(path: Path, *, tensors: bool) -> dict[str, Any]:
         files = [file.name for file in folder.paths()]
     found: dict[str, Any] = {"path": str(path), "kind": "safetensors", "files": len(files)}
     if (path / PARTS_FILE).is_file():
-        found |= {"kind": "exported parts", **read_json(path / PARTS_FILE)}
+        found |= {"kind": "exported parts", **read_parts(path)}
     elif (path / "config.json").is_file():
         model_type = read_json(path / "config.json").get("model_type")
         found |= {"kind": f"component ({model_type})"}
@@ -92,7 +94,7 @@ def _describe_checkpoint(path: Path, *, tensors: bool) -> dict[str, Any]:
     if (path / STATE_FILE).is_file():
         state = load_state(path)
         found |= {key: state[key] for key in ("step", "version", "trained") if key in state}
-        found["stored"] = [str(part) for part in state.get("parts", [])]
+        found["stored"] = state["parts"]
     if (path / HF_IN_CHECKPOINT / "config.json").is_file():
         found["architecture"] = asdict(read_hf_architecture(path / HF_IN_CHECKPOINT)[0])
     found["files"] = len(list((path / TENSORS).glob("*.distcp")))
@@ -127,7 +129,7 @@ def _part_of(name: str) -> str:
 
 def show(found: Mapping[str, Any]) -> None:
     """Print what was found, for people."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)  # names may have brackets
     skipped = ("parts", "tensors", "architecture", "bytes")
     for key, value in found.items():
         if key not in skipped:
@@ -138,7 +140,7 @@ def show(found: Mapping[str, Any]) -> None:
     table = Table("part", "tensors", "numbers", "GB", "dtype")
     for name, part in found["parts"].items():
         row = (
-            name,
+            Text(name),
             str(part["tensors"]),
             f"{part['numbers']:,}",
             f"{part['bytes'] / 1e9:.3f}",

@@ -49,11 +49,6 @@ _IN_LAYER: Mapping[str, str] = {
 }
 _CONTROL_TOKEN = 3
 """GGUF's type of a token that text cannot be cut into."""
-_IMAGE_PARTS = (
-    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{{ part['text'] if part['type'] == 'text' else '<IMG_CONTEXT>\n' }}{% endfor %}{% endif %}{% endmacro %}"
-)
-"""Lets a template that knows text alone read contents that are lists of texts and images."""
 
 
 class GgufModel:
@@ -140,7 +135,7 @@ class GgufModel:
             yield ours, tensor.contiguous()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Return the tokenizer, with a chat template that takes images too.
+        """Return the tokenizer, with the file's own chat template.
 
         Raises:
             ValueError: it is of a kind that is not known here.
@@ -161,7 +156,7 @@ class GgufModel:
         return PreTrainedTokenizerFast(
             tokenizer_object=bare,
             **{f"{role}_token": tokens[self.get(f"tokenizer.ggml.{name}_token_id")] for role, name in _ROLES.items()},
-            chat_template=with_image_parts(self.get("tokenizer.chat_template")),
+            chat_template=self.get("tokenizer.chat_template"),
             clean_up_tokenization_spaces=False,
             model_max_length=int(self.get("llama.context_length")),
         )
@@ -192,18 +187,6 @@ def ungroup_rotations(matrix: torch.Tensor, num_heads: int) -> torch.Tensor:
     """
     rows, columns = matrix.shape
     return matrix.view(num_heads, rows // num_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def with_image_parts(template: str) -> str:
-    """Let a chat template take contents that are lists of texts and images, as processors pass them.
-
-    Raises:
-        ValueError: the template does not use `message['content']`.
-    """
-    content = "message['content']"
-    if content not in template:
-        raise ValueError(f"the file's tokenizer.chat_template has no {content}; accepted: a template of ChatML's kind")
-    return _IMAGE_PARTS + template.replace(content, f"text({content})")
 
 
 def convert(path: Path, output: Path) -> LlamaConfig:

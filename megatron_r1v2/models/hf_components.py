@@ -14,6 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_r1v2.models.architecture import PixelShuffle, r1v2_architecture
+from megatron_r1v2.models.hf_chat_template import give_image_parts
 from megatron_r1v2.models.hf_config import (
     NOT_IN_PARTS,
     chat_config,
@@ -143,6 +144,7 @@ def make_components_companions(
     """
     copy_companions(components.language, folder)
     _add_image_tokens(components.language, folder)
+    give_image_parts(folder)
     if layout == "chat":
         whole = chat_config(config, max_tiles=components.max_tiles)
     else:
@@ -167,11 +169,19 @@ def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: I
     config, found = read_hf_config(source)
     stated = stated_processor(source)
     if layout in (None, found):
+        if found == "transformers":
+            processed = (
+                read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
+            )
+            # transformers 5 may have the image processor in there.
+            if "image_processor" not in processed:
+                write_processor(folder, config, max_tiles=DEFAULT_MAX_TILES, stated=stated, replace=False)
         config = read_json(source / "config.json")
     elif layout == "chat":
         config = chat_config(config, max_tiles=stated.get("max_patches"))
     else:
         _add_image_tokens(source, folder)
+        give_image_parts(folder)
         max_tiles = read_json(source / "config.json").get("max_dynamic_patch", DEFAULT_MAX_TILES)
         write_processor(folder, config, max_tiles=max_tiles, stated=stated)
     write_json(folder / "config.json", with_dtype(config, dtypes))
@@ -226,7 +236,9 @@ def _add_image_tokens(source: Path, folder: Path) -> None:
     write_json(settings_path, settings)
 
 
-def write_processor(folder: Path, config: Mapping[str, Any], *, max_tiles: int, stated: Mapping[str, Any]) -> None:
+def write_processor(
+    folder: Path, config: Mapping[str, Any], *, max_tiles: int, stated: Mapping[str, Any], replace: bool = True
+) -> None:
     """Write the processor files that transformers' InternVLProcessor reads.
 
     Args:
@@ -234,8 +246,10 @@ def write_processor(folder: Path, config: Mapping[str, Any], *, max_tiles: int, 
         config: in transformers' layout, with `image_seq_length`.
         max_tiles: tiles that an image is cut into at most.
         stated: preprocessor_config.json of the tower's own folder; empty: ImageNet's statistics.
+        replace: write over files that are there.
     """
-    vision = r1v2_architecture(config).vision
+    architecture = r1v2_architecture(config)
+    vision = architecture.vision
     side = vision.image_size
     common = {
         "do_convert_rgb": True,
@@ -251,9 +265,14 @@ def write_processor(folder: Path, config: Mapping[str, Any], *, max_tiles: int, 
         "size": {"height": side, "width": side},
     }
     image = {"crop_to_patches": True, "min_patches": 1, "max_patches": max_tiles}
-    write_json(
-        folder / "preprocessor_config.json", {**common, **image, "image_processor_type": "GotOcr2ImageProcessor"}
-    )
-    write_json(folder / "video_preprocessor_config.json", {**common, "video_processor_type": "InternVLVideoProcessor"})
-    processor = {"processor_class": "InternVLProcessor", "image_seq_length": config["image_seq_length"]}
-    write_json(folder / "processor_config.json", processor)
+    files = {
+        "preprocessor_config.json": {**common, **image, "image_processor_type": "GotOcr2ImageProcessor"},
+        "video_preprocessor_config.json": {**common, "video_processor_type": "InternVLVideoProcessor"},
+        "processor_config.json": {
+            "processor_class": "InternVLProcessor",
+            "image_seq_length": architecture.tokens_per_tile,
+        },
+    }
+    for name, content in files.items():
+        if replace or not (folder / name).exists():
+            write_json(folder / name, content)

@@ -121,9 +121,9 @@ def transformers_vision_config(chat: Mapping[str, Any]) -> dict[str, Any]:
     if chat.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"vision_config.hidden_act={chat['hidden_act']!r} is not supported; accepted: 'gelu'")
     vision = {ours: chat[theirs] for ours, theirs in _VISION_KEYS.items() if theirs in chat}
-    missing = [key for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size") if key not in chat]
-    if missing:
-        raise ValueError(f"vision_config lacks {', '.join(missing)}; it is no InternViT's")
+    for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
+        if type(chat.get(key)) is not int or chat[key] < 1:
+            raise ValueError(f"vision_config has {key}={chat.get(key)!r}, no InternViT's; accepted: a whole number")
     return {
         "model_type": "internvl_vision",
         "architectures": ["InternVLVisionModel"],

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_r1v2.config.schema import Part
+
 STATE_FILE = "state.pt"
 RECIPE_FILE = "recipe.yaml"
 TENSORS = "tensors"
@@ -45,11 +47,20 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Return what is beside the tensors of a checkpoint: step, parts, counters.
 
     Raises:
-        ValueError: the file is damaged, or a pickle of something else.
+        ValueError: the file is missing, damaged, or a pickle of something else.
     """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the checkpoint again, with all its files")
     try:
-        return torch.load(folder / STATE_FILE, weights_only=True)
+        state = torch.load(path, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{folder / STATE_FILE} cannot be read: {str(error)[:200]}; copy the checkpoint again"
-        ) from error
+        raise ValueError(f"{path} cannot be read: {str(error)[:200]}; copy the checkpoint again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, no state of a run; copy the checkpoint again")
+    names = [part.value for part in Part]
+    for key in ("parts", "trained"):
+        parts = state.get(key)
+        if not isinstance(parts, list) or not all(isinstance(part, str) and part in names for part in parts):
+            raise ValueError(f"{path} has {key}={parts!r}; accepted: a list of {', '.join(names)}; copy it again")
+    return state

@@ -89,6 +89,18 @@ def test_image_tokens_are_added_once_and_the_rest_of_the_tokenizer_stays(compone
     )
 
 
+def test_a_template_that_knows_text_alone_learns_images(components, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(components.language)
+    tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(components.language)
+    reassemble(components, tmp_path / "out")
+    content = [{"type": "image", "image": "digits.png"}, {"type": "text", "text": "what?"}]
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False
+    )
+    assert prompt == "<|im_start|><IMG_CONTEXT>\nwhat?<|im_end|>"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_embedding_grows_by_mean_rows_only_when_it_is_too_small(tmp_path, tied):
     tiny_hf_vision(tmp_path / "vision")

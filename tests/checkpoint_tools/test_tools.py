@@ -155,6 +155,50 @@ def test_parts_refuse_a_model_they_were_not_trained_on(made, tmp_path, capsys):
     assert "parts.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"parts": 5}, {"parts": ["nonsense"]}, {"layout": [1]}, {"base_sha256": 1}, {"step": "x"}, {"version": 1}],
+)
+def test_a_description_of_parts_that_is_none_is_refused(made, tmp_path, capsys, change):
+    run(parts, "export", "--checkpoint", made / "run", "--output", tmp_path / "adapter", "--quiet")
+    (tmp_path / "adapter" / "checkpoint_manifest.json").unlink()
+    path = tmp_path / "adapter" / "parts.json"
+    path.write_text(json.dumps({**read_json(path), **change}))
+    run(parts, "apply", "--parts", path.parent, "--base", made / "hf", "--output", tmp_path / "out", code=1)
+    run(verify, path.parent, "--base", made / "hf", code=1)
+    run(inspect, path.parent, code=1)
+    told = capsys.readouterr().err.splitlines()[-3:]
+    assert all("parts.json" in line and "export again" in line for line in told), told
+
+
+@pytest.mark.parametrize("change", [{"tensors": [1]}, {"tensors": {"a": 1}}, {"files": 5}, {"files": {}}])
+def test_a_manifest_that_is_none_is_refused(made, tmp_path, capsys, change):
+    shutil.copytree(made / "chat", tmp_path / "chat")
+    path = tmp_path / "chat" / "checkpoint_manifest.json"
+    path.write_text(json.dumps({**read_json(path), **change}))
+    run(verify, tmp_path / "chat", code=1)
+    assert "checkpoint_manifest.json is damaged" in capsys.readouterr().err
+
+
+def test_sizes_that_are_none_are_refused(made, tmp_path, capsys):
+    shutil.copytree(made / "chat", tmp_path / "chat")
+    (tmp_path / "chat" / "checkpoint_manifest.json").unlink()
+    config = read_json(tmp_path / "chat" / "config.json")
+    config["vision_config"]["image_size"] = [1]
+    (tmp_path / "chat" / "config.json").write_text(json.dumps(config))
+    run(verify, tmp_path / "chat", code=1)
+    assert "image_size=[1]" in capsys.readouterr().err
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path, capsys):
+    folder = tmp_path / "of[b]"
+    folder.mkdir()
+    save_file({"a[/b]": torch.zeros(1), "[/c].x": torch.zeros(1)}, folder / "model.safetensors")
+    run(inspect, folder, "--tensors")
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("of[b]", "a[/b]", "[/c].x"))
+
+
 @pytest.mark.parametrize("tool", [verify, inspect, parts])
 def test_help_has_an_example(tool, capsys):
     with pytest.raises(SystemExit) as stopped:
