@@ -29,8 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
+from megatron_r1v2.models.hf_config import IMAGE_TOKEN
 from megatron_r1v2.models.hf_files import INDEX_NAME, write_json
 from megatron_r1v2.models.hf_headers import TensorInfo, write_safetensors_file
 from megatron_r1v2.models.hf_mapping import canonical_hf_name
@@ -101,6 +110,12 @@ def make_checkpoint(folder: Path, size: Size) -> None:
     _write(folder, shapes)
     content = json.loads(config.to_json_string(use_diff=False))
     write_json(folder / "config.json", {**content, "architectures": ["InternVLForConditionalGeneration"]})
+    # A conversion wants a whole model, tokenizer included.
+    words = {word: number for number, word in enumerate(("<|im_start|>", "<|im_end|>", "<img>", "</img>", IMAGE_TOKEN))}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<|im_end|>", additional_special_tokens=list(words)
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def make_language_checkpoint(folder: Path, size: Size) -> None:
