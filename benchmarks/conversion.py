@@ -39,10 +39,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from megatron_r1v2.models.hf_config import IMAGE_TOKEN
-from megatron_r1v2.models.hf_files import INDEX_NAME, write_json
-from megatron_r1v2.models.hf_headers import TensorInfo, write_safetensors_file
-from megatron_r1v2.models.hf_mapping import canonical_hf_name
+from megatron_r1v2.checkpoint.hf.config import IMAGE_TOKEN
+from megatron_r1v2.checkpoint.hf.folders import INDEX_NAME, write_json
+from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
+from megatron_r1v2.checkpoint.hf.safetensors_files import TensorInfo, write_safetensors_file
 
 GB = 1000**3
 _SHARD_BYTES = 2 * GB

@@ -1,1 +1,1 @@
-"""Thin command lines over models/hf_mapping.py; each explains itself with --help."""
+"""Thin command lines over megatron_r1v2/checkpoint/; each explains itself with --help."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoint_tools.conversions import DTYPES
-from checkpoint_tools.jobs import RunOptions
-from megatron_r1v2.models.hf_files import DEFAULT_SHARD_BYTES
-from megatron_r1v2.models.hf_mapping import LAYOUTS
+from megatron_r1v2.checkpoint.conversion import RunOptions
+from megatron_r1v2.checkpoint.destinations import DTYPES
+from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES
+from megatron_r1v2.checkpoint.hf.mapping import LAYOUTS
 
 INTERRUPTED = """An output is written beside its final place and renamed when it is complete and on disk. If a run is
 interrupted, the same command goes on where it stopped; a damaged or unsuitable source leaves nothing behind."""

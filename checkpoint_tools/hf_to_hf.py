@@ -13,8 +13,8 @@ from checkpoint_tools.command_line import (
     parser_of,
     run_options,
 )
-from checkpoint_tools.conversions import HfJob, write_hf
-from checkpoint_tools.sources import HfSpec
+from megatron_r1v2.checkpoint.destinations import HfJob, write_hf
+from megatron_r1v2.checkpoint.sources import HfSpec
 
 EXAMPLE = f"""example:
   python -m checkpoint_tools.hf_to_hf --hf Skywork-R1V2-38B --layout transformers --output r1v2-38b

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_tools.command_line import INTERRUPTED, add_run_arguments, explained_errors, parser_of, run_options
-from checkpoint_tools.conversions import DistJob, write_checkpoint
-from checkpoint_tools.sources import HfSpec
+from megatron_r1v2.checkpoint.destinations import DistJob, write_checkpoint
+from megatron_r1v2.checkpoint.sources import HfSpec
 
 EXAMPLE = f"""example:
   python -m checkpoint_tools.hf_to_megatron --hf r1v2-38b --output r1v2-38b-megatron

@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from checkpoint_tools.command_line import explained_errors, parser_of
-from checkpoint_tools.finding import read_parts
-from checkpoint_tools.manifest import Manifest
-from checkpoint_tools.sources import HF_IN_CHECKPOINT, PARTS_FILE
-from checkpoint_tools.torch_dist import TorchDist
-from megatron_r1v2.models.hf_config import layout_of, read_hf_architecture
-from megatron_r1v2.models.hf_files import SafetensorsFolder, read_json
-from megatron_r1v2.models.hf_headers import TensorInfo
-from megatron_r1v2.training.checkpoint_files import STATE_FILE, TENSORS, load_state, resolve_checkpoint
+from megatron_r1v2.checkpoint.detection import read_parts
+from megatron_r1v2.checkpoint.hf.config import layout_of, read_hf_architecture
+from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
+from megatron_r1v2.checkpoint.hf.safetensors_files import TensorInfo
+from megatron_r1v2.checkpoint.manifest import Manifest
+from megatron_r1v2.checkpoint.megatron.run_folder import STATE_FILE, TENSORS, load_state, resolve_checkpoint
+from megatron_r1v2.checkpoint.megatron.torch_dist import TorchDist
+from megatron_r1v2.checkpoint.sources import HF_IN_CHECKPOINT, PARTS_FILE
 
 EXAMPLE = """example:
   python -m checkpoint_tools.inspect runs/r1v2

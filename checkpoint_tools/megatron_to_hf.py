@@ -13,12 +13,12 @@ from checkpoint_tools.command_line import (
     parser_of,
     run_options,
 )
-from checkpoint_tools.conversions import HfJob, write_hf
-from checkpoint_tools.finding import check_base, recipe_base
-from checkpoint_tools.sources import HF_IN_CHECKPOINT, CheckpointSpec
-from megatron_r1v2.models.hf_config import layout_of
-from megatron_r1v2.models.hf_files import read_json
-from megatron_r1v2.training.checkpoint_files import resolve_checkpoint
+from megatron_r1v2.checkpoint.destinations import HfJob, write_hf
+from megatron_r1v2.checkpoint.detection import check_base, recipe_base
+from megatron_r1v2.checkpoint.hf.config import layout_of
+from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.megatron.run_folder import resolve_checkpoint
+from megatron_r1v2.checkpoint.sources import HF_IN_CHECKPOINT, CheckpointSpec
 
 EXAMPLE = f"""example:
   python -m checkpoint_tools.megatron_to_hf --checkpoint runs/digits-grpo --base base-model --output export

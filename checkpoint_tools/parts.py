@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_tools.command_line import add_hf_arguments, add_run_arguments, explained_errors, parser_of, run_options
-from checkpoint_tools.conversions import HfJob, finish_hf, write_hf
-from checkpoint_tools.finding import ALL_PARTS, PARTS_VERSION, check_base, digest_of, read_parts, recipe_base
-from checkpoint_tools.jobs import run_job
-from checkpoint_tools.sources import PARTS_FILE, CheckpointSpec, HfSpec, OverSpec
-from megatron_r1v2.models.hf_config import layout_of
-from megatron_r1v2.models.hf_files import read_json, write_json
-from megatron_r1v2.training.checkpoint_files import load_state, resolve_checkpoint
+from megatron_r1v2.checkpoint.conversion import run_job
+from megatron_r1v2.checkpoint.destinations import HfJob, finish_hf, write_hf
+from megatron_r1v2.checkpoint.detection import ALL_PARTS, PARTS_VERSION, check_base, digest_of, read_parts, recipe_base
+from megatron_r1v2.checkpoint.hf.config import layout_of
+from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
+from megatron_r1v2.checkpoint.sources import PARTS_FILE, CheckpointSpec, HfSpec, OverSpec
 
 EXAMPLE = """example:
   python -m checkpoint_tools.parts export --checkpoint runs/r1v2 --output r1v2-adapter

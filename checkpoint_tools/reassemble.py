@@ -13,9 +13,9 @@ from checkpoint_tools.command_line import (
     parser_of,
     run_options,
 )
-from checkpoint_tools.components import reassemble
-from checkpoint_tools.conversions import DTYPES
-from megatron_r1v2.models.hf_components import DEFAULT_MAX_TILES, Components
+from megatron_r1v2.checkpoint.destinations import DTYPES
+from megatron_r1v2.checkpoint.hf.companions import DEFAULT_MAX_TILES, Components
+from megatron_r1v2.checkpoint.splicing import reassemble
 
 EXAMPLE = f"""example:
   python -m checkpoint_tools.reassemble --vision InternViT-6B-448px-V2_5 --language QwQ-32B --output r1v2-start

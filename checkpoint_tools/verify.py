@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from checkpoint_tools.command_line import explained_errors, parser_of
-from checkpoint_tools.finding import open_any
-from checkpoint_tools.manifest import Manifest, combined, in_threads, sha256, tensor_entry
-from checkpoint_tools.sources import CheckpointSpec, Source, SourceSpec
-from megatron_r1v2.models.hf_headers import tensor_info
+from megatron_r1v2.checkpoint.detection import open_any
+from megatron_r1v2.checkpoint.hf.safetensors_files import tensor_info
+from megatron_r1v2.checkpoint.manifest import Manifest, combined, in_threads, sha256, tensor_entry
+from megatron_r1v2.checkpoint.sources import CheckpointSpec, Source, SourceSpec
 
 EXAMPLE = """example:
   python -m checkpoint_tools.verify r1v2-38b
@@ -130,7 +130,7 @@ def compare_logits(first: SourceSpec, second: SourceSpec) -> dict[str, float]:
         The largest logit and the largest difference.
     """
     # megatron-core takes seconds to import, which only this needs.
-    from checkpoint_tools.logits import logits_of_both
+    from megatron_r1v2.checkpoint.logits import logits_of_both
 
     one, two = logits_of_both(first, second)
     return {"largest": float(one.abs().max()), "largest_difference": float((one - two).abs().max())}

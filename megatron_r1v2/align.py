@@ -14,7 +14,7 @@ def main() -> None:
     quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
     from megatron_r1v2.report.page import write_report
-    from megatron_r1v2.training.align import run_align
+    from megatron_r1v2.stages.align import run_align
 
     with tell_bad_input():
         run_dir = run_align(recipe)

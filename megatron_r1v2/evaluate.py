@@ -43,7 +43,7 @@ def main() -> None:
 
                 result: EvaluationResult | None = run_endpoint_evaluation(recipe, name)
             else:
-                from megatron_r1v2.training.evaluation_run import run_evaluation
+                from megatron_r1v2.stages.evaluate import run_evaluation
 
                 result = run_evaluation(recipe, name)
     except EndpointFailed as error:

@@ -30,7 +30,7 @@ def main() -> None:
     recipe = parse_command_line(sys.argv[1:], "prefer", description=DESCRIPTION)
     quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
-    from megatron_r1v2.training.preference_run import run_prefer
+    from megatron_r1v2.stages.pairs import run_prefer
 
     with tell_bad_input():
         output = run_prefer(recipe)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from examples.digits import questions, source
-from megatron_r1v2.models.hf_files import replacing_folder
+from megatron_r1v2.checkpoint.hf.folders import replacing_folder
 
 COUNTS: Mapping[str, int] = {"align": 1024, "prefer": 512, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
 """How many questions each set has."""

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from examples.digits import pretraining, questions
-from megatron_r1v2.models.hf_files import replacing_folder
+from megatron_r1v2.checkpoint.hf.folders import replacing_folder
 
 SPARE_ROWS = 32
 """Rows of the embedding beyond the tokenizer, as QwQ has them, for the image tokens that splicing adds."""

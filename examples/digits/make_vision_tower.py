@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from examples.digits import pretraining, source
-from megatron_r1v2.models.hf_files import replacing_folder
+from megatron_r1v2.checkpoint.hf.folders import replacing_folder
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, InternVLVisionModel, LlamaForCausalLM
 
 from examples.real_weights.convert_vision_tower import load_graph, read_backbone, tower_weights, vision_config
 from examples.real_weights.packages import VISION_TOWER, find_weights
+from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.models.architecture import read_architecture
-from megatron_r1v2.models.hf_weights import load_hf_weights
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel.groups import initialize, shut_down

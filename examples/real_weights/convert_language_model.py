@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.real_weights.packages import LANGUAGE_MODEL, find_weights
-from megatron_r1v2.models.hf_files import replacing_folder, with_dtype, write_json, write_safetensors
+from megatron_r1v2.checkpoint.hf.folders import replacing_folder, with_dtype, write_json, write_safetensors
 
 _SIZES: Mapping[str, str] = {
     "hidden_size": "llama.embedding_length",

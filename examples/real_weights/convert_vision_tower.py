@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import InternVLVisionConfig
 
 from examples.real_weights.packages import VISION_TOWER, find_weights
-from megatron_r1v2.models.hf_files import replacing_folder, with_dtype, write_json, write_safetensors
+from megatron_r1v2.checkpoint.hf.folders import replacing_folder, with_dtype, write_json, write_safetensors
 
 TILE = 112
 """Pixels on each side of a tile: 8 x 8 patches, which are 16 image tokens, few enough for a CPU."""

@@ -27,7 +27,7 @@ from PIL import Image
 from examples.digits import source
 from examples.real_weights.convert_vision_tower import TILE
 from examples.real_weights.questions import make_row
-from megatron_r1v2.models.hf_files import replacing_folder
+from megatron_r1v2.checkpoint.hf.folders import replacing_folder
 
 COUNTS: Mapping[str, int] = {"align": 896, "grpo": 256, "heldout": 120}
 """How many questions each set has, half of them about photographs."""

@@ -15,10 +15,10 @@ from megatron_r1v2.data.samples import Sample
 from megatron_r1v2.data.stream import read_samples
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
-from megatron_r1v2.evaluation.progress import progress_bar
-from megatron_r1v2.evaluation.records import images_base64
 from megatron_r1v2.evaluation.response_log import Row
-from megatron_r1v2.evaluation.rows import conclude, evaluation_rows, open_log
+from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
+from megatron_r1v2.evaluation.rollout_records import images_base64
+from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.rewards.score import score_rollouts
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout

@@ -10,6 +10,12 @@ from typing import Any, Literal
 
 PixelShuffle = Literal["v1", "v2"]
 
+FUSED_NORM_NAMES: Mapping[str, str] = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Local name to the name under which TransformerEngine keeps the same weight, in a layer that fuses norm and linear."""
+
 
 @dataclass(frozen=True)
 class VisionArchitecture:

@@ -21,9 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_r1v2.config.schema import Layers
-from megatron_r1v2.models.architecture import LanguageArchitecture, VisionArchitecture
+from megatron_r1v2.models.architecture import FUSED_NORM_NAMES, LanguageArchitecture, VisionArchitecture
 from megatron_r1v2.models.attention import PagedSelfAttention, SDPACoreAttention
-from megatron_r1v2.models.dist_names import FUSED_NORM_NAMES
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
 from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
 

@@ -113,7 +113,7 @@ def serving_recipe(checkpoint: str, settings: Sequence[str]) -> RunRecipe:
     if (folder / "config.json").is_file():
         recipe = load_recipe(None, settings)
         return replace(recipe, model=replace(recipe.model, hf_path=str(folder)))
-    from megatron_r1v2.training.checkpoint import RECIPE_FILE, resolve_checkpoint
+    from megatron_r1v2.training.store import RECIPE_FILE, resolve_checkpoint
 
     found = resolve_checkpoint(folder)
     if not (found / RECIPE_FILE).is_file():

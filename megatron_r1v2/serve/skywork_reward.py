@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from megatron_r1v2.models.hf_files import SafetensorsFolder, read_json
+from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
 from megatron_r1v2.serve.requests import BadRequest, Turn
 
 HEAD_FILE = "value_head.safetensors"

@@ -9,9 +9,9 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 
+from megatron_r1v2.checkpoint.megatron.run_folder import TENSORS
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
-from megatron_r1v2.training.checkpoint_files import TENSORS
 
 
 def part_state(model: R1V2Model, parts: Iterable[Part]) -> ShardedStateDict:

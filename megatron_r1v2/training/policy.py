@@ -14,10 +14,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_r1v2.models.log_probs import token_log_probs
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.training.denominators import loss_scale
 from megatron_r1v2.training.forward import Forward
-from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import TrainingBatch
 
 Metrics = dict[str, torch.Tensor]

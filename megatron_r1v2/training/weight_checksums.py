@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_r1v2.checkpoint.megatron.tensor_checksum import MODULUS, tensor_checksum
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.part_state import part_state
-from megatron_r1v2.training.tensor_checksum import MODULUS, tensor_checksum
 
 
 def weight_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelContext) -> dict[str, int]:

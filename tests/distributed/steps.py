@@ -16,19 +16,19 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch.nn.functional import log_softmax
 
+from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
+from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
 from megatron_r1v2.models.architecture import r1v2_architecture
-from megatron_r1v2.models.hf_mapping import canonical_hf_name
-from megatron_r1v2.models.hf_weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
+from megatron_r1v2.stages.grpo.stage import batch_loss
 from megatron_r1v2.training.batches import collate, filler_sample
-from megatron_r1v2.training.grpo import batch_loss
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
-from megatron_r1v2.training.skipped_updates import SkippedUpdates
 from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
 
 TEMPERATURE = 0.7

@@ -11,8 +11,8 @@ import torch
 
 from megatron_r1v2.config.load import load_recipe, save_recipe
 from tests.ranks import run_ranks
-from tests.training.runs import checkpoint_contents, free_port, read_metrics, recipe_for, run_stage, without_timings
-from tests.training.tiny_run import tiny_recipe
+from tests.stages.runs import checkpoint_contents, free_port, read_metrics, recipe_for, run_stage, without_timings
+from tests.stages.tiny_run import tiny_recipe
 
 SETTINGS = (
     "train.steps=3",  # delta is 0 in the first two: the policy starts as its reference

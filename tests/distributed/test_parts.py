@@ -15,10 +15,10 @@ from megatron.core import parallel_state
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, RunRecipe, TrainConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.training.checkpoint import CheckpointStore, load_weights
-from megatron_r1v2.training.grpo import batch_loss
+from megatron_r1v2.stages.grpo.stage import batch_loss
 from megatron_r1v2.training.optimizer import build_optimizer
 from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.training.store import CheckpointStore, load_weights
 from tests.distributed.steps import ALL_PARTS, CLIP, Material, collate_microbatch, make_material, make_policy
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config

@@ -11,12 +11,12 @@ import torch
 from megatron.core import parallel_state
 from torch.nn.functional import logsigmoid
 
+from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.config.schema import ParallelConfig, Recompute
-from megatron_r1v2.models.hf_mapping import canonical_hf_name
 from megatron_r1v2.parallel import groups, objects
+from megatron_r1v2.stages.reward_model import pair_loss
 from megatron_r1v2.training.batches import collate, filler_sample
-from megatron_r1v2.training.reward_model import pair_loss
-from megatron_r1v2.training.scores import last_scores, with_successor
+from megatron_r1v2.training.score_positions import last_scores, with_successor
 from megatron_r1v2.types import Prompt, TrainingSample
 from tests.distributed.steps import gather_gradients, make_policy, make_prompts, parameters_out_of_step
 from tests.distributed.test_step import check_gradients

@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 
 from megatron_r1v2.config.schema import ParallelConfig, Part, RewardConfig, RewardModelConfig, RunRecipe
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.training.loaded_reward_model import load_reward_model
-from megatron_r1v2.training.reward_model import run_reward_model
-from megatron_r1v2.training.session import load_model
+from megatron_r1v2.stages.loaded_reward_model import load_reward_model
+from megatron_r1v2.stages.reward_model import run_reward_model
+from megatron_r1v2.stages.session import load_model
 from tests.ranks import run_ranks
-from tests.training.tiny_run import tiny_recipe
+from tests.stages.tiny_run import tiny_recipe
 
 LAYOUTS = {
     "TP2": ParallelConfig(tensor=2),

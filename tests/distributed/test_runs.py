@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.runs import (
+from tests.stages.runs import (
     Ranks,
     checkpoint_contents,
     differences,
@@ -15,7 +15,7 @@ from tests.training.runs import (
     recipe_for,
     without_timings,
 )
-from tests.training.tiny_run import tiny_recipe
+from tests.stages.tiny_run import tiny_recipe
 
 STEPS = 4
 SETTINGS = (

@@ -5,7 +5,7 @@ see it:
 
 1. The statistic of QK norm is gathered over tensor-parallel ranks without a gradient. "6b TP2", "6b SP2", "6b TP4".
 2. Heads that pad 5 (or 25) to divide are counted in the statistic, move, or reach an export: the same cases, whose
-   `largest_padding` must stay 0, and tests/models/test_hf_weights.py.
+   `largest_padding` must stay 0, and tests/checkpoint/hf/test_weights.py.
 3. Embeddings are scattered to sequence parallelism by a reduce-scatter over the ranks, which divides the gradients of
    everything before by their number, or not after the images are in: every "SP" case, all parts trained.
 4. Weights named q_layernorm or k_layernorm are summed over ranks that hold different heads. "6b TP2" has sharded norms

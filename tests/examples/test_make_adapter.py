@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from checkpoint_tools.components import reassemble
 from examples.real_weights import convert_language_model, convert_vision_tower, make_adapter
-from megatron_r1v2.models.hf_components import Components
-from megatron_r1v2.models.hf_files import SafetensorsFolder
+from megatron_r1v2.checkpoint.hf.companions import Components
+from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder
+from megatron_r1v2.checkpoint.splicing import reassemble
 from tests.examples.tiny_weights import random_dinov2, random_llama, write_gguf, write_onnx
 
 P = "multi_modal_projector."

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from checkpoint_tools.components import reassemble
 from examples import whole_run
 from examples.real_weights import check_parts, convert_language_model, convert_vision_tower, packages, run_example
 from examples.stages import Stage
+from megatron_r1v2.checkpoint.hf.companions import Components
+from megatron_r1v2.checkpoint.splicing import reassemble
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, read_evaluation
-from megatron_r1v2.models.hf_components import Components
 from megatron_r1v2.report.evaluation_read import Evaluation, Group
 from tests.examples.tiny_weights import Focus, random_dinov2, random_llama, write_gguf, write_onnx
 from tests.ranks import run_ranks

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import tiny_recipe
+from tests.stages.tiny_run import tiny_recipe
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.training.grpo import GrpoStage
-from megatron_r1v2.training.session import open_session
+from megatron_r1v2.stages.grpo.stage import GrpoStage
+from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.training.weight_checksums import weight_checksums
-from tests.training.runs import read_metrics, recipe_for, run_stage
+from tests.stages.runs import read_metrics, recipe_for, run_stage
 
 EXPLODES = ("train.steps=6", "train.learning_rate=1e30", "train.max_skipped_updates=2", "checkpoint.every_steps=0")
 # The gate between engine and training would see the weights first.

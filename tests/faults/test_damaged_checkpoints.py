@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.training.checkpoint import finished_checkpoints
-from tests.training.runs import assert_same_end, recipe_for, run_stage
+from megatron_r1v2.training.store import finished_checkpoints
+from tests.stages.runs import assert_same_end, recipe_for, run_stage
 
 STEPS = 3
 SETTINGS = (f"train.steps={STEPS}", "buffer.target_effective_fraction=0.95")

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_r1v2.rewards.served_model import ScoringFailed
 from tests.rewards.test_served_model import Server
-from tests.training.runs import read_metrics, recipe_for, run_stage
+from tests.stages.runs import read_metrics, recipe_for, run_stage
 
 
 def test_a_dead_server_costs_no_rollouts(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

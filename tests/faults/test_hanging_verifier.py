@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_r1v2.data.samples import Sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.rewards.answer import last_boxed
-from tests.training.runs import last_checkpoint, read_metrics, read_rollouts, recipe_for, run_stage
+from tests.stages.runs import last_checkpoint, read_metrics, read_rollouts, recipe_for, run_stage
 
 HANGS = "9^{9^{9}}"
 """math-verify computes it."""

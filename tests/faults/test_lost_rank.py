@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import Ranks, recipe_for
+from tests.stages.runs import Ranks, recipe_for
 
 SETTINGS = (
     "train.steps=20",

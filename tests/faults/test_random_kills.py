@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.training.checkpoint import finished_checkpoints
-from tests.training.runs import Ranks, assert_same_end, has_line, read_metrics, recipe_for
+from megatron_r1v2.training.store import finished_checkpoints
+from tests.stages.runs import Ranks, assert_same_end, has_line, read_metrics, recipe_for
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.training.checkpoint import finished_checkpoints
-from tests.training.runs import Ranks, assert_same_end, read_metrics, recipe_for, run_stage
+from megatron_r1v2.training.store import finished_checkpoints
+from tests.stages.runs import Ranks, assert_same_end, read_metrics, recipe_for, run_stage
 
 STEPS, PROMPTS = 4, 8
 # A prompt at a time: some are done while others have not begun, also where the test hears of the first one late.

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.training.grpo import GrpoStage
-from megatron_r1v2.training.session import open_session
+from megatron_r1v2.stages.grpo.stage import GrpoStage
+from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.training.weight_checksums import weight_checksums
 from tests.ranks import run_ranks
-from tests.training.runs import recipe_for
+from tests.stages.runs import recipe_for
 
 
 def spoil_one_rank(root: str, output: str, part: str) -> str:

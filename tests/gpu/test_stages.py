@@ -10,7 +10,7 @@ from megatron_r1v2.rl.mismatch import MEAN_ABSOLUTE_DIFFERENCE
 from tests.benchmarks.test_gpu_slices import measure_tiny
 from tests.gpu.test_training import needs_te
 from tests.ranks import run_ranks
-from tests.training.runs import read_metrics, recipe_for, run_stage
+from tests.stages.runs import read_metrics, recipe_for, run_stage
 
 
 def mismatch(lines: list[dict[str, float]]) -> float:

@@ -11,9 +11,9 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from safetensors.torch import load_file
 
+from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.config.schema import Fp8, Part
 from megatron_r1v2.models.architecture import read_architecture
-from megatron_r1v2.models.hf_weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.training.part_state import part_state

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from megatron_r1v2.evaluation.pass_at_1 import evaluate_outcomes, write_evaluation
-from megatron_r1v2.evaluation.records import write_rollouts
-from megatron_r1v2.evaluation.rows import outcome_of
+from megatron_r1v2.evaluation.response_rows import outcome_of
+from megatron_r1v2.evaluation.rollout_records import write_rollouts
 from megatron_r1v2.report.evaluation_page import write_evaluation_page
 from megatron_r1v2.report.evaluation_read import RESPONSES_SHOWN, read_evaluations
 from tests.report.test_page import HOSTILE, Page

@@ -19,7 +19,7 @@ from megatron_r1v2.rl.mpo import (
     split_by_margin,
 )
 from megatron_r1v2.types import Preference
-from tests.training.scripted import make_prompt
+from tests.stages.scripted import make_prompt
 
 WEIGHTS = TermWeights(0.8, 0.2, 1.0)
 # Two pairs: chosen -3 and -4 over 2 and 1 tokens, rejected -7 and -2 over 2 and 3.

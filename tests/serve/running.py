@@ -20,11 +20,11 @@ import openai
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.serve.__main__ import main
-from megatron_r1v2.training.align import run_align
-from megatron_r1v2.training.session import open_model
+from megatron_r1v2.stages.align import run_align
+from megatron_r1v2.stages.session import open_model
 from megatron_r1v2.types import Prompt
 from tests.ranks import enter_rank, forked_context, free_port
-from tests.training.tiny_run import tiny_recipe
+from tests.stages.tiny_run import tiny_recipe
 
 RESPONSE_TOKENS = 40
 SETTINGS = (f"generation.max_response_tokens={RESPONSE_TOKENS}", "generation.max_requests=16")

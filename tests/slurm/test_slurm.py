@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.training.checkpoint import finished_checkpoints
-from tests.checkpoint_tools.test_conversion import assert_same_weights
+from megatron_r1v2.training.store import finished_checkpoints
+from tests.checkpoint.test_conversion import assert_same_weights
 from tests.slurm.cluster import NODES, Cluster, why_not
-from tests.training.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for
-from tests.training.tiny_run import tiny_recipe
+from tests.stages.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for
+from tests.stages.tiny_run import tiny_recipe
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_r1v2.config.schema import Packing, TrainConfig
 from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
-from tests.training.scripted import IMAGE_TOKEN, make_prompt, make_sample
+from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 
 PAD = 99
 

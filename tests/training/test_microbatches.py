@@ -4,7 +4,7 @@ import torch
 
 from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.training.microbatches import Microbatcher
-from tests.training.scripted import IMAGE_TOKEN, make_prompt, make_sample
+from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 
 PROMPTS = {key: make_prompt(key, tiles=tiles) for key, tiles in (("a", 1), ("b", 2), ("c", 0))}
 

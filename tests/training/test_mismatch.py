@@ -12,7 +12,7 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.batches import collate
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from tests.ranks import run_ranks
-from tests.training.scripted import IMAGE_TOKEN, make_prompt, make_sample
+from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 
 PROMPTS = {f"p{tiles}": make_prompt(f"p{tiles}", tiles=tiles) for tiles in range(3)}
 ALL = ((("p1", 3), ("p2", 5)), (("p0", 4),), (("p2", 1), ("p0", 7)))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.training.align import supervised_step
+from megatron_r1v2.stages.align import supervised_step
+from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.training.optimizer import current_learning_rate
-from megatron_r1v2.training.session import open_session
-from tests.training.runs import recipe_for
+from tests.stages.runs import recipe_for
 
 
 def test_the_rate_rises_linearly_and_falls_as_a_cosine(root: Path, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.training.grpo import GrpoStage, mean_of_updates
-from megatron_r1v2.training.session import open_session
-from tests.training.tiny_run import tiny_recipe
+from megatron_r1v2.stages.grpo.stage import GrpoStage, mean_of_updates
+from megatron_r1v2.stages.session import open_session
+from tests.stages.tiny_run import tiny_recipe
 
 
 def test_metrics_of_updates_are_averaged_over_those_that_have_them():

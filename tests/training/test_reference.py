@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.training.align import supervised_step
-from megatron_r1v2.training.session import open_session
-from tests.training.runs import recipe_for
+from megatron_r1v2.stages.align import supervised_step
+from megatron_r1v2.stages.session import open_session
+from tests.stages.runs import recipe_for
 
 
 def test_the_reference_takes_the_place_of_what_trains_and_gives_it_back(root: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.training.replay import ReplayStore, assign, send_to_trainers
-from tests.training.scripted import make_prompt, make_sample, same_prompt
+from tests.stages.scripted import make_prompt, make_sample, same_prompt
 
 PROMPTS = {f"p{tiles}": make_prompt(f"p{tiles}", tiles=tiles) for tiles in range(3)}
 

@@ -1,0 +1,1 @@
+"""Model files: Hugging Face folders, Megatron checkpoints, and the conversions between them."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configurations, weights, and the one two-way table of names."""

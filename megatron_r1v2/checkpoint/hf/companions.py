@@ -1,0 +1,278 @@
+"""What lies beside the weights of a whole model: config.json, tokenizer and processor, made from components' or copied.
+
+The weights themselves are spliced by `checkpoint_tools`, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+
+from megatron_r1v2.checkpoint.hf.chat_template import give_image_parts
+from megatron_r1v2.checkpoint.hf.config import (
+    NOT_IN_PARTS,
+    chat_config,
+    read_hf_config,
+    stated_processor,
+    transformers_vision_config,
+)
+from megatron_r1v2.checkpoint.hf.folders import companion_files, copy_companions, read_json, with_dtype, write_json
+from megatron_r1v2.checkpoint.hf.mapping import Layout
+from megatron_r1v2.models.architecture import PixelShuffle, r1v2_architecture
+
+# Roles that transformers' InternVLProcessor looks for in the tokenizer, and the token of each.
+_IMAGE_TOKENS: Mapping[str, str] = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+DEFAULT_MAX_TILES = 12
+_TOKENIZERS = frozenset(("tokenizer.json", "tokenizer.model", "vocab.json"))
+"""Files that hold a vocabulary, one of which every tokenizer has."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """What the whole model is spliced from, and how."""
+
+    vision: Path
+    """Folder of an InternViT as transformers saves it (`internvl_vision`) or as OpenGVLab published it
+    (`intern_vit_6b`), or of a whole model in either layout, whose tower is taken."""
+    language: Path
+    """Folder of a causal language model with its tokenizer."""
+    adapter: Path | None = None
+    """Folder or safetensors file with `multi_modal_projector.*` or `mlp1.*`; None: random."""
+    downsample_ratio: float = 0.5
+    """0.5 makes one image token of four patches."""
+    pixel_shuffle: PixelShuffle | None = None
+    """None: that of the whole model that the adapter comes from, else v2; only the chat layout can hold v1."""
+    max_tiles: int = DEFAULT_MAX_TILES
+    """Tiles that the image processor cuts an image into at most."""
+    dtype: torch.dtype | None = None
+    """Dtype of the result; None: that of the components, which must agree."""
+    seed: int = 0
+    """Of a random adapter."""
+    untie_embeddings: bool = False
+    """Give a language model that uses its embedding as output matrix a copy of it there, so that training tells them
+    apart."""
+
+
+def components_config(components: Components) -> dict[str, Any]:
+    """Return the configuration of the whole model, in transformers' layout.
+
+    Raises:
+        ValueError: the components have configurations that do not make a model.
+    """
+    _, _, image_token_id, num_tokens = _with_image_tokens(components.language)
+    config = read_json(components.vision / "config.json")
+    vision = config.get("vision_config", config) if config.get("model_type") != "internvl_vision" else config
+    if config.get("model_type") in ("intern_vit_6b", "internvl_chat"):
+        vision = transformers_vision_config(vision)
+    text = read_json(components.language / "config.json")
+    parts = ("architectures", *NOT_IN_PARTS)
+    vision, text = ({k: v for k, v in part.items() if k not in parts} for part in (vision, text))
+    if "vocab_size" in text:  # a folder that is no language model is refused in words below
+        text["vocab_size"] = max(text["vocab_size"], num_tokens)
+    if components.untie_embeddings:
+        text["tie_word_embeddings"] = False
+    whole: dict[str, Any] = {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": image_token_id,
+        "downsample_ratio": components.downsample_ratio,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
+    }
+    version = components.pixel_shuffle or _pixel_shuffle_of(components.adapter)
+    if version != "v2":
+        whole["ps_version"] = version
+    architecture = r1v2_architecture(whole)
+    side = architecture.vision.image_size // architecture.vision.patch_size
+    if (side * components.downsample_ratio) % 1:
+        raise ValueError(
+            f"downsample_ratio={components.downsample_ratio} does not fit the {side} x {side} patches of a tile; "
+            "choose one that gives a whole number, such as 0.5 for an even side"
+        )
+    whole["image_seq_length"] = architecture.tokens_per_tile
+    return whole
+
+
+def check_companions(source: Path) -> None:
+    """Refuse what lies beside the weights if it is damaged, before the weights are looked at.
+
+    Args:
+        source: folder of a whole model, or of a language model.
+
+    Raises:
+        ValueError: a JSON file is none, or the tokenizer is missing or cannot be loaded.
+    """
+    files = companion_files(source)
+    for path in files:
+        if path.suffix == ".json":
+            read_json(path)
+        if path.name == "tokenizer.json":
+            _load_tokenizer(path)
+    names = {path.name for path in files}
+    if not names & _TOKENIZERS or "tokenizer_config.json" not in names:
+        raise ValueError(
+            f"{source} has no tokenizer; accepted: tokenizer_config.json and one of {', '.join(sorted(_TOKENIZERS))}; "
+            "copy the tokenizer's files into the folder"
+        )
+
+
+def make_components_companions(
+    components: Components, config: Mapping[str, Any], folder: Path, layout: Layout, dtypes: Iterable[torch.dtype]
+) -> None:
+    """Write config.json, tokenizer and processor of a spliced model.
+
+    Args:
+        components: tokenizer and statistics of the pixels come from them.
+        config: of `components_config`.
+        folder: of the whole model.
+        layout: of the folder.
+        dtypes: of the weights.
+    """
+    copy_companions(components.language, folder)
+    _add_image_tokens(components.language, folder)
+    give_image_parts(folder)
+    if layout == "chat":
+        whole = chat_config(config, max_tiles=components.max_tiles)
+    else:
+        whole = dict(config)
+    write_processor(folder, config, max_tiles=components.max_tiles, stated=stated_processor(components.vision))
+    write_json(folder / "config.json", with_dtype(whole, dtypes))
+
+
+def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: Iterable[torch.dtype]) -> None:
+    """Write config.json, tokenizer and processor of a model from those of a folder in either layout.
+
+    Args:
+        source: the folder that has them.
+        folder: where they go.
+        layout: of the new folder; None: that of the source.
+        dtypes: of the weights.
+
+    Raises:
+        ValueError: `source` lacks something.
+    """
+    copy_companions(source, folder)
+    config, found = read_hf_config(source)
+    stated = stated_processor(source)
+    if layout in (None, found):
+        if found == "transformers":
+            processed = (
+                read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
+            )
+            # transformers 5 may have the image processor in there.
+            if "image_processor" not in processed:
+                write_processor(folder, config, max_tiles=DEFAULT_MAX_TILES, stated=stated, replace=False)
+        config = read_json(source / "config.json")
+    elif layout == "chat":
+        config = chat_config(config, max_tiles=stated.get("max_patches"))
+    else:
+        _add_image_tokens(source, folder)
+        give_image_parts(folder)
+        max_tiles = read_json(source / "config.json").get("max_dynamic_patch", DEFAULT_MAX_TILES)
+        write_processor(folder, config, max_tiles=max_tiles, stated=stated)
+    write_json(folder / "config.json", with_dtype(config, dtypes))
+
+
+def _pixel_shuffle_of(adapter: Path | None) -> PixelShuffle:
+    if adapter is None or not (adapter / "config.json").is_file():
+        return "v2"
+    config = read_json(adapter / "config.json")
+    return config.get("ps_version", "v1") if config.get("model_type") == "internvl_chat" else "v2"
+
+
+def _with_image_tokens(language: Path) -> tuple[Tokenizer, list[str], int, int]:
+    """Add the image tokens that a tokenizer lacks.
+
+    Returns:
+        The tokenizer, what was added, the id of `<IMG_CONTEXT>`, and how many rows the embedding needs.
+    """
+    path = language / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{language} has no tokenizer.json; save its tokenizer there with "
+            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    # The file is edited, not saved by transformers: what a tokenizer class would change on the way stays as it is.
+    tokenizer = _load_tokenizer(path)
+    missing = [token for token in _IMAGE_TOKENS.values() if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    return tokenizer, missing, vocabulary[_IMAGE_TOKENS["context_image_token"]], max(vocabulary.values()) + 1
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises this class itself, for whatever is wrong
+        raise ValueError(f"{path} cannot be loaded: {error}; copy the tokenizer's files again") from error
+
+
+def _add_image_tokens(source: Path, folder: Path) -> None:
+    """Write the tokenizer of `source`, with image tokens and their roles, into `folder`, which has a copy of it."""
+    tokenizer, missing, _, _ = _with_image_tokens(source)
+    if missing:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path)
+    settings.update(_IMAGE_TOKENS)
+    if "added_tokens_decoder" in settings:
+        for token in missing:
+            entry = {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+            settings["added_tokens_decoder"][str(tokenizer.token_to_id(token))] = {**entry, "special": True}
+    write_json(settings_path, settings)
+
+
+def write_processor(
+    folder: Path, config: Mapping[str, Any], *, max_tiles: int, stated: Mapping[str, Any], replace: bool = True
+) -> None:
+    """Write the processor files that transformers' InternVLProcessor reads.
+
+    Args:
+        folder: of the whole model.
+        config: in transformers' layout, with `image_seq_length`.
+        max_tiles: tiles that an image is cut into at most.
+        stated: preprocessor_config.json of the tower's own folder; empty: ImageNet's statistics.
+        replace: write over files that are there.
+    """
+    architecture = r1v2_architecture(config)
+    vision = architecture.vision
+    side = vision.image_size
+    common = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        # A tower that was trained with other statistics says so in its own folder.
+        "image_mean": list(stated.get("image_mean", vision.pixel_mean)),
+        "image_std": list(stated.get("image_std", vision.pixel_std)),
+        "processor_class": "InternVLProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": side, "width": side},
+    }
+    image = {"crop_to_patches": True, "min_patches": 1, "max_patches": max_tiles}
+    files = {
+        "preprocessor_config.json": {**common, **image, "image_processor_type": "GotOcr2ImageProcessor"},
+        "video_preprocessor_config.json": {**common, "video_processor_type": "InternVLVideoProcessor"},
+        "processor_config.json": {
+            "processor_class": "InternVLProcessor",
+            "image_seq_length": architecture.tokens_per_tile,
+        },
+    }
+    for name, content in files.items():
+        if replace or not (folder / name).exists():
+            write_json(folder / name, content)

@@ -1,0 +1,352 @@
+"""Hugging Face folders on disk: safetensors read lazily, and written so that a broken export never looks finished.
+
+Only safetensors and JSON are read: no pickle, and no code that a folder brings along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1v2.checkpoint.hf.safetensors_files import (
+    TensorInfo,
+    map_safetensors_file,
+    tensor_info,
+    write_safetensors_file,
+)
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DEFAULT_SHARD_BYTES = 5 * 1000**3
+# What a folder has besides weights and config.json. Python files are left behind on purpose: nothing we write needs
+# remote code.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+)
+
+
+class SafetensorsFolder:
+    """The tensors of a folder by name, each read when it is asked for; use as a context manager."""
+
+    def __init__(self, folder: Path | str):
+        """Open every shard and check it against the index.
+
+        Args:
+            folder: with model.safetensors, or an index and its shards; a single safetensors file is taken too.
+
+        Raises:
+            ValueError: there are no weights, or a shard is missing, truncated, unreadable or not what the index says.
+        """
+        self.folder = Path(folder)
+        self._tensors: dict[str, torch.Tensor] = {}
+        expected = None
+        if self.folder.is_file():
+            paths = [self.folder]
+        elif (self.folder / INDEX_NAME).exists():
+            expected = _read_index(self.folder / INDEX_NAME)
+            paths = [self.folder / name for name in sorted(set(expected.values()))]
+        else:
+            paths = [self.folder / SINGLE_NAME]
+        self._paths = paths
+        try:
+            for path in paths:
+                self._open(path)
+            if expected is not None:
+                self._check_index(expected)
+        except ValueError:
+            self.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._tensors.clear()
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return sorted(self._tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self._tensors:
+            raise ValueError(f"{self.folder} has no tensor {name!r}")
+        return self._tensors[name]
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of one tensor, without reading it.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        return tensor_info(self.tensor(name))
+
+    def paths(self) -> list[Path]:
+        """Return the files."""
+        return list(self._paths)
+
+    def _open(self, path: Path) -> None:
+        if not path.exists():
+            pickles = sorted(item.name for item in path.parent.glob("*.bin"))
+            hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
+            raise ValueError(f"{path} is missing; copy the folder again, with all its safetensors files{hint}")
+        for name, tensor in map_safetensors_file(path).items():
+            if name in self._tensors:
+                raise ValueError(f"{path} holds {name!r}, which another file of the folder holds too; remove one")
+            self._tensors[name] = tensor
+
+    def _check_index(self, expected: Mapping[str, str]) -> None:
+        missing = sorted(set(expected) - set(self._tensors))
+        extra = sorted(set(self._tensors) - set(expected))
+        if missing:
+            raise ValueError(
+                f"{self.folder / expected[missing[0]]} lacks {_some(missing)}, which {INDEX_NAME} promises"
+            )
+        if extra:
+            raise ValueError(
+                f"{self.folder} holds {_some(extra)}, which {INDEX_NAME} does not list; the shards are mixed"
+            )
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is missing or is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give the folder of a Hugging Face checkpoint")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def write_json(path: Path | str, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, readable and with a final newline."""
+    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_output(output: Path | str, *, sources: Iterable[Path | str], overwrite: bool) -> None:
+    """Refuse an output folder that would destroy something; call before any work is done.
+
+    Args:
+        output: the folder to be written.
+        sources: folders that are read.
+        overwrite: whether an existing `output` may be replaced.
+
+    Raises:
+        ValueError: `output` is a source, inside one or around one, or exists without `overwrite`.
+    """
+    target = Path(output).resolve()
+    for source in sources:
+        origin = Path(source).resolve()
+        if target == origin or origin in target.parents or target in origin.parents:
+            raise ValueError(
+                f"output {output} and source {source} are one folder or one inside the other; choose another"
+            )
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output {output} is a file; choose a folder")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"output {output} exists already; choose another folder, or pass --overwrite to replace it")
+
+
+@contextmanager
+def replacing_folder(output: Path | str) -> Iterator[Path]:
+    """Give a folder beside `output` to write into, and rename it to `output` when the block ends well.
+
+    When the block raises, the folder is removed and `output` is as it was; when the process is killed, what it leaves
+    is called `.NAME.partial` and the next export to the same place removes it.
+    """
+    partial = partial_of(output)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    restore_replaced(output)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        publish(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(output: Path | str) -> Path:
+    """Return the folder beside `output` that is written into until it is complete."""
+    target = Path(output).resolve()
+    return target.parent / f".{target.name}.partial"
+
+
+def restore_replaced(output: Path | str) -> None:
+    """Put back what an earlier export, killed between the two renames of `publish`, had moved away."""
+    target = Path(output).resolve()
+    replaced = target.parent / f".{target.name}.replaced"
+    if replaced.exists() and not target.exists():
+        os.rename(replaced, target)
+
+
+def publish(partial: Path, output: Path | str) -> None:
+    """Rename a finished folder to `output`, whatever is there now moved away first and then deleted."""
+    target = Path(output).resolve()
+    replaced = target.parent / f".{target.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(partial, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_safetensors(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> None:
+    """Write tensors as they come, holding no more than one shard in memory, then the index if there are several.
+
+    Args:
+        folder: an empty folder.
+        tensors: name and tensor, on any device.
+        max_shard_bytes: a shard is closed before it would grow beyond this.
+
+    Raises:
+        ValueError: a name comes twice, or there are no tensors.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
+    total = size = 0
+
+    def flush() -> None:
+        infos = [(name, tensor_info(tensor)) for name, tensor in pending.items()]
+        write_safetensors_file(folder / f"unnumbered-{len(shards)}", infos, pending.values())
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if name in seen:
+            raise ValueError(f"tensor {name!r} is written twice")
+        seen.add(name)
+        bytes_more = tensor.numel() * tensor.element_size()
+        if pending and size + bytes_more > max_shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor.detach().cpu()
+        size += bytes_more
+        total += bytes_more
+    if pending:
+        flush()
+    if not shards:
+        raise ValueError(f"no tensors to write to {folder}")
+    _number_shards(folder, shards, total)
+
+
+def companion_files(source: Path | str) -> list[Path]:
+    """Return the files of tokenizer, processor, generation settings and chat template of a folder."""
+    found = [path for pattern in _COMPANIONS for path in sorted(Path(source).glob(pattern))]
+    return [path for path in found if path.is_file() and path.suffix != ".py"]
+
+
+def copy_companions(source: Path | str, folder: Path) -> None:
+    """Copy tokenizer, processor, generation settings and chat template from one folder to another."""
+    for path in companion_files(source):
+        shutil.copyfile(path, folder / path.name)
+
+
+def write_hf_folder(
+    output: Path | str,
+    *,
+    base: Path | str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder whose configuration, tokenizer and processor are those of `base`.
+
+    Args:
+        output: the new folder.
+        base: the folder that the model was read from.
+        tensors: name and tensor, in the layout that the config.json of `base` describes.
+        overwrite: whether an existing `output` is replaced.
+        max_shard_bytes: size of a safetensors file.
+
+    Raises:
+        ValueError: `output` is refused (`check_output`), or `base` has no config.json.
+    """
+    check_output(output, sources=[base], overwrite=overwrite)
+    config = read_json(Path(base) / "config.json")
+    dtypes: set[torch.dtype] = set()
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            dtypes.add(tensor.dtype)
+            yield name, tensor
+
+    with replacing_folder(output) as folder:
+        write_safetensors(folder, watched(), max_shard_bytes=max_shard_bytes)
+        copy_companions(base, folder)
+        write_json(folder / "config.json", with_dtype(config, dtypes))
+
+
+def with_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
+    """Return a config.json that names the weights' own dtype, in which transformers loads them by default."""
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    changed = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "auto_map")}
+    # The readers of the chat layout (remote code, vLLM) know only the older name.
+    key = "torch_dtype" if config.get("model_type") == "internvl_chat" else "dtype"
+    changed[key] = str(widest).removeprefix("torch.")
+    for part in ("text_config", "vision_config", "llm_config"):
+        if isinstance(changed.get(part), Mapping):
+            changed[part] = {key: value for key, value in changed[part].items() if key not in ("torch_dtype", "dtype")}
+    return changed
+
+
+def _number_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        os.rename(folder / "unnumbered-0", folder / SINGLE_NAME)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / f"unnumbered-{number}", folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map; copy it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{path} names the shard {name!r}; accepted: plain *.safetensors names in the same folder")
+    return weight_map
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,399 @@
+"""Where the parameters of a whole model come from: a Hugging Face folder, a checkpoint, or parts of one over another.
+
+Every source gives the parameters by our names, whole (as one tensor-parallel rank would hold them) and one at a time,
+so each converter is: for every row of the table, read from a source, write to a destination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+
+from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
+from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder
+from megatron_r1v2.checkpoint.hf.mapping import (
+    HF_EMBEDDING,
+    HF_OUTPUT,
+    Layout,
+    MappedParameter,
+    canonical_hf_name,
+    hf_leftovers,
+    parameter_map,
+)
+from megatron_r1v2.checkpoint.manifest import Manifest
+from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
+from megatron_r1v2.checkpoint.megatron.run_folder import STATE_FILE, TENSORS, load_state
+from megatron_r1v2.checkpoint.megatron.torch_dist import TorchDist
+from megatron_r1v2.models.architecture import R1V2Architecture
+
+HF_IN_CHECKPOINT = "hf"
+"""Folder in a checkpoint that our converter wrote: config.json, tokenizer and processor of the model."""
+PARTS_FILE = "parts.json"
+"""In a folder that holds the trained parts alone."""
+
+
+class Source(Protocol):
+    """An open source."""
+
+    architecture: R1V2Architecture
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def names(self) -> list[str]:
+        """Return our names of the parameters that it has, sorted."""
+        ...
+
+    def meta(self, ours: str) -> torch.Tensor:
+        """Return a parameter without data: its shape and dtype."""
+        ...
+
+    def parameter(self, ours: str) -> torch.Tensor:
+        """Read one parameter.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        ...
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as blocks of its rows, which saves the copy that puts them together.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        ...
+
+
+class SourceSpec(Protocol):
+    """How to open a source, in any process."""
+
+    def open(self) -> Source:
+        """Open it; whatever is wrong with names, shapes and headers is found here."""
+        ...
+
+    def files(self) -> list[Path]:
+        """Return the files that it reads: they must not change while a conversion goes on."""
+        ...
+
+
+def exported_rows(architecture: R1V2Architecture, layout: Layout) -> list[MappedParameter]:
+    """Return the rows of the table that are written, in order."""
+    return [row for row in parameter_map(architecture, layout) if row.exported]
+
+
+class OpenSource:
+    """A source that closes what it has opened."""
+
+    def __init__(self) -> None:
+        """Begin with nothing open."""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+class TableSource(OpenSource):
+    """An open source whose parameters are put together from Hugging Face tensors, as the rows of the table say.
+
+    Who inherits sets `architecture` and `_rows`, keeps what it opens in `_stack`, and gives the tensors by name.
+    """
+
+    architecture: R1V2Architecture
+
+    def __init__(self) -> None:
+        """Begin with nothing open and no rows."""
+        super().__init__()
+        self._rows: dict[str, MappedParameter] = {}
+
+    def names(self) -> list[str]:
+        """Return our names of the parameters."""
+        return sorted(self._rows)
+
+    def meta(self, ours: str) -> torch.Tensor:
+        """Return a parameter without data."""
+        row = self._rows[ours]
+        tensors = {name: self._meta(name) for name in row.hf}
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+            found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+            raise ValueError(
+                f"{self._folder_of(ours)}: {found}; accepted: floating point, the same for all of a weight"
+            )
+        return row.to_shard(tensors, tensor_rank=0, tensor_size=1)
+
+    def parameter(self, ours: str) -> torch.Tensor:
+        """Read one parameter."""
+        row = self._rows[ours]
+        return row.to_shard({name: self._tensor(name) for name in row.hf}, tensor_rank=0, tensor_size=1)
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as blocks of its rows."""
+        row = self._rows[ours]
+        return row.blocks({name: self._tensor(name) for name in row.hf})
+
+    def _meta(self, name: str) -> torch.Tensor:
+        """Return a tensor without data."""
+        raise NotImplementedError
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
+        raise NotImplementedError
+
+    def _folder_of(self, ours: str) -> Path:
+        """Return where a parameter is, for errors."""
+        raise NotImplementedError
+
+    def _check_repeated_output(self, stored: Collection[str], folder: Path) -> None:
+        """Refuse an output matrix that differs from the embedding that it is tied to."""
+        if not self.architecture.language.tied_embeddings or not {HF_OUTPUT, HF_EMBEDDING} <= set(stored):
+            return
+        if not torch.equal(self._tensor(HF_OUTPUT), self._tensor(HF_EMBEDDING)):
+            raise ValueError(
+                f"{folder} has tie_word_embeddings=true but {HF_OUTPUT} differs from {HF_EMBEDDING}; set it to false "
+                "in config.json, or remove the tensor"
+            )
+
+
+@dataclass(frozen=True)
+class HfSpec:
+    """A Hugging Face folder in either layout, or a part of it."""
+
+    folder: Path
+    config: Path | None = None
+    """Folder whose config.json describes the model; None: `folder`."""
+    parts: tuple[str, ...] = ()
+    """Only these parts are in it; none: all."""
+    layout: Layout | None = None
+    """Of the tensors; None: that of config.json."""
+
+    def open(self) -> HfSource:
+        """Open it."""
+        return HfSource(self)
+
+    def files(self) -> list[Path]:
+        """Return the weights and config.json."""
+        with SafetensorsFolder(self.folder) as folder:
+            return [*folder.paths(), (self.config or self.folder) / "config.json"]
+
+
+class HfSource(TableSource):
+    """An open Hugging Face folder."""
+
+    def __init__(self, spec: HfSpec) -> None:
+        """Open a folder and compare its tensors with the table.
+
+        Raises:
+            ValueError: tensors are missing, left over, or not of the shape that config.json implies.
+        """
+        super().__init__()
+        self.architecture, layout = read_hf_architecture(spec.config or spec.folder)
+        self.layout = spec.layout or layout
+        self._manifest = Manifest.of(spec.folder)
+        self._folder = self._stack.enter_context(SafetensorsFolder(spec.folder))
+        try:
+            self._index(spec)
+        except ValueError:
+            self._stack.close()
+            raise
+
+    def _index(self, spec: HfSpec) -> None:
+        plain = self.layout == "transformers"
+        self._stored = {canonical_hf_name(name) if plain else name: name for name in self._folder.names()}
+        if len(self._stored) != len(self._folder.names()):
+            raise ValueError(f"{spec.folder} has a tensor under two names: that of files and that inside the model")
+        rows = parameter_map(self.architecture, self.layout)
+        if spec.parts:
+            rows = tuple(row for row in rows if row.ours.split(".")[0] in spec.parts)
+            wanted = {name for row in rows for name in row.hf}
+            unused, missing = sorted(set(self._stored) - wanted), sorted(wanted - set(self._stored))
+        else:
+            unused, missing = hf_leftovers(self.architecture, self._stored, self.layout)
+        if unused or missing:
+            raise ValueError(
+                f"{spec.folder} does not hold the model of its config.json: {len(missing)} tensors are missing "
+                f"{missing[:5]}, {len(unused)} have no place in it {unused[:5]}"
+            )
+        self._rows = {row.ours: row for row in rows if row.exported}
+        if self._manifest is not None:
+            self._manifest.check_files()
+            if set(self._manifest.tensors) != set(self._folder.names()):
+                raise ValueError(f"{self._manifest.path} lists other tensors than the folder has; copy it again")
+        self._check_repeated_output(self._stored, spec.folder)
+
+    def _folder_of(self, ours: str) -> Path:
+        return self._folder.folder
+
+    def _meta(self, name: str) -> torch.Tensor:
+        return self._folder.info(self._stored[name]).meta()
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        tensor = self._folder.tensor(stored)
+        if self._manifest is not None:
+            self._manifest.check_tensor(stored, tensor)
+        return tensor
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """A checkpoint of a run or of the converter; parts that it has not come from a base."""
+
+    folder: Path
+    base: Path | None = None
+    """Hugging Face folder that the run started from; None: the checkpoint has all parts and its own config.json."""
+    only_stored: bool = False
+    """Leave the base's parameters out."""
+
+    def open(self) -> CheckpointSource:
+        """Open it."""
+        return CheckpointSource(self)
+
+    def files(self) -> list[Path]:
+        """Return the checkpoint's files, and the base's."""
+        own = [path for path in sorted((self.folder / TENSORS).iterdir()) if path.is_file()]
+        return [*own, self.folder / STATE_FILE, *(HfSpec(self.base).files() if self.base else [])]
+
+
+class CheckpointSource(OpenSource):
+    """An open checkpoint."""
+
+    def __init__(self, spec: CheckpointSpec) -> None:
+        """Open a checkpoint, and its base when it has not all parts.
+
+        Raises:
+            ValueError: parts are missing and there is no base; or arrays do not fit the model.
+        """
+        super().__init__()
+        self._manifest = Manifest.of(spec.folder)
+        if self._manifest is not None:
+            self._manifest.check_files()
+        self.state = load_state(spec.folder)
+        self.parts = [str(part) for part in self.state["parts"]]
+        config = spec.base or spec.folder / HF_IN_CHECKPOINT
+        if not (config / "config.json").is_file():
+            raise ValueError(
+                f"{spec.folder} does not say which model it is of; give --base: the Hugging Face folder that the run "
+                "started from (model.hf_path in its recipe.yaml)"
+            )
+        self.architecture, _ = read_hf_architecture(config)
+        self._dist = TorchDist(spec.folder / TENSORS)
+        rows = exported_rows(self.architecture, "chat")
+        self._rows = {row.ours: row for row in rows}
+        self._own = {row.ours for row in rows if row.ours.split(".")[0] in self.parts}
+        others = set(self._rows) - self._own
+        self._base: HfSource | None = None
+        if others and not spec.only_stored:
+            if spec.base is None:
+                raise ValueError(f"{spec.folder} holds {', '.join(self.parts)} only; give --base for the other parts")
+            self._base = self._stack.enter_context(HfSpec(spec.base).open())
+        elif others:
+            self._rows = {ours: row for ours, row in self._rows.items() if ours in self._own}
+        self._check_arrays(spec.folder)
+
+    def _check_arrays(self, folder: Path) -> None:
+        used = {dist_entry(ours, self.architecture).key for ours in self._own}
+        stored = {
+            key for key in self._dist.array_names() if key.split(".")[0] in self.parts and "_extra_state" not in key
+        }
+        unused, missing = sorted(stored - used), sorted(used - stored)
+        if unused or missing:
+            raise ValueError(
+                f"{folder} does not fit the model: {len(missing)} arrays are missing {missing[:5]}, {len(unused)} have "
+                f"no place in it {unused[:5]}; is --base the model that it was made from?"
+            )
+
+    def names(self) -> list[str]:
+        """Return our names of the parameters."""
+        return sorted(self._rows)
+
+    def meta(self, ours: str) -> torch.Tensor:
+        """Return a parameter without data, without what pads it for the layout it was saved in."""
+        if ours not in self._own:
+            assert self._base is not None
+            return self._base.meta(ours)
+        return self._unpadded(ours, self._dist.info(dist_entry(ours, self.architecture)).meta())
+
+    def parameter(self, ours: str) -> torch.Tensor:
+        """Read one parameter, without padding."""
+        if ours not in self._own:
+            assert self._base is not None
+            return self._base.parameter(ours)
+        tensor = self._dist.read(dist_entry(ours, self.architecture), check_crc=self._manifest is None)
+        if self._manifest is not None:
+            self._manifest.check_tensor(ours, tensor)
+        return self._unpadded(ours, tensor)
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as it lies, in one block."""
+        return [self.parameter(ours)]
+
+    def _unpadded(self, ours: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Take zero heads and vocabulary padding off: through the Hugging Face tensors, which have neither."""
+        row = self._rows[ours]
+        try:
+            plain = row.to_shard(row.to_hf([tensor.to("meta")]), tensor_rank=0, tensor_size=1)
+            if tensor.shape == plain.shape:
+                return tensor
+            return row.to_shard(row.to_hf([tensor]), tensor_rank=0, tensor_size=1)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{ours} is {list(tensor.shape)} in the checkpoint, which is not the model of config.json: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class OverSpec:
+    """Some parts over a whole model."""
+
+    base: Path
+    top: HfSpec
+    """Holds some parts only, and takes config.json from the base."""
+
+    def open(self) -> OverSource:
+        """Open both."""
+        return OverSource(self)
+
+    def files(self) -> list[Path]:
+        """Return the files of both."""
+        return [*HfSpec(self.base).files(), *self.top.files()]
+
+
+class OverSource(OpenSource):
+    """Two open folders."""
+
+    def __init__(self, spec: OverSpec) -> None:
+        """Open both; the base describes the model."""
+        super().__init__()
+        self._base = self._stack.enter_context(HfSpec(spec.base).open())
+        self.architecture = self._base.architecture
+        self._top = self._stack.enter_context(spec.top.open())
+        self._parts = spec.top.parts
+
+    def names(self) -> list[str]:
+        """Return our names of the parameters."""
+        return self._base.names()
+
+    def _of(self, ours: str) -> HfSource:
+        return self._top if ours.split(".")[0] in self._parts else self._base
+
+    def meta(self, ours: str) -> torch.Tensor:
+        """Return a parameter without data."""
+        return self._of(ours).meta(ours)
+
+    def parameter(self, ours: str) -> torch.Tensor:
+        """Read one parameter."""
+        return self._of(ours).parameter(ours)
+
+    def blocks(self, ours: str) -> list[torch.Tensor]:
+        """Read one parameter as blocks of its rows."""
+        return self._of(ours).blocks(ours)

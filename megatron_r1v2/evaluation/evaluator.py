@@ -1,0 +1,113 @@
+"""Generates and scores responses to an evaluation set, over all replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_outcomes
+from megatron_r1v2.evaluation.response_rows import evaluation_rows, outcome_of
+from megatron_r1v2.generation.engine import Progress, RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.model import RewardModel
+from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.types import Prompt, ScoredRollout
+
+# Evaluations share their random numbers, so the weights' version must not change them.
+_VERSION = 0
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What an evaluation needs apart from the prompts."""
+
+    engine: RolloutEngine
+    features: FeatureCache
+    settings: EvaluationConfig
+    reward: RewardConfig
+    pool: VerifierPool | None
+    decode: Callable[[Sequence[int]], str]
+    context: ParallelContext
+    max_response_tokens: int
+    reward_model: RewardModel | None = None
+    """None: the totals of the responses shown are those of the rules alone; no rate depends on a reward model."""
+    progress: Progress | None = None
+    """Told (responses finished, tokens in them) of this replica after every engine step, where a call names none."""
+    wait_for_all: Callable[[str], None] | None = None
+    """Called, with the name of the place, when this replica has generated, and others may not have."""
+
+    def run(self, prompts: Sequence[Prompt], *, name: str, step: int) -> EvaluationResult:
+        """Evaluate the model that the engine holds, by the rules alone: no judge is asked.
+
+        Args:
+            prompts: the same on every rank.
+            name: of the evaluation.
+            step: training steps behind the weights.
+
+        Returns:
+            The result, on every rank.
+        """
+        scored = self.respond(prompts, name=name, step=step)
+        outcomes = None
+        if self.context.is_main:
+            assert self.pool is not None, "the first rank leads its replica and has a VerifierPool"
+            rows = evaluation_rows(prompts, scored, step=step, pool=self.pool, pictures=False)
+            outcomes = [outcome_of(row) for row in rows]
+        return evaluate_outcomes(
+            name,
+            [prompt.key for prompt in prompts],
+            objects.all_gather(outcomes)[0] or [],
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            seed=self.settings.seed,
+            step=step,
+        )
+
+    def respond(
+        self, prompts: Sequence[Prompt], *, name: str, step: int, progress: Progress | None = None
+    ) -> list[ScoredRollout]:
+        """Generate and score responses.
+
+        Args:
+            prompts: the same on every rank.
+            name: never used before at this step.
+            step: training steps behind the weights.
+            progress: told (responses finished, tokens in them) of this replica after every engine step.
+
+        Returns:
+            `evaluation.runs` responses to each prompt, on every rank, ordered by prompt and run.
+        """
+        queue = SharedPromptQueue(prompts, context=self.context, name=f"evaluate-{name}-{step}")
+        rollouts = self.engine.generate(
+            queue,
+            num_responses=self.settings.runs,
+            policy_version=_VERSION,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            max_response_tokens=self.max_response_tokens,
+            features=self.features,
+            seed=self.settings.seed,
+            progress=progress or self.progress,
+        )
+        if self.wait_for_all is not None:
+            self.wait_for_all(f"evaluated-{name}-{step}")
+        by_key = {prompt.key: prompt for prompt in prompts}
+        mine, _ = score_in_replica(
+            by_key,
+            rollouts,
+            decode=self.decode,
+            settings=self.reward if self.reward_model is not None else replace(self.reward, model_weight=0.0),
+            pool=self.pool,
+            context=self.context,
+            max_response_tokens=self.max_response_tokens,
+            reward_model=self.reward_model,
+        )
+        order = {prompt.key: index for index, prompt in enumerate(prompts)}
+        scored = [response for part in objects.all_gather(mine, self.context.groups.dp) for response in part]
+        scored.sort(key=lambda response: (order[response.rollout.prompt_key], response.rollout.sample_index))
+        return scored

@@ -1,0 +1,180 @@
+"""One row a response: made alike for a checkpoint and for an endpoint, judged, and turned into the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint
+from megatron_r1v2.evaluation.judge import judge_rows, needs_judge
+from megatron_r1v2.evaluation.pass_at_1 import (
+    EvaluationResult,
+    Outcome,
+    evaluate_outcomes,
+    evaluation_path,
+    write_evaluation,
+)
+from megatron_r1v2.evaluation.response_log import ResponseLog, Row
+from megatron_r1v2.evaluation.rollout_records import rollout_record, write_rollouts
+from megatron_r1v2.monitoring.progress import progress_bar
+from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, within_call
+from megatron_r1v2.types import AnswerType, Prompt, ScoredRollout
+
+JUDGE_CACHE = "judge.jsonl"
+
+
+def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> ResponseLog:
+    """Open the log of an evaluation, with the rows of an interrupted one.
+
+    Args:
+        recipe: the settings; `evaluation.runs` and `evaluation.prompts` may differ from those of the interrupted one.
+        name: of the evaluation.
+        model: what is evaluated.
+        step: optimizer steps behind its weights.
+
+    Raises:
+        ValueError: the interrupted evaluation had other settings.
+    """
+    evaluation = recipe.evaluation
+    settings: dict[str, Any] = {
+        "model": model,
+        "step": step,
+        "evaluation.data": str(Path(evaluation.data).absolute()),
+        "evaluation.endpoint_url": evaluation.endpoint_url,
+        "evaluation.temperature": evaluation.temperature,
+        "evaluation.top_p": evaluation.top_p,
+        "evaluation.seed": evaluation.seed,
+        "generation.max_response_tokens": recipe.generation.max_response_tokens,
+        "reward.claim_pattern": recipe.reward.claim_pattern,
+    }
+    path = evaluation_path(Path(recipe.run.output_dir), name)
+    return ResponseLog(path.with_suffix(".unfinished.jsonl"), settings)
+
+
+def evaluation_rows(
+    prompts: Sequence[Prompt],
+    scored: Sequence[ScoredRollout],
+    *,
+    step: int,
+    pool: VerifierPool,
+    pictures: bool = True,
+) -> list[Row]:
+    """Return the rows of scored responses; one that equals an alternative answer or is near enough is right.
+
+    The picture of a prompt is in the row of its first response only.
+
+    Args:
+        prompts: of the responses, each once.
+        scored: the responses.
+        step: optimizer steps behind the weights.
+        pool: where answers are checked.
+        pictures: False: leave them out.
+    """
+    by_key = {prompt.key: prompt for prompt in prompts}
+    rows = []
+    for response in scored:
+        prompt, index = by_key[response.rollout.prompt_key], response.rollout.sample_index
+        row = rollout_record(step, prompt, response, advantage=0.0, picture=pictures and index == 0)
+        rows.append(
+            row
+            | {
+                "sample_index": index,
+                "answer_type": prompt.answer_type,
+                "alternatives": list(prompt.alternatives),
+                "tolerances": list(prompt.tolerances),
+                "facts": dict(prompt.facts),
+                "metadata": dict(prompt.metadata),
+                "rule_correct": response.rule_correct,
+                "judge": None,
+            }
+        )
+    return _accept_others(rows, pool)
+
+
+def _accept_others(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
+    asked = [(index, call) for index, row in enumerate(rows) if not row["rule_correct"] for call in _other_calls(row)]
+    verdicts = pool.run([call for _, call in asked], failed=False)
+    right = {index for (index, _), verdict in zip(asked, verdicts, strict=True) if verdict is True}
+    return [{**row, "rule_correct": True, "correct": True} if index in right else row for index, row in enumerate(rows)]
+
+
+def _other_calls(row: Row) -> list[Call]:
+    """Return what else may find a response right: an alternative answer, or a number within the tolerances."""
+    calls = [answer_call(row["text"], answer, _type_of_other(row, answer)) for answer in row["alternatives"]]
+    if row["tolerances"]:
+        calls.append(within_call(row["text"], row["answer"], row["tolerances"]))
+    return calls
+
+
+def _type_of_other(row: Row, answer: str) -> AnswerType:
+    """Return how an alternative is compared: the text of an option is no letter, whatever it begins with."""
+    is_letter = len(answer.strip()) == 1
+    return "exact" if row["answer_type"] == "choice" and not is_letter else row["answer_type"]
+
+
+def conclude(
+    recipe: RunRecipe, name: str, keys: Sequence[str], log: ResponseLog, *, model: str, step: int
+) -> EvaluationResult:
+    """Have the judge decide what the rules could not, write the result and all rows, and delete the log.
+
+    Args:
+        recipe: the settings.
+        name: of the evaluation.
+        keys: of the prompts, in order.
+        log: holds every row.
+        model: what was evaluated.
+        step: optimizer steps behind its weights.
+
+    Returns:
+        The result.
+
+    Raises:
+        EndpointFailed: the judge gives no answer; responses and verdicts so far are kept.
+    """
+    evaluation, folder = recipe.evaluation, Path(recipe.run.output_dir)
+    order = {key: index for index, key in enumerate(keys)}
+    rows = [row for row in log.rows if row["prompt_key"] in order and row["sample_index"] < evaluation.runs]
+    rows.sort(key=lambda row: (order[row["prompt_key"]], row["sample_index"]))
+    if evaluation.judge_url:
+        judge = ChatEndpoint.from_settings(evaluation, "judge")
+        with progress_bar("judge", sum(needs_judge(row) for row in rows), shown=True) as show:
+            limit = evaluation.judge_max_tokens
+            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, max_tokens=limit, progress=show)
+    result = evaluate_outcomes(
+        name,
+        keys,
+        [outcome_of(row) for row in rows],
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        seed=evaluation.seed,
+        step=step,
+        model=model,
+    )
+    write_rollouts(evaluation_path(folder, name).with_suffix(".rollouts.jsonl"), rows)
+    write_evaluation(folder, result)
+    log.discard()
+    return result
+
+
+def outcome_of(row: Row) -> Outcome:
+    """Return what counts of a row.
+
+    Args:
+        row: scored, and judged where a judge was asked.
+    """
+    judge = row["judge"]
+    return Outcome(
+        prompt_key=row["prompt_key"],
+        sample_index=row["sample_index"],
+        correct=row["correct"],
+        answer=last_boxed(row["text"]),
+        well_formed=row["rewards"]["format"],
+        tokens=row["response_tokens"],
+        claims=tuple((claim, value) for claim, value, _ in row["claims"]),
+        facts=row["facts"],
+        judged=judge is not None,
+        unclear=judge is not None and judge["verdict"] is None,
+    )

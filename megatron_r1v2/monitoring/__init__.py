@@ -1,0 +1,1 @@
+"""Metrics, and what a run writes and shows while it goes."""

@@ -1,0 +1,1 @@
+"""Signals, lost ranks, skipped updates and kept rollouts: what a run survives."""

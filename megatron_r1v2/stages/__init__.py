@@ -1,0 +1,1 @@
+"""The stages that a user runs, and what their loops share."""

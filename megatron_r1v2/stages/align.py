@@ -1,0 +1,73 @@
+"""The align stage: supervised training on reference responses, usually of the adapter alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.rl.supervised import supervised_loss
+from megatron_r1v2.stages.loop import run_steps
+from megatron_r1v2.stages.session import Session, open_session
+from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, share_out, update
+from megatron_r1v2.stages.validation import Validation
+from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+
+SHOWN = ("actor/nll", "actor/grad_norm", "validation/pass_at_1")
+
+
+def run_align(recipe: RunRecipe) -> Path:
+    """Run the stage until its last step or until validation Pass@1 is high enough.
+
+    Args:
+        recipe: the settings.
+
+    Returns:
+        The run's folder.
+    """
+    with open_session(recipe, stage="align", shown=SHOWN) as session, session.verifiers() as pool:
+        validation = Validation(session, session.evaluator(session.engine(), pool))
+        run_steps(session, partial(supervised_step, session), is_reached=validation.is_reached)
+    return Path(recipe.run.output_dir)
+
+
+def supervised_step(session: Session) -> None:
+    """Take one optimizer step on reference responses.
+
+    Args:
+        session: the running stage.
+    """
+    prompts = next_trainable(session)
+    samples = {prompt.key: supervised_sample(session, prompt) for prompt in prompts}
+    if samples:
+        microbatches = share_out(session, samples, prompts)
+        batches = [part.batch for part in microbatches] or [session.microbatcher.filler(prompts[0])]
+        tokens = sum(sample.response_length for sample in samples.values())
+        update(session, batches, partial(_loss, denominator=tokens))
+    session.step += 1
+
+
+def supervised_sample(session: Session, prompt: Prompt) -> TrainingSample:
+    """Turn a prompt with a reference response into a sample.
+
+    Args:
+        session: gives tokenizer and end token.
+        prompt: from a supervised data set.
+
+    Raises:
+        ValueError: the prompt has no response.
+    """
+    if prompt.response is None:
+        raise ValueError(
+            f"sample {prompt.key!r} of data.train={session.recipe.data.train!r} has no response; the align stage "
+            'trains on reference responses: add a "response" field to the JSONL rows and run data.prepare again'
+        )
+    return given_sample(session, prompt, prompt.response)
+
+
+def _loss(
+    log_probs_BS: torch.Tensor, batch: TrainingBatch, *, denominator: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return supervised_loss(log_probs_BS, batch.response_mask_BS, denominator=denominator, weights_B=batch.weights_B)

@@ -1,0 +1,91 @@
+"""The calibrator of a running stage: settings, state and metrics around `rl/calibration.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_r1v2.rl.calibration import Calibration, braked, calibrate
+from megatron_r1v2.stages.session import Session
+from megatron_r1v2.types import Prompt
+
+
+class Calibrator:
+    """Moves one value between what the recipe says and a bound, by the hallucination rates that it is told."""
+
+    def __init__(self, session: Session, *, name: str, configured: float, bound: float) -> None:
+        """Go on from the session's checkpoint, when it was resumed.
+
+        Args:
+            session: the running stage.
+            name: of the value in the metrics: `hallucination/NAME`.
+            configured: the value in the recipe.
+            bound: the value at which the brake is pulled all the way.
+        """
+        self.session = session
+        self.settings = session.recipe.hallucination
+        self.name = name
+        self.configured = configured
+        self.bound = bound
+        self.state = Calibration(**session.loaded_state.get("calibration", {}))
+
+    @property
+    def value(self) -> float:
+        """Return the value of the moment."""
+        return braked(self.configured, self.bound, self.state.brake)
+
+    @property
+    def is_on(self) -> bool:
+        """Return whether there is a rate to hold."""
+        return self.settings.target_rate > 0
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse validation prompts that no rate can be measured on.
+
+        Args:
+            prompts: of the validation split.
+
+        Raises:
+            ValueError: none has facts.
+        """
+        if self.is_on and not any(prompt.facts for prompt in prompts):
+            raise ValueError(
+                f"hallucination.target_rate={self.settings.target_rate} but none of the {len(prompts)} prompts read "
+                f"from data.validation={self.session.recipe.data.validation!r} has facts, so no claim can be judged; "
+                "add facts to the data set, or set hallucination.target_rate=0"
+            )
+
+    def observe(self, rate: float | None, coverage: float | None) -> None:
+        """Decide on a measurement, and note what was decided.
+
+        Args:
+            rate: contradicted claims over claims; None: no claim was made.
+            coverage: responses with claims over responses; None: no prompt has facts.
+        """
+        settings = self.settings
+        if not self.is_on:
+            return
+        self.state, decision = calibrate(
+            self.state,
+            rate,
+            coverage,
+            target=settings.target_rate,
+            min_coverage=settings.min_coverage,
+            slack=settings.slack,
+            tighten=settings.tighten,
+            loosen=settings.loosen,
+            patience=settings.patience,
+        )
+        self.session.recorder.note({"hallucination/decision": int(decision)})
+
+    def note(self) -> None:
+        """Note the value that this step works with."""
+        if self.is_on:
+            self.session.recorder.note(
+                {f"hallucination/{self.name}": self.value, "hallucination/brake": self.state.brake}
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the part of a checkpoint that this restores itself from."""
+        return {"calibration": asdict(self.state)}

@@ -1,0 +1,79 @@
+"""Evaluates a checkpoint by itself: what `python -m megatron_r1v2.evaluate` does without an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
+from megatron_r1v2.evaluation.response_log import ResponseLog
+from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
+from megatron_r1v2.monitoring.progress import progress_bar
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.stages.session import LoadedModel, open_model
+from megatron_r1v2.types import Prompt
+
+
+def run_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult | None:
+    """Evaluate the weights in `model.checkpoint` (or `model.hf_path`) on `evaluation.data`.
+
+    An evaluation that was interrupted goes on with the prompts that lack a response.
+
+    Args:
+        recipe: the settings.
+        name: of the evaluation; `evaluation-NAME.json` and its responses go to `run.output_dir`.
+
+    Returns:
+        The result on the first rank, None on the others.
+
+    Raises:
+        EndpointFailed: the judge gives no answer; the responses are kept.
+        ValueError: bad data, or an interrupted evaluation with other settings.
+    """
+    evaluation_path(Path(recipe.run.output_dir), name)
+    model = recipe.model.checkpoint or recipe.model.hf_path
+    with open_model(recipe) as loaded:
+        prompts = loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts)
+        with ExitStack() as files:
+            log = None
+            if loaded.context.is_main:
+                log = files.enter_context(open_log(recipe, name, model=model, step=loaded.version))
+            _respond(loaded, prompts, log, name)
+            if log is None:
+                return None
+            return conclude(recipe, name, [prompt.key for prompt in prompts], log, model=model, step=loaded.version)
+
+
+def _respond(loaded: LoadedModel, prompts: list[Prompt], log: ResponseLog | None, name: str) -> None:
+    """Generate, score and log what is missing, `evaluation.save_every_prompts` at a time; only the first rank logs."""
+    settings = loaded.recipe.evaluation
+    there = log.places if log is not None else set()
+    todo = [prompt.key for prompt in prompts if any((prompt.key, run) not in there for run in range(settings.runs))]
+    wanted = set(objects.all_gather(todo)[0])
+    missing = [prompt for prompt in prompts if prompt.key in wanted]
+    with (
+        loaded.verifiers() as pool,
+        progress_bar("evaluate", len(prompts) * settings.runs, shown=loaded.context.is_main) as show,
+    ):
+        evaluator = loaded.evaluator(loaded.engine(), pool)
+        for start in range(0, len(missing), settings.save_every_prompts):
+            part = missing[start : start + settings.save_every_prompts]
+            before = (len(prompts) - len(missing) + start) * settings.runs
+            # Of this replica: another one's responses are shown when the part is done.
+            scored = evaluator.respond(
+                part,
+                name=f"{name}-{start}",
+                step=loaded.version,
+                progress=partial(_show, show, before),
+            )
+            show(before + len(scored))
+            evaluator.features.clear()
+            if log is not None:
+                log.append(evaluation_rows(part, scored, step=loaded.version, pool=pool))
+
+
+def _show(show: Callable[[int], None], before: int, responses: int, tokens: int) -> None:
+    show(before + responses)

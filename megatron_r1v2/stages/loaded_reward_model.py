@@ -1,0 +1,145 @@
+"""A reward model from a checkpoint, on the process groups of the policy, and the choice between it and a served one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_r1v2.config.schema import Packing, Part, RunRecipe
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.model import RewardModel
+from megatron_r1v2.rewards.served_model import ServedRewardModel
+from megatron_r1v2.stages.session import LoadedModel, load_model
+from megatron_r1v2.training.batches import filler_sample, length_multiple
+from megatron_r1v2.training.forward import Forward
+from megatron_r1v2.training.microbatches import Microbatcher
+from megatron_r1v2.training.score_positions import last_scores, with_successor
+from megatron_r1v2.types import Prompt
+
+
+def open_reward_model(loaded: LoadedModel) -> RewardModel | None:
+    """Return what the `reward_model` section names; None when `reward.model_weight` is 0.
+
+    Args:
+        loaded: the policy.
+    """
+    recipe = loaded.recipe
+    if recipe.reward.model_weight == 0:
+        return None
+    if recipe.reward_model.url:
+        return ServedRewardModel(recipe.reward_model, loaded.context)
+    return load_reward_model(loaded)
+
+
+@dataclass
+class LoadedRewardModel:
+    """Weights of its own beside the policy's, in the same layout, without gradients; a `rewards.model.RewardModel`."""
+
+    forward: Forward
+    microbatcher: Microbatcher
+    tokenizer: ChatTokenizer
+    end_id: int
+    """Where the score is read; appended to every response, also to one that was cut."""
+    context: ParallelContext
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """Score responses; see `RewardModel.score`.
+
+        Args:
+            prompts: of each response.
+            texts: the responses.
+
+        Returns:
+            Raw scores, on every rank of the replica.
+        """
+        if self.forward.features is not None:
+            self.forward.features.clear()
+        samples = {}
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            response = (*self.tokenizer.encode_text(text), self.end_id)
+            sample = replace(filler_sample(prompt), token_ids=(*prompt.token_ids, *response))
+            samples[str(index)] = with_successor(sample, self.tokenizer.pad_id)
+        microbatches = self.microbatcher.split(samples, {prompt.key: prompt for prompt in prompts})
+        batches = [part.batch for part in microbatches]
+        found: dict[str, float] = {}
+        for part, values_BS in zip(microbatches, self.forward.values(batches), strict=True):
+            found.update(zip(part.names, last_scores(values_BS, part.batch).tolist(), strict=True))
+        scores = [found[str(index)] for index in range(len(texts))]
+        if self.context.tensor_size * self.context.pipeline_size == 1:
+            return scores
+        # To the bit the same on every rank: rewards must be.
+        return objects.broadcast_from_first(scores, self.context.groups.mp)
+
+
+def load_reward_model(policy: LoadedModel) -> LoadedRewardModel:
+    """Load `reward_model.checkpoint` in the policy's layout.
+
+    Args:
+        policy: whose prompts and responses it will score, so tokens and tiles must be the same.
+
+    Raises:
+        ValueError: the checkpoint has no score head, or its model reads tokens or images in another way.
+    """
+    recipe = policy.recipe
+    loaded = load_model(reward_model_recipe(recipe), policy.context, score_head=True)
+    if Part.score not in loaded.changed_parts:
+        raise ValueError(
+            f"reward_model.checkpoint={recipe.reward_model.checkpoint!r} holds "
+            f"{[part.value for part in loaded.changed_parts]} and no score head; give a checkpoint of the reward_model "
+            "stage"
+        )
+    _check_same_inputs(policy, loaded)
+    loaded.model.requires_grad_(False).eval()
+    multiple = length_multiple(recipe)
+    return LoadedRewardModel(
+        forward=Forward(
+            model=loaded.model,
+            context=policy.context,
+            features=loaded.feature_cache(),
+            packed=recipe.train.packing is not Packing.none,
+            length_multiple=multiple,
+        ),
+        microbatcher=Microbatcher(
+            settings=recipe.train,
+            pad_id=loaded.tokenizer.pad_id,
+            image_token_id=loaded.architecture.image_token_id,
+            tensor_size=policy.context.tensor_size,
+            length_multiple=multiple,
+            device=policy.context.device,
+        ),
+        tokenizer=loaded.tokenizer,
+        end_id=loaded.tokenizer.token_id(recipe.generation.stop_tokens[0]),
+        context=policy.context,
+    )
+
+
+def reward_model_recipe(recipe: RunRecipe) -> RunRecipe:
+    """Return the recipe with the reward model's weights in place of the policy's.
+
+    Args:
+        recipe: of the run.
+    """
+    source = recipe.reward_model
+    model = replace(recipe.model, hf_path=source.hf_path or recipe.model.hf_path, checkpoint=source.checkpoint)
+    return replace(recipe, model=model)
+
+
+def _check_same_inputs(policy: LoadedModel, loaded: LoadedModel) -> None:
+    ours, theirs = policy.architecture, loaded.architecture
+    different = [
+        name
+        for name, is_same in (
+            ("tokenizer or chat template", policy.tokenizer.is_same_as(loaded.tokenizer)),
+            ("image size", ours.vision.image_size == theirs.vision.image_size),
+            ("image tokens a tile", ours.tokens_per_tile == theirs.tokens_per_tile),
+        )
+        if not is_same
+    ]
+    if different:
+        raise ValueError(
+            f"reward_model.hf_path={loaded.recipe.model.hf_path!r} and model.hf_path={policy.recipe.model.hf_path!r} "
+            f"differ in {', '.join(different)}: prompts of one are not prompts of the other; serve the reward model by "
+            "itself and set reward_model.url"
+        )

@@ -1,0 +1,238 @@
+"""The MPO stage: mixed preference optimization on pairs of responses (R1V2 report, section 3.2, equations 2 to 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_r1v2.config.schema import LossAggregation, PreferenceConfig, RunRecipe
+from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.rl.mpo import RewardShift, TermWeights, generation_loss, mpo_loss, split_by_margin
+from megatron_r1v2.stages.calibrator import Calibrator
+from megatron_r1v2.stages.loop import run_steps
+from megatron_r1v2.stages.pair_samples import SIDES, pair_samples, preference_of
+from megatron_r1v2.stages.reference_log_probs import belongs_to, reference_log_probs
+from megatron_r1v2.stages.session import Session, open_session
+from megatron_r1v2.stages.supervised_data import next_trainable, share_out, update
+from megatron_r1v2.stages.validation import Validation
+from megatron_r1v2.training.policy import SKIPPED
+from megatron_r1v2.types import Prompt, TrainingBatch
+
+SHOWN = ("actor/loss", "rewards/margins", "rewards/accuracies", "validation/pass_at_1")
+
+
+def run_mpo(recipe: RunRecipe) -> Path:
+    """Run the stage until its last step or until validation Pass@1 is high enough.
+
+    Args:
+        recipe: the settings.
+
+    Returns:
+        The run's folder.
+    """
+    check_margins(recipe)
+    with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.verifiers() as pool:
+        stage = MpoStage(session)
+        validation = Validation(session, session.evaluator(session.engine(), pool), stage.calibrator)
+        if session.is_finished or stage.find_reference():
+            run_steps(session, stage.step, state=stage.state_dict, is_reached=validation.is_reached)
+    return Path(recipe.run.output_dir)
+
+
+def check_margins(recipe: RunRecipe) -> None:
+    """Refuse a tau that no pair reaches, before anything is computed.
+
+    Args:
+        recipe: the settings.
+
+    Raises:
+        ValueError: no margin is as large as `preference.min_margin`, or as the calibrator may make it.
+    """
+    name, tau = "preference.min_margin", recipe.preference.min_margin
+    if recipe.hallucination.target_rate:
+        name, tau = "hallucination.max_margin", recipe.hallucination.max_margin
+    if tau <= 0:
+        return
+    # A pair that nobody scored counts as one of margin 0, as in `split_by_margin`.
+    largest = max((sample.margin or 0.0 for sample in each_sample(recipe.data.train) if sample.chosen), default=0.0)
+    if largest < tau:
+        raise ValueError(
+            f"{name}={tau:g} but the largest margin in data.train={recipe.data.train!r} is {largest:g}: no pair would "
+            "be left; lower it, or build the pairs with python -m megatron_r1v2.prefer, which writes margins"
+        )
+
+
+class MpoStage:
+    """The steps of a run, and what they carry from one to the next: delta, and tau when it is calibrated."""
+
+    def __init__(self, session: Session) -> None:
+        """Set up the stage, delta restored when the session was resumed.
+
+        Args:
+            session: the running stage.
+        """
+        self.session = session
+        self.settings = session.recipe.preference
+        self.calibrator = Calibrator(
+            session,
+            name="threshold",
+            configured=self.settings.min_margin,
+            bound=session.recipe.hallucination.max_margin,
+        )
+        self.delta = RewardShift(**session.loaded_state.get("delta", {}))
+        self.about: dict[str, str] = {}
+        self.reference: Mapping[str, float] = {}
+        self._num_pairs = sum(check_shards(session.recipe.data.train).values())
+        self._passed_over = 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether a term compares with the model that the stage started from; if not, it is supervised training
+        on the chosen responses, and the rejected ones are not computed."""
+        return self.settings.preference_weight > 0 or self.settings.quality_weight > 0
+
+    def find_reference(self) -> bool:
+        """Get the reference log-probs; returns False when the run was asked to stop before all were computed.
+
+        Raises:
+            ValueError: data set, model or settings are not those that a resumed run has trained with.
+        """
+        if not self.needs_reference:
+            return True
+        with self.session.recorder.timed("reference"):
+            self.about = belongs_to(self.session)
+            saved = self.session.loaded_state.get("reference", self.about)
+            changed = [name for name in self.about if saved.get(name) != self.about[name]]
+            if changed:
+                raise ValueError(
+                    f"what the reference log-probs of this run belong to has changed since it was saved: "
+                    f"{', '.join(changed)}; put it back, or start anew with run.output_dir set to a new folder"
+                )
+            found = reference_log_probs(self.session, self.about)
+        self.reference = found or {}
+        return found is not None
+
+    def step(self) -> None:
+        """Do one step: read pairs, leave out those below the margin, update policy and delta."""
+        session = self.session
+        prompts = next_trainable(session)
+        for prompt in prompts:
+            preference_of(session, prompt)
+        kept, below = split_by_margin(prompts, self.calibrator.value)
+        self.calibrator.note()
+        session.recorder.note(
+            {
+                "mpo/pairs_kept": len(kept),
+                "mpo/pairs_below_margin": len(below),
+                "mpo/min_margin": self.calibrator.value,
+                "mpo/delta": self.delta.value,
+            }
+        )
+        self._check_not_idle(len(kept))
+        if kept:
+            self.update(kept)
+        session.step += 1
+
+    def update(self, prompts: Sequence[Prompt]) -> None:
+        """Take one optimizer step on pairs, with the delta of the steps before: its rewards are known to all ranks only
+        after all microbatches, and the result must not depend on how many there are."""
+        session, settings = self.session, self.settings
+        samples, units = pair_samples(session, prompts, sides=SIDES if self.needs_reference else SIDES[:1])
+        batches = [
+            self._with_reference(part.batch, part.names) for part in share_out(session, samples, prompts, units)
+        ] or [self._filler(prompts[0])]
+        denominator = len(prompts)
+        if settings.generation_aggregation is LossAggregation.token:
+            denominator = sum(samples[names[0]].response_length for names in units.values())
+        loss = partial(
+            batch_loss,
+            settings=settings,
+            delta=self.delta.value,
+            num_pairs=len(prompts),
+            generation_denominator=denominator,
+        )
+        metrics = update(session, batches, loss)
+        if self.needs_reference and not metrics[SKIPPED]:
+            mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+            self.delta = self.delta.fold(mean, 2 * len(prompts), momentum=settings.delta_momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed stage must know: delta, tau, and what the reference log-probs belong to."""
+        return {"delta": asdict(self.delta), "reference": self.about, **self.calibrator.state_dict()}
+
+    def _with_reference(self, batch: TrainingBatch, names: Sequence[str]) -> TrainingBatch:
+        if not self.needs_reference:
+            return batch
+        sums = [self.reference[name] for name in names]
+        return replace(
+            batch, reference_sums_B=torch.tensor(sums, dtype=torch.float64, device=batch.token_ids_BS.device)
+        )
+
+    def _filler(self, prompt: Prompt) -> TrainingBatch:
+        if not self.needs_reference:
+            return self.session.microbatcher.filler(prompt)
+        batch = self.session.microbatcher.filler(prompt, rows=len(SIDES))
+        return replace(batch, reference_sums_B=torch.zeros_like(batch.weights_B, dtype=torch.float64))
+
+    def _check_not_idle(self, num_kept: int) -> None:
+        """Refuse to go on when a whole epoch has passed without a pair to train on."""
+        self._passed_over = 0 if num_kept else self._passed_over + self.session.recipe.train.prompts_per_step
+        if self._passed_over > self._num_pairs:
+            raise ValueError(
+                f"none of the {self._num_pairs} pairs of data.train={self.session.recipe.data.train!r} can be trained "
+                f"on: their margins are below preference.min_margin={self.calibrator.value:g} (a calibrator raises it "
+                "up to hallucination.max_margin), or they have no image and train.parts lacks language; lower the one "
+                "or add the other"
+            )
+
+
+def batch_loss(
+    log_probs_BS: torch.Tensor,
+    batch: TrainingBatch,
+    *,
+    settings: PreferenceConfig,
+    delta: float,
+    num_pairs: int,
+    generation_denominator: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Give a microbatch to the MPO loss.
+
+    Args:
+        log_probs_BS: float32 [B, S] of the policy in training.
+        batch: the microbatch; without reference log-probs its rows are chosen responses alone.
+        settings: weights of the terms, beta.
+        delta: shift of the quality term.
+        num_pairs: of the step over all ranks.
+        generation_denominator: pairs or chosen tokens of the step over all ranks.
+
+    Returns:
+        This microbatch's part of the loss, and metrics as (sum, count) pairs.
+    """
+    aggregation = settings.generation_aggregation.value
+    if batch.reference_sums_B is None:
+        loss, metrics = generation_loss(
+            log_probs_BS,
+            batch.response_mask_BS,
+            denominator=generation_denominator,
+            aggregation=aggregation,
+            weights_P=batch.weights_B,
+        )
+        return settings.generation_weight * loss, metrics
+    return mpo_loss(
+        log_probs_BS,
+        batch.reference_sums_B,
+        batch.response_mask_BS,
+        weights=TermWeights(settings.preference_weight, settings.quality_weight, settings.generation_weight),
+        beta=settings.beta,
+        delta=delta,
+        num_pairs=num_pairs,
+        generation_denominator=generation_denominator,
+        generation_aggregation=aggregation,
+        weights_B=batch.weights_B,
+    )

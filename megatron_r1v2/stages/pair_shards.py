@@ -1,0 +1,259 @@
+"""What the prefer command keeps on disk: finished rounds while it runs, shards and counts at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.training.store import resolve_checkpoint
+from megatron_r1v2.types import Preference
+
+COUNTS_FILE = "pairs.json"
+_SETTINGS_FILE = "settings.json"
+# Layout and memory may change from one attempt to the next; what decides the responses and the pairs may not.
+_FREE = {
+    "generation": {"kv_cache_gib", "max_requests", "max_tokens_per_step", "feature_cache_gib"},
+    "reward_model": {"timeout_seconds", "attempts", "concurrency", "api_key_variable", "centring_weight"},
+}
+_DECIDING = ("model", "generation", "reward", "reward_model", "pairs")
+_MAX_KEY = 80
+
+
+@dataclass(frozen=True)
+class PromptPairs:
+    """What came of one prompt."""
+
+    key: str
+    pairs: list[Preference]
+    dropped: dict[str, int]
+    """What made no pair, by reason."""
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What the command found, as written to pairs.json."""
+
+    prompts: int = 0
+    prompts_with_pairs: int = 0
+    responses: int = 0
+    """Without the DropoutNTP continuations."""
+    right: int = 0
+    """Of the responses."""
+    verifier_failures: int = 0
+    """Checks of responses that timed out or crashed: these are in no pair."""
+    pairs: dict[str, int] = field(default_factory=dict)
+    """By source."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """What made no pair, by reason: response/*, pair/*, dropout_ntp/*, prompt/*."""
+
+    def __add__(self, other: PairCounts) -> PairCounts:
+        """Return the counts of both."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _NUMBERS}
+        return PairCounts(
+            **sums,
+            pairs=dict(Counter(self.pairs) + Counter(other.pairs)),
+            dropped=dict(Counter(self.dropped) + Counter(other.dropped)),
+        )
+
+
+_NUMBERS = ("prompts", "prompts_with_pairs", "responses", "right", "verifier_failures")
+
+
+def count_pairs(found: Iterable[PromptPairs], *, responses: int, right: int, verifier_failures: int) -> PairCounts:
+    """Count pairs and what was dropped.
+
+    Args:
+        found: of each prompt.
+        responses: to all of them.
+        right: of the responses.
+        verifier_failures: checks that timed out or crashed.
+    """
+    each = list(found)
+    dropped: Counter[str] = Counter()
+    for prompt in each:
+        dropped.update(prompt.dropped)
+    return PairCounts(
+        prompts=len(each),
+        prompts_with_pairs=sum(bool(prompt.pairs) for prompt in each),
+        responses=responses,
+        right=right,
+        verifier_failures=verifier_failures,
+        pairs=dict(Counter(pair.source for prompt in each for pair in prompt.pairs)),
+        dropped=dict(dropped),
+    )
+
+
+class UnfinishedPairs:
+    """The folder beside `pairs.output` that keeps finished rounds, so that an interrupted command goes on from there.
+
+    Args:
+        recipe: the settings.
+
+    Raises:
+        ValueError: it holds rounds of other settings.
+    """
+
+    def __init__(self, recipe: RunRecipe) -> None:
+        self.output = Path(recipe.pairs.output)
+        self.folder = self.output.with_name(f".{self.output.name}.unfinished")
+        self._settings = _deciding_settings(recipe)
+        kept = self.folder / _SETTINGS_FILE
+        if kept.is_file():
+            _check_same(self._settings, json.loads(kept.read_text()), self.folder)
+
+    def rounds(self) -> list[int]:
+        """Return the numbers of the finished rounds."""
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.json"))
+
+    def write_round(self, number: int, found: Iterable[PromptPairs], counts: PairCounts) -> None:
+        """Keep a finished round, written beside and renamed.
+
+        Args:
+            number: of the round.
+            found: of each of its prompts, in the order of the data set.
+            counts: of the round.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / _SETTINGS_FILE).is_file():
+            _write_json(self.folder / _SETTINGS_FILE, self._settings)
+        record = {"counts": dataclasses.asdict(counts), "prompts": [dataclasses.asdict(prompt) for prompt in found]}
+        _write_json(self._round(number), record)
+
+    def finish(self, source: str, remark: Mapping[str, Any]) -> PairCounts:
+        """Write the shards and their counts, move them to `pairs.output`, and delete the rounds.
+
+        Args:
+            source: the data set that the prompts came from.
+            remark: also written into pairs.json.
+
+        Raises:
+            ValueError: there is no pair; the rounds stay, and so do the counts, as pairs.json beside them.
+        """
+        numbers = self.rounds()
+        counts = sum((PairCounts(**self._read(number)["counts"]) for number in numbers), PairCounts())
+        record = {**dataclasses.asdict(counts), **remark}
+        if not counts.pairs:
+            _write_json(self.folder / COUNTS_FILE, record)
+            raise ValueError(
+                f"no preference pair came of {counts.responses} responses to {counts.prompts} prompts "
+                f"({_reasons(counts.dropped)}); change the pairs, generation or reward section, and delete "
+                f"{self.folder}"
+            )
+        shards = self.folder / "shards"
+        shutil.rmtree(shards, ignore_errors=True)
+        found = (_prompt_pairs(row) for number in numbers for row in self._read(number)["prompts"])
+        write_shards(pair_samples(each_sample(source), found), shards)
+        _write_json(shards / COUNTS_FILE, record)
+        shards.rename(self.output)
+        shutil.rmtree(self.folder)
+        return counts
+
+    def _round(self, number: int) -> Path:
+        return self.folder / f"round-{number:08d}.json"
+
+    def _read(self, number: int) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._round(number).read_text(encoding="utf-8"))
+        return record
+
+
+def pair_samples(samples: Iterable[Sample], found: Iterable[PromptPairs]) -> Iterator[Sample]:
+    """Turn pairs into samples with everything that the sample of their prompt has.
+
+    Args:
+        samples: of the prompts, and others between them.
+        found: in the same order.
+
+    Yields:
+        A sample for each pair.
+    """
+    rest = iter(samples)
+    for prompt in found:
+        if not prompt.pairs:
+            continue
+        sample = next(sample for sample in rest if sample.key == prompt.key)
+        for number, pair in enumerate(prompt.pairs):
+            yield replace(sample, key=pair_key(sample.key, number), **dataclasses.asdict(pair))
+
+
+def pair_key(key: str, number: int) -> str:
+    """Return the key of a prompt's pair; a key that would be too long ends in a hash of itself.
+
+    Args:
+        key: of the prompt.
+        number: of the pair.
+    """
+    suffix = f"-pair{number}"
+    if len(key) + len(suffix) > _MAX_KEY:
+        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        key = f"{key[: _MAX_KEY - len(suffix) - len(digest) - 1]}-{digest}"
+    return key + suffix
+
+
+def counts_table(counts: PairCounts) -> Table:
+    """Return the counts for people."""
+    table = Table("", "", title="Preference pairs", show_header=False)
+    table.columns[1].justify = "right"
+    table.add_row("prompts", str(counts.prompts))
+    table.add_row("prompts with pairs", str(counts.prompts_with_pairs))
+    table.add_row("responses", str(counts.responses))
+    table.add_row("right responses", f"{100 * counts.right / max(1, counts.responses):.1f} %")
+    table.add_row("checks that failed", str(counts.verifier_failures))
+    for title, numbers in (("pairs", counts.pairs), ("dropped", counts.dropped)):
+        table.add_section()
+        for name in sorted(numbers):
+            table.add_row(f"{title}: {name}", str(numbers[name]))
+    return table
+
+
+def _prompt_pairs(row: Mapping[str, Any]) -> PromptPairs:
+    return PromptPairs(row["key"], [Preference(**pair) for pair in row["pairs"]], row["dropped"])
+
+
+def _deciding_settings(recipe: RunRecipe) -> dict[str, Any]:
+    """Return what decides the pairs, as JSON has it."""
+    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in _DECIDING}
+    for section, names in _FREE.items():
+        sections[section] = {key: value for key, value in sections[section].items() if key not in names}
+    sections["run"] = {"seed": recipe.run.seed}
+    sections["data"] = {"train": recipe.data.train, "max_tiles": recipe.data.max_tiles}
+    sections["train"] = {"prompts_per_step": recipe.train.prompts_per_step}
+    for section in ("model", "reward_model"):
+        if sections[section]["checkpoint"]:
+            sections[section]["checkpoint"] = str(resolve_checkpoint(sections[section]["checkpoint"]))
+    plain: dict[str, Any] = json.loads(json.dumps(sections))
+    return plain
+
+
+def _check_same(now: Mapping[str, Any], kept: Mapping[str, Any], folder: Path) -> None:
+    for section, settings in now.items():
+        for key, value in settings.items():
+            before = kept.get(section, {}).get(key)
+            if before != value:
+                raise ValueError(
+                    f"{section}.{key} is {value!r} but {folder} holds rounds made with {before!r}; put it back to go "
+                    "on from there, delete that folder to start again, or choose another pairs.output"
+                )
+
+
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(dropped.items())) or "nothing dropped"
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,250 @@
+"""Preference pairs from the model's own responses: what `python -m megatron_r1v2.prefer` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.data.prompts import without_images
+from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.monitoring.progress import progress_bar
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.rewards.format import format_score
+from megatron_r1v2.rewards.model import RewardModel
+from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.rl.preference_pairs import Candidate, best_to_choose, choose_pairs, dropout_ntp_pair, is_drawn
+from megatron_r1v2.stages.loaded_reward_model import open_reward_model
+from megatron_r1v2.stages.pair_shards import (
+    PairCounts,
+    PromptPairs,
+    UnfinishedPairs,
+    count_pairs,
+    counts_table,
+)
+from megatron_r1v2.stages.session import LoadedModel, open_model
+from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
+
+Value = TypeVar("Value")
+
+
+def run_prefer(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
+    """Write preference pairs made of responses to the prompts of `data.train` to `pairs.output`.
+
+    Args:
+        recipe: the settings.
+        reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
+
+    Returns:
+        `pairs.output`.
+
+    Raises:
+        ValueError: rounds kept from an earlier attempt were made with other settings, or there is no pair.
+    """
+    unfinished = UnfinishedPairs(recipe)
+    with open_model(recipe) as loaded, loaded.verifiers() as pool:
+        is_main, version = loaded.context.is_main, loaded.version
+        _generate(loaded, PairMaker(loaded, pool, reward_model), unfinished)
+    # The process groups are gone: other ranks need not wait for the files.
+    if is_main:
+        remark = {"model": recipe.model.checkpoint or recipe.model.hf_path, "policy_version": version}
+        Console().print(counts_table(unfinished.finish(recipe.data.train, remark)))
+    return unfinished.output
+
+
+def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs) -> None:
+    """Do the rounds that are not on disk yet."""
+    recipe, is_main = loaded.recipe, loaded.context.is_main
+    num_responses = recipe.generation.responses_per_prompt
+    per_round = recipe.train.prompts_per_step
+    # The main rank's word counts: another one may see the file system later.
+    finished = set(objects.all_gather(unfinished.rounds())[0])
+    available = sum(check_shards(recipe.data.train).values())
+    total = min(recipe.pairs.prompts or available, available) * num_responses
+    prompts = islice(loaded.each_prompt(recipe.data.train), recipe.pairs.prompts or None)
+    with progress_bar("prefer", total, shown=is_main) as show:
+        for number, of_round in enumerate(_in_groups(prompts, per_round)):
+            done = number * per_round * num_responses
+            if number not in finished:
+                found, counts = maker.make(of_round, name=str(number), progress=_counting_from(done, show))
+                if is_main:
+                    unfinished.write_round(number, found, counts)
+            show(done + len(of_round) * num_responses)
+
+
+def _counting_from(done: int, show: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda count: show(done + count)
+
+
+class PairMaker:
+    """Responses, rewards and pairs of some prompts, over all replicas; every rank calls together."""
+
+    def __init__(self, loaded: LoadedModel, pool: VerifierPool | None, reward_model: RewardModel | None) -> None:
+        """Make the engines.
+
+        Args:
+            loaded: the model.
+            pool: answer checkers, on the leader of each replica.
+            reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
+        """
+        self.loaded = loaded
+        self.pool = pool
+        self.reward_model = open_reward_model(loaded) if reward_model is None else reward_model
+        self.recipe = loaded.recipe
+        self.engine = loaded.engine()
+        # DropoutNTP goes on from the first half of a response: prompts may be longer by that, responses are shorter.
+        self.prefix_tokens = self.recipe.generation.max_response_tokens // 2
+        self.continuing_engine = loaded.engine(prefix_tokens=self.prefix_tokens)
+        self.features = loaded.feature_cache()
+
+    def make(
+        self, prompts: Sequence[Prompt], *, name: str, progress: Callable[[int], None]
+    ) -> tuple[list[PromptPairs], PairCounts]:
+        """Sample responses to prompts, score them, and choose pairs.
+
+        Args:
+            prompts: the same on every rank.
+            name: never used before in this process.
+            progress: called with how many responses there are, counted on this replica for all of them.
+
+        Returns:
+            What came of each prompt, in their order, and the counts; the same on every rank.
+        """
+        pairs = self.recipe.pairs
+        by_key = {prompt.key: prompt for prompt in prompts}
+        scored, counts = self._respond(prompts, name, progress)
+        groups: dict[str, list[ScoredRollout]] = {}
+        for response in scored:
+            groups.setdefault(response.rollout.prompt_key, []).append(response)
+        mine, to_continue = {}, {}
+        for key, group in groups.items():
+            candidates = [self._candidate(response) for response in group]
+            mine[key] = choose_pairs(
+                candidates,
+                max_pairs=pairs.max_pairs_per_prompt,
+                min_margin=pairs.min_margin,
+                reject_ill_formed=pairs.reject_ill_formed,
+            )
+            best = best_to_choose(candidates) if self._is_drawn(by_key[key]) else None
+            if best is not None:
+                to_continue[key] = (candidates[best], _first_half(group[best].rollout))
+        continued = self._continue_without_images(by_key, {key: half for key, (_, half) in to_continue.items()}, name)
+        for key, (chosen, _) in to_continue.items():
+            pair, dropped = dropout_ntp_pair(
+                chosen, continued[key], min_margin=pairs.min_margin, reject_ill_formed=pairs.reject_ill_formed
+            )
+            mine[key] = ([*mine[key][0], *([pair] if pair else [])], mine[key][1] + dropped)
+        world = self._of_all_replicas(mine)
+        found = [PromptPairs(key, world[key][0], dict(world[key][1])) for key in by_key]
+        return found, count_pairs(found, **counts)
+
+    def _respond(
+        self, prompts: Sequence[Prompt], name: str, progress: Callable[[int], None]
+    ) -> tuple[list[ScoredRollout], dict[str, int]]:
+        """Return this replica's scored responses, and sums over all replicas."""
+        generation, context = self.recipe.generation, self.loaded.context
+        total = len(prompts) * generation.responses_per_prompt
+        self.features.clear()
+        rollouts = self.engine.generate(
+            SharedPromptQueue(prompts, context=context, name=f"prefer-{name}"),
+            num_responses=generation.responses_per_prompt,
+            policy_version=self.loaded.version,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            max_response_tokens=generation.max_response_tokens,
+            features=self.features,
+            progress=lambda responses, _: progress(min(total, responses * context.data_size)),
+        )
+        scored, failures = self._score({prompt.key: prompt for prompt in prompts}, rollouts)
+        mine = {
+            "responses": len(scored),
+            "right": sum(response.rule_correct for response in scored),
+            "verifier_failures": failures,
+        }
+        world = objects.all_gather(mine, context.groups.dp)
+        return scored, {key: sum(part[key] for part in world) for key in mine}
+
+    def _is_drawn(self, prompt: Prompt) -> bool:
+        """Return whether DropoutNTP takes this prompt, given a response fit to be chosen."""
+        fraction, seed = self.recipe.pairs.dropout_ntp_fraction, self.recipe.run.seed
+        return prompt.modality == "image" and is_drawn(prompt.key, fraction, seed=seed)
+
+    def _continue_without_images(
+        self, prompts: Mapping[str, Prompt], prefixes: Mapping[str, tuple[int, ...]], name: str
+    ) -> dict[str, Candidate]:
+        """Return the scored continuations of all replicas' prefixes; both by the key of the prompt."""
+        generation, tokenizer = self.recipe.generation, self.loaded.tokenizer
+        world = self._of_all_replicas(prefixes)
+        blind = [(key, without_images(prompts[key], tokenizer, prefix=world[key])) for key in sorted(world)]
+        begun = {prompt.key: key for key, prompt in blind}
+        rollouts = self.continuing_engine.generate(
+            SharedPromptQueue(
+                [prompt for _, prompt in blind], context=self.loaded.context, name=f"prefer-{name}-without-images"
+            ),
+            num_responses=1,
+            policy_version=self.loaded.version,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            max_response_tokens=generation.max_response_tokens - self.prefix_tokens,
+            features=self.features,
+        )
+        whole = []
+        for rollout in rollouts:
+            key = begun[rollout.prompt_key]
+            whole.append(replace(rollout, prompt_key=key, token_ids=(*world[key], *rollout.token_ids)))
+        scored, _ = self._score(prompts, whole)
+        return self._of_all_replicas({response.rollout.prompt_key: self._candidate(response) for response in scored})
+
+    def _of_all_replicas(self, mine: Mapping[str, Value]) -> dict[str, Value]:
+        parts = objects.all_gather(dict(mine), self.loaded.context.groups.dp)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def _score(self, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], int]:
+        scored, counts = score_in_replica(
+            prompts,
+            rollouts,
+            decode=self.loaded.tokenizer.decode,
+            settings=self.recipe.reward,
+            pool=self.pool,
+            context=self.loaded.context,
+            max_response_tokens=self.recipe.generation.max_response_tokens,
+            reward_model=self.reward_model,
+        )
+        return scored, int(counts["verifier_timeouts"] + counts["verifier_crashes"])
+
+    def _candidate(self, scored: ScoredRollout) -> Candidate:
+        return Candidate(
+            text=scored.text,
+            total=scored.total,
+            correct=scored.rule_correct,
+            whole=scored.rollout.finish_reason == "stop",
+            well_formed=format_score(scored.text) == 1.0,
+            encodable=self._is_encodable(scored.text),
+            checked=scored.checked,
+        )
+
+    def _is_encodable(self, text: str) -> bool:
+        try:
+            self.loaded.tokenizer.encode_response(text, self.recipe.generation.stop_tokens[0])
+        except SampleError:
+            return False
+        return True
+
+
+def _first_half(rollout: Rollout) -> tuple[int, ...]:
+    """Return the first half of the tokens of a response that ended by itself, its stop token not counted."""
+    return rollout.token_ids[: (len(rollout.token_ids) - 1) // 2]
+
+
+def _in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
+    source = iter(prompts)
+    while group := list(islice(source, size)):
+        yield group

@@ -1,0 +1,189 @@
+"""How a run is interrupted and loses little: who asks it to stop, what of a step is kept, whether the warning is early
+enough."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_r1v2.config.checkpoint import CheckpointConfig
+from megatron_r1v2.monitoring.recorder import Recorder
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.rank_watch import RankWatch
+from megatron_r1v2.resilience.rollout_cache import KeptRollouts
+from megatron_r1v2.resilience.signals import StepAbandoned, StopRequest
+from megatron_r1v2.resilience.step_orders import Orders
+from megatron_r1v2.training.store import CheckpointStore
+
+_ENGINE_STEPS_BETWEEN_LOOKS = 8
+"""Ranks of a replica agree on what to do by a collective, which is small but not free."""
+_ABANDON, _PUBLISH, _GO_ON = "abandon the step", "publish the checkpoint", "go on"
+
+
+class Interruptions:
+    """What a session asks between its phases and in them."""
+
+    def __init__(
+        self,
+        stop_request: StopRequest,
+        kept: KeptRollouts,
+        checkpoints: CheckpointStore,
+        *,
+        settings: CheckpointConfig,
+        recorder: Recorder,
+        watch: RankWatch,
+        context: ParallelContext,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            stop_request: entered.
+            kept: rollouts of unfinished steps.
+            checkpoints: published as soon as they are written.
+            settings: lead and grace time.
+            recorder: where the run says what it does.
+            watch: told that generation goes on.
+            context: process groups.
+        """
+        self.watch = watch
+        self.stop_request = stop_request
+        self.kept = kept
+        self.checkpoints = checkpoints
+        self.settings = settings
+        self.recorder = recorder
+        self.context = context
+        self._orders = Orders(context)
+        self._engine_steps = 0
+        self._longest_need = 0.0
+
+    def must_stop(self, step: int) -> bool:
+        """Return whether the run was asked to save and end after this step.
+
+        Args:
+            step: steps done.
+        """
+        number = self.stop_request.is_made()
+        if number is None:
+            return False
+        self.recorder.say(f"asked to stop by {number.name}: saving after step {step}; start again to go on")
+        return True
+
+    def publish(self, *, blocking: bool) -> None:
+        """Publish checkpoints that are written, and drop the rollouts of the steps that they hold; called together.
+
+        Args:
+            blocking: wait for what is still being written.
+        """
+        self.checkpoints.finish_pending(blocking=blocking)
+        if self.context.is_main:
+            self.kept.drop_before(self.checkpoints.newest_step())
+
+    def between_phases(self) -> None:
+        """Publish what has been written, and give the step up when SIGTERM has come; called together by all ranks."""
+        self.publish(blocking=False)
+        self.stop_request.abandon_if_told()
+
+    def between_engine_steps(self, responses: int, tokens: int) -> None:
+        """Do the same now and then while replicas generate; called together by the ranks of one.
+
+        Args:
+            responses: finished so far.
+            tokens: in them.
+        """
+        self.watch.tick()
+        self._engine_steps += 1
+        if self._engine_steps % _ENGINE_STEPS_BETWEEN_LOOKS == 0:
+            self._follow_orders(self.context.groups.mp)
+
+    def wait_for_all(self, name: str) -> None:
+        """Wait for the replicas that still generate, and do what `between_engine_steps` does meanwhile.
+
+        Args:
+            name: of the place, never used before.
+        """
+        self.watch.wait_for_all(name, leave=lambda all_here: self._follow_orders(None, all_here=all_here))
+
+    def _follow_orders(self, group: dist.ProcessGroup | None, *, all_here: bool = False) -> bool:
+        """Report, decide on the first rank, and do what it has decided; returns whether all go on together.
+
+        To publish is a collective. It is ordered when every rank has written its files, and done by each at its next
+        look: for none is there anything left to wait for but those few engine steps of the others.
+        """
+        written = self.checkpoints.written()
+        if written is not None:
+            self._orders.report(f"written {written}")
+        if self.stop_request.must_abandon():
+            self._orders.report(_ABANDON)
+        if self.context.is_main:
+            if self._orders.reports(_ABANDON):
+                self._orders.give(_ABANDON)
+            elif written is not None and self._orders.reports(f"written {written}") == dist.get_world_size():
+                self._orders.give(_PUBLISH)
+            elif all_here:
+                self._orders.give(_GO_ON)
+        order = self._orders.next(group)
+        if order == _ABANDON:
+            raise StepAbandoned
+        if order == _PUBLISH:
+            self.publish(blocking=False)
+        return order == _GO_ON
+
+    def say_abandoned(self, step: int) -> None:
+        """Say what the next start finds.
+
+        Args:
+            step: steps done.
+        """
+        kept = "; finished rollouts are kept" if self.kept.enabled else ""
+        self.recorder.say(
+            f"step {step + 1} is abandoned, as asked by {signal.SIGTERM.name}{kept}; start again to go on"
+        )
+
+    def say_taken_up(self, step: int, found: int, total: int) -> None:
+        """Say how much of a step an interrupted run has left.
+
+        Args:
+            step: steps done.
+            found: prompts whose rollouts are there.
+            total: prompts.
+        """
+        if found:
+            self.recorder.say(f"step {step + 1}: rollouts of {found} of {total} prompts are there from before")
+
+    def check_lead(self) -> None:
+        """Note how much of `checkpoint.lead_seconds` a step and a save leave, and warn when they need more."""
+        lead = self.settings.lead_seconds
+        need = self.recorder.step_seconds() + self.recorder.values.get("timing_s/save", 0.0)
+        if not lead:
+            return
+        self.recorder.note({"timing_s/lead_margin": lead - need})
+        if need > max(lead, self._longest_need):
+            self._longest_need = need
+            self.recorder.say(
+                f"warning: a step and a save have taken {need:.0f} s, but SIGUSR1 comes checkpoint.lead_seconds="
+                f"{lead:g} before the end: the step would be lost; raise --signal=B:USR1@{need * 1.5:.0f} of sbatch "
+                "and this setting together"
+            )
+
+
+def made_by(seed: int, version: int, generation: Any, weights: Mapping[str, int]) -> dict[str, Any]:
+    """Return all that decides which tokens are drawn for a prompt.
+
+    Args:
+        seed: of the run.
+        version: of the policy.
+        generation: settings of the sampling.
+        weights: checksums by part.
+    """
+    return {
+        "seed": seed,
+        "version": version,
+        "responses_per_prompt": generation.responses_per_prompt,
+        "max_response_tokens": generation.max_response_tokens,
+        "temperature": generation.temperature,
+        "stop_tokens": list(generation.stop_tokens),
+        "weights": dict(weights),
+    }

@@ -1,0 +1,197 @@
+"""Log-probs of chosen and rejected responses under the model that the stage starts from.
+
+The data is fixed, so they are computed once, before the first step, and kept in a file that says what they belong to:
+its name is a fingerprint of the data set, the model and the settings that change numbers. What changed gets another
+name, so nothing stale is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.rl.mpo import response_log_probs
+from megatron_r1v2.stages.pair_samples import SIDES, pair_samples, sample_name
+from megatron_r1v2.stages.session import Session
+from megatron_r1v2.stages.supervised_data import share_out
+from megatron_r1v2.training.store import TENSORS, resolve_checkpoint
+from megatron_r1v2.types import Prompt
+
+_VERSION = 1
+
+
+def belongs_to(session: Session) -> dict[str, str]:
+    """Describe what log-probs depend on: digests of the contents of data set and model, and settings.
+
+    Args:
+        session: the running stage; its ranks share the reading.
+
+    Returns:
+        "data", "model" and "settings", the same on every rank.
+    """
+    recipe = session.recipe
+    data, model = Path(recipe.data.train), Path(recipe.model.hf_path)
+    files = {path: f"data/{path.name}" for path in (data / name for name in check_shards(data))}
+    files |= {path: f"model/{path.name}" for path in model.iterdir() if path.is_file()}
+    if recipe.model.checkpoint:
+        tensors = resolve_checkpoint(recipe.model.checkpoint) / TENSORS
+        files |= {path: f"model/{TENSORS}/{path.name}" for path in tensors.iterdir() if path.is_file()}
+    digests = _digests(files)
+    settings = {
+        "version": _VERSION,
+        "layers": recipe.model.layers.value,
+        "precision": recipe.model.precision.value,
+        "fp8": [recipe.model.fp8.value, recipe.model.fp8_weights],
+        "transformer_config": recipe.model.transformer_config,
+        "temperature": recipe.generation.temperature,
+        "end": recipe.generation.stop_tokens[0],
+        "max_tiles": recipe.data.max_tiles,
+        "text_only": session.trains_text,
+    }
+    return {
+        "data": _digest([line for line in digests if line.startswith("data/")]),
+        "model": _digest([line for line in digests if line.startswith("model/")]),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+def reference_log_probs(session: Session, about: Mapping[str, str]) -> dict[str, float] | None:
+    """Read the reference log-probs from disk, or compute them: all ranks share the work, and it can be interrupted.
+
+    Args:
+        session: the running stage, before its first step if there is something to compute.
+        about: from `belongs_to`.
+
+    Returns:
+        The summed log-prob of each response of the data set by sample id; None when the run was asked to stop. The
+        file is then unfinished, and the next start goes on from it.
+
+    Raises:
+        ValueError: the file is damaged, or it is gone and the weights are no longer those to compute it with.
+    """
+    folder = session.recipe.preference.reference_dir or f"{session.recipe.run.output_dir}/reference"
+    path = Path(folder) / f"{_digest([json.dumps(dict(about), sort_keys=True)])[:16]}.jsonl"
+    unfinished = path.with_suffix(".unfinished")
+    sums = _from_main(session, _read_finished(path) if session.context.is_main else None)
+    if sums is not None:
+        session.recorder.say(f"reference log-probs of {len(sums) // 2} pairs are in {path}")
+        return sums
+    if session.step:
+        raise ValueError(
+            f"{path} is gone, the reference log-probs that this run has trained against for {session.step} steps; put "
+            "it back, or start anew with run.output_dir set to a new folder"
+        )
+    sums = _from_main(session, _read_lines(unfinished) if session.context.is_main else None)
+    if not _compute(session, sums, unfinished):
+        return None
+    if session.context.is_main:
+        partial = path.with_suffix(".partial")
+        pairs = sorted(key.removesuffix(f"/{SIDES[0]}") for key in sums if key.endswith(f"/{SIDES[0]}"))
+        header = {"pairs": len(pairs), **about}
+        partial.write_text("".join(json.dumps(line) + "\n" for line in (header, *_lines(pairs, sums))))
+        partial.replace(path)
+        unfinished.unlink(missing_ok=True)
+    return sums
+
+
+def _compute(session: Session, sums: dict[str, float], unfinished: Path) -> bool:
+    """Add what `sums` lacks, in memory and on disk; returns whether it was finished."""
+    folder = session.recipe.data.train
+    done, total = 0, sum(check_shards(folder).values())
+    if session.context.is_main:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+    with session.recorder.progress("reference log-probs", total) as show:
+        # The same chunks however often this is interrupted, so that the numbers are the same to the bit.
+        for chunk in _chunks(session.each_prompt(folder), session.recipe.train.prompts_per_step):
+            if session.must_stop():
+                return False
+            pairs = [prompt for prompt in chunk if session.trains(prompt)]
+            if not all(sample_name(prompt.key, side) in sums for prompt in pairs for side in SIDES):
+                sums.update(_forward(session, pairs))
+                if session.context.is_main:
+                    with unfinished.open("a") as file:
+                        file.writelines(json.dumps(line) + "\n" for line in _lines([p.key for p in pairs], sums))
+            done += len(chunk)
+            show(done)
+    return True
+
+
+def _forward(session: Session, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Compute the log-probs of some pairs, each on one data-parallel rank; returned on all."""
+    if session.policy.features is not None:
+        session.policy.features.clear()
+    samples, units = pair_samples(session, prompts)
+    microbatches = share_out(session, samples, prompts, units)
+    mine: dict[str, float] = {}
+    log_probs = session.policy.log_probs([part.batch for part in microbatches])
+    for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
+        sums_B = response_log_probs(log_probs_BS, part.batch.response_mask_BS)
+        mine.update(zip(part.names, sums_B.tolist(), strict=True))
+    world = objects.all_gather(mine, session.context.groups.dp)
+    return {name: value for part in world for name, value in part.items()}
+
+
+def _chunks(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
+    while chunk := list(itertools.islice(prompts, size)):
+        yield chunk
+
+
+def _lines(keys: Sequence[str], sums: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    for key in keys:
+        yield {"key": key, **{side: sums[sample_name(key, side)] for side in SIDES}}
+
+
+def _read_finished(path: Path) -> dict[str, float] | None:
+    if not path.is_file():
+        return None
+    sums = _read_lines(path)
+    with path.open() as file:
+        expected = json.loads(file.readline() or "{}").get("pairs")
+    if len(sums) != len(SIDES) * (expected or 0):
+        raise ValueError(
+            f"{path} is damaged: {len(sums) // len(SIDES)} of {expected} pairs can be read; delete it to have the "
+            "reference log-probs computed again"
+        )
+    return sums
+
+
+def _read_lines(path: Path) -> dict[str, float]:
+    """Read what there is; the last line of an interrupted run may be cut."""
+    sums: dict[str, float] = {}
+    if not path.is_file():
+        return sums
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if "key" in line:
+            sums.update({sample_name(line["key"], side): line[side] for side in SIDES})
+    return sums
+
+
+def _from_main(session: Session, value: Any) -> Any:
+    """Return the main rank's value on every rank: the others may not see its files yet."""
+    return objects.all_gather(value)[0]
+
+
+def _digests(files: Mapping[Path, str]) -> list[str]:
+    """Return "name digest" of every file, each read by one rank."""
+    ordered = sorted(files.items(), key=lambda item: item[1])
+    mine = []
+    for path, name in ordered[dist.get_rank() :: dist.get_world_size()]:
+        with path.open("rb") as file:
+            mine.append(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return sorted(line for part in objects.all_gather(mine) for line in part)
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

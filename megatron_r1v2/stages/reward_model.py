@@ -1,0 +1,145 @@
+"""The reward_model stage: a scalar head, and what else `train.parts` names, by the Bradley-Terry loss on pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.rl.aggregation import mean_metrics
+from megatron_r1v2.rl.reward_model import bradley_terry_loss
+from megatron_r1v2.stages.loop import run_steps
+from megatron_r1v2.stages.session import Session, open_session
+from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, share_out, update
+from megatron_r1v2.training.policy import Metrics, add_pairs
+from megatron_r1v2.training.score_positions import last_scores, with_successor
+from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+
+SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "validation/accuracy")
+Units = dict[str, tuple[str, str]]
+"""Of each pair: the ids of its two samples, the chosen first."""
+
+
+def run_reward_model(recipe: RunRecipe) -> Path:
+    """Run the stage to its end, from where it stopped when it was interrupted.
+
+    Args:
+        recipe: the settings.
+
+    Returns:
+        The run's folder.
+    """
+    with open_session(recipe, stage="reward_model", shown=SHOWN) as session:
+        held_out = session.read_prompts(recipe.data.validation, recipe.evaluation.prompts) if _validates(recipe) else []
+
+        def step() -> None:
+            preference_step(session)
+            if held_out and (session.is_finished or session.step % recipe.evaluation.every_steps == 0):
+                validate(session, held_out)
+
+        run_steps(session, step)
+    return Path(recipe.run.output_dir)
+
+
+def preference_step(session: Session) -> None:
+    """Take one optimizer step on the next pairs.
+
+    Args:
+        session: the running stage.
+    """
+    prompts = next_trainable(session)
+    samples, units = pair_samples(session, prompts, setting="data.train")
+    batches = [part.batch for part in share_out(session, samples, prompts, units)]
+    loss = partial(pair_loss, denominator=len(prompts), centring_weight=session.recipe.reward_model.centring_weight)
+    update(session, batches or [session.microbatcher.filler(prompts[0], rows=2)], loss)
+    session.step += 1
+
+
+def validate(session: Session, prompts: Sequence[Prompt]) -> None:
+    """Note how well the model ranks pairs that it does not train on.
+
+    Args:
+        session: the running stage.
+        prompts: with preferences, the same on every rank.
+    """
+    parts: list[Metrics] = []
+    with session.recorder.timed("validate"):
+        for few in _chunks(prompts, session.recipe.train.prompts_per_step):
+            if session.policy.features is not None:
+                session.policy.features.clear()
+            samples, units = pair_samples(session, few, setting="data.validation")
+            batches = [part.batch for part in share_out(session, samples, few, units)]
+            for batch, values_BS in zip(batches, session.policy.values(batches), strict=True):
+                parts.append(pair_loss(values_BS, batch, denominator=1.0)[1])
+    mine = {name: pair.cpu() for name, pair in add_pairs(parts).items()}
+    total = add_pairs(objects.all_gather(mine, session.context.groups.dp))
+    means = mean_metrics(total)
+    session.recorder.note({name.replace("reward_model/", "validation/"): value for name, value in means.items()})
+
+
+def pair_samples(
+    session: Session, prompts: Sequence[Prompt], *, setting: str
+) -> tuple[dict[str, TrainingSample], Units]:
+    """Turn prompts with preferences into pairs of samples.
+
+    Args:
+        session: gives tokenizer and end token.
+        prompts: from a preference data set.
+        setting: that named the data set, for the error.
+
+    Returns:
+        The samples by id, and the pairs.
+
+    Raises:
+        ValueError: a prompt has no preference.
+    """
+    samples: dict[str, TrainingSample] = {}
+    units: Units = {}
+    for prompt in prompts:
+        if prompt.preference is None:
+            raise ValueError(
+                f"sample {prompt.key!r} of {setting} has no pair; the reward_model stage ranks two responses: "
+                'add the fields "chosen" and "rejected" to the JSONL rows and run data.prepare again'
+            )
+        units[prompt.key] = (f"{prompt.key}/chosen", f"{prompt.key}/rejected")
+        responses = (prompt.preference.chosen, prompt.preference.rejected)
+        for index, (name, response) in enumerate(zip(units[prompt.key], responses, strict=True)):
+            sample = given_sample(session, prompt, response, index=index)
+            samples[name] = with_successor(sample, session.tokenizer.pad_id)
+    return samples, units
+
+
+def pair_loss(
+    values_BS: torch.Tensor, batch: TrainingBatch, *, denominator: float, centring_weight: float = 0.0
+) -> tuple[torch.Tensor, Metrics]:
+    """Give a microbatch to the Bradley-Terry loss.
+
+    Args:
+        values_BS: float32 [B, S]: scores of all tokens; rows are pairs, the chosen response first.
+        batch: the microbatch.
+        denominator: pairs of the whole batch over all ranks.
+        centring_weight: of the centring term.
+
+    Returns:
+        This microbatch's part of the loss, and metrics as (sum, count) pairs.
+    """
+    scores_B = last_scores(values_BS, batch)
+    return bradley_terry_loss(
+        scores_B[0::2],
+        scores_B[1::2],
+        denominator=denominator,
+        centring_weight=centring_weight,
+        weights_P=batch.weights_B[0::2],
+    )
+
+
+def _validates(recipe: RunRecipe) -> bool:
+    return bool(recipe.data.validation) and recipe.evaluation.every_steps > 0
+
+
+def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    yield from (prompts[start : start + size] for start in range(0, len(prompts), size))

@@ -1,0 +1,72 @@
+"""Pass@1 and hallucination on a validation split while a stage runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_r1v2.evaluation.evaluator import Evaluator
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
+from megatron_r1v2.stages.calibrator import Calibrator
+from megatron_r1v2.stages.session import Session
+
+
+class Validation:
+    """Evaluates every few steps and says when the stage has reached what it is to reach."""
+
+    def __init__(self, session: Session, evaluator: Evaluator, calibrator: Calibrator | None = None) -> None:
+        """Read the validation split, when there is one.
+
+        Args:
+            session: the running stage.
+            evaluator: on the model in training.
+            calibrator: told the hallucination rate whenever it is measured.
+        """
+        settings = session.recipe.evaluation
+        self.session = session
+        interruptions = session.interruptions
+        self.evaluator = replace(
+            evaluator, progress=interruptions.between_engine_steps, wait_for_all=interruptions.wait_for_all
+        )
+        self.calibrator = calibrator
+        intervals = [settings.every_steps]
+        if calibrator is not None and calibrator.is_on:
+            intervals.append(calibrator.settings.every_steps)
+        self.intervals = [steps for steps in intervals if steps and session.recipe.data.validation]
+        self.goal = settings.stop_at_pass_at_1
+        self.prompts = session.read_prompts(session.recipe.data.validation, settings.prompts) if self.intervals else []
+        if calibrator is not None:
+            calibrator.check(self.prompts)
+
+    def is_reached(self) -> bool:
+        """Evaluate when it is time; return whether validation Pass@1 has reached `evaluation.stop_at_pass_at_1`."""
+        session = self.session
+        if all(session.step % steps for steps in self.intervals):
+            return False
+        with session.recorder.timed("evaluate"):
+            self.evaluator.features.clear()
+            result = self.evaluator.run(self.prompts, name="validation", step=session.step)
+        session.recorder.note(validation_metrics(result))
+        session.checkpoints.validated = (session.step, result.pass_at_1)
+        if self.calibrator is not None:
+            self.calibrator.observe(result.hallucination_rate, result.claim_coverage)
+        if not self.goal or result.pass_at_1 < self.goal:
+            return False
+        session.recorder.say(
+            f"validation Pass@1 {result.pass_at_1:.3f} has reached evaluation.stop_at_pass_at_1={self.goal:g} "
+            f"after {session.step} steps"
+        )
+        return True
+
+
+def validation_metrics(result: EvaluationResult) -> dict[str, float]:
+    """Return what is logged of an evaluation: the hallucination rate never without the coverage that it rests on.
+
+    Args:
+        result: of the validation split. A rate without a denominator (no claims, no facts) is left out.
+    """
+    metrics = {"validation/pass_at_1": result.pass_at_1, "validation/format_rate": result.format_rate}
+    if result.claim_coverage is not None:
+        metrics["validation/claim_coverage"] = result.claim_coverage
+    if result.hallucination_rate is not None:
+        metrics["validation/hallucination_rate"] = result.hallucination_rate
+    return metrics

@@ -1,0 +1,362 @@
+"""Checkpoints: weights and optimizer through megatron-core's torch_dist format, everything else beside them.
+
+A checkpoint is a folder `step-00000020`:
+
+    tensors/                                 trained weights and optimizer state (torch_dist); any layout loads them
+    state.pt                                 step, data position, buffer index, scheduler, counters
+    replay-D.pt                              the buffer's samples that data-parallel rank D holds
+    rng-R.pt                                 random states of rank R
+    recipe.yaml                              the settings of the run
+    manifest.json                            size and checksum of every other file (see manifest.py)
+
+Beside them `best.json` names the one with the best validation Pass@1: {"step": 20, "pass_at_1": 0.71}.
+
+It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole. One
+that has been damaged since is renamed `step-00000020.damaged` when a run goes on from the one before.
+Parts of the model that do not train are not in it: they are in the model that the run started from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_r1v2.checkpoint.megatron.run_folder import (
+    RECIPE_FILE,
+    STATE_FILE,
+    TENSORS,
+    finished_checkpoints,
+    load_state,
+    resolve_checkpoint,
+)
+from megatron_r1v2.config.load import save_recipe
+from megatron_r1v2.config.schema import Part, RunRecipe
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.training.manifest import find_damage, write_manifest
+from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
+from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
+from megatron_r1v2.training.random_states import random_states, restore_random_states
+
+__all__ = ["CheckpointStore", "finished_checkpoints", "load_state", "resolve_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+BEST_FILE = "best.json"
+# Tensors in their canonical shapes: the only optimizer format of 0.16.1 that loads at another TP, PP and DP.
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, *, keep_last: int, asynchronous: bool, context: ParallelContext) -> None:
+        """Open the folder.
+
+        Args:
+            folder: where the checkpoints are.
+            keep_last: older ones are deleted after each save, but for the best.
+            asynchronous: write in the background.
+            context: process groups.
+        """
+        self.folder = folder
+        self.keep_last = keep_last
+        self.asynchronous = asynchronous
+        self.context = context
+        if context.is_main and folder.is_dir():
+            # What an interrupted run left: half-written checkpoints, and half-deleted ones.
+            for leftover in (*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")):
+                shutil.rmtree(leftover)
+        self._queue = AsyncCallsQueue(persistent=False)
+        self._written: tuple[Path, Path, float | None] | None = None
+        self.validated: tuple[int, float] | None = None
+        """Step and Pass@1 of the last evaluation on the validation split."""
+        best = [_read_best(folder)]
+        dist.broadcast_object_list(best, src=0)
+        self._best_pass_at_1 = best[0][1] if best[0] is not None else None
+
+    def newest_undamaged(self) -> Path | None:
+        """Return the newest checkpoint whose files are as they were written, the same on every rank; None: none exists.
+
+        Newer ones that are damaged are put aside, and said in the log.
+
+        Raises:
+            RuntimeError: there are checkpoints, and all are damaged.
+        """
+        finished = objects.all_gather(finished_checkpoints(self.folder))[0]
+        damaged: list[tuple[Path, str]] = []
+        for folder in reversed(finished):
+            damage = find_damage(folder)
+            if damage is None:
+                self._put_aside(damaged, folder)
+                return folder
+            damaged.append((folder, damage))
+        if damaged:
+            told = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged)
+            raise RuntimeError(
+                f"every checkpoint in {self.folder} is damaged ({told}); bring one back from a copy, or set "
+                "run.output_dir to a new folder to start anew"
+            )
+        return None
+
+    def newest_step(self) -> int:
+        """Return the step of the newest finished checkpoint; 0: there is none."""
+        finished = finished_checkpoints(self.folder)
+        return int(finished[-1].name.removeprefix("step-")) if finished else 0
+
+    def _put_aside(self, damaged: Iterable[tuple[Path, str]], instead: Path) -> None:
+        dist.barrier()
+        for folder, damage in damaged if self.context.is_main else ():
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            logger.warning("checkpoint %s is damaged (%s): going on from %s", folder, damage, instead.name)
+        dist.barrier()
+
+    def is_best(self, step: int) -> bool:
+        """Return whether validation has found this step better than every checkpoint; the same on every rank."""
+        pass_at_1 = self._pass_at_1(step)
+        return pass_at_1 is not None and (self._best_pass_at_1 is None or pass_at_1 > self._best_pass_at_1)
+
+    def _pass_at_1(self, step: int) -> float | None:
+        return self.validated[1] if self.validated is not None and self.validated[0] == step else None
+
+    def save(
+        self,
+        step: int,
+        model: R1V2Model,
+        optimizer: MegatronOptimizer,
+        *,
+        parts: Iterable[Part],
+        trained: Iterable[Part],
+        state: Mapping[str, Any],
+        replay: Mapping[str, Any],
+        recipe: RunRecipe,
+    ) -> Path:
+        """Save everything that a run needs to go on.
+
+        Args:
+            step: steps done.
+            model: this rank's part.
+            optimizer: of the trained parts.
+            parts: those that differ from the HF model that the run started from; saved here.
+            trained: those that this stage trains.
+            state: the same on every rank; tensors, numbers, strings, and lists and dictionaries of them.
+            replay: what this data-parallel rank holds of the buffer.
+            recipe: the settings of the run.
+
+        Returns:
+            The folder that the checkpoint will have when `finish_pending` finds it finished.
+        """
+        self.finish_pending(blocking=True)
+        pass_at_1 = self._pass_at_1(step)
+        if self.is_best(step):
+            self._best_pass_at_1 = pass_at_1
+        target = self.folder / f"step-{step:08d}"
+        partial = target.with_name(target.name + ".partial")
+        names = {"parts": part_names(parts), "trained": part_names(trained)}
+        with _telling(self.folder):
+            self._write_small_files(partial, {**state, **names}, replay, recipe)
+            sharded: ShardedStateDict = {"model": part_state(model, parts)}
+            if trains_here(optimizer):
+                sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
+            request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
+            dist.barrier()
+        if request is None:
+            self._written = (partial, target, pass_at_1)
+        else:
+            request.add_finalize_fn(lambda: self._publish(partial, target, pass_at_1))
+            self._queue.schedule_async_request(request)
+        return target
+
+    def _write_small_files(
+        self, partial: Path, state: Mapping[str, Any], replay: Mapping[str, Any], recipe: RunRecipe
+    ) -> None:
+        """Make a folder for a checkpoint, empty of what an interrupted one left there, with all but the tensors."""
+        if self.context.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / TENSORS).mkdir(parents=True)
+        dist.barrier()
+        if self.context.is_main:
+            torch.save(dict(state), partial / STATE_FILE)
+            save_recipe(recipe, partial / RECIPE_FILE)
+        if self.context.is_replica_leader:
+            torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
+        torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
+
+    def written(self) -> int | None:
+        """Return the number of the save whose files this rank has written in the background, while it has no name."""
+        for call in self._queue.async_calls:
+            if call.async_caller.is_current_async_call_done(blocking=False, no_dist=True):
+                return call.idx
+        return None
+
+    def finish_pending(self, *, blocking: bool) -> None:
+        """Give checkpoints that are written their final name; called together by all ranks.
+
+        Args:
+            blocking: wait for what is still being written in the background.
+        """
+        with _telling(self.folder):
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            if self._written is not None:
+                self._publish(*self._written)
+                self._written = None
+
+    def load(
+        self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, trained: Iterable[Part]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Load a checkpoint into model and optimizer.
+
+        Args:
+            folder: a finished checkpoint.
+            model: this rank's part.
+            optimizer: of the trained parts.
+            trained: the parts that the run trains; must be those of the checkpoint.
+
+        Returns:
+            What `save` was given as `state`, and the `replay` of every data-parallel rank of the saved run.
+
+        Raises:
+            ValueError: the checkpoint trained other parts.
+        """
+        state = load_state(folder)
+        if state["trained"] != part_names(trained):
+            raise ValueError(
+                f"checkpoint {folder} trained {state['trained']} but train.parts={part_names(trained)}; to start "
+                "another stage from its weights set model.checkpoint to it and run.output_dir to a new folder"
+            )
+        sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
+        check_shapes(sharded["model"], folder)
+        if trains_here(optimizer):
+            sharded["optimizer"] = optimizer.sharded_state_dict(
+                sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
+            )
+        loaded = dist_checkpointing.load(sharded, str(folder / TENSORS))
+        fill(model, loaded["model"] if sharded["model"] else {}, folder)  # a later stage may have none of the parts
+        if trains_here(optimizer):
+            load_optimizer_state(optimizer, loaded["optimizer"])
+        restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
+        shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+        return state, [torch.load(path, weights_only=True) for path in shards]
+
+    def _publish(self, partial: Path, target: Path, pass_at_1: float | None) -> None:
+        """Give a finished checkpoint its name and delete the oldest; all ranks call it when every rank has written."""
+        write_manifest(partial)
+        if not self.context.is_main:
+            return
+        os.rename(partial, target)
+        best = _read_best(self.folder)
+        if pass_at_1 is not None and (best is None or pass_at_1 > best[1]):
+            best = (target, pass_at_1)
+            beside = self.folder / f"{BEST_FILE}.part"
+            beside.write_text(json.dumps({"step": _step_of(target), "pass_at_1": pass_at_1}) + "\n", encoding="utf-8")
+            os.replace(beside, self.folder / BEST_FILE)
+        for old in finished_checkpoints(self.folder)[: -self.keep_last]:
+            if best is not None and old == best[0]:
+                continue
+            # A run killed in the middle of a deletion must not leave half a checkpoint under a finished one's name.
+            doomed = old.with_name(old.name + ".deleted")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Say what to do when a checkpoint cannot be written: a full disk, or a rank that is gone."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        free = shutil.disk_usage(there).free / 2**20
+        raise RuntimeError(
+            f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free. The finished ones are as "
+            "they were: start again, and where the disk is full make room before (or lower checkpoint.keep_last). The "
+            f"cause: {error}"
+        ) from error
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _read_best(folder: Path) -> tuple[Path, float] | None:
+    """Return the best checkpoint that was evaluated, while it is there, and its validation Pass@1."""
+    path = folder / BEST_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    checkpoint = folder / f"step-{content['step']:08d}"
+    return (checkpoint, content["pass_at_1"]) if checkpoint.is_dir() else None
+
+
+def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, parts: Iterable[Part]) -> None:
+    """Save parts of a model, without optimizer, beside and renamed.
+
+    Args:
+        model: this rank's part.
+        folder: the checkpoint to make; must not exist.
+        context: process groups.
+        parts: what to save, of those that the model has.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"output {folder} exists; name a new folder or delete it")
+    partial = folder.with_name(folder.name + ".partial")
+    if context.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / TENSORS).mkdir(parents=True)
+        names = part_names(set(parts) & set(model.parts))
+        torch.save({"step": 0, "version": 0, "parts": names, "trained": []}, partial / STATE_FILE)
+    dist.barrier()
+    dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
+    dist.barrier()
+    if context.is_main:
+        os.rename(partial, folder)
+    dist.barrier()
+
+
+def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
+    """Load the parts that a checkpoint holds; the rest of the model stays as it is.
+
+    Args:
+        model: this rank's part.
+        folder: a finished checkpoint.
+
+    Returns:
+        The parts that were loaded.
+
+    Raises:
+        ValueError: the checkpoint is of a reward model and the model is none, or of a model of other sizes.
+    """
+    parts = [Part(name) for name in load_state(folder)["parts"]]
+    if Part.score in parts and not model.is_reward_model:
+        raise ValueError(
+            f"checkpoint {folder} is of a reward model, which cannot go on as a policy; to score responses with it set "
+            "reward_model.checkpoint to it, and model.checkpoint to a checkpoint of another stage"
+        )
+    sharded = part_state(model, parts)
+    check_shapes(sharded, folder)
+    loaded = dist_checkpointing.load({"model": sharded}, str(folder / TENSORS))
+    fill(model, loaded["model"] if sharded else {}, folder)  # a later stage may have none of the parts
+    return parts

@@ -1,0 +1,147 @@
+"""Holds that all replicas have the same weights, those of the checkpoint, and that engine and training agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_r1v2.config.schema import AlgorithmConfig, Part
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rl.mismatch import MEAN_ABSOLUTE_DIFFERENCE, check_mismatch
+from megatron_r1v2.training.microbatches import Microbatcher
+from megatron_r1v2.training.mismatch import mismatch_over_ranks
+from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, check_unchanged, weight_checksums
+from megatron_r1v2.types import Prompt, Rollout, TrainingSample
+
+
+class WeightProof:
+    """Checksums of the weights; those of parts that do not train must stay what they were at first."""
+
+    def __init__(self, model: R1V2Model, trained: Iterable[Part], context: ParallelContext) -> None:
+        """Prepare.
+
+        Args:
+            model: this rank's part.
+            trained: parts that change.
+            context: process groups.
+        """
+        self.model = model
+        self.frozen = sorted(set(model.parts) - set(trained))
+        self.context = context
+        self._at_first: dict[str, int] = {}
+
+    def checksums(self) -> dict[str, int]:
+        """Return the checksum of each part of the model; called together by all ranks."""
+        return weight_checksums(self.model, self.model.parts, self.context)
+
+    def record(self, own: Iterable[Part]) -> dict[str, Any]:
+        """Return what a checkpoint says of the weights; called together by all ranks.
+
+        Args:
+            own: parts that the checkpoint holds itself.
+
+        Returns:
+            `checksums` by part, and `base`, which tells the Hugging Face model that the run started from: its
+            architecture, the dtype that its weights were read in, and the checksums of the parts that are not `own`. A
+            language model in 8 bits has none there: the rounding is the GPU's own.
+        """
+        checksums = self.checksums()
+        rounded = {Part.language} if self.model.config.fp8_param else set()
+        taken = set(self.model.parts) - set(own) - rounded
+        base = {
+            "architecture": asdict(self.model.architecture),
+            "dtype": str(self.model.config.params_dtype).removeprefix("torch."),
+            "checksums": {name: value for name, value in checksums.items() if Part(name) in taken},
+        }
+        return {"checksums": checksums, "base": base}
+
+    def check(self, saved: Mapping[str, int], source: Path | None) -> dict[str, int]:
+        """Compare the replicas with each other, with what a checkpoint says, and frozen parts with what they were.
+
+        Args:
+            saved: by part; empty: nothing to compare with.
+            source: the checkpoint.
+
+        Returns:
+            The checksums; called together by all ranks.
+
+        Raises:
+            RuntimeError: something differs.
+        """
+        now = self.checksums()
+        check_replicas(now, self.context)
+        check_loaded(now, saved, source)
+        frozen = {part.value: now[part.value] for part in self.frozen}
+        check_unchanged(frozen, self._at_first or frozen)
+        self._at_first = frozen
+        return now
+
+
+def check_engine(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    features: FeatureCache,
+    *,
+    policy: Policy,
+    microbatcher: Microbatcher,
+    settings: AlgorithmConfig,
+    max_response_tokens: int,
+) -> dict[str, float]:
+    """Compare engine and training forward on a few tokens before a generation phase is spent on them.
+
+    The comparison after the phase covers all tokens, but comes when the hours are gone; this one costs one short
+    generation and one forward pass. Collective over the world.
+
+    Args:
+        engine: that is about to generate.
+        prompts: of the step; the first of each modality is used, by every replica.
+        features: of their images.
+        policy: the training model.
+        microbatcher: makes its batches.
+        settings: `gate_tokens` (0: nothing is compared) and `max_log_prob_difference`.
+        max_response_tokens: of the generation phase.
+
+    Returns:
+        `gate/log_prob_abs_diff`; empty when nothing was compared.
+
+    Raises:
+        ValueError: the mean difference is above `algorithm.max_log_prob_difference`.
+    """
+    if not settings.gate_tokens:
+        return {}
+    chosen = list({prompt.modality: prompt for prompt in reversed(prompts)}.values())
+    rollouts = engine.generate(
+        chosen,
+        num_responses=1,
+        policy_version=policy.version,
+        temperature=policy.temperature,
+        max_response_tokens=min(settings.gate_tokens, max_response_tokens),
+        features=features,
+    )
+    samples = {prompt.key: _sample(prompt, rollout) for prompt, rollout in zip(chosen, rollouts, strict=True)}
+    batches = [part.batch for part in microbatcher.split(samples, {prompt.key: prompt for prompt in chosen})]
+    metrics = mismatch_over_ranks(batches, policy.log_probs(batches), policy.context)
+    check_mismatch(metrics, settings.max_log_prob_difference)
+    return {"gate/log_prob_abs_diff": metrics[MEAN_ABSOLUTE_DIFFERENCE]}
+
+
+def _sample(prompt: Prompt, rollout: Rollout) -> TrainingSample:
+    return TrainingSample(
+        prompt_key=prompt.key,
+        sample_index=0,
+        token_ids=(*prompt.token_ids, *rollout.token_ids),
+        prompt_length=len(prompt.token_ids),
+        old_log_probs=(),
+        rollout_log_probs=rollout.rollout_log_probs,
+        advantage=0.0,
+        reward=0.0,
+        policy_version=rollout.policy_version,
+        group_effective=False,
+        modality=prompt.modality,
+    )

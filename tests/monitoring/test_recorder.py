@@ -1,0 +1,114 @@
+"""What a run writes: lines that survive a kill, and services that are on only when they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.config.schema import LoggingConfig, WandbMode
+from megatron_r1v2.monitoring.recorder import Recorder
+from tests.stages.runs import read_metrics, read_rollouts
+
+
+def recorder(folder: Path, *, first_step: int = 0, is_main: bool = True, **settings) -> Recorder:
+    return Recorder(
+        folder,
+        name="tiny",
+        stage="grpo",
+        total_steps=5,
+        first_step=first_step,
+        settings=LoggingConfig(**settings),
+        is_main=is_main,
+        shown=("actor/loss", "reward/answer/mean"),
+    )
+
+
+def write(folder: Path, steps: range, *, first_step: int = 0, value: float = 1.0) -> None:
+    with recorder(folder, first_step=first_step) as opened:
+        for step in steps:
+            opened.note({"actor/loss": value * step})
+            opened.write_rollouts([{"step": step, "text": f"{value}"}])
+            opened.end_step(step)
+
+
+def test_each_step_is_a_line_with_its_numbers_and_times(tmp_path: Path, capsys) -> None:
+    with recorder(tmp_path) as opened:
+        for step in (1, 2):
+            with opened.timed("update"):
+                pass
+            with opened.timed("update"):
+                pass
+            opened.note({"actor/loss": 0.5 * step})
+            opened.end_step(step)
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["actor/loss"]) for line in lines] == [(1, 0.5), (2, 1.0)]
+    for line in lines:
+        assert 0 <= line["timing_s/update"] <= line["timing_s/step"]
+    shown = capsys.readouterr().err
+    assert "step 2  loss 1" in shown
+
+
+def test_numbers_of_a_step_do_not_leak_into_the_next(tmp_path: Path) -> None:
+    with recorder(tmp_path) as opened:
+        opened.note({"validation/pass_at_1": 0.5})
+        opened.end_step(1)
+        opened.end_step(2)
+    assert "validation/pass_at_1" not in read_metrics(tmp_path)[1]
+
+
+def test_lines_that_will_be_written_again_are_cut_off(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 5))
+    for file in ("metrics.jsonl", "rollouts.jsonl"):
+        with (tmp_path / file).open("a") as stream:
+            stream.write('{"step": 5, "actor/lo')  # killed in the middle of a line
+    write(tmp_path, range(3, 6), first_step=2, value=10.0)
+    assert [line["actor/loss"] for line in read_metrics(tmp_path)] == [1.0, 2.0, 30.0, 40.0, 50.0]
+    assert [line["text"] for line in read_rollouts(tmp_path)] == ["1.0", "1.0", "10.0", "10.0", "10.0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl"]
+
+
+def test_only_the_main_rank_writes(tmp_path: Path, capsys) -> None:
+    with recorder(tmp_path, is_main=False) as opened:
+        opened.note({"actor/loss": 1.0})
+        opened.write_rollouts([{"step": 1}])
+        opened.say("hello")
+        opened.end_step(1)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_said_is_one_line_of_a_log_as_it_is(tmp_path: Path, capsys) -> None:
+    message = f"train.parts=[adapter, language]: {'checkpoints/' * 20} [/x] and the rest"
+    with recorder(tmp_path) as opened:
+        opened.say(message)
+    assert message in capsys.readouterr().err.splitlines()
+
+
+def test_time_counts_also_when_the_block_fails(tmp_path: Path) -> None:
+    opened = recorder(tmp_path, is_main=False)
+    with pytest.raises(KeyError), opened.timed("reward"):
+        raise KeyError("x")
+    assert "timing_s/reward" in opened.values
+
+
+def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with recorder(tmp_path, tensorboard=True) as opened:
+        opened.note({"actor/loss": 1.0})
+        opened.end_step(1)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_wandb_keeps_its_id_over_a_resume(tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("WANDB_SILENT", "true"), ("WANDB_CONFIG_DIR", str(tmp_path / "config"))):
+        monkeypatch.setenv(name, value)
+    run = tmp_path / "run"
+    ids = []
+    for first_step in (0, 1):
+        with recorder(run, first_step=first_step, wandb=WandbMode.offline) as opened:
+            opened.note({"actor/loss": 1.0})
+            opened.end_step(first_step + 1)
+        ids.append((run / "wandb_id").read_text())
+    assert ids[0] == ids[1]
+    assert len(list((run / "wandb").glob(f"offline-run-*-{ids[0]}"))) >= 1

@@ -1,0 +1,42 @@
+"""A rank that takes long is waited for; one that does nothing is named."""
+
+from __future__ import annotations
+
+import time
+
+import torch.distributed as dist
+
+from megatron_r1v2.config.schema import ParallelConfig
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.resilience.rank_watch import RankWatch
+from tests.ranks import run_ranks
+
+
+def watched(limit: float) -> tuple[str, str, str]:
+    """Rank 1 works for three times the limit, and then stops working."""
+    groups.initialize(ParallelConfig(), seed=1)
+    rank = dist.get_rank()
+    told, note = "", ""
+    with RankWatch(lambda: f"phase of {rank}", limit_seconds=limit) as watch:
+        if rank == 1:
+            for _ in range(30):
+                time.sleep(limit / 10)
+                watch.tick()
+        watch.wait_for_all("first")
+        if rank == 1:
+            time.sleep(3 * limit)
+        else:
+            try:
+                with RankWatch(lambda: "waiting", limit_seconds=limit) as inner:
+                    inner.wait_for_all("second")
+            except RuntimeError as error:
+                told, note = str(error), error.__notes__[0]
+        report = watch.report()
+    return told, note, report
+
+
+def test_a_rank_that_works_is_waited_for_and_one_that_does_nothing_is_named() -> None:
+    (told, note, report), _ = run_ranks(2, watched, 3.0)
+    assert "rank 1 is lost: nothing was done there for parallel.timeout_minutes=0.05" in told
+    assert "rank 1: phase of 1, since" in note
+    assert "rank 0: " in report

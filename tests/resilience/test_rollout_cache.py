@@ -1,0 +1,92 @@
+"""Rollouts of an interrupted step: what is on the disk is what the step goes on with, and only what belongs to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.stages.grpo.stage import GrpoStage
+from megatron_r1v2.stages.session import open_session
+from megatron_r1v2.types import Rollout
+from tests.stages.runs import recipe_for
+from tests.stages.tiny_run import write_model
+
+PROMPTS, RESPONSES = 6, 4
+
+
+def rollouts_of_first_step(root: Path, run: Path, overrides: tuple[str, ...] = ()) -> dict[tuple[str, int], Rollout]:
+    """Generate and score, or take up, the first step of a run, and leave it there."""
+    recipe = recipe_for(root, run, overrides)
+    with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
+        _, scored = GrpoStage(session, pool).collect()
+    assert len(scored) == PROMPTS * RESPONSES
+    return {(each.rollout.prompt_key, each.rollout.sample_index): each.rollout for each in scored}
+
+
+def files(run: Path) -> list[Path]:
+    return sorted((run / "unfinished" / "step-00000000").glob("*.pt"))
+
+
+def times(run: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in files(run)}
+
+
+def test_finished_rollouts_are_not_generated_again(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file is written when its prompt is generated from: one that keeps its time was not."""
+    run = tmp_path / "run"
+    first = rollouts_of_first_step(root, run)
+    before = times(run)
+    assert len(before) == PROMPTS
+    for path in files(run)[:2]:
+        path.unlink()
+    capfd.readouterr()
+    again = rollouts_of_first_step(root, run)
+    assert f"step 1: rollouts of {PROMPTS - 2} of {PROMPTS} prompts are there from before" in capfd.readouterr().err
+    after = times(run)
+    assert [name for name in after if after[name] != before[name]] == sorted(before)[:2]
+    assert {key: each.token_ids for key, each in again.items()} == {key: each.token_ids for key, each in first.items()}
+
+
+def test_what_is_damaged_is_generated_again(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    first = rollouts_of_first_step(root, run)
+    empty, short, flipped_first, flipped, *_ = files(run)
+    os.truncate(empty, 0)
+    os.truncate(short, short.stat().st_size - 1)
+    for path, place in ((flipped_first, 0), (flipped, flipped.stat().st_size // 2)):
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+    again = rollouts_of_first_step(root, run)
+    for path in (empty, short, flipped_first, flipped):
+        assert f"{path} is damaged: its rollouts are generated again" in caplog.text
+    assert {key: each.token_ids for key, each in again.items()} == {key: each.token_ids for key, each in first.items()}
+
+
+@pytest.mark.parametrize("override", ["generation.temperature=0.7", "generation.max_response_tokens=5"])
+def test_what_other_settings_have_made_is_not_taken(root: Path, tmp_path: Path, override: str) -> None:
+    run = tmp_path / "run"
+    rollouts_of_first_step(root, run)
+    before = times(run)
+    again = rollouts_of_first_step(root, run, (override,))
+    after = times(run)
+    assert {name for name in after if after[name] == before.get(name)} == set()
+    assert max(len(each.token_ids) for each in again.values()) <= (5 if "tokens" in override else 6)
+
+
+def test_what_other_weights_have_made_is_not_taken(root: Path, tmp_path: Path) -> None:
+    """The same settings and policy version, from a model that was made anew in the same folder."""
+    for name in ("model", "data"):
+        shutil.copytree(root / name, tmp_path / name)
+    rollouts_of_first_step(tmp_path, tmp_path / "run")
+    before = times(tmp_path / "run")
+    write_model(tmp_path / "model", seed=3)
+    rollouts_of_first_step(tmp_path, tmp_path / "run")
+    after = times(tmp_path / "run")
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] == before[name]} == set()

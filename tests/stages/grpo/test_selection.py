@@ -1,0 +1,315 @@
+"""What a step trains on: by hand on one rank, and the same for any split of the responses over ranks."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1v2.config.schema import (
+    AlgorithmConfig,
+    BufferConfig,
+    GenerationConfig,
+    LossAggregation,
+    ParallelConfig,
+    RewardConfig,
+    RunRecipe,
+    TrainConfig,
+)
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rl.sample_buffer import SampleBuffer
+from megatron_r1v2.stages.grpo.selection import count_effective_groups, sample_id, select, training_sample
+from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
+from tests.ranks import run_ranks
+from tests.stages.scripted import GROUP, make_prompt, same_prompt, step_prompts, step_responses
+
+STEPS = 6
+ALL_OF_RANK_1 = 3
+"""In this step rank 0 of two has no response."""
+
+
+def recipe(**sections: Any) -> RunRecipe:
+    settings = {"generation": GenerationConfig(responses_per_prompt=GROUP), "buffer": BufferConfig(capacity=20)}
+    return RunRecipe(**(settings | sections))
+
+
+def new_buffer(max_age: int = 3) -> SampleBuffer:
+    return SampleBuffer(capacity=20, max_age=max_age, priority_exponent=1.0, balance_modalities=True)
+
+
+def responses_of_rank(responses: list, step: int, context: ParallelContext) -> list:
+    """Give two ranks unequal parts, whole groups, out of order; one rank everything."""
+    if context.data_size == 1:
+        return responses
+    owner = {
+        response.rollout.prompt_key: 1 if step == ALL_OF_RANK_1 else int(number % 3 == 0)
+        for number, response in enumerate(responses[::GROUP])
+    }
+    return [response for response in reversed(responses) if owner[response.rollout.prompt_key] == context.data_rank]
+
+
+def reload(store: ReplayStore, context: ParallelContext) -> ReplayStore:
+    """Save every rank's shard and load it again."""
+    buffer = io.BytesIO()
+    torch.save(store.state_dict(), buffer)
+    buffer.seek(0)
+    shards: list = [None] * context.data_size
+    torch.distributed.all_gather_object(shards, torch.load(buffer, weights_only=True), group=context.groups.dp)
+    loaded = ReplayStore()
+    loaded.load_state_dicts(shards, data_rank=context.data_rank, data_size=context.data_size)
+    return loaded
+
+
+def run_steps(context: ParallelContext, settings: RunRecipe) -> list[dict[str, Any]]:
+    """Do what the stage does in each step, but generate and train."""
+    buffer, store, results = new_buffer(), ReplayStore(), []
+    for step in range(STEPS):
+        prompts = step_prompts(step)
+        by_key = {prompt.key: prompt for prompt in prompts}
+        scored = responses_of_rank(step_responses(prompts, step), step, context)
+        selection = select(settings, buffer, prompts, scored, step=step, trains_text=True, context=context)
+        held = dict(store.samples)
+        for response in scored:
+            name = sample_id(step, response.rollout)
+            held[name] = training_sample(response, by_key[response.rollout.prompt_key], selection.judged[name])
+        samples, sample_prompts = send_to_trainers(
+            held, store.prompts | by_key, selection.trainer, group=context.groups.dp, device=context.device
+        )
+        dropped = buffer.add(selection.fresh_entries, step)
+        fresh = {
+            name: replace(sample, old_log_probs=(-1.0,) * sample.response_length)
+            for name, sample in samples.items()
+            if name in selection.plan.fresh
+        }
+        store.add(fresh, sample_prompts)
+        store.drop(dropped)
+        if step == 2:
+            store = reload(store, context)
+        results.append(
+            {
+                "selection": selection,
+                "samples": samples,
+                "prompts": sample_prompts,
+                "stored": dict(store.samples),
+                "buffer": buffer.state_dict(),
+            }
+        )
+    return results
+
+
+def run_on_ranks(settings: dict[str, RunRecipe]) -> dict[str, list[dict[str, Any]]]:
+    context = groups.initialize(ParallelConfig(), seed=1)
+    return {name: run_steps(context, value) for name, value in settings.items()}
+
+
+RECIPES: dict[str, Callable[[], RunRecipe]] = {
+    "usual": recipe,
+    "two updates of tokens, rewards shuffled": lambda: recipe(
+        train=TrainConfig(updates_per_step=2),
+        algorithm=AlgorithmConfig(loss_aggregation=LossAggregation.token, kl_coefficient=0.1),
+        reward=RewardConfig(shuffle=True),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def context():
+    yield groups.initialize(ParallelConfig(), seed=1)
+    groups.shut_down()
+
+
+@pytest.fixture(scope="module")
+def one_rank(context) -> dict[str, list[dict[str, Any]]]:
+    return {name: run_steps(context, make()) for name, make in RECIPES.items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, list[dict[str, Any]]]]:
+    return run_ranks(2, run_on_ranks, {name: make() for name, make in RECIPES.items()})
+
+
+def test_the_script_replays_from_both_ranks(one_rank, two_ranks):
+    """Else the comparison below would compare nothing."""
+    steps = one_rank["usual"]
+    assert sum(bool(step["selection"].plan.replayed) for step in steps) >= 3
+    assert any(step["selection"].plan.replaced for step in steps)
+    moved = 0
+    for before, now in zip(range(STEPS), range(1, STEPS), strict=False):
+        for rank in (0, 1):
+            had = set(two_ranks[rank]["usual"][before]["stored"])
+            replayed = set(two_ranks[1 - rank]["usual"][now]["selection"].plan.replayed)
+            moved += len(had & replayed & set(two_ranks[1 - rank]["usual"][now]["samples"]))
+    assert moved > 0, "no replayed sample travelled to another rank"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_choice_does_not_depend_on_the_number_of_ranks(name, one_rank, two_ranks):
+    for step, alone in enumerate(one_rank[name]):
+        for rank in two_ranks:
+            selection, expected = rank[name][step]["selection"], alone["selection"]
+            assert selection.judged == expected.judged
+            assert selection.plan == expected.plan
+            assert selection.updates == expected.updates
+            assert selection.denominator == expected.denominator
+            assert selection.metrics == expected.metrics
+            assert rank[name][step]["buffer"] == alone["buffer"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_sample_arrives_at_its_trainer_with_its_tiles(name, one_rank, two_ranks):
+    for step, alone in enumerate(one_rank[name]):
+        arrived: dict = {}
+        for data_rank, rank in enumerate(two_ranks):
+            there = rank[name][step]
+            trainer = there["selection"].trainer
+            assert set(there["samples"]) == {key for key, owner in trainer.items() if owner == data_rank}
+            assert set(there["prompts"]) == {sample.prompt_key for sample in there["samples"].values()}
+            for key, prompt in there["prompts"].items():
+                assert same_prompt(prompt, alone["prompts"][key])
+            arrived |= there["samples"]
+        assert arrived == alone["samples"]
+        assert alone["samples"].keys() == {key for update in alone["selection"].updates for key in update}
+
+
+def test_the_ranks_store_what_the_buffer_lists(one_rank, two_ranks):
+    for step, alone in enumerate(one_rank["usual"]):
+        listed = {entry["sample_id"] for entry in alone["buffer"]["entries"]}
+        shards = [rank["usual"][step]["stored"] for rank in two_ranks]
+        assert not shards[0].keys() & shards[1].keys()
+        assert shards[0] | shards[1] == alone["stored"]
+        assert set(alone["stored"]) == listed
+
+
+def test_replayed_samples_keep_their_log_probs_and_fresh_ones_have_none(one_rank):
+    for step in one_rank["usual"]:
+        for name, sample in step["samples"].items():
+            assert bool(sample.old_log_probs) == (name in step["selection"].plan.replayed)
+
+
+def test_advantages_and_effectiveness_by_hand(context):
+    prompt = make_prompt("p", tiles=1)
+    responses = [
+        replace(response, total=total, rule_correct=total > 1)
+        for response, total in zip(step_responses([prompt], 0), (2.0, 0.0, 0.0, 2.0), strict=True)
+    ]
+    settings = recipe(algorithm=AlgorithmConfig(advantage_epsilon=0.5))
+    selection = select(settings, None, [prompt], responses, step=4, trains_text=True, context=context)
+    judged = [selection.judged[f"p/4/{index}"] for index in range(GROUP)]
+    assert [item.advantage for item in judged] == pytest.approx([1 / 1.5, -1 / 1.5, -1 / 1.5, 1 / 1.5])
+    assert all(item.entry.effective for item in judged)
+    assert selection.denominator == 4
+    sample = training_sample(responses[1], prompt, judged[1])
+    assert sample.token_ids == prompt.token_ids + responses[1].rollout.token_ids
+    assert sample.prompt_length == len(prompt.token_ids)
+    assert (sample.advantage, sample.reward, sample.old_log_probs) == (judged[1].advantage, 0.0, ())
+    assert (sample.sample_index, sample.policy_version, sample.group_effective) == (1, 0, True)
+
+
+def test_a_group_that_differs_in_other_parts_alone_is_not_effective(context):
+    prompt = make_prompt("p", tiles=1)
+    responses = [
+        replace(response, total=total, rule_correct=True)
+        for response, total in zip(step_responses([prompt], 0), (1.2, 1.4, 1.1, 1.3), strict=True)
+    ]
+    selection = select(recipe(), None, [prompt], responses, step=4, trains_text=True, context=context)
+    assert all(item.advantage != 0 for item in selection.judged.values())
+    assert not any(item.entry.effective for item in selection.judged.values())
+    assert selection.metrics["ssb/fresh_effective_fraction"] == 0
+
+
+def test_text_only_responses_are_left_out_and_counted_when_text_has_no_gradient(context):
+    prompts = step_prompts(0)
+    responses = step_responses(prompts, 0)
+    text = {prompt.key for prompt in prompts if prompt.modality == "text"}
+    assert len(text) == 2
+    arguments = {"step": 0, "context": context}
+    with_text = select(recipe(), None, prompts, responses, trains_text=True, **arguments)
+    without = select(recipe(), None, prompts, responses, trains_text=False, **arguments)
+    assert with_text.metrics["data/text_only_left_out"] == 0
+    assert without.metrics["data/text_only_left_out"] == 2 * GROUP
+    assert with_text.plan.num_sequences == 6 * GROUP
+    assert without.plan.num_sequences == 4 * GROUP, "they are not in the denominator either"
+    assert without.judged.keys() == with_text.judged.keys(), "but in the metrics"
+    assert without.metrics["ssb/fresh_effective_fraction"] == with_text.metrics["ssb/fresh_effective_fraction"]
+    chosen = {entry.prompt_key for entry in without.fresh_entries}
+    assert not chosen & text
+    assert not {name.split("/")[0] for name in without.trainer} & text
+
+
+def test_a_step_of_text_alone_trains_nothing_when_text_has_no_gradient(context):
+    prompts = [prompt for prompt in step_prompts(0) if prompt.modality == "text"]
+    responses = step_responses(prompts, 0)
+    selection = select(recipe(), None, prompts, responses, step=0, trains_text=False, context=context)
+    assert (selection.updates, dict(selection.trainer)) == ((), {})
+    assert selection.metrics["data/text_only_left_out"] == len(responses)
+
+
+@pytest.mark.parametrize("aggregation", list(LossAggregation))
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])
+def test_samples_without_advantage_are_in_the_denominator_and_computed_only_for_the_kl(
+    context, aggregation, kl_coefficient
+):
+    prompts = [make_prompt("p", tiles=1), make_prompt("q", tiles=1)]
+    responses = [
+        replace(response, total=float(index in (0, 1, 2, 3, 4)), rule_correct=index in (0, 1, 2, 3, 4))
+        for index, response in enumerate(step_responses(prompts, 0))
+    ]
+    settings = recipe(
+        algorithm=AlgorithmConfig(loss_aggregation=aggregation, kl_coefficient=kl_coefficient),
+        train=TrainConfig(updates_per_step=2),
+    )
+    selection = select(settings, None, prompts, responses, step=0, trains_text=True, context=context)
+    computed = {f"q/0/{index}" for index in range(GROUP)}
+    if kl_coefficient:
+        computed |= {f"p/0/{index}" for index in range(GROUP)}
+    assert {name for update in selection.updates for name in update} == computed
+    assert [len(update) for update in selection.updates] == [len(computed) // 2] * 2
+    tokens = sum(len(response.rollout.token_ids) for response in responses)
+    total = tokens if aggregation is LossAggregation.token else len(responses)
+    assert selection.denominator == total / 2
+
+
+def test_fewer_samples_than_updates_give_fewer_updates(context):
+    prompt = make_prompt("p", tiles=1)
+    responses = [
+        replace(response, total=float(index), rule_correct=index > 0)
+        for index, response in enumerate(step_responses([prompt], 0))
+    ]
+    settings = recipe(train=TrainConfig(updates_per_step=9))
+    selection = select(settings, None, [prompt], responses, step=0, trains_text=True, context=context)
+    assert [len(update) for update in selection.updates] == [1] * GROUP
+    assert selection.denominator == 1.0
+
+
+def test_length_metrics(context):
+    prompts = step_prompts(1)
+    responses = step_responses(prompts, 1)
+    metrics = select(recipe(), None, prompts, responses, step=1, trains_text=True, context=context).metrics
+    lengths = [len(response.rollout.token_ids) for response in responses]
+    assert metrics["response_length/mean"] == pytest.approx(sum(lengths) / len(lengths))
+    assert metrics["response_length/max"] == 9
+    assert metrics["response_length/clip_ratio"] == lengths.count(9) / len(lengths) > 0
+
+
+def test_dynamic_sampling_trains_on_the_first_effective_groups_alone(context) -> None:
+    prompts = step_prompts(0) + step_prompts(1)
+    scored = step_responses(prompts[:6], 0) + step_responses(prompts[6:], 1)
+    by_key: dict[str, set[bool]] = {}
+    for response in scored:
+        by_key.setdefault(response.rollout.prompt_key, set()).add(response.rule_correct)
+    effective = [prompt.key for prompt in prompts if len(by_key[prompt.key]) == 2]
+    assert len(effective) > 3
+    assert count_effective_groups(scored, prompts, trains_text=True) == len(effective)
+    with_image = [prompt.key for prompt in prompts if prompt.modality == "image" and prompt.key in effective]
+    assert count_effective_groups(scored, prompts, trains_text=False) == len(with_image) < len(effective)
+    settings = recipe(algorithm=AlgorithmConfig(dynamic_sampling_rounds=2), train=TrainConfig(prompts_per_step=3))
+    selection = select(settings, None, prompts, scored, step=0, trains_text=True, context=context)
+    assert {name.split("/")[0] for name in selection.plan.fresh} == set(effective[:3])
+    assert selection.denominator == 3 * GROUP
+    assert selection.metrics["ssb/trained_effective_fraction"] == 1.0
+    assert selection.metrics["ssb/fresh_effective_fraction"] == len(effective) / len(prompts)
+    assert selection.metrics["rollout/responses"] == len(scored)
+    assert selection.metrics["rollout/responses_filtered"] == len(scored) - 3 * GROUP

@@ -1,0 +1,85 @@
+"""The evaluate command: the weights it takes, and the same numbers whenever it is asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import read_samples
+from megatron_r1v2.evaluation.response_rows import open_log
+from megatron_r1v2.stages.evaluate import run_evaluation
+from megatron_r1v2.stages.session import open_model
+from tests.ranks import run_ranks
+from tests.stages.runs import recipe_for, run_stage
+
+
+def test_an_evaluation_is_written_and_comes_out_the_same_again(root: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={root / 'data'}", "evaluation.prompts=6"))
+    first = run_evaluation(recipe, "before")
+    written = json.loads((tmp_path / "run" / "evaluation-before.json").read_text())
+    assert written["pass_at_1"] == first.pass_at_1
+    assert (written["num_prompts"], len(written["runs"]), written["step"]) == (6, 2, 0)
+    lines = (tmp_path / "run" / "evaluation-before.rollouts.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert sum(record["correct"] for record in records) / len(records) == pytest.approx(first.pass_at_1)
+    second = run_evaluation(recipe, "again")
+    assert (second.runs, second.mean_response_tokens) == (first.runs, first.mean_response_tokens)
+    assert (tmp_path / "run" / "evaluation-again.rollouts.jsonl").read_text().splitlines() == lines
+
+
+def test_a_checkpoint_is_evaluated_at_its_step(root: Path, tmp_path: Path) -> None:
+    overrides = ("train.steps=12", "train.learning_rate=0.01", "checkpoint.every_steps=0", "train.parts=[language]")
+    align = run_stage(recipe_for(root, tmp_path / "align", overrides), "align")
+    data = f"evaluation.data={root / 'data'}"
+    before = run_evaluation(recipe_for(root, tmp_path / "run", (data,)), "before")
+    after = run_evaluation(recipe_for(root, tmp_path / "run", (data, f"model.checkpoint={align}")), "after")
+    assert after.step == 12
+    assert after.pass_at_1 > before.pass_at_1
+    assert after.format_rate > 0.5
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5")
+    whole = run_evaluation(recipe_for(root, tmp_path / "whole", (*data, "evaluation.save_every_prompts=5")), "e")
+    recipe = recipe_for(root, tmp_path / "cut", (*data, "evaluation.save_every_prompts=2"))
+    run_evaluation(recipe, "e")
+    lines = (tmp_path / "cut" / "evaluation-e.rollouts.jsonl").read_text().splitlines()
+    # What the kill of a process leaves: the settings, whole rows of three responses to two prompts, half a line.
+    with open_log(recipe, "e", model=recipe.model.hf_path, step=0) as log:
+        log.append([json.loads(line) for line in lines[:3]])
+    with log.path.open("a") as file:
+        file.write(lines[3][:40])
+    first = lines[0].replace('"text": "', '"text": "kept ')
+    log.path.write_text(log.path.read_text().replace(lines[0], first))
+    assert run_evaluation(recipe, "e") == whole
+    again = (tmp_path / "cut" / "evaluation-e.rollouts.jsonl").read_text().splitlines()
+    assert again[0] == first, "the prompt that was done is not generated again"
+    assert again[1:] == (tmp_path / "whole" / "evaluation-e.rollouts.jsonl").read_text().splitlines()[1:]
+    assert not log.path.exists()
+
+
+def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp_path: Path) -> None:
+    samples = read_samples(root / "data", settings=DataConfig(), count=6)
+    others = [replace(sample, answer="neither", alternatives=("0", "1")) for sample in samples]
+    write_shards(others, tmp_path / "data")
+    recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={tmp_path / 'data'}",))
+    with open_model(recipe) as loaded, loaded.verifiers() as pool:
+        evaluator = loaded.evaluator(loaded.engine(), pool)
+        validated = evaluator.run(loaded.read_prompts(recipe.evaluation.data), name="validation", step=0)
+    assert validated.pass_at_1 > 0
+    commanded = run_evaluation(recipe, "validation")
+    assert replace(commanded, model="") == validated
+
+
+def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5", "evaluation.save_every_prompts=3")
+    one, *_ = run_ranks(1, run_evaluation, recipe_for(root, tmp_path / "one", data), "e")
+    results = run_ranks(2, run_evaluation, recipe_for(root, tmp_path / "two", data), "e")
+    assert results == [one, None]
+    for name in ("evaluation-e.json", "evaluation-e.rollouts.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -1,0 +1,154 @@
+"""The prefer command on a random model: its shards, its counts, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.validate import check_stage
+from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs, pair_key, pair_samples
+from megatron_r1v2.stages.pairs import run_prefer
+from megatron_r1v2.types import Preference
+from tests.ranks import run_ranks
+from tests.stages.runs import recipe_for, run_stage
+from tests.tiny import tiny_sample
+
+SETTINGS = (
+    "generation.responses_per_prompt=24",
+    "pairs.dropout_ntp_fraction=1.0",
+    "pairs.max_pairs_per_prompt=2",
+    "generation.max_response_tokens=8",
+)
+
+
+@pytest.fixture(scope="module")
+def made(root: Path, tmp_path_factory) -> Path:
+    """Return the pairs of one uninterrupted run."""
+    folder = tmp_path_factory.mktemp("pairs")
+    learn = ("train.steps=12", "train.learning_rate=0.01", "checkpoint.every_steps=0", "train.parts=[language]")
+    run_stage(recipe_for(root, root / "aligned", learn), "align")
+    return run_prefer(recipe(root, folder))
+
+
+def recipe(root: Path, folder: Path, *overrides: str) -> RunRecipe:
+    return recipe_for(
+        root,
+        folder / "run",
+        (*SETTINGS, f"model.checkpoint={root / 'aligned'}", f"pairs.output={folder / 'pairs'}", *overrides),
+    )
+
+
+def test_pairs_are_the_prompts_with_two_responses(root: Path, made: Path) -> None:
+    sources = {sample.key: sample for sample in each_sample(root / "data")}
+    pairs = list(each_sample(made))
+    tokenizer = ChatTokenizer(root / "model")
+    assert {pair.source for pair in pairs} == {"correctness", "dropout_ntp"}
+    for pair in pairs:
+        source = sources[pair.key.rpartition("-pair")[0]]
+        for name in ("messages", "answer", "answer_type", "facts", "images", "response"):
+            assert getattr(pair, name) == getattr(source, name)
+        assert pair.chosen.endswith(f"</think>\\boxed{{{source.answer}}}")
+        assert pair.rejected != pair.chosen
+        assert "<|im_end|>" not in pair.chosen + pair.rejected
+        assert pair.margin == pytest.approx(1.0)  # both are well-formed, one is right
+        if pair.source == "dropout_ntp":
+            assert pair.images
+            half = tokenizer.encode_response(pair.chosen, "<|im_end|>")[:-1]
+            assert pair.rejected.startswith(tokenizer.decode(half[: len(half) // 2]))
+
+
+def test_the_counts_add_up(made: Path) -> None:
+    counts = json.loads((made / "pairs.json").read_text())
+    keys = [sample.key for sample in each_sample(made)]
+    assert (counts["prompts"], counts["responses"]) == (16, 16 * 24)
+    assert sum(counts["pairs"].values()) == len(keys)
+    assert counts["prompts_with_pairs"] == len({key.rpartition("-pair")[0] for key in keys})
+    dropped = counts["dropped"]
+    assert {"response/duplicate", "response/ill_formed"} <= dropped.keys()
+    assert all(count > 0 for count in dropped.values())
+    assert counts["policy_version"] == 12
+    assert not list(made.parent.glob(".*"))
+
+
+def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
+    root: Path, made: Path, tmp_path: Path, capsys
+) -> None:
+    settings = recipe(root, tmp_path)
+    kept = UnfinishedPairs(settings)
+    run_prefer(recipe(root, tmp_path, f"pairs.output={tmp_path / 'other'}"))
+    assert "response/duplicate" in capsys.readouterr().out
+    # A round on disk is not done again: this one says that its prompts gave one pair that nothing else would give.
+    first = [PromptPairs("sample-000", [Preference("good", "bad", 0.5, "correctness")], {})]
+    kept.write_round(0, first, PairCounts(prompts=6, prompts_with_pairs=1, pairs={"correctness": 1}))
+    (kept.folder / "shards").mkdir()  # as when the writing of shards was interrupted
+    run_prefer(settings)
+    whole = list(each_sample(tmp_path / "other"))
+    assert whole == list(each_sample(made))
+    resumed = list(each_sample(tmp_path / "pairs"))
+    assert (resumed[0].key, resumed[0].chosen) == ("sample-000-pair0", "good")
+    assert resumed[1:] == [sample for sample in whole if sample.key >= "sample-006"]
+    with pytest.raises(ValueError, match="exists already"):
+        check_stage(settings, "prefer")
+
+
+def test_rounds_of_other_settings_are_refused(root: Path, tmp_path: Path) -> None:
+    kept = UnfinishedPairs(recipe(root, tmp_path))
+    kept.write_round(0, [], PairCounts())
+    UnfinishedPairs(recipe(root, tmp_path, "generation.max_requests=2", "generation.kv_cache_gib=0.1"))
+    with pytest.raises(ValueError, match=r"pairs.min_margin is 0.5 but .*unfinished holds rounds made with 0.0"):
+        UnfinishedPairs(recipe(root, tmp_path, "pairs.min_margin=0.5"))
+
+
+def test_no_pair_at_all_is_an_error_that_says_why(root: Path, tmp_path: Path) -> None:
+    kept = UnfinishedPairs(recipe(root, tmp_path))
+    counts = PairCounts(prompts=1, responses=4, dropped={"prompt/all_wrong": 1})
+    kept.write_round(0, [PromptPairs("sample-000", [], {"prompt/all_wrong": 1})], counts)
+    with pytest.raises(ValueError, match="no preference pair came of 4 responses to 1 prompts .*all_wrong 1"):
+        kept.finish(str(root / "data"), {})
+    assert json.loads((kept.folder / "pairs.json").read_text())["dropped"] == {"prompt/all_wrong": 1}
+    shutil.rmtree(kept.folder)
+
+
+def test_pairs_find_their_samples_and_long_keys_stay_valid() -> None:
+    samples = [tiny_sample(index, key="k" * 79 + str(index)) for index in range(3)]
+    pair = Preference("good", "bad", 0.5, "margin")
+    found = [PromptPairs(samples[0].key, [pair, pair], {}), PromptPairs(samples[2].key, [pair], {})]
+    made: list[Sample] = list(pair_samples(samples, found))
+    assert len({sample.key for sample in made}) == 3
+    assert all(len(sample.key) == 80 for sample in made)
+    assert [sample.images for sample in made] == [samples[0].images, samples[0].images, samples[2].images]
+    assert pair_key("digits-0001", 3) == "digits-0001-pair3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",)])
+def test_pairs_do_not_depend_on_the_layout(root: Path, made: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    run_ranks(2, _prefer, str(root), str(tmp_path), overrides)
+    assert list(each_sample(tmp_path / "pairs")) == list(each_sample(made))
+
+
+def _prefer(root: str, folder: str, overrides: tuple[str, ...]) -> None:
+    run_prefer(recipe(Path(root), Path(folder), *overrides))
+
+
+def test_pairs_are_built_again_from_the_model_that_learnt_from_them(root: Path, made: Path, tmp_path: Path) -> None:
+    """Iterative MPO: prefer, mpo, prefer with the new model."""
+    settings = ("train.steps=2", "train.prompts_per_step=2", "train.parts=[language]", "checkpoint.every_steps=0")
+    start = f"model.checkpoint={root / 'aligned'}"
+    first = run_stage(recipe_for(root, tmp_path / "mpo-1", (*settings, start, f"data.train={made}")), "mpo")
+    again = run_prefer(recipe(root, tmp_path / "round-2", f"model.checkpoint={first}"))
+    counts = [json.loads((folder / "pairs.json").read_text()) for folder in (made, again)]
+    assert [count["policy_version"] for count in counts] == [12, 2]
+    assert counts[1]["model"] == str(first)
+    second = run_stage(
+        recipe_for(root, tmp_path / "mpo-2", (*settings, f"model.checkpoint={first}", f"data.train={again}")), "mpo"
+    )
+    references = [{path.name for path in (run / "reference").glob("*.jsonl")} for run in (first, second)]
+    assert references[0].isdisjoint(references[1])

@@ -1,0 +1,218 @@
+"""A run that is killed and started again ends with the bits of the run that was not."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.training.store import finished_checkpoints
+from tests.stages.runs import (
+    Ranks,
+    assert_close,
+    assert_same_end,
+    checkpoint_contents,
+    differences,
+    has_line,
+    last_checkpoint,
+    read_metrics,
+    read_rollouts,
+    recipe_for,
+    run_stage,
+    take,
+    without_timings,
+)
+
+STEPS = 6
+# Few samples are fresh and effective, and nothing but a good buffer fills the rest; warm-up and decay move the rate.
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "checkpoint.every_steps=2",
+    "buffer.target_effective_fraction=0.95",
+    "train.warmup_steps=2",
+    "train.weight_decay=0.1",
+    "logging.sample_rollouts=100",
+)
+# Smaller batches round in another way, in bf16 enough to draw other tokens: a step is generated anew as a whole.
+BF16 = (
+    "model.precision=bf16",
+    "checkpoint.asynchronous=true",
+    "checkpoint.keep_rollouts=false",
+    "algorithm.max_log_prob_difference=2",
+)
+ONE_RANK = (*SETTINGS, *BF16)
+
+
+def assert_is_worth_comparing(run: Path) -> None:
+    """Hold that the weights moved, and that replayed samples took part before and after the kills."""
+    metrics = read_metrics(run)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert metrics[2]["ssb/replayed"] > 0
+    assert metrics[-1]["ssb/replayed"] > 0
+    first, last = (checkpoint_contents(path)["tensors"] for path in sorted((run / "checkpoints").iterdir())[::2])
+    name = "optimizer.state.exp_avg_sq.adapter.linear_fc1.weight"
+    assert last[name].abs().max() > 0
+    assert not torch.equal(first[name], last[name])
+
+
+class Restarts:
+    """Starts a run again and again, and holds that it goes on from the newest checkpoint."""
+
+    def __init__(self, recipe: RunRecipe, world_size: int) -> None:
+        self.recipe = recipe
+        self.world_size = world_size
+        self.run = Path(recipe.run.output_dir)
+
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        newest = self.newest()
+        ranks = Ranks(self.recipe, self.world_size)
+        ranks.kill_when(condition)
+        if newest:
+            assert "step 1 " not in ranks.log.read_text()
+        assert 0 < self.newest() < STEPS
+
+    def finish(self) -> None:
+        newest = self.newest()
+        assert newest > 0
+        assert f"step {newest} of {STEPS}" in Ranks(self.recipe, self.world_size).wait()
+
+    def newest(self) -> int:
+        finished = finished_checkpoints(self.run / "checkpoints")
+        return int(finished[-1].name.removeprefix("step-")) if finished else 0
+
+
+def kill_three_times(recipe: RunRecipe, world_size: int) -> None:
+    """Kill after a step that no checkpoint holds, while a checkpoint is written, and in the middle of a step."""
+    restarts = Restarts(recipe, world_size)
+    run = restarts.run
+    second, fourth, sixth = (run / "checkpoints" / f"step-{step:08d}" for step in (2, 4, 6))
+    restarts.kill_when(lambda: second.is_dir() and has_line(run, "metrics.jsonl", 3))
+    # Later checkpoints too: a slow machine may have been quicker to save than to kill.
+    restarts.kill_when(lambda: any(path.with_name(path.name + ".partial").is_dir() for path in (fourth, sixth)))
+    restarts.kill_when(fourth.is_dir)
+    restarts.finish()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root: Path, tmp_path_factory) -> Path:
+    run = run_stage(recipe_for(root, tmp_path_factory.mktemp("uninterrupted") / "run", ONE_RANK))
+    assert_is_worth_comparing(run)
+    return run
+
+
+def test_a_killed_run_ends_with_the_same_bits(root: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    recipe = recipe_for(root, tmp_path / "run", ONE_RANK)
+    kill_three_times(recipe, 1)
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
+def test_killed_data_parallel_ranks_end_with_the_same_bits(root: Path, tmp_path: Path) -> None:
+    Ranks(recipe_for(root, tmp_path / "reference", SETTINGS), 2).wait()
+    assert_is_worth_comparing(tmp_path / "reference")
+    kill_three_times(recipe_for(root, tmp_path / "run", SETTINGS), 2)
+    assert_same_end(tmp_path / "run", tmp_path / "reference", rounded=True)
+
+
+@pytest.mark.slow
+def test_killed_tensor_parallel_ranks_end_with_the_same_bits(root: Path, tmp_path: Path) -> None:
+    settings = (
+        *SETTINGS,
+        *BF16,
+        "parallel.tensor=2",
+        "parallel.sequence=true",
+        "train.parts=[adapter, language]",
+    )
+    Ranks(recipe_for(root, tmp_path / "reference", settings), 2).wait()
+    assert_is_worth_comparing(tmp_path / "reference")
+    kill_three_times(recipe_for(root, tmp_path / "run", settings), 2)
+    assert_same_end(tmp_path / "run", tmp_path / "reference")
+
+
+def test_a_run_goes_on_at_another_layout(root: Path, tmp_path: Path) -> None:
+    """Compare what one rank does from the start with two ranks: data-parallel, then tensor-, then pipeline-parallel."""
+    reference = run_stage(recipe_for(root, tmp_path / "reference", SETTINGS))
+    run = tmp_path / "run"
+    Ranks(recipe_for(root, run, SETTINGS), 2).kill_when((run / "checkpoints" / "step-00000002").is_dir)
+    tensor_parallel = Restarts(recipe_for(root, run, (*SETTINGS, "parallel.tensor=2")), 2)
+    tensor_parallel.kill_when((run / "checkpoints" / "step-00000004").is_dir)
+    pipeline_parallel = Restarts(recipe_for(root, run, (*SETTINGS, "parallel.pipeline=2")), 2)
+    pipeline_parallel.finish()
+    ours, theirs = read_rollouts(run), read_rollouts(reference)
+    # After the two data-parallel ranks, of which the first one alone writes its rollouts.
+    later = [[line for line in lines if line["step"] > 2] for lines in (ours, theirs)]
+    for name in ("prompt_key", "text", "correct", "response_tokens"):
+        assert [line[name] for line in later[0]] == [line[name] for line in later[1]], name
+    our_lines, their_lines = without_timings(read_metrics(run)), without_timings(read_metrics(reference))
+    for our_line, their_line in zip(our_lines, their_lines, strict=True):
+        assert our_line == pytest.approx(their_line, rel=1e-3, abs=1e-5)
+    ours, theirs = checkpoint_contents(last_checkpoint(run)), checkpoint_contents(last_checkpoint(reference))
+    for name in ("buffer", "stream", "scheduler", "step", "version"):
+        assert differences(ours["state.pt"][name], theirs["state.pt"][name]) == [], name
+    for name in ("rollout_log_probs", "old_log_probs"):
+        assert_close(take(ours["replay-0.pt"], name), take(theirs["replay-0.pt"], name))
+    assert differences(ours["replay-0.pt"], theirs["replay-0.pt"]) == []
+    for name, tensor in theirs["tensors"].items():
+        torch.testing.assert_close(ours["tensors"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_buffer_is_split_anew_over_more_ranks(root: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    for folder in finished_checkpoints(run / "checkpoints")[1:]:
+        shutil.rmtree(folder)
+    Ranks(recipe_for(root, run, ONE_RANK), 2).wait()
+    before = checkpoint_contents(run / "checkpoints" / "step-00000002")["replay-0.pt"]["samples"]
+    shards = [checkpoint_contents(last_checkpoint(run))[f"replay-{rank}.pt"]["samples"] for rank in (0, 1)]
+    assert shards[0].keys().isdisjoint(shards[1])
+    assert before.keys() <= shards[0].keys() | shards[1].keys()
+    for name, sample in before.items():
+        assert differences(sample, (shards[0] | shards[1])[name]) == []
+    assert min(len(shard.keys() & before.keys()) for shard in shards) > 0
+
+
+def test_a_run_that_is_asked_to_stop_saves_ends_well_and_goes_on(
+    root: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    recipe = recipe_for(root, tmp_path / "run", (*ONE_RANK, "checkpoint.every_steps=0"))
+    ranks = Ranks(recipe)
+    ranks.send_when(signal.SIGUSR1, lambda: has_line(tmp_path / "run", "metrics.jsonl", 2))
+    assert "asked to stop by SIGUSR1" in ranks.wait()
+    restarts = Restarts(recipe, 1)
+    assert 3 <= restarts.newest() < STEPS
+    restarts.finish()
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=9", "train.steps was 6 when .* was saved and is 9 now"),
+        ("train.learning_rate=0.5", "train.learning_rate was 0.001"),
+        ("train.parts=[vision]", r"trained \['adapter'\] but train.parts=\['vision'\]"),
+        ("run.seed=8", "run.seed was 7 when it was saved and is 8 now"),
+        ("checkpoint.resume=false", "checkpoint.resume=false but there is .*step-00000006"),
+    ],
+)
+def test_changes_that_a_checkpoint_cannot_follow_are_refused_and_nothing_is_lost(
+    root: Path, tmp_path: Path, uninterrupted: Path, override: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    recipe = recipe_for(root, run, (*ONE_RANK, override))
+    with pytest.raises(ValueError, match=message):
+        run_stage(recipe)
+    assert_same_end(run, uninterrupted)
+
+
+def test_a_finished_run_does_nothing(root: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    times = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    run_stage(recipe_for(root, run, ONE_RANK))
+    assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == times
+    assert_same_end(run, uninterrupted)
