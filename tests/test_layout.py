@@ -112,7 +112,7 @@ def test_no_folder_or_file_is_named_after_nothing():
 
 
 def code_lines(source):
-    """Return the numbers of the lines that hold code: no blank line, no comment, no docstring, no text below a field."""
+    """Return the numbers of the lines of code: none that is blank, a comment, a docstring or the text below a field."""
     texts = {
         line
         for node in ast.walk(ast.parse(source))
