@@ -37,10 +37,10 @@ from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.grpo.stage import batch_loss
-from megatron_r1v2.training.batches import collate
+from megatron_r1v2.training.batches import collate, response_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
-from megatron_r1v2.types import Prompt, TrainingSample
+from megatron_r1v2.types import Prompt, RLTargets
 
 
 @dataclass(frozen=True)
@@ -229,23 +229,20 @@ def _batch(case: Case, index: int, context: groups.ParallelContext) -> Any:
             messages=(),
             token_ids=(*image, words[0]),
             tiles_TCHW=torch.randint(0, 256, (case.tiles, 3, side, side), generator=generator, dtype=torch.uint8),
-            answer="",
-            answer_type="exact",
         )
         responses = len(words) - 1
         samples.append(
-            TrainingSample(
-                prompt_key=key,
-                sample_index=0,
-                token_ids=(*image, *words),
-                prompt_length=len(image) + 1,
-                old_log_probs=(-5.0,) * responses,
-                rollout_log_probs=(-5.0,) * responses,
-                advantage=1.0 - row,
-                reward=0.0,
-                policy_version=0,
-                group_effective=True,
-                modality="image" if case.tiles else "text",
+            response_sample(
+                prompts[key],
+                words[1:],
+                rl=RLTargets(
+                    old_log_probs=(-5.0,) * responses,
+                    rollout_log_probs=(-5.0,) * responses,
+                    advantage=1.0 - row,
+                    reward=0.0,
+                    policy_version=0,
+                    group_effective=True,
+                ),
             )
         )
     return collate(

@@ -2,7 +2,7 @@
 
 A step moves data in one direction:
 
-    Prompt -> Rollout -> ScoredRollout -> TrainingSample -> TrainingBatch
+    Prompt -> Rollout -> ScoredRollout -> Sample -> TrainingBatch
 
 Shape suffixes are explained in `megatron_r1v2/models/__init__.py`.
 """
@@ -52,8 +52,9 @@ class Prompt:
     """The templated prompt, each image expanded to its `<IMG_CONTEXT>` tokens, ending where the response begins."""
     tiles_TCHW: torch.Tensor
     """uint8 [T, 3, height, width]: all tiles of all images in order of appearance; T = 0 for a text-only prompt."""
-    answer: str
-    answer_type: AnswerType
+    answer: str | None = None
+    """None where nothing will be compared with it: a request to the server."""
+    answer_type: AnswerType | None = None
     images: tuple[bytes, ...] = ()
     """The encoded images in order of appearance, for a served reward model, which cuts them in its own way."""
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -118,8 +119,30 @@ class ScoredRollout:
 
 
 @dataclass(frozen=True)
-class TrainingSample:
-    """One response as the update sees it, whether fresh or replayed from the buffer."""
+class RLTargets:
+    """What reinforcement learning knows of a response beside its tokens."""
+
+    rollout_log_probs: tuple[float, ...]
+    """The engine's log-probs of the response."""
+    advantage: float
+    reward: float
+    policy_version: int
+    """Optimizer steps that the weights which sampled the response had seen."""
+    group_effective: bool
+    """Whether the rule correctness of its group was not uniform."""
+    old_log_probs: tuple[float, ...] | None = None
+    """Log-probs of the response by the training forward when it was generated; the ratio is taken against these. None:
+    the response is fresh, and they are not computed yet."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Return whether the old log-probs are still to be computed."""
+        return self.old_log_probs is None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response as the training forward sees it."""
 
     prompt_key: str
     sample_index: int
@@ -127,20 +150,20 @@ class TrainingSample:
     """Prompt and response together."""
     prompt_length: int
     """Tokens of the prompt: `token_ids[prompt_length:]` is the response, which alone is trained."""
-    old_log_probs: tuple[float, ...]
-    """Log-probs of the response by the training forward when it was generated; the ratio is taken against these."""
-    rollout_log_probs: tuple[float, ...]
-    advantage: float
-    reward: float
-    policy_version: int
-    group_effective: bool
-    """Whether the rule correctness of its group was not uniform."""
     modality: Modality
+    rl: RLTargets | None = None
+    """Fresh or replayed from the buffer; None for a response that was given, not sampled (SFT, pairs, fillers)."""
 
     @property
     def response_length(self) -> int:
         """Return the number of response tokens."""
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def response_columns(self) -> slice:
+        """Return the columns of a row that belong to the response."""
+        # Column s holds the log-prob of token s + 1, so the response begins one column early.
+        return slice(self.prompt_length - 1, len(self.token_ids) - 1)
 
 
 @dataclass(frozen=True)

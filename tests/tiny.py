@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 
 # Qwen2's: every digit is a token of its own.
@@ -59,7 +59,7 @@ def tiny_png(seed: int, *, width: int = 64, height: int = 32) -> bytes:
     return buffer.getvalue()
 
 
-def tiny_sample(index: int, **changes: Any) -> Sample:
+def tiny_sample(index: int, **changes: Any) -> ShardSample:
     """Make the sample "digits-00INDEX": an image of two tiles, a question, its answer and facts."""
     left, right = index % 10, index // 10 % 10
     fields: dict[str, Any] = {
@@ -71,7 +71,7 @@ def tiny_sample(index: int, **changes: Any) -> Sample:
         "facts": {"left": str(left), "right": str(right)},
         "response": f"left {left}, right {right}, {left}+{right}={left + right}</think>\\boxed{{{left + right}}}",
     }
-    return Sample(**{**fields, **changes})
+    return ShardSample(**{**fields, **changes})
 
 
 def tiny_shards(folder: str | Path, count: int, *, samples_per_shard: int = 10) -> Path:

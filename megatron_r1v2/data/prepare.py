@@ -19,8 +19,8 @@ from megatron_r1v2.data.images import decode_image
 from megatron_r1v2.data.samples import (
     IMAGE_PLACEHOLDER,
     SCHEMA_VERSION,
-    Sample,
     SampleError,
+    ShardSample,
     check_key,
     encode_record,
     image_name,
@@ -58,7 +58,7 @@ def read_samples(
     *,
     answer_type: AnswerType = "math",
     report: Callable[[str], None] | None = None,
-) -> Iterator[Sample]:
+) -> Iterator[ShardSample]:
     """Read and check the rows of a JSONL file.
 
     Args:
@@ -107,7 +107,7 @@ def _check_inputs(source: Path, images: Path) -> None:
         raise ValueError(f"--images {images} is not a folder")
 
 
-def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType) -> Sample:
+def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType) -> ShardSample:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -129,7 +129,7 @@ def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType
     check_key(key)
     encoded = [_load_image(images, path) for path in fields.pop("images")]
     named = name_images(encoded)
-    sample = Sample(key=key, images=named, **fields)
+    sample = ShardSample(key=key, images=named, **fields)
     encode_record(sample)  # the schema is checked there
     return sample
 
@@ -280,7 +280,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _with_progress(samples: Iterator[Sample], path: Path, verb: str) -> Iterator[Sample]:
+def _with_progress(samples: Iterator[ShardSample], path: Path, verb: str) -> Iterator[ShardSample]:
     with path.open("rb") as file:
         total = sum(1 for line in file if line.strip())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

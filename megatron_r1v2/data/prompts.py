@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.images import decode_image, tile_image, tile_limit
-from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, Sample, parse_sample
+from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, ShardSample, parse_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Preference, Prompt
 
@@ -126,7 +126,7 @@ def without_images(prompt: Prompt, tokenizer: ChatTokenizer, *, prefix: Sequence
     )
 
 
-def _preference(sample: Sample) -> Preference | None:
+def _preference(sample: ShardSample) -> Preference | None:
     if sample.chosen is None or sample.rejected is None:
         return None
     return Preference(sample.chosen, sample.rejected, sample.margin, sample.source or "")

@@ -38,7 +38,7 @@ class SampleError(ValueError):
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShardSample:
     """A checked sample.
 
     Example: key "digits-000017", one user message with one "<image>", answer "8", images {"0.png": b"..."}.
@@ -94,7 +94,7 @@ def image_name(index: int, extension: str) -> str:
     return f"{index}.{extension}"
 
 
-def encode_record(sample: Sample) -> bytes:
+def encode_record(sample: ShardSample) -> bytes:
     """Write the JSON part of a sample.
 
     Args:
@@ -129,7 +129,7 @@ def encode_record(sample: Sample) -> bytes:
     return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
 
 
-def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
+def parse_sample(key: str, parts: Mapping[str, bytes]) -> ShardSample:
     """Read a sample from the files that a shard holds under its key.
 
     Args:
@@ -155,7 +155,7 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
     missing = [name for name in names if name not in parts]
     if missing:
         raise SampleError(f"sample {key!r}: image {key}.{missing[0]} is not in the shard")
-    return Sample(
+    return ShardSample(
         key=key,
         messages=tuple(record["messages"]),
         answer=record["answer"],

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron.energon import BaseWebdatasetFactory
 from webdataset import ShardWriter
 
-from megatron_r1v2.data.samples import Sample, SampleError, encode_record
+from megatron_r1v2.data.samples import SampleError, ShardSample, encode_record
 
 SPLIT = "train"
 _META = ".nv-meta"
@@ -23,7 +23,7 @@ _DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 _INDEX_ENTRY = struct.Struct("Q")
 
 
-def write_shards(samples: Iterable[Sample], folder: str | Path, samples_per_shard: int = 1000) -> int:
+def write_shards(samples: Iterable[ShardSample], folder: str | Path, samples_per_shard: int = 1000) -> int:
     """Write a data set; the folder appears only when all of it is written, and equal samples give equal tar files.
 
     Args:
@@ -57,7 +57,7 @@ def write_shards(samples: Iterable[Sample], folder: str | Path, samples_per_shar
     return count
 
 
-def _write_tars(samples: Iterable[Sample], folder: Path, samples_per_shard: int) -> int:
+def _write_tars(samples: Iterable[ShardSample], folder: Path, samples_per_shard: int) -> int:
     seen: set[str] = set()
     # ShardWriter formats the whole path, so a percent sign in a folder's name must be doubled.
     pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"

@@ -28,7 +28,7 @@ from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
-from megatron_r1v2.data.samples import Sample, SampleError, parse_sample
+from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
 from megatron_r1v2.data.shards import SPLIT, check_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Prompt
@@ -215,7 +215,7 @@ def each_prompt(
     yield from _each_in_order(folder, builder.build, settings.max_corrupt_fraction)
 
 
-def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) -> list[Sample]:
+def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) -> list[ShardSample]:
     """Read a data set once in the order of its shards, as it is: for an endpoint, which tokenizes by itself.
 
     Args:
@@ -253,7 +253,7 @@ def _each_in_order(
             yield item
 
 
-def each_sample(folder: str | Path) -> Iterator[Sample]:
+def each_sample(folder: str | Path) -> Iterator[ShardSample]:
     """Read the samples of a data set as its shards hold them, images undecoded, in the order of `each_prompt`.
 
     Args:

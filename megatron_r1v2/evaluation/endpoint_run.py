@@ -11,7 +11,7 @@ import torch
 from megatron_r1v2.config.schema import RewardConfig, RunRecipe
 from megatron_r1v2.data.images import decode_image
 from megatron_r1v2.data.messages import openai_messages
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.stream import read_samples
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
@@ -23,7 +23,7 @@ from megatron_r1v2.rewards.score import score_rollouts
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout
 
-Place = tuple[Sample, int]
+Place = tuple[ShardSample, int]
 """A sample and the run that a response belongs to."""
 
 
@@ -115,7 +115,7 @@ def _row(place: Place, completion: Completion, reward: RewardConfig, pool: Verif
     return row | {"image_png": _picture(sample) if index == 0 else None}
 
 
-def _prompt(sample: Sample) -> Prompt:
+def _prompt(sample: ShardSample) -> Prompt:
     """Return what the rules need of a prompt; tokens and tiles are the server's business."""
     return Prompt(
         key=sample.key,
@@ -131,5 +131,5 @@ def _prompt(sample: Sample) -> Prompt:
     )
 
 
-def _picture(sample: Sample) -> str | None:
+def _picture(sample: ShardSample) -> str | None:
     return images_base64([decode_image(data, f"{sample.key}.{name}") for name, data in sample.images.items()])

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.evaluation.benchmarks.files import read_rows
@@ -99,7 +99,7 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
         wanted = {prompt.prompt_key for prompt in kept}
         found: set[str] = set()
 
-        def wanted_samples() -> Iterator[Sample]:
+        def wanted_samples() -> Iterator[ShardSample]:
             for sample in each_sample(data):
                 found.add(sample.key)
                 if sample.key in wanted:

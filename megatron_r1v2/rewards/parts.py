@@ -39,6 +39,8 @@ None where the part does not apply to the prompt."""
 
 def _answer(response: Response, settings: RewardConfig) -> Call:
     prompt = response.prompt
+    if prompt.answer is None or prompt.answer_type is None:
+        raise ValueError(f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type")
     return answer_call(response.text, prompt.answer, prompt.answer_type, settings.numeric_tolerance)
 
 

@@ -167,8 +167,6 @@ class ChatServer:
                 messages=asked.messages,
                 token_ids=token_ids,
                 tiles_TCHW=tiles_TCHW,
-                answer="",
-                answer_type="exact",
             )
             self._model.check(prompt)
         except (ValueError, TemplateError) as error:

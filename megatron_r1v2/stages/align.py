@@ -13,7 +13,7 @@ from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, share_out, update
 from megatron_r1v2.stages.validation import Validation
-from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 SHOWN = ("actor/nll", "actor/grad_norm", "validation/pass_at_1")
 
@@ -49,7 +49,7 @@ def supervised_step(session: Session) -> None:
     session.step += 1
 
 
-def supervised_sample(session: Session, prompt: Prompt) -> TrainingSample:
+def supervised_sample(session: Session, prompt: Prompt) -> Sample:
     """Turn a prompt with a reference response into a sample.
 
     Args:

@@ -12,7 +12,7 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.served_model import ServedRewardModel
 from megatron_r1v2.stages.session import LoadedModel, load_model
-from megatron_r1v2.training.batches import filler_sample, length_multiple
+from megatron_r1v2.training.batches import length_multiple, response_sample
 from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.score_positions import last_scores, with_successor
@@ -59,8 +59,7 @@ class LoadedRewardModel:
         samples = {}
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             response = (*self.tokenizer.encode_text(text), self.end_id)
-            sample = replace(filler_sample(prompt), token_ids=(*prompt.token_ids, *response))
-            samples[str(index)] = with_successor(sample, self.tokenizer.pad_id)
+            samples[str(index)] = with_successor(response_sample(prompt, response), self.tokenizer.pad_id)
         microbatches = self.microbatcher.split(samples, {prompt.key: prompt for prompt in prompts})
         batches = [part.batch for part in microbatches]
         found: dict[str, float] = {}

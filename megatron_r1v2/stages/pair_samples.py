@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.supervised_data import given_sample
-from megatron_r1v2.types import Preference, Prompt, TrainingSample
+from megatron_r1v2.types import Preference, Prompt, Sample
 
 SIDES = ("chosen", "rejected")
 
@@ -18,7 +18,7 @@ def sample_name(key: str, side: str) -> str:
 
 def pair_samples(
     session: Session, prompts: Sequence[Prompt], *, sides: Sequence[str] = SIDES
-) -> tuple[dict[str, TrainingSample], dict[str, tuple[str, ...]]]:
+) -> tuple[dict[str, Sample], dict[str, tuple[str, ...]]]:
     """Turn pairs into samples.
 
     Args:

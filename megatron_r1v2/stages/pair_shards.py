@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.training.store import resolve_checkpoint
@@ -170,7 +170,7 @@ class UnfinishedPairs:
         return record
 
 
-def pair_samples(samples: Iterable[Sample], found: Iterable[PromptPairs]) -> Iterator[Sample]:
+def pair_samples(samples: Iterable[ShardSample], found: Iterable[PromptPairs]) -> Iterator[ShardSample]:
     """Turn pairs into samples with everything that the sample of their prompt has.
 
     Args:

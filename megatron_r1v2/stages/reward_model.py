@@ -17,7 +17,7 @@ from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, share_out, update
 from megatron_r1v2.training.policy import Metrics, add_pairs
 from megatron_r1v2.training.score_positions import last_scores, with_successor
-from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "validation/accuracy")
 Units = dict[str, tuple[str, str]]
@@ -81,9 +81,7 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
     session.recorder.note({name.replace("reward_model/", "validation/"): value for name, value in means.items()})
 
 
-def pair_samples(
-    session: Session, prompts: Sequence[Prompt], *, setting: str
-) -> tuple[dict[str, TrainingSample], Units]:
+def pair_samples(session: Session, prompts: Sequence[Prompt], *, setting: str) -> tuple[dict[str, Sample], Units]:
     """Turn prompts with preferences into pairs of samples.
 
     Args:
@@ -97,7 +95,7 @@ def pair_samples(
     Raises:
         ValueError: a prompt has no preference.
     """
-    samples: dict[str, TrainingSample] = {}
+    samples: dict[str, Sample] = {}
     units: Units = {}
     for prompt in prompts:
         if prompt.preference is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megatron_r1v2.stages.session import Session, next_distinct
+from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.microbatches import Microbatch
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.policy import LossFunction
 from megatron_r1v2.training.replay import assign
-from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 
 def next_trainable(session: Session) -> list[Prompt]:
@@ -29,7 +30,7 @@ def next_trainable(session: Session) -> list[Prompt]:
     return trainable
 
 
-def given_sample(session: Session, prompt: Prompt, response: str, *, index: int = 0) -> TrainingSample:
+def given_sample(session: Session, prompt: Prompt, response: str, *, index: int = 0) -> Sample:
     """Turn a prompt and a response to it into a sample.
 
     Args:
@@ -39,24 +40,12 @@ def given_sample(session: Session, prompt: Prompt, response: str, *, index: int 
         index: which of the responses to the prompt this is.
     """
     end = session.recipe.generation.stop_tokens[0]
-    return TrainingSample(
-        prompt_key=prompt.key,
-        sample_index=index,
-        token_ids=(*prompt.token_ids, *session.tokenizer.encode_response(response, end, key=prompt.key)),
-        prompt_length=len(prompt.token_ids),
-        old_log_probs=(),
-        rollout_log_probs=(),
-        advantage=0.0,
-        reward=0.0,
-        policy_version=session.policy.version,
-        group_effective=False,
-        modality=prompt.modality,
-    )
+    return response_sample(prompt, session.tokenizer.encode_response(response, end, key=prompt.key), index=index)
 
 
 def share_out(
     session: Session,
-    samples: Mapping[str, TrainingSample],
+    samples: Mapping[str, Sample],
     prompts: Sequence[Prompt],
     units: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Microbatch]:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_r1v2.config.schema import Fp8, Packing, RunRecipe, TrainConfig
 from megatron_r1v2.data.packing import first_fit_decreasing, nemo_first_fit_decreasing
-from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
 
 # Rows are padded to a multiple of this at least: a few lengths instead of many keep kernels and shapes few.
 LENGTH_MULTIPLE = 8
@@ -43,7 +43,7 @@ def split_into_microbatches(
 
 
 def collate(
-    samples: Sequence[TrainingSample],
+    samples: Sequence[Sample],
     prompts: Mapping[str, Prompt],
     *,
     pad_id: int,
@@ -79,13 +79,12 @@ def collate(
     for row, sample in enumerate(samples):
         ids = torch.tensor(sample.token_ids[: length + 1])
         tokens[row, : len(ids)] = ids
-        # Column s holds the log-prob of token s + 1, so the response begins one column early.
-        span = slice(sample.prompt_length - 1, len(sample.token_ids) - 1)
+        span = sample.response_columns
         mask[row, span] = 1.0
-        if sample.old_log_probs:
-            old[row, span] = torch.tensor(sample.old_log_probs)
-        if sample.rollout_log_probs:
-            rollout[row, span] = torch.tensor(sample.rollout_log_probs)
+        if sample.rl is not None:
+            rollout[row, span] = torch.tensor(sample.rl.rollout_log_probs)
+            if sample.rl.old_log_probs is not None:
+                old[row, span] = torch.tensor(sample.rl.old_log_probs)
     in_prompt = torch.arange(length) < torch.tensor([[sample.prompt_length] for sample in samples])
     tiles, tile_index, image_prompts = _shared_tiles([prompts[sample.prompt_key] for sample in samples])
     batch = TrainingBatch(
@@ -97,7 +96,7 @@ def collate(
         tiles_TCHW=tiles,
         tile_index=tile_index,
         image_prompts=image_prompts,
-        advantages_B=torch.tensor([sample.advantage for sample in samples]),
+        advantages_B=torch.tensor([sample.rl.advantage if sample.rl is not None else 0.0 for sample in samples]),
         old_log_probs_BS=old,
         rollout_log_probs_BS=rollout,
         replayed_B=torch.tensor(list(replayed), dtype=torch.bool),
@@ -124,7 +123,39 @@ def length_multiple(recipe: RunRecipe) -> int:
     return ranks * (128 if recipe.model.fp8 is Fp8.blockwise else 8)
 
 
-def filler_sample(prompt: Prompt) -> TrainingSample:
+def response_sample(prompt: Prompt, response: Sequence[int], *, index: int = 0, rl: RLTargets | None = None) -> Sample:
+    """Put a response behind its prompt.
+
+    Args:
+        prompt: the prompt.
+        response: token ids.
+        index: which of the responses to the prompt this is.
+        rl: where it was sampled for reinforcement learning.
+    """
+    return Sample(
+        prompt_key=prompt.key,
+        sample_index=index,
+        token_ids=(*prompt.token_ids, *response),
+        prompt_length=len(prompt.token_ids),
+        modality=prompt.modality,
+        rl=rl,
+    )
+
+
+def with_old_log_probs(sample: Sample, log_probs_S: torch.Tensor) -> Sample:
+    """Return a fresh sample with its old log-probs.
+
+    Args:
+        sample: for reinforcement learning.
+        log_probs_S: float32 [S], by the training forward with the weights that sampled.
+    """
+    if sample.rl is None:
+        raise ValueError(f"the sample of prompt {sample.prompt_key!r} was not sampled for reinforcement learning")
+    old = tuple(log_probs_S[sample.response_columns].tolist())
+    return replace(sample, rl=replace(sample.rl, old_log_probs=old))
+
+
+def filler_sample(prompt: Prompt) -> Sample:
     """Return a sample for a rank that has none: megatron-core's schedule runs at least one microbatch.
 
     Args:
@@ -133,19 +164,7 @@ def filler_sample(prompt: Prompt) -> TrainingSample:
     Returns:
         A sample with a response of one token, to be collated with weight 0.
     """
-    return TrainingSample(
-        prompt_key=prompt.key,
-        sample_index=0,
-        token_ids=(*prompt.token_ids, prompt.token_ids[-1]),
-        prompt_length=len(prompt.token_ids),
-        old_log_probs=(),
-        rollout_log_probs=(),
-        advantage=0.0,
-        reward=0.0,
-        policy_version=0,
-        group_effective=False,
-        modality=prompt.modality,
-    )
+    return response_sample(prompt, prompt.token_ids[-1:])
 
 
 def _shared_tiles(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, tuple[Prompt, ...]]:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
-from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Microbatch:
     """Rows that go through the model together, with their names."""
 
     names: tuple[str, ...]
-    """Sample ids of the rows; "" for the filler."""
+    """Sample ids of the rows."""
     batch: TrainingBatch
 
 
@@ -36,7 +36,7 @@ class Microbatcher:
 
     def split(
         self,
-        samples: Mapping[str, TrainingSample],
+        samples: Mapping[str, Sample],
         prompts: Mapping[str, Prompt],
         *,
         units: Mapping[str, Sequence[str]] | None = None,
@@ -74,7 +74,7 @@ class Microbatcher:
         return replace(batch, weights_B=torch.zeros_like(batch.weights_B))
 
     def _collate(
-        self, samples: Sequence[TrainingSample], prompts: Mapping[str, Prompt], replayed: Sequence[bool]
+        self, samples: Sequence[Sample], prompts: Mapping[str, Prompt], replayed: Sequence[bool]
     ) -> TrainingBatch:
         return collate(
             samples,

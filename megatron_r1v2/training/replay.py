@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1v2.parallel import objects
-from megatron_r1v2.types import Prompt, TrainingSample
+from megatron_r1v2.types import Prompt, RLTargets, Sample
 
 
 class ReplayStore:
     """What this data-parallel rank holds of the Selective Sample Buffer: samples, and each prompt's tiles once."""
 
     def __init__(self) -> None:
-        self.samples: dict[str, TrainingSample] = {}
+        self.samples: dict[str, Sample] = {}
         self.prompts: dict[str, Prompt] = {}
 
-    def add(self, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]) -> None:
+    def add(self, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt]) -> None:
         """Keep samples by id, with their prompts."""
         self.samples.update(samples)
         for sample in samples.values():
@@ -57,7 +57,7 @@ class ReplayStore:
             )
             mine = dict(everything[data_rank::data_size])
         self.samples, self.prompts = {}, {}
-        self.add({sample_id: TrainingSample(**value) for sample_id, value in mine.items()}, prompts)
+        self.add({sample_id: _sample(value) for sample_id, value in mine.items()}, prompts)
 
 
 def assign(lengths: Mapping[str, int], data_size: int) -> dict[str, int]:
@@ -80,13 +80,13 @@ def assign(lengths: Mapping[str, int], data_size: int) -> dict[str, int]:
 
 
 def send_to_trainers(
-    held: Mapping[str, TrainingSample],
+    held: Mapping[str, Sample],
     prompts: Mapping[str, Prompt],
     trainer: Mapping[str, int],
     *,
     group: dist.ProcessGroup,
     device: torch.device,
-) -> tuple[dict[str, TrainingSample], dict[str, Prompt]]:
+) -> tuple[dict[str, Sample], dict[str, Prompt]]:
     """Move samples from the ranks that hold them to the ranks that train them.
 
     Args:
@@ -102,13 +102,13 @@ def send_to_trainers(
     Raises:
         RuntimeError: a sample has a trainer but no rank holds it.
     """
-    outgoing: list[tuple[dict[str, TrainingSample], dict[str, Prompt]]] = [({}, {}) for _ in range(group.size())]
+    outgoing: list[tuple[dict[str, Sample], dict[str, Prompt]]] = [({}, {}) for _ in range(group.size())]
     for sample_id, sample in held.items():
         if sample_id in trainer:
             samples, needed = outgoing[trainer[sample_id]]
             samples[sample_id] = sample
             needed[sample.prompt_key] = prompts[sample.prompt_key]
-    mine: dict[str, TrainingSample] = {}
+    mine: dict[str, Sample] = {}
     my_prompts: dict[str, Prompt] = {}
     for samples, needed in objects.exchange(outgoing, group, device):
         mine.update(samples)
@@ -120,6 +120,10 @@ def send_to_trainers(
             "and its samples disagree; resume from an older checkpoint or set buffer.enabled=false"
         )
     return dict(sorted(mine.items())), my_prompts
+
+
+def _sample(saved: Mapping[str, Any]) -> Sample:
+    return Sample(**{**saved, "rl": RLTargets(**saved["rl"])})
 
 
 def _plain_prompt(prompt: Prompt) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from megatron_r1v2.types import TrainingBatch, TrainingSample
+from megatron_r1v2.types import Sample, TrainingBatch
 
 
-def with_successor(sample: TrainingSample, pad_id: int) -> TrainingSample:
+def with_successor(sample: Sample, pad_id: int) -> Sample:
     """Return the sample with one more token at its end.
 
     Column s of a batch belongs to the step from token s to token s + 1, so the last token of a sample is no input. A

@@ -13,11 +13,12 @@ from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.mismatch import MEAN_ABSOLUTE_DIFFERENCE, check_mismatch
+from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, check_unchanged, weight_checksums
-from megatron_r1v2.types import Prompt, Rollout, TrainingSample
+from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample
 
 
 class WeightProof:
@@ -131,17 +132,7 @@ def check_engine(
     return {"gate/log_prob_abs_diff": metrics[MEAN_ABSOLUTE_DIFFERENCE]}
 
 
-def _sample(prompt: Prompt, rollout: Rollout) -> TrainingSample:
-    return TrainingSample(
-        prompt_key=prompt.key,
-        sample_index=0,
-        token_ids=(*prompt.token_ids, *rollout.token_ids),
-        prompt_length=len(prompt.token_ids),
-        old_log_probs=(),
-        rollout_log_probs=rollout.rollout_log_probs,
-        advantage=0.0,
-        reward=0.0,
-        policy_version=rollout.policy_version,
-        group_effective=False,
-        modality=prompt.modality,
-    )
+def _sample(prompt: Prompt, rollout: Rollout) -> Sample:
+    # Advantage and reward play no part in a comparison of log-probs.
+    rl = RLTargets(rollout.rollout_log_probs, 0.0, 0.0, rollout.policy_version, group_effective=False)
+    return response_sample(prompt, rollout.token_ids, rl=rl)

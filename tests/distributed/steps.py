@@ -29,7 +29,7 @@ from megatron_r1v2.stages.grpo.stage import batch_loss
 from megatron_r1v2.training.batches import collate, filler_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
-from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
 
 TEMPERATURE = 0.7
 VOCABULARY = 265
@@ -48,7 +48,7 @@ class Material:
     """Prompts and samples with old log-probs near those of the model, and what a step on them must give."""
 
     prompts: dict[str, Prompt]
-    samples: dict[str, TrainingSample]
+    samples: dict[str, Sample]
     log_probs: dict[str, torch.Tensor] = field(default_factory=dict)
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
     """Of every token of a row, the whole vocabulary."""
@@ -85,13 +85,11 @@ def make_prompts(image_token_id: int, tokens_per_tile: int) -> dict[str, Prompt]
             messages=(),
             token_ids=(*token_ids, *words[2 + len(images) :]),
             tiles_TCHW=torch.randint(0, 256, (sum(images), 3, 32, 32), generator=generator, dtype=torch.uint8),
-            answer="",
-            answer_type="exact",
         )
     return prompts
 
 
-def make_samples(prompts: Mapping[str, Prompt], image_token_id: int) -> dict[str, TrainingSample]:
+def make_samples(prompts: Mapping[str, Prompt], image_token_id: int) -> dict[str, Sample]:
     """Return samples of unequal lengths; in two of them `<IMG_CONTEXT>` is a word of the response."""
     generator = torch.Generator().manual_seed(6)
     samples = {}
@@ -101,23 +99,27 @@ def make_samples(prompts: Mapping[str, Prompt], image_token_id: int) -> dict[str
         response = torch.randint(0, 250, (length,), generator=generator).tolist()
         if name in ("one/0", "text/0"):
             response[2] = image_token_id
-        samples[name] = TrainingSample(
+        samples[name] = Sample(
             prompt_key=prompt.key,
             sample_index=int(name[-1]),
             token_ids=(*prompt.token_ids, *response),
             prompt_length=len(prompt.token_ids),
-            old_log_probs=(),
-            rollout_log_probs=(),
-            advantage=(1.3, -0.7, -1.1, 0.4, 0.9, 1.7, -0.6)[index],
-            reward=0.0,
-            policy_version=0,
-            group_effective=True,
             modality=prompt.modality,
+            rl=targets(length, advantage=(1.3, -0.7, -1.1, 0.4, 0.9, 1.7, -0.6)[index]),
         )
     return samples
 
 
-def logits_of(model: Any, sample: TrainingSample, prompt: Prompt) -> torch.Tensor:
+def targets(length: int, *, advantage: float, old_log_probs: tuple[float, ...] | None = None) -> RLTargets:
+    return RLTargets((0.0,) * length, advantage, 0.0, 0, group_effective=True, old_log_probs=old_log_probs)
+
+
+def rl_of(sample: Sample) -> RLTargets:
+    assert sample.rl is not None
+    return sample.rl
+
+
+def logits_of(model: Any, sample: Sample, prompt: Prompt) -> torch.Tensor:
     """Compute the logits of a row with transformers, image features only where the prompt has them."""
     ids = torch.tensor([sample.token_ids])
     hidden = model.get_input_embeddings()(ids)
@@ -132,7 +134,7 @@ def logits_of(model: Any, sample: TrainingSample, prompt: Prompt) -> torch.Tenso
     return model.lm_head(hidden)[0, :-1]
 
 
-def response_log_probs(logits_SV: torch.Tensor, sample: TrainingSample) -> torch.Tensor:
+def response_log_probs(logits_SV: torch.Tensor, sample: Sample) -> torch.Tensor:
     labels = torch.tensor(sample.token_ids[sample.prompt_length :])
     tempered = logits_SV[sample.prompt_length - 1 :, :VOCABULARY].float() / TEMPERATURE
     return log_softmax(tempered, -1).gather(1, labels[:, None])[:, 0]
@@ -147,19 +149,20 @@ def make_material(model: Any) -> Material:
         with torch.no_grad():
             values = response_log_probs(logits_of(model, sample, prompts[sample.prompt_key]), sample)
         old = values + 0.2 * torch.randn(values.shape, generator=noise)
-        samples[name] = replace(sample, old_log_probs=tuple(old.tolist()))
+        samples[name] = replace(sample, rl=replace(rl_of(sample), old_log_probs=tuple(old.tolist())))
     return step_of_transformers(model, prompts, samples)
 
 
-def step_of_transformers(model: Any, prompts: dict[str, Prompt], samples: dict[str, TrainingSample]) -> Material:
+def step_of_transformers(model: Any, prompts: dict[str, Prompt], samples: dict[str, Sample]) -> Material:
     """Compute log-probs, logits, loss and gradients of given samples in the dtype of the model."""
     model.zero_grad()
     log_probs, logits, losses = {}, {}, []
     for name, sample in samples.items():
         row = logits_of(model, sample, prompts[sample.prompt_key])
         values = response_log_probs(row, sample)
-        ratio = (values - torch.tensor(sample.old_log_probs)).exp()
-        objective = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * sample.advantage)
+        ratio = (values - torch.tensor(rl_of(sample).old_log_probs)).exp()
+        advantage = rl_of(sample).advantage
+        objective = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
         losses.append(-objective.mean() / (len(samples) + LEFT_OUT))
         log_probs[name], logits[name] = values.detach(), row.detach()
     loss = torch.stack(losses).sum()
@@ -263,7 +266,7 @@ def collate_microbatch(
 
 def filler(material: Material, model: R1V2Model, context: ParallelContext) -> TrainingBatch:
     """Return what a rank without samples runs: a row whose weight is 0 but whose advantage would be felt."""
-    sample = replace(filler_sample(material.prompts["two"]), advantage=9.0, old_log_probs=(-3.0,))
+    sample = replace(filler_sample(material.prompts["two"]), rl=targets(1, advantage=9.0, old_log_probs=(-3.0,)))
     return collate_microbatch(replace(material, samples={"": sample}), [""], model, context, weights=[0.0])
 
 

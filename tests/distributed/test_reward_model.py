@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,9 @@ from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.config.schema import ParallelConfig, Recompute
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.stages.reward_model import pair_loss
-from megatron_r1v2.training.batches import collate, filler_sample
+from megatron_r1v2.training.batches import collate, response_sample
 from megatron_r1v2.training.score_positions import last_scores, with_successor
-from megatron_r1v2.types import Prompt, TrainingSample
+from megatron_r1v2.types import Prompt, Sample
 from tests.distributed.steps import gather_gradients, make_policy, make_prompts, parameters_out_of_step
 from tests.distributed.test_step import check_gradients
 from tests.ranks import run_ranks
@@ -89,13 +89,13 @@ TWO_RANKS = {
 }
 
 
-def make_pairs(prompts: dict[str, Prompt]) -> dict[str, TrainingSample]:
+def make_pairs(prompts: dict[str, Prompt]) -> dict[str, Sample]:
     generator = torch.Generator().manual_seed(6)
     samples = {}
     for key, lengths in LENGTHS.items():
         for side, length in enumerate(lengths):
             response = torch.randint(0, 250, (length,), generator=generator).tolist()
-            sample = replace(filler_sample(prompts[key]), token_ids=(*prompts[key].token_ids, *response))
+            sample = response_sample(prompts[key], response)
             samples[f"{key}/{side}"] = with_successor(sample, 0)
     return samples
 
@@ -105,7 +105,7 @@ def head_weight(hidden_size: int) -> torch.Tensor:
     return torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(SEED)) / hidden_size**0.5
 
 
-def transformers_score(model: Any, head: torch.Tensor, sample: TrainingSample, prompt: Prompt) -> torch.Tensor:
+def transformers_score(model: Any, head: torch.Tensor, sample: Sample, prompt: Prompt) -> torch.Tensor:
     ids = torch.tensor([sample.token_ids[:-1]])
     hidden = model.get_input_embeddings()(ids)
     if prompt.tiles_TCHW.shape[0]:
@@ -148,7 +148,7 @@ def run_step(folder: str, case: Case) -> Outcome:
     prompts = make_prompts(architecture.image_token_id, architecture.tokens_per_tile)
     samples = make_pairs(prompts)
 
-    def batch_of(rows: list[TrainingSample], weight: float = 1.0) -> Any:
+    def batch_of(rows: list[Sample], weight: float = 1.0) -> Any:
         return collate(
             rows,
             prompts,
@@ -168,7 +168,7 @@ def run_step(folder: str, case: Case) -> Outcome:
         for rows, batch, values_BS in zip(names, batches, policy.values(batches), strict=True)
         for name, score in zip(rows, last_scores(values_BS, batch), strict=True)
     }
-    batches = batches or [batch_of([filler_sample(prompts["two"])] * 2, weight=0.0)]
+    batches = batches or [batch_of([response_sample(prompts["two"])] * 2, weight=0.0)]
     metrics = policy.update(batches, partial(pair_loss, denominator=len(PAIRS), centring_weight=CENTRING))
     out_of_step = parameters_out_of_step(model, context)
     head = model.score.weight.main_grad.clone() if model.score is not None else None

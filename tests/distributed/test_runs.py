@@ -75,7 +75,7 @@ def test_a_run_does_not_depend_on_the_layout(root: Path, tmp_path: Path, one_ran
     assert held.keys() == samples.keys()
     for key, sample in samples.items():
         assert held[key]["token_ids"] == sample["token_ids"]
-        assert held[key]["old_log_probs"] == pytest.approx(sample["old_log_probs"], rel=1e-3, abs=1e-4)
+        assert held[key]["rl"]["old_log_probs"] == pytest.approx(sample["rl"]["old_log_probs"], rel=1e-3, abs=1e-4)
     assert ours["tensors"].keys() == theirs["tensors"].keys()
     for key, tensor in theirs["tensors"].items():
         if ".exp_avg." in key:  # Adam's first steps divide by moments near zero: weights alone would hide little

@@ -248,8 +248,10 @@ def test_the_samples_are_what_the_test_needs(materials):
     for _, material in materials.values():
         clipped = 0
         for name, sample in material.samples.items():
-            ratio = (material.log_probs[name] - torch.tensor(sample.old_log_probs)).exp()
-            clipped += int((((ratio > 1.2) & (sample.advantage > 0)) | ((ratio < 0.8) & (sample.advantage < 0))).sum())
+            ratio = (material.log_probs[name] - torch.tensor(sample.rl.old_log_probs)).exp()
+            clipped += int(
+                (((ratio > 1.2) & (sample.rl.advantage > 0)) | ((ratio < 0.8) & (sample.rl.advantage < 0))).sum()
+            )
             assert ((ratio - 1.2).abs() > 1e-4).all(), "rounding would decide whether a token is clipped"
             assert ((ratio - 0.8).abs() > 1e-4).all(), "rounding would decide whether a token is clipped"
         assert 2 <= clipped <= 20

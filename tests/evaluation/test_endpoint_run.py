@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, RunConfig, RunRecipe
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
 from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
@@ -24,7 +24,7 @@ def picture(color):
 
 
 def sample(number, **fields):
-    return Sample(
+    return ShardSample(
         key=f"q-{number}",
         messages=({"role": "user", "content": f"<image>\nquestion {number}"},),
         answer=str(number),

@@ -5,14 +5,14 @@ import io
 import pytest
 from PIL import Image
 
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation.lm_eval import shards
 from tests.tiny import tiny_png
 
 
 def sample(key, content, *, images=1, messages=()):
-    return Sample(
+    return ShardSample(
         key=key,
         messages=(*messages, {"role": "user", "content": content}),
         answer="8",

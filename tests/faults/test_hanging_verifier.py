@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.rewards.answer import last_boxed
 from tests.stages.runs import last_checkpoint, read_metrics, read_rollouts, recipe_for, run_stage
@@ -16,7 +16,9 @@ HANGS = "9^{9^{9}}"
 def test_a_hanging_check_is_a_wrong_answer_and_no_more(root: Path, tmp_path: Path) -> None:
     answers = [("math", HANGS), *[("exact", str(index % 2)) for index in range(5)]]
     samples = [
-        Sample(f"sample-{index}", ({"role": "user", "content": "abcdefgh"[index:] + "?"},), answer, answer_type=kind)
+        ShardSample(
+            f"sample-{index}", ({"role": "user", "content": "abcdefgh"[index:] + "?"},), answer, answer_type=kind
+        )
         for index, (kind, answer) in enumerate(answers)
     ]
     write_shards(samples, tmp_path / "data")

@@ -54,8 +54,6 @@ def make_prompts(model: R1V2Model, count: int, *, seed: int = 0) -> list[Prompt]
                 messages=(),
                 token_ids=(*text[:3], *images, *text[3:]),
                 tiles_TCHW=torch.randint(0, 256, (tiles, 3, 32, 32), generator=generator, dtype=torch.uint8),
-                answer="",
-                answer_type="exact",
             )
         )
     return prompts

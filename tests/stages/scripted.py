@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingSample
+from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample, ScoredRollout
 
 IMAGE_TOKEN = 90
 GROUP = 4
@@ -29,21 +29,23 @@ def make_prompt(key: str, *, tiles: int, tokens_per_tile: int = 2) -> Prompt:
     )
 
 
-def make_sample(prompt: Prompt, index: int = 0, *, length: int = 5, old: bool = True) -> TrainingSample:
+def make_sample(prompt: Prompt, index: int = 0, *, length: int = 5, old: bool = True) -> Sample:
     """Return a sample of a prompt, log-probs that say which token they belong to."""
     draw = random.Random(f"{prompt.key}/{index}")
-    return TrainingSample(
+    return Sample(
         prompt_key=prompt.key,
         sample_index=index,
         token_ids=(*prompt.token_ids, *(draw.randrange(100) for _ in range(length))),
         prompt_length=len(prompt.token_ids),
-        old_log_probs=tuple(-1.0 - position for position in range(length)) if old else (),
-        rollout_log_probs=tuple(-1.5 - position for position in range(length)),
-        advantage=draw.uniform(-2, 2),
-        reward=draw.random(),
-        policy_version=3,
-        group_effective=True,
         modality=prompt.modality,
+        rl=RLTargets(
+            old_log_probs=tuple(-1.0 - position for position in range(length)) if old else None,
+            rollout_log_probs=tuple(-1.5 - position for position in range(length)),
+            advantage=draw.uniform(-2, 2),
+            reward=draw.random(),
+            policy_version=3,
+            group_effective=True,
+        ),
     )
 
 

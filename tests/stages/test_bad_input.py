@@ -14,7 +14,7 @@ import pytest
 
 from checkpoint_tools import megatron_to_hf
 from megatron_r1v2.config.command_line import tell_bad_input
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.training.store import resolve_checkpoint
 from tests.stages.runs import read_metrics, recipe_for, run_stage
@@ -161,7 +161,7 @@ def test_a_truncated_data_shard_is_named(run_entry: Entry, root: Path, tmp_path:
 def test_supervised_data_without_responses_is_told_how_to_get_them(run_entry: Entry, tmp_path: Path) -> None:
     user = ({"role": "user", "content": "abc?"},)
     write_shards(
-        [Sample(key=f"s-{index}", messages=user, answer="1", answer_type="exact") for index in range(8)],
+        [ShardSample(key=f"s-{index}", messages=user, answer="1", answer_type="exact") for index in range(8)],
         tmp_path / "data",
     )
     message = run_entry(f"data.train={tmp_path / 'data'}", "train.parts=[language]", stage="align")
@@ -171,7 +171,7 @@ def test_supervised_data_without_responses_is_told_how_to_get_them(run_entry: En
 def test_data_without_pairs_is_told_how_to_get_them(run_entry: Entry, tmp_path: Path) -> None:
     user = ({"role": "user", "content": "abc?"},)
     write_shards(
-        [Sample(key=f"s-{index}", messages=user, answer="1", answer_type="exact") for index in range(8)],
+        [ShardSample(key=f"s-{index}", messages=user, answer="1", answer_type="exact") for index in range(8)],
         tmp_path / "data",
     )
     for weights in ((), ("preference.preference_weight=0", "preference.quality_weight=0")):

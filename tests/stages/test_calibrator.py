@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.stages.grpo.stage import run_grpo
@@ -142,7 +142,7 @@ def pairs(root: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "shards"
     lie, truth = "left 4, </think>\\boxed{0}", "left 3, </think>\\boxed{0}"
 
-    def made() -> Iterator[Sample]:
+    def made() -> Iterator[ShardSample]:
         for sample in each_sample(root / "data"):
             if sample.images:
                 yield replace(sample, key=f"{sample.key}-a", chosen=lie, rejected=truth, margin=0.1)

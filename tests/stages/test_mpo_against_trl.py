@@ -18,7 +18,7 @@ from megatron_r1v2.config.schema import LossAggregation, ParallelConfig, Prefere
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.mpo import batch_loss
-from megatron_r1v2.types import Prompt, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 from tests.distributed.steps import Material, collate_microbatch, gather_gradients, make_policy
 from tests.tiny_hf import randomise, tiny_byte_tokenizer, tiny_hf_model
 
@@ -92,17 +92,11 @@ def material_of(rows: list[dict]) -> Material:
         tiles = torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
         prompts[key] = Prompt(key, (), tuple(row["prompt_ids"]), tiles, "", "exact")
         for side in ("chosen", "rejected"):
-            samples[f"{key}/{side}"] = TrainingSample(
+            samples[f"{key}/{side}"] = Sample(
                 key,
                 0,
                 (*row["prompt_ids"], *row[f"{side}_ids"]),
                 len(row["prompt_ids"]),
-                (),
-                (),
-                0.0,
-                0.0,
-                0,
-                False,
                 "text",
             )
     return Material(prompts, samples)

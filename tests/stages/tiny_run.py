@@ -26,7 +26,7 @@ from megatron_r1v2.config.schema import (
     RunRecipe,
     TrainConfig,
 )
-from megatron_r1v2.data.samples import Sample
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from tests.tiny_hf import CHAT_TEMPLATE, IMAGE_TOKENS, tiny_hf_model
 
@@ -73,7 +73,7 @@ def write_data(folder: Path, *, images: int = 12, texts: int = 4, seed: int = 0)
         Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)).save(picture, format="PNG")
         answer = str(index % 2)
         samples.append(
-            Sample(
+            ShardSample(
                 key=f"sample-{index:03d}",
                 messages=({"role": "user", "content": content},),
                 answer=answer,

@@ -1,6 +1,7 @@
 """Microbatches: every token, log-prob and tile is where the loss looks for it."""
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
@@ -73,8 +74,8 @@ def test_a_row_by_hand():
     sample = make_sample(prompt)
     prompt = type(prompt)(**vars(prompt) | {"token_ids": (IMAGE_TOKEN, IMAGE_TOKEN, 5)})
     fields = {"token_ids": (*prompt.token_ids, 7, IMAGE_TOKEN), "prompt_length": 3}
-    fields |= {"old_log_probs": (-0.1, -0.2), "rollout_log_probs": (-0.3, -0.4)}
-    batch = pack([type(sample)(**vars(sample) | fields)], [prompt], weights=[0.5], replayed=[True])
+    fields |= {"rl": replace(sample.rl, old_log_probs=(-0.1, -0.2), rollout_log_probs=(-0.3, -0.4))}
+    batch = pack([replace(sample, **fields)], [prompt], weights=[0.5], replayed=[True])
     zeros = [0.0] * 4
     assert batch.token_ids_BS.tolist() == [[IMAGE_TOKEN, IMAGE_TOKEN, 5, 7, IMAGE_TOKEN, PAD, PAD, PAD]]
     assert batch.labels_BS.tolist() == [[IMAGE_TOKEN, 5, 7, IMAGE_TOKEN, PAD, PAD, PAD, PAD]]
@@ -109,9 +110,9 @@ def test_rows_keep_their_tokens_log_probs_and_tiles(rows, tensor_size):
         assert batch.token_ids_BS[row, len(ids) :].eq(PAD).all()
         mask_S = batch.response_mask_BS[row].bool()
         assert batch.labels_BS[row][mask_S].tolist() == ids[sample.prompt_length :]
-        expected = list(sample.old_log_probs) or [0.0] * sample.response_length
+        expected = list(sample.rl.old_log_probs or [0.0] * sample.response_length)
         assert batch.old_log_probs_BS[row][mask_S].tolist() == expected
-        assert batch.rollout_log_probs_BS[row][mask_S].tolist() == list(sample.rollout_log_probs)
+        assert batch.rollout_log_probs_BS[row][mask_S].tolist() == list(sample.rl.rollout_log_probs)
         assert not batch.old_log_probs_BS[row][~mask_S].any()
         assert batch.image_mask_BS[row].sum() == ids[: sample.prompt_length].count(IMAGE_TOKEN)
     tiles = [prompts[which].tiles_TCHW for which, _, _ in rows]
@@ -129,8 +130,9 @@ def test_the_filler_has_the_shape_of_a_sample_and_no_weight():
     for tiles in (0, 2):
         prompt = make_prompt("p", tiles=tiles)
         sample = filler_sample(prompt)
-        assert (sample.response_length, sample.advantage, sample.modality) == (1, 0.0, prompt.modality)
+        assert (sample.response_length, sample.rl, sample.modality) == (1, None, prompt.modality)
         batch = pack([sample], [prompt], weights=[0.0])
+        assert batch.advantages_B.tolist() == [0.0]
         assert batch.weights_B.tolist() == [0.0]
         assert batch.response_mask_BS.sum() == 1
         assert batch.tiles_TCHW.shape[0] == tiles

@@ -5,6 +5,7 @@ import torch
 
 from megatron_r1v2.stages.grpo.stage import GrpoStage, mean_of_updates
 from megatron_r1v2.stages.session import open_session
+from megatron_r1v2.training.batches import with_old_log_probs
 from tests.stages.tiny_run import tiny_recipe
 
 
@@ -32,8 +33,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
         session.policy.temperature = float("nan")
         # Reaches the loss as NaN through the log-probs of the update.
         stage.add_old_log_probs = lambda samples, prompts: {  # type: ignore[method-assign]
-            name: type(sample)(**vars(sample) | {"old_log_probs": (0.0,) * sample.response_length})
-            for name, sample in samples.items()
+            name: with_old_log_probs(sample, torch.zeros(len(sample.token_ids))) for name, sample in samples.items()
         }
         session.policy.skipped.settings.max_skipped_updates = 2
         with pytest.raises(RuntimeError, match=f"update {version + 1} was skipped, since its gradient is not finite"):

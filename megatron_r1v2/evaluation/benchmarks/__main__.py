@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_r1v2.data.prepare import name_images, storable_image
-from megatron_r1v2.data.samples import Sample, SampleError
+from megatron_r1v2.data.samples import SampleError, ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation.benchmarks.files import find_files, read_rows
 from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION, place_images
@@ -38,7 +38,7 @@ example:
 """
 
 
-def benchmark_samples(name: str, path: Path, images: Path, only: str = "*") -> Iterator[Sample]:
+def benchmark_samples(name: str, path: Path, images: Path, only: str = "*") -> Iterator[ShardSample]:
     """Read a benchmark.
 
     Args:
@@ -75,7 +75,7 @@ def benchmark_samples(name: str, path: Path, images: Path, only: str = "*") -> I
             yield sample
 
 
-def to_sample(name: str, title: str, question: Question) -> Sample:
+def to_sample(name: str, title: str, question: Question) -> ShardSample:
     """Ask a question as the paper does.
 
     Args:
@@ -87,7 +87,7 @@ def to_sample(name: str, title: str, question: Question) -> Sample:
     instruction = CHOICE_INSTRUCTION if question.answer_type == "choice" else OPEN_INSTRUCTION
     content = f"{text.rstrip()}\n{instruction}"
     encoded = [storable_image(question.images[number], f"image {number}") for number in order]
-    return Sample(
+    return ShardSample(
         key=f"{name}-{re.sub(r'[^A-Za-z0-9_-]+', '-', question.id)}"[:80],
         messages=({"role": "user", "content": content},),
         answer=question.answer,

@@ -13,8 +13,9 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.score import shuffle_rewards
 from megatron_r1v2.rl.advantages import effective_mask, group_advantages
 from megatron_r1v2.rl.sample_buffer import BatchPlan, BufferEntry, SampleBuffer, compose_batch
+from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.replay import assign
-from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingSample
+from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample, ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[B
     return [entry for entry in entries if entry.prompt_key in kept]
 
 
-def training_sample(response: ScoredRollout, prompt: Prompt, judged: Judged) -> TrainingSample:
+def training_sample(response: ScoredRollout, prompt: Prompt, judged: Judged) -> Sample:
     """Put a fresh response into the form that is trained; its old log-probs are not known yet.
 
     Args:
@@ -170,19 +171,14 @@ def training_sample(response: ScoredRollout, prompt: Prompt, judged: Judged) -> 
         judged: what the selection knows of it.
     """
     rollout = response.rollout
-    return TrainingSample(
-        prompt_key=prompt.key,
-        sample_index=rollout.sample_index,
-        token_ids=prompt.token_ids + rollout.token_ids,
-        prompt_length=len(prompt.token_ids),
-        old_log_probs=(),
+    targets = RLTargets(
         rollout_log_probs=rollout.rollout_log_probs,
         advantage=judged.advantage,
         reward=judged.reward,
         policy_version=rollout.policy_version,
         group_effective=judged.entry.effective,
-        modality=prompt.modality,
     )
+    return response_sample(prompt, rollout.token_ids, index=rollout.sample_index, rl=targets)
 
 
 def _gather(

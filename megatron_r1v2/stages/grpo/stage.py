@@ -37,12 +37,13 @@ from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.preemption import made_by
 from megatron_r1v2.stages.session import Session, next_distinct, open_session
 from megatron_r1v2.stages.validation import Validation
+from megatron_r1v2.training.batches import with_old_log_probs
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.policy import SKIPPED
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from megatron_r1v2.training.weight_verification import check_engine
-from megatron_r1v2.types import Prompt, Rollout, ScoredRollout, TrainingBatch, TrainingSample
+from megatron_r1v2.types import Prompt, Rollout, Sample, ScoredRollout, TrainingBatch
 
 SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fraction", "ssb/trained_effective_fraction")
 
@@ -244,7 +245,7 @@ class GrpoStage:
 
     def bring_samples(
         self, selection: Selection, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]
-    ) -> tuple[dict[str, TrainingSample], dict[str, Prompt]]:
+    ) -> tuple[dict[str, Sample], dict[str, Prompt]]:
         """Send fresh and replayed samples from where they are to where they are trained."""
         session = self.session
         by_key = {prompt.key: prompt for prompt in prompts}
@@ -262,13 +263,13 @@ class GrpoStage:
         )
 
     def add_old_log_probs(
-        self, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
-    ) -> dict[str, TrainingSample] | None:
+        self, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt]
+    ) -> dict[str, Sample] | None:
         """Compute the training forward's log-probs of fresh samples; replayed ones keep those they were stored with.
 
         None: some are not finite, and the update is skipped."""
         session = self.session
-        fresh = {name: sample for name, sample in samples.items() if not sample.old_log_probs}
+        fresh = {name: sample for name, sample in samples.items() if sample.rl is not None and sample.rl.is_fresh}
         microbatches = session.microbatcher.split(fresh, prompts)
         batches = [part.batch for part in microbatches]
         log_probs = session.policy.log_probs(batches)
@@ -277,16 +278,13 @@ class GrpoStage:
         result = dict(samples)
         for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
             for row, name in enumerate(part.names):
-                span = slice(fresh[name].prompt_length - 1, len(fresh[name].token_ids) - 1)
-                result[name] = replace(fresh[name], old_log_probs=tuple(log_probs_BS[row, span].tolist()))
+                result[name] = with_old_log_probs(fresh[name], log_probs_BS[row])
         metrics = mismatch_over_ranks(batches, log_probs, session.context)
         session.recorder.note(metrics)
         check_mismatch(metrics, session.recipe.algorithm.max_log_prob_difference)
         return result
 
-    def update(
-        self, selection: Selection, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
-    ) -> None:
+    def update(self, selection: Selection, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt]) -> None:
         """Take the optimizer steps of this batch; none when no sample has an advantage.
 
         Args:
@@ -311,9 +309,7 @@ class GrpoStage:
         values[SKIPPED] = sum(metrics.pop(SKIPPED) for metrics in of_updates)
         self.session.recorder.note(values | mean_of_updates(of_updates))
 
-    def remember(
-        self, selection: Selection, samples: Mapping[str, TrainingSample], prompts: Mapping[str, Prompt]
-    ) -> None:
+    def remember(self, selection: Selection, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt]) -> None:
         """Put this step's effective samples into the buffer; each stays on the rank that trained it."""
         if self.buffer is None:
             return

@@ -22,6 +22,7 @@ from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
 from megatron_r1v2.stages.grpo.selection import count_effective_groups, sample_id, select, training_sample
+from megatron_r1v2.training.batches import with_old_log_probs
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from tests.ranks import run_ranks
 from tests.stages.scripted import GROUP, make_prompt, same_prompt, step_prompts, step_responses
@@ -80,7 +81,7 @@ def run_steps(context: ParallelContext, settings: RunRecipe) -> list[dict[str, A
         )
         dropped = buffer.add(selection.fresh_entries, step)
         fresh = {
-            name: replace(sample, old_log_probs=(-1.0,) * sample.response_length)
+            name: with_old_log_probs(sample, torch.full([len(sample.token_ids)], -1.0))
             for name, sample in samples.items()
             if name in selection.plan.fresh
         }
@@ -186,7 +187,7 @@ def test_the_ranks_store_what_the_buffer_lists(one_rank, two_ranks):
 def test_replayed_samples_keep_their_log_probs_and_fresh_ones_have_none(one_rank):
     for step in one_rank["usual"]:
         for name, sample in step["samples"].items():
-            assert bool(sample.old_log_probs) == (name in step["selection"].plan.replayed)
+            assert bool(sample.rl.old_log_probs) == (name in step["selection"].plan.replayed)
 
 
 def test_advantages_and_effectiveness_by_hand(context):
@@ -204,8 +205,8 @@ def test_advantages_and_effectiveness_by_hand(context):
     sample = training_sample(responses[1], prompt, judged[1])
     assert sample.token_ids == prompt.token_ids + responses[1].rollout.token_ids
     assert sample.prompt_length == len(prompt.token_ids)
-    assert (sample.advantage, sample.reward, sample.old_log_probs) == (judged[1].advantage, 0.0, ())
-    assert (sample.sample_index, sample.policy_version, sample.group_effective) == (1, 0, True)
+    assert (sample.rl.advantage, sample.rl.reward, sample.rl.old_log_probs) == (judged[1].advantage, 0.0, None)
+    assert (sample.sample_index, sample.rl.policy_version, sample.rl.group_effective) == (1, 0, True)
 
 
 def test_a_group_that_differs_in_other_parts_alone_is_not_effective(context):

@@ -124,8 +124,8 @@ def test_the_buffer_fills_the_batch_to_its_target(run: Run) -> None:
     index = {entry["sample_id"] for entry in held["state.pt"]["buffer"]["entries"]}
     assert held["replay-0.pt"]["samples"].keys() == index
     for sample in held["replay-0.pt"]["samples"].values():
-        assert sample["advantage"] != 0
-        assert len(sample["old_log_probs"]) == len(sample["token_ids"]) - sample["prompt_length"]
+        assert sample["rl"]["advantage"] != 0
+        assert len(sample["rl"]["old_log_probs"]) == len(sample["token_ids"]) - sample["prompt_length"]
 
 
 def test_without_a_buffer_nothing_is_replayed(run: Run) -> None:
