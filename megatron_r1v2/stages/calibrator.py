@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_r1v2.rl.calibration import Calibration, braked, calibrate
+from megatron_r1v2.rl.calibration import Calibration, CalibrationSettings, calibrate, interpolate
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.types import Prompt
 
@@ -33,7 +33,7 @@ class Calibrator:
     @property
     def value(self) -> float:
         """Return the value of the moment."""
-        return braked(self.configured, self.bound, self.state.brake)
+        return interpolate(self.configured, self.bound, self.state.brake)
 
     @property
     def is_on(self) -> bool:
@@ -66,17 +66,15 @@ class Calibrator:
         settings = self.settings
         if not self.is_on:
             return
-        self.state, decision = calibrate(
-            self.state,
-            rate,
-            coverage,
+        limits = CalibrationSettings(
             target=settings.target_rate,
             min_coverage=settings.min_coverage,
             slack=settings.slack,
             tighten=settings.tighten,
-            loosen=settings.loosen,
+            relax=settings.loosen,
             patience=settings.patience,
         )
+        self.state, decision = calibrate(self.state, limits, rate=rate, coverage=coverage)
         self.session.recorder.note({"hallucination/decision": int(decision)})
 
     def note(self) -> None:

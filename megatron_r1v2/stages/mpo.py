@@ -13,7 +13,15 @@ import torch
 from megatron_r1v2.config.schema import LossAggregation, PreferenceConfig, RunRecipe
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.stream import each_sample
-from megatron_r1v2.rl.mpo import RewardShift, TermWeights, generation_loss, mpo_loss, split_by_margin
+from megatron_r1v2.rl.mpo import (
+    MpoInputs,
+    MpoSettings,
+    RewardShift,
+    TermWeights,
+    generation_loss,
+    mpo_loss,
+    split_by_margin,
+)
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.pair_samples import SIDES, pair_samples, preference_of
@@ -160,7 +168,7 @@ class MpoStage:
         metrics = update(session, batches, loss)
         if self.needs_reference and not metrics[SKIPPED]:
             mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-            self.delta = self.delta.fold(mean, 2 * len(prompts), momentum=settings.delta_momentum)
+            self.delta = self.delta.update(mean, 2 * len(prompts), momentum=settings.delta_momentum)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed stage must know: delta, tau, and what the reference log-probs belong to."""
@@ -224,15 +232,11 @@ def batch_loss(
             weights_P=batch.weights_B,
         )
         return settings.generation_weight * loss, metrics
+    weights = TermWeights(settings.preference_weight, settings.quality_weight, settings.generation_weight)
     return mpo_loss(
-        log_probs_BS,
-        batch.reference_sums_B,
-        batch.response_mask_BS,
-        weights=TermWeights(settings.preference_weight, settings.quality_weight, settings.generation_weight),
-        beta=settings.beta,
+        MpoInputs(log_probs_BS, batch.reference_sums_B, batch.response_mask_BS, batch.weights_B),
+        MpoSettings(weights, settings.beta, aggregation),
         delta=delta,
         num_pairs=num_pairs,
         generation_denominator=generation_denominator,
-        generation_aggregation=aggregation,
-        weights_B=batch.weights_B,
     )

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1v2.rl.calibration import Calibration, Decision, braked, calibrate
+from megatron_r1v2.rl.calibration import Calibration, CalibrationSettings, Decision, calibrate, interpolate
 
-SETTINGS = {"target": 0.2, "min_coverage": 0.5, "slack": 0.25, "tighten": 0.5, "loosen": 0.1, "patience": 2}
+SETTINGS = {"target": 0.2, "min_coverage": 0.5, "slack": 0.25, "tighten": 0.5, "relax": 0.1, "patience": 2}
 
 
 def decide(state: Calibration, rate: float | None, coverage: float | None = 1.0, **changes: float):
-    return calibrate(state, rate, coverage, **(SETTINGS | changes))
+    return calibrate(state, CalibrationSettings(**(SETTINGS | changes)), rate=rate, coverage=coverage)
 
 
 def test_a_rate_above_the_target_tightens_quickly() -> None:
@@ -29,9 +29,9 @@ def test_it_lets_go_slowly_and_only_after_a_while() -> None:
     state, decision = decide(Calibration(0.75), 0.1)
     assert (state, decision) == (Calibration(0.75, 1), Decision.HOLD)
     state, decision = decide(state, 0.15)
-    assert (state.brake, decision) == (pytest.approx(0.65), Decision.LOOSEN)
+    assert (state.brake, decision) == (pytest.approx(0.65), Decision.RELAX)
     assert decide(state, 0.0)[0].brake == pytest.approx(0.55)
-    assert decide(Calibration(0.05, 2), 0.0) == (Calibration(0.0, 2), Decision.LOOSEN)
+    assert decide(Calibration(0.05, 2), 0.0) == (Calibration(0.0, 2), Decision.RELAX)
     assert decide(Calibration(0.0, 2), 0.0) == (Calibration(0.0, 2), Decision.HOLD)
 
 
@@ -56,9 +56,9 @@ def test_a_brake_pulled_all_the_way_is_no_decision() -> None:
 
 
 def test_the_value_lies_between_the_configured_one_and_its_bound() -> None:
-    assert braked(0.0, 0.8, 0.25) == pytest.approx(0.2)  # tau goes up
-    assert braked(1.0, 0.2, 0.25) == pytest.approx(0.8)  # a weight goes down
-    assert (braked(0.3, 0.9, 0.0), braked(0.3, 0.9, 1.0)) == (0.3, pytest.approx(0.9))
+    assert interpolate(0.0, 0.8, 0.25) == pytest.approx(0.2)  # tau goes up
+    assert interpolate(1.0, 0.2, 0.25) == pytest.approx(0.8)  # a weight goes down
+    assert (interpolate(0.3, 0.9, 0.0), interpolate(0.3, 0.9, 1.0)) == (0.3, pytest.approx(0.9))
 
 
 @given(
@@ -67,14 +67,14 @@ def test_the_value_lies_between_the_configured_one_and_its_bound() -> None:
     st.floats(0, 1),
 )
 def test_the_brake_stays_in_bounds_and_moves_as_it_says(
-    measured: list[tuple[float | None, float | None]], tighten: float, loosen: float
+    measured: list[tuple[float | None, float | None]], tighten: float, relax: float
 ) -> None:
     state = Calibration()
     for rate, coverage in measured:
-        after, decision = decide(state, rate, coverage, tighten=tighten, loosen=loosen)
+        after, decision = decide(state, rate, coverage, tighten=tighten, relax=relax)
         assert 0.0 <= after.brake <= 1.0
         assert decision == (after.brake > state.brake) - (after.brake < state.brake)
-        if decision == Decision.LOOSEN:
+        if decision == Decision.RELAX:
             assert rate is not None
             assert coverage is not None
             assert coverage >= SETTINGS["min_coverage"]
@@ -92,7 +92,7 @@ def simulate(push: Callable[[float], float], *, start: float, steps: int = 400, 
     state, odds = Calibration(), math.log(start / (1 - start))
     rates, weights = [], []
     for _ in range(steps):
-        weights.append(braked(1.0, 0.0, state.brake))
+        weights.append(interpolate(1.0, 0.0, state.brake))
         odds += push(weights[-1])
         rates.append(1 / (1 + math.exp(-odds)))
         measured = min(1.0, max(0.0, rates[-1] + draw.gauss(0, noise)))

@@ -6,9 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.rl.aggregation import mean_metrics
-from megatron_r1v2.rl.grpo import grpo_loss, kl_k3
+from megatron_r1v2.rl.grpo import GrpoInputs, GrpoSettings, grpo_loss, kl_k3
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
+
+
+def loss_of(*inputs, denominator, aggregation, kl_coefficient=0.0, **more_inputs):
+    """Compute the loss of the tensors of `GrpoInputs` under the clip ranges of this file."""
+    settings_ = GrpoSettings(**CLIP, aggregation=aggregation, kl_coefficient=kl_coefficient)
+    return grpo_loss(GrpoInputs(*inputs, **more_inputs), settings_, denominator=denominator)
 
 
 def random_batch(seed, rows=5, tokens=6, spread=0.5):
@@ -36,9 +42,9 @@ def test_values_by_hand():
     log_ratios = torch.tensor([[math.log(1.1), math.log(2.0)], [math.log(0.5), 99.0]])
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     arguments = (log_ratios - 1.0, torch.full((2, 2), -1.0), torch.tensor([2.0, -1.0]), mask)
-    loss, metrics = grpo_loss(*arguments, **CLIP, denominator=2.0, aggregation="sequence")
+    loss, metrics = loss_of(*arguments, denominator=2.0, aggregation="sequence")
     assert loss.item() == pytest.approx((-(2.2 + 2.6) / 2 + 0.8) / 2, rel=1e-6)
-    loss, _ = grpo_loss(*arguments, **CLIP, denominator=3.0, aggregation="token")
+    loss, _ = loss_of(*arguments, denominator=3.0, aggregation="token")
     assert loss.item() == pytest.approx((-(2.2 + 2.6) + 0.8) / 3, rel=1e-6)
     means = mean_metrics(metrics)
     assert means["actor/pg_clipfrac"] == pytest.approx(2 / 3)
@@ -49,12 +55,11 @@ def test_values_by_hand():
 
 def test_metrics_of_replayed_rows_by_hand():
     ratios = torch.tensor([[1.0, 1.2], [1.0, 2.0]])
-    _, metrics = grpo_loss(
+    _, metrics = loss_of(
         ratios.log(),
         torch.zeros(2, 2),
         torch.tensor([1.0, 3.0]),
         torch.ones(2, 2),
-        **CLIP,
         denominator=2.0,
         aggregation="sequence",
         replayed_B=torch.tensor([False, True]),
@@ -67,17 +72,17 @@ def test_metrics_of_replayed_rows_by_hand():
 
 
 def test_one_clip_range_for_each_side():
-    def loss_of(ratio, advantage):
+    def value_of(ratio, advantage):
         log_prob = torch.tensor([[math.log(ratio)]])
         zero, one = torch.zeros(1, 1), torch.ones(1, 1)
         arguments = (log_prob, zero, torch.tensor([advantage]), one)
-        return grpo_loss(*arguments, **CLIP, denominator=1.0, aggregation="token")[0].item()
+        return loss_of(*arguments, denominator=1.0, aggregation="token")[0].item()
 
-    assert loss_of(5.0, 1.0) == pytest.approx(-1.3)
-    assert loss_of(0.1, -1.0) == pytest.approx(0.8)
+    assert value_of(5.0, 1.0) == pytest.approx(-1.3)
+    assert value_of(0.1, -1.0) == pytest.approx(0.8)
     # The pessimistic side is never clipped.
-    assert loss_of(5.0, -1.0) == pytest.approx(5.0)
-    assert loss_of(0.1, 1.0) == pytest.approx(-0.1)
+    assert value_of(5.0, -1.0) == pytest.approx(5.0)
+    assert value_of(0.1, 1.0) == pytest.approx(-0.1)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
@@ -85,9 +90,7 @@ def test_descent_raises_the_log_probs_of_good_responses(aggregation):
     log_probs = torch.full((2, 3), -1.0, requires_grad=True)
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     advantages = torch.tensor([1.5, -0.5])
-    loss, _ = grpo_loss(
-        log_probs, log_probs.detach(), advantages, mask, **CLIP, denominator=2.0, aggregation=aggregation
-    )
+    loss, _ = loss_of(log_probs, log_probs.detach(), advantages, mask, denominator=2.0, aggregation=aggregation)
     loss.backward()
     # On policy the ratio is 1: the gradient is -A / (length or 1) / denominator.
     lengths = mask.sum(dim=1, keepdim=True) if aggregation == "sequence" else 1.0
@@ -100,12 +103,11 @@ def test_what_is_outside_the_mask_does_not_matter(bad):
     junk = torch.full((2, 2), bad)
     good = torch.full((2, 2), -0.5)
     log_probs = torch.where(mask.bool(), good, junk).requires_grad_()
-    loss, metrics = grpo_loss(
+    loss, metrics = loss_of(
         log_probs,
         torch.where(mask.bool(), good, junk),
         torch.tensor([1.0, 1.0]),
         mask,
-        **CLIP,
         denominator=1.0,
         aggregation="sequence",
         importance_weights_BS=torch.where(mask.bool(), torch.ones(2, 2), junk),
@@ -123,9 +125,7 @@ def test_what_is_outside_the_mask_does_not_matter(bad):
 def test_nothing_to_train_is_zero_with_a_gradient(rows):
     log_probs = torch.zeros(rows, 4, requires_grad=True)
     zeros = torch.zeros(rows, 4)
-    loss, metrics = grpo_loss(
-        log_probs, zeros, torch.ones(rows), zeros, **CLIP, denominator=8.0, aggregation="sequence"
-    )
+    loss, metrics = loss_of(log_probs, zeros, torch.ones(rows), zeros, denominator=8.0, aggregation="sequence")
     loss.backward()
     assert loss.item() == 0.0
     assert log_probs.grad.abs().sum() == 0.0
@@ -136,12 +136,11 @@ def test_nothing_to_train_is_zero_with_a_gradient(rows):
 @pytest.mark.parametrize("advantage", [-3.0, 3.0])
 def test_extreme_ratios_stay_finite(log_ratio, advantage):
     log_probs = torch.tensor([[log_ratio]], requires_grad=True)
-    loss, metrics = grpo_loss(
+    loss, metrics = loss_of(
         log_probs,
         torch.zeros(1, 1),
         torch.tensor([advantage]),
         torch.ones(1, 1),
-        **CLIP,
         denominator=1.0,
         aggregation="sequence",
         reference_log_probs_BS=torch.zeros(1, 1),
@@ -157,9 +156,9 @@ def test_extreme_ratios_stay_finite(log_ratio, advantage):
 @given(st.integers(0, 10**6), st.sampled_from(["sequence", "token"]), st.sampled_from([0.0, 0.2]), st.integers(0, 5))
 def test_parts_of_a_batch_add_up_to_the_whole(seed, aggregation, kl_coefficient, cut):
     batch = random_batch(seed)
-    settings_ = {**CLIP, "denominator": 7.0, "aggregation": aggregation, "kl_coefficient": kl_coefficient}
-    whole, metrics = grpo_loss(**batch, **settings_)
-    parts = [grpo_loss(**{k: v[part] for k, v in batch.items()}, **settings_) for part in (slice(cut), slice(cut, 5))]
+    settings_ = {"denominator": 7.0, "aggregation": aggregation, "kl_coefficient": kl_coefficient}
+    whole, metrics = loss_of(**batch, **settings_)
+    parts = [loss_of(**{k: v[part] for k, v in batch.items()}, **settings_) for part in (slice(cut), slice(cut, 5))]
     torch.testing.assert_close(parts[0][0] + parts[1][0], whole)
     for name, pair in metrics.items():
         torch.testing.assert_close(parts[0][1][name] + parts[1][1][name], pair)
@@ -170,8 +169,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(seed, aggregation, kl_coefficient,
 def test_gradient_share_equals_that_of_autograd(seed, aggregation, kl_coefficient):
     batch = random_batch(seed)
     batch["log_probs_BS"].requires_grad_()
-    arguments = {**CLIP, "denominator": 3.0, "aggregation": aggregation, "kl_coefficient": kl_coefficient}
-    loss, metrics = grpo_loss(**batch, **arguments)
+    arguments = {"denominator": 3.0, "aggregation": aggregation, "kl_coefficient": kl_coefficient}
+    loss, metrics = loss_of(**batch, **arguments)
     loss.backward()
     gradient = batch["log_probs_BS"].grad.abs() * 3.0
     expected = torch.stack([gradient[batch["replayed_B"]].sum(), gradient.sum()])
@@ -181,9 +180,9 @@ def test_gradient_share_equals_that_of_autograd(seed, aggregation, kl_coefficien
 def test_filler_rows_count_nowhere():
     batch = random_batch(3)
     batch["weights_B"] = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]).double()
-    settings_ = {**CLIP, "denominator": 3.0, "aggregation": "sequence"}
-    with_filler = grpo_loss(**batch, **settings_)
-    without = grpo_loss(**{name: value[[0, 1, 3]] for name, value in batch.items()}, **settings_)
+    settings_ = {"denominator": 3.0, "aggregation": "sequence"}
+    with_filler = loss_of(**batch, **settings_)
+    without = loss_of(**{name: value[[0, 1, 3]] for name, value in batch.items()}, **settings_)
     torch.testing.assert_close(with_filler[0], without[0])
     for name, pair in without[1].items():
         torch.testing.assert_close(with_filler[1][name], pair)
@@ -192,12 +191,11 @@ def test_filler_rows_count_nowhere():
 def test_importance_weights_scale_the_loss_and_carry_no_gradient():
     log_probs = torch.zeros(1, 2, requires_grad=True)
     importance = torch.tensor([[0.5, 2.0]], requires_grad=True)
-    loss, _ = grpo_loss(
+    loss, _ = loss_of(
         log_probs,
         torch.zeros(1, 2),
         torch.ones(1),
         torch.ones(1, 2),
-        **CLIP,
         denominator=1.0,
         aggregation="token",
         importance_weights_BS=importance,
@@ -223,12 +221,11 @@ def test_kl_estimates_the_divergence():
 
 def test_kl_pulls_towards_the_reference():
     log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
-    loss, metrics = grpo_loss(
+    loss, metrics = loss_of(
         log_probs,
         log_probs.detach(),
         torch.zeros(1),
         torch.ones(1, 2),
-        **CLIP,
         denominator=1.0,
         aggregation="token",
         reference_log_probs_BS=torch.full((1, 2), -2.0),
@@ -244,4 +241,4 @@ def test_kl_without_reference_is_refused():
     batch = random_batch(0)
     del batch["reference_log_probs_BS"]
     with pytest.raises(ValueError, match=r"kl_coefficient is 0\.1"):
-        grpo_loss(**batch, **CLIP, denominator=1.0, aggregation="token", kl_coefficient=0.1)
+        loss_of(**batch, denominator=1.0, aggregation="token", kl_coefficient=0.1)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.rl.mpo import (
+    MpoInputs,
+    MpoSettings,
     RewardShift,
     TermWeights,
     generation_loss,
@@ -40,16 +42,14 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def loss_of(log_probs=LOG_PROBS, mask=MASK, reference=REFERENCE, **changes):
-    settings = {
-        "weights": WEIGHTS,
-        "beta": 0.5,
-        "delta": 0.0,
-        "num_pairs": 2.0,
-        "generation_denominator": 2.0,
-        "generation_aggregation": "sequence",
-    }
-    return mpo_loss(log_probs, reference, mask, **{**settings, **changes})
+def loss_of(log_probs=LOG_PROBS, mask=MASK, reference=REFERENCE, weights_B=None, **changes):
+    settings = MpoSettings(
+        weights=changes.pop("weights", WEIGHTS),
+        beta=changes.pop("beta", 0.5),
+        generation_aggregation=changes.pop("generation_aggregation", "sequence"),
+    )
+    numbers = {"delta": 0.0, "num_pairs": 2.0, "generation_denominator": 2.0} | changes
+    return mpo_loss(MpoInputs(log_probs, reference, mask, weights_B), settings, **numbers)
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.25, -1.5])
@@ -176,13 +176,13 @@ def test_generation_needs_a_known_aggregation():
 
 
 def test_delta_is_the_mean_of_all_rewards_so_far():
-    shift = RewardShift().fold(0.5, 4, momentum=0.0).fold(2.0, 2, momentum=0.0)
+    shift = RewardShift().update(0.5, 4, momentum=0.0).update(2.0, 2, momentum=0.0)
     assert shift == RewardShift((4 * 0.5 + 2 * 2.0) / 6, 6)
-    assert shift.fold(math.nan, 0, momentum=0.0) == shift
+    assert shift.update(math.nan, 0, momentum=0.0) == shift
 
 
 def test_delta_is_a_moving_average():
-    shift = RewardShift().fold(0.5, 4, momentum=0.9).fold(2.0, 2, momentum=0.9)
+    shift = RewardShift().update(0.5, 4, momentum=0.9).update(2.0, 2, momentum=0.9)
     assert shift.value == pytest.approx(0.9 * 0.05 + 0.1 * 2.0)
 
 

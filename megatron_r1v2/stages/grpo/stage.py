@@ -21,7 +21,7 @@ from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
-from megatron_r1v2.rl.grpo import grpo_loss
+from megatron_r1v2.rl.grpo import GrpoInputs, GrpoSettings, grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
 from megatron_r1v2.stages.calibrator import Calibrator
@@ -382,18 +382,20 @@ def batch_loss(
         importance_BS = truncated_importance_weights(
             batch.old_log_probs_BS, batch.rollout_log_probs_BS, algorithm.importance_cap
         )
-    return grpo_loss(
+    inputs = GrpoInputs(
         log_probs_BS,
         batch.old_log_probs_BS,
         batch.advantages_B,
         batch.response_mask_BS,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        denominator=denominator,
-        aggregation=algorithm.loss_aggregation.value,
         weights_B=batch.weights_B,
         importance_weights_BS=importance_BS,
         reference_log_probs_BS=batch.reference_log_probs_BS,
-        kl_coefficient=algorithm.kl_coefficient,
         replayed_B=batch.replayed_B,
     )
+    settings = GrpoSettings(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        aggregation=algorithm.loss_aggregation.value,
+        kl_coefficient=algorithm.kl_coefficient,
+    )
+    return grpo_loss(inputs, settings, denominator=denominator)
