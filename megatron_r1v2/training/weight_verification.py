@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.config.schema import AlgorithmConfig, Part
+from megatron_r1v2.config.schema import AlgorithmConfig, GenerationConfig, Part
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.r1v2 import R1V2Model
@@ -91,8 +91,8 @@ def check_engine(
     *,
     policy: Policy,
     microbatcher: Microbatcher,
+    generation: GenerationConfig,
     settings: AlgorithmConfig,
-    max_response_tokens: int,
 ) -> dict[str, float]:
     """Compare engine and training forward on a few tokens before a generation phase is spent on them.
 
@@ -105,8 +105,8 @@ def check_engine(
         features: of their images.
         policy: the training model.
         microbatcher: makes its batches.
+        generation: how the phase is going to sample.
         settings: `gate_tokens` (0: nothing is compared) and `max_log_prob_difference`.
-        max_response_tokens: of the generation phase.
 
     Returns:
         `gate/log_prob_abs_diff`; empty when nothing was compared.
@@ -121,8 +121,9 @@ def check_engine(
         chosen,
         num_responses=1,
         policy_version=policy.version,
-        temperature=policy.temperature,
-        max_response_tokens=min(settings.gate_tokens, max_response_tokens),
+        # The engine's own setting, not the policy's: a training forward with another one must be noticed.
+        temperature=generation.temperature,
+        max_response_tokens=min(settings.gate_tokens, generation.max_response_tokens),
         features=features,
     )
     samples = {prompt.key: _sample(prompt, rollout) for prompt, rollout in zip(chosen, rollouts, strict=True)}

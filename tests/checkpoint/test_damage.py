@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools import hf_to_hf, hf_to_megatron, jobs, megatron_to_hf
+from checkpoint_tools import hf_to_hf, hf_to_megatron, megatron_to_hf
+from megatron_r1v2.checkpoint import conversion as jobs
 from megatron_r1v2.checkpoint.conversion import RunOptions
 from megatron_r1v2.checkpoint.destinations import HfJob, write_hf
 from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file

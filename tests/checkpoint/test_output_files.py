@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools import conversions, jobs
+from megatron_r1v2.checkpoint import conversion as jobs
+from megatron_r1v2.checkpoint import destinations as conversions
 from megatron_r1v2.checkpoint.conversion import RunOptions
 from megatron_r1v2.checkpoint.destinations import DistJob, HfJob, write_checkpoint, write_hf
 from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec

@@ -171,8 +171,8 @@ class GrpoStage:
                     features,
                     policy=session.policy,
                     microbatcher=session.microbatcher,
+                    generation=session.recipe.generation,
                     settings=session.recipe.algorithm,
-                    max_response_tokens=session.recipe.generation.max_response_tokens,
                 )
             )
         session.interruptions.kept.begin_step(
