@@ -1,8 +1,9 @@
-"""What lets megatron-core run without a CUDA device; installed by `parallel.groups.initialize`, never on import.
+"""Replacements for torch.cuda on a machine without a CUDA device, so that megatron-core runs there too.
 
-megatron-core asks torch.cuda for its device, its random numbers and its clocks without looking whether there is one.
-`REPLACEMENTS` is all that is changed, each row with the megatron-core call that needs it. A test takes each row out in
-turn and fails where nothing breaks, so a row that a newer megatron-core no longer needs is found.
+megatron-core asks torch.cuda for its device, its random numbers and its clocks without checking that a device exists.
+`REPLACEMENTS` lists every change, each with the megatron-core call that needs it. `parallel.groups.initialize` installs
+them; an import never does. A test removes each row in turn and expects a failure, so a row that a newer megatron-core
+no longer needs is noticed.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 CPU = torch.device("cpu")
 _RNG = "megatron.core.tensor_parallel.random"
+_ORIGINAL = "replaced_for_cpu"
+
+Function = Callable[..., object]
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One attribute that is replaced."""
+    """One replaced attribute."""
 
     module: str
-    """Importable module that holds it."""
+    """The importable module of the attribute."""
     attribute: str
     """Its dotted name in the module."""
-    make: Callable[[Any], Any]
-    """From the original to what takes its place."""
+    make: Callable[[Function], Function]
+    """Makes the replacement from the original."""
     needed_by: str
-    """The call in megatron-core that fails, or does the wrong thing, without it."""
+    """The call in megatron-core that fails, or computes something wrong, without the replacement."""
 
     @property
     def name(self) -> str:
@@ -43,31 +46,31 @@ class Replacement:
         """Put the replacement in place; a second call changes nothing."""
         owner, attribute = self._owner()
         original = getattr(owner, attribute)
-        if not hasattr(original, "replaced_for_cpu"):
+        if not hasattr(original, _ORIGINAL):
             replacement = self.make(original)
-            replacement.replaced_for_cpu = original
+            setattr(replacement, _ORIGINAL, original)
             setattr(owner, attribute, replacement)
 
     def remove(self) -> None:
         """Put the original back."""
         owner, attribute = self._owner()
-        setattr(owner, attribute, getattr(owner, attribute).replaced_for_cpu)
+        setattr(owner, attribute, getattr(getattr(owner, attribute), _ORIGINAL))
 
-    def _owner(self) -> tuple[Any, str]:
+    def _owner(self) -> tuple[object, str]:
         *path, attribute = self.attribute.split(".")
-        owner = importlib.import_module(self.module)
+        owner: object = importlib.import_module(self.module)
         for step in path:
             owner = getattr(owner, step)
         return owner, attribute
 
 
 def install_if_needed() -> None:
-    """Install every replacement where no CUDA device exists; do nothing where one does."""
+    """Install every replacement on a machine without a CUDA device; change nothing elsewhere."""
     if torch.cuda.is_available():
         return
-    # When a device context is first used, torch notes by identity which functions take their device from one. It must
-    # note the originals, which the replacements call: with the replacements noted, `with torch.device("meta")` has no
-    # effect on torch.tensor and torch.zeros, and transformers loads models with uninitialised buffers.
+    # Torch notes, by identity and at the first use of a device context, which functions take their device from one. It
+    # has to note the originals, which the replacements call. If it noted the replacements, `with torch.device("meta")`
+    # would not affect torch.tensor and torch.zeros, and transformers would load models with uninitialised buffers.
     with torch.device("cpu"):
         torch.empty(0)
     for replacement in REPLACEMENTS:
@@ -76,71 +79,79 @@ def install_if_needed() -> None:
 
 
 def _is_worth_logging(record: logging.LogRecord) -> bool:
-    """Drop the warning of every fork of the RNG tracker: here the tracked states are those of the CPU generator."""
+    """Drop the warning that each fork of the RNG tracker logs."""
+    # A changed CPU generator is a mistake with a GPU. Here the tracked states are states of the CPU generator.
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 class _Event:
-    """Stands for torch.cuda.Event: work on a CPU is done when it was asked for, so an event is a time."""
+    """A stand-in for torch.cuda.Event that records the time."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self._seconds = 0.0
 
-    def record(self, *_: Any) -> None:
+    def record(self, *_: object) -> None:
+        # No queue as on a GPU: an operation on the CPU has finished when its call returns.
         self._seconds = time.perf_counter()
 
     def synchronize(self) -> None:
         pass
 
     def elapsed_time(self, end: _Event) -> float:
+        # Milliseconds, as torch.cuda.Event returns.
         return (end._seconds - self._seconds) * 1000
 
 
-def _returns(value: Any) -> Callable[[Any], Any]:
+def _returns(value: object) -> Callable[[Function], Function]:
     """Make a replacement that ignores its arguments and returns `value`."""
     return lambda original: functools.wraps(original)(lambda *_, **__: value)
 
 
-def _returns_self(original: Any) -> Any:
+def _returns_self(original: Function) -> Function:
     return functools.wraps(original)(lambda self, *_, **__: self)
 
 
-def _on_cpu(original: Any) -> Any:
-    """Send device="cuda" to the CPU, and drop pin_memory, which needs a CUDA driver."""
+def _on_cpu(original: Function) -> Function:
+    """Make a factory that puts tensors for "cuda" on the CPU."""
 
     @functools.wraps(original)
-    def factory(*args: Any, **kwargs: Any) -> Any:
+    def factory(*args: object, **kwargs: object) -> object:
         device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
+        if isinstance(device, (str, int, torch.device)) and torch.device(device).type == "cuda":
             kwargs["device"] = CPU
+        # Pinning host memory needs a CUDA driver.
         kwargs.pop("pin_memory", None)
         return original(*args, **kwargs)
 
     return factory
 
 
-def _cuda_type_name(original: Any) -> Any:
+def _cuda_type_name(original: Function) -> Function:
+    """Make a `Tensor.type` that names CPU tensors as CUDA tensors."""
+
     @functools.wraps(original)
-    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def type_name(self: torch.Tensor, *args: object, **kwargs: object) -> object:
         name = original(self, *args, **kwargs)
-        return name.replace("torch.", "torch.cuda.", 1) if not args and not kwargs and self.device == CPU else name
+        # Only a call without arguments returns a name; with a dtype, `type` converts the tensor.
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) and self.device == CPU else name
 
     return type_name
 
 
-def _get_rng_state(original: Any) -> Any:
+def _get_rng_state(original: Function) -> Function:
     return functools.wraps(original)(lambda *_, **__: torch.get_rng_state())
 
 
-def _set_rng_state(original: Any) -> Any:
+def _set_rng_state(original: Function) -> Function:
     return functools.wraps(original)(lambda new_state, *_, **__: torch.set_rng_state(new_state))
 
 
-def _manual_seed(original: Any) -> Any:
+def _manual_seed(original: Function) -> Function:
     return functools.wraps(original)(lambda seed: torch.manual_seed(seed))
 
 
-def _event(original: Any) -> Any:
+def _event(original: Function) -> Function:
+    # A fresh class, so that no attribute of an installed replacement stays on `_Event`.
     return type("Event", (_Event,), {"__doc__": original.__doc__})
 
 

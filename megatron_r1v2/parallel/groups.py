@@ -1,4 +1,7 @@
-"""Process groups from the settings; the only place that asks megatron-core's parallel_state."""
+"""Process groups from the settings, and this process's place in them.
+
+No other module queries megatron-core's parallel_state: functions take the groups that they communicate over.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from megatron_r1v2.parallel import cpu, host_staged
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this process stands in the layout, and the groups that it talks to."""
+    """The place of this process in the layout, and the groups that it communicates over."""
 
     groups: ProcessGroupCollection
     """megatron-core's collection: tp, pp, mp (tensor + pipeline), dp, cp, embd, ..."""
@@ -46,7 +49,7 @@ class ParallelContext:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is the one rank that writes logs."""
+        """Return whether this is the rank that writes logs."""
         return self.is_replica_leader and self.data_rank == 0
 
     @property
@@ -56,10 +59,10 @@ class ParallelContext:
 
 
 def check_world_size(settings: ParallelConfig, world_size: int) -> None:
-    """Refuse a layout that the number of processes cannot hold.
+    """Check that the number of processes fits the layout.
 
     Raises:
-        ValueError: tensor x pipeline does not divide `world_size`, or sequence parallelism is asked for alone.
+        ValueError: tensor x pipeline does not divide `world_size`, or sequence parallelism lacks tensor parallelism.
     """
     model_size = settings.tensor * settings.pipeline
     if world_size % model_size:
@@ -75,14 +78,11 @@ def check_world_size(settings: ParallelConfig, world_size: int) -> None:
 
 
 def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
-    """Start the process groups of this process: over NCCL where each rank has a GPU of its own, else over gloo.
+    """Collective over all ranks: start the process groups, over NCCL if each rank has its own GPU, else over gloo.
 
     Args:
         settings: the layout.
-        seed: of megatron-core's random-number trackers (weight initialisation, dropout).
-
-    Returns:
-        Where this process stands.
+        seed: the seed of megatron-core's random-number trackers (weight initialisation, dropout).
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -94,13 +94,15 @@ def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
             backend=_backend(),
             rank=rank,
             world_size=world_size,
-            # A process alone needs no port, which another run on the machine might have; others ask torchrun's.
-            store=dist.HashStore() if world_size == 1 else None,
+            # A single process needs no port, which another run on the machine might use. With None, torch connects to
+            # the store of torchrun.
+            store=dist.HashStore() if world_size == 1 else None,  # type: ignore[attr-defined]  # not in torch's __all__
             timeout=datetime.timedelta(minutes=settings.timeout_minutes),
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor,
         pipeline_model_parallel_size=settings.pipeline,
+        # megatron-core accepts whole minutes only.
         distributed_timeout_minutes=max(1, int(settings.timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -108,7 +110,7 @@ def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
 
 
 def current_context(device: torch.device | None = None) -> ParallelContext:
-    """Return the context of the process groups that are already up."""
+    """Return the context of the process groups that `initialize` started."""
     return ParallelContext(
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         device=device or _device(),
@@ -121,19 +123,23 @@ def current_context(device: torch.device | None = None) -> ParallelContext:
     )
 
 
-def control_group(settings: ParallelConfig) -> dist.ProcessGroup | None:
-    """Return a group of all ranks for messages of the CPU, over gloo: nothing waits on a GPU; None for a rank alone.
+def make_control_group(settings: ParallelConfig) -> dist.ProcessGroup | None:
+    """Collective over all ranks: make a gloo group of them for messages between CPUs; return None for a single rank.
 
     Args:
-        settings: its time limit is that of the other groups.
+        settings: the time limit, which is that of the other groups.
     """
     if dist.get_world_size() == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=settings.timeout_minutes))
+    # Gloo also where the other groups use NCCL: a message must not queue behind the kernels of a GPU.
+    group: dist.ProcessGroup = dist.new_group(
+        backend="gloo", timeout=datetime.timedelta(minutes=settings.timeout_minutes)
+    )
+    return group
 
 
 def shut_down() -> None:
-    """End the process groups."""
+    """Destroy the process groups."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -143,6 +149,7 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # More ranks than GPUs share them; `_backend` then stages collectives through the host.
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

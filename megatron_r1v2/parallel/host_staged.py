@@ -1,23 +1,23 @@
-"""A torch.distributed backend for ranks that share a GPU: every collective travels through the host's memory by gloo.
+"""A torch.distributed backend for ranks that share one GPU: copies to the host, then gloo.
 
-NCCL refuses two ranks on one device, and gloo takes CUDA tensors in some collectives only: not in the coalesced gather
-of megatron-core's distributed optimizer, nor between two pipeline stages. It is slow, and meant for tests on one GPU.
+NCCL refuses two ranks on one device. Gloo accepts CUDA tensors in some collectives only: not in the coalesced gather of
+megatron-core's distributed optimizer, nor between two pipeline stages. The copies are slow: this backend is for tests.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Work
+from torch.distributed.distributed_c10d import Store, Work
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "host_staged"
 
-# Under the names of torch 2.6 and of later ones; each takes what it fills as its first argument.
+# The methods of a process group in torch 2.6 and in later releases, which renamed some. Each takes the tensors that it
+# fills as its first argument.
 _COLLECTIVES = (
     "_allgather_base",
     "_reduce_scatter_base",
@@ -46,7 +46,7 @@ _COLLECTIVES = (
 
 
 class _Transfer(Work):
-    """Work whose result is copied to where it belongs when somebody waits for it."""
+    """Work on host tensors, whose results go to the device when a caller waits."""
 
     def __init__(self, work: Work, results: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         super().__init__()
@@ -54,39 +54,42 @@ class _Transfer(Work):
         self._results = results
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
-        """Wait, then copy from the host."""
+        """Wait for the transfer, then copy the results from the host."""
         self._work.wait()
-        with torch.no_grad():  # what a pipeline stage receives is a leaf that requires a gradient
+        # A pipeline stage receives into a leaf that requires a gradient: autograd refuses to write into it.
+        with torch.no_grad():
             for target, staged in self._results:
                 target.copy_(staged)
+        # A second wait must not copy again: the caller may have changed the tensor since.
         self._results = []
         return True
 
     def is_completed(self) -> bool:
-        """Return whether there is nothing to wait for."""
+        """Return whether the transfer has ended; the results may still be on the host."""
         return self._work.is_completed()
 
 
 class HostStagedGroup(dist.ProcessGroup):
-    """A process group that hands copies on the CPU to gloo."""
+    """A process group that passes host copies of its tensors to gloo."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        """Connect to the other ranks; called by torch.distributed.
+    def __init__(self, store: Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        """Connect to the other ranks of the group; torch.distributed calls this.
 
         Args:
-            store: where ranks meet.
-            rank: in this group.
-            size: ranks of this group.
-            timeout: of a collective.
+            store: the store through which the ranks find each other.
+            rank: this process's rank in the group.
+            size: the number of ranks in the group.
+            timeout: the time limit of a collective.
         """
-        super().__init__(rank, size)  # type: ignore[call-arg]
+        super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks the constructor of subclasses
         self._on_host = dist.ProcessGroup(store, rank, size)
         self._on_host._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
         self._on_host._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
 
-    def barrier(self, *args: Any, **kwargs: Any) -> Work:
-        """Wait for all ranks; without the options, which name a device."""
+    def barrier(self, *args: object, **kwargs: object) -> Work:
+        """Collective over this group: wait for all ranks."""
+        # The options name the GPU to wait on, which gloo does not accept.
         return self._on_host.barrier()
 
     def getBackendName(self) -> str:
@@ -95,16 +98,20 @@ class HostStagedGroup(dist.ProcessGroup):
 
 
 def _staged(name: str) -> Callable[..., Work]:
-    def collective(self: HostStagedGroup, filled: Any, *args: Any, **kwargs: Any) -> Work:
+    """Make the method that runs one collective on host copies."""
+
+    def collective(self: HostStagedGroup, filled: object, *args: object, **kwargs: object) -> Work:
         on_host = tree_map(_copy_to_host, filled)
         work = getattr(self._on_host, name)(on_host, *tree_map(_copy_to_host, args), **tree_map(_copy_to_host, kwargs))
+        # A send fills nothing: its first argument is the tensor to send.
         results = [] if name == "send" else list(zip(tree_leaves(filled), tree_leaves(on_host), strict=True))
         return _Transfer(work, results)
 
     return collective
 
 
-def _copy_to_host(value: Any) -> Any:
+def _copy_to_host(value: object) -> object:
+    # Copy tensors of the CPU too, so that tests without a GPU go the same way.
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
@@ -113,6 +120,6 @@ for _name in _COLLECTIVES:
 
 
 def register() -> None:
-    """Make the backend known to torch.distributed; a second call changes nothing."""
+    """Register the backend with torch.distributed; a second call changes nothing."""
     if NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, HostStagedGroup, devices=["cpu", "cuda"])

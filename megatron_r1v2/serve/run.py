@@ -16,7 +16,7 @@ import uvicorn
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.generation.engine import RolloutEngine
-from megatron_r1v2.parallel.groups import control_group
+from megatron_r1v2.parallel.groups import make_control_group
 from megatron_r1v2.serve.chat_app import ChatModel, ChatServer
 from megatron_r1v2.serve.chat_request import MAX_CHOICES, Defaults
 from megatron_r1v2.serve.connections import web_config
@@ -58,7 +58,7 @@ def serve(recipe: RunRecipe, options: ServeOptions, listener: socket.socket | No
         listener: bound, on rank 0; None on the others.
     """
     with open_model(recipe) as loaded:
-        control = control_group(recipe.parallel)
+        control = make_control_group(recipe.parallel)
         engine = loaded.engine()
         longest = recipe.generation.max_response_tokens
         if not loaded.context.is_main:
