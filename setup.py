@@ -10,6 +10,7 @@ REQUIREMENTS = [
     "tokenizers>=0.22",
     "safetensors>=0.5",
     "omegaconf>=2.3",
+    "pydantic>=2.10",
     "pyyaml>=6.0",
     "webdataset>=1.0",
     "megatron-energon>=7.4,<8",
@@ -20,6 +21,8 @@ REQUIREMENTS = [
     "wandb>=0.20",
     "jinja2>=3.1",
     "matplotlib>=3.9",
+    "httpx>=0.28",  # scores, answers and verdicts of other servers
+    "tenacity>=9.0",  # when they are asked again
     "xxhash>=3.5",  # checksums of tensors: SHA-256 costs ten times as much and half of a conversion's time
 ]
 

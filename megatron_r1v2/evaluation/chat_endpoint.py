@@ -1,27 +1,28 @@
-"""A client of OpenAI-compatible chat servers: bounded concurrency, retries, time-outs, a clear end when one is down."""
+"""A client of OpenAI-compatible chat servers, for the model that is evaluated and for the judge."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from megatron_r1v2.config.schema import EvaluationConfig
-from megatron_r1v2.rewards.json_http import Refused, TryAgain, pause_seconds, post_json
+from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, Refused, ServerFailed, TryAgain
 
-# A response of 64K tokens is below a megabyte; more is no answer to what was asked.
+# A response of 64K tokens is below a megabyte; a longer answer is a fault of the server.
 _MAX_ANSWER_BYTES = 2**26
 _REASONING_ENDS = "</think>"
 
+Kind = Literal["endpoint", "judge"]
 Task = TypeVar("Task")
 
 
-class EndpointFailed(RuntimeError):
+class EndpointFailed(ServerFailed):
     """An endpoint gives no answer, or refuses the question."""
 
 
@@ -33,171 +34,161 @@ class Completion:
     """
 
     text: str
-    """Where the server parts reasoning from answer, both, with `</think>` between them as the model writes it."""
+    """Reasoning and answer with `</think>` between them as the model writes it, also where the server parts them."""
     answer: str
-    """What stands behind the reasoning: all of it where there is none, nothing where it has no end."""
+    """The text behind the reasoning: all of it without reasoning, nothing where the reasoning has no end."""
     finish_reason: str
-    """"stop", "length", or what else the server says."""
+    """"stop", "length", or another word of the server."""
     tokens: int | None
     """None: the server does not say."""
 
 
-@dataclass(frozen=True)
+class _Message(BaseModel):
+    content: str | None = None
+    reasoning_content: object = None
+    reasoning: object = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str
+
+
+class _Answer(BaseModel):
+    """The fields that are read of an answer of /chat/completions; servers add others."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: object = None
+
+
 class ChatEndpoint:
-    """Where to ask, and how patiently."""
+    """The address of a chat server, and the patience with it."""
 
-    kind: str
-    """"endpoint" or "judge": the settings are `evaluation.KIND_url` and so on."""
-    url: str
-    model: str
-    key_variable: str
-    timeout_seconds: float
-    attempts: int
-    concurrency: int
-    sleep: Callable[[float], None] = time.sleep
-    refused: set[str] = field(default_factory=set, compare=False)
-    """Names in requests that the server has refused; later requests do without."""
-
-    @classmethod
-    def from_settings(cls, settings: EvaluationConfig, kind: str) -> ChatEndpoint:
-        """Take the endpoint or the judge from the settings.
+    def __init__(
+        self,
+        *,
+        kind: Kind,
+        url: str,
+        model: str,
+        key_variable: str,
+        timeout_seconds: float,
+        attempts: int,
+        concurrency: int,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        """Ask nothing yet.
 
         Args:
-            settings: the `evaluation` section.
-            kind: "endpoint" or "judge".
+            kind: the settings are `evaluation.KIND_url` and so on.
+            url: up to /v1.
+            model: its name in requests.
+            key_variable: environment variable with the API key; empty: no key.
+            timeout_seconds: for a whole answer.
+            attempts: to get one answer.
+            concurrency: requests under way at once.
+            sleep: waits between attempts; None: until another request fails.
         """
+        self.kind = kind
+        self.url = url
+        self.model = model
+        self._refused: set[str] = set()
+        """Fields of requests that the server has refused; later requests do without."""
+        key = os.environ.get(key_variable, "") if key_variable else ""
+        self._client = JsonClient(
+            timeout_seconds=timeout_seconds,
+            timeout_setting="evaluation.timeout_seconds",
+            attempts=attempts,
+            concurrency=concurrency,
+            max_answer_bytes=_MAX_ANSWER_BYTES,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            sleep=sleep,
+        )
+
+    @classmethod
+    def from_settings(cls, settings: EvaluationConfig, kind: Kind) -> ChatEndpoint:
+        """Take the endpoint or the judge from the `evaluation` section."""
+        is_judge = kind == "judge"
         return cls(
             kind=kind,
-            url=getattr(settings, f"{kind}_url"),
-            model=getattr(settings, f"{kind}_model"),
-            key_variable=getattr(settings, f"{kind}_key_variable"),
+            url=settings.judge_url if is_judge else settings.endpoint_url,
+            model=settings.judge_model if is_judge else settings.endpoint_model,
+            key_variable=settings.judge_key_variable if is_judge else settings.endpoint_key_variable,
             timeout_seconds=settings.timeout_seconds,
             attempts=settings.attempts,
             concurrency=settings.concurrency,
         )
 
     def ask_all(
-        self, tasks: Sequence[Task], body: Callable[[Task], dict[str, Any]], *, about: Callable[[Task], str] = str
+        self,
+        tasks: Sequence[Task],
+        body: Callable[[Task], Mapping[str, object]],
+        *,
+        about: Callable[[Task], str] = str,
     ) -> Iterator[tuple[Task, Completion]]:
         """Ask about many things at once.
 
         Args:
-            tasks: what to ask about.
+            tasks: one request each.
             body: makes the request of a task, less the model's name; called in a thread of its own.
             about: names a task in an error.
 
         Yields:
-            (task, answer) as they come in. What has come in before a failure is yielded before it is raised.
+            (task, answer) as they come in. What came in before a failure is yielded before it is raised.
 
         Raises:
             EndpointFailed: one of them got no answer; nothing more is asked.
         """
-        stop = threading.Event()
-        waiting = iter(tasks)
-        pending: dict[Future[Completion], Task] = {}
-        failure: EndpointFailed | None = None
-        with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            try:
-                while True:
-                    for task in waiting if failure is None else ():
-                        pending[pool.submit(self._ask, task, body, about, stop)] = task
-                        if len(pending) == self.concurrency:
-                            break
-                    if not pending:
-                        break
-                    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        task = pending.pop(future)
-                        error = future.exception()
-                        if isinstance(error, EndpointFailed):
-                            # The first failure is told; requests under way may still be answered.
-                            failure = failure or error
-                            stop.set()
-                        else:
-                            yield task, future.result()
-            finally:
-                stop.set()
-        if failure is not None:
-            raise failure
+        return self._client.ask_all(tasks, lambda task, stop: self.ask(body(task), stop, about=about(task)))
 
-    def _ask(
-        self,
-        task: Task,
-        body: Callable[[Task], dict[str, Any]],
-        about: Callable[[Task], str],
-        stop: threading.Event,
-    ) -> Completion:
-        return self.ask({"model": self.model, **body(task)}, stop, about=about(task))
-
-    def ask(self, body: Mapping[str, Any], stop: threading.Event | None = None, *, about: str = "") -> Completion:
-        """Ask once, patiently.
+    def ask(self, body: Mapping[str, object], stop: threading.Event | None = None, *, about: str = "") -> Completion:
+        """Ask until there is an answer.
 
         Args:
-            body: of the request.
-            stop: set when the answer is no longer wanted; ends the retries.
+            body: of the request, less the model's name.
+            stop: set when the answer is no longer wanted.
             about: names the question in an error.
 
         Raises:
             EndpointFailed: no answer in all attempts, or the server refuses the request.
+            NotAsked: `stop` was set.
         """
-        started, last = time.monotonic(), ""
-        for attempt in range(self.attempts):
-            if attempt:
-                self.sleep(pause_seconds(attempt))
-            if stop is not None and stop.is_set():
-                raise EndpointFailed(f"{self.url} was not asked: another request had failed")
-            try:
-                return read_completion(self._post(body, about))
-            except TryAgain as error:
-                last = str(error)
-        raise EndpointFailed(
-            f"evaluation.{self.kind}_url={self.url!r} gave no answer in {self.attempts} attempts over "
-            f"{time.monotonic() - started:.0f} s; the last one: {last}. Start the server again and then the same "
-            "command: it goes on with what is missing. evaluation.attempts and evaluation.timeout_seconds give it more "
-            "time"
-        )
-
-    def _post(self, body: Mapping[str, Any], about: str) -> Any:
         url = f"{self.url.rstrip('/')}/chat/completions"
-        key = os.environ.get(self.key_variable, "") if self.key_variable else ""
         while True:
-            sent = self._accepted(body)
+            sent = self._without_refused({"model": self.model, **body})
             try:
-                return post_json(
-                    url,
-                    sent,
-                    {"Authorization": f"Bearer {key}"} if key else {},
-                    seconds=self.timeout_seconds,
-                    setting="evaluation.timeout_seconds",
-                    max_bytes=_MAX_ANSWER_BYTES,
-                )
+                return self._client.ask(url, sent, read_completion, stop)
             except Refused as error:
-                if not self._learns(sent, str(error)):
+                if not self._learn(sent, error):
                     raise EndpointFailed(self._refusal(url, about, error)) from error
+            except NoAnswer as error:
+                raise EndpointFailed(
+                    f"evaluation.{self.kind}_url={self.url!r} gave no answer in {error.attempts} attempts over "
+                    f"{error.seconds:.0f} s; the last one: {error}. Start the server again and then the same "
+                    "command: it goes on with what is missing. evaluation.attempts and evaluation.timeout_seconds give "
+                    "it more time"
+                ) from error
 
-    def _accepted(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a request without what the server has refused."""
+    def _without_refused(self, body: Mapping[str, object]) -> dict[str, object]:
         sent = dict(body)
-        if "max_tokens" in self.refused and "max_tokens" in sent:
+        if "max_tokens" in self._refused and "max_tokens" in sent:
             sent["max_completion_tokens"] = sent.pop("max_tokens")
-        if "temperature" in self.refused:
+        if "temperature" in self._refused:
             sent.pop("temperature", None)
         return sent
 
-    def _learns(self, sent: Mapping[str, Any], told: str) -> bool:
-        """Take note of a name that the server refuses, as OpenAI's reasoning models do; return whether one is new.
-
-        The temperature of an evaluated model is part of its result: that one is never left out.
-        """
+    def _learn(self, sent: Mapping[str, object], error: Refused) -> bool:
+        """Note a field that the server refuses, as OpenAI's reasoning models do; return whether one is new."""
+        if error.status != 400:
+            return False
+        message = str(error)
         new = set()
         # Only a server that knows the newer name says it; another one would then have no limit at all.
-        if "max_tokens" in sent and "max_completion_tokens" in told:
+        if "max_tokens" in sent and "max_completion_tokens" in message:
             new.add("max_tokens")
-        if "temperature" in sent and "temperature" in told and self.kind == "judge":
+        # The temperature of an evaluated model is part of its result: that one is never left out.
+        if "temperature" in sent and "temperature" in message and self.kind == "judge":
             new.add("temperature")
-        if not told.startswith("HTTP 400"):
-            return False
-        self.refused.update(new)
+        self._refused.update(new)
         return bool(new)
 
     def _refusal(self, url: str, about: str, error: Refused) -> str:
@@ -214,29 +205,24 @@ class ChatEndpoint:
         )
 
 
-def read_completion(answer: Any) -> Completion:
-    """Take the one choice out of an answer.
-
-    Args:
-        answer: JSON of /chat/completions.
+def read_completion(answer: object) -> Completion:
+    """Take the one choice out of an answer of /chat/completions.
 
     Raises:
         TryAgain: it is no such answer; what a proxy makes up must not count as a wrong response.
     """
     try:
-        choice = answer["choices"][0]
-        message = choice["message"]
-        content, reasoning = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
-        text = content or ""
-        finish_reason = choice["finish_reason"]
-        if not isinstance(text, str) or not isinstance(finish_reason, str):
-            raise TypeError("content and finish_reason must be text")
-    except (LookupError, TypeError, AttributeError) as error:
-        raise TryAgain(f"not a chat completion ({error!r}): {json.dumps(answer)[:300]}") from error
+        read = _Answer.model_validate(answer)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise TryAgain(f"not a chat completion ({place}: {first['msg']}): {json.dumps(answer)[:300]}") from error
+    choice = read.choices[0]
+    content, reasoning = choice.message.content, choice.message.reasoning_content or choice.message.reasoning
+    text = content or ""
     reply = text.rpartition(_REASONING_ENDS)[2]
     if isinstance(reasoning, str) and reasoning:
         # A server that parts them and tells no content at all has seen no end of the reasoning.
         text = reasoning if content is None else f"{reasoning}{_REASONING_ENDS}{text}"
-    usage = answer.get("usage")
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return Completion(text, reply, finish_reason, tokens if isinstance(tokens, int) else None)
+    tokens = read.usage.get("completion_tokens") if isinstance(read.usage, dict) else None
+    return Completion(text, reply, choice.finish_reason, tokens if isinstance(tokens, int) else None)

@@ -1,28 +1,26 @@
-"""A reward model behind an HTTP endpoint, as vLLM or megatron_r1v2.serve.reward_model offer it."""
+"""A reward model behind an HTTP endpoint, as vLLM or `serve/reward_model.py` offer it."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from megatron_r1v2.config.schema import RewardModelConfig, ScoreEndpoint
+from megatron_r1v2.config.choices import ScoreEndpoint
+from megatron_r1v2.config.schema import RewardModelConfig
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.rewards.json_http import Refused, TryAgain, pause_seconds, post_json
+from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, Refused, ServerFailed, TryAgain
 from megatron_r1v2.types import Prompt
 
-# More is no answer with a score in it.
+# A larger number is a fault of the server: the squash of the rewards would hide it.
 _LARGEST_SCORE = 1e30
 _MAX_ANSWER_BYTES = 2**20
 
 
-class ScoringFailed(RuntimeError):
+class ScoringFailed(ServerFailed):
     """The server gives no score for a response."""
 
 
@@ -32,7 +30,7 @@ class ServedRewardModel:
     def __init__(
         self, settings: RewardModelConfig, context: ParallelContext, *, first_pause_seconds: float = 1.0
     ) -> None:
-        """Prepare; nothing is asked yet.
+        """Ask nothing yet.
 
         Args:
             settings: the `reward_model` section.
@@ -44,11 +42,19 @@ class ServedRewardModel:
         """
         self.settings = settings
         self.context = context
-        self._first_pause_seconds = first_pause_seconds
-        self._headers = authorization(settings.api_key_variable)
+        self._url = f"{settings.url.rstrip('/')}/{settings.endpoint.value}"
+        self._client = JsonClient(
+            timeout_seconds=settings.timeout_seconds,
+            timeout_setting="reward_model.timeout_seconds",
+            attempts=settings.attempts,
+            concurrency=settings.concurrency,
+            max_answer_bytes=_MAX_ANSWER_BYTES,
+            headers=authorization(settings.api_key_variable),
+            first_pause_seconds=first_pause_seconds,
+        )
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """Score responses; see `RewardModel.score`.
+        """Collective over the model-parallel group: score responses; see `RewardModel.score`.
 
         Args:
             prompts: of each response, with the encoded images.
@@ -62,7 +68,7 @@ class ServedRewardModel:
         """
         outcome: tuple[list[float], str] | None = None
         if self.context.is_replica_leader:
-            outcome = self._ask_all(prompts, texts)
+            outcome = self._score_all(prompts, texts)
         if self.context.tensor_size * self.context.pipeline_size > 1:
             # The failure travels too: a rank that raised alone would let the others wait for it.
             outcome = objects.broadcast_from_first(outcome, self.context.groups.mp)
@@ -72,59 +78,34 @@ class ServedRewardModel:
             raise ScoringFailed(failure)
         return scores
 
-    def _ask_all(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], str]:
-        """Return the scores, or what went wrong; after the first failure nothing more is asked."""
-        given_up = threading.Event()
-        failures: list[str] = []
+    def _score_all(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], str]:
+        """Return the scores, or the first failure."""
+        scores: dict[int, float] = {}
+        try:
+            for index, score in self._client.ask_all(
+                range(len(texts)), lambda index, stop: self._score(prompts[index], texts[index], stop)
+            ):
+                scores[index] = score
+        except ScoringFailed as error:
+            return [], f"{error}; {len(scores)} of {len(texts)} responses of this step had a score by then"
+        return [scores[index] for index in range(len(texts))], ""
 
-        def ask(prompt: Prompt, text: str) -> float | None:
-            if given_up.is_set():
-                return None
-            try:
-                return self._ask(prompt, text, given_up)
-            except ScoringFailed as error:
-                failures.append(str(error))
-                given_up.set()
-                return None
-
-        with ThreadPoolExecutor(max_workers=self.settings.concurrency) as pool:
-            scores = [score for score in pool.map(ask, prompts, texts) if score is not None]
-        if failures:
-            return [], f"{failures[0]}; {len(scores)} of {len(texts)} responses of this step had a score by then"
-        return scores, ""
-
-    def _ask(self, prompt: Prompt, text: str, given_up: threading.Event) -> float:
-        settings = self.settings
-        body = score_request(prompt, text, settings)
-        url = f"{settings.url.rstrip('/')}/{settings.endpoint.value}"
-        started = time.monotonic()
-        attempt = 1
-        while True:
-            try:
-                answer = post_json(
-                    url,
-                    body,
-                    self._headers,
-                    seconds=settings.timeout_seconds,
-                    setting="reward_model.timeout_seconds",
-                    max_bytes=_MAX_ANSWER_BYTES,
-                )
-                return read_score(answer, settings.endpoint)
-            except Refused as error:
-                raise ScoringFailed(
-                    f"the reward model at {url} refuses the request with {error}; check reward_model.url, "
-                    "reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
-                ) from error
-            except TryAgain as error:
-                pause = pause_seconds(attempt, self._first_pause_seconds)
-                if attempt >= settings.attempts or given_up.wait(pause):
-                    raise ScoringFailed(
-                        f"the reward model at {url} gave no score for {prompt.key!r} in {attempt} attempts over "
-                        f"{time.monotonic() - started:.1f} s; the last one: {error}. Start the server again and then "
-                        "the run, which goes on from its newest checkpoint; or raise reward_model.attempts or "
-                        "reward_model.timeout_seconds"
-                    ) from error
-            attempt += 1
+    def _score(self, prompt: Prompt, text: str, stop: threading.Event) -> float:
+        body = score_request(prompt, text, self.settings)
+        try:
+            return self._client.ask(self._url, body, lambda answer: read_score(answer, self.settings.endpoint), stop)
+        except Refused as error:
+            raise ScoringFailed(
+                f"the reward model at {self._url} refuses the request with {error}; check reward_model.url, "
+                "reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
+            ) from error
+        except NoAnswer as error:
+            raise ScoringFailed(
+                f"the reward model at {self._url} gave no score for {prompt.key!r} in {error.attempts} attempts over "
+                f"{error.seconds:.1f} s; the last one: {error}. Start the server again and then "
+                "the run, which goes on from its newest checkpoint; or raise reward_model.attempts or "
+                "reward_model.timeout_seconds"
+            ) from error
 
 
 def authorization(variable: str) -> dict[str, str]:
@@ -147,7 +128,7 @@ def authorization(variable: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def score_request(prompt: Prompt, text: str, settings: RewardModelConfig) -> dict[str, Any]:
+def score_request(prompt: Prompt, text: str, settings: RewardModelConfig) -> dict[str, object]:
     """Return the body of a request: the conversation as chat messages, the response as the assistant's turn.
 
     Args:
@@ -157,13 +138,13 @@ def score_request(prompt: Prompt, text: str, settings: RewardModelConfig) -> dic
     """
     messages = [*openai_messages(prompt.messages, prompt.images), {"role": "assistant", "content": text}]
     # Raw scores: vLLM would put a single logit through a sigmoid.
-    body: dict[str, Any] = {"messages": messages, "use_activation": False}
+    body: dict[str, object] = {"messages": messages, "use_activation": False}
     if settings.endpoint is ScoreEndpoint.pooling:
         body["task"] = "classify"
     return body | ({"model": settings.served_name} if settings.served_name else {})
 
 
-def read_score(answer: Any, endpoint: ScoreEndpoint) -> float:
+def read_score(answer: object, endpoint: ScoreEndpoint) -> float:
     """Take the score out of an answer.
 
     pooling: {"data": [{"data": [score]}]}, or a list for each token, of which the last counts; classify:

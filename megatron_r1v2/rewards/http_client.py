@@ -1,0 +1,232 @@
+"""The one HTTP client of this package: JSON questions to servers that score, answer or judge.
+
+Each question is bounded in time and size, and all of them in how many are under way. What may pass is tried again with
+longer pauses; a server that is dead ends the work with the number of attempts and the last trouble.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NoReturn, TypeVar
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt
+from tenacity.wait import wait_exponential
+
+_LONGEST_PAUSE_SECONDS = 30.0
+# Shorter than servers keep idle connections (2 to 5 s): a request must not meet one that is being closed.
+_KEEP_ALIVE_SECONDS = 1.0
+# The request may be in order and the server not: busy, starting, or behind a proxy that lost it.
+_WORTH_ANOTHER_TRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_SHOWN_OF_ERROR = 500
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+
+class ServerFailed(RuntimeError):
+    """A server gives no answer, or refuses the question; the message names the settings to check."""
+
+
+class TryAgain(Exception):
+    """An attempt failed in a way that may pass."""
+
+
+class Refused(Exception):
+    """The server says that the request is wrong."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class NoAnswer(Exception):
+    """All attempts failed; the message is that of the last one."""
+
+    def __init__(self, message: str, *, attempts: int, seconds: float) -> None:
+        super().__init__(message)
+        self.attempts = attempts
+        self.seconds = seconds
+
+
+class NotAsked(Exception):
+    """Another question had failed before this one was asked."""
+
+
+class JsonClient:
+    """Posts JSON and reads JSON; threads may share it."""
+
+    def __init__(
+        self,
+        *,
+        timeout_seconds: float,
+        timeout_setting: str,
+        attempts: int,
+        concurrency: int,
+        max_answer_bytes: int,
+        headers: Mapping[str, str] | None = None,
+        first_pause_seconds: float = 1.0,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        """Open no connection yet.
+
+        Args:
+            timeout_seconds: for a whole answer.
+            timeout_setting: the setting it comes from, for messages.
+            attempts: to get one answer.
+            concurrency: requests under way at once.
+            max_answer_bytes: longer answers are refused.
+            headers: sent with every request.
+            first_pause_seconds: before the second attempt; doubles with each, up to half a minute.
+            sleep: waits between attempts; None: until the pause is over or another question has failed.
+        """
+        self._timeout_seconds = timeout_seconds
+        self._timeout_setting = timeout_setting
+        self._attempts = attempts
+        self._concurrency = concurrency
+        self._max_answer_bytes = max_answer_bytes
+        self._first_pause_seconds = first_pause_seconds
+        self._sleep = sleep
+        self._http = httpx.Client(
+            # Compressed answers could grow beyond the limit before they are counted.
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})},
+            timeout=timeout_seconds,
+            limits=httpx.Limits(max_connections=concurrency, keepalive_expiry=_KEEP_ALIVE_SECONDS),
+        )
+
+    def post(self, url: str, body: Mapping[str, object]) -> object:
+        """Send an object once and return the JSON of the answer.
+
+        Raises:
+            TryAgain: no answer, no complete one, one that is not JSON or too long, or the server is in trouble.
+            Refused: the server says that the request is wrong.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        too_late = TryAgain(f"no complete answer in {self._timeout_setting}={self._timeout_seconds:g}")
+        answer = bytearray()
+        try:
+            # Not httpx's own JSON: it fails on half of a surrogate pair, which a text may hold.
+            with self._http.stream("POST", url, content=json.dumps(body).encode()) as response:
+                if not response.is_success:
+                    raise _failure(response)
+                for part in response.iter_bytes():
+                    answer += part
+                    if len(answer) > self._max_answer_bytes:
+                        raise TryAgain(f"the answer is longer than {self._max_answer_bytes} bytes")
+                    # httpx limits each read: a server that drips bytes would never reach its limit.
+                    if time.monotonic() > deadline:
+                        raise too_late
+            return json.loads(bytes(answer))
+        except httpx.TimeoutException as error:
+            raise too_late from error
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
+            # Bad JSON and bad UTF-8 are ValueErrors, endless brackets a RecursionError.
+            raise TryAgain(f"{type(error).__name__}: {error}") from error
+
+    def ask(
+        self,
+        url: str,
+        body: Mapping[str, object],
+        read: Callable[[object], Answer],
+        stop: threading.Event | None = None,
+    ) -> Answer:
+        """Send an object until there is an answer.
+
+        Args:
+            url: full address.
+            body: a JSON object.
+            read: takes the result out of the answer's JSON; raises TryAgain where there is none.
+            stop: set when the answer is no longer wanted.
+
+        Raises:
+            NoAnswer: all attempts failed.
+            Refused: the server says that the request is wrong.
+            NotAsked: `stop` was set.
+        """
+        stop = stop or threading.Event()
+
+        def attempt() -> Answer:
+            if stop.is_set():
+                raise NotAsked
+            return read(self.post(url, body))
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(TryAgain),
+            stop=stop_after_attempt(self._attempts),
+            wait=wait_exponential(self._first_pause_seconds, max=_LONGEST_PAUSE_SECONDS),
+            sleep=self._sleep or sleep_using_event(stop),
+            retry_error_callback=_give_up,
+        )
+        return retrying(attempt)
+
+    def ask_all(
+        self, tasks: Iterable[Task], ask: Callable[[Task, threading.Event], Answer]
+    ) -> Iterator[tuple[Task, Answer]]:
+        """Ask about many things at once.
+
+        Args:
+            tasks: what to ask about.
+            ask: calls `ask` of this client with the event, and turns its errors into ServerFailed.
+
+        Yields:
+            (task, answer) as they come in. What came in before a failure is yielded before it is raised.
+
+        Raises:
+            ServerFailed: one of them got no answer; nothing more is asked.
+        """
+        stop = threading.Event()
+
+        def ask_or_stop(task: Task) -> Answer:
+            try:
+                return ask(task, stop)
+            except ServerFailed:
+                # Here, in the thread that failed: it would take up the next task before the caller hears of it.
+                stop.set()
+                raise
+
+        failure: ServerFailed | None = None
+        with ThreadPoolExecutor(max_workers=self._concurrency) as pool:
+            pending = {pool.submit(ask_or_stop, task): task for task in tasks}
+            try:
+                for future in as_completed(pending):
+                    try:
+                        answer = future.result()
+                    except NotAsked:
+                        continue
+                    except ServerFailed as error:
+                        failure = failure or error
+                        continue
+                    yield pending[future], answer
+            finally:
+                stop.set()
+        if failure is not None:
+            raise failure
+
+
+def _failure(response: httpx.Response) -> TryAgain | Refused:
+    message = f"HTTP {response.status_code}: {_beginning(response)}"
+    return TryAgain(message) if response.status_code in _WORTH_ANOTHER_TRY else Refused(message, response.status_code)
+
+
+def _beginning(response: httpx.Response) -> str:
+    """Return the beginning of a server's words about an error, if they arrive."""
+    words = b""
+    try:
+        for part in response.iter_bytes():
+            words += part
+            if len(words) >= _SHOWN_OF_ERROR:
+                break
+    except httpx.HTTPError:
+        return words.decode(errors="replace") or "(no text)"
+    return words[:_SHOWN_OF_ERROR].decode(errors="replace")
+
+
+def _give_up(state: RetryCallState) -> NoReturn:
+    assert state.outcome is not None
+    last = state.outcome.exception()
+    seconds = state.seconds_since_start
+    raise NoAnswer(str(last), attempts=state.attempt_number, seconds=seconds or 0.0) from last
