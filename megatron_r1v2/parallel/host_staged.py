@@ -103,7 +103,7 @@ def _staged(name: str) -> Callable[..., Work]:
     def collective(self: HostStagedGroup, filled: object, *args: object, **kwargs: object) -> Work:
         on_host = tree_map(_copy_to_host, filled)
         work = getattr(self._on_host, name)(on_host, *tree_map(_copy_to_host, args), **tree_map(_copy_to_host, kwargs))
-        # A send fills nothing: its first argument is the tensor to send.
+        # A send fills nothing, and autograd would take a write to its tensor for a change in place.
         results = [] if name == "send" else list(zip(tree_leaves(filled), tree_leaves(on_host), strict=True))
         return _Transfer(work, results)
 

@@ -83,8 +83,8 @@ def alone() -> tuple[bool, datetime.timedelta]:
     os.environ["MASTER_PORT"] = "1"  # a port that a process alone does not use
     groups.initialize(ParallelConfig(timeout_minutes=3.5), seed=1)
     control = groups.make_control_group(ParallelConfig())
-    store = dist.distributed_c10d._get_default_store()
-    return control is None, store.timeout
+    backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    return control is None, backend.options._timeout
 
 
 def test_a_single_rank_needs_no_port_and_no_control_group():
