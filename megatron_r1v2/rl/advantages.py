@@ -1,4 +1,4 @@
-"""From the rewards of a group of responses to advantages, and which groups can teach anything."""
+"""Advantages relative to the group of responses to one prompt, and the groups that can teach anything."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import torch
 
 
 def group_advantages(rewards_R: torch.Tensor, group_size: int, epsilon: float) -> torch.Tensor:
-    """Return how much better than its group each response is, in standard deviations of the group.
+    """Compute the advantage of each response over its group, in standard deviations of the group.
 
     A_i = (r_i - mean_j r_j) / (std_j r_j + epsilon), equation 6 of the R1V2 report (arXiv 2504.16656).
 
-    The standard deviation is the population's (divided by N, not N - 1): equation 6 takes it over the rewards of the
-    group itself and estimates nothing beyond it; a group of one then has advantage 0 instead of NaN. Peers that divide
-    by N - 1 get values that are sqrt((N - 1) / N) of ours, 6.5 % less at N = 8.
-
     Args:
-        rewards_R: float [R]: total rewards; responses to one prompt are neighbours.
-        group_size: Responses to each prompt, N.
-        epsilon: Added to the standard deviation, in units of the reward.
+        rewards_R: total rewards, finite; the responses to one prompt are neighbours.
+        group_size: responses to each prompt, N.
+        epsilon: added to the standard deviation, in units of the reward.
 
     Returns:
         [R], dtype of `rewards_R`: exactly 0 in a group whose rewards are all equal.
 
     Raises:
-        ValueError: When the rewards are no whole number of groups or one of them is not finite.
+        ValueError: When R is not a multiple of the group size or a reward is not finite.
     """
     groups_RG = _as_groups(rewards_R, group_size).double()
     if not bool(torch.isfinite(groups_RG).all()):
         bad = (~torch.isfinite(rewards_R)).nonzero().flatten().tolist()
         raise ValueError(f"rewards must be finite; responses {bad[:8]} are not: fix the reward that gave them")
+    # The population's deviation (divided by N, not N - 1): equation 6 describes the group itself and estimates nothing
+    # beyond it, and a group of one has advantage 0 instead of NaN. Dividing by N - 1 gives 6.5 % less at N = 8.
     centred_RG = groups_RG - groups_RG.mean(dim=1, keepdim=True)
     deviation_R1 = centred_RG.square().mean(dim=1, keepdim=True).sqrt()
     advantages_RG = centred_RG / (deviation_R1 + epsilon)
@@ -38,21 +36,17 @@ def group_advantages(rewards_R: torch.Tensor, group_size: int, epsilon: float) -
 
 
 def effective_mask(rule_correct_R: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return which responses belong to a group that is not uniform in rule correctness.
-
-    Correctness and not the total reward decides: with a continuous reward-model score no group is ever exactly uniform
-    in the total, though nothing about right and wrong can be learned from it.
+    """Return a bool [R] that marks the responses of groups with both right and wrong answers.
 
     Args:
-        rule_correct_R: bool [R]: whether the answer rule found each response right; groups are neighbours.
-        group_size: Responses to each prompt, N.
-
-    Returns:
-        bool [R]: the same for all responses of a group.
+        rule_correct_R: whether the answer rule found each response right; the responses to one prompt are neighbours.
+        group_size: responses to each prompt, N.
 
     Raises:
-        ValueError: When the responses are no whole number of groups.
+        ValueError: When R is not a multiple of the group size.
     """
+    # Correctness decides, not the total reward: with a continuous reward-model score no group is ever exactly uniform
+    # in the total, though nothing about right and wrong can be learned from it.
     groups_RG = _as_groups(rule_correct_R.bool(), group_size)
     mixed_R1 = groups_RG.any(dim=1, keepdim=True) & ~groups_RG.all(dim=1, keepdim=True)
     return mixed_R1.expand_as(groups_RG).flatten()

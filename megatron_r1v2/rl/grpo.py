@@ -113,6 +113,7 @@ def grpo_loss(
             gradient_BS = gradient_BS + settings.kl_coefficient * _kl_k3_gradient(policy_BS.detach(), reference_BS)
     loss = (token_loss_BS * token_weights_BS).sum() / denominator
 
+    # All of these exist without replayed rows too: ranks and microbatches reduce one list of metrics.
     replayed_BS = counted_BS * (0.0 if inputs.replayed_B is None else inputs.replayed_B.float()[:, None])
     for values_BS, name, name_replayed in (
         (surrogate.clipped_BS, "actor/pg_clipfrac", "ssb/clip_fraction_replayed"),
@@ -144,6 +145,7 @@ def _surrogate(
 ) -> _Surrogate:
     """Compute the policy term of the loss of each token, with its derivative by hand."""
     advantages_BS = advantages_B[:, None]
+    # Ratios of padding are exp(0) = 1, and the token weights are 0 there.
     low, high = 1.0 - settings.clip_low, 1.0 + settings.clip_high
     ratio_BS = log_ratio_BS.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss_BS = -torch.minimum(ratio_BS * advantages_BS, ratio_BS.clamp(low, high) * advantages_BS)

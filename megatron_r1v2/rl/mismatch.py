@@ -1,9 +1,10 @@
-"""How far the engine that samples and the training forward are apart on the same tokens, and what to do about it.
+"""The mismatch between the engine that samples and the training forward on the same tokens, and its correction.
 
-Names and definitions are verl's (`rollout_corr/*`) and NeMo-RL's (`train/token_mult_prob_error`), so that numbers can
-be compared. The mask is the response mask; the log-probs on both sides are those of the sampling distribution (after
-the temperature). Image tokens are never response tokens. Each metric exists for all rows, for rows conditioned on an
-image (`_image`) and for text-only rows (`_text`).
+Both compute the same model in different ways; GRPO is only right as long as they agree. Names and definitions are
+verl's (`rollout_corr/*`) and NeMo-RL's (`train/token_mult_prob_error`), so that numbers can be compared. The mask is
+the response mask, which never contains image tokens; the log-probs on both sides are those of the sampling distribution
+(after the temperature). Each metric exists for all rows, for rows conditioned on an image (`_image`) and for text-only
+rows (`_text`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ import math
 import torch
 
 from megatron_r1v2.rl.aggregation import check_loss_inputs, mean_metrics, sum_and_count, token_weights
-
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +- this before exp (verl's bound too)."""
+from megatron_r1v2.rl.grpo import MAX_LOG_RATIO
 
 MEAN_ABSOLUTE_DIFFERENCE = "rollout_corr/log_prob_abs_diff"
-"""The metric that `algorithm.max_log_prob_difference` bounds: mean |training - engine| log-prob over tokens."""
+"""The metric bounded by `algorithm.max_log_prob_difference`: mean |training - engine| log-prob over tokens."""
 
 
 def mismatch_sums(
@@ -28,7 +27,7 @@ def mismatch_sums(
     image_B: torch.Tensor,
     weights_B: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the mismatch of local rows in a form that adds up over microbatches and ranks.
+    """Compute the mismatch of local rows in a form that adds up over microbatches and ranks.
 
     With l = log p_training - log p_rollout of a token, over tokens: kl = mean -l, k3_kl = mean(e^l - l - 1),
     chi2_token = mean e^2l - 1, log_prob_abs_diff = mean |l|, token_mult_prob_error = mean e^|l|. With the mean
@@ -37,15 +36,15 @@ def mismatch_sums(
     chi2_seq = mean e^(2 sum l) - 1.
 
     Args:
-        training_log_probs_BS: float32 [B, S]: of the training forward with the weights that sampled.
-        rollout_log_probs_BS: float32 [B, S]: of the engine.
-        response_mask_BS: [B, S]: 1 at response tokens.
-        image_B: bool [B]: whether the prompt of the row has an image.
-        weights_B: float32 [B]: 0 for a row that only fills a microbatch; None: all 1.
+        training_log_probs_BS: float32, of the training forward with the weights that sampled.
+        rollout_log_probs_BS: float32, of the engine.
+        response_mask_BS: 1 at response tokens.
+        image_B: bool, whether the prompt of the row has an image.
+        weights_B: 0 for a row that only fills a microbatch; None: all 1.
 
     Returns:
-        Pairs (sum, count) by name, float64 [2], to be added; and float64 scalars by name of which the largest counts
-        (-inf where there is no row). Pass both to `mismatch_metrics`.
+        Pairs (sum, count) by name, float64 [2], to be added over all parts; and float64 scalars by name whose maximum
+        over all parts is wanted (-inf for a part without rows). Pass both to `mismatch_metrics`.
 
     Raises:
         ValueError: On shapes that do not fit or 16-bit log-probs.
@@ -60,6 +59,7 @@ def mismatch_sums(
         weights_B=weights_B,
     )
     mask_BS = response_mask_BS.bool()
+    # In double: the differences are a few 1e-6 between log-probs of several nats.
     training_BS = torch.where(mask_BS, training_log_probs_BS.detach().double(), 0.0)
     rollout_BS = torch.where(mask_BS, rollout_log_probs_BS.detach().double(), 0.0)
     tokens_BS = token_weights(mask_BS, "token", weights_B)
@@ -81,19 +81,19 @@ def mismatch_sums(
         difference_B = of_rows["rollout_corr/log_ppl_diff"]
         left_out_B = rows_B * selected_B == 0
         maxima["rollout_corr/log_ppl_diff_max" + suffix] = _largest(difference_B, left_out_B)
+        # The maximum of the negative, so that ranks need one kind of reduction only.
         maxima["rollout_corr/log_ppl_diff_min" + suffix] = _largest(-difference_B, left_out_B)
     return sums, maxima
 
 
 def mismatch_metrics(sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Turn what `mismatch_sums` gave, combined over all microbatches and ranks, into numbers to log.
+    """Return the numbers to log, by name, from the results of `mismatch_sums` on all microbatches and ranks.
+
+    A metric without rows (for example "..._text" where no prompt is text-only) is left out.
 
     Args:
         sums: [2] pairs by name, added up.
-        maxima: Scalars by name, the largest of all parts. Those called "..._min..." are maxima of the negative.
-
-    Returns:
-        The metrics by name; one with no row to speak of (for example "..._text" without text-only prompts) is left out.
+        maxima: scalars by name, the largest of all parts; "..._min..." are maxima of the negative.
     """
     metrics = mean_metrics(sums)
     for name, value in maxima.items():
@@ -107,13 +107,13 @@ def check_mismatch(metrics: dict[str, float], max_log_prob_difference: float) ->
     """Refuse to train when the engine and the training forward disagree.
 
     Args:
-        metrics: From `mismatch_metrics`.
-        max_log_prob_difference: Largest accepted mean |training - engine| log-prob of a token, in nats.
+        metrics: from `mismatch_metrics`.
+        max_log_prob_difference: largest accepted mean |training - engine| log-prob of a token, in nats.
 
     Raises:
         ValueError: When it is exceeded, or the difference is not a number.
     """
-    # Absent when no fresh response has an advantage: then nothing was computed that could disagree.
+    # Absent when no fresh response has an advantage: then nothing was computed, so nothing can disagree.
     difference = metrics.get(MEAN_ABSOLUTE_DIFFERENCE, 0.0)
     if math.isnan(difference):
         raise ValueError(
@@ -132,18 +132,18 @@ def check_mismatch(metrics: dict[str, float], max_log_prob_difference: float) ->
 def truncated_importance_weights(
     old_log_probs_BS: torch.Tensor, rollout_log_probs_BS: torch.Tensor, cap: float
 ) -> torch.Tensor:
-    """Return token weights that correct for sampling from the engine's distribution instead of the trained one.
+    """Compute token weights that correct for sampling from the engine's distribution instead of the trained one.
 
     w = min(p_old / p_rollout, cap): truncated importance sampling (Yao et al., "Your efficient RL framework secretly
     brings you off-policy RL training", 2025; Ionides, 2008).
 
     Args:
-        old_log_probs_BS: float32 [B, S]: of the training forward when the response was sampled.
-        rollout_log_probs_BS: float32 [B, S]: of the engine.
-        cap: The largest weight, above 0.
+        old_log_probs_BS: float32, of the training forward when the response was sampled.
+        rollout_log_probs_BS: float32, of the engine.
+        cap: the largest weight, above 0.
 
     Returns:
-        float32 [B, S], without gradient, in [0, cap]; the loss ignores what stands outside its mask.
+        float32 [B, S] without gradient, in [0, cap]; any value outside the response mask.
 
     Raises:
         ValueError: When the cap is not above 0.
@@ -151,6 +151,7 @@ def truncated_importance_weights(
     if not cap > 0:
         raise ValueError(f"the cap of importance weights must be above 0, got {cap}: leave the weights out to turn off")
     log_ratio_BS = old_log_probs_BS.detach() - rollout_log_probs_BS.detach()
+    # The first clamp keeps exp from overflowing; it is above log(cap), so the second one decides the value.
     return log_ratio_BS.clamp(max=min(math.log(cap) + 1.0, MAX_LOG_RATIO)).exp().clamp(max=cap)
 
 

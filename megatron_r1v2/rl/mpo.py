@@ -72,6 +72,7 @@ class RewardShift:
         """
         if not count:
             return self
+        # With momentum 0 each reward weighs the same, so the part that stays grows with the rewards seen.
         total = self.count + count
         kept = momentum if momentum else self.count / total
         return RewardShift(kept * self.value + (1.0 - kept) * mean, total)
@@ -102,6 +103,7 @@ def response_log_probs(log_probs_BS: torch.Tensor, response_mask_BS: torch.Tenso
 
 def preference_loss(chosen_rewards_P: torch.Tensor, rejected_rewards_P: torch.Tensor) -> torch.Tensor:
     """Compute DPO's loss of each pair: -log sigmoid(r_c - r_r) (equation 3; arXiv 2305.18290)."""
+    # logsigmoid stays finite where the log of a sigmoid would be -inf: at margins below -90 in float32.
     return -logsigmoid(chosen_rewards_P - rejected_rewards_P)
 
 
@@ -172,6 +174,7 @@ def mpo_loss(
     if log_probs_BS.shape[0] % 2:
         raise ValueError(f"log_probs_BS has {log_probs_BS.shape[0]} rows, which are no pairs of chosen and rejected")
     sums_B = response_log_probs(log_probs_BS, mask_BS)
+    # In float64 until the sum over pairs: the two sums are large and nearly equal.
     rewards_B = settings.beta * (sums_B - inputs.reference_sums_B.double())
     chosen_P, rejected_P = rewards_B[::2], rewards_B[1::2]
     weights_P = torch.ones_like(chosen_P) if inputs.weights_B is None else inputs.weights_B[::2].double()

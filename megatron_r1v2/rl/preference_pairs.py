@@ -1,7 +1,7 @@
-"""Preference pairs from scored responses: which responses are compared, which pairs are kept, and why others are not.
+"""Preference pairs from scored responses, with a count of every reason for which something was dropped.
 
-The chosen response is always right, whole and well-formed, since MPO also trains on it by its generation term. Drop
-reasons are counted under `response/*`, `pair/*` and `prompt/*`, after what was dropped.
+The chosen response is always right, finished and well-formed, since MPO also trains on it by its generation term. The
+reasons are counted under `response/*`, `pair/*` and `prompt/*`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DECIMALS = 9
 class Candidate:
     """A response that may become half of a pair.
 
-    Example: text "left 3, right 5, 3+5=8</think>\\boxed{8}", total 1.2, correct, whole, well_formed, encodable.
+    Example: text "left 3, right 5, 3+5=8</think>\\boxed{8}", total 1.2, correct, finished, well_formed, encodable.
     """
 
     text: str
@@ -38,14 +38,14 @@ class Candidate:
     """Total reward."""
     correct: bool
     """Whether the answer rule found the answer right."""
-    whole: bool
+    finished: bool
     """It ended by itself; False: it was cut at the length limit."""
     well_formed: bool
     """Whether the format rule accepts it."""
     encodable: bool
-    """False: its text has a control token in it (an image token, the end of a turn), so it cannot be trained on."""
+    """False: its text contains a control token (an image token, the end of a turn), so it cannot be trained on."""
     checked: bool = True
-    """False: a check of it hung or crashed, so whether it is right is not known."""
+    """False: a check of it hung or crashed, so it is not known whether it is right."""
 
 
 def choose_pairs(
@@ -59,20 +59,20 @@ def choose_pairs(
 
     Args:
         candidates: the responses, in the order of their sample index.
-        max_pairs: how many pairs are kept.
+        max_pairs: pairs kept at most.
         min_margin: least difference of the total rewards; it must be above 0 in any case.
         reject_ill_formed: whether cut and ill-formed responses may be rejected ones, rather than left out.
 
     Returns:
-        The pairs, and how many responses, pairs and prompts (this one, or none) were dropped by reason.
+        The pairs, and the numbers of responses, pairs and prompts (0 or 1) dropped, by reason.
     """
     usable, dropped = usable_candidates(candidates, reject_ill_formed=reject_ill_formed)
     pairs: list[tuple[int, int, Preference]] = []
     for (i, chosen), (j, rejected) in product(enumerate(usable), repeat=2):
-        if i == j or not is_fit_to_choose(chosen):
+        if i == j or not can_be_chosen(chosen):
             continue
         if rejected.correct and (rejected.total, j) > (chosen.total, i):
-            continue  # the same two the other way round
+            continue  # product() brings every two responses in both orders
         preference = _preference(chosen, rejected, MARGIN if rejected.correct else CORRECTNESS, min_margin)
         if preference is None:
             dropped["pair/no_margin"] += 1
@@ -81,27 +81,28 @@ def choose_pairs(
     kept = _spread(pairs, max_pairs)
     dropped["pair/over_limit"] += len(pairs) - len(kept)
     if not pairs:
-        dropped[f"prompt/{_why_none(usable)}"] += 1
+        dropped[f"prompt/{_no_pair_reason(usable)}"] += 1
     return kept, +dropped
 
 
 def usable_candidates(
     candidates: Sequence[Candidate], *, reject_ill_formed: bool
 ) -> tuple[list[Candidate], Counter[str]]:
-    """Leave out responses that no pair may hold: empty, not encodable, told before, cut, ill-formed.
+    """Leave out responses that no pair may hold: empty, not encodable, unchecked, duplicate, cut, ill-formed.
 
     Args:
         candidates: the responses to one prompt.
         reject_ill_formed: keep cut and ill-formed ones, which then can be rejected but never chosen.
 
     Returns:
-        Those that are left, in their order, and how many were dropped by reason (`response/*`).
+        The usable ones in their order, and the numbers dropped by reason (`response/*`).
     """
     usable: dict[str, Candidate] = {}
     dropped: Counter[str] = Counter()
     for candidate in candidates:
-        reason = _why_unusable(candidate, reject_ill_formed)
+        reason = _unusable_reason(candidate, reject_ill_formed)
         if reason is None and candidate.text in usable:
+            # Two pairs of the same two texts would train on one comparison twice.
             reason = "duplicate"
         if reason is None:
             usable[candidate.text] = candidate
@@ -110,22 +111,14 @@ def usable_candidates(
     return list(usable.values()), dropped
 
 
-def is_fit_to_choose(candidate: Candidate) -> bool:
-    """Return whether a response may be preferred: right, whole, well-formed, not empty, and encodable.
-
-    Args:
-        candidate: the response.
-    """
-    return candidate.correct and _why_unusable(candidate, reject_ill_formed=False) is None
+def can_be_chosen(candidate: Candidate) -> bool:
+    """Return whether a response may be preferred: right, finished, well-formed, not empty, and encodable."""
+    return candidate.correct and _unusable_reason(candidate, reject_ill_formed=False) is None
 
 
-def best_to_choose(candidates: Sequence[Candidate]) -> int | None:
-    """Return the index of the fit response with the highest total, the first of equals; None: there is none.
-
-    Args:
-        candidates: the responses to one prompt.
-    """
-    fit = [index for index, candidate in enumerate(candidates) if is_fit_to_choose(candidate)]
+def best_chosen(candidates: Sequence[Candidate]) -> int | None:
+    """Return the index of the response with the highest total, the first of equals; None if none can be chosen."""
+    fit = [index for index, candidate in enumerate(candidates) if can_be_chosen(candidate)]
     return max(fit, key=lambda index: (candidates[index].total, -index), default=None)
 
 
@@ -134,19 +127,19 @@ def dropout_ntp_pair(
 ) -> tuple[Preference | None, Counter[str]]:
     """Make a pair of a response and its first half continued without the image (DropoutNTP of InternVL's MMPR).
 
-    MMPR rejects every such continuation, for want of answers to check it by. Here it was scored: one that is as good as
-    the chosen response makes no pair.
+    MMPR rejects every such continuation, because it has no answers to check them by. Here they are scored: one that is
+    as good as the chosen response makes no pair.
 
     Args:
-        chosen: fit to be chosen.
+        chosen: a response for which `can_be_chosen` holds.
         continued: the same beginning, continued.
         min_margin: least difference of the total rewards; it must be above 0 in any case.
         reject_ill_formed: whether a cut or ill-formed continuation may be rejected, rather than left out.
 
     Returns:
-        The pair or None, and how much was dropped by reason (`dropout_ntp/*`).
+        The pair or None, and the number dropped by reason (`dropout_ntp/*`).
     """
-    reason = _why_unusable(continued, reject_ill_formed)
+    reason = _unusable_reason(continued, reject_ill_formed)
     if continued.text == chosen.text:
         reason = "duplicate"
     pair = None if reason else _preference(chosen, continued, DROPOUT_NTP, min_margin)
@@ -155,26 +148,21 @@ def dropout_ntp_pair(
     return pair, Counter()
 
 
-def is_drawn(prompt_key: str, fraction: float, *, seed: int) -> bool:
-    """Return whether a prompt is among a random part of all prompts; it depends on nothing but the arguments.
-
-    Args:
-        prompt_key: `Prompt.key`.
-        fraction: of all prompts, 0 to 1.
-        seed: of the run.
-    """
+def is_sampled(prompt_key: str, fraction: float, *, seed: int) -> bool:
+    """Return whether a prompt belongs to a random fraction (0 to 1) of all prompts, by its key and the seed alone."""
+    # A hash instead of a generator: the choice depends neither on the order of the prompts nor on the number of ranks.
     digest = hashlib.blake2b(f"{seed}|dropout_ntp|{prompt_key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def _why_unusable(candidate: Candidate, reject_ill_formed: bool) -> str | None:
+def _unusable_reason(candidate: Candidate, reject_ill_formed: bool) -> str | None:
     if not candidate.text.strip():
         return "empty"
     if not candidate.encodable:
         return "control_token"
     if not candidate.checked:
         return "unchecked"
-    if not candidate.whole and not reject_ill_formed:
+    if not candidate.finished and not reject_ill_formed:
         return "cut"
     if not candidate.well_formed and not reject_ill_formed:
         return "ill_formed"
@@ -182,6 +170,7 @@ def _why_unusable(candidate: Candidate, reject_ill_formed: bool) -> str | None:
 
 
 def _preference(chosen: Candidate, rejected: Candidate, source: str, min_margin: float) -> Preference | None:
+    # A pair without a margin teaches noise, even where min_margin is 0.
     margin = round(chosen.total - rejected.total, _DECIMALS)
     if margin <= 0 or margin < min_margin:
         return None
@@ -189,7 +178,9 @@ def _preference(chosen: Candidate, rejected: Candidate, source: str, min_margin:
 
 
 def _spread(pairs: Sequence[tuple[int, int, Preference]], limit: int) -> list[Preference]:
-    """Take pairs one by one, each time the best of those left."""
+    """Take pairs one by one, each time the best of the remaining ones."""
+    # One by one, since each pair that is taken changes how often its two responses were used. Groups have 8 or 16
+    # responses, so the quadratic cost does not matter.
     left = list(pairs)
     kept: list[Preference] = []
     used: Counter[int] = Counter()
@@ -208,13 +199,13 @@ def _margin(preference: Preference) -> float:
     return preference.margin
 
 
-def _why_none(usable: Sequence[Candidate]) -> str:
-    """Say why a prompt has no pair, by its usable responses."""
+def _no_pair_reason(usable: Sequence[Candidate]) -> str:
+    """Return the reason why a prompt with these usable responses has no pair."""
     if not usable:
         return "no_usable_response"
     right = [candidate for candidate in usable if candidate.correct]
     if not right:
         return "all_wrong"
-    if not any(is_fit_to_choose(candidate) for candidate in right):
+    if not any(can_be_chosen(candidate) for candidate in right):
         return "none_well_formed"
     return "all_right" if len(right) == len(usable) else "no_margin"

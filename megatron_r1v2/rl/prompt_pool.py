@@ -1,4 +1,4 @@
-"""The filtered prompt pool: the Selective Sample Buffer run over rollouts that were made beforehand."""
+"""The filtered prompt pool: the Selective Sample Buffer run over rollouts that were generated beforehand."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PoolPrompt:
-    """A prompt that some responses answer rightly and some wrongly."""
+    """A prompt that has both right and wrong responses."""
 
     prompt_key: str
     pass_rate: float
     """Right responses over all responses to it."""
     num_responses: int
     weight: float
-    """In (0, 1]: what the buffer would hold of this prompt, see `filtered_prompt_pool`."""
+    """In (0, 1], the buffer's priority of this prompt's responses, see `filtered_prompt_pool`."""
 
 
 def filtered_prompt_pool(
     prompt_keys: Sequence[str], rule_correct: Sequence[bool], priority_exponent: float = 1.0
 ) -> list[PoolPrompt]:
-    """Return the prompts whose offline rollouts are not uniform in rule correctness, the most telling first.
+    """Return the prompts whose offline rollouts are not uniform in rule correctness, the most informative first.
 
     The R1V2 report (arXiv 2504.16656, section on the SSB) runs the buffer over offline rollouts and trains on the
     prompts that survive; it gives no order. Ours follows the buffer's own priority: the mean |advantage| of a group of
     0/1 rewards with pass rate p is 2 sqrt(p (1 - p)), largest at p = 1/2. The weight is that to the power alpha.
 
     Args:
-        prompt_keys: The prompt of each rollout; rollouts of one prompt need not be neighbours nor equally many.
-        rule_correct: Whether the answer rule found each rollout right.
+        prompt_keys: prompt of each rollout; the rollouts of one prompt need not be neighbours.
+        rule_correct: whether the answer rule found each rollout right.
         priority_exponent: alpha; 0 weighs all effective prompts alike.
 
     Returns:
-        The effective prompts by falling weight, then by key: independent of the order of the rollouts.
+        The effective prompts by falling weight, then by key, so that the order of the rollouts does not matter.
 
     Raises:
         ValueError: When the two sequences are not equally long.
@@ -48,6 +48,7 @@ def filtered_prompt_pool(
     pool = []
     for key, results in groups.items():
         pass_rate = sum(results) / len(results)
+        # A group that is all right or all wrong has no advantage, whatever the policy learns meanwhile.
         if 0.0 < pass_rate < 1.0:
             weight = (2.0 * math.sqrt(pass_rate * (1.0 - pass_rate))) ** priority_exponent
             pool.append(PoolPrompt(key, pass_rate, len(results), weight))

@@ -1,4 +1,7 @@
-"""The Bradley-Terry loss of a reward model (Skywork-VL Reward report, arXiv 2505.07263; Bradley and Terry, 1952)."""
+"""The Bradley-Terry loss, by which a reward model learns to order two responses.
+
+Skywork-VL Reward report, arXiv 2505.07263; Bradley and Terry, 1952.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def bradley_terry_loss(
     centring_weight: float = 0.0,
     weights_P: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return this microbatch's part of the negative log-likelihood that the better response of each pair wins.
+    """Compute this microbatch's part of the negative log-likelihood that the better response of each pair wins.
 
     L = 1/denominator sum_p w_p [ -log sigma(s_c - s_r) + centring_weight (s_c + s_r)^2 ]
 
@@ -24,11 +27,11 @@ def bradley_terry_loss(
     arXiv 2312.09244) holds each pair's mean near zero. A sum, as `grpo.grpo_loss`: parts of one batch add up.
 
     Args:
-        chosen_scores_P: float32 [P]: score of the better response of each pair.
-        rejected_scores_P: float32 [P]: score of the worse one.
-        denominator: Pairs of the global batch.
-        centring_weight: Of the second term; 0: off.
-        weights_P: float32 [P]: 0 for a pair that only fills a microbatch; None: all 1.
+        chosen_scores_P: float32, score of the better response of each pair.
+        rejected_scores_P: float32, score of the worse one.
+        denominator: pairs of the global batch.
+        centring_weight: weight of the second term; 0: off.
+        weights_P: 0 for a pair that only fills a microbatch; None: all 1.
 
     Returns:
         The loss, a scalar with gradient; and the metrics by name, float64 [2] pairs (sum over pairs, pairs):
@@ -40,22 +43,23 @@ def bradley_terry_loss(
     """
     _check(chosen_scores_P, rejected_scores_P, denominator, weights_P)
     weights_P = torch.ones_like(chosen_scores_P) if weights_P is None else weights_P
-    # Selecting before any arithmetic keeps whatever the filler's scores are (NaN, infinity) out of the loss.
-    counts_P = weights_P > 0
-    chosen_P = torch.where(counts_P, chosen_scores_P, 0.0)
-    rejected_P = torch.where(counts_P, rejected_scores_P, 0.0)
+    # Selecting before any arithmetic keeps NaN and infinity in a filler's scores out of the loss and of its gradient.
+    counted_P = weights_P > 0
+    chosen_P = torch.where(counted_P, chosen_scores_P, 0.0)
+    rejected_P = torch.where(counted_P, rejected_scores_P, 0.0)
     margins_P = chosen_P - rejected_P
     losses_P = -logsigmoid(margins_P)
     terms_P = losses_P + centring_weight * (chosen_P + rejected_P).square()
     loss = (weights_P * terms_P).sum() / denominator
-    of_pairs = {
+    values = {
         "loss": losses_P,
+        # A tie counts half: a model that gives every response the same score is as good as a coin.
         "accuracy": (margins_P > 0).float() + 0.5 * (margins_P == 0),
         "margin": margins_P,
         "chosen_score": chosen_P,
         "rejected_score": rejected_P,
     }
-    return loss, {f"reward_model/{name}": sum_and_count(values_P, weights_P) for name, values_P in of_pairs.items()}
+    return loss, {f"reward_model/{name}": sum_and_count(value_P, weights_P) for name, value_P in values.items()}
 
 
 def _check(

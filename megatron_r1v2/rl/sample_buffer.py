@@ -1,8 +1,8 @@
-"""The Selective Sample Buffer: which effective responses of earlier steps are trained on again.
+"""The Selective Sample Buffer: effective responses of earlier steps that are trained on again.
 
-This is the index: who is in the buffer, who is drawn, who is dropped. It is pure, and identical on every rank when
-every rank gives it the same entries in any order. The tokens and log-probs of the entries live in training/, which
-follows what `add` and `expire` return.
+This is the index, which decides on the entries that are held, drawn and dropped. It is pure, and identical on every
+rank as long as every rank gives it the same entries, in any order. The tokens and log-probs of the entries are stored
+in training/, which drops those that `add`, `expire` and `clear` return.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 @dataclass(frozen=True)
 class BufferEntry:
-    """What the buffer knows of one response, fresh or kept.
+    """The index entry of one response, fresh or held.
 
     Example: sample_id "digits-000017/12/3" (prompt, step, sample), priority 1.32, modality "image", step 12,
     response_length 41, effective True.
@@ -30,7 +30,7 @@ class BufferEntry:
     """Unique over the whole run."""
     prompt_key: str
     priority: float
-    """|advantage|: 0 means that the response has no gradient."""
+    """|advantage|; a response with 0 has no gradient."""
     modality: Modality
     step: int
     """The step in which it was generated."""
@@ -41,13 +41,13 @@ class BufferEntry:
 
 
 class SampleBuffer:
-    """Holds effective entries under an age and a capacity bound and draws from them by |advantage|.
+    """Effective entries under an age and a capacity bound, to be drawn by |advantage|.
 
     Args:
-        capacity: Entries held at most; 0 holds none.
-        max_age: Entries generated more than this many steps ago are dropped.
+        capacity: entries held at most; 0 holds none.
+        max_age: entries generated more than this many steps ago are dropped.
         priority_exponent: alpha in p ~ |advantage|^alpha; 0 draws uniformly.
-        balance_modalities: Draw modalities in the proportion in which fresh responses were generated.
+        balance_modalities: draw modalities in the proportion in which fresh responses were generated.
 
     Raises:
         ValueError: On a negative setting.
@@ -62,6 +62,7 @@ class SampleBuffer:
         self.priority_exponent = priority_exponent
         self.balance_modalities = balance_modalities
         self._entries: dict[str, BufferEntry] = {}
+        # Beside the entries, which are frozen: it changes with every draw.
         self._reuse: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -72,7 +73,7 @@ class SampleBuffer:
 
     @property
     def entries(self) -> tuple[BufferEntry, ...]:
-        """Return what is held, in the order of the sample ids."""
+        """Return the entries held, in the order of their sample ids."""
         return tuple(self._entries[sample_id] for sample_id in sorted(self._entries))
 
     def entry(self, sample_id: str) -> BufferEntry:
@@ -80,21 +81,18 @@ class SampleBuffer:
         return self._entries[sample_id]
 
     def reuse(self, sample_id: str) -> int:
-        """Return how often an entry that is held was drawn."""
+        """Return how often an entry was drawn since it was added."""
         return self._reuse[sample_id]
 
     def add(self, entries: Iterable[BufferEntry], step: int) -> tuple[str, ...]:
-        """Take in effective entries with non-zero advantage, then drop what is too old or too many.
-
-        Over capacity, the oldest go first (their ratios have drifted most), in one step those with the lowest priority,
-        and between equals the one with the larger id.
+        """Add effective entries with non-zero advantage, then drop the expired ones and those above the capacity.
 
         Args:
-            entries: New entries in any order; ineffective and zero-advantage ones are not taken.
-            step: The current step.
+            entries: new entries in any order; ineffective and zero-advantage ones are not added.
+            step: the current step.
 
         Returns:
-            Ids that are not held after the call: those not taken, expired or evicted, sorted.
+            The ids that are not held after the call, sorted: not added, expired or evicted.
 
         Raises:
             ValueError: On an id that is held already, or a priority that is negative or not finite.
@@ -105,29 +103,24 @@ class SampleBuffer:
                 raise ValueError(f"sample {entry.sample_id!r} is in the buffer already: ids must be unique over a run")
             if not 0.0 <= entry.priority < math.inf:
                 raise ValueError(f"the priority of sample {entry.sample_id!r} must be finite, >= 0: {entry.priority}")
+            # Drawn with p ~ |advantage|^alpha, a zero would never come out, and its logarithm does not exist.
             if not entry.effective or entry.priority == 0.0:
                 dropped.append(entry.sample_id)
                 continue
             self._entries[entry.sample_id] = entry
             self._reuse[entry.sample_id] = 0
         dropped += self.expire(step)
+        # The oldest go first, since their ratios have drifted most. The id breaks ties: every rank must drop the same.
         by_value = sorted(self._entries.values(), key=lambda entry: (-entry.step, -entry.priority, entry.sample_id))
         dropped += self._drop(entry.sample_id for entry in by_value[self.capacity :])
         return tuple(sorted(dropped))
 
     def expire(self, step: int) -> tuple[str, ...]:
-        """Drop entries that were generated more than `max_age` steps before `step`.
-
-        Args:
-            step: The current step.
-
-        Returns:
-            The dropped ids, sorted.
-        """
+        """Drop entries that were generated more than `max_age` steps before `step`; return their ids, sorted."""
         return self._drop(entry.sample_id for entry in self.entries if step - entry.step > self.max_age)
 
     def clear(self) -> tuple[str, ...]:
-        """Drop every entry; returns the dropped ids, sorted."""
+        """Drop every entry; return their ids, sorted."""
         return self._drop(list(self._entries))
 
     def draw(
@@ -137,17 +130,17 @@ class SampleBuffer:
 
         Each entry gets E / |advantage|^alpha with E exponentially distributed, and the smallest are drawn (Efraimidis
         and Spirakis, "Weighted random sampling with a reservoir", 2006). E comes from a hash of (seed, step, id):
-        neither the order of the entries nor the number of ranks matters. Every drawn entry counts one reuse.
+        neither the order of the entries nor the number of ranks matters. Each drawn entry counts one more reuse.
 
         Args:
-            step: The current step: entries generated in it are fresh and not drawn, nor those over the age bound.
-            count: How many; fewer come back when the buffer has fewer.
-            seed: The seed of the run.
-            fresh_modality_counts: Fresh responses of each modality, for the balance; None: no balance. A modality that
-                is short is filled in from the other.
+            step: the current step; entries generated in it, or more than `max_age` steps before it, are not drawn.
+            count: entries to draw; all when there are fewer.
+            seed: the seed of the run.
+            fresh_modality_counts: fresh responses of each modality, for the balance; None: no balance. Where one
+                modality has too few entries, the other fills in.
 
         Returns:
-            Ids, the first drawn first.
+            Ids in the order in which they were drawn.
         """
         candidates = [entry for entry in self.entries if 0 < step - entry.step <= self.max_age]
         keys = {entry.sample_id: self._draw_key(entry, step, seed) for entry in candidates}
@@ -159,17 +152,14 @@ class SampleBuffer:
         taken = {entry.sample_id for entry in chosen}
         rest = [entry for entry in candidates if entry.sample_id not in taken]
         chosen += rest[: max(count - len(chosen), 0)]
+        # Back into the order of the keys: the quotas took image entries before text entries.
         drawn = sorted((entry.sample_id for entry in chosen), key=lambda sample_id: (keys[sample_id], sample_id))
         for sample_id in drawn:
             self._reuse[sample_id] += 1
         return drawn
 
     def statistics(self, step: int, sample_ids: Sequence[str] | None = None) -> dict[str, float]:
-        """Describe some entries, by default all that are held.
-
-        Args:
-            step: The current step.
-            sample_ids: Ids that are held, for example those drawn for this step.
+        """Describe the held entries of these ids; None: all that are held.
 
         Returns:
             "size", "distinct_prompts", "priority_mean"; and the mean and largest "age" (steps since generation) and
@@ -182,20 +172,18 @@ class SampleBuffer:
         if ids:
             ages = [step - entry.step for entry in entries]
             reuse = [self._reuse[sample_id] for sample_id in ids]
+            # fsum does not depend on the order, in which ranks may differ.
             result["priority_mean"] = math.fsum(entry.priority for entry in entries) / len(ids)
             result |= {"age_mean": sum(ages) / len(ids), "age_max": max(ages)}
             result |= {"reuse_mean": sum(reuse) / len(ids), "reuse_max": max(reuse)}
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the contents as JSON-able values, the same whatever the order in which entries came."""
+        """Return the contents as JSON values, in an order that does not depend on the order of the additions."""
         return {"entries": [asdict(entry) | {"reuse": self._reuse[entry.sample_id]} for entry in self.entries]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the contents by those of `state_dict`; the bounds stay those of this buffer, applied at the next add.
-
-        Args:
-            state: From `state_dict`, possibly through JSON.
+        """Replace the contents by those of `state_dict`; this buffer's own bounds apply from the next `add` on.
 
         Raises:
             ValueError: When an entry does not have the fields of this version.
@@ -221,15 +209,16 @@ class SampleBuffer:
         return dropped
 
     def _draw_key(self, entry: BufferEntry, step: int, seed: int) -> float:
-        # The logarithm of E / priority^alpha: it neither under- nor overflows.
+        # The logarithm of E / priority^alpha, because the quotient itself under- or overflows for small advantages.
         exponential = -math.log(_uniform(seed, step, entry.sample_id))
         return math.log(exponential) - self.priority_exponent * math.log(entry.priority)
 
 
 def _uniform(seed: int, step: int, sample_id: str) -> float:
     """Return a number in (0, 1) that depends on the three arguments only."""
+    # Not Python's hash(), which differs between processes.
     digest = hashlib.blake2b(f"{seed}|{step}|{sample_id}".encode(), digest_size=8).digest()
-    # 52 bits and a half: with 53 the largest would round to 1.
+    # 52 bits plus a half: with 53 bits the largest would round to 1, whose logarithm is 0.
     return ((int.from_bytes(digest, "big") >> 12) + 0.5) * 2.0**-52
 
 
@@ -245,7 +234,7 @@ def _proportional_quotas(counts: Mapping[Modality, int], total: int) -> dict[Mod
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What one update trains on. Every sample of the batch is in exactly one of the first three lists.
+    """The samples of one update. Every sample of the batch is in exactly one of the first three lists.
 
     Ids are sorted, so that the plan does not depend on which rank generated what.
     """
@@ -253,24 +242,24 @@ class BatchPlan:
     fresh: tuple[str, ...]
     """Fresh samples that need a forward and backward pass."""
     fresh_zero_advantage: tuple[str, ...]
-    """Fresh samples of the batch whose advantage is exactly zero: so is their policy gradient, so they need no compute
-    (unless a KL term is on), but they are in `num_sequences` and `num_tokens`."""
+    """Fresh samples of the batch with an advantage of exactly zero. Their policy gradient is zero too, so they need no
+    compute (unless a KL term is on), but they count in `num_sequences` and `num_tokens`."""
     replayed: tuple[str, ...]
     """Samples from the buffer."""
     replaced: tuple[str, ...]
-    """Fresh ineffective samples that made room for replayed ones: not in the batch at all."""
+    """Fresh ineffective samples that made room for replayed ones; they are not in the batch."""
     num_sequences: int
     """Denominator of the sequence aggregation: all samples of the batch."""
     num_tokens: int
     """Denominator of the token aggregation: their response tokens."""
     target_effective: int
-    """Effective samples asked for: the target fraction of the batch size, rounded up."""
+    """The target fraction of the batch size, rounded up."""
     fresh_effective_fraction: float
-    """Effective samples over all that were generated."""
+    """Effective samples over all generated samples."""
     trained_effective_fraction: float
     """Effective samples over the batch; below the target when the buffer was short."""
     metrics: Mapping[str, float]
-    """What to log, under the names of the metrics file."""
+    """Values to log by the name of the metric."""
 
     @property
     def compute(self) -> tuple[str, ...]:
@@ -291,15 +280,16 @@ def compose_batch(
 
     All fresh effective samples stay. When they are fewer than ceil(target x batch_size), the difference is drawn from
     the buffer. Drawn samples first fill the room that missing fresh samples left, then replace fresh ineffective ones:
-    those with zero advantage first, then by rising |advantage|. What the buffer cannot give is not made up for.
+    those with zero advantage first, then by rising |advantage|. When the buffer has too few, the batch stays below the
+    target.
 
     Args:
-        generated: All samples of this step over all ranks, in any order.
-        buffer: Drawn from (which counts a reuse); the fresh samples are not added here. None: no replay.
-        step: The current step.
-        seed: The seed of the run.
+        generated: all samples of this step over all ranks, in any order.
+        buffer: to draw from, which counts reuses; the fresh samples are not added to it. None: no replay.
+        step: the current step.
+        seed: the seed of the run.
         batch_size: prompts_per_step x responses_per_prompt; samples in the batch at most.
-        target_effective_fraction: In [0, 1].
+        target_effective_fraction: in [0, 1].
 
     Returns:
         The plan, the same on every rank.
@@ -314,6 +304,7 @@ def compose_batch(
     # The small number undoes products such as 0.55 * 100 = 55.00000000000001, which would ask for one more.
     target = math.ceil(target_effective_fraction * batch_size - 1e-9)
     num_effective = sum(entry.effective for entry in generated)
+    # The order in which they give way: first those that teach least. The id makes it the same on every rank.
     ineffective = sorted((e for e in generated if not e.effective), key=lambda e: (e.priority, e.sample_id))
     missing = max(target - num_effective, 0)
     replayed: list[str] = []

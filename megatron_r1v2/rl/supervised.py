@@ -1,4 +1,4 @@
-"""The supervised loss: the align stage trains on it, and MPO's generation term is one."""
+"""The supervised loss: that of the align stage, and the generation term of MPO."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def supervised_loss(
     weights_B: torch.Tensor | None = None,
     aggregation: str = "token",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return this microbatch's part of the negative log-likelihood of the reference responses.
+    """Compute this microbatch's part of the negative log-likelihood of the reference responses.
 
     L = 1/denominator sum_b w_b c_b sum_t -log p_bt with c_b = 1 ("token": the mean over all response tokens of the
     global batch, as in the supervised training of InternVL and Qwen) or 1/|y_b| ("sequence": the mean of per-response
     means). A sum, as `grpo.grpo_loss`: parts of one batch add up.
 
     Args:
-        log_probs_BS: float32 [B, S]: of the labels.
-        response_mask_BS: [B, S]: 1 at response tokens; elsewhere the log-probs do not matter.
-        denominator: Response tokens ("token") or responses ("sequence") of the global batch.
-        weights_B: float32 [B]: 0 for a row that only fills a microbatch; None: all 1.
+        log_probs_BS: float32, of the labels.
+        response_mask_BS: 1 at response tokens; elsewhere the log-probs do not matter.
+        denominator: response tokens ("token") or responses ("sequence") of the global batch.
+        weights_B: 0 for a row that only fills a microbatch; None: all 1.
         aggregation: "token" or "sequence".
 
     Returns:

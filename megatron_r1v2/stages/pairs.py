@@ -21,7 +21,7 @@ from megatron_r1v2.rewards.format import format_score
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.verifiers import VerifierPool
-from megatron_r1v2.rl.preference_pairs import Candidate, best_to_choose, choose_pairs, dropout_ntp_pair, is_drawn
+from megatron_r1v2.rl.preference_pairs import Candidate, best_chosen, choose_pairs, dropout_ntp_pair, is_sampled
 from megatron_r1v2.stages.loaded_reward_model import open_reward_model
 from megatron_r1v2.stages.pair_shards import (
     PairCounts,
@@ -133,7 +133,7 @@ class PairMaker:
                 min_margin=pairs.min_margin,
                 reject_ill_formed=pairs.reject_ill_formed,
             )
-            best = best_to_choose(candidates) if self._is_drawn(by_key[key]) else None
+            best = best_chosen(candidates) if self._is_drawn(by_key[key]) else None
             if best is not None:
                 to_continue[key] = (candidates[best], _first_half(group[best].rollout))
         continued = self._continue_without_images(by_key, {key: half for key, (_, half) in to_continue.items()}, name)
@@ -175,7 +175,7 @@ class PairMaker:
     def _is_drawn(self, prompt: Prompt) -> bool:
         """Return whether DropoutNTP takes this prompt, given a response fit to be chosen."""
         fraction, seed = self.recipe.pairs.dropout_ntp_fraction, self.recipe.run.seed
-        return prompt.modality == "image" and is_drawn(prompt.key, fraction, seed=seed)
+        return prompt.modality == "image" and is_sampled(prompt.key, fraction, seed=seed)
 
     def _continue_without_images(
         self, prompts: Mapping[str, Prompt], prefixes: Mapping[str, tuple[int, ...]], name: str
@@ -225,7 +225,7 @@ class PairMaker:
             text=scored.text,
             total=scored.total,
             correct=scored.rule_correct,
-            whole=scored.rollout.finish_reason == "stop",
+            finished=scored.rollout.finish_reason == "stop",
             well_formed=format_score(scored.text) == 1.0,
             encodable=self._is_encodable(scored.text),
             checked=scored.checked,

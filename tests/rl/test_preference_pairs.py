@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from megatron_r1v2.rl.preference_pairs import (
     Candidate,
-    best_to_choose,
+    best_chosen,
+    can_be_chosen,
     choose_pairs,
     dropout_ntp_pair,
-    is_drawn,
-    is_fit_to_choose,
+    is_sampled,
 )
 
 
 def candidate(text: str, total: float, *, correct: bool | None = None, **flags: bool) -> Candidate:
     """Return a response; right ones have a total of 1 or more unless told otherwise."""
-    fields = {"whole": True, "well_formed": True, "encodable": True} | flags
+    fields = {"finished": True, "well_formed": True, "encodable": True} | flags
     return Candidate(text, total, total >= 1 if correct is None else correct, **fields)
 
 
@@ -68,7 +68,7 @@ def test_pairs_share_out_the_responses() -> None:
     [
         ({}, " \n", "empty"),
         ({"encodable": False}, "x", "control_token"),
-        ({"whole": False}, "x", "cut"),
+        ({"finished": False}, "x", "cut"),
         ({"well_formed": False}, "x", "ill_formed"),
         ({}, "good", "duplicate"),
     ],
@@ -79,7 +79,7 @@ def test_unusable_responses_are_counted_by_reason(flags: dict[str, bool], text: 
     assert dropped == {f"response/{reason}": 1, "prompt/all_right": 1}
 
 
-@pytest.mark.parametrize("flag", ["whole", "well_formed"])
+@pytest.mark.parametrize("flag", ["finished", "well_formed"])
 def test_cut_and_ill_formed_responses_may_be_rejected_but_never_chosen(flag: str) -> None:
     good, bad = candidate("good", 1.0), candidate("bad", 0.0, **{flag: False})
     assert choose(good, bad, reject_ill_formed=True)[0] == [("good", "bad", 1.0, "correctness")]
@@ -97,9 +97,9 @@ def test_why_a_prompt_has_no_pair() -> None:
 
 
 def test_the_best_fit_response_is_continued() -> None:
-    group = [candidate("a", 1.0), candidate("b", 1.2), candidate("c", 1.2), candidate("d", 9.0, whole=False)]
-    assert best_to_choose(group) == 1
-    assert best_to_choose([candidate("a", 0.0), candidate("b", 1.0, encodable=False)]) is None
+    group = [candidate("a", 1.0), candidate("b", 1.2), candidate("c", 1.2), candidate("d", 9.0, finished=False)]
+    assert best_chosen(group) == 1
+    assert best_chosen([candidate("a", 0.0), candidate("b", 1.0, encodable=False)]) is None
 
 
 def test_a_continuation_that_is_as_good_makes_no_pair() -> None:
@@ -114,19 +114,19 @@ def test_a_continuation_that_is_as_good_makes_no_pair() -> None:
     assert not dropped
     assert pair(candidate("left 3 right 5 ", 1.2)) == (None, Counter({"dropout_ntp/no_margin": 1}))
     assert pair(candidate("left 3 right 5", 0.0)) == (None, Counter({"dropout_ntp/duplicate": 1}))
-    assert pair(candidate("left", 0.0, whole=False)) == (None, Counter({"dropout_ntp/cut": 1}))
-    assert pair(candidate("left", 0.0, whole=False), reject_ill_formed=True)[0] is not None
+    assert pair(candidate("left", 0.0, finished=False)) == (None, Counter({"dropout_ntp/cut": 1}))
+    assert pair(candidate("left", 0.0, finished=False), reject_ill_formed=True)[0] is not None
     assert pair(candidate("left", 0.0), min_margin=1.3)[1] == {"dropout_ntp/no_margin": 1}
 
 
 def test_the_drawn_part_of_the_prompts_is_as_large_as_asked_and_grows() -> None:
     keys = [f"digits-{index}" for index in range(4000)]
-    quarter = {key for key in keys if is_drawn(key, 0.25, seed=1)}
+    quarter = {key for key in keys if is_sampled(key, 0.25, seed=1)}
     assert 900 < len(quarter) < 1100
-    assert quarter < {key for key in keys if is_drawn(key, 0.5, seed=1)}
-    assert quarter != {key for key in keys if is_drawn(key, 0.25, seed=2)}
-    assert all(is_drawn(key, 1.0, seed=1) for key in keys)
-    assert not any(is_drawn(key, 0.0, seed=1) for key in keys)
+    assert quarter < {key for key in keys if is_sampled(key, 0.5, seed=1)}
+    assert quarter != {key for key in keys if is_sampled(key, 0.25, seed=2)}
+    assert all(is_sampled(key, 1.0, seed=1) for key in keys)
+    assert not any(is_sampled(key, 0.0, seed=1) for key in keys)
 
 
 candidates = st.lists(
@@ -135,7 +135,7 @@ candidates = st.lists(
         text=st.sampled_from(["", " ", *"abcdefgh"]),
         total=st.sampled_from([0.0, 0.2, 0.3, 1.0, 1.1, 1.2]),
         correct=st.booleans(),
-        whole=st.booleans(),
+        finished=st.booleans(),
         well_formed=st.booleans(),
         encodable=st.booleans(),
     ),
@@ -148,13 +148,13 @@ def test_whatever_the_responses(group: list[Candidate], limit: int, min_margin: 
     pairs, dropped = choose_pairs(group, max_pairs=limit, min_margin=min_margin, reject_ill_formed=keep)
     first = {}
     for response in group:
-        if response.encodable and (keep or (response.whole and response.well_formed)):
+        if response.encodable and (keep or (response.finished and response.well_formed)):
             first.setdefault(response.text, response)
     assert len(pairs) <= limit
     assert len({(pair.chosen, pair.rejected) for pair in pairs}) == len(pairs)
     for pair in pairs:
         chosen, rejected = first[pair.chosen], first[pair.rejected]
-        assert is_fit_to_choose(chosen)
+        assert can_be_chosen(chosen)
         assert pair.rejected.strip()
         assert rejected.correct == (pair.source == "margin")
         assert pair.margin == pytest.approx(chosen.total - rejected.total)
