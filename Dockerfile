@@ -36,6 +36,6 @@ COPY . .
 RUN useradd --create-home --uid 10001 r1v2 && chown -R r1v2:r1v2 /workspace/megatron_r1v2
 USER 10001
 
-# docker run IMAGE -m megatron_r1v2.grpo recipe.yaml; under SLURM, pyxis starts what the script says instead.
+# docker run IMAGE -m megatron_r1v2 grpo recipe.yaml; under SLURM, pyxis starts what the script says instead.
 ENTRYPOINT ["python"]
-CMD ["-m", "megatron_r1v2.grpo", "--help"]
+CMD ["-m", "megatron_r1v2"]

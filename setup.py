@@ -42,7 +42,7 @@ EXTRAS = {
     "demo": ["scikit-learn>=1.5", "torch>=2.9"],
     # examples/real_weights: its files and photographs; the weights themselves are in its requirements.txt.
     "real-weights": ["gguf>=0.19", "onnx>=1.20", "scikit-image>=0.25", "scikit-learn>=1.5"],
-    # megatron_r1v2.serve: the model, or a reward model, behind HTTP.
+    # r1v2 serve: the model, or a reward model, behind HTTP.
     "serve": ["starlette>=1.0", "uvicorn>=0.40", "anyio>=4.0", "prometheus-client>=0.20"],
     "dev": [
         "pytest>=8.0",
@@ -74,6 +74,7 @@ setup(
     description="Skywork-R1V2-class vision-language reasoning models trained by MPO and GRPO on megatron-core",
     packages=find_packages(include=["megatron_r1v2", "megatron_r1v2.*", "checkpoint_tools"]),
     package_data={"megatron_r1v2.report": ["*.html", "*.css"], "megatron_r1v2.evaluation.lm_eval": ["*.yaml"]},
+    entry_points={"console_scripts": ["r1v2 = megatron_r1v2.__main__:main"]},
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -1,6 +1,6 @@
 """Throughput of a chat server under many clients, with the figure of one client measured in the same run beside it.
 
-    python -m megatron_r1v2.serve runs/digits/grpo --port 8000 &
+    python -m megatron_r1v2 serve runs/digits/grpo --port 8000 &
     python -m benchmarks.serve_load --clients 64 --max-tokens 32 --image-pixels 32 \\
         --question "What is left plus right?" --device "2 cores" --output benchmarks/results/serve_load_cpu.json
 

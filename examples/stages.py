@@ -26,7 +26,7 @@ TAIL_LINES = 30
 class Stage:
     """One command of an example.
 
-    Example: Stage("align", "adapter until about half right", ("megatron_r1v2.align", "examples/digits/align.yaml")).
+    Example: Stage("align", "adapter until about half right", ("megatron_r1v2", "align", "examples/digits/align.yaml")).
     """
 
     name: str

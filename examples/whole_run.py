@@ -57,7 +57,8 @@ def shard_stages(paths: Paths, names: Sequence[str]) -> list[Stage]:
             f"shards-{name}",
             f"write the {name} shards",
             (
-                "megatron_r1v2.data.prepare",
+                "megatron_r1v2",
+                "prepare",
                 str(paths.data / f"{name}.jsonl"),
                 *("--images", str(paths.data / "images"), "--output", str(paths.shards / name)),
             ),
@@ -86,7 +87,7 @@ def align_stage(paths: Paths, seed: int, overrides: Sequence[str], *, what: str)
         f"model.hf_path={paths.base}",
         f"data.train={paths.shards / 'align'}",
     )
-    command = ("megatron_r1v2.align", str(paths.recipes / "align.yaml"), *settings, *overrides)
+    command = ("megatron_r1v2", "align", str(paths.recipes / "align.yaml"), *settings, *overrides)
     return Stage("align", what, command)
 
 
@@ -107,13 +108,13 @@ def grpo_settings(paths: Paths, seed: int, checkpoint: Path, overrides: Sequence
 def evaluation_stage(paths: Paths, seed: int, name: str, checkpoint: Path, overrides: Sequence[str]) -> Stage:
     """Return the evaluation of a checkpoint on what was held out."""
     recipe, *settings = grpo_settings(paths, seed, checkpoint, overrides)
-    command = ("megatron_r1v2.evaluate", recipe, "--name", name, *settings)
+    command = ("megatron_r1v2", "evaluate", recipe, "--name", name, *settings)
     return Stage(f"evaluate-{name}", f"Pass@1 on what was held out: {name}", command)
 
 
 def grpo_stage(paths: Paths, seed: int, checkpoint: Path, overrides: Sequence[str]) -> Stage:
     """Return the reinforcement learning stage, which starts from a checkpoint."""
-    command = ("megatron_r1v2.grpo", *grpo_settings(paths, seed, checkpoint, overrides))
+    command = ("megatron_r1v2", "grpo", *grpo_settings(paths, seed, checkpoint, overrides))
     # Two data-parallel ranks keep two cores busier than two threads do.
     return Stage("grpo", "GRPO with the Selective Sample Buffer", command, processes=2)
 
@@ -124,7 +125,7 @@ def closing_stages(paths: Paths) -> list[Stage]:
     export = ("checkpoint_tools.megatron_to_hf", *source, "--output", str(paths.export))
     return [
         Stage("export", "write the trained model as an HF folder", export),
-        Stage("report", "write the report", ("megatron_r1v2.report", str(paths.grpo))),
+        Stage("report", "write the report", ("megatron_r1v2", "report", str(paths.grpo))),
     ]
 
 

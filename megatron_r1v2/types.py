@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch  # takes seconds; the command lines that read these names must not
 
 Modality = Literal["image", "text"]
 AnswerType = Literal["numeric", "choice", "exact", "math"]

@@ -16,4 +16,4 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 source slurm/launch.sh
-launch megatron_r1v2.align examples/r1v2_38b/align.yaml "$@"
+launch align examples/r1v2_38b/align.yaml "$@"

@@ -34,9 +34,9 @@ container_options() {
   fi
 }
 
-# launch MODULE RECIPE [section.key=value ...]
+# launch STAGE RECIPE [section.key=value ...]
 launch() {
-  local module=$1 recipe=${R1V2_RECIPE:-$2}
+  local stage=$1 recipe=${R1V2_RECIPE:-$2}
   shift 2
   check_bound || return 1
   local gpus warned=0 late=0 status=0 srun_pid timer='' logs
@@ -54,7 +54,7 @@ launch() {
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$gpus" --rdzv-backend=c10d \
     --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     --rdzv-endpoint="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
-    -m "$module" "$recipe" "$@" &
+    -m megatron_r1v2 "$stage" "$recipe" "$@" &
   srun_pid=$!
   trap 'warned=1; kill -USR1 "$srun_pid" || true; [[ -n $timer ]] || { ring_before_the_end & timer=$!; }' USR1
   # The tasks, not srun, which would kill them at once. The second time they have not heard: the job goes without them.

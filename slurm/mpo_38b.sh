@@ -16,4 +16,4 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 source slurm/launch.sh
-launch megatron_r1v2.mpo examples/r1v2_38b/mpo.yaml "$@"
+launch mpo examples/r1v2_38b/mpo.yaml "$@"

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.validate import check_grpo, check_model_fits
-from megatron_r1v2.planning.__main__ import stage_of
+from megatron_r1v2.planning.command import stage_of
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
@@ -196,14 +196,14 @@ def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, r
     assert "srun --container-image=image.sqsh" in lines
     assert (
         "--redirects 3 --tee 0:3 --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=123456-0 "
-        "--rdzv-endpoint=n1:23456 -m megatron_r1v2.grpo examples/r1v2_38b/grpo.yaml train.steps=7"
+        "--rdzv-endpoint=n1:23456 -m megatron_r1v2 grpo examples/r1v2_38b/grpo.yaml train.steps=7"
     ) in lines
 
 
 JOBS = {
     script: found[1]
     for script in SCRIPTS
-    if (found := re.search(r"^launch megatron_r1v2\.\w+ (\S+)", script.read_text(encoding="utf-8"), re.MULTILINE))
+    if (found := re.search(r"^launch [\w-]+ (\S+)", script.read_text(encoding="utf-8"), re.MULTILINE))
 }
 
 

@@ -34,7 +34,7 @@ STEPS = 50
 DYNAMIC_ROUNDS = 4
 VALIDATE_EVERY = 10
 THRESHOLDS = (0.5, 1.0, 1.5)
-"""tau, in the reward of prefer.yaml: a wrong answer costs 1, a contradicted claim and a missing step 0.5 each."""
+"""tau, in the reward of pairs.yaml: a wrong answer costs 1, a contradicted claim and a missing step 0.5 each."""
 START = "start"
 
 
@@ -123,7 +123,7 @@ def start_chain(root: Path, seed: int) -> list[Stage]:
     stages = [
         run_demo.align_stage(paths, seed, ()),
         whole_run.evaluation_stage(paths, seed, "heldout", paths.align, ()),
-        run_demo.prefer_stage(paths, seed),
+        run_demo.pairs_stage(paths, seed),
     ]
     return [named(stage, seed, START) for stage in stages] + arm_chain(root, seed, FIRST_ARM, ())
 

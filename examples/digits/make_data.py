@@ -10,7 +10,7 @@ Writes below --output:
     text.jsonl          the same questions with a written note in the place of the image
     images/             64 x 32 RGB PNGs
 
-`megatron_r1v2.data.prepare` turns each JSONL file into shards.
+`r1v2 prepare` turns each JSONL file into shards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from examples.digits import questions, source
 from megatron_r1v2.checkpoint.hf.folders import replacing_folder
 
 COUNTS: Mapping[str, int] = {"align": 1024, "prefer": 512, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
-"""How many questions each set has."""
+"""How many questions each set has. A set's name seeds its questions: under another name they are others."""
 
 HANDWRITING: Mapping[str, str] = {
     "align": "train",

@@ -4,7 +4,7 @@ data         pictures of two handwritten digits and questions about them, split 
 components   a vision tower pretrained on digits and a language model pretrained on text, as HF folders
 base         both spliced, with a random adapter between them
 align        the adapter learns from reference responses until a little under half of its answers are right
-prefer       pairs of a better and a worse response, from the aligned model's own responses
+pairs        pairs of a better and a worse response, from the aligned model's own responses
 mpo          the adapter learns from these pairs
 grpo         the adapter learns from rewards alone, with the Selective Sample Buffer
 evaluation   Pass@1 on handwriting that no stage has trained on, after each of the last stages, with equal seeds
@@ -68,7 +68,7 @@ def align_stage(paths: Paths, seed: int, overrides: Sequence[str]) -> Stage:
     return whole_run.align_stage(paths, seed, (validation, *overrides), what=what)
 
 
-def prefer_stage(paths: Paths, seed: int) -> Stage:
+def pairs_stage(paths: Paths, seed: int) -> Stage:
     """Return the stage that makes preference pairs of the aligned model's own responses."""
     settings = (
         f"run.seed={seed}",
@@ -77,8 +77,8 @@ def prefer_stage(paths: Paths, seed: int) -> Stage:
         f"data.train={paths.shards / 'prefer'}",
         f"pairs.output={paths.pairs}",
     )
-    command = ("megatron_r1v2.prefer", str(RECIPES / "prefer.yaml"), *settings)
-    return Stage("prefer", "make preference pairs of the model's own responses", command)
+    command = ("megatron_r1v2", "pairs", str(RECIPES / "pairs.yaml"), *settings)
+    return Stage("pairs", "make preference pairs of the model's own responses", command)
 
 
 def mpo_stage(paths: Paths, seed: int, overrides: Sequence[str]) -> Stage:
@@ -90,7 +90,7 @@ def mpo_stage(paths: Paths, seed: int, overrides: Sequence[str]) -> Stage:
         f"model.checkpoint={paths.align}",
         f"data.train={paths.pairs}",
     )
-    command = ("megatron_r1v2.mpo", str(RECIPES / "mpo.yaml"), *settings, *overrides)
+    command = ("megatron_r1v2", "mpo", str(RECIPES / "mpo.yaml"), *settings, *overrides)
     return Stage("mpo", "mixed preference optimization", command)
 
 
@@ -106,7 +106,7 @@ def run_demo(paths: Paths, runner: StageRunner, seed: int, overrides: Sequence[s
     runner.run(whole_run.base_stage(paths))
     runner.run(align_stage(paths, seed, ()))
     aligned = whole_run.evaluation_stage(paths, seed, "aligned", paths.align, overrides)
-    runner.run(aligned, prefer_stage(paths, seed))
+    runner.run(aligned, pairs_stage(paths, seed))
     runner.run(mpo_stage(paths, seed, ()))
     runner.run(whole_run.evaluation_stage(paths, seed, "mpo", paths.mpo, overrides))
     runner.run(whole_run.grpo_stage(paths, seed, paths.mpo, overrides))

@@ -33,7 +33,7 @@ Verdicts = dict[str, tuple[str, bool]]
 def evaluate(run: Path, name: str, output: Path, settings: Sequence[str]) -> Verdicts:
     """Evaluate by our evaluator, greedily, in a process of its own."""
     fixed = ("evaluation.temperature=0", "evaluation.top_p=1", "evaluation.runs=1", f"run.output_dir={output}")
-    command = ["megatron_r1v2.evaluate", str(run / "recipe.yaml"), "--name", name, *fixed, *settings]
+    command = ["megatron_r1v2", "evaluate", str(run / "recipe.yaml"), "--name", name, *fixed, *settings]
     subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
     lines = (output / f"evaluation-{name}.rollouts.jsonl").read_text(encoding="utf-8").splitlines()
     return {row["prompt_key"]: (row["text"], row["correct"]) for row in map(json.loads, lines)}
@@ -42,7 +42,7 @@ def evaluate(run: Path, name: str, output: Path, settings: Sequence[str]) -> Ver
 @contextmanager
 def served(run: Path, settings: Sequence[str]) -> Iterator[str]:
     """Serve a run on a free port of this machine and return the address that clients know."""
-    command = [sys.executable, "-m", "megatron_r1v2.serve", str(run), *settings, "--port", "0", "--name", MODEL]
+    command = [sys.executable, "-m", "megatron_r1v2", "serve", str(run), *settings, "--port", "0", "--name", MODEL]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:

@@ -9,7 +9,7 @@ scikit-learn brings along. Writes below --output:
                      and digits whose handwriting is in no other file
     images/          square RGB PNGs
 
-`megatron_r1v2.data.prepare` turns each JSONL file into shards.
+`r1v2 prepare` turns each JSONL file into shards.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import sys
@@ -52,6 +53,22 @@ def parse_command_line(argv: Sequence[str], stage: Stage, *, description: str = 
     return recipe
 
 
+def command_parser(name: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+    """Return the argument parser of a command that takes more than a recipe.
+
+    Args:
+        name: of the command.
+        description: shown by `--help` as it stands.
+        epilog: shown below the options.
+    """
+    return argparse.ArgumentParser(
+        prog=f"python -m megatron_r1v2 {name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 @contextmanager
 def tell_bad_input() -> Iterator[None]:
     """End the process with one message when the block finds bad input: a ValueError that our own code raised.
@@ -97,9 +114,10 @@ def describe_settings() -> str:
 
 
 def _usage(stage: Stage) -> str:
+    command = stage.replace("_", "-")
     return (
-        f"usage: [torchrun ...] python -m megatron_r1v2.{stage} RECIPE.yaml [section.key=value ...]\n"
-        f"e.g.   python -m megatron_r1v2.{stage} recipe.yaml train.steps=200 'train.parts=[adapter, vision]'"
+        f"usage: [torchrun ...] python -m megatron_r1v2 {command} RECIPE.yaml [section.key=value ...]\n"
+        f"e.g.   python -m megatron_r1v2 {command} recipe.yaml train.steps=200 'train.parts=[adapter, vision]'"
     )
 
 

@@ -1,4 +1,4 @@
-"""The settings of the prefer command, and what they need of the others."""
+"""The settings of the pairs command, and what they need of the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
 
 @dataclass
 class PairsConfig:
-    """How the prefer command makes preference pairs of the model's own responses to the prompts of `data.train`."""
+    """How the pairs command makes preference pairs of the model's own responses to the prompts of `data.train`."""
 
     output: str = ""
     """Folder of preference shards to write; it must not exist yet."""
@@ -38,7 +38,7 @@ class PairsConfig:
     response is the first half of the chosen one, continued without the image."""
 
 
-def check_prefer(recipe: RunRecipe) -> None:
+def check_pairs(recipe: RunRecipe) -> None:
     """Check what building preference pairs needs.
 
     Raises:

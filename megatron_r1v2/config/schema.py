@@ -79,7 +79,7 @@ class DataConfig:
     """Where prompts come from."""
 
     train: str = ""
-    """Folder of WebDataset shards made by megatron_r1v2.data.prepare."""
+    """Folder of WebDataset shards made by `r1v2 prepare`."""
     validation: str = ""
     """The same, for evaluation during training; empty: none."""
     max_prompt_tokens: int = 4096
@@ -181,7 +181,7 @@ class RewardModelConfig:
     hf_path: str = ""
     """The model that the checkpoint was made from; empty: `model.hf_path`. Its tokenizer must be the policy's."""
     url: str = ""
-    """A server that scores, e.g. http://127.0.0.1:8001 (vLLM, or megatron_r1v2.serve.reward_model)."""
+    """A server that scores, e.g. http://127.0.0.1:8001 (vLLM, or `r1v2 serve-reward-model`)."""
     endpoint: ScoreEndpoint = ScoreEndpoint.pooling
     """What is asked below `url`: pooling or classify, both as vLLM has them, with chat messages."""
     served_name: str = ""

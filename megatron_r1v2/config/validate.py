@@ -12,12 +12,12 @@ from typing import Any, Literal
 from megatron_r1v2.config.evaluation import check_endpoints, check_validation
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
-from megatron_r1v2.config.pairs import check_prefer
+from megatron_r1v2.config.pairs import check_pairs
 from megatron_r1v2.config.ranges import POSITIVE, RANGES
 from megatron_r1v2.config.reward_model import check_score_head, check_score_source
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 
-Stage = Literal["align", "prefer", "mpo", "reward_model", "grpo", "evaluate", "serve"]
+Stage = Literal["align", "pairs", "mpo", "reward_model", "grpo", "evaluate", "serve"]
 
 _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "align": ("model.hf_path", "data.train"),
@@ -25,7 +25,7 @@ _NEEDED: Mapping[Stage, tuple[str, ...]] = {
     "reward_model": ("model.hf_path", "data.train"),
     "grpo": ("model.hf_path", "data.train"),
     "evaluate": ("model.hf_path", "evaluation.data"),
-    "prefer": ("model.hf_path", "data.train", "pairs.output"),
+    "pairs": ("model.hf_path", "data.train", "pairs.output"),
     "serve": ("model.hf_path",),
 }
 
@@ -94,9 +94,9 @@ def check_stage(recipe: RunRecipe, stage: Stage) -> None:
     if stage == "mpo":
         check_mpo(recipe)
         check_calibration(recipe, "min_margin", recipe.preference.min_margin)
-    if stage == "prefer":
-        check_prefer(recipe)
-    if stage in ("grpo", "prefer"):
+    if stage == "pairs":
+        check_pairs(recipe)
+    if stage in ("grpo", "pairs"):
         check_score_source(recipe)
     check_score_head(recipe, is_reward_model=stage == "reward_model")
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:

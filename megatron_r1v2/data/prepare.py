@@ -1,19 +1,15 @@
-"""Turn JSONL and a folder of images into checked WebDataset shards: `python -m megatron_r1v2.data.prepare --help`."""
+"""Rows of JSONL and their images, read into checked samples: the work of `r1v2 prepare`."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_r1v2.data.images import decode_image
 from megatron_r1v2.data.samples import (
@@ -25,31 +21,9 @@ from megatron_r1v2.data.samples import (
     encode_record,
     image_name,
 )
-from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.types import AnswerType
 
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-_ERRORS_SHOWN = 20
-_DESCRIPTION = """\
-Turn JSONL and a folder of images into WebDataset shards that training reads.
-
-Every row and every image is checked first; the output folder appears only when all of it is written.
-Three kinds of rows are understood, told apart by their fields:
-
-  our own     {"messages": [{"role": "user", "content": "<image>\\nleft + right?"}], "answer": "8",
-               "answer_type": "numeric", "images": ["17.png"], "facts": {"left": "3", "right": "5"}}
-              optional: key, response (supervised data), chosen, rejected, margin, source,
-              alternatives, tolerances and metadata (evaluation)
-  MMPR        {"question": "...", "chosen": "...", "rejected": "...", "image": "a.jpg"}
-  verl        {"prompt": [{"role": "user", "content": "<image>..."}], "images": [{"path": "a.jpg"}],
-               "reward_model": {"ground_truth": "8"}, "data_source": "..."}
-"""
-_EXAMPLE = """\
-example:
-  python -m megatron_r1v2.data.prepare questions.jsonl --images pictures --output data/train --check-only
-  python -m megatron_r1v2.data.prepare questions.jsonl --images pictures --output data/train
-then set data.train: data/train in the recipe.
-"""
 
 
 def read_samples(
@@ -74,7 +48,7 @@ def read_samples(
         ValueError: If the file cannot be read as JSONL, or, without `report`, for the first bad row, with its line.
     """
     source = Path(path)
-    _check_inputs(source, Path(images))
+    check_inputs(source, Path(images))
     stem = re.sub(r"[^A-Za-z0-9]+", "-", source.stem).strip("-") or "row"
     lines_by_key: dict[str, int] = {}
     with source.open("rb") as file:
@@ -95,7 +69,12 @@ def read_samples(
             yield sample
 
 
-def _check_inputs(source: Path, images: Path) -> None:
+def check_inputs(source: Path, images: Path) -> None:
+    """Refuse a file that is not JSONL and a folder that does not exist.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
     if source.suffix == ".parquet":
         raise ValueError(
             f"{source}: parquet is not supported yet (it would need pyarrow); write it as JSONL first, "
@@ -254,78 +233,3 @@ def name_images(encoded: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
         encoded: From `storable_image`, in order of appearance.
     """
     return {image_name(index, extension): data for index, (extension, data) in enumerate(encoded)}
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_r1v2.data.prepare",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("input", type=Path, help="JSONL file, one row a line")
-    parser.add_argument("--images", type=Path, default=Path(), help="folder that image paths are relative to")
-    parser.add_argument("--output", type=Path, help="folder to make; must not exist yet")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples in one tar file (1000)")
-    parser.add_argument(
-        "--answer-type",
-        choices=get_args(AnswerType),
-        default="math",
-        help="how answers of MMPR and verl rows are compared (math); our own rows say it themselves",
-    )
-    parser.add_argument("--check-only", action="store_true", help="check all rows, list what is wrong, write nothing")
-    arguments = parser.parse_args(argv)
-    if not arguments.check_only and arguments.output is None:
-        parser.error("--output is needed unless --check-only is given")
-    return arguments
-
-
-def _with_progress(samples: Iterator[ShardSample], path: Path, verb: str) -> Iterator[ShardSample]:
-    with path.open("rb") as file:
-        total = sum(1 for line in file if line.strip())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield from progress.track(samples, total=total, description=verb)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; None: those of the process.
-
-    Returns:
-        The exit status: 0, or 1 when the input has an error, which is printed.
-    """
-    arguments = _arguments(argv)
-    problems: list[str] = []
-    try:
-        _check_inputs(arguments.input, arguments.images)
-        samples = read_samples(
-            arguments.input,
-            arguments.images,
-            answer_type=arguments.answer_type,
-            report=problems.append if arguments.check_only else None,
-        )
-        samples = _with_progress(samples, arguments.input, "Checking" if arguments.check_only else "Writing")
-        if arguments.check_only:
-            count = sum(1 for _ in samples)
-        else:
-            count = write_shards(samples, arguments.output, arguments.samples_per_shard)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if not arguments.check_only:
-            print("Nothing was written. --check-only lists all bad rows at once.", file=sys.stderr)
-        return 1
-    for message in problems[:_ERRORS_SHOWN]:
-        print(f"error: {message}", file=sys.stderr)
-    if len(problems) > _ERRORS_SHOWN:
-        print(f"... and {len(problems) - _ERRORS_SHOWN} more", file=sys.stderr)
-    print(f"{count} samples are fine" + (f", {len(problems)} are not" if problems else ""))
-    if not arguments.check_only:
-        print(f"written to {arguments.output}; set data.train to it")
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

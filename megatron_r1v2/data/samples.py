@@ -188,7 +188,7 @@ def _check_record(record: object, key: str) -> None:
     if record.get("schema") != SCHEMA_VERSION:
         raise SampleError(
             f"sample {key!r}: schema is {record.get('schema')!r}, accepted is {SCHEMA_VERSION}; "
-            "make the shards again with python -m megatron_r1v2.data.prepare"
+            "make the shards again with python -m megatron_r1v2 prepare"
         )
     absent, unknown = sorted(_REQUIRED - set(record)), sorted(set(record) - _KNOWN)
     if absent or unknown:

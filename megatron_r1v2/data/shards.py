@@ -96,7 +96,7 @@ def check_shards(folder: str | Path) -> dict[str, int]:
     if not info.is_file():
         raise ValueError(
             f"{root} is not a prepared data set ({info} is missing); "
-            "make one with python -m megatron_r1v2.data.prepare, or run energon prepare on existing shards"
+            "make one with python -m megatron_r1v2 prepare, or run energon prepare on existing shards"
         )
     try:
         shard_counts = json.loads(info.read_text())["shard_counts"]

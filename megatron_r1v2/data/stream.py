@@ -50,7 +50,7 @@ class PromptStream:
     the whole data set, drawn from the seed. No samples are held in memory for it: shards are read at random.
 
     Args:
-        folder: Made by megatron_r1v2.data.prepare.
+        folder: Made by `r1v2 prepare`.
         settings: Limits, and the part of samples that may be corrupt.
         tokenizer: The model's tokenizer.
         tile_size: Pixels on each side of a tile: the model's image size.
@@ -171,7 +171,7 @@ def read_prompts(
     """Read a data set once in the order of its shards, for evaluation.
 
     Args:
-        folder: Made by megatron_r1v2.data.prepare.
+        folder: Made by `r1v2 prepare`.
         settings: Limits, and the part of samples that may be corrupt.
         tokenizer: The model's tokenizer.
         tile_size: Pixels on each side of a tile: the model's image size.
@@ -197,7 +197,7 @@ def each_prompt(
     """Read a data set once in the order of its shards, a prompt at a time: it need not fit in memory.
 
     Args:
-        folder: Made by megatron_r1v2.data.prepare.
+        folder: Made by `r1v2 prepare`.
         settings: Limits, and the part of samples that may be corrupt.
         tokenizer: The model's tokenizer.
         tile_size: Pixels on each side of a tile: the model's image size.
@@ -219,7 +219,7 @@ def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) ->
     """Read a data set once in the order of its shards, as it is: for an endpoint, which tokenizes by itself.
 
     Args:
-        folder: Made by megatron_r1v2.data.prepare.
+        folder: Made by `r1v2 prepare`.
         settings: The part of samples that may be corrupt.
         count: How many samples, from the start; 0: all.
 
@@ -257,7 +257,7 @@ def each_sample(folder: str | Path) -> Iterator[ShardSample]:
     """Read the samples of a data set as its shards hold them, images undecoded, in the order of `each_prompt`.
 
     Args:
-        folder: Made by megatron_r1v2.data.prepare.
+        folder: Made by `r1v2 prepare`.
 
     Yields:
         The samples; one whose record is corrupt is left out.

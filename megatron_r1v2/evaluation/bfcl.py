@@ -16,7 +16,7 @@ from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
 from bfcl_eval.model_handler.api_inference.openai_completion import OpenAICompletionsHandler
 
 MODEL = "r1v2"
-"""As `python -m megatron_r1v2.serve --name` calls it."""
+"""As `python -m megatron_r1v2 serve --name` calls it."""
 _REASONING_ENDS = "</think>"
 
 

@@ -1,10 +1,8 @@
-"""python -m megatron_r1v2.evaluation.filter_prompts ROWS... --data SHARDS --output SHARDS; see `--help`."""
+"""Prompts that a model answers sometimes rightly and sometimes wrongly: the work of `r1v2 filter-prompts`."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,22 +17,6 @@ from megatron_r1v2.evaluation.benchmarks.files import read_rows
 from megatron_r1v2.rl.prompt_pool import PoolPrompt, filtered_prompt_pool
 
 POOL_FILE = "pool.json"
-_DESCRIPTION = """\
-Keep the prompts of a data set that a model answers sometimes rightly and sometimes wrongly: the filtered prompt pool
-of the R1V2 report, its Selective Sample Buffer run beforehand. GRPO learns nothing from the others at first.
-
-Responses come from `python -m megatron_r1v2.evaluate` on the training data, in process or on an endpoint, with as many
-runs as GRPO will sample; right is what the answer rules found right, whatever a judge said. pool.json in the output
-counts the prompts that were dropped and lists those that are kept, the most telling first: pass rate, responses, and
-the weight 2 sqrt(p (1 - p)) that the buffer's priority would give them.
-"""
-_EXAMPLE = """\
-example:
-  python -m megatron_r1v2.evaluate recipe.yaml --name pool evaluation.data=data/train evaluation.runs=8
-  python -m megatron_r1v2.evaluation.filter_prompts runs/r1v2/evaluation-pool.rollouts.jsonl \\
-      --data data/train --output data/pool
-  python -m megatron_r1v2.grpo recipe.yaml data.train=data/pool
-"""
 
 
 def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
@@ -53,7 +35,7 @@ def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
     seen: set[Path] = set()
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{file} is not there; python -m megatron_r1v2.evaluate writes it")
+            raise ValueError(f"{file} is not there; python -m megatron_r1v2 evaluate writes it")
         if file.resolve() in seen:
             raise ValueError(f"{file} is given twice: its responses would count double")
         seen.add(file.resolve())
@@ -62,7 +44,7 @@ def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
             if not isinstance(key, str) or not isinstance(right, bool):
                 raise ValueError(
                     f"{place}: no prompt_key and rule_correct; give evaluation-NAME.rollouts.jsonl as "
-                    "python -m megatron_r1v2.evaluate writes it"
+                    "python -m megatron_r1v2 evaluate writes it"
                 )
             results[key].append(right)
     return results
@@ -129,40 +111,3 @@ def _record(
         "sometimes right": num_effective,
         "kept": [asdict(prompt) for prompt in kept],
     }
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; None: those of the process.
-
-    Returns:
-        The exit status: 0, or 1 when the input has an error, which is printed.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_r1v2.evaluation.filter_prompts",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help="evaluation-NAME.rollouts.jsonl")
-    parser.add_argument("--data", type=Path, required=True, help="the data set that was evaluated")
-    parser.add_argument("--output", type=Path, required=True, help="folder of shards to make; must not exist yet")
-    parser.add_argument("--most", type=int, default=0, help="keep so many, the most telling; 0 (default): all")
-    arguments = parser.parse_args(argv)
-    if arguments.most < 0:
-        parser.error(f"--most is {arguments.most}; accepted is 0 (all) or more")
-    try:
-        record = write_pool(read_results(arguments.rows), arguments.data, arguments.output, most=arguments.most)
-    except ValueError as error:
-        print(f"error: {error}\nNothing was written.", file=sys.stderr)
-        return 1
-    for name, value in record.items():
-        print(f"{name + ':':19}{len(value) if name == 'kept' else value:>8}")
-    print(f"written to {arguments.output}; set data.train to it")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

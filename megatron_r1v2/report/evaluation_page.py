@@ -1,12 +1,10 @@
 """The results page: the paper's table beside ours, breakdowns, and responses to look through; one HTML file.
 
-python -m megatron_r1v2.report.evaluation_page RUN_DIR [RUN_DIR ...] [--output PAGE.html]
+python -m megatron_r1v2 report --evaluations RUN_DIR [RUN_DIR ...] [--output PAGE.html]
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,23 +126,3 @@ def _response(row: Json) -> dict[str, Any]:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def main() -> None:
-    """Write the page and print its path; exit 2 on bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_r1v2.report.evaluation_page",
-        description="Write one self-contained page of all evaluations in run folders.",
-    )
-    parser.add_argument("run_dir", nargs="+", help="folder with evaluation-NAME.json and its responses")
-    parser.add_argument("--output", type=Path, help="the page; evaluation.html in the first folder if not given")
-    arguments = parser.parse_args()
-    try:
-        print(write_evaluation_page(arguments.run_dir, arguments.output))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-if __name__ == "__main__":
-    main()

@@ -85,7 +85,7 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
     if not found:
         raise ValueError(
             f"there is no evaluation-NAME.json in {', '.join(map(str, folders))}; run python -m "
-            "megatron_r1v2.evaluate first"
+            "megatron_r1v2 evaluate first"
         )
     return found
 

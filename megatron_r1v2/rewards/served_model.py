@@ -1,4 +1,4 @@
-"""A reward model behind an HTTP endpoint, as vLLM or `serve/reward_model.py` offer it."""
+"""A reward model behind an HTTP endpoint, as vLLM or `r1v2 serve-reward-model` offer it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint by itself: what `python -m megatron_r1v2.evaluate` does without an endpoint."""
+"""Evaluates a checkpoint by itself: what `python -m megatron_r1v2 evaluate` does without an endpoint."""
 
 from __future__ import annotations
 

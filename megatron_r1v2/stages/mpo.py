@@ -72,7 +72,7 @@ def check_margins(recipe: RunRecipe) -> None:
     if largest < tau:
         raise ValueError(
             f"{name}={tau:g} but the largest margin in data.train={recipe.data.train!r} is {largest:g}: no pair would "
-            "be left; lower it, or build the pairs with python -m megatron_r1v2.prefer, which writes margins"
+            "be left; lower it, or build the pairs with python -m megatron_r1v2 pairs, which writes margins"
         )
 
 

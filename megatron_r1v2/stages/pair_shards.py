@@ -1,4 +1,4 @@
-"""What the prefer command keeps on disk: finished rounds while it runs, shards and counts at the end."""
+"""What the pairs command keeps on disk: finished rounds while it runs, shards and counts at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference pairs from the model's own responses: what `python -m megatron_r1v2.prefer` does."""
+"""Preference pairs from the model's own responses: the work of `r1v2 pairs`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 Value = TypeVar("Value")
 
 
-def run_prefer(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
+def run_pairs(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
     """Write preference pairs made of responses to the prompts of `data.train` to `pairs.output`.
 
     Args:
@@ -70,7 +70,7 @@ def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs
     available = sum(check_shards(recipe.data.train).values())
     total = min(recipe.pairs.prompts or available, available) * num_responses
     prompts = islice(loaded.each_prompt(recipe.data.train), recipe.pairs.prompts or None)
-    with progress_bar("prefer", total, shown=is_main) as show:
+    with progress_bar("pairs", total, shown=is_main) as show:
         for number, of_round in enumerate(_in_groups(prompts, per_round)):
             done = number * per_round * num_responses
             if number not in finished:
@@ -154,7 +154,7 @@ class PairMaker:
         total = len(prompts) * generation.responses_per_prompt
         self.features.clear()
         rollouts = self.engine.generate(
-            SharedPromptQueue(prompts, context=context, name=f"prefer-{name}"),
+            SharedPromptQueue(prompts, context=context, name=f"pairs-{name}"),
             num_responses=generation.responses_per_prompt,
             policy_version=self.loaded.version,
             temperature=generation.temperature,
@@ -187,7 +187,7 @@ class PairMaker:
         begun = {prompt.key: key for key, prompt in blind}
         rollouts = self.continuing_engine.generate(
             SharedPromptQueue(
-                [prompt for _, prompt in blind], context=self.loaded.context, name=f"prefer-{name}-without-images"
+                [prompt for _, prompt in blind], context=self.loaded.context, name=f"pairs-{name}-without-images"
             ),
             num_responses=1,
             policy_version=self.loaded.version,

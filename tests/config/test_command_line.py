@@ -82,7 +82,7 @@ def test_help_lists_every_setting_with_its_meaning(capsys):
         parse_command_line(["--help"], "align")
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert "python -m megatron_r1v2.align RECIPE.yaml [section.key=value ...]" in printed
+    assert "python -m megatron_r1v2 align RECIPE.yaml [section.key=value ...]" in printed
     lines = describe_settings().splitlines()
     for section, kind in settings_of(RunRecipe).items():
         for key in settings_of(kind):

@@ -9,7 +9,7 @@ import torch
 from megatron_r1v2.config import ranges
 from megatron_r1v2.config.hallucination import check_calibration
 from megatron_r1v2.config.load import settings_of
-from megatron_r1v2.config.pairs import check_prefer
+from megatron_r1v2.config.pairs import check_pairs
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Precision, RunRecipe, WandbMode
 from megatron_r1v2.config.validate import (
     check_grpo,
@@ -325,12 +325,12 @@ def test_holding_the_hallucination_rate_needs_something_to_move():
 
 
 def test_pairs_need_a_place_and_something_to_compare(tmp_path):
-    check_prefer(recipe_with(pairs__output=str(tmp_path / "new")))
+    check_pairs(recipe_with(pairs__output=str(tmp_path / "new")))
     with pytest.raises(ValueError, match="exists already; choose another folder or delete it first"):
-        check_prefer(recipe_with(pairs__output=str(tmp_path)))
+        check_pairs(recipe_with(pairs__output=str(tmp_path)))
     with pytest.raises(ValueError, match="responses_per_prompt=1 leaves nothing to compare"):
-        check_prefer(recipe_with(pairs__output="new", generation__responses_per_prompt=1))
+        check_pairs(recipe_with(pairs__output="new", generation__responses_per_prompt=1))
     alone = {"pairs__output": "new", "pairs__max_pairs_per_prompt": 0}
-    check_prefer(recipe_with(**alone, generation__responses_per_prompt=1))
+    check_pairs(recipe_with(**alone, generation__responses_per_prompt=1))
     with pytest.raises(ValueError, match="are both 0: there would be no pairs"):
-        check_prefer(recipe_with(**alone, pairs__dropout_ntp_fraction=0.0))
+        check_pairs(recipe_with(**alone, pairs__dropout_ntp_fraction=0.0))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_r1v2.data.prepare import main, read_samples
+from megatron_r1v2.data.command import main
+from megatron_r1v2.data.prepare import read_samples
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.shards import check_shards
 from tests.tiny import tiny_png
@@ -138,7 +139,7 @@ def test_inputs_that_cannot_be_read(
 
 
 def test_the_command_writes_shards(tmp_path: Path, images: Path) -> None:
-    command = [sys.executable, "-m", "megatron_r1v2.data.prepare"]
+    command = [sys.executable, "-m", "megatron_r1v2", "prepare"]
     root = Path(__file__).parents[2]
     path = write_rows(tmp_path, OWN, MMPR, VERL)
     arguments = [str(path), "--images", str(images), "--output", str(tmp_path / "out"), "--samples-per-shard", "2"]
@@ -152,5 +153,5 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert "python -m megatron_r1v2.data.prepare questions.jsonl --images pictures" in text
+    assert "python -m megatron_r1v2 prepare questions.jsonl --images pictures" in text
     assert "reward_model" in text

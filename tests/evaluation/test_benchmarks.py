@@ -10,8 +10,9 @@ pytest.importorskip("pyarrow")
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.stream import read_samples
-from megatron_r1v2.evaluation.benchmarks.__main__ import benchmark_samples, main
+from megatron_r1v2.evaluation.benchmarks.command import main
 from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION, place_images
+from megatron_r1v2.evaluation.benchmarks.samples import benchmark_samples
 from megatron_r1v2.rewards.answer import answer_is_correct
 from tests.evaluation import published
 

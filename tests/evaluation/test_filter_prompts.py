@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.data.stream import each_sample
-from megatron_r1v2.evaluation.filter_prompts import main
+from megatron_r1v2.evaluation.command import main
 from tests.tiny import tiny_shards
 
 # Of the prompts 0 to 4, right responses of four; nothing of prompt 5.

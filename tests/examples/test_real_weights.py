@@ -14,6 +14,7 @@ from PIL import Image
 from examples import whole_run
 from examples.real_weights import check_parts, convert_language_model, convert_vision_tower, packages, run_example
 from examples.stages import Stage
+from megatron_r1v2.__main__ import COMMANDS
 from megatron_r1v2.checkpoint.hf.companions import Components
 from megatron_r1v2.checkpoint.splicing import reassemble
 from megatron_r1v2.config.load import load_recipe
@@ -47,6 +48,7 @@ def test_every_stage_runs_a_module_that_exists_with_settings_that_exist(tmp_path
     for stage in stages:
         module, *arguments = stage.command
         assert importlib.util.find_spec(module), module
+        assert module != "megatron_r1v2" or arguments[0] in COMMANDS, arguments[0]
         recipes = [argument for argument in arguments if argument.endswith(".yaml")]
         if recipes:
             load_recipe(recipes[0], [argument for argument in arguments if "=" in argument])

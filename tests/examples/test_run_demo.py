@@ -8,6 +8,7 @@ from rich.console import Console
 from examples import whole_run
 from examples.digits import make_data, questions, run_demo
 from examples.stages import Stage
+from megatron_r1v2.__main__ import COMMANDS
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import Layers, Part, Precision
 
@@ -21,7 +22,7 @@ def every_stage(root: Path) -> list[Stage]:
         whole_run.base_stage(paths),
         run_demo.align_stage(paths, 1, ()),
         whole_run.evaluation_stage(paths, 1, "aligned", paths.align, ["train.steps=7"]),
-        run_demo.prefer_stage(paths, 1),
+        run_demo.pairs_stage(paths, 1),
         run_demo.mpo_stage(paths, 1, ()),
         whole_run.evaluation_stage(paths, 1, "mpo", paths.mpo, ["train.steps=7"]),
         whole_run.grpo_stage(paths, 1, paths.mpo, ["train.steps=7"]),
@@ -30,7 +31,7 @@ def every_stage(root: Path) -> list[Stage]:
     ]
 
 
-@pytest.mark.parametrize("name", ["align", "prefer", "mpo", "grpo"])
+@pytest.mark.parametrize("name", ["align", "pairs", "mpo", "grpo"])
 def test_recipes_load_and_look_for_the_claims_that_the_data_makes(name):
     recipe = load_recipe(run_demo.RECIPES / f"{name}.yaml")
     assert recipe.reward.claim_pattern == questions.CLAIM_PATTERN
@@ -40,18 +41,18 @@ def test_recipes_load_and_look_for_the_claims_that_the_data_makes(name):
 
 def test_recipes_point_to_where_the_demo_writes_by_default():
     paths = run_demo.demo_paths(Path("runs/digits"))
-    names = ("align", "prefer", "mpo", "grpo")
-    align, prefer, mpo, grpo = (load_recipe(run_demo.RECIPES / f"{name}.yaml") for name in names)
-    for recipe in (align, prefer, mpo, grpo):
+    names = ("align", "pairs", "mpo", "grpo")
+    align, pairs, mpo, grpo = (load_recipe(run_demo.RECIPES / f"{name}.yaml") for name in names)
+    for recipe in (align, pairs, mpo, grpo):
         assert recipe.model.hf_path == str(paths.base)
     assert [recipe.run.output_dir for recipe in (align, mpo, grpo)] == list(
         map(str, (paths.align, paths.mpo, paths.grpo))
     )
-    assert prefer.model.checkpoint == mpo.model.checkpoint == str(paths.align)
+    assert pairs.model.checkpoint == mpo.model.checkpoint == str(paths.align)
     assert grpo.model.checkpoint == str(paths.mpo)
     assert (align.data.train, grpo.data.train) == (str(paths.shards / "align"), str(paths.shards / "grpo"))
-    assert prefer.data.train == str(paths.shards / "prefer")
-    assert prefer.pairs.output == mpo.data.train == str(paths.pairs)
+    assert pairs.data.train == str(paths.shards / "prefer")
+    assert pairs.pairs.output == mpo.data.train == str(paths.pairs)
     assert align.data.validation == str(paths.shards / "validation")
     assert grpo.evaluation.data == str(paths.shards / "heldout")
 
@@ -74,6 +75,7 @@ def test_every_stage_runs_a_module_that_exists_with_settings_that_exist(tmp_path
         names.append(stage.name)
         module, *arguments = stage.command
         assert importlib.util.find_spec(module), module
+        assert module != "megatron_r1v2" or arguments[0] in COMMANDS, arguments[0]
         recipes = [argument for argument in arguments if argument.endswith(".yaml")]
         if recipes:
             load_recipe(recipes[0], [argument for argument in arguments if "=" in argument])

@@ -86,9 +86,9 @@ def test_chains_keep_their_order_and_no_more_run_at_once_than_asked(tmp_path, ru
 
 
 def test_a_stage_of_several_processes_is_started_by_torchrun():
-    one = Stage("grpo", "", ("megatron_r1v2.grpo", "recipe.yaml"))
+    one = Stage("grpo", "", ("megatron_r1v2", "grpo", "recipe.yaml"))
     two = Stage("grpo", "", one.command, processes=2)
     assert one.arguments == one.command
     assert two.arguments[0] == "torch.distributed.run"
-    assert two.arguments[-3:] == ("-m", "megatron_r1v2.grpo", "recipe.yaml")
+    assert two.arguments[-4:] == ("-m", "megatron_r1v2", "grpo", "recipe.yaml")
     assert two.arguments[two.arguments.index("--nproc-per-node") + 1] == "2"

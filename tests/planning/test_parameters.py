@@ -74,7 +74,7 @@ def test_stages_and_tensor_ranks_hold_the_model_and_the_zero_heads():
 
 def test_planning_starts_without_torch_and_megatron_core():
     code = (
-        "import json, sys, megatron_r1v2.planning.__main__;"
+        "import json, sys, megatron_r1v2.planning.command;"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
     modules = json.loads(

@@ -115,9 +115,9 @@ def test_older_and_damaged_files(tmp_path):
 
 
 def test_nothing_to_show_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"no evaluation-NAME.json .*megatron_r1v2.evaluate first"):
+    with pytest.raises(ValueError, match=r"no evaluation-NAME.json .*megatron_r1v2 evaluate first"):
         write_evaluation_page([tmp_path])
-    command = [sys.executable, "-m", "megatron_r1v2.report.evaluation_page", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "megatron_r1v2", "report", "--evaluations", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, "does not exist" in done.stderr) == (2, True)
 

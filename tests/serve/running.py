@@ -19,7 +19,7 @@ import openai
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.messages import openai_messages
-from megatron_r1v2.serve.__main__ import main
+from megatron_r1v2.serve.command import main
 from megatron_r1v2.stages.align import run_align
 from megatron_r1v2.stages.session import open_model
 from megatron_r1v2.types import Prompt

@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     port = free_port()
-    command = [sys.executable, "-m", "megatron_r1v2.serve.reward_model", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "megatron_r1v2", "serve-reward-model", str(folder), "--port", str(port)]
     options = ["--precision", "fp32", "--device", "cpu", "--max-body-mib", "1", "--api-key-variable", "SERVER_KEY"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SERVER_KEY", KEY)

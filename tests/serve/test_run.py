@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from megatron_r1v2.serve.__main__ import main
+from megatron_r1v2.serve.command import main
 from tests.serve.running import ask, messages_of, metric, served, until
 
 

@@ -1,4 +1,4 @@
-"""The prefer command on a random model: its shards, its counts, and going on after an interruption."""
+"""The pairs command on a random model: its shards, its counts, and going on after an interruption."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs, pair_key, pair_samples
-from megatron_r1v2.stages.pairs import run_prefer
+from megatron_r1v2.stages.pairs import run_pairs
 from megatron_r1v2.types import Preference
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for, run_stage
@@ -34,7 +34,7 @@ def made(root: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     learn = ("train.steps=12", "train.learning_rate=0.01", "checkpoint.every_steps=0", "train.parts=[language]")
     run_stage(recipe_for(root, root / "aligned", learn), "align")
-    return run_prefer(recipe(root, folder))
+    return run_pairs(recipe(root, folder))
 
 
 def recipe(root: Path, folder: Path, *overrides: str) -> RunRecipe:
@@ -82,20 +82,20 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
 ) -> None:
     settings = recipe(root, tmp_path)
     kept = UnfinishedPairs(settings)
-    run_prefer(recipe(root, tmp_path, f"pairs.output={tmp_path / 'other'}"))
+    run_pairs(recipe(root, tmp_path, f"pairs.output={tmp_path / 'other'}"))
     assert "response/duplicate" in capsys.readouterr().out
     # A round on disk is not done again: this one says that its prompts gave one pair that nothing else would give.
     first = [PromptPairs("sample-000", [Preference("good", "bad", 0.5, "correctness")], {})]
     kept.write_round(0, first, PairCounts(prompts=6, prompts_with_pairs=1, pairs={"correctness": 1}))
     (kept.folder / "shards").mkdir()  # as when the writing of shards was interrupted
-    run_prefer(settings)
+    run_pairs(settings)
     whole = list(each_sample(tmp_path / "other"))
     assert whole == list(each_sample(made))
     resumed = list(each_sample(tmp_path / "pairs"))
     assert (resumed[0].key, resumed[0].chosen) == ("sample-000-pair0", "good")
     assert resumed[1:] == [sample for sample in whole if sample.key >= "sample-006"]
     with pytest.raises(ValueError, match="exists already"):
-        check_stage(settings, "prefer")
+        check_stage(settings, "pairs")
 
 
 def test_rounds_of_other_settings_are_refused(root: Path, tmp_path: Path) -> None:
@@ -130,20 +130,20 @@ def test_pairs_find_their_samples_and_long_keys_stay_valid() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",)])
 def test_pairs_do_not_depend_on_the_layout(root: Path, made: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    run_ranks(2, _prefer, str(root), str(tmp_path), overrides)
+    run_ranks(2, _write_pairs, str(root), str(tmp_path), overrides)
     assert list(each_sample(tmp_path / "pairs")) == list(each_sample(made))
 
 
-def _prefer(root: str, folder: str, overrides: tuple[str, ...]) -> None:
-    run_prefer(recipe(Path(root), Path(folder), *overrides))
+def _write_pairs(root: str, folder: str, overrides: tuple[str, ...]) -> None:
+    run_pairs(recipe(Path(root), Path(folder), *overrides))
 
 
 def test_pairs_are_built_again_from_the_model_that_learnt_from_them(root: Path, made: Path, tmp_path: Path) -> None:
-    """Iterative MPO: prefer, mpo, prefer with the new model."""
+    """Iterative MPO: pairs, mpo, pairs with the new model."""
     settings = ("train.steps=2", "train.prompts_per_step=2", "train.parts=[language]", "checkpoint.every_steps=0")
     start = f"model.checkpoint={root / 'aligned'}"
     first = run_stage(recipe_for(root, tmp_path / "mpo-1", (*settings, start, f"data.train={made}")), "mpo")
-    again = run_prefer(recipe(root, tmp_path / "round-2", f"model.checkpoint={first}"))
+    again = run_pairs(recipe(root, tmp_path / "round-2", f"model.checkpoint={first}"))
     counts = [json.loads((folder / "pairs.json").read_text()) for folder in (made, again)]
     assert [count["policy_version"] for count in counts] == [12, 2]
     assert counts[1]["model"] == str(first)

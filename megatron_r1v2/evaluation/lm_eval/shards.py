@@ -70,6 +70,6 @@ def _question(key: str, messages: list[dict[str, str]], num_images: int) -> str:
     if len(messages) > 1 or _PLACEHOLDER in text:
         raise ValueError(
             f"sample {key!r} has several messages, or an image behind text; lm-eval sends one message with its images "
-            "first. Evaluate it by python -m megatron_r1v2.evaluate with evaluation.endpoint_url"
+            "first. Evaluate it by python -m megatron_r1v2 evaluate with evaluation.endpoint_url"
         )
     return text

@@ -5,7 +5,7 @@ import sys
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "megatron_r1v2.report", *map(str, arguments)]
+    command = [sys.executable, "-m", "megatron_r1v2", "report", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

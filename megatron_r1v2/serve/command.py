@@ -1,4 +1,4 @@
-"""`python -m megatron_r1v2.serve CHECKPOINT` serves a model to OpenAI clients; see `--help`."""
+"""The command line of `r1v2 serve`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1v2.config.command_line import quiet_libraries, tell_bad_input
+from megatron_r1v2.config.command_line import command_parser, quiet_libraries, tell_bad_input
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import check_stage
@@ -23,7 +23,7 @@ makes the rollouts.
 CHECKPOINT is one of
   a folder of a run, or one of its checkpoints   the settings are those of the run, the base is its model.hf_path
   a folder of a whole model in HF's layout       the settings are the defaults
-and section.key=value changes a setting (python -m megatron_r1v2.evaluate --help lists them all)."""
+and section.key=value changes a setting (python -m megatron_r1v2 evaluate --help lists them all)."""
 
 _EPILOG = """\
 settings that matter here
@@ -35,8 +35,8 @@ settings that matter here
   parallel.tensor, .pipeline       the layout, which need not be that of the training
 
 examples
-  python -m megatron_r1v2.serve runs/grpo generation.kv_cache_gib=2
-  torchrun --nproc-per-node 8 -m megatron_r1v2.serve models/R1V2-38B parallel.tensor=8 \\
+  python -m megatron_r1v2 serve runs/grpo generation.kv_cache_gib=2
+  torchrun --nproc-per-node 8 -m megatron_r1v2 serve models/R1V2-38B parallel.tensor=8 \\
       generation.max_response_tokens=65536 generation.kv_cache_gib=40
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "What is 3 + 5?"}], "max_tokens": 2000}'
@@ -54,12 +54,8 @@ GET /health says whether requests are taken, GET /metrics counts for Prometheus.
 more requests and gives those under way --grace-seconds."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until the process is asked to end; exit 2 on bad input.
-
-    Args:
-        argv: arguments without the program's name; None: the process's.
-    """
+def main(argv: Sequence[str]) -> None:
+    """Serve until the process is asked to end; exit 2 on bad input."""
     arguments = _parser().parse_intermixed_args(argv)
     quiet_libraries()
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -132,19 +128,14 @@ def check_one_replica(recipe: RunRecipe, world_size: int) -> None:
     if world_size != needed:
         raise ValueError(
             f"parallel.tensor={recipe.parallel.tensor} x parallel.pipeline={recipe.parallel.pipeline} needs {needed} "
-            f"processes and there are {world_size}; start torchrun --nproc-per-node {needed} -m megatron_r1v2.serve, "
+            f"processes and there are {world_size}; start torchrun --nproc-per-node {needed} -m megatron_r1v2 serve, "
             "or change the layout; for more replicas start one server for each"
         )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_r1v2.serve",
-        usage="[torchrun ... -m | python -m] megatron_r1v2.serve CHECKPOINT [section.key=value ...] [options]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("serve", _DESCRIPTION, epilog=_EPILOG)
+    parser.usage = "[torchrun ... -m | python -m] megatron_r1v2 serve CHECKPOINT [section.key=value ...] [options]"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see above")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="changes a setting")
     parser.add_argument("--name", default="", help="of the model, for clients (default: the folder's name)")
@@ -187,7 +178,3 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}; accepted: a number above 0")
     return value
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""python -m megatron_r1v2.planning RECIPE.yaml --gpus 16 --gpu-memory 80: what the run needs, and on which layout."""
+"""The command line of `r1v2 plan`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_r1v2.config.command_line import command_parser
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.planning.plan import Cluster, Stage, hf_config_of, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.planning.show import as_json, print_plan
+
+_DESCRIPTION = """\
+Plan what a run needs of each GPU, which layout fits, and how long a step takes, by arithmetic alone.
+
+example:
+  python -m megatron_r1v2 plan RECIPE.yaml --gpus 16 --gpu-memory 80"""
 
 STAGES: tuple[Stage, ...] = ("align", "mpo", "grpo")
 
@@ -27,11 +34,8 @@ def stage_of(recipe: str) -> Stage:
     return next((stage for stage in STAGES if stage == name), "grpo")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Print the plan; exit 1 when the recipe does not fit and 2 on bad input.
-
-    Args:
-        argv: arguments without the program's name; None: the process's.
 
     Raises:
         SystemExit: 1 or 2, see above.
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m megatron_r1v2.planning", description=__doc__)
+    parser = command_parser("plan", _DESCRIPTION)
     parser.add_argument("recipe", help="YAML recipe of a run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for the stages")
     parser.add_argument(
@@ -101,7 +105,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bandwidth-efficiency", type=float, default=0.0, help="attained part of the bandwidth")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
-
-
-if __name__ == "__main__":
-    main()

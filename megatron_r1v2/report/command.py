@@ -1,0 +1,43 @@
+"""The command line of `r1v2 report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_r1v2.config.command_line import command_parser
+
+_DESCRIPTION = """\
+Write the report of a run, RUN_DIR/report.html, for each RUN_DIR, finished or still going.
+
+With --evaluations write one page of all evaluations in these folders, with their responses: evaluation.html in the
+first of them. Pages need nothing from anywhere else."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the pages and print their paths; exit 2 on bad input.
+
+    Raises:
+        SystemExit: 2 after bad input, with the message on standard error.
+    """
+    parser = command_parser("report", _DESCRIPTION)
+    parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="folder of a run")
+    parser.add_argument("--evaluations", action="store_true", help="one page of the evaluations in these folders")
+    parser.add_argument("--output", type=Path, metavar="PAGE", help="with --evaluations: the page")
+    arguments = parser.parse_args(argv)
+    if arguments.output and not arguments.evaluations:
+        parser.error("--output is the page of --evaluations; a report goes into its RUN_DIR")
+    # Imported after the arguments are checked: matplotlib takes seconds.
+    from megatron_r1v2.report.evaluation_page import write_evaluation_page
+    from megatron_r1v2.report.page import write_report
+
+    try:
+        if arguments.evaluations:
+            print(write_evaluation_page(arguments.run_dir, arguments.output))
+        else:
+            for run_dir in arguments.run_dir:
+                print(write_report(run_dir))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
