@@ -1,4 +1,4 @@
-"""What the network computes.
+"""The network: vision tower, adapter, language model and reward head, from megatron-core's layers.
 
 Shape suffixes used in the whole project (`hidden_SBH` is [S, B, H]; Megatron is sequence-first, torch batch-first):
 

@@ -1,4 +1,7 @@
-"""The adapter between vision tower and language model: LayerNorm, Linear, GELU, Linear."""
+"""The adapter between vision tower and language model: LayerNorm, Linear, GELU, Linear.
+
+R1V2's best recipe trains this part alone.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from megatron_r1v2.models.norms import LayerNorm
 
 
 class Adapter(MegatronModule):
-    """Image tokens after pixel shuffle to embeddings of the language model; the part that R1V2 trains."""
+    """Projection of image tokens after pixel shuffle to embeddings of the language model."""
 
     def __init__(
         self, config: TransformerConfig, *, input_size: int, output_size: int, groups: ProcessGroupCollection
@@ -21,12 +24,13 @@ class Adapter(MegatronModule):
         """Build the adapter.
 
         Args:
-            config: megatron-core's, without sequence parallelism.
+            config: the vision tower's, without sequence parallelism: images go into the sequence before it is split.
             input_size: K, channels after pixel shuffle.
             output_size: H, hidden size of the language model.
             groups: process groups; tp splits the hidden layer.
         """
         super().__init__(config=config)
+        # InternVL leaves the epsilon of this norm at torch's default; its checkpoints state none.
         self.norm = LayerNorm(config, input_size, eps=1e-5)
         self.linear_fc1 = ColumnParallelLinear(
             input_size,
@@ -49,14 +53,8 @@ class Adapter(MegatronModule):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Project image tokens.
-
-        Args:
-            features: [..., K].
-
-        Returns:
-            [..., H].
-        """
+        """Project image tokens, [..., K] to [..., H]."""
+        # The second value of a megatron-core linear is a bias that is left to be added; these two add theirs.
         hidden, _ = self.linear_fc1(self.norm(features))
-        output, _ = self.linear_fc2(F.gelu(hidden))
+        output: torch.Tensor = self.linear_fc2(F.gelu(hidden))[0]
         return output

@@ -1,20 +1,25 @@
-"""The sizes of a model, read from its HF configuration and from nowhere else."""
+"""The sizes of a model, read from its HF configuration only.
+
+A configuration that asks for something the model does not compute is an error here, before any weight is read.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 PixelShuffle = Literal["v1", "v2"]
+HFConfig = Mapping[str, Any]
+"""A decoded config.json, or a part of it."""
 
 FUSED_NORM_NAMES: Mapping[str, str] = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""Local name to the name under which TransformerEngine keeps the same weight, in a layer that fuses norm and linear."""
+"""The local name of a norm -> its name in TransformerEngine's layers, which fuse the norm with the linear after it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class VisionArchitecture:
     num_heads: int
     ffn_size: int
     image_size: int
-    """Pixels on each side of a tile."""
+    """Pixels along each side of a tile."""
     patch_size: int
     norm: Literal["rms_norm", "layer_norm"]
     norm_epsilon: float
@@ -38,12 +43,12 @@ class VisionArchitecture:
 
     @property
     def head_size(self) -> int:
-        """Return the channels of one head."""
+        """Return the number of channels of one head."""
         return self.hidden_size // self.num_heads
 
     @property
     def num_patches(self) -> int:
-        """Return the patches of one tile."""
+        """Return the number of patches of one tile."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -66,7 +71,7 @@ class LanguageArchitecture:
     qk_norm: bool
     tied_embeddings: bool
     rope_factor: float = 1.0
-    """By how much Llama 3.1 and later stretch the slow rotations (`rope_type: llama3`); 1: not at all."""
+    """The factor by which Llama 3.1 and later stretch the slow rotations (`rope_type: llama3`); 1 leaves them."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,11 @@ class R1V2Architecture:
         return int(self.vision.hidden_size / self.downsample_ratio**2)
 
 
-def vision_architecture(hf: Mapping[str, Any]) -> VisionArchitecture:
+def vision_architecture(hf: HFConfig) -> VisionArchitecture:
     """Read the vision tower's sizes from an `internvl_vision` configuration.
 
     Raises:
-        ValueError: something is configured that the tower does not compute.
+        ValueError: the configuration asks for something that the tower does not compute.
     """
     _require(hf, "model_type", ("internvl_vision",), "the vision tower")
     _require(hf, "hidden_act", ("gelu",), "the vision tower")
@@ -117,11 +122,11 @@ def vision_architecture(hf: Mapping[str, Any]) -> VisionArchitecture:
     )
 
 
-def language_architecture(hf: Mapping[str, Any]) -> LanguageArchitecture:
+def language_architecture(hf: HFConfig) -> LanguageArchitecture:
     """Read the language model's sizes from its HF configuration.
 
     Raises:
-        ValueError: a family or a setting that the language model does not compute.
+        ValueError: the family or a setting is one that the language model does not compute.
     """
     _require(hf, "model_type", tuple(_FAMILIES), "the language model")
     _require(hf, "hidden_act", ("silu",), "the language model")
@@ -153,20 +158,20 @@ def language_architecture(hf: Mapping[str, Any]) -> LanguageArchitecture:
 
 
 def read_architecture(folder: Path | str) -> R1V2Architecture:
-    """Read the sizes of the model in an HF folder, and the pixel statistics that its image processor states.
+    """Read the sizes of the model in an HF folder, and the pixel statistics of its image processor.
 
     Args:
         folder: in transformers' InternVL layout.
 
     Raises:
-        ValueError: something is configured that the model does not compute.
+        ValueError: the configuration asks for something that the model does not compute.
     """
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return with_pixel_statistics(r1v2_architecture(config), folder)
 
 
 def with_pixel_statistics(architecture: R1V2Architecture, folder: Path | str) -> R1V2Architecture:
-    """Return the architecture with the pixel statistics that the image processor in a folder states, if it does."""
+    """Return the architecture with the pixel statistics of the image processor in a folder, if it has one."""
     processor = Path(folder) / "preprocessor_config.json"
     if not processor.is_file():
         return architecture
@@ -179,21 +184,22 @@ def with_pixel_statistics(architecture: R1V2Architecture, folder: Path | str) ->
     return replace(architecture, vision=vision)
 
 
-def r1v2_architecture(hf: Mapping[str, Any]) -> R1V2Architecture:
+def r1v2_architecture(hf: HFConfig) -> R1V2Architecture:
     """Read the whole model's sizes from an `internvl` configuration (transformers' InternVL layout).
 
     Raises:
-        ValueError: something is configured that the model does not compute.
+        ValueError: the configuration asks for something that the model does not compute.
     """
     _require(hf, "model_type", ("internvl",), "the model")
     _require(hf, "projector_hidden_act", ("gelu",), "the adapter")
     _require(hf, "vision_feature_layer", (-1,), "the model")
     _require(hf, "vision_feature_select_strategy", ("default",), "the model")
-    # Not a key of transformers': `hf_config` carries the chat layout's over.
+    # transformers has no such key, since it implements v2 only; `hf_config` carries it over from the chat layout.
     pixel_shuffle = hf.get("ps_version", "v2")
     if pixel_shuffle not in ("v1", "v2"):
         raise ValueError(f"ps_version={pixel_shuffle!r} is not supported; accepted: 'v1', 'v2'")
     text = dict(hf["text_config"])
+    # The outer flag decides, as in transformers.
     text["tie_word_embeddings"] = bool(hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     return R1V2Architecture(
         vision=vision_architecture(hf["vision_config"]),
@@ -206,7 +212,7 @@ def r1v2_architecture(hf: Mapping[str, Any]) -> R1V2Architecture:
 
 @dataclass(frozen=True)
 class _Family:
-    """What the HF configuration of a family implies without saying it."""
+    """The properties of a family that its HF configuration implies without stating them."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -220,7 +226,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "qwen3": _Family(qk_norm=True, refused=("attention_bias",)),
     "llama": _Family(refused=("attention_bias", "mlp_bias")),
 }
-# megatron-core takes the factor of Llama 3's rotations; these it has as constants.
+# Of Llama 3's rotations, megatron-core takes the factor as an argument; these other values are constants in its code.
 _LLAMA3_ROPE: Mapping[str, float] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -228,8 +234,8 @@ _LLAMA3_ROPE: Mapping[str, float] = {
 }
 
 
-def _rope_factor(rope: Mapping[str, Any]) -> float:
-    """Return how much the slow rotations are stretched, from `rope_parameters` or the older `rope_scaling`."""
+def _rope_factor(rope: HFConfig) -> float:
+    """Return the stretch of the slow rotations, from `rope_parameters` or the older `rope_scaling`."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"text_config rope type {rope_type!r} is not supported; accepted: 'default', 'llama3'")
@@ -248,14 +254,14 @@ def _rope_factor(rope: Mapping[str, Any]) -> float:
     return float(rope["factor"])
 
 
-def _require(hf: Mapping[str, Any], key: str, accepted: tuple[Any, ...], what: str) -> None:
+def _require(hf: HFConfig, key: str, accepted: tuple[object, ...], what: str) -> None:
     value = hf.get(key)
     if value not in accepted:
         raise ValueError(f"{key}={value!r} of {what} is not supported; accepted: {', '.join(map(repr, accepted))}")
 
 
-def _square(size: Any, name: str) -> int:
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+def _square(size: int | Sequence[int], name: str) -> int:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
     if sides[0] != sides[1]:
         raise ValueError(f"{name}={size!r} is not square; tiles and patches must have equal sides")
     return int(sides[0])

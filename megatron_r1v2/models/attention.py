@@ -1,9 +1,11 @@
-"""Attention of the local layers: torch's scaled_dot_product_attention in megatron-core's SelfAttention."""
+"""Attention of the local layers: torch's scaled_dot_product_attention in megatron-core's SelfAttention.
+
+megatron-core's own DotProductAttention needs memory quadratic in the sequence length, and knows no packed rows.
+"""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from typing_extensions import override
 
 from megatron_r1v2.models import paged_attention
 
@@ -21,9 +24,11 @@ from megatron_r1v2.models import paged_attention
 class SDPACoreAttention(MegatronModule):
     """Causal, full or packed attention in memory linear in the sequence length.
 
-    Rows are padded on the right, so a causal query never sees padding and no mask is needed.
+    Rows are padded on the right, so a causal query never sees padding, and no mask is needed.
     """
 
+    # The arguments are those that megatron-core's SelfAttention builds its core attention with.
+    @override
     def __init__(
         self,
         config: TransformerConfig,
@@ -49,16 +54,16 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute softmax(q k^T * scale) v.
 
         Args:
             query: [S, B, heads, D], or [tokens, heads, D] when packed.
             key: [S, B, kv heads, D], or [tokens, kv heads, D]; as is `value`.
             value: see `key`.
-            attention_mask: must be None: the mask type says all.
-            attn_mask_type: causal or no_mask; None: the layer's own.
+            attention_mask: must be None; the mask type decides.
+            attn_mask_type: causal or no_mask; None: the mask type of the layer.
             attention_bias: must be None.
-            packed_seq_params: where the sequences of a packed row begin and end.
+            packed_seq_params: the bounds of the sequences in a packed row.
 
         Returns:
             [S, B, heads * D], or [tokens, heads, D] when packed.
@@ -74,15 +79,17 @@ class SDPACoreAttention(MegatronModule):
     def _packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams, causal: bool
     ) -> torch.Tensor:
-        """Attend within each sequence of a packed row: a few sequences a row, so a loop is no cost."""
+        """Attend within each sequence of a packed row."""
         bounds = packed.cu_seqlens_q.tolist()
-        pieces = []
+        outputs = []
+        # A row packs a few long sequences, so the loop costs less than the padding of a batch would.
         for start, end in itertools.pairwise(bounds):
             q_1NSD, k_1NSD, v_1NSD = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-            pieces.append(self._attend(q_1NSD, k_1NSD, v_1NSD, causal).squeeze(0).transpose(0, 1))
+            outputs.append(self._attend(q_1NSD, k_1NSD, v_1NSD, causal).squeeze(0).transpose(0, 1))
         if bounds[-1] < query.shape[0]:
-            pieces.append(torch.zeros_like(query[bounds[-1] :]))
-        return torch.cat(pieces)
+            # Padding at the end of the row: any finite value will do, since its loss weight is 0.
+            outputs.append(torch.zeros_like(query[bounds[-1] :]))
+        return torch.cat(outputs)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
         return F.scaled_dot_product_attention(
@@ -96,19 +103,24 @@ class SDPACoreAttention(MegatronModule):
 
 
 class PagedSelfAttention(SelfAttention):
-    """megatron-core's SelfAttention, whose paged inference attention runs without flash-attn too.
+    """megatron-core's SelfAttention, whose paged inference attention also runs without flash-attn.
 
-    flash-attn is used where it is installed, without a setting.
+    It uses flash-attn wherever that is installed; there is no setting.
     """
 
+    @override
     def forward(
-        self, *args: Any, inference_context: BaseInferenceContext | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, *args: object, inference_context: BaseInferenceContext | None = None, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; see the base class for the arguments."""
         if inference_context is not None and not paged_attention.is_flash_attention_usable(self.config.params_dtype):
             inference_context = paged_attention.TorchAttentionContext(inference_context)
-        return super().forward(*args, inference_context=inference_context, **kwargs)
+        output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
+            *args, inference_context=inference_context, **kwargs
+        )
+        return output
 
+    @override
     def flash_decode_and_prefill(
         self,
         q: torch.Tensor,
@@ -125,5 +137,6 @@ class PagedSelfAttention(SelfAttention):
         """Attend over the paged key-value cache; see the base class for the arguments."""
         arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
         if paged_attention.is_flash_attention_usable(self.config.params_dtype):
-            return super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)
+            output: torch.Tensor = super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)
+            return output
         return paged_attention.flash_decode_and_prefill(*arguments, block_table, is_decode_only)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.layout import check_layout
-from megatron_r1v2.config.schema import Layers
 from megatron_r1v2.models.architecture import LanguageArchitecture
 from megatron_r1v2.models.layer_specs import language_block_spec
 from megatron_r1v2.models.settings import ComputeSettings
 
 
 def padded_vocab_size(architecture: LanguageArchitecture, tensor_size: int) -> int:
-    """Return the rows of the embedding after padding to a multiple of the tensor-parallel ranks."""
+    """Return the vocabulary size, padded to a multiple of the tensor-parallel ranks."""
     return math.ceil(architecture.vocab_size / tensor_size) * tensor_size
 
 
 def language_transformer_config(architecture: LanguageArchitecture, settings: ComputeSettings) -> TransformerConfig:
-    """Translate the sizes to megatron-core's configuration.
+    """Make megatron-core's configuration of the language model.
 
     Raises:
         ValueError: the layout does not divide heads, MLP or layers; or `model.transformer_config` is refused.
@@ -38,7 +37,7 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         ffn=architecture.ffn_size,
         layers=architecture.num_layers,
     )
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
         "num_attention_heads": architecture.num_heads,
@@ -49,20 +48,21 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         "layernorm_epsilon": architecture.norm_epsilon,
         "add_bias_linear": False,
         "add_qkv_bias": architecture.qkv_bias,
-        # megatron-core sums the gradients of these norms over the ranks, each of which has some heads only.
+        # Each rank has some of the heads, so megatron-core sums the gradients of these norms over the ranks.
         "qk_layernorm": architecture.qk_norm,
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "pipeline_model_parallel_size": settings.pipeline,
         "num_layers_in_first_pipeline_stage": settings.first_stage_layers or None,
         "sequence_parallel": settings.sequence,
-        # Rows of a step differ in length, so pipeline stages tell each other the shape.
+        # Microbatches differ in length, so pipeline stages have to send each other the shapes.
         "variable_seq_lengths": settings.pipeline > 1,
-        # There are no experts, but megatron-core refuses variable lengths beside its default dispatcher.
+        # The model has no experts, but megatron-core refuses variable lengths with its default dispatcher.
         "moe_token_dispatcher_type": "alltoall",
-        **settings.shared(),
+        **settings.shared_arguments(),
         **settings.fp8_arguments(),
     }
+    # Last, so that `model.transformer_config` can replace anything above.
     arguments |= settings.language_overrides
     try:
         return TransformerConfig(**arguments)
@@ -83,19 +83,19 @@ def build_language_model(
     post_process: bool,
     output_layer: bool = True,
 ) -> GPTModel:
-    """Build this stage's part of the decoder.
+    """Build this pipeline stage's part of the decoder.
 
     Args:
         architecture: the sizes.
         config: from `language_transformer_config`.
-        layers: which implementation of the layers.
+        layers: the implementation of the layers.
         groups: process groups.
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the output layer.
-        output_layer: False: the last stage gives the hidden states after the final norm.
+        output_layer: False makes the last stage return the hidden states after the final norm.
 
     Returns:
-        The model, whose embedding comes out at full length (image features go in before it is scattered).
+        The model. Its embedding returns the whole sequence, also under sequence parallelism.
     """
     model = GPTModel(
         config=config,
@@ -104,17 +104,20 @@ def build_language_model(
         max_sequence_length=architecture.max_positions,
         pre_process=pre_process,
         post_process=post_process,
+        # Each rank keeps its part of the vocabulary: gathered logits would be the largest tensor of a step.
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tied_embeddings and output_layer,
         position_embedding_type="rope",
         rotary_base=int(architecture.rope_theta),
         rope_scaling=architecture.rope_factor != 1.0,
         rope_scaling_factor=architecture.rope_factor,
+        # Image features go in before the sequence is scattered (see R1V2Model.embed).
         scatter_embedding_sequence_parallel=False,
         pg_collection=groups,
     )
     if post_process and not output_layer:
-        # The decoder has its final norm by now; what is left of `post_process` is the output layer.
+        # GPTModel has no argument for a decoder with a final norm but without an output layer. The decoder is built by
+        # now, so from here on `post_process` controls the output layer only.
         del model.output_layer
         model.post_process = False
     return model

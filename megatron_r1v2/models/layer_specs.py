@@ -1,10 +1,9 @@
-"""Which modules megatron-core builds its layers from."""
+"""Layer specs: the modules that megatron-core builds its layers from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -20,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_r1v2.config.schema import Layers
+from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.models.architecture import FUSED_NORM_NAMES, LanguageArchitecture, VisionArchitecture
 from megatron_r1v2.models.attention import PagedSelfAttention, SDPACoreAttention
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
@@ -34,16 +33,16 @@ def language_block_spec(
     layers: Layers,
     groups: ProcessGroupCollection,
 ) -> TransformerBlockSubmodules:
-    """Return the decoder's layers on this pipeline stage, and its final norm.
+    """Return the specs of the decoder's layers on this pipeline stage, and of its final norm.
 
     Args:
         architecture: the sizes.
         config: megatron-core's.
-        layers: which implementation.
+        layers: the implementation of the layers.
         groups: process groups; pp decides how many layers this stage has.
     """
     if layers is Layers.te:
-        # Importing it on a machine without CUDA raises RuntimeError, so it is imported where it was asked for.
+        # The import raises RuntimeError on a machine without CUDA, so it must not happen for local layers.
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm), TENorm
@@ -75,14 +74,14 @@ def _local_language_layer(architecture: LanguageArchitecture) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=_mlp(),
             mlp_bda=get_bias_dropout_add,
-            # Checkpoints keep TransformerEngine's names, so either implementation loads them.
+            # Checkpoints use TransformerEngine's names, so both implementations load them.
             sharded_state_dict_keys_map=dict(FUSED_NORM_NAMES),
         ),
     )
 
 
 def vision_block_spec(architecture: VisionArchitecture) -> TransformerBlockSubmodules:
-    """Return the layers of an InternViT; it has no final norm."""
+    """Return the specs of an InternViT's layers; it has no final norm."""
     norm = RMSNorm if architecture.norm == "rms_norm" else LayerNorm
     layer = ModuleSpec(
         module=ScaledTransformerLayer,
@@ -91,6 +90,8 @@ def vision_block_spec(architecture: VisionArchitecture) -> TransformerBlockSubmo
             self_attention=ModuleSpec(
                 module=VisionSelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask, "architecture": architecture},
+                # No q_layernorm and k_layernorm, which would norm each head: InternViT norms all heads together, and
+                # VisionSelfAttention builds those norms.
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=partial(_column_linear, architecture.qkv_bias),
                     core_attention=SDPACoreAttention,
@@ -112,10 +113,8 @@ def _mlp() -> ModuleSpec:
     )
 
 
-def _column_linear(with_bias: bool, *args: Any, bias: bool, **kwargs: Any) -> torch.nn.Module:
-    """Build the qkv projection with or without a bias whatever the other linears of the layer have.
-
-    megatron-core gives qkv a bias as soon as any linear has one; the 6B InternViT has biases everywhere but there.
-    """
+def _column_linear(with_bias: bool, *args: object, bias: bool, **kwargs: object) -> torch.nn.Module:
+    """Build the qkv projection with or without a bias, whatever the layer's other linears have."""
+    # megatron-core gives qkv a bias as soon as any linear has one; the 6B InternViT has biases everywhere else.
     build: Callable[..., torch.nn.Module] = ColumnParallelLinear
     return build(*args, bias=with_bias, **kwargs)

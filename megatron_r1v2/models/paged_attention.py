@@ -1,15 +1,13 @@
-"""Attention over megatron-core's paged key-value cache in plain torch, for where flash-attn is not installed.
+"""Attention over megatron-core's paged key-value cache in plain torch, where flash-attn is not installed.
 
-The cache is cut into blocks; a request owns the blocks in its row of the block table. The blocks of all requests are
-gathered into one padded batch and attended to by one SDPA call (two when some requests decode while others prefill).
-There is no loop over requests. Lengths here: R requests, L the longest sequence in the cache, Q the longest query.
+The cache is divided into blocks; a request owns the blocks in its row of the block table. `_gather` puts the blocks of
+all requests into one padded batch, and one SDPA call attends to them (two when some requests decode while others
+prefill). No loop runs over requests. Lengths: R requests, L the longest sequence in the cache, Q the longest query.
 
 The cache must hold finite numbers everywhere: a masked position has weight 0, and 0 x NaN is NaN.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +17,28 @@ from megatron.core.utils import is_fa_min_version
 
 
 def is_flash_attention_usable(dtype: torch.dtype) -> bool:
-    """Return whether megatron-core can use flash-attn for the paged cache (FA3, or FA2 from 2.7.3 on; no fp32).
-
-    Args:
-        dtype: of keys and values.
-    """
-    is_there = HAVE_FA3 or (flash_attn_varlen_func is not None and is_fa_min_version("2.7.3"))
-    return is_there and dtype in (torch.bfloat16, torch.float16)
+    """Return whether megatron-core can use flash-attn (FA3, or FA2 from 2.7.3) for a cache of this dtype."""
+    is_installed = HAVE_FA3 or (flash_attn_varlen_func is not None and is_fa_min_version("2.7.3"))
+    # flash-attn has no kernels for fp32.
+    return is_installed and dtype in (torch.bfloat16, torch.float16)
 
 
 class TorchAttentionContext:
-    """An inference context that megatron-core's Attention.forward accepts where flash-attn is not installed.
+    """An inference context that megatron-core's Attention.forward accepts without flash-attn.
 
     Attention.forward refuses dynamic batching without flash-attn before it calls `flash_decode_and_prefill`, which we
-    override. That check is the only place in attention that asks `is_dynamic_batching`; all else goes to the context.
+    override. That check is the only call of `is_dynamic_batching` in attention; everything else goes to the context.
     """
 
     def __init__(self, context: BaseInferenceContext) -> None:
         self._context = context
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
+    def __getattr__(self, name: str) -> object:
+        value: object = getattr(self._context, name)
+        return value
 
     def is_dynamic_batching(self) -> bool:
-        """Return False, so that flash-attn is not asked for."""
+        """Return False, so that megatron-core does not ask for flash-attn."""
         return False
 
 
@@ -63,31 +59,32 @@ def flash_decode_and_prefill(
     """Attend causally from the newest tokens of each request to all its tokens in the cache.
 
     Args:
-        q: [tokens, 1, heads, D]: the queries of all requests one after the other, then padding.
-        k: [blocks, block size, kv heads, D]: the cache of this layer, the new tokens included; as is `v`.
+        q: [tokens, 1, heads, D]: the queries of all requests, concatenated, then padding.
+        k: [blocks, block size, kv heads, D]: the cache of this layer, including the new tokens; as is `v`.
         v: see `k`.
         max_seqlen_q: Q.
         max_seqlen_k: L, in tokens.
-        cu_seqlens_q: int32 [R + 1]: where the queries of each request begin.
-        cu_seqlens_k: int32 [R + 1]; not used, as in flash-attn with a block table.
-        seqlens_k: int32 [R]: tokens of each request in the cache; 0 for a padding request.
-        block_table: int32 [R, blocks of a request], -1 where there is none.
-        is_decode_only: every request has one query, so q has R rows.
-        softmax_scale: factor of the scores; None: 1 / sqrt(D).
+        cu_seqlens_q: int32 [R + 1]: the start of each request's queries.
+        cu_seqlens_k: int32 [R + 1]; unused, as in flash-attn with a block table.
+        seqlens_k: int32 [R]: the tokens of each request in the cache; 0 for a padding request.
+        block_table: int32 [R, blocks of a request], -1 past the last block.
+        is_decode_only: whether every request has one query, so that q has R rows.
+        softmax_scale: the factor of the scores; None: 1 / sqrt(D).
 
     Returns:
         [tokens, 1, heads, D], zero for padding tokens.
     """
+    # Only as many blocks as the longest sequence has. Missing blocks (-1) become block 0, which the mask hides.
     table = block_table[:, : -(-max_seqlen_k // k.shape[1])].clamp(min=0).long()
     queries = q.squeeze(1)
     out = torch.zeros_like(queries)
     if is_decode_only:
-        # megatron-core pads the requests to a multiple of 16: a last long one would be attended to 16 times. In a CUDA
-        # graph, whose shapes are fixed, it is.
+        # megatron-core pads the requests to a multiple of 16, so a last long one would be computed 16 times: leave the
+        # padding out. A CUDA graph cannot, since its shapes are fixed.
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return _decode(queries, k, v, seqlens_k, table, max_seqlen_k, softmax_scale).unsqueeze(1)
-        asking = seqlens_k.nonzero(as_tuple=True)[0]
-        out[asking] = _decode(queries[asking], k, v, seqlens_k[asking], table[asking], max_seqlen_k, softmax_scale)
+        active = seqlens_k.nonzero(as_tuple=True)[0]
+        out[active] = _decode(queries[active], k, v, seqlens_k[active], table[active], max_seqlen_k, softmax_scale)
         return out.unsqueeze(1)
     starts = cu_seqlens_q[:-1].long()
     lengths = cu_seqlens_q.diff().long()
@@ -101,6 +98,7 @@ def flash_decode_and_prefill(
         starts, lengths, table = starts[prefilling], lengths[prefilling], table[prefilling]
         steps = torch.arange(max_seqlen_q, device=q.device)
         is_query_RQ = steps < lengths[:, None]
+        # Shorter requests read past their end, possibly past the end of q; `is_query_RQ` drops these rows below.
         index_RQ = (starts[:, None] + steps).clamp(max=len(queries) - 1)
         last_key_RQ = (seqlens_k[prefilling] - lengths)[:, None] + steps
         attended = _prefill(queries[index_RQ], k, v, last_key_RQ, table, max_seqlen_k, softmax_scale)
@@ -117,11 +115,9 @@ def _decode(
     length: int,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attend with one query a request.
-
-    The query heads that share a key head take the place of the queries: grouped-query attention without repeating keys.
-    """
+    """Attend with one query for each request."""
     requests, heads, size = query_RND.shape
+    # The query heads that share a key head become the queries of that head, so no key has to be repeated.
     grouped = query_RND.view(requests, k.shape[2], heads // k.shape[2], size)
     mask = torch.arange(length, device=k.device) < seqlens_k[:, None]
     out = F.scaled_dot_product_attention(
@@ -143,7 +139,7 @@ def _prefill(
     length: int,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attend with several queries a request, each to the keys up to its own position."""
+    """Attend with several queries for each request, each to the keys up to its own position."""
     mask = torch.arange(length, device=k.device) <= last_key_RQ[:, :, None]
     out = F.scaled_dot_product_attention(
         query_RQND.transpose(1, 2),
@@ -157,7 +153,7 @@ def _prefill(
 
 
 def _gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    """Return [R, kv heads, length, D]: the blocks of each request in a row."""
+    """Return [R, kv heads, length, D]: the blocks of each request, concatenated."""
     # Blocks as rows of one matrix: index_select copies whole rows, twice as fast as indexing a 4-D tensor.
     rows = cache.flatten(1).index_select(0, table.flatten())
     return rows.view(table.shape[0], -1, *cache.shape[2:])[:, :length].transpose(1, 2)

@@ -1,6 +1,6 @@
 """The whole model: vision tower and adapter on the first pipeline stage, the language model over all stages.
 
-A reward model is the same with a scalar head on the last stage in place of the language model's output layer.
+A reward model has a scalar head on the last stage in place of the language model's output layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_r1v2.config.schema import Part
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.models.adapter import Adapter
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.language import build_language_model, language_transformer_config
@@ -24,7 +24,7 @@ from megatron_r1v2.models.vision import VisionTower, pixel_shuffle, vision_trans
 
 
 class R1V2Model(MegatronModule):
-    """InternViT, adapter and reasoning LLM, as far as they live on this rank."""
+    """InternViT, adapter and reasoning LLM: the parts that live on this rank."""
 
     def __init__(
         self,
@@ -44,15 +44,16 @@ class R1V2Model(MegatronModule):
             groups: process groups.
             pre_process: this stage holds vision tower, adapter and embedding.
             post_process: this stage holds the output layer or the score head.
-            score_seed: what a score head is drawn from; None: a language model with its output layer.
+            score_seed: the seed of a reward model's head; None: a language model with its output layer.
         """
         super().__init__(config=language_transformer_config(architecture.language, settings))
         self.architecture = architecture
         self.groups = groups
+        self.is_reward_model = score_seed is not None
         self.pre_process = pre_process
         self.post_process = post_process
+        # megatron-core's schedules and its sum of tied gradients over stages read these two.
         self.model_type = ModelType.encoder_or_decoder
-        self.is_reward_model = score_seed is not None
         self.share_embeddings_and_output_weights = architecture.language.tied_embeddings and not self.is_reward_model
         self.vision: VisionTower | None = None
         self.adapter: Adapter | None = None
@@ -81,25 +82,26 @@ class R1V2Model(MegatronModule):
 
     @property
     def parts(self) -> list[Part]:
-        """Return the parts that the model has, on this stage or another."""
+        """Return the parts of the whole model, on all stages."""
         return [part for part in Part if part is not Part.score or self.is_reward_model]
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """Return the weight that embedding and output layer share; megatron-core sums its gradient over stages."""
-        return self.language.shared_embedding_or_output_weight()
+        weight: torch.Tensor | None = self.language.shared_embedding_or_output_weight()
+        return weight
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
-        """Take the hidden states of the stage before; called by megatron-core's schedules."""
+        """Take the hidden states of the previous stage; megatron-core's schedules call this."""
         self.language.set_input_tensor(input_tensor)
 
     def encode_tiles(self, tiles_TCHW: torch.Tensor) -> torch.Tensor:
-        """Compute the features of tiles up to the adapter; without a graph when the vision tower is frozen.
+        """Compute the features of tiles up to the adapter.
 
         Args:
             tiles_TCHW: uint8 [T, 3, height, width]; first pipeline stage only.
 
         Returns:
-            [T, F, K].
+            [T, F, K], without a graph if the vision tower is frozen.
         """
         assert self.vision is not None, "the vision tower lives on the first pipeline stage"
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision.parameters())
@@ -111,17 +113,18 @@ class R1V2Model(MegatronModule):
             )
 
     def adapt(self, features_TFK: torch.Tensor, tile_index: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn features into embeddings of the language model.
+        """Project features to embeddings of the language model.
 
         Args:
             features_TFK: [T, F, K], from `encode_tiles`.
-            tile_index: int64 [tiles of all rows]: which tile each is, when rows share tiles; None: in order.
+            tile_index: int64 [tiles of all rows], the index of each in T, if rows share tiles; None: in order.
 
         Returns:
             [tiles of all rows * F, H], in the order of the `<IMG_CONTEXT>` tokens.
         """
         assert self.adapter is not None, "the adapter lives on the first pipeline stage"
-        embeddings_TFH = self.adapter(features_TFK)
+        embeddings_TFH: torch.Tensor = self.adapter(features_TFK)
+        # After the projection, so that the responses to a prompt share its cost.
         if tile_index is not None:
             embeddings_TFH = embeddings_TFH[tile_index]
         return embeddings_TFH.flatten(0, 1)
@@ -133,14 +136,14 @@ class R1V2Model(MegatronModule):
         image_embeddings_FH: torch.Tensor | None,
         image_mask_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embed tokens at full length, put the images in, then scatter to sequence parallel.
+        """Embed tokens and put the image embeddings in; under sequence parallelism then split the sequence.
 
         Args:
             token_ids_BS: int64 [B, S].
             position_ids_BS: int64 [B, S].
-            image_embeddings_FH: [image tokens of all rows, H] in row order; None where there is no image.
-            image_mask_BS: bool [B, S], where the embeddings go; None: at every `<IMG_CONTEXT>` token. A response may
-                contain that token, which is then a word like any other.
+            image_embeddings_FH: [image tokens of all rows, H] in row order; None without images.
+            image_mask_BS: bool [B, S], the places of the embeddings; None: every `<IMG_CONTEXT>` token. A response may
+                contain that token too, as an ordinary word.
 
         Returns:
             [S, B, H], or this rank's part of S under sequence parallelism.
@@ -148,7 +151,7 @@ class R1V2Model(MegatronModule):
         Raises:
             ValueError: the number of `<IMG_CONTEXT>` tokens and of embeddings differ.
         """
-        hidden_SBH = self.language.embedding(input_ids=token_ids_BS, position_ids=position_ids_BS)
+        hidden_SBH: torch.Tensor = self.language.embedding(input_ids=token_ids_BS, position_ids=position_ids_BS)
         is_image_BS = token_ids_BS == self.architecture.image_token_id if image_mask_BS is None else image_mask_BS
         num_tokens = int(is_image_BS.sum())
         num_embeddings = 0 if image_embeddings_FH is None else image_embeddings_FH.shape[0]
@@ -159,9 +162,12 @@ class R1V2Model(MegatronModule):
                 "the prompt was tokenized for other images, or a text contains the token itself"
             )
         if image_embeddings_FH is not None and num_tokens:
+            # Batch-first, since masked_scatter fills in memory order and the embeddings come row by row.
             hidden_BSH = hidden_SBH.transpose(0, 1)
             hidden_BSH = hidden_BSH.masked_scatter(is_image_BS.unsqueeze(-1), image_embeddings_FH.to(hidden_BSH.dtype))
             hidden_SBH = hidden_BSH.transpose(0, 1).contiguous()
+        # Now, and not in the embedding: an image may cross the border between two ranks. A scatter, since the gradients
+        # of a reduce-scatter divided by TP would be too small by TP.
         if self.config.sequence_parallel:
             hidden_SBH = scatter_to_sequence_parallel_region(hidden_SBH, group=self.groups.tp)
         return hidden_SBH
@@ -182,11 +188,11 @@ class R1V2Model(MegatronModule):
         Args:
             token_ids_BS: int64 [B, S], padded on the right.
             position_ids_BS: int64 [B, S].
-            tiles_TCHW: uint8 [T, 3, height, width]; used on the first stage when `features_TFK` is not given.
-            features_TFK: [T, F, K], what `encode_tiles` gave for these tiles.
-            tile_index: int64 [tiles of all rows]: which of the T tiles each is, when rows share them; None: in order.
+            tiles_TCHW: uint8 [T, 3, height, width]; read on the first stage if `features_TFK` is None.
+            features_TFK: [T, F, K], the result of `encode_tiles` for these tiles.
+            tile_index: see `adapt`.
             image_mask_BS: bool [B, S], see `embed`.
-            packed_seq_params: where sequences begin and end when B = 1 packs several.
+            packed_seq_params: the bounds of the sequences, if one row packs several.
 
         Returns:
             Logits [B, S, V / TP] on the last stage, or float32 scores [B, S] of a reward model; on other stages hidden
@@ -200,9 +206,10 @@ class R1V2Model(MegatronModule):
             if features_TFK is not None and features_TFK.shape[0]:
                 embeddings_FH = self.adapt(features_TFK, tile_index)
             hidden_SBH = self.embed(token_ids_BS, position_ids_BS, embeddings_FH, image_mask_BS)
-        output = self.language(
+        output: torch.Tensor = self.language(
             input_ids=token_ids_BS,
             position_ids=position_ids_BS,
+            # Causal attention over rows padded on the right needs none.
             attention_mask=None,
             decoder_input=hidden_SBH,
             packed_seq_params=packed_seq_params,
@@ -223,15 +230,15 @@ def build_r1v2(
     Args:
         architecture: the sizes.
         settings: layout and numerics.
-        groups: process groups; pp decides what this stage holds.
-        device: where the weights live.
-        score_seed: what the head of a reward model is drawn from; None: a language model with its output layer.
+        groups: process groups; pp decides which layers this stage holds.
+        device: the device of the weights.
+        score_seed: the seed of a reward model's head; None: a language model with its output layer.
 
     Returns:
         The model, every parameter trainable.
     """
     stage, stages = groups.pp.rank(), groups.pp.size()
-    # Nothing is differentiated here, and where it could be, TransformerEngine keeps unrounded copies of 8-bit weights.
+    # With gradients enabled, TransformerEngine would keep unrounded copies of 8-bit weights.
     with torch.no_grad():
         model = R1V2Model(
             architecture,
@@ -241,18 +248,20 @@ def build_r1v2(
             post_process=stage == stages - 1,
             score_seed=score_seed,
         )
-    return model.to(device=device, dtype=settings.dtype)
+    return model.to(device=device, dtype=settings.dtype)  # type: ignore[no-any-return]  # megatron-core has no types
 
 
 def freeze_all_but(model: R1V2Model, parts: Iterable[Part]) -> list[str]:
-    """Freeze what does not train; must come before megatron-core's DDP, which gives buffers to what trains.
+    """Freeze all parameters but those of the parts that train.
+
+    Call it before megatron-core's DDP and optimizer, which allocate gradients and states for all that is not frozen.
 
     Args:
         model: this rank's part.
-        parts: vision, adapter, language, score.
+        parts: the parts that train.
 
     Returns:
-        Names of the parameters on this rank that train.
+        The names of the parameters on this rank that train.
     """
     trained = {Part(part).value for part in parts}
     names = []

@@ -1,4 +1,4 @@
-"""The scalar head of a reward model: one number a token, in place of the language model's output layer."""
+"""The scalar head of a reward model: one score for each token, in place of the language model's output layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_r1v2.models.norms import mark_sequence_parallel
 
 
 class ScoreHead(nn.Module):
-    """score = w . h, without a bias: it would cancel in every difference of scores and so never train."""
+    """score = w . h, without a bias, which would cancel in every difference of scores and never train."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, *, groups: ProcessGroupCollection, seed: int
@@ -23,18 +23,19 @@ class ScoreHead(nn.Module):
         Args:
             config: megatron-core's, of the language model.
             hidden_size: H.
-            groups: process groups; tp has the parts of the sequence.
-            seed: the weight is the same in every layout.
+            groups: process groups; tp holds the parts of the sequence.
+            seed: the seed of the weight, which is the same in every layout.
         """
         super().__init__()
         self.groups = groups
         self.sequence_parallel = config.sequence_parallel
+        # A generator of its own: megatron-core's trackers differ between TP ranks, which must hold the same weight.
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(1, hidden_size, generator=generator) / hidden_size**0.5)
         mark_sequence_parallel(self.weight, config)
 
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        """Score every token.
+        """Collective over `groups.tp` under sequence parallelism: score every token.
 
         Args:
             hidden_SBH: [S, B, H] after the final norm, or this rank's part of S under sequence parallelism.
@@ -44,8 +45,9 @@ class ScoreHead(nn.Module):
         """
         scores_SB = F.linear(hidden_SBH.float(), self.weight.float()).squeeze(-1)
         if self.sequence_parallel:
-            # Every rank goes on with all scores, and computes the same: each takes its part of the gradient back. The
-            # weight's gradient is then of this rank's tokens only; its mark lets megatron-core add the ranks'.
+            # All ranks compute the same loss from all scores, so each takes its own part of the gradient back; a
+            # reduce-scatter would add equal gradients. The weight then has the gradient of this rank's tokens only, and
+            # its mark makes megatron-core add those of the other ranks.
             scores_SB = gather_from_sequence_parallel_region(
                 scores_SB, tensor_parallel_output_grad=False, group=self.groups.tp
             )

@@ -1,19 +1,19 @@
-"""What every part of the model shares when it is translated to megatron-core's configuration."""
+"""Layout and numerics that all parts of the model share, as arguments of megatron-core's TransformerConfig."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from megatron_r1v2.config.schema import Fp8, Layers, ModelConfig, ParallelConfig, Precision, Recompute
+from megatron_r1v2.config.choices import Fp8, Layers, Precision, Recompute
+from megatron_r1v2.config.schema import ModelConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """The layout and the numerics, apart from any architecture."""
+    """The layout and the numerics, independent of an architecture."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -24,12 +24,12 @@ class ComputeSettings:
     layers: Layers = Layers.local
     fp8: Fp8 = Fp8.none
     fp8_weights: bool = False
-    language_overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to the language model's TransformerConfig as they stand."""
+    language_overrides: Mapping[str, object] = field(default_factory=dict)
+    """Arguments of the language model's TransformerConfig that replace ours."""
 
     @classmethod
     def from_recipe(cls, model: ModelConfig, parallel: ParallelConfig, recompute: Recompute) -> ComputeSettings:
-        """Collect the settings of a run."""
+        """Collect the settings from the sections of a recipe."""
         return cls(
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
@@ -43,34 +43,34 @@ class ComputeSettings:
             language_overrides=dict(model.transformer_config),
         )
 
-    def fp8_arguments(self) -> dict[str, Any]:
-        """Return the TransformerConfig arguments of FP8, which only the language model gets.
-
-        The vision tower's 1,025 tokens a tile do not meet TransformerEngine's shape constraints. Delayed scaling is not
-        offered: its all-reduce of maxima hangs when a rank skips a module, as a text-only microbatch does.
-        """
+    def fp8_arguments(self) -> dict[str, object]:
+        """Return the TransformerConfig arguments of FP8, for the language model only."""
+        # Not for the vision tower, whose 1,025 tokens a tile do not fit TransformerEngine's shape constraints. Delayed
+        # scaling is no choice: its all-reduce of maxima hangs when a rank skips a module, as text-only microbatches do.
         if self.fp8 is Fp8.none:
             return {}
         return {
             "fp8": "hybrid" if self.fp8 is Fp8.tensorwise else "e4m3",
             "fp8_recipe": self.fp8.value,
             "fp8_param": self.fp8_weights,
+            # The layers next to embedding and output lose most by rounding.
             "first_last_layers_bf16": True,
             "num_layers_at_start_in_bf16": 1,
             "num_layers_at_end_in_bf16": 1,
         }
 
-    def shared(self) -> dict[str, Any]:
-        """Return the TransformerConfig arguments that do not depend on the part of the model."""
+    def shared_arguments(self) -> dict[str, object]:
+        """Return the TransformerConfig arguments that all parts of the model share."""
         bf16 = self.dtype is torch.bfloat16
-        arguments: dict[str, Any] = {
+        arguments: dict[str, object] = {
             "tensor_model_parallel_size": self.tensor,
             "params_dtype": self.dtype,
             "pipeline_dtype": self.dtype,
             "bf16": bf16,
+            # Old log-probs, reference and update must see the same network.
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
-            # The fused kernels need CUDA extensions that a CPU has not; they change no result.
+            # The fused kernels need CUDA extensions, and they change no result.
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
             "bias_dropout_fusion": False,

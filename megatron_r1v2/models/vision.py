@@ -1,4 +1,4 @@
-"""InternViT, both families, from a megatron-core TransformerBlock."""
+"""The vision tower: InternViT of both families, from a megatron-core TransformerBlock."""
 
 from __future__ import annotations
 
@@ -18,15 +18,12 @@ from megatron_r1v2.models.settings import ComputeSettings
 
 
 def padded_heads(architecture: VisionArchitecture, tensor_size: int) -> int:
-    """Return the head count after zero heads make it divide by the tensor-parallel ranks (25 -> 26, 28, 32)."""
+    """Return the number of heads with the zero heads that make it a multiple of the tensor-parallel ranks."""
     return math.ceil(architecture.num_heads / tensor_size) * tensor_size
 
 
 def vision_transformer_config(architecture: VisionArchitecture, settings: ComputeSettings) -> TransformerConfig:
-    """Translate the tower's sizes to megatron-core's configuration; the adapter uses it too.
-
-    Sequence parallelism is off whatever the language model does: patches and class token (1025) do not divide.
-    """
+    """Make megatron-core's configuration of the tower, which the adapter uses too."""
     heads = padded_heads(architecture, settings.tensor)
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -41,14 +38,17 @@ def vision_transformer_config(architecture: VisionArchitecture, settings: Comput
         add_qkv_bias=architecture.qkv_bias,
         activation_func=F.gelu,
         gated_linear_unit=False,
+        # The first stage holds the whole tower. With the language model's pipeline size, TransformerBlock would build a
+        # part of its layers.
         pipeline_model_parallel_size=1,
+        # Patches and class token, 1,025 tokens, do not divide by the ranks.
         sequence_parallel=False,
-        **settings.shared(),
+        **settings.shared_arguments(),
     )
 
 
 class VisionTower(MegatronModule):
-    """Tiles to patch features: patch embedding, learned positions, transformer layers; the class token is dropped."""
+    """Patch embedding, learned positions and transformer layers: tiles to patch features."""
 
     def __init__(
         self, config: TransformerConfig, architecture: VisionArchitecture, *, groups: ProcessGroupCollection
@@ -56,7 +56,7 @@ class VisionTower(MegatronModule):
         """Build the tower.
 
         Args:
-            config: megatron-core's, made by `vision_transformer_config`.
+            config: from `vision_transformer_config`.
             architecture: the sizes.
             groups: process groups; tp splits heads and MLP.
         """
@@ -71,6 +71,7 @@ class VisionTower(MegatronModule):
         self.decoder = TransformerBlock(
             config=config,
             spec=vision_block_spec(architecture),
+            # InternViT has no final norm; the adapter begins with one.
             post_layer_norm=False,
             pre_process=True,
             post_process=True,
@@ -84,8 +85,9 @@ class VisionTower(MegatronModule):
             tiles_TCHW: uint8 [T, 3, height, width].
 
         Returns:
-            [T, patches, E]: the output of the last layer, in the model's dtype.
+            [T, patches, E]: the last layer's output without the class token, in the model's dtype.
         """
+        # Tiles travel as uint8, a quarter of the bytes, and become numbers in fp32 before they are rounded once.
         mean, std = (
             torch.tensor(values, device=tiles_TCHW.device).view(1, 3, 1, 1)
             for values in (self.architecture.pixel_mean, self.architecture.pixel_std)
@@ -96,14 +98,15 @@ class VisionTower(MegatronModule):
         hidden_TPE = patches.flatten(2).transpose(1, 2)
         hidden_TPE = torch.cat([self.class_token.expand(len(hidden_TPE), -1, -1), hidden_TPE], dim=1)
         hidden_TPE = hidden_TPE + self._positions(grid)
-        hidden_PTE = self.decoder(hidden_TPE.transpose(0, 1).contiguous(), attention_mask=None)
+        hidden_PTE: torch.Tensor = self.decoder(hidden_TPE.transpose(0, 1).contiguous(), attention_mask=None)
         return hidden_PTE.transpose(0, 1)[:, 1:]
 
     def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the positions of a grid of patches, resized bicubically when it is not the trained one."""
+        """Return the positions for a grid of patches, resized bicubically unless it is the trained grid."""
         side = self.architecture.image_size // self.architecture.patch_size
         if grid == (side, side):
             return self.position_embeddings
+        # The class token, the first position, has no place in the grid. In fp32, as transformers does.
         patches = self.position_embeddings[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
         patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(self.position_embeddings.dtype)
@@ -111,12 +114,12 @@ class VisionTower(MegatronModule):
 
 
 def pixel_shuffle(features_TPE: torch.Tensor, *, ratio: float, version: PixelShuffle) -> torch.Tensor:
-    """Trade resolution for channels: each square of patches becomes one image token.
+    """Turn each square of patches into one image token, which has the channels of all.
 
     Args:
         features_TPE: [T, patches, E], the patches a square grid in row-major order.
-        ratio: sides shrink by this (0.5: four patches a token).
-        version: v1 leaves the image transposed; v2 does not.
+        ratio: the factor of the sides (0.5: four patches become one token).
+        version: v1 leaves the image transposed; v2 transposes it back.
 
     Returns:
         [T, F, K] with F = patches * ratio^2 and K = E / ratio^2.

@@ -37,7 +37,13 @@ def place() -> dict[str, object]:
         "device": str(context.device),
         "drawn": drawn,
     }
-    assert groups.current_context() == context
+    again = groups.current_context()
+    assert (again.device, again.tensor_rank, again.pipeline_rank, again.data_rank) == (
+        context.device,
+        context.tensor_rank,
+        context.pipeline_rank,
+        context.data_rank,
+    )
     groups.shut_down()
     assert not dist.is_initialized()
     return result
