@@ -135,8 +135,9 @@ class PagedSelfAttention(SelfAttention):
         is_decode_only: bool,
     ) -> torch.Tensor:
         """Attend over the paged key-value cache; see the base class for the arguments."""
-        arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
         if paged_attention.is_flash_attention_usable(self.config.params_dtype):
+            arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
             output: torch.Tensor = super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)
             return output
-        return paged_attention.flash_decode_and_prefill(*arguments, block_table, is_decode_only)
+        lengths = (max_seqlen_q, max_seqlen_k, cu_seqlens_q, seqlens_k)
+        return paged_attention.flash_decode_and_prefill(q, k, v, *lengths, block_table, is_decode_only)

@@ -113,8 +113,8 @@ def _mlp() -> ModuleSpec:
     )
 
 
-def _column_linear(with_bias: bool, *args: object, bias: bool, **kwargs: object) -> torch.nn.Module:
+def _column_linear(with_bias: bool, *args: object, **kwargs: object) -> torch.nn.Module:
     """Build the qkv projection with or without a bias, whatever the layer's other linears have."""
     # megatron-core gives qkv a bias as soon as any linear has one; the 6B InternViT has biases everywhere else.
     build: Callable[..., torch.nn.Module] = ColumnParallelLinear
-    return build(*args, bias=with_bias, **kwargs)
+    return build(*args, **(kwargs | {"bias": with_bias}))

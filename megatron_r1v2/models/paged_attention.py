@@ -49,7 +49,6 @@ def flash_decode_and_prefill(
     max_seqlen_q: int,
     max_seqlen_k: int,
     cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
     seqlens_k: torch.Tensor,
     block_table: torch.Tensor,
     is_decode_only: bool,
@@ -65,7 +64,6 @@ def flash_decode_and_prefill(
         max_seqlen_q: Q.
         max_seqlen_k: L, in tokens.
         cu_seqlens_q: int32 [R + 1]: the start of each request's queries.
-        cu_seqlens_k: int32 [R + 1]; unused, as in flash-attn with a block table.
         seqlens_k: int32 [R]: the tokens of each request in the cache; 0 for a padding request.
         block_table: int32 [R, blocks of a request], -1 past the last block.
         is_decode_only: whether every request has one query, so that q has R rows.

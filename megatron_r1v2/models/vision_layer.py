@@ -76,9 +76,7 @@ class JointHeadRMSNorm(nn.Module):
         normed = flat.float() * torch.rsqrt(squares / self.width + self.eps)
         return (self.weight * normed.to(flat.dtype)).view_as(heads_SBND)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, object] | None = None
-    ) -> ShardedStateDict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Offsets = (), **_: object) -> ShardedStateDict:
         """Return the weight as a shard over the heads, for `dist_checkpointing`."""
         return _allow_padding(
             make_sharded_tensors_for_checkpoint(
@@ -148,11 +146,11 @@ class ScaledTransformerLayer(TransformerLayer):
         self.self_attn_bda = self._attention_residual
         self.mlp_bda = self._mlp_residual
 
-    def _attention_residual(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
-        return lambda output, residual, dropout: _add_scaled(output, residual, self.attention_scale)
+    def _attention_residual(self, *_: object) -> Callable[..., torch.Tensor]:
+        return lambda output, residual, _dropout: _add_scaled(output, residual, self.attention_scale)
 
-    def _mlp_residual(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
-        return lambda output, residual, dropout: _add_scaled(output, residual, self.mlp_scale)
+    def _mlp_residual(self, *_: object) -> Callable[..., torch.Tensor]:
+        return lambda output, residual, _dropout: _add_scaled(output, residual, self.mlp_scale)
 
 
 def _allow_padding(sharded: ShardedStateDict) -> ShardedStateDict:

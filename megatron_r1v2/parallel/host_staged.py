@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, Work
 from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
 
 NAME = "host_staged"
 
@@ -53,6 +54,7 @@ class _Transfer(Work):
         self._work = work
         self._results = results
 
+    @override
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         """Wait for the transfer, then copy the results from the host."""
         self._work.wait()
@@ -64,6 +66,7 @@ class _Transfer(Work):
         self._results = []
         return True
 
+    @override
     def is_completed(self) -> bool:
         """Return whether the transfer has ended; the results may still be on the host."""
         return self._work.is_completed()
@@ -87,6 +90,7 @@ class HostStagedGroup(dist.ProcessGroup):
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
         self._on_host._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
 
+    @override
     def barrier(self, *args: object, **kwargs: object) -> Work:
         """Collective over this group: wait for all ranks."""
         # The options name the GPU to wait on, which gloo does not accept.
@@ -121,5 +125,5 @@ for _name in _COLLECTIVES:
 
 def register() -> None:
     """Register the backend with torch.distributed; a second call changes nothing."""
-    if NAME.upper() not in dist.Backend._plugins:
+    if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, HostStagedGroup, devices=["cpu", "cuda"])

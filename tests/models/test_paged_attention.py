@@ -54,7 +54,6 @@ def attend(lengths, query_lengths, kv_heads, seed, padding=3):
         max(query_lengths),
         max(lengths),
         bounds,
-        torch.zeros(0),
         torch.tensor([*lengths, *[0] * pad_rows], dtype=torch.int32),
         torch.cat([table, torch.full((pad_rows, table.shape[1]), -1, dtype=torch.int32)]),
         decode_only,
