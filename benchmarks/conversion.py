@@ -42,7 +42,8 @@ from transformers import (
 from megatron_r1v2.checkpoint.hf.config import IMAGE_TOKEN
 from megatron_r1v2.checkpoint.hf.folders import INDEX_NAME, write_json
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
-from megatron_r1v2.checkpoint.hf.safetensors_files import TensorInfo, write_safetensors_file
+from megatron_r1v2.checkpoint.hf.safetensors_files import write_safetensors_file
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo
 
 GB = 1000**3
 _SHARD_BYTES = 2 * GB

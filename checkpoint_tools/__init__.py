@@ -1,1 +1,1 @@
-"""Thin command lines over megatron_r1v2/checkpoint/; each explains itself with --help."""
+"""Tools for checkpoints: small command lines over megatron_r1v2/checkpoint/; each explains itself with --help."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_tools.command_line import (
+from megatron_r1v2.checkpoint.command_line import (
     INTERRUPTED,
     add_hf_arguments,
     add_run_arguments,
     explained_errors,
-    parser_of,
     run_options,
+    tool_parser,
 )
-from megatron_r1v2.checkpoint.destinations import HfJob, write_hf
+from megatron_r1v2.checkpoint.destinations import HfConversion, HfFormat, write_hf
 from megatron_r1v2.checkpoint.sources import HfSpec
 
 EXAMPLE = f"""example:
@@ -28,20 +28,15 @@ by the layout chat only.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = parser_of("hf_to_hf", __doc__, EXAMPLE)
+    parser = tool_parser("hf_to_hf", __doc__, EXAMPLE)
     parser.add_argument("--hf", type=Path, required=True, help="folder of a whole model, in either layout")
     add_run_arguments(parser)
     add_hf_arguments(parser, default="transformers")
     options = parser.parse_args(arguments)
     with explained_errors(parser):
-        job = HfJob(
-            HfSpec(options.hf),
-            options.layout,
-            (options.hf,),
-            dtype=options.dtype or "",
-            max_shard_bytes=options.shard_size,
-        )
-        write_hf(job, options.output, companions=options.hf, options=run_options(options))
+        form = HfFormat(options.layout, options.dtype, options.shard_size)
+        conversion = HfConversion(HfSpec(options.hf), (options.hf,), form)
+        write_hf(conversion, options.output, companions=options.hf, options=run_options(options))
         print(f"wrote {options.output} in the layout {options.layout}")
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_tools.command_line import INTERRUPTED, add_run_arguments, explained_errors, parser_of, run_options
-from megatron_r1v2.checkpoint.destinations import DistJob, write_checkpoint
+from megatron_r1v2.checkpoint.command_line import (
+    INTERRUPTED,
+    add_run_arguments,
+    explained_errors,
+    run_options,
+    tool_parser,
+)
+from megatron_r1v2.checkpoint.destinations import TorchDistConversion, write_checkpoint
 from megatron_r1v2.checkpoint.sources import HfSpec
 
 EXAMPLE = f"""example:
@@ -19,13 +25,13 @@ loads at any layout (TP, PP, DP). No GPU and no process group are needed; one te
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = parser_of("hf_to_megatron", __doc__, EXAMPLE)
+    parser = tool_parser("hf_to_megatron", __doc__, EXAMPLE)
     parser.add_argument("--hf", type=Path, required=True, help="folder of a whole model, in either layout")
     add_run_arguments(parser)
     options = parser.parse_args(arguments)
     with explained_errors(parser):
-        job = DistJob(HfSpec(options.hf), (options.hf,), dtype=options.dtype or "")
-        write_checkpoint(job, options.output, companions=options.hf, options=run_options(options))
+        conversion = TorchDistConversion(HfSpec(options.hf), (options.hf,), options.dtype)
+        write_checkpoint(conversion, options.output, companions=options.hf, options=run_options(options))
         print(f"wrote {options.output}")
 
 

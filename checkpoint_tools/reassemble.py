@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_tools.command_line import (
+from megatron_r1v2.checkpoint.command_line import (
     INTERRUPTED,
     add_hf_arguments,
     add_run_arguments,
     explained_errors,
-    parser_of,
     run_options,
+    tool_parser,
 )
 from megatron_r1v2.checkpoint.destinations import DTYPES
 from megatron_r1v2.checkpoint.hf.companions import DEFAULT_MAX_TILES, Components
@@ -30,7 +30,7 @@ stage trains it.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = parser_of("reassemble", __doc__, EXAMPLE)
+    parser = tool_parser("reassemble", __doc__, EXAMPLE)
     parser.add_argument("--vision", type=Path, required=True, help="folder of an InternViT, or of a whole InternVL")
     parser.add_argument("--language", type=Path, required=True, help="folder of the language model and its tokenizer")
     parser.add_argument("--adapter", type=Path, help="folder or file with multi_modal_projector.* or mlp1.*")

@@ -3,241 +3,236 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_r1v2.checkpoint.conversion import Piece, Rest, RunOptions, run_job
+from megatron_r1v2.checkpoint.conversion import FileRecord, OutputFile, RunOptions, convert
 from megatron_r1v2.checkpoint.hf.companions import check_companions, make_companions
 from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
 from megatron_r1v2.checkpoint.hf.mapping import Layout
-from megatron_r1v2.checkpoint.hf.safetensors_files import (
-    TensorInfo,
-    map_safetensors_file,
-    tensor_info,
-    write_safetensors_file,
-)
-from megatron_r1v2.checkpoint.manifest import tensor_entry, write_manifest
+from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file, write_safetensors_file
+from megatron_r1v2.checkpoint.manifest import TensorEntry, entry_info, file_entries, tensor_entry, write_manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
-from megatron_r1v2.checkpoint.megatron.run_folder import STATE_FILE, TENSORS
+from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, TENSORS, save_state
 from megatron_r1v2.checkpoint.megatron.torch_dist import Record, read_records, write_index, write_records
-from megatron_r1v2.checkpoint.sources import HF_IN_CHECKPOINT, SourceSpec, exported_rows
-from megatron_r1v2.checkpoint.tensor_files import DIGEST
+from megatron_r1v2.checkpoint.sources import ALL_PARTS, SourceSpec, exported_rows
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.architecture import R1V2Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_DIST_FILE_BYTES = 2 * 1000**3
-_PARTS = ("adapter", "language", "vision")
 
 
 @dataclass(frozen=True)
-class HfJob:
-    """A Hugging Face folder made from a source."""
+class HfFormat:
+    """The form of a Hugging Face folder."""
 
-    source: SourceSpec
     layout: Layout
-    folders: tuple[Path, ...]
-    """Folders that the source reads."""
     dtype: str = ""
     """A key of DTYPES; empty: the source's."""
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    parts: tuple[str, ...] = ()
-    """Only these parts; none: all."""
-
-    def pieces(self) -> list[Piece]:
-        """Return the safetensors files."""
-        made: list[_Parameter] = []
-        with self.source.open() as source:
-            for row in exported_rows(source.architecture, self.layout):
-                if not self.parts or row.ours.split(".")[0] in self.parts:
-                    tensors = row.to_hf([_cast(row.ours, source.meta(row.ours), self.dtype)])
-                    made.append((row.ours, tuple((name, tensor_info(tensor)) for name, tensor in tensors.items())))
-        groups = _grouped(made, self.max_shard_bytes)
-        if len(groups) == 1:
-            return [_piece(SINGLE_NAME, groups[0])]
-        names = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
-        return [_piece(name, group) for name, group in zip(names, groups, strict=True)]
-
-    def write(self, piece: Piece, folder: Path, wrote: Callable[[int], None]) -> dict[str, Any]:
-        """Write one safetensors file."""
-        with self.source.open() as source:
-            rows = {row.ours: row for row in exported_rows(source.architecture, self.layout)}
-            tensors = (
-                tensor
-                for ours in piece.parameters
-                for tensor in rows[ours].to_hf([_cast(ours, source.parameter(ours), self.dtype)]).values()
-            )
-            digests = write_safetensors_file(folder / piece.name, piece.tensors, tensors, wrote=wrote)
-        return {"tensors": {name: tensor_entry(info, digests[name], DIGEST) for name, info in piece.tensors}}
-
-    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read a written file again."""
-        yield from map_safetensors_file(folder / piece.name).items()
-
-    def describe(self) -> dict[str, Any]:
-        """Return the options."""
-        return _described(self)
-
-    def sources(self) -> list[Path]:
-        """Return the files that are read."""
-        return self.source.files()
-
-    def source_folders(self) -> list[Path]:
-        """Return the folders that are read."""
-        return list(self.folders)
 
 
 @dataclass(frozen=True)
-class DistJob:
+class HfConversion:
+    """A Hugging Face folder made from a source."""
+
+    source: SourceSpec
+    folders: tuple[Path, ...]
+    """Folders that the source reads."""
+    form: HfFormat
+    parts: tuple[str, ...] = ()
+    """Only these parts; none: all."""
+
+    def output_files(self) -> list[OutputFile]:
+        """Return the safetensors files."""
+        parameters: list[_Parameter] = []
+        with self.source.open() as source:
+            for row in exported_rows(source.architecture, self.form.layout):
+                if not self.parts or row.ours.split(".")[0] in self.parts:
+                    tensors = row.to_hf([_cast(row.ours, source.meta(row.ours), self.form.dtype)])
+                    infos = tuple((name, tensor_info(tensor)) for name, tensor in tensors.items())
+                    parameters.append((row.ours, infos))
+        groups = _grouped(parameters, self.form.max_shard_bytes)
+        if len(groups) == 1:
+            return [_output_file(SINGLE_NAME, groups[0])]
+        names = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
+        return [_output_file(name, group) for name, group in zip(names, groups, strict=True)]
+
+    def write(self, file: OutputFile, folder: Path, wrote: Callable[[int], None]) -> FileRecord:
+        """Write one safetensors file."""
+        with self.source.open() as source:
+            rows = {row.ours: row for row in exported_rows(source.architecture, self.form.layout)}
+            tensors = (
+                tensor
+                for ours in file.parameters
+                for tensor in rows[ours].to_hf([_cast(ours, source.parameter(ours), self.form.dtype)]).values()
+            )
+            digests = write_safetensors_file(folder / file.name, file.tensors, tensors, wrote=wrote)
+        return {"tensors": {name: tensor_entry(info, digests[name]) for name, info in file.tensors}}
+
+    def read_back(self, file: OutputFile, folder: Path, record: FileRecord) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read a written file again."""
+        yield from map_safetensors_file(folder / file.name).items()
+
+    def options(self) -> Mapping[str, str]:
+        """Return the options."""
+        return _options_of(self)
+
+    def source_files(self) -> Sequence[Path]:
+        """Return the files that are read."""
+        return self.source.files()
+
+    def source_folders(self) -> Sequence[Path]:
+        """Return the folders that are read."""
+        return self.folders
+
+
+@dataclass(frozen=True)
+class TorchDistConversion:
     """A torch_dist checkpoint of the weights made from a source; any layout loads it."""
 
     source: SourceSpec
     folders: tuple[Path, ...]
+    """Folders that the source reads."""
     dtype: str = ""
+    """A key of DTYPES; empty: the source's."""
     max_file_bytes: int = _MAX_DIST_FILE_BYTES
 
-    def pieces(self) -> list[Piece]:
+    def output_files(self) -> list[OutputFile]:
         """Return the files of records."""
-        made: list[_Parameter] = []
+        parameters: list[_Parameter] = []
         with self.source.open() as source:
             for row in exported_rows(source.architecture, "chat"):
                 info = tensor_info(_cast(row.ours, source.meta(row.ours), self.dtype))
-                made.append((row.ours, ((row.ours, info),)))
-            _check_stacks({ours: info for ours, ((_, info),) in made}, source.architecture)
-        groups = _grouped(made, self.max_file_bytes)
-        return [_piece(f"{TENSORS}/__{number}_0.distcp", group) for number, group in enumerate(groups)]
+                parameters.append((row.ours, ((row.ours, info),)))
+            _check_stacks({ours: info for ours, ((_, info),) in parameters}, source.architecture)
+        groups = _grouped(parameters, self.max_file_bytes)
+        return [_output_file(f"{TENSORS}/__{number}_0.distcp", group) for number, group in enumerate(groups)]
 
-    def write(self, piece: Piece, folder: Path, wrote: Callable[[int], None]) -> dict[str, Any]:
+    def write(self, file: OutputFile, folder: Path, wrote: Callable[[int], None]) -> FileRecord:
         """Write one file of records."""
-        path = folder / piece.name
+        path = folder / file.name
         path.parent.mkdir(exist_ok=True)
         with self.source.open() as source:
-            entries = [(dist_entry(ours, source.architecture), info) for ours, info in piece.tensors]
-            tensors = ([_cast(ours, block, self.dtype) for block in source.blocks(ours)] for ours in piece.parameters)
-            records = write_records(path, entries, tensors, wrote=wrote)
+            entries = [(dist_entry(ours, source.architecture), info) for ours, info in file.tensors]
+            tensors = ([_cast(ours, block, self.dtype) for block in source.blocks(ours)] for ours in file.parameters)
+            written = write_records(path, entries, tensors, wrote=wrote)
+        found = list(zip(file.tensors, written, strict=True))
         return {
-            "tensors": {
-                ours: {**tensor_entry(info, digest, DIGEST), "record": dataclasses.astuple(record)}
-                for (ours, info), (record, digest) in zip(piece.tensors, records, strict=True)
-            }
+            "tensors": {ours: tensor_entry(info, digest) for (ours, info), (_, digest) in found},
+            "places": {ours: [place.file, place.offset, place.length] for (ours, _), (place, _) in found},
         }
 
-    def tensors(self, piece: Piece, folder: Path, record: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    def read_back(self, file: OutputFile, folder: Path, record: FileRecord) -> Iterator[tuple[str, torch.Tensor]]:
         """Read a written file again."""
-        places = [(ours, Record(*entry["record"])) for ours, entry in record["tensors"].items()]
-        yield from zip(
-            (ours for ours, _ in places), read_records(folder / piece.name, [at for _, at in places]), strict=True
-        )
+        places = _places(record)
+        yield from zip(places, read_records(folder / file.name, places.values()), strict=True)
 
-    def describe(self) -> dict[str, Any]:
+    def options(self) -> Mapping[str, str]:
         """Return the options."""
-        return _described(self)
+        return _options_of(self)
 
-    def sources(self) -> list[Path]:
+    def source_files(self) -> Sequence[Path]:
         """Return the files that are read."""
         return self.source.files()
 
-    def source_folders(self) -> list[Path]:
+    def source_folders(self) -> Sequence[Path]:
         """Return the folders that are read."""
-        return list(self.folders)
-
-
-def finish_hf(layout: Layout, companions: Callable[[Path, set[torch.dtype]], None]) -> Rest:
-    """Return what completes a Hugging Face folder: index, companions and checksums.
-
-    Args:
-        layout: of the folder.
-        companions: writes config.json, tokenizer and processor, given the folder and the weights' dtypes.
-    """
-    return _HfRest(layout, companions)
+        return self.folders
 
 
 @dataclass(frozen=True)
-class _HfRest:
-    layout: Layout
-    companions: Callable[[Path, set[torch.dtype]], None]
+class HfCompanions:
+    """The index, config.json, tokenizer, processor and manifest of a Hugging Face folder."""
+
+    write: Callable[[Path, set[torch.dtype]], None]
+    """Writes config.json, tokenizer and processor, given the folder and the weights' dtypes."""
 
     def prepare(self, folder: Path, dtypes: set[torch.dtype]) -> None:
-        self.companions(folder, dtypes)
+        """Write config.json, tokenizer and processor."""
+        self.write(folder, dtypes)
 
-    def finish(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
-        tensors = {name: entry for record in records.values() for name, entry in record["tensors"].items()}
+    def finish(self, folder: Path, records: Mapping[str, FileRecord]) -> None:
+        """Write the index and the manifest."""
+        tensors = _tensors(records)
         if len(records) > 1:
             where = {name: file for file, record in records.items() for name in record["tensors"]}
-            total = sum(_info(entry).num_bytes for entry in tensors.values())
+            total = sum(entry_info(entry).num_bytes for entry in tensors.values())
             content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             write_json(folder / INDEX_NAME, content)
-        write_manifest(folder, self.layout, tensors)
+        write_manifest(folder, file_entries(folder), tensors)
 
 
-def write_hf(job: HfJob, output: Path, *, companions: Path, options: RunOptions) -> None:
+@dataclass(frozen=True)
+class TorchDistCompanions:
+    """The index and the state of a checkpoint, and the companions of the model in a folder of it."""
+
+    conversion: TorchDistConversion
+    source: Path
+    """Folder with config.json, tokenizer and processor."""
+
+    def prepare(self, folder: Path, dtypes: set[torch.dtype]) -> None:
+        """Write config.json, tokenizer, processor and state."""
+        (folder / HF_IN_CHECKPOINT).mkdir()
+        make_companions(self.source, folder / HF_IN_CHECKPOINT, None, dtypes)
+        save_state(folder, {"step": 0, "version": 0, "parts": list(ALL_PARTS), "trained": []})
+
+    def finish(self, folder: Path, records: Mapping[str, FileRecord]) -> None:
+        """Write the index and the manifest."""
+        tensors = _tensors(records)
+        with self.conversion.source.open() as source:
+            architecture = source.architecture
+        places = {name: place for record in records.values() for name, place in _places(record).items()}
+        indexed = [(dist_entry(ours, architecture), entry_info(entry), places[ours]) for ours, entry in tensors.items()]
+        write_index(folder / TENSORS, indexed)
+        write_manifest(folder, file_entries(folder), tensors)
+
+
+def write_hf(conversion: HfConversion, output: Path, *, companions: Path, options: RunOptions) -> None:
     """Write a Hugging Face folder that is complete: weights, config.json, tokenizer, processor, checksums.
 
     Args:
-        job: the weights.
-        output: the folder to make.
         companions: folder with config.json, tokenizer and processor, in either layout.
-        options: how.
 
     Raises:
-        ValueError: see `check_companions` and `run_job`.
+        ValueError: see `check_companions` and `convert`.
     """
     check_companions(companions)
-    run_job(
-        job,
-        output,
-        options,
-        finish_hf(job.layout, lambda folder, dtypes: make_companions(companions, folder, job.layout, dtypes)),
-    )
+
+    def write(folder: Path, dtypes: set[torch.dtype]) -> None:
+        make_companions(companions, folder, conversion.form.layout, dtypes)
+
+    convert(conversion, output, options, HfCompanions(write))
 
 
-def write_checkpoint(job: DistJob, output: Path, *, companions: Path, options: RunOptions) -> None:
+def write_checkpoint(conversion: TorchDistConversion, output: Path, *, companions: Path, options: RunOptions) -> None:
     """Write a torch_dist checkpoint of all parts, with config.json, tokenizer and processor beside it.
 
     Args:
-        job: the weights.
-        output: the folder to make.
         companions: folder with config.json, tokenizer and processor.
-        options: how.
 
     Raises:
-        ValueError: see `check_companions` and `run_job`.
+        ValueError: see `check_companions` and `convert`.
     """
     check_companions(companions)
-
-    run_job(job, output, options, _DistRest(job, companions))
-
-
-@dataclass(frozen=True)
-class _DistRest:
-    job: DistJob
-    companions: Path
-
-    def prepare(self, folder: Path, dtypes: set[torch.dtype]) -> None:
-        (folder / HF_IN_CHECKPOINT).mkdir()
-        make_companions(self.companions, folder / HF_IN_CHECKPOINT, None, dtypes)
-        torch.save({"step": 0, "version": 0, "parts": list(_PARTS), "trained": []}, folder / STATE_FILE)
-
-    def finish(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
-        tensors = {name: entry for record in records.values() for name, entry in record["tensors"].items()}
-        with self.job.source.open() as source:
-            architecture = source.architecture
-        indexed = []
-        for ours, entry in tensors.items():
-            indexed.append((dist_entry(ours, architecture), _info(entry), Record(*entry.pop("record"))))
-        write_index(folder / TENSORS, indexed)
-        write_manifest(folder, "torch_dist", tensors)
-
-
-def _info(entry: dict[str, Any]) -> TensorInfo:
-    return TensorInfo(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+    convert(conversion, output, options, TorchDistCompanions(conversion, companions))
 
 
 _Parameter = tuple[str, tuple[tuple[str, TensorInfo], ...]]
-"""Our name, and what is written of it."""
+"""Our name, and name, shape and dtype of the tensors that are written of it."""
+
+
+def _tensors(records: Mapping[str, FileRecord]) -> dict[str, TensorEntry]:
+    return {name: entry for record in records.values() for name, entry in record["tensors"].items()}
+
+
+def _places(record: FileRecord) -> dict[str, Record]:
+    places = record["places"]
+    return {ours: Record(str(file), int(offset), int(length)) for ours, (file, offset, length) in places.items()}
 
 
 def _grouped(parameters: list[_Parameter], limit: int) -> list[list[_Parameter]]:
@@ -254,10 +249,10 @@ def _grouped(parameters: list[_Parameter], limit: int) -> list[list[_Parameter]]
     return groups
 
 
-def _piece(name: str, parameters: list[_Parameter]) -> Piece:
+def _output_file(name: str, parameters: list[_Parameter]) -> OutputFile:
     # Wide ones first: readers map a tensor where it lies, which must be a multiple of its item size.
     ordered = sorted(parameters, key=lambda parameter: -parameter[1][0][1].dtype.itemsize)
-    return Piece(name, tuple(ours for ours, _ in ordered), tuple(tensor for _, made in ordered for tensor in made))
+    return OutputFile(name, tuple(ours for ours, _ in ordered), tuple(tensor for _, made in ordered for tensor in made))
 
 
 def _cast(ours: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -283,12 +278,12 @@ def _check_stacks(parameters: Mapping[str, TensorInfo], architecture: R1V2Archit
     for ours, info in parameters.items():
         other = first.setdefault(dist_entry(ours, architecture).key, ours)
         if parameters[other] != info:
-            told = [f"{name} is {parameters[name].dtype} {list(parameters[name].shape)}" for name in (other, ours)]
+            found = [f"{name} is {parameters[name].dtype} {list(parameters[name].shape)}" for name in (other, ours)]
             raise ValueError(
-                f"{' and '.join(told)}: torch_dist keeps all layers in one array of one dtype and shape; give --dtype"
+                f"{' and '.join(found)}: torch_dist keeps all layers in one array of one dtype and shape; give --dtype"
             )
 
 
-def _described(job: Any) -> dict[str, Any]:
-    described = {key: str(value) for key, value in dataclasses.asdict(job).items()}
-    return {"kind": type(job).__name__, **described}
+def _options_of(conversion: HfConversion | TorchDistConversion) -> dict[str, str]:
+    fields = {field.name: str(getattr(conversion, field.name)) for field in dataclasses.fields(conversion)}
+    return {"kind": type(conversion).__name__, **fields}

@@ -54,4 +54,7 @@ def _logits_of(spec: SourceSpec, context: ParallelContext) -> torch.Tensor:
     with torch.no_grad():
         positions_BS = torch.arange(count)[None]
         device = context.device
-        return model(token_ids_BS.to(device), positions_BS.to(device), tiles_TCHW=tiles_TCHW.to(device)).cpu()
+        logits_BSV: torch.Tensor = model(
+            token_ids_BS.to(device), positions_BS.to(device), tiles_TCHW=tiles_TCHW.to(device)
+        )
+    return logits_BSV.cpu()

@@ -1,55 +1,90 @@
-"""Checksums kept beside what our tools write, so that damage on the way is found and not trained on.
+"""Checksums kept beside a checkpoint, so that damage on the way is found and not trained on.
 
-`checkpoint_manifest.json` holds a digest of every tensor's bytes (XXH3-128; SHA-256 in manifests of version 1), the
-SHA-256 of every small file, and the size of the large ones. What has no manifest (folders that others made) is checked
-as far as the format allows: safetensors holds no checksum, so a flipped bit in a weight cannot be seen there;
-torch_dist has a CRC-32 in every record, which is checked.
+`checkpoint_manifest.json` is written last, by runs and conversions alike: the size and the XXH3-128 of every file. What
+a conversion writes has the XXH3-128 of every tensor instead where a file holds weights, so that a tensor is checked as
+it is read, without going over the whole file first.
+
+Three checksums, for three purposes: XXH3-128 finds damage and costs a tenth of the others; the SHA-256 of identity.py
+says which model it is and withstands forgery; tensor_checksum.py is the same for every sharding of a tensor.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
+import xxhash
 
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
-from megatron_r1v2.checkpoint.hf.safetensors_files import TensorInfo, tensor_info
-from megatron_r1v2.checkpoint.tensor_files import DIGEST, digest_of, tensor_bytes
+from megatron_r1v2.checkpoint.hf.folders import JsonObject, read_json
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, tensor_info
+from megatron_r1v2.resilience.files import write_file
 
 MANIFEST = "checkpoint_manifest.json"
 PROGRESS = ".progress"
 """Folder of an unfinished output, which the manifest leaves out."""
+FORMAT = 3
 _SMALL_BYTES = 64 * 1000**2
+_WEIGHTS = (".safetensors", ".distcp")
+_BLOCK_BYTES = 2**24
+
+
+class TensorEntry(TypedDict):
+    """A tensor in the manifest."""
+
+    dtype: str
+    shape: list[int]
+    xxh3_128: str
+
+
+class FileEntry(TypedDict):
+    """A file in the manifest."""
+
+    bytes: int
+    xxh3_128: NotRequired[str]
+    """Absent where the file is known by its tensors."""
 
 
 class Manifest:
-    """What a folder must hold."""
+    """The manifest of a folder, which its files and tensors are compared with."""
 
     def __init__(self, folder: Path) -> None:
         """Read the manifest of a folder.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or of another format.
         """
         self.path = folder / MANIFEST
         content = read_json(self.path)
-        if content.get("version") not in (1, 2):
+        version = content.get("version")
+        if version in (1, 2):
             raise ValueError(
-                f"{self.path} has version {content.get('version')!r}; accepted: 1, 2. Update checkpoint_tools"
+                f"{self.path} was written by an earlier development version of this program, whose checkpoints are "
+                "not read any more; convert or train again"
             )
-        self.layout = str(content.get("layout"))
-        self.tensors: dict[str, dict[str, Any]] = self._entries(content, "tensors")
-        self.files: dict[str, dict[str, Any]] = self._entries(content, "files")
+        if version != FORMAT:
+            raise ValueError(f"{self.path} has version {version!r}; accepted: {FORMAT}. Update megatron_r1v2")
+        if not set(content) <= {"version", "files", "tensors"}:
+            raise self._damaged(f"it has the keys {sorted(content)}")
+        self.files: dict[str, FileEntry] = self._entries(content, "files", FileEntry)
+        self.tensors: dict[str, TensorEntry] = (
+            self._entries(content, "tensors", TensorEntry) if "tensors" in content else {}
+        )
 
-    def _entries(self, content: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    def _entries(self, content: JsonObject, kind: str, entry: type) -> JsonObject:
         entries = content.get(kind)
-        if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
-            raise ValueError(f"{self.path} is damaged: it lists no {kind}; copy it again, or delete it to go without")
+        if not isinstance(entries, dict) or not entries:
+            raise self._damaged(f"it lists no {kind}")
+        for name, stated in entries.items():
+            # A key that is not known may be a checksum whose name has a flipped bit.
+            if not isinstance(stated, dict) or not set(stated) <= set(entry.__annotations__):
+                raise self._damaged(f"it says {str(stated)[:80]!r} of {name}")
         return entries
+
+    def _damaged(self, how: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {how}; copy it again, or delete it to go without")
 
     @classmethod
     def of(cls, folder: Path) -> Manifest | None:
@@ -60,78 +95,98 @@ class Manifest:
         """Compare a tensor with the manifest.
 
         Raises:
-            ValueError: it is another.
+            ValueError: they differ.
         """
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no {name!r}: the folder's weights were changed after it was written")
-        if "sha256" in self.tensors[name]:
-            found = tensor_entry(tensor_info(tensor), sha256(tensor))
-        else:
-            found = tensor_entry(tensor_info(tensor), digest_of(tensor), DIGEST)
+        found = tensor_entry(tensor_info(tensor), digest_of(tensor))
         if found != self.tensors[name]:
             raise ValueError(
                 f"{self.path.parent}: {name} is not what it was when it was written ({found}, the manifest has "
                 f"{self.tensors[name]}): the file is damaged, copy it again"
             )
 
-    def check_files(self) -> None:
-        """Compare all files with the manifest, by size and, the small ones, by checksum.
+    def check_files(self, *, weights: bool = False) -> None:
+        """Compare all files with the manifest by size, and the small ones by checksum.
+
+        Args:
+            weights: also read the large ones.
 
         Raises:
             ValueError: one is missing or another.
         """
-        folder = self.path.parent
-        for name, expected in self.files.items():
-            if file_entry(folder / name) != expected:
+        for name in self.files:
+            if self.find_damage(name, read=weights or not _is_large(self.path.parent / name)):
                 raise ValueError(
-                    f"{folder / name} is not what it was when the checkpoint was written; if it was changed on "
-                    f"purpose, delete {MANIFEST}, else copy the folder again"
+                    f"{self.path.parent / name} is not what it was when the checkpoint was written; if it was changed "
+                    f"on purpose, delete {MANIFEST}, else copy the folder again"
                 )
 
+    def find_damage(self, name: str, *, read: bool = True) -> str | None:
+        """Return how a file differs from the manifest; None: it does not.
 
-def write_manifest(folder: Path, layout: str, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+        Args:
+            name: of a file in the manifest.
+            read: compare its checksum, not only its size.
+        """
+        path, entry = self.path.parent / name, self.files[name]
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry.get("bytes"):
+                return f"{name} has {path.stat().st_size} bytes instead of {entry.get('bytes')}"
+            if read and "xxh3_128" in entry and file_digest(path) != entry["xxh3_128"]:
+                return f"{name} has other content than when it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        return None
+
+
+def write_manifest(
+    folder: Path, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry] | None = None
+) -> None:
     """Write the manifest of a folder that is otherwise finished."""
-    files = {
-        str(path.relative_to(folder)): file_entry(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and PROGRESS not in path.parts
-    }
-    write_json(folder / MANIFEST, {"version": 2, "layout": layout, "tensors": dict(tensors), "files": files})
+    content: dict[str, object] = {"version": FORMAT, **({"tensors": tensors} if tensors else {}), "files": files}
+    write_file(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def tensor_entry(info: TensorInfo, digest: str, kind: str = "sha256") -> dict[str, Any]:
-    """Return what is to be said of a tensor.
-
-    Args:
-        info: shape and dtype.
-        digest: of its bytes.
-        kind: of the digest.
-    """
-    return {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), kind: digest}
+def listed_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that its manifest lists."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return [path for path in found if PROGRESS not in path.relative_to(folder).parts]
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """Return what the manifest says of a file; large ones are known by their tensors."""
-    if not path.is_file():
-        return {"bytes": -1}
+def file_entry(path: Path, *, digest: bool = True) -> FileEntry:
+    """Return the size and the digest of a file."""
     size = path.stat().st_size
-    large = size > _SMALL_BYTES or path.suffix in (".safetensors", ".distcp")
-    return {"bytes": size} if large else {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"bytes": size, "xxh3_128": file_digest(path)} if digest else {"bytes": size}
 
 
-def sha256(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 of a CPU tensor's bytes."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+def file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Return the entries of a folder whose weights are known by their tensors."""
+    return {
+        str(path.relative_to(folder)): file_entry(path, digest=not _is_large(path)) for path in listed_files(folder)
+    }
 
 
-def combined(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one SHA-256 for many tensors: of a line for each, in order of name."""
-    lines = (f"{name} {entry['dtype']} {entry['shape']} {entry['sha256']}\n" for name, entry in sorted(entries.items()))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def tensor_entry(info: TensorInfo, digest: str) -> TensorEntry:
+    """Return the entry of a tensor."""
+    return {"dtype": info.dtype_name, "shape": list(info.shape), "xxh3_128": digest}
 
 
-def in_threads(function: Callable[[str], Any], names: Iterable[str], *, workers: int) -> dict[str, Any]:
-    """Call a function with every name in a few threads (reading and hashing let go of the interpreter)."""
-    names = list(names)
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        return dict(zip(names, pool.map(function, names), strict=True))
+def entry_info(entry: TensorEntry) -> TensorInfo:
+    """Return dtype and shape of an entry."""
+    return TensorInfo(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+
+
+def file_digest(path: Path) -> str:
+    """Return the XXH3-128 of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_large(path: Path) -> bool:
+    return path.suffix in _WEIGHTS or (path.is_file() and path.stat().st_size > _SMALL_BYTES)

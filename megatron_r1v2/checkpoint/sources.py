@@ -1,4 +1,4 @@
-"""Where the parameters of a whole model come from: a Hugging Face folder, a checkpoint, or parts of one over another.
+"""Sources of the parameters of a whole model: a Hugging Face folder, a checkpoint, or parts of one over another.
 
 Every source gives the parameters by our names, whole (as one tensor-parallel rank would hold them) and one at a time,
 so each converter is: for every row of the table, read from a source, write to a destination.
@@ -27,14 +27,12 @@ from megatron_r1v2.checkpoint.hf.mapping import (
 )
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
-from megatron_r1v2.checkpoint.megatron.run_folder import STATE_FILE, TENSORS, load_state
+from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, STATE_FILE, TENSORS, load_state
 from megatron_r1v2.checkpoint.megatron.torch_dist import TorchDist
 from megatron_r1v2.models.architecture import R1V2Architecture
 
-HF_IN_CHECKPOINT = "hf"
-"""Folder in a checkpoint that our converter wrote: config.json, tokenizer and processor of the model."""
-PARTS_FILE = "parts.json"
-"""In a folder that holds the trained parts alone."""
+ALL_PARTS = ("adapter", "language", "vision")
+"""Parts of a model that has a Hugging Face folder: all but the score head."""
 
 
 class Source(Protocol):
@@ -105,7 +103,7 @@ class OpenSource:
 class TableSource(OpenSource):
     """An open source whose parameters are put together from Hugging Face tensors, as the rows of the table say.
 
-    Who inherits sets `architecture` and `_rows`, keeps what it opens in `_stack`, and gives the tensors by name.
+    A subclass sets `architecture` and `_rows`, opens folders through `_stack`, and reads the tensors by name.
     """
 
     architecture: R1V2Architecture
@@ -150,7 +148,7 @@ class TableSource(OpenSource):
         raise NotImplementedError
 
     def _folder_of(self, ours: str) -> Path:
-        """Return where a parameter is, for errors."""
+        """Return the folder of a parameter, for errors."""
         raise NotImplementedError
 
     def _check_repeated_output(self, stored: Collection[str], folder: Path) -> None:
@@ -328,9 +326,10 @@ class CheckpointSource(OpenSource):
         if ours not in self._own:
             assert self._base is not None
             return self._base.parameter(ours)
-        tensor = self._dist.read(dist_entry(ours, self.architecture), check_crc=self._manifest is None)
-        if self._manifest is not None:
-            self._manifest.check_tensor(ours, tensor)
+        digests = self._manifest if self._manifest is not None and self._manifest.tensors else None
+        tensor = self._dist.read(dist_entry(ours, self.architecture), check_crc=digests is None)
+        if digests is not None:
+            digests.check_tensor(ours, tensor)
         return self._unpadded(ours, tensor)
 
     def blocks(self, ours: str) -> list[torch.Tensor]:
@@ -352,26 +351,26 @@ class CheckpointSource(OpenSource):
 
 
 @dataclass(frozen=True)
-class OverSpec:
+class OverlaySpec:
     """Some parts over a whole model."""
 
     base: Path
     top: HfSpec
     """Holds some parts only, and takes config.json from the base."""
 
-    def open(self) -> OverSource:
+    def open(self) -> OverlaySource:
         """Open both."""
-        return OverSource(self)
+        return OverlaySource(self)
 
     def files(self) -> list[Path]:
         """Return the files of both."""
         return [*HfSpec(self.base).files(), *self.top.files()]
 
 
-class OverSource(OpenSource):
+class OverlaySource(OpenSource):
     """Two open folders."""
 
-    def __init__(self, spec: OverSpec) -> None:
+    def __init__(self, spec: OverlaySpec) -> None:
         """Open both; the base describes the model."""
         super().__init__()
         self._base = self._stack.enter_context(HfSpec(spec.base).open())

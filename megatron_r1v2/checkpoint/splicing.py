@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_r1v2.checkpoint.conversion import RunOptions, run_job
-from megatron_r1v2.checkpoint.destinations import DTYPES, HfJob, finish_hf
+from megatron_r1v2.checkpoint.conversion import RunOptions, convert
+from megatron_r1v2.checkpoint.destinations import DTYPES, HfCompanions, HfConversion, HfFormat
 from megatron_r1v2.checkpoint.hf.companions import (
     Components,
     check_companions,
     components_config,
     make_components_companions,
 )
-from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, SafetensorsFolder, read_json
+from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, JsonObject, SafetensorsFolder, read_json
 from megatron_r1v2.checkpoint.hf.mapping import (
     HF_EMBEDDING,
     HF_OUTPUT,
@@ -48,11 +47,11 @@ def reassemble(
     The embedding grows only when the image tokens do not fit into it; new rows are the mean of the others.
 
     Args:
-        components: what to splice.
+        components: the folders to splice, and how.
         output: the new folder.
         layout: of the new folder.
         max_shard_bytes: size of a safetensors file.
-        options: how.
+        options: the way that the conversion is run; None: quietly.
 
     Returns:
         The sizes of the result.
@@ -64,12 +63,12 @@ def reassemble(
     check_companions(components.language)
     names = {dtype: name for name, dtype in DTYPES.items()}
     dtype = names[components.dtype] if components.dtype else ""
-    job = HfJob(spec, layout, tuple(spec.folders()), dtype=dtype, max_shard_bytes=max_shard_bytes)
+    conversion = HfConversion(spec, tuple(spec.folders()), HfFormat(layout, dtype, max_shard_bytes))
 
-    def companions(folder: Path, dtypes: set[torch.dtype]) -> None:
+    def write(folder: Path, dtypes: set[torch.dtype]) -> None:
         make_components_companions(components, spec.config, folder, layout, dtypes)
 
-    run_job(job, Path(output), options or RunOptions(quiet=True), finish_hf(layout, companions))
+    convert(conversion, Path(output), options or RunOptions(quiet=True), HfCompanions(write))
     return r1v2_architecture(spec.config)
 
 
@@ -78,7 +77,7 @@ class ComponentsSpec:
     """Components, and the configuration of the whole."""
 
     components: Components
-    config: dict[str, Any]
+    config: JsonObject
 
     def open(self) -> ComponentsSource:
         """Open all components."""
@@ -90,7 +89,7 @@ class ComponentsSpec:
         return [self.components.vision, self.components.language, *adapter]
 
     def files(self) -> list[Path]:
-        """Return what is read, tokenizer included."""
+        """Return the files that are read, tokenizer included."""
         found = [self.components.language / "tokenizer.json"]
         for folder in self.folders():
             with SafetensorsFolder(folder) as opened:

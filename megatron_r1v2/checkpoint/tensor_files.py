@@ -1,13 +1,13 @@
-"""The bytes of tensors in files: mapped where they are read, hashed as they are written, on disk at the end."""
+"""The bytes of tensors in files: mapped where they are read, hashed as they are written."""
 
 from __future__ import annotations
 
 import mmap
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TypeVar
 
 import torch
 import xxhash
@@ -16,6 +16,34 @@ DIGEST = "xxh3_128"
 """It finds damage as surely as SHA-256 and costs a tenth of it; only against forgery it is of no use."""
 _BLOCK_BYTES = 1024**2
 """What stays in a core's cache between hashing and writing."""
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Dtype and shape of a tensor, known without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the numbers."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    @property
+    def dtype_name(self) -> str:
+        """Return torch's name of the dtype, such as bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def meta(self) -> torch.Tensor:
+        """Return a tensor of this shape and dtype without data."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def tensor_info(tensor: torch.Tensor) -> TensorInfo:
+    """Return shape and dtype of a tensor."""
+    return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -24,7 +52,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def mapped_file(path: Path) -> memoryview:
-    """Return a file's bytes, each read from the disk when it is touched; what is written there stays in memory."""
+    """Map a file: a byte is read from the disk when it is touched, and what is written there stays in memory."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     # Large reads ahead into large pages: without it, reading from the disk takes four times the processor time.
@@ -33,12 +61,10 @@ def mapped_file(path: Path) -> memoryview:
 
 
 def tensor_in(data: memoryview, dtype: torch.dtype, *, start: int) -> torch.Tensor:
-    """Return the numbers in bytes, in place where they are aligned.
+    """Return the numbers in mapped bytes, in place where they are aligned.
 
     Args:
-        data: the bytes.
-        dtype: of the numbers.
-        start: where the bytes begin in the mapped file.
+        start: offset of the bytes in the mapped file, which is aligned to a page.
     """
     if not data:
         return torch.empty(0, dtype=dtype)
@@ -52,16 +78,8 @@ def digest_of(tensor: torch.Tensor) -> str:
     return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))
 
 
-def write_hashed(write: Callable[[memoryview], Any], parts: Iterable[torch.Tensor]) -> str:
-    """Write the bytes of tensors, one after the other.
-
-    Args:
-        write: takes bytes, all of them.
-        parts: the tensors, on the CPU.
-
-    Returns:
-        The XXH3-128 of all.
-    """
+def write_hashed(write: Callable[[memoryview], object], parts: Iterable[torch.Tensor]) -> str:
+    """Write the bytes of CPU tensors one after the other, and return the XXH3-128 of them all."""
     digest = xxhash.xxh3_128()
     for part in parts:
         data = tensor_bytes(part)
@@ -72,10 +90,8 @@ def write_hashed(write: Callable[[memoryview], Any], parts: Iterable[torch.Tenso
     return digest.hexdigest()
 
 
-@contextmanager
-def file_on_disk(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file for writing; when the block ends well, it is on disk (fsync)."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+def in_threads(function: Callable[[str], _Result], names: Iterable[str], *, workers: int) -> dict[str, _Result]:
+    """Call a function with every name in a few threads, as reading and hashing let go of the interpreter."""
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        return dict(zip(names, pool.map(function, names), strict=True))

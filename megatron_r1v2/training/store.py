@@ -37,11 +37,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_r1v2.checkpoint.megatron.run_folder import (
     RECIPE_FILE,
-    STATE_FILE,
     TENSORS,
     finished_checkpoints,
     load_state,
     resolve_checkpoint,
+    save_state,
 )
 from megatron_r1v2.config.load import save_recipe
 from megatron_r1v2.config.schema import Part, RunRecipe
@@ -196,7 +196,7 @@ class CheckpointStore:
             (partial / TENSORS).mkdir(parents=True)
         dist.barrier()
         if self.context.is_main:
-            torch.save(dict(state), partial / STATE_FILE)
+            save_state(partial, state)
             save_recipe(recipe, partial / RECIPE_FILE)
         if self.context.is_replica_leader:
             torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
@@ -327,7 +327,7 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
         shutil.rmtree(partial, ignore_errors=True)
         (partial / TENSORS).mkdir(parents=True)
         names = part_names(set(parts) & set(model.parts))
-        torch.save({"step": 0, "version": 0, "parts": names, "trained": []}, partial / STATE_FILE)
+        save_state(partial, {"step": 0, "version": 0, "parts": names, "trained": []})
     dist.barrier()
     dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
     dist.barrier()

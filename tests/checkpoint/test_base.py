@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_hf, megatron_to_hf, parts
-from megatron_r1v2.checkpoint.detection import check_base
+from megatron_r1v2.checkpoint.base_model import check_base
 from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
 from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
 from tests.ranks import run_ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -23,13 +24,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_hf, hf_to_megatron, megatron_to_hf
-from megatron_r1v2.checkpoint import conversion as jobs
+from megatron_r1v2.checkpoint import conversion
 from megatron_r1v2.checkpoint.conversion import RunOptions
-from megatron_r1v2.checkpoint.destinations import HfJob, write_hf
+from megatron_r1v2.checkpoint.destinations import HfConversion, HfFormat, write_hf
 from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file
-from megatron_r1v2.checkpoint.manifest import MANIFEST, sha256
+from megatron_r1v2.checkpoint.manifest import MANIFEST
 from megatron_r1v2.checkpoint.megatron.torch_dist import METADATA, TorchDist
-from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec
+from megatron_r1v2.checkpoint.sources import HfSpec
 from tests.checkpoint import interrupted
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
@@ -155,27 +156,34 @@ def entry(start: int, end: int, shape: tuple[int, ...] = (2,), dtype: str = "F32
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"header": {"a": entry(0, 8), "b": entry(4, 12)}, "data": 12}, "overlap"),
-        ({"header": {"a": entry(0, 8), "b": entry(12, 20)}, "data": 20}, "gap"),
-        ({"header": {"a": entry(0, 8)}, "data": 4}, "end at byte 8 of 4"),
-        ({"header": {"a": entry(0, 8)}, "data": 16}, "end at byte 8 of 16"),
-        ({"header": {"a": entry(8, 0)}, "data": 8}, "has -8 bytes"),
-        ({"header": {"a": entry(-8, 0)}, "data": 8}, "no valid shape"),
-        ({"header": {"a": entry(0, 8, (3,))}, "data": 8}, "where shape and dtype make 12"),
-        ({"header": {"a": entry(0, 8, (2**62, 2**62))}, "data": 8}, "where shape and dtype make"),
-        ({"header": {"a": entry(0, 8, (True, 2))}, "data": 8}, "no valid shape"),
-        ({"header": {"a": entry(0, 8, dtype="F31")}, "data": 8}, "no known dtype"),
-        ({"header": {"a": entry(0, 8) | {"dtype": []}}, "data": 8}, "no known dtype"),
+        ({"header": {"a": entry(0, 8), "b": entry(4, 12)}, "data": 12}, "invalid offset for tensor"),
+        ({"header": {"a": entry(0, 8), "b": entry(12, 20)}, "data": 20}, "invalid offset for tensor"),
+        ({"header": {"a": entry(0, 8)}, "data": 4}, "file not fully covered"),
+        ({"header": {"a": entry(0, 8)}, "data": 16}, "file not fully covered"),
+        ({"header": {"a": entry(8, 0)}, "data": 8}, "invalid offset for tensor"),
+        ({"header": {"a": entry(-8, 0)}, "data": 8}, "expected usize"),
+        ({"header": {"a": entry(0, 8, (3,))}, "data": 8}, "invalid shape, data type, or offset"),
+        ({"header": {"a": entry(0, 8, (2**62, 2**62))}, "data": 8}, "overflow computing buffer size"),
+        ({"header": {"a": entry(0, 8, (True, 2))}, "data": 8}, "expected usize"),
+        ({"header": {"a": entry(0, 8, dtype="F31")}, "data": 8}, "unknown variant `F31`"),
+        ({"header": {"a": entry(0, 8) | {"dtype": []}}, "data": 8}, "expected string"),
         ({"header": {"a": entry(0, 0, (0, 2**63))}, "data": 0}, "beyond what any machine counts"),
         ({"header": {"a": entry(0, 0, (0, 2**62, 2**62))}, "data": 0}, "beyond what any machine counts"),
-        ({"header": {"a": None}, "data": 8}, "no known dtype"),
-        ({"header": [1]}, "no JSON object"),
-        ({"header": {}, "raw": b'{"a":' + json.dumps(entry(0, 8)).encode() + b',"a":' + b"1}"}, "in the header twice"),
+        ({"header": {"a": None}, "data": 8}, "expected struct TensorInfo"),
+        ({"header": [1]}, "invalid JSON in header"),
+        (
+            {"header": {}, "raw": b'{"a":' + json.dumps(entry(0, 8)).encode() + b',"a":' + b"1}"},
+            "invalid JSON in header",
+        ),
         ({"header": {}, "raw": b"[" * 100_000}, "cannot be read"),
         ({"header": {}, "raw": b"\xff\xfe{}"}, "cannot be read"),
-        ({"header": {"__metadata__": {"a": 1}}}, "__metadata__"),
-        ({"header": {}, "length": 2**63}, "announce a header of"),
-        ({"header": {}, "length": 10**12}, "announce a header of"),
+        ({"header": {"__metadata__": {"a": 1}}}, "expected a string"),
+        ({"header": {}, "length": 2**63}, "header too large"),
+        ({"header": {"a": entry(0, 16, (4,), dtype="C32")}}, "unknown variant `C32`"),
+        ({"header": {"a": entry(0, 16, (2,), dtype="C64")}}, "'a' has the dtype C64; accepted: F64"),
+        ({"header": {"a": entry(0, 8), "b": entry(0, 8)}, "data": 8}, "invalid offset for tensor"),
+        ({"header": {"a": entry(0, 8)}, "raw": b'{"a":' + json.dumps(entry(0, 8)).encode(), "data": 8}, "invalid JSON"),
+        ({"header": {}, "length": 10**12}, "header too large"),
     ],
 )
 def test_hostile_headers_are_named(tmp_path, content, told):
@@ -217,26 +225,27 @@ def test_a_shard_that_is_gone_is_named(folders, tmp_path, capsys):
     assert f"{gone.name} is missing" in capsys.readouterr().err
 
 
-def test_manifests_of_the_first_version_are_checked_and_unknown_ones_refused(folders, tmp_path, capsys):
-    for kind in ("ours", "megatron"):
-        work = fresh(folders / kind, tmp_path / "work")
-        content = json.loads((work / "checkpoint_manifest.json").read_text())
-        with (HfSpec if kind == "ours" else CheckpointSpec)(work).open() as source:
-            read = source._tensor if kind == "ours" else source.parameter
-            for name, said in content["tensors"].items():
-                del said["xxh3_128"]
-                said["sha256"] = sha256(read(name))
-        for version, told in ((1, ""), (3, "has version 3")):
-            content["version"] = version
-            (work / "checkpoint_manifest.json").write_text(json.dumps(content))
-            assert convert(work, tmp_path / f"{kind}-{version}") == (version == 1)
-            assert told in capsys.readouterr().err
-        content["version"] = 1
-        name = next(iter(content["tensors"]))
-        content["tensors"][name]["sha256"] = "0" * 64
-        (work / "checkpoint_manifest.json").write_text(json.dumps(content))
-        assert not convert(work, tmp_path / "out")
-        assert f"{name} is not what it was" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["ours", "megatron"])
+@pytest.mark.parametrize(
+    ("version", "told"), [(1, "an earlier development version"), (2, "convert or train again"), (4, "has version 4")]
+)
+def test_manifests_of_other_versions_are_refused(folders, tmp_path, capsys, kind, version, told):
+    work = fresh(folders / kind, tmp_path / "work")
+    content = json.loads((work / MANIFEST).read_text())
+    (work / MANIFEST).write_text(json.dumps({**content, "version": version}))
+    assert not convert(work, tmp_path / "out")
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["ours", "megatron"])
+def test_a_tensor_that_differs_from_the_manifest_is_named(folders, tmp_path, capsys, kind):
+    work = fresh(folders / kind, tmp_path / "work")
+    content = json.loads((work / MANIFEST).read_text())
+    name = next(iter(content["tensors"]))
+    content["tensors"][name]["xxh3_128"] = "0" * 32
+    (work / MANIFEST).write_text(json.dumps(content))
+    assert not convert(work, tmp_path / "out")
+    assert f"{name} is not what it was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "told"), [("../secret", "accepted: files beside it"), ("gone", "is missing")])
@@ -260,32 +269,33 @@ def test_parts_of_an_array_must_tile_it(folders, tmp_path):
     assert not convert(work, tmp_path / "out")
 
 
-def hf_job(folders: Path, **options) -> HfJob:
-    return HfJob(HfSpec(folders / "foreign"), "chat", (folders / "foreign",), max_shard_bytes=20_000, **options)
+def hf_job(folders: Path, **options) -> HfConversion:
+    source = folders / "foreign"
+    return HfConversion(HfSpec(source), (source,), HfFormat("chat", max_shard_bytes=20_000, **options))
 
 
 def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     companions = folders / "foreign"
     write_hf(hf_job(folders), tmp_path / "straight", companions=companions, options=ONE_AT_A_TIME)
     written: list[str] = []
-    original = HfJob.write
+    original = HfConversion.write
 
-    def failing(self, piece, folder, wrote):
+    def failing(self, file, folder, wrote):
         if len(written) == 2:
             raise OSError(28, "No space left on device")
-        written.append(piece.name)
-        return original(self, piece, folder, wrote)
+        written.append(file.name)
+        return original(self, file, folder, wrote)
 
-    monkeypatch.setattr(HfJob, "write", failing)
+    monkeypatch.setattr(HfConversion, "write", failing)
     with pytest.raises(OSError, match="No space"):
         write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=ONE_AT_A_TIME)
     assert not (tmp_path / "out").exists()
     partial = tmp_path / ".out.partial"
     assert not (partial / "config.json").exists()
     times = {name: (partial / name).stat().st_mtime_ns for name in written}
-    half_written = next(piece.name for piece in hf_job(folders).pieces() if piece.name not in written)
+    half_written = next(file.name for file in hf_job(folders).output_files() if file.name not in written)
     (partial / half_written).write_bytes(b"half")
-    monkeypatch.setattr(HfJob, "write", original)
+    monkeypatch.setattr(HfConversion, "write", original)
     write_hf(hf_job(folders), tmp_path / "out", companions=companions, options=ONE_AT_A_TIME)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == times
     one, two = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("straight", "out"))
@@ -294,23 +304,23 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(folders, tmp_path, m
 
 
 def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, tmp_path, monkeypatch):
-    original = HfJob.write
+    original = HfConversion.write
 
-    def failing(self, piece, folder, wrote):
+    def failing(self, file, folder, wrote):
         if list(folder.glob("*.safetensors")):
             raise KeyboardInterrupt
-        return original(self, piece, folder, wrote)
+        return original(self, file, folder, wrote)
 
     for change in ("options", "source"):
         source = fresh(folders / "foreign", tmp_path / "source")
-        job = HfJob(HfSpec(source), "chat", (source,), max_shard_bytes=20_000)
-        monkeypatch.setattr(HfJob, "write", failing)
+        job = HfConversion(HfSpec(source), (source,), HfFormat("chat", max_shard_bytes=20_000))
+        monkeypatch.setattr(HfConversion, "write", failing)
         with pytest.raises(KeyboardInterrupt):
             write_hf(job, tmp_path / "out", companions=source, options=ONE_AT_A_TIME)
-        monkeypatch.setattr(HfJob, "write", original)
+        monkeypatch.setattr(HfConversion, "write", original)
         assert len(begun(job, tmp_path / ".out.partial")) == 1  # unchanged, it would go on
         if change == "options":
-            job = HfJob(HfSpec(source), "chat", (source,), max_shard_bytes=20_000, dtype="bf16")
+            job = dataclasses.replace(job, form=dataclasses.replace(job.form, dtype="bf16"))
         else:
             time.sleep(0.01)
             tiny = load_file(source / "model.safetensors")
@@ -319,40 +329,40 @@ def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, 
         shutil.rmtree(tmp_path / ".out.partial")
 
 
-def begun(job: HfJob, partial: Path) -> dict:
+def begun(job: HfConversion, partial: Path) -> dict:
     """The records that a run would take over."""
-    return jobs._begin(job, partial, job.pieces(), jobs._stamps(job.sources()))
+    return conversion._begin(job, partial, job.output_files(), conversion._stamps(job.source_files()))
 
 
 def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch):
-    original = HfJob.write
+    original = HfConversion.write
     options = {"companions": folders / "foreign", "options": ONE_AT_A_TIME}
 
-    def meanwhile(self, piece, folder, wrote):
-        monkeypatch.setattr(HfJob, "write", original)
+    def meanwhile(self, file, folder, wrote):
+        monkeypatch.setattr(HfConversion, "write", original)
         with pytest.raises(ValueError, match="another process is writing"):
             write_hf(hf_job(folders), tmp_path / "out", **options)
-        return original(self, piece, folder, wrote)
+        return original(self, file, folder, wrote)
 
-    monkeypatch.setattr(HfJob, "write", meanwhile)
+    monkeypatch.setattr(HfConversion, "write", meanwhile)
     write_hf(hf_job(folders), tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_damaged_source_stops_the_files_that_are_under_way(folders, tmp_path, monkeypatch):
-    original, ends = HfJob.write, []
+    original, ends = HfConversion.write, []
 
-    def endless_but_for_the_first(self, piece, folder, wrote):
-        if piece.name.startswith("model-00001"):
+    def endless_but_for_the_first(self, file, folder, wrote):
+        if file.name.startswith("model-00001"):
             raise ValueError("it is damaged")
         with contextlib.suppress(CancelledError):
             for _ in range(3000):
                 wrote(1)
                 time.sleep(0.01)
-            ends.append(piece.name)
-        return original(self, piece, folder, wrote)
+            ends.append(file.name)
+        return original(self, file, folder, wrote)
 
-    monkeypatch.setattr(HfJob, "write", endless_but_for_the_first)
+    monkeypatch.setattr(HfConversion, "write", endless_but_for_the_first)
     with pytest.raises(ValueError, match="it is damaged"):
         write_hf(hf_job(folders), tmp_path / "out", companions=folders / "foreign", options=RunOptions(2, quiet=True))
     assert ends == []
@@ -394,7 +404,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_ends_with_the_same_
 
 
 def finished_files(partial: Path) -> list[Path]:
-    return [path for path in partial.glob(".progress/*.json") if path.name != "job.json"]
+    return [path for path in partial.glob(".progress/*.json") if path.name != "conversion.json"]
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -24,6 +23,8 @@ from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.mapping import MappedParameter
 from megatron_r1v2.checkpoint.hf.operations import Replicated, Stacked
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
+from megatron_r1v2.checkpoint.megatron.run_folder import save_state
+from megatron_r1v2.checkpoint.megatron.torch_internals import StorageInfo
 from megatron_r1v2.checkpoint.sources import exported_rows
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
@@ -69,7 +70,7 @@ def save_sharded(model: Path, folder: Path, *, tensor: int, pipeline: int) -> No
             begin = files[name].tell()
             torch.save(stored.clone(), files[name])
             array.chunks.append(ChunkStorageMetadata(torch.Size(offsets), stored.shape))
-            where = _StorageInfo(name, begin, files[name].tell() - begin)
+            where = StorageInfo(name, begin, files[name].tell() - begin)
             storage[MetadataIndex(entry.key, torch.Size(offsets))] = where
     (folder / "tensors").mkdir(parents=True)
     for name, file in files.items():
@@ -78,7 +79,7 @@ def save_sharded(model: Path, folder: Path, *, tensor: int, pipeline: int) -> No
     stated = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / "tensors" / "metadata.json").write_text(json.dumps(stated))
     parts = ["adapter", "language", "vision"]
-    torch.save({"step": 1, "version": 0, "parts": parts, "trained": parts}, folder / "state.pt")
+    save_state(folder, {"step": 1, "version": 0, "parts": parts, "trained": parts})
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)])

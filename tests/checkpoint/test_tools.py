@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_hf, hf_to_megatron, inspect, parts, verify
 from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.megatron.run_folder import save_state
 from tests.tiny_hf import tiny_hf_model, tiny_hf_vision
 
 
@@ -29,7 +30,7 @@ def made(tmp_path_factory) -> Path:
     (checkpoint / "checkpoint_manifest.json").unlink()
     (checkpoint / "recipe.yaml").write_text(f"model:\n  hf_path: {root / 'hf'}\n")
     state = {"step": 7, "version": 3, "parts": ["adapter"], "trained": ["adapter"]}
-    torch.save(state, checkpoint / "state.pt")
+    save_state(checkpoint, state)
     return root
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.checkpoint.hf.config import IMAGE_TOKEN
 from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
@@ -43,7 +42,7 @@ def give_image_parts(folder: Path) -> None:
             write_json(path, {**content, _KEY: _changed(content[_KEY], path)})
 
 
-def _changed(template: Any, path: Path) -> Any:
+def _changed(template: object, path: Path) -> object:
     if isinstance(template, str):
         return with_image_parts(template)
     # Several, by name: [{"name": ..., "template": ...}]

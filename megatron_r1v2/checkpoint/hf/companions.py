@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -21,7 +20,14 @@ from megatron_r1v2.checkpoint.hf.config import (
     stated_processor,
     transformers_vision_config,
 )
-from megatron_r1v2.checkpoint.hf.folders import companion_files, copy_companions, read_json, with_dtype, write_json
+from megatron_r1v2.checkpoint.hf.folders import (
+    JsonObject,
+    companion_files,
+    copy_companions,
+    read_json,
+    with_dtype,
+    write_json,
+)
 from megatron_r1v2.checkpoint.hf.mapping import Layout
 from megatron_r1v2.models.architecture import PixelShuffle, r1v2_architecture
 
@@ -63,7 +69,7 @@ class Components:
     apart."""
 
 
-def components_config(components: Components) -> dict[str, Any]:
+def components_config(components: Components) -> JsonObject:
     """Return the configuration of the whole model, in transformers' layout.
 
     Raises:
@@ -81,7 +87,7 @@ def components_config(components: Components) -> dict[str, Any]:
         text["vocab_size"] = max(text["vocab_size"], num_tokens)
     if components.untie_embeddings:
         text["tie_word_embeddings"] = False
-    whole: dict[str, Any] = {
+    whole: JsonObject = {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "vision_config": vision,
@@ -131,7 +137,7 @@ def check_companions(source: Path) -> None:
 
 
 def make_components_companions(
-    components: Components, config: Mapping[str, Any], folder: Path, layout: Layout, dtypes: Iterable[torch.dtype]
+    components: Components, config: JsonObject, folder: Path, layout: Layout, dtypes: Iterable[torch.dtype]
 ) -> None:
     """Write config.json, tokenizer and processor of a spliced model.
 
@@ -237,7 +243,7 @@ def _add_image_tokens(source: Path, folder: Path) -> None:
 
 
 def write_processor(
-    folder: Path, config: Mapping[str, Any], *, max_tiles: int, stated: Mapping[str, Any], replace: bool = True
+    folder: Path, config: JsonObject, *, max_tiles: int, stated: JsonObject, replace: bool = True
 ) -> None:
     """Write the processor files that transformers' InternVLProcessor reads.
 

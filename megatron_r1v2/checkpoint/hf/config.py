@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.hf.folders import JsonObject, read_json
 from megatron_r1v2.checkpoint.hf.mapping import Layout
 from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture, with_pixel_statistics
 
@@ -42,7 +41,7 @@ _LANGUAGE_CLASSES: Mapping[str, str] = {
 _DEFAULT_MAX_TILES = 12
 
 
-def layout_of(config: Mapping[str, Any]) -> Layout:
+def layout_of(config: JsonObject) -> Layout:
     """Return which layout a config.json belongs to.
 
     Raises:
@@ -59,7 +58,12 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     )
 
 
-def read_hf_config(folder: Path | str) -> tuple[dict[str, Any], Layout]:
+def folder_layout(folder: Path) -> Layout:
+    """Return the layout of a folder's config.json."""
+    return layout_of(read_json(folder / "config.json"))
+
+
+def read_hf_config(folder: Path | str) -> tuple[JsonObject, Layout]:
     """Read config.json of a folder in either layout.
 
     Args:
@@ -84,7 +88,7 @@ def read_hf_architecture(folder: Path | str) -> tuple[R1V2Architecture, Layout]:
     return with_pixel_statistics(r1v2_architecture(config), folder), layout
 
 
-def stated_processor(folder: Path | str) -> dict[str, Any]:
+def stated_processor(folder: Path | str) -> JsonObject:
     """Return preprocessor_config.json of a folder; empty when there is none."""
     path = Path(folder) / "preprocessor_config.json"
     return read_json(path) if path.is_file() else {}
@@ -116,7 +120,7 @@ def image_token_id(folder: Path | str) -> int:
     )
 
 
-def transformers_vision_config(chat: Mapping[str, Any]) -> dict[str, Any]:
+def transformers_vision_config(chat: JsonObject) -> JsonObject:
     """Translate the vision_config of the chat layout, or the config.json of a published InternViT."""
     if chat.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"vision_config.hidden_act={chat['hidden_act']!r} is not supported; accepted: 'gelu'")
@@ -143,7 +147,7 @@ def transformers_vision_config(chat: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def transformers_config(chat: Mapping[str, Any], *, image_token_id: int) -> dict[str, Any]:
+def transformers_config(chat: JsonObject, *, image_token_id: int) -> JsonObject:
     """Translate a config.json of the chat layout to transformers' InternVL.
 
     Args:
@@ -185,7 +189,7 @@ def transformers_config(chat: Mapping[str, Any], *, image_token_id: int) -> dict
     }
 
 
-def chat_config(config: Mapping[str, Any], *, max_tiles: int | None = None) -> dict[str, Any]:
+def chat_config(config: JsonObject, *, max_tiles: int | None = None) -> JsonObject:
     """Translate transformers' InternVL configuration to the chat layout, as vLLM's SkyworkR1VChatModel reads it.
 
     Args:

@@ -9,24 +9,21 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_r1v2.checkpoint.hf.safetensors_files import (
-    TensorInfo,
-    map_safetensors_file,
-    tensor_info,
-    write_safetensors_file,
-)
+from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file, write_safetensors_file
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
+from megatron_r1v2.resilience.files import atomic_folder
 
+JsonObject = dict[str, Any]
+"""A JSON object of others: its values may be anything until they are checked."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 1000**3
-# What a folder has besides weights and config.json. Python files are left behind on purpose: nothing we write needs
-# remote code.
+# Files besides weights and config.json. Python files are left behind on purpose: nothing we write needs remote code.
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -133,7 +130,7 @@ class SafetensorsFolder:
             )
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
+def read_json(path: Path | str) -> JsonObject:
     """Read a JSON object.
 
     Raises:
@@ -151,7 +148,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path | str, content: Mapping[str, Any]) -> None:
+def write_json(path: Path | str, content: Mapping[str, object]) -> None:
     """Write a JSON object, readable and with a final newline."""
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -178,50 +175,6 @@ def check_output(output: Path | str, *, sources: Iterable[Path | str], overwrite
         raise ValueError(f"output {output} is a file; choose a folder")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"output {output} exists already; choose another folder, or pass --overwrite to replace it")
-
-
-@contextmanager
-def replacing_folder(output: Path | str) -> Iterator[Path]:
-    """Give a folder beside `output` to write into, and rename it to `output` when the block ends well.
-
-    When the block raises, the folder is removed and `output` is as it was; when the process is killed, what it leaves
-    is called `.NAME.partial` and the next export to the same place removes it.
-    """
-    partial = partial_of(output)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    restore_replaced(output)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        publish(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def partial_of(output: Path | str) -> Path:
-    """Return the folder beside `output` that is written into until it is complete."""
-    target = Path(output).resolve()
-    return target.parent / f".{target.name}.partial"
-
-
-def restore_replaced(output: Path | str) -> None:
-    """Put back what an earlier export, killed between the two renames of `publish`, had moved away."""
-    target = Path(output).resolve()
-    replaced = target.parent / f".{target.name}.replaced"
-    if replaced.exists() and not target.exists():
-        os.rename(replaced, target)
-
-
-def publish(partial: Path, output: Path | str) -> None:
-    """Rename a finished folder to `output`, whatever is there now moved away first and then deleted."""
-    target = Path(output).resolve()
-    replaced = target.parent / f".{target.name}.replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(partial, target)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_safetensors(
@@ -307,13 +260,13 @@ def write_hf_folder(
             dtypes.add(tensor.dtype)
             yield name, tensor
 
-    with replacing_folder(output) as folder:
+    with atomic_folder(output, replace=True) as folder:
         write_safetensors(folder, watched(), max_shard_bytes=max_shard_bytes)
         copy_companions(base, folder)
         write_json(folder / "config.json", with_dtype(config, dtypes))
 
 
-def with_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> JsonObject:
     """Return a config.json that names the weights' own dtype, in which transformers loads them by default."""
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     changed = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "auto_map")}
@@ -321,8 +274,9 @@ def with_dtype(config: Mapping[str, Any], dtypes: Iterable[torch.dtype]) -> dict
     key = "torch_dtype" if config.get("model_type") == "internvl_chat" else "dtype"
     changed[key] = str(widest).removeprefix("torch.")
     for part in ("text_config", "vision_config", "llm_config"):
-        if isinstance(changed.get(part), Mapping):
-            changed[part] = {key: value for key, value in changed[part].items() if key not in ("torch_dtype", "dtype")}
+        nested = changed.get(part)
+        if isinstance(nested, Mapping):
+            changed[part] = {key: value for key, value in nested.items() if key not in ("torch_dtype", "dtype")}
     return changed
 
 

@@ -1,6 +1,6 @@
 """The two-way table between our parameters and Hugging Face's: one row a parameter, read in both directions.
 
-A row names our parameter, its Hugging Face tensors and an invertible operation (`hf_operations`). Loading, exporting
+A row names our parameter, its Hugging Face tensors and an invertible operation (`operations.py`). Loading, exporting
 and the tensor-parallel split of both follow from the rows; nothing else in the package knows a Hugging Face name.
 `{n}` stands for a layer of the part that the name starts with, counted over the whole model and not the stage.
 """

@@ -147,7 +147,7 @@ class GroupedQKV:
         """Undo the interleaving of the joined shards."""
         (joined,) = self._split.to_hf(shards)
         grouped = joined.reshape(self.num_groups, -1, *joined.shape[1:])
-        parts = grouped.split([self.queries_per_group * self.head_size, self.head_size, self.head_size], dim=1)
+        parts = torch.split(grouped, [self.queries_per_group * self.head_size, self.head_size, self.head_size], dim=1)
         return tuple(part.flatten(0, 1).contiguous() for part in parts)
 
 
@@ -171,7 +171,7 @@ class JoinedQKV:
         query = key * self.grouped.queries_per_group
         if joined.shape[0] != query + 2 * key:
             raise ValueError(f"the joined qkv has {joined.shape[0]} rows, config.json implies {query + 2 * key}")
-        return joined.split([query, key, key])
+        return torch.split(joined, [query, key, key])
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Undo the interleaving and join the three."""

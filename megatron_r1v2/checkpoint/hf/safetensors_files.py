@@ -1,6 +1,8 @@
-"""One safetensors file: its header read as if somebody hostile had written it, and the file written as tensors come.
+"""One safetensors file: its header read and checked by the `safetensors` library, its tensors mapped or streamed.
 
-A file is eight bytes that say how long the header is, a JSON header that says where each tensor is, and the tensors.
+A file is eight bytes that say how long the header is, a JSON header, and the tensors one after the other. The library
+refuses headers that do not fit the file byte for byte; reading and writing the tensors is ours, because conversions
+keep no more than one tensor in memory and need its digest.
 """
 
 from __future__ import annotations
@@ -9,17 +11,14 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from megatron_r1v2.checkpoint.tensor_files import file_on_disk, mapped_file, tensor_in, write_hashed
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, mapped_file, tensor_in, tensor_info, write_hashed
+from megatron_r1v2.resilience.files import synced_file
 
-_MAX_HEADER_BYTES = 100 * 1000**2
-"""Of the format itself; a header of the 38B model has 0.2 MB."""
-_WORD = 2**63
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,62 +36,28 @@ _DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor without reading it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Return its size."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    def meta(self) -> torch.Tensor:
-        """Return a tensor of this shape and dtype without data."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
-
-def tensor_info(tensor: torch.Tensor) -> TensorInfo:
-    """Return shape and dtype of a tensor."""
-    return TensorInfo(tensor.dtype, tuple(tensor.shape))
-
-
 def map_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
-    """Open a safetensors file after checking its header: what it says must fit the file byte for byte.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The tensors by name, each read from the disk when it is touched.
+    """Open a safetensors file and return its tensors by name, each read from the disk when it is touched.
 
     Raises:
-        ValueError: the header is too long, no JSON, has a name twice, or its tensors overlap, leave gaps, reach out of
-            the file or have not the size that shape and dtype say.
+        ValueError: the library refuses the file, or a tensor has a dtype or a shape that no model has.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise _broken(path, size, f"its first eight bytes announce a header of {length} bytes")
-        raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ is no object of strings")
-        _check_offsets(header, size - 8 - length)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, size, str(error)) from error
+        with safe_open(path, framework="pt") as opened:
+            slices = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
+            infos = [(name, _info(name, found.get_dtype(), found.get_shape())) for name, found in slices]
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read as safetensors: {error}; it is truncated or "
+            "something else, copy it again"
+        ) from error
+    # The library does not give offsets. It has checked that the tensors fill the file from the header to its end.
+    start = path.stat().st_size - sum(info.num_bytes for _, info in infos)
     mapped, tensors = mapped_file(path), {}
-    for name, entry in header.items():
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = tensor_in(mapped[start:end], _DTYPES[entry["dtype"]], start=start).view(entry["shape"])
+    for name, info in infos:
+        end = start + info.num_bytes
+        tensors[name] = tensor_in(mapped[start:end], info.dtype, start=start).view(info.shape)
+        start = end
     return tensors
 
 
@@ -109,7 +74,7 @@ def write_safetensors_file(
         path: of the file to make.
         tensors: name, shape and dtype of each, known beforehand.
         read: the tensors in the same order, on the CPU.
-        wrote: told how many bytes were written, after each tensor.
+        wrote: called with the number of bytes after each tensor.
 
     Returns:
         The digest of each tensor's bytes (`write_hashed`), by name. The file is on disk when this returns.
@@ -117,7 +82,7 @@ def write_safetensors_file(
     Raises:
         ValueError: a tensor comes out in another shape or dtype than announced.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in tensors:
         end = offset + info.num_bytes
@@ -126,7 +91,7 @@ def write_safetensors_file(
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     digests = {}
-    with file_on_disk(path) as file:
+    with synced_file(path) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for (name, info), tensor in zip(tensors, read, strict=True):
             if tensor_info(tensor) != info:
@@ -136,46 +101,10 @@ def write_safetensors_file(
     return digests
 
 
-def _check_offsets(header: Mapping[str, Any], data_bytes: int) -> None:
-    spans = []
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or str(entry.get("dtype")) not in _DTYPES:
-            raise ValueError(f"{name!r} has no known dtype: {str(entry)[:80]}")
-        shape: Any = entry.get("shape")
-        offsets: Any = entry.get("data_offsets")
-        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-            raise ValueError(f"{name!r} has no valid shape and data_offsets: {str(entry)[:80]}")
-        size = _DTYPES[entry["dtype"]].itemsize
-        for dimension in shape:
-            size *= dimension  # Python's integers: a product that would overflow a machine word stays what it is
-        if offsets[1] - offsets[0] != size:
-            raise ValueError(f"{name!r} has {offsets[1] - offsets[0]} bytes where shape and dtype make {size}")
-        if math.prod(dimension or 1 for dimension in shape) >= _WORD:
-            raise ValueError(f"{name!r} has the shape {shape}, beyond what any machine counts")
-        spans.append((offsets[0], offsets[1], name))
-    position = 0
-    for start, end, name in sorted(spans):
-        if start != position:
-            raise ValueError(f"{name!r} begins at byte {start} where {position} was expected: an overlap or a gap")
-        position = end
-    if position != data_bytes:
-        raise ValueError(f"its tensors end at byte {position} of {data_bytes}")
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is in the header twice")
-    return content
-
-
-def _broken(path: Path, size: int, why: str) -> ValueError:
-    return ValueError(
-        f"{path} ({size} bytes) cannot be read as safetensors: {why}; it is truncated or something else, copy it again"
-    )
+def _info(name: str, dtype: str, shape: Sequence[int]) -> TensorInfo:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name!r} has the dtype {dtype}; accepted: {', '.join(_DTYPES)}")
+    # The library multiplies a size of zero away: torch would then overflow on the other dimensions.
+    if math.prod(size or 1 for size in shape) >= 2**63:
+        raise ValueError(f"{name!r} has the shape {list(shape)}, beyond what any machine counts")
+    return TensorInfo(_DTYPES[dtype], tuple(shape))

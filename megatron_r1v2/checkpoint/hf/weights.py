@@ -110,7 +110,7 @@ def save_hf(
         overwrite: whether an existing `output` is replaced.
 
     Raises:
-        ValueError: on every rank, when `output` is refused (see `hf_files.check_output`).
+        ValueError: on every rank, when `output` is refused (see `check_output`).
     """
     refusal: list[str | None] = [None]
     if context.is_main:

@@ -24,7 +24,7 @@ def dist_entry(ours: str, architecture: R1V2Architecture) -> DistEntry:
     """Return where a parameter is.
 
     Args:
-        ours: our name in the whole model, of the table in `hf_mapping`.
+        ours: our name in the whole model, of the table in `mapping.py`.
         architecture: how many layers there are.
     """
     match = _LAYER.fullmatch(ours)

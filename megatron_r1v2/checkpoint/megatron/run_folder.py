@@ -1,19 +1,24 @@
-"""What lies in a checkpoint folder, for those who need no model: names, and what is beside the tensors."""
+"""The folder of a checkpoint without its tensors: names, and the state of the run."""
 
 from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_r1v2.config.schema import Part
+from megatron_r1v2.config.choices import Part
+from megatron_r1v2.resilience.files import atomic_file
 
 STATE_FILE = "state.pt"
 RECIPE_FILE = "recipe.yaml"
 TENSORS = "tensors"
+HF_IN_CHECKPOINT = "hf"
+"""Folder in a checkpoint that our converter wrote: config.json, tokenizer and processor of the model."""
+STATE_FORMAT = 1
 STEP_FOLDER = re.compile(r"step-(\d{8})$")
 
 
@@ -43,11 +48,17 @@ def resolve_checkpoint(path: str | Path) -> Path:
     )
 
 
+def save_state(folder: Path, state: Mapping[str, object]) -> None:
+    """Write the state of a run (step, parts, counters) beside the tensors of its checkpoint."""
+    with atomic_file(folder / STATE_FILE) as file:
+        torch.save({"format": STATE_FORMAT, **state}, file)
+
+
 def load_state(folder: Path) -> dict[str, Any]:
-    """Return what is beside the tensors of a checkpoint: step, parts, counters.
+    """Return the state of a run that `save_state` wrote.
 
     Raises:
-        ValueError: the file is missing, damaged, or a pickle of something else.
+        ValueError: the file is missing, damaged, of another format, or a pickle of something else.
     """
     path = folder / STATE_FILE
     if not path.is_file():
@@ -58,6 +69,13 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {str(error)[:200]}; copy the checkpoint again") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, no state of a run; copy the checkpoint again")
+    if "format" not in state:
+        raise ValueError(
+            f"{path} was written by an earlier development version of this program, whose checkpoints are not read any "
+            "more; train again, or convert the model again"
+        )
+    if state["format"] != STATE_FORMAT:
+        raise ValueError(f"{path} has format {state['format']!r}; accepted: {STATE_FORMAT}; update megatron_r1v2")
     names = [part.value for part in Part]
     for key in ("parts", "trained"):
         parts = state.get(key)

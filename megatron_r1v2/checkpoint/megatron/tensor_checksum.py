@@ -28,7 +28,7 @@ def tensor_checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
     bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     factor = (zlib.crc32(name.encode()) << 1) | 1
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in bits.split(_ELEMENTS_AT_ONCE):
+    for part in torch.split(bits, _ELEMENTS_AT_ONCE):
         mixed = part.long() * _FIRST_FACTOR
         mixed = (mixed ^ (mixed >> 29)) * factor
         total += (mixed ^ (mixed >> 32)).sum()

@@ -11,10 +11,8 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,38 +21,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_r1v2.checkpoint.hf.safetensors_files import TensorInfo
 from megatron_r1v2.checkpoint.megatron.parameter_names import DistEntry
+from megatron_r1v2.checkpoint.megatron.torch_internals import METADATA_NAMES, StorageInfo
 from megatron_r1v2.checkpoint.megatron.torch_records import UNPICKLING_ERRORS, read_record, write_record
-from megatron_r1v2.checkpoint.tensor_files import file_on_disk, mapped_file
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, mapped_file
+from megatron_r1v2.resilience.files import synced_file
 
 METADATA = ".metadata"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
-# All that the pickle of `.metadata` may call: plain descriptions of tensors.
-_ALLOWED = {
-    "collections": {"OrderedDict"},
-    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32"}
-    | {"int16", "int8", "uint8", "bool"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-}
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a written parameter lies."""
+    """The place of a written parameter."""
 
     file: str
     offset: int
@@ -65,14 +45,14 @@ class TorchDist:
     """The arrays of a torch_dist folder, each read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what is in the folder, but no tensor.
+        """Read the metadata of the folder, but no tensor.
 
         Raises:
             ValueError: the folder is of another format, its metadata is damaged or names what it must not.
         """
         self.folder = folder
         self._arrays: dict[str, TensorInfo] = {}
-        self._chunks: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
+        self._chunks: dict[str, list[tuple[ChunkStorageMetadata, StorageInfo]]] = {}
         self._mapped: dict[Path, memoryview] = {}
         try:
             stated = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
@@ -97,7 +77,7 @@ class TorchDist:
         return self._arrays[key]
 
     def num_chunks(self, key: str) -> int:
-        """Return in how many parts an array lies."""
+        """Return the number of parts that an array lies in."""
         return len(self._chunks[key])
 
     def info(self, entry: DistEntry) -> TensorInfo:
@@ -119,7 +99,7 @@ class TorchDist:
         """Read one parameter, put together from its parts.
 
         Args:
-            entry: which.
+            entry: the parameter.
             check_crc: whether the CRC-32 of each record is checked; not needed where a digest is.
 
         Raises:
@@ -170,7 +150,7 @@ class TorchDist:
                 chunks.append((chunk, where))
             self._chunks[key] = chunks
 
-    def _record(self, storage: _StorageInfo, *, check_crc: bool) -> torch.Tensor:
+    def _record(self, storage: StorageInfo, *, check_crc: bool) -> torch.Tensor:
         path = self.folder / storage.relative_path
         with path.open("rb") as file:
             if path not in self._mapped:
@@ -192,15 +172,15 @@ def write_records(
 
     Args:
         path: the file to make.
-        parameters: what comes.
+        parameters: place, shape and dtype of each tensor.
         read: the tensors in the same order, each as blocks of its rows.
-        wrote: told how many bytes were written, after each.
+        wrote: called with the number of bytes after each tensor.
 
     Returns:
-        Where each is, and its digest (`write_hashed`). The file is on disk when this returns.
+        The record of each tensor, and its digest (`write_hashed`). The file is on disk when this returns.
     """
     records = []
-    with file_on_disk(path) as file:
+    with synced_file(path) as file:
         for (entry, info), blocks in zip(parameters, read, strict=True):
             stored = info if entry.layer is None else TensorInfo(info.dtype, (1, *info.shape))
             start, digest = write_record(file, stored, blocks)
@@ -210,14 +190,10 @@ def write_records(
 
 
 def read_records(path: Path, records: Iterable[Record]) -> Iterator[torch.Tensor]:
-    """Read what `write_records` wrote, with the checks that a record allows.
-
-    Args:
-        path: the file.
-        records: where they are in it.
+    """Read tensors that `write_records` wrote, with the checks that a record allows.
 
     Raises:
-        ValueError: one is damaged.
+        ValueError: a record is damaged.
     """
     mapped = mapped_file(path)
     with path.open("rb") as file:
@@ -226,15 +202,10 @@ def read_records(path: Path, records: Iterable[Record]) -> Iterator[torch.Tensor
 
 
 def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, Record]]) -> None:
-    """Write the rest of a torch_dist folder, whose files of records are there.
-
-    Args:
-        folder: of the checkpoint.
-        parameters: all of them, and where they are.
-    """
+    """Write the index of a torch_dist folder whose files of records are finished."""
     arrays: dict[str, TensorStorageMetadata] = {}
-    storage: dict[MetadataIndex, Any] = {}
-    files: dict[str, str] = {}  # one object a name: a pickle tells them apart, and the bytes shall always be the same
+    storage: dict[MetadataIndex, StorageInfo] = {}
+    files: dict[str, str] = {}  # one object a name: a pickle keeps objects apart, and the bytes must not vary
     for entry, info, record in parameters:
         stacked = entry.layer is not None
         size = torch.Size((entry.num_layers, *info.shape) if stacked else info.shape)
@@ -245,7 +216,7 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
                 properties=TensorProperties(dtype=info.dtype), size=size, chunks=[]
             )
         arrays[entry.key].chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-        storage[MetadataIndex(entry.key, offsets)] = _StorageInfo(
+        storage[MetadataIndex(entry.key, offsets)] = StorageInfo(
             files.setdefault(record.file, record.file), record.offset, record.length
         )
     with (folder / METADATA).open("wb") as file:
@@ -257,8 +228,8 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads `.metadata`, a pickle, without calling anything but descriptions of tensors."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
+    def find_class(self, module: str, name: str) -> object:
+        if name not in METADATA_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no checkpoint's metadata needs")
         return super().find_class(module, name)
 

@@ -1,6 +1,6 @@
-"""One tensor in a file of records: what torch.save writes and torch.load reads, without a copy of the tensor.
+"""One tensor in a file of records, as torch.save writes it and torch.load reads it, without a copy of the tensor.
 
-A record is a zip file in the file: `data.pkl` says what the tensor looks like, `data/0` is its storage, uncompressed,
+A record is a zip file in the file: `data.pkl` describes the tensor, `data/0` is its storage, uncompressed,
 and every member has a CRC-32. torch itself would read the storage into new memory, and go over it twice to write it.
 """
 
@@ -13,12 +13,17 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
-from megatron_r1v2.checkpoint.hf.safetensors_files import TensorInfo, tensor_info
-from megatron_r1v2.checkpoint.tensor_files import tensor_in, write_hashed
+from megatron_r1v2.checkpoint.megatron.torch_internals import (
+    REBUILD_MODULE,
+    REBUILD_NAMES,
+    STORAGES,
+    UNTYPED_DTYPES,
+)
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_in, tensor_info, write_hashed
 
 # A damaged pickle or zip can raise any of these, and pickle's documentation promises no shorter list.
 UNPICKLING_ERRORS = (
@@ -35,20 +40,6 @@ UNPICKLING_ERRORS = (
     ValueError,
 )
 _ALIGNMENT = 64
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_UNTYPED = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-"""What torch keeps in a storage without a type; the tensor itself names it."""
 
 
 def write_record(file: BinaryIO, info: TensorInfo, blocks: Sequence[torch.Tensor]) -> tuple[int, str]:
@@ -60,7 +51,7 @@ def write_record(file: BinaryIO, info: TensorInfo, blocks: Sequence[torch.Tensor
         blocks: its rows, from the first to the last, in one tensor or several, on the CPU.
 
     Returns:
-        Where the record begins, and the digest of the tensor's bytes (`write_hashed`).
+        The position of the record, and the digest of the tensor's bytes (`write_hashed`).
     """
     if {block.dtype for block in blocks} != {info.dtype} or sum(block.nbytes for block in blocks) != info.num_bytes:
         raise ValueError(f"blocks came out as {[tensor_info(block) for block in blocks]} where {info} was announced")
@@ -86,13 +77,13 @@ def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, 
 
     Args:
         file: open for reading.
-        start: where the record is in the file.
-        length: of it.
+        start: position of the record in the file.
+        length: of the record.
         mapped: the whole file, in memory; the tensor lies there, or is a copy where that is not aligned.
         check_crc: whether the CRC-32 of the storage is checked.
 
     Raises:
-        ValueError: it is damaged, or no tensor.
+        ValueError: the record is damaged, or holds no tensor.
     """
     try:
         with zipfile.ZipFile(_Window(file, start, length)) as archive:
@@ -112,7 +103,7 @@ def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, 
             raise zipfile.BadZipFile("its storage is compressed or ends beyond it")
         if check_crc and zlib.crc32(data) != member.CRC:
             raise zipfile.BadZipFile(f"the checksum of {member.filename} is wrong")
-        dtype = described.dtype or _STORAGES[storage]
+        dtype = described.dtype or STORAGES[storage]
         numbers = tensor_in(data, dtype, start=begin)
         return numbers.as_strided(described.shape, described.stride, described.offset)
     except (zipfile.BadZipFile, NotImplementedError, *UNPICKLING_ERRORS) as error:
@@ -120,34 +111,38 @@ def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, 
 
 
 class _Description(NamedTuple):
-    """What a tensor is rebuilt from: the arguments of torch's own functions for it."""
+    """The arguments of torch's own functions that rebuild a tensor."""
 
     storage: tuple[str, str, str, str, int]
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     requires_grad: bool
-    hooks: Any
+    hooks: object
     dtype: torch.dtype | None = None
-    metadata: Any = None
+    metadata: object = None
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
     """Reads `data.pkl`, which may describe a tensor and call nothing."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+    def find_class(self, module: str, name: str) -> object:
+        if module == REBUILD_MODULE and name in REBUILD_NAMES:
             return _Description
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if (module, name) == ("torch.storage", "UntypedStorage") or (module == "torch" and name in _STORAGES):
+        if (module, name) == ("torch.storage", "UntypedStorage") or (module == "torch" and name in STORAGES):
             return name
-        if module == "torch" and name in _UNTYPED:
-            return _UNTYPED[name]
+        if module == "torch" and name in UNTYPED_DTYPES:
+            return UNTYPED_DTYPES[name]
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no tensor needs")
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> object:
         return pid
+
+
+_StoragePlace = tuple[str, type, str, str, int]
+"""Kind, class, name in the archive, device, number of elements."""
 
 
 class _DescriptionPickler(pickle.Pickler):
@@ -155,13 +150,13 @@ class _DescriptionPickler(pickle.Pickler):
 
     def __init__(self, buffer: io.BytesIO, info: TensorInfo) -> None:
         super().__init__(buffer, protocol=2)
-        kinds = {dtype: getattr(torch, name) for name, dtype in _STORAGES.items()}
+        kinds = {dtype: getattr(torch, name) for name, dtype in STORAGES.items()}
         if info.dtype in kinds:
-            self._storage: Any = ("storage", kinds[info.dtype], "0", "cpu", torch.Size(info.shape).numel())
+            self._storage: _StoragePlace = ("storage", kinds[info.dtype], "0", "cpu", torch.Size(info.shape).numel())
         else:
             self._storage = ("storage", torch.UntypedStorage, "0", "cpu", info.num_bytes)
 
-    def persistent_id(self, obj: Any) -> Any:
+    def persistent_id(self, obj: object) -> _StoragePlace | None:
         return self._storage if isinstance(obj, (torch.TypedStorage, torch.UntypedStorage)) else None
 
 
@@ -195,11 +190,11 @@ class _Window(io.RawIOBase):
         base = {io.SEEK_SET: self._start, io.SEEK_CUR: self._file.tell(), io.SEEK_END: self._end}[whence]
         return self._file.seek(max(base + offset, self._start)) - self._start
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # io passes nothing else
         wanted = min(len(buffer), max(self._end - self._file.tell(), 0))
         content = self._file.read(wanted)
         buffer[: len(content)] = content
         return len(content)
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:  # type: ignore[override]  # zipfile passes nothing else
         return self._file.write(data)

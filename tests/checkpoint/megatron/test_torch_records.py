@@ -9,9 +9,8 @@ import zipfile
 import pytest
 import torch
 
-from megatron_r1v2.checkpoint.hf.safetensors_files import TensorInfo, tensor_info
 from megatron_r1v2.checkpoint.megatron.torch_records import read_record, write_record
-from megatron_r1v2.checkpoint.tensor_files import digest_of, mapped_file
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, mapped_file, tensor_info
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
 DTYPES += [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]

@@ -1,4 +1,4 @@
-"""What the commands have in common: how they explain themselves, the options of a conversion, and their errors."""
+"""The options, help texts and errors that all tools share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ meanwhile ends it with "Bus error" and the line of code; nothing that looks fini
 _UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 
 
-def parser_of(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """Return the parser of one command.
+def tool_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return the parser of one tool.
 
     Args:
-        name: of the module.
+        name: of its module.
         description: its docstring.
-        epilog: an example, and what one should know.
+        epilog: an example, and notes.
     """
     return argparse.ArgumentParser(
         prog=f"python -m checkpoint_tools.{name}",
@@ -41,7 +41,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that all conversions have."""
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: as the source has it")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="", help="of the result; default: as the source has it"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -66,7 +68,7 @@ def add_hf_arguments(parser: argparse.ArgumentParser, *, default: str | None) ->
 
 
 def run_options(options: argparse.Namespace) -> RunOptions:
-    """Return how the job is to be run."""
+    """Return the run options of a command line."""
     if options.workers < 0:
         raise ValueError(f"--workers={options.workers} is negative; give 1 or more, or 0: by the cores")
     return RunOptions(workers=options.workers, overwrite=options.overwrite, quiet=options.quiet)
@@ -76,7 +78,7 @@ def byte_count(text: str) -> int:
     """Read a size such as 5GB.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text is no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
     unit = match[2] if match else "?"
@@ -88,7 +90,7 @@ def byte_count(text: str) -> int:
 
 @contextmanager
 def explained_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 1, and let a signal that ends the process say where."""
+    """Turn errors that a user can mend into one line and exit code 1; print the line of code on a fatal signal."""
     if not faulthandler.is_enabled():
         faulthandler.enable()
     try:
