@@ -55,7 +55,9 @@ def test_what_torch_itself_saves_names_nothing_else(tmp_path):
     with (tmp_path / ".metadata").open("rb") as file:
         metadata = Recorder(file).load()
     assert len(Recorder.names) > 5
-    assert [name for name in Recorder.names if name[1] not in METADATA_NAMES.get(name[0], ())] == []
+    # FileSystemWriter notes the Path that it writes to, which megatron-core gives as a text.
+    names = Recorder.names - {(type(tmp_path).__module__, "PosixPath"), ("pathlib", "PosixPath")}
+    assert [name for name in names if name[1] not in METADATA_NAMES.get(name[0], ())] == []
     assert isinstance(metadata, Metadata)
     assert all(isinstance(place, StorageInfo) for place in metadata.storage_data.values())
     assert all(isinstance(index, MetadataIndex) for index in metadata.storage_data)
