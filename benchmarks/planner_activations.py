@@ -179,7 +179,7 @@ def _measure(case: Case, peak: Callable[[Callable[[], Any]], int]) -> dict[str, 
         loss = lambda log_probs_BS, batch: batch_loss(  # noqa: E731
             log_probs_BS, batch, algorithm=AlgorithmConfig(), denominator=float(case.rows * case.microbatches)
         )
-        return policy.update(batches, loss)
+        return policy.update(batches, loss).logged()
 
     update()
     training = peak(update)

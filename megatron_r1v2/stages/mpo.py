@@ -29,7 +29,6 @@ from megatron_r1v2.stages.reference_log_probs import belongs_to, reference_log_p
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.stages.supervised_data import next_trainable, share_out, update
 from megatron_r1v2.stages.validation import Validation
-from megatron_r1v2.training.policy import SKIPPED
 from megatron_r1v2.types import Prompt, TrainingBatch
 
 SHOWN = ("actor/loss", "rewards/margins", "rewards/accuracies", "validation/pass_at_1")
@@ -165,9 +164,9 @@ class MpoStage:
             num_pairs=len(prompts),
             generation_denominator=denominator,
         )
-        metrics = update(session, batches, loss)
-        if self.needs_reference and not metrics[SKIPPED]:
-            mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+        result = update(session, batches, loss)
+        if self.needs_reference and result.applied:
+            mean = (result.metrics["rewards/chosen"] + result.metrics["rewards/rejected"]) / 2
             self.delta = self.delta.update(mean, 2 * len(prompts), momentum=settings.delta_momentum)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from megatron_r1v2.stages.session import Session, next_distinct
 from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.microbatches import Microbatch
 from megatron_r1v2.training.optimizer import current_learning_rate
-from megatron_r1v2.training.policy import LossFunction
+from megatron_r1v2.training.policy import LossFunction, UpdateResult
 from megatron_r1v2.training.replay import assign
 from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
@@ -68,19 +68,16 @@ def share_out(
     )
 
 
-def update(session: Session, batches: Sequence[TrainingBatch], loss: LossFunction) -> dict[str, float]:
-    """Take one optimizer step and note its metrics.
+def update(session: Session, batches: Sequence[TrainingBatch], loss: LossFunction) -> UpdateResult:
+    """Collective over the world: take one optimizer step and note its metrics.
 
     Args:
         session: the running stage.
         batches: of this rank; at least one.
         loss: of a microbatch.
-
-    Returns:
-        The metrics.
     """
     session.recorder.note({"actor/lr": current_learning_rate(session.policy.optimizer)})
     with session.recorder.timed("update"):
-        metrics = session.policy.update(batches, loss)
-    session.recorder.note(metrics)
-    return metrics
+        result = session.policy.update(batches, loss)
+    session.recorder.note({**result.logged(), "actor/skipped_updates": float(not result.applied)})
+    return result

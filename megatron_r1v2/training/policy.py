@@ -25,9 +25,35 @@ Metrics = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor, TrainingBatch], tuple[torch.Tensor, Metrics]]
 """(log_probs_BS or scores_BS, batch) to the local sum divided by the global denominator, and metrics."""
 
-SKIPPED = "actor/skipped_updates"
-"""1 for an update that was not made, since its gradient was not finite or too large."""
 _LOSS = "actor/loss"
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """The outcome of one optimizer step; the same on every rank but for `log_probs`."""
+
+    reason: str | None
+    """Why the step was not taken; None: it was taken."""
+    loss: float | None
+    """Over all ranks and microbatches; None where the step was not taken."""
+    gradient_norm: float
+    """Before clipping; 0 where the step was not taken."""
+    log_probs: tuple[torch.Tensor, ...]
+    """float32 [B, S] for each microbatch, zero outside the responses, by the weights before the step (a reward model's
+    scores likewise). The last pipeline stage has them; the others, which see no logits, get an empty tuple."""
+    metrics: Mapping[str, float]
+    """Of the loss function, over all ranks; empty where the step was not taken."""
+
+    @property
+    def applied(self) -> bool:
+        """Return whether the step was taken."""
+        return self.reason is None
+
+    def logged(self) -> dict[str, float]:
+        """Return the metrics with loss and gradient norm; empty where the step was not taken."""
+        if self.loss is None:
+            return {}
+        return {**self.metrics, "actor/loss": self.loss, "actor/grad_norm": self.gradient_norm}
 
 
 @dataclass(kw_only=True)
@@ -82,16 +108,15 @@ class Policy(Forward):
         """
         return self.values(batches)
 
-    def update(self, batches: Sequence[TrainingBatch], loss_function: LossFunction) -> dict[str, float]:
-        """Take one optimizer step.
+    def update(self, batches: Sequence[TrainingBatch], loss_function: LossFunction) -> UpdateResult:
+        """Collective over the world: take one optimizer step.
 
         Args:
             batches: this replica's microbatches; at least one (of weight zero where it has no sample).
             loss_function: its losses over all ranks and microbatches sum up to the loss.
 
         Returns:
-            Metrics over all ranks, with the loss and the gradient norm; `actor/skipped_updates` alone when the update
-            is skipped: then weights, optimizer, schedule and version are as they were.
+            The result; where it was not applied, weights, optimizer, schedule and version are as they were.
 
         Raises:
             RuntimeError: too many updates in a row are skipped.
@@ -99,23 +124,23 @@ class Policy(Forward):
         scale = loss_scale(num_microbatches=len(batches), data_size=self.context.data_size)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
-        if reason := self.skipped.reason(finite=self._is_gradient_finite(), gradient_norm=self._gradient_norm()):
+        results = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
+        sums = [metrics for metrics, _ in results]
+        log_probs = tuple(values_BS for _, values_BS in results)
+        finite, norm = self._all_gradients_finite(), self._largest_gradient_norm()
+        if reason := self.skipped.reason(finite=finite, gradient_norm=norm):
             self.skipped.add(batches, version=self.version, reason=reason)
-            return {SKIPPED: 1.0}
+            return UpdateResult(reason, None, 0.0, log_probs, {})
         self.skipped.end_row()
         _, gradient_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         self.version += 1
         combined = combine(sums if self.context.is_last_stage else [], self.context)
-        return mean_metrics(combined) | {
-            "actor/loss": float(combined[_LOSS][0]),
-            "actor/grad_norm": float(gradient_norm or 0.0),
-            SKIPPED: 0.0,
-        }
+        loss = float(combined.pop(_LOSS)[0])
+        return UpdateResult(None, loss, float(gradient_norm or 0.0), log_probs, mean_metrics(combined))
 
-    def skips(self, batches: Sequence[TrainingBatch], log_probs: Sequence[torch.Tensor]) -> bool:
-        """Skip the update that samples are meant for when a log-prob is not finite on some rank; all ranks call it.
+    def skip_update_if_not_finite(self, batches: Sequence[TrainingBatch], log_probs: Sequence[torch.Tensor]) -> bool:
+        """Collective over the world: skip the update that samples are meant for when a log-prob is not finite.
 
         Args:
             batches: this replica's microbatches; may be empty.
@@ -132,13 +157,13 @@ class Policy(Forward):
         self.skipped.add(batches, version=self.version, reason="a log-prob of the training forward is not finite")
         return True
 
-    def _is_gradient_finite(self) -> bool:
-        """Return whether the gradient is finite on all ranks: if not, a step would spoil the weights."""
+    def _all_gradients_finite(self) -> bool:
+        """Collective over the world: agree on whether a step would leave the weights finite."""
         finite = all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in self.ddp.buffers)
         return all(objects.all_gather(finite))
 
-    def _gradient_norm(self) -> float | None:
-        """Return the norm before clipping, the same on all ranks, where there is a bound on it."""
+    def _largest_gradient_norm(self) -> float | None:
+        """Collective over the world: compute the norm before clipping, where there is a bound on it."""
         if not self.skipped.settings.skip_above_grad_norm:
             return None
         self.optimizer.prepare_grads()
@@ -146,7 +171,7 @@ class Policy(Forward):
 
 
 def combine(sums: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext) -> dict[str, torch.Tensor]:
-    """Add (sum, count) pairs over microbatches and ranks.
+    """Collective over the world: add (sum, count) pairs over microbatches and ranks.
 
     Args:
         sums: of this rank's microbatches; empty on ranks that do not hold the loss.
@@ -170,7 +195,8 @@ def add_pairs(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
 
 def _scaled_loss(
     loss_function: LossFunction, scale: float, values_BS: torch.Tensor, batch: TrainingBatch
-) -> tuple[torch.Tensor, Metrics]:
+) -> tuple[torch.Tensor, tuple[Metrics, torch.Tensor]]:
     loss, metrics = loss_function(values_BS, batch)
     # Losses of microbatches add up to the loss, so it has no count to divide by.
-    return loss * scale, {_LOSS: torch.stack([loss.detach(), torch.zeros_like(loss)]), **metrics}
+    sums = {_LOSS: torch.stack([loss.detach(), torch.zeros_like(loss)]), **metrics}
+    return loss * scale, (sums, values_BS.detach() * batch.response_mask_BS)

@@ -28,7 +28,7 @@ from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.grpo.stage import batch_loss
 from megatron_r1v2.training.batches import collate, filler_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
-from megatron_r1v2.training.policy import Policy
+from megatron_r1v2.training.policy import Policy, UpdateResult
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
 
 TEMPERATURE = 0.7
@@ -191,7 +191,8 @@ def run_step(
         collate_microbatch(material, names, policy.model, context)
         for names in (split[context.data_rank] if context.data_rank < len(split) else ())
     ]
-    log_probs = named_log_probs(material, split, policy.log_probs(batches), context)
+    by_forward = policy.log_probs(batches)
+    log_probs = named_log_probs(material, split, by_forward, context)
     logits = named_logits(material, split, [] if packed else whole_logits(policy, batches))
     batches = batches or [filler(material, policy.model, context)]
     loss = partial(
@@ -199,10 +200,24 @@ def run_step(
         algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP),
         denominator=len(material.samples) + LEFT_OUT,
     )
-    metrics = policy.update(batches, loss)
+    result = policy.update(batches, loss)
+    check_log_probs_of_update(result, by_forward, context)
     out_of_step = parameters_out_of_step(policy.model, context)
     padding = largest_padding(policy.model, context)
-    return Outcome(metrics, gather_gradients(policy, context), log_probs, logits, out_of_step, padding)
+    return Outcome(result.logged(), gather_gradients(policy, context), log_probs, logits, out_of_step, padding)
+
+
+def check_log_probs_of_update(
+    result: UpdateResult, by_forward: Sequence[torch.Tensor], context: ParallelContext
+) -> None:
+    """Compare the log-probs that an update gives with those of the forward pass before it, where there are any."""
+    if not context.is_last_stage:
+        assert result.log_probs == ()
+        return
+    for ours, theirs in zip(result.log_probs, by_forward, strict=False):  # a filler has no forward pass before
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(result.log_probs) == max(1, len(by_forward))
+    assert not any(log_probs_BS.requires_grad for log_probs_BS in result.log_probs)
 
 
 def make_policy(

@@ -139,7 +139,7 @@ def step(policy: Policy, material: Material) -> dict[str, float]:
     size, rank = policy.context.data_size, policy.context.data_rank
     batches = [collate_microbatch(material, names, policy.model, policy.context) for names in MICROBATCHES[rank::size]]
     loss = partial(batch_loss, algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP), denominator=4)
-    return policy.update(batches, loss)
+    return policy.update(batches, loss).logged()
 
 
 def what_is_held(policy: Policy, before: dict[str, torch.Tensor]) -> Held:

@@ -169,7 +169,8 @@ def run_step(folder: str, case: Case) -> Outcome:
         for name, score in zip(rows, last_scores(values_BS, batch), strict=True)
     }
     batches = batches or [batch_of([response_sample(prompts["two"])] * 2, weight=0.0)]
-    metrics = policy.update(batches, partial(pair_loss, denominator=len(PAIRS), centring_weight=CENTRING))
+    loss = partial(pair_loss, denominator=len(PAIRS), centring_weight=CENTRING)
+    metrics = policy.update(batches, loss).logged()
     out_of_step = parameters_out_of_step(model, context)
     head = model.score.weight.main_grad.clone() if model.score is not None else None
     if head is not None and context.data_size > 1:

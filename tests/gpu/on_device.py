@@ -153,7 +153,7 @@ def _measured_step(
         torch.cuda.reset_peak_memory_stats()
     batches = [collate_microbatch(material, names, policy.model, context)]
     loss = partial(batch_loss, algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP), denominator=3)
-    metrics = policy.update(batches, loss)
+    metrics = policy.update(batches, loss).logged()
     del batches
     return metrics | {"bytes held": held, "peak bytes": torch.cuda.max_memory_allocated() - held if on_gpu else 0}
 

@@ -127,7 +127,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(
                     for batch, log_probs_BS in zip(batches, policy.log_probs(batches), strict=True)
                 ]
         loss = partial(batch_loss, settings=settings, delta=0.0, num_pairs=len(PAIRS), generation_denominator=tokens)
-        metrics = policy.update(batches, loss)
+        metrics = policy.update(batches, loss).logged()
         gradients = gather_gradients(policy, context)
     finally:
         groups.shut_down()

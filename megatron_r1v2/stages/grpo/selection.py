@@ -42,6 +42,8 @@ class Selection:
     """Data-parallel rank that trains each sample."""
     denominator: float
     """Of the loss of one optimizer step: sequences or response tokens, samples of zero advantage included."""
+    num_generated_tokens: int
+    """Response tokens of the step over all ranks."""
     metrics: Mapping[str, float]
 
     @property
@@ -115,21 +117,23 @@ def select(
     by_tokens = recipe.algorithm.loss_aggregation is LossAggregation.token
     total = plan.num_tokens if by_tokens else plan.num_sequences
     effective = sum(item.entry.effective for item in judged.values())
+    response_lengths = [item.entry.response_length for item in judged.values()]
     return Selection(
         judged=judged,
         plan=plan,
         updates=updates,
         trainer=trainer,
         denominator=total / max(1, len(updates)),
+        num_generated_tokens=sum(response_lengths),
         metrics={
             **plan.metrics,
             # Over all that was generated, left-out text-only prompts included.
             "ssb/fresh_effective_fraction": effective / len(judged),
             "data/text_only_left_out": len(judged) - len(trainable),
             "rollout/responses": len(judged),
-            "rollout/tokens": sum(item.entry.response_length for item in judged.values()),
+            "rollout/tokens": sum(response_lengths),
             "rollout/responses_filtered": len(trainable) - len(eligible),
-            **_length_metrics([item.entry.response_length for item in judged.values()], everything),
+            **_length_metrics(response_lengths, everything),
         },
     )
 

@@ -40,7 +40,7 @@ from megatron_r1v2.stages.validation import Validation
 from megatron_r1v2.training.batches import with_old_log_probs
 from megatron_r1v2.training.mismatch import mismatch_over_ranks
 from megatron_r1v2.training.optimizer import current_learning_rate
-from megatron_r1v2.training.policy import SKIPPED
+from megatron_r1v2.training.policy import UpdateResult
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from megatron_r1v2.training.weight_verification import check_engine
 from megatron_r1v2.types import Prompt, Rollout, Sample, ScoredRollout, TrainingBatch
@@ -114,13 +114,13 @@ class GrpoStage:
             trained = self.add_old_log_probs(samples, sample_prompts)
         session.between_phases()
         if trained is None:
-            session.recorder.note({SKIPPED: 1.0})
+            session.recorder.note({"actor/skipped_updates": 1.0})
         else:
             with timed("update"):
                 self.update(selection, trained, sample_prompts | {"": prompts[0]})
             self.remember(selection, trained, sample_prompts)
         self.keep_rollouts(selection, prompts, scored)
-        speed = selection.metrics["rollout/tokens"] / session.recorder.seconds("generate")
+        speed = selection.num_generated_tokens / session.recorder.seconds("generate")
         session.recorder.note({"perf/generated_tokens_per_second": speed})
         session.step += 1
 
@@ -273,7 +273,7 @@ class GrpoStage:
         microbatches = session.microbatcher.split(fresh, prompts)
         batches = [part.batch for part in microbatches]
         log_probs = session.policy.log_probs(batches)
-        if session.policy.skips(batches, log_probs):
+        if session.policy.skip_update_if_not_finite(batches, log_probs):
             return None
         result = dict(samples)
         for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
@@ -293,21 +293,23 @@ class GrpoStage:
             prompts: by key; the one under "" fills the microbatch of a rank that has no sample.
         """
         policy, algorithm = self.session.policy, self.session.recipe.algorithm
-        values: dict[str, float] = {
-            "actor/lr": current_learning_rate(policy.optimizer),
-            "actor/updates": len(selection.updates),
-        }
-        of_updates: list[dict[str, float]] = []
+        learning_rate = current_learning_rate(policy.optimizer)
+        results: list[UpdateResult] = []
         for update in selection.updates:
             mine = {name: samples[name] for name in update if name in samples}
             microbatches = self.session.microbatcher.split(mine, prompts, replayed=set(selection.plan.replayed))
             batches = [part.batch for part in microbatches] or [self.session.microbatcher.filler(prompts[""])]
             batches = self._with_reference(batches)
-            of_updates.append(
-                policy.update(batches, partial(batch_loss, algorithm=algorithm, denominator=selection.denominator))
-            )
-        values[SKIPPED] = sum(metrics.pop(SKIPPED) for metrics in of_updates)
-        self.session.recorder.note(values | mean_of_updates(of_updates))
+            loss = partial(batch_loss, algorithm=algorithm, denominator=selection.denominator)
+            results.append(policy.update(batches, loss))
+        self.session.recorder.note(
+            {
+                "actor/lr": learning_rate,
+                "actor/updates": len(results),
+                "actor/skipped_updates": float(sum(not result.applied for result in results)),
+                **mean_of_updates([result.logged() for result in results]),
+            }
+        )
 
     def remember(self, selection: Selection, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt]) -> None:
         """Put this step's effective samples into the buffer; each stays on the rank that trained it."""
