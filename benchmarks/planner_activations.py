@@ -6,7 +6,7 @@
 temporary ones: every operator of the forward and backward pass is watched, and the storages it makes until they die.
 Parameters, DDP buffers and optimizer state exist before and are not in it; a step was taken before, so caches that live
 on are not either; nor is the workspace inside a kernel (oneDNN's, for instance), which another device has not. The call
-is `Policy.update` (forward, backward and optimizer of all its microbatches) or `Policy.log_probs`.
+is `Policy.update` (forward, backward and optimizer of all its microbatches) or `Policy.compute_log_probs`.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def _measure(case: Case, peak: Callable[[Callable[[], Any]], int]) -> dict[str, 
 
     update()
     training = peak(update)
-    policy.log_probs(batches)
-    return {"training": training, "log_probs": peak(lambda: policy.log_probs(batches))}
+    policy.compute_log_probs(batches)
+    return {"training": training, "log_probs": peak(lambda: policy.compute_log_probs(batches))}
 
 
 def _policy(case: Case, context: groups.ParallelContext) -> Policy:

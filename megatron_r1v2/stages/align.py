@@ -11,7 +11,7 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.rl.supervised import supervised_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
-from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, share_out, update
+from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, shard_samples, update
 from megatron_r1v2.stages.validation import Validation
 from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
@@ -42,7 +42,7 @@ def supervised_step(session: Session) -> None:
     prompts = next_trainable(session)
     samples = {prompt.key: supervised_sample(session, prompt) for prompt in prompts}
     if samples:
-        microbatches = share_out(session, samples, prompts)
+        microbatches = shard_samples(session, samples, prompts)
         batches = [part.batch for part in microbatches] or [session.microbatcher.filler(prompts[0])]
         tokens = sum(sample.response_length for sample in samples.values())
         update(session, batches, partial(_loss, denominator=tokens))

@@ -15,7 +15,7 @@ from megatron_r1v2.stages.session import LoadedModel, load_model
 from megatron_r1v2.training.batches import length_multiple, response_sample
 from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.score_positions import last_scores, with_successor
+from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.types import Prompt
 
 
@@ -59,11 +59,11 @@ class LoadedRewardModel:
         samples = {}
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             response = (*self.tokenizer.encode_text(text), self.end_id)
-            samples[str(index)] = with_successor(response_sample(prompt, response), self.tokenizer.pad_id)
+            samples[str(index)] = append_pad_token(response_sample(prompt, response), self.tokenizer.pad_id)
         microbatches = self.microbatcher.split(samples, {prompt.key: prompt for prompt in prompts})
         batches = [part.batch for part in microbatches]
         found: dict[str, float] = {}
-        for part, values_BS in zip(microbatches, self.forward.values(batches), strict=True):
+        for part, values_BS in zip(microbatches, self.forward.compute_values(batches), strict=True):
             found.update(zip(part.names, last_scores(values_BS, part.batch).tolist(), strict=True))
         scores = [found[str(index)] for index in range(len(texts))]
         if self.context.tensor_size * self.context.pipeline_size == 1:

@@ -35,7 +35,7 @@ def run_steps(
             finished = is_reached() or session.is_finished
         except StepAbandoned:  # in its evaluation: the step is done, and saved below
             session.recorder.say(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
-        stopping = session.must_stop()
+        stopping = session.sync_stop_signal()
         if session.should_save(last=finished or stopping):
             with session.recorder.timed("save"):
                 session.save({"finished": finished, **state()}, replay())

@@ -27,7 +27,7 @@ from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.pair_samples import SIDES, pair_samples, preference_of
 from megatron_r1v2.stages.reference_log_probs import belongs_to, reference_log_probs
 from megatron_r1v2.stages.session import Session, open_session
-from megatron_r1v2.stages.supervised_data import next_trainable, share_out, update
+from megatron_r1v2.stages.supervised_data import next_trainable, shard_samples, update
 from megatron_r1v2.stages.validation import Validation
 from megatron_r1v2.types import Prompt, TrainingBatch
 
@@ -47,7 +47,7 @@ def run_mpo(recipe: RunRecipe) -> Path:
     with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.verifiers() as pool:
         stage = MpoStage(session)
         validation = Validation(session, session.evaluator(session.engine(), pool), stage.calibrator)
-        if session.is_finished or stage.find_reference():
+        if session.is_finished or stage.load_or_compute_reference():
             run_steps(session, stage.step, state=stage.state_dict, is_reached=validation.is_reached)
     return Path(recipe.run.output_dir)
 
@@ -104,7 +104,7 @@ class MpoStage:
         on the chosen responses, and the rejected ones are not computed."""
         return self.settings.preference_weight > 0 or self.settings.quality_weight > 0
 
-    def find_reference(self) -> bool:
+    def load_or_compute_reference(self) -> bool:
         """Get the reference log-probs; returns False when the run was asked to stop before all were computed.
 
         Raises:
@@ -152,7 +152,7 @@ class MpoStage:
         session, settings = self.session, self.settings
         samples, units = pair_samples(session, prompts, sides=SIDES if self.needs_reference else SIDES[:1])
         batches = [
-            self._with_reference(part.batch, part.names) for part in share_out(session, samples, prompts, units)
+            self._with_reference(part.batch, part.names) for part in shard_samples(session, samples, prompts, units)
         ] or [self._filler(prompts[0])]
         denominator = len(prompts)
         if settings.generation_aggregation is LossAggregation.token:

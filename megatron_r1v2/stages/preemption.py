@@ -23,7 +23,7 @@ _ENGINE_STEPS_BETWEEN_LOOKS = 8
 _ABANDON, _PUBLISH, _GO_ON = "abandon the step", "publish the checkpoint", "go on"
 
 
-class Interruptions:
+class PreemptionHandler:
     """What a session asks between its phases and in them."""
 
     def __init__(
@@ -59,8 +59,8 @@ class Interruptions:
         self._engine_steps = 0
         self._longest_need = 0.0
 
-    def must_stop(self, step: int) -> bool:
-        """Return whether the run was asked to save and end after this step.
+    def sync_stop_signal(self, step: int) -> bool:
+        """Collective over the world: agree on whether the run was asked to save and end after this step.
 
         Args:
             step: steps done.
@@ -72,7 +72,7 @@ class Interruptions:
         return True
 
     def publish(self, *, blocking: bool) -> None:
-        """Publish checkpoints that are written, and drop the rollouts of the steps that they hold; called together.
+        """Collective over the world: publish written checkpoints, and drop the rollouts of the steps that they hold.
 
         Args:
             blocking: wait for what is still being written.
@@ -81,13 +81,13 @@ class Interruptions:
         if self.context.is_main:
             self.kept.drop_before(self.checkpoints.newest_step())
 
-    def between_phases(self) -> None:
-        """Publish what has been written, and give the step up when SIGTERM has come; called together by all ranks."""
+    def poll_between_phases(self) -> None:
+        """Collective over the world: publish what has been written, and give the step up when SIGTERM has come."""
         self.publish(blocking=False)
         self.stop_request.abandon_if_told()
 
-    def between_engine_steps(self, responses: int, tokens: int) -> None:
-        """Do the same now and then while replicas generate; called together by the ranks of one.
+    def poll_between_engine_steps(self, responses: int, tokens: int) -> None:
+        """Collective over the replica: do the same now and then while it generates.
 
         Args:
             responses: finished so far.
@@ -99,7 +99,7 @@ class Interruptions:
             self._follow_orders(self.context.groups.mp)
 
     def wait_for_all(self, name: str) -> None:
-        """Wait for the replicas that still generate, and do what `between_engine_steps` does meanwhile.
+        """Collective over the world: wait for replicas that still generate, as `poll_between_engine_steps` does.
 
         Args:
             name: of the place, never used before.
@@ -107,7 +107,7 @@ class Interruptions:
         self.watch.wait_for_all(name, leave=lambda all_here: self._follow_orders(None, all_here=all_here))
 
     def _follow_orders(self, group: dist.ProcessGroup | None, *, all_here: bool = False) -> bool:
-        """Report, decide on the first rank, and do what it has decided; returns whether all go on together.
+        """Collective over the group: report, decide on the first rank, obey; return whether all go on together.
 
         To publish is a collective. It is ordered when every rank has written its files, and done by each at its next
         look: for none is there anything left to wait for but those few engine steps of the others.
@@ -131,8 +131,8 @@ class Interruptions:
             self.publish(blocking=False)
         return order == _GO_ON
 
-    def say_abandoned(self, step: int) -> None:
-        """Say what the next start finds.
+    def log_step_abandoned(self, step: int) -> None:
+        """Log what the next start finds.
 
         Args:
             step: steps done.
@@ -142,8 +142,8 @@ class Interruptions:
             f"step {step + 1} is abandoned, as asked by {signal.SIGTERM.name}{kept}; start again to go on"
         )
 
-    def say_taken_up(self, step: int, found: int, total: int) -> None:
-        """Say how much of a step an interrupted run has left.
+    def log_resumed_rollouts(self, step: int, found: int, total: int) -> None:
+        """Log how much of a step an interrupted run has left.
 
         Args:
             step: steps done.
@@ -159,7 +159,7 @@ class Interruptions:
         need = self.recorder.step_seconds() + self.recorder.values.get("timing_s/save", 0.0)
         if not lead:
             return
-        self.recorder.note({"timing_s/lead_margin": lead - need})
+        self.recorder.note({"preemption/lead_margin_s": lead - need})
         if need > max(lead, self._longest_need):
             self._longest_need = need
             self.recorder.say(

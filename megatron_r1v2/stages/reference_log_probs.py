@@ -21,7 +21,7 @@ from megatron_r1v2.parallel import objects
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.pair_samples import SIDES, pair_samples, sample_name
 from megatron_r1v2.stages.session import Session
-from megatron_r1v2.stages.supervised_data import share_out
+from megatron_r1v2.stages.supervised_data import shard_samples
 from megatron_r1v2.training.store import TENSORS, resolve_checkpoint
 from megatron_r1v2.types import Prompt
 
@@ -111,7 +111,7 @@ def _compute(session: Session, sums: dict[str, float], unfinished: Path) -> bool
     with session.recorder.progress("reference log-probs", total) as show:
         # The same chunks however often this is interrupted, so that the numbers are the same to the bit.
         for chunk in _chunks(session.each_prompt(folder), session.recipe.train.prompts_per_step):
-            if session.must_stop():
+            if session.sync_stop_signal():
                 return False
             pairs = [prompt for prompt in chunk if session.trains(prompt)]
             if not all(sample_name(prompt.key, side) in sums for prompt in pairs for side in SIDES):
@@ -129,9 +129,9 @@ def _forward(session: Session, prompts: Sequence[Prompt]) -> dict[str, float]:
     if session.policy.features is not None:
         session.policy.features.clear()
     samples, units = pair_samples(session, prompts)
-    microbatches = share_out(session, samples, prompts, units)
+    microbatches = shard_samples(session, samples, prompts, units)
     mine: dict[str, float] = {}
-    log_probs = session.policy.log_probs([part.batch for part in microbatches])
+    log_probs = session.policy.compute_log_probs([part.batch for part in microbatches])
     for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
         sums_B = response_log_probs(log_probs_BS, part.batch.response_mask_BS)
         mine.update(zip(part.names, sums_B.tolist(), strict=True))

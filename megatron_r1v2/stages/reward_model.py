@@ -14,9 +14,9 @@ from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.rl.reward_model import bradley_terry_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
-from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, share_out, update
+from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, shard_samples, update
 from megatron_r1v2.training.policy import Metrics, add_pairs
-from megatron_r1v2.training.score_positions import last_scores, with_successor
+from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "validation/accuracy")
@@ -53,7 +53,7 @@ def preference_step(session: Session) -> None:
     """
     prompts = next_trainable(session)
     samples, units = pair_samples(session, prompts, setting="data.train")
-    batches = [part.batch for part in share_out(session, samples, prompts, units)]
+    batches = [part.batch for part in shard_samples(session, samples, prompts, units)]
     loss = partial(pair_loss, denominator=len(prompts), centring_weight=session.recipe.reward_model.centring_weight)
     update(session, batches or [session.microbatcher.filler(prompts[0], rows=2)], loss)
     session.step += 1
@@ -72,8 +72,8 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
             if session.policy.features is not None:
                 session.policy.features.clear()
             samples, units = pair_samples(session, few, setting="data.validation")
-            batches = [part.batch for part in share_out(session, samples, few, units)]
-            for batch, values_BS in zip(batches, session.policy.values(batches), strict=True):
+            batches = [part.batch for part in shard_samples(session, samples, few, units)]
+            for batch, values_BS in zip(batches, session.policy.compute_values(batches), strict=True):
                 parts.append(pair_loss(values_BS, batch, denominator=1.0)[1])
     mine = {name: pair.cpu() for name, pair in add_pairs(parts).items()}
     total = add_pairs(objects.all_gather(mine, session.context.groups.dp))
@@ -107,7 +107,7 @@ def pair_samples(session: Session, prompts: Sequence[Prompt], *, setting: str) -
         responses = (prompt.preference.chosen, prompt.preference.rejected)
         for index, (name, response) in enumerate(zip(units[prompt.key], responses, strict=True)):
             sample = given_sample(session, prompt, response, index=index)
-            samples[name] = with_successor(sample, session.tokenizer.pad_id)
+            samples[name] = append_pad_token(sample, session.tokenizer.pad_id)
     return samples, units
 
 

@@ -28,11 +28,11 @@ from megatron_r1v2.resilience.signals import StepAbandoned, StopRequest
 from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.rewards.verifiers import VerifierPool
-from megatron_r1v2.stages.preemption import Interruptions
+from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import resume
 from megatron_r1v2.training.batches import length_multiple
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.optimizer import build_optimizer, unbind, wrap_with_ddp
+from megatron_r1v2.training.optimizer import build_optimizer, release_grad_hooks, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.reference import ReferenceWeights
 from megatron_r1v2.training.store import (
@@ -42,7 +42,7 @@ from megatron_r1v2.training.store import (
     load_weights,
     resolve_checkpoint,
 )
-from megatron_r1v2.training.weight_verification import WeightProof
+from megatron_r1v2.training.weight_verification import WeightVerifier
 from megatron_r1v2.types import Prompt
 
 
@@ -133,8 +133,8 @@ class Session(LoadedModel):
     checkpoints: CheckpointStore
     recorder: Recorder
     reference: ReferenceWeights | None
-    interruptions: Interruptions
-    proof: WeightProof
+    preemption: PreemptionHandler
+    verifier: WeightVerifier
     step: int = 0
     """Steps done."""
     loaded_state: Mapping[str, Any] = field(default_factory=dict)
@@ -172,21 +172,21 @@ class Session(LoadedModel):
         """Return whether nothing is left to do, also when a resumed stage had stopped early at its goal."""
         return self.step >= self.recipe.train.steps or bool(self.loaded_state.get("finished", False))
 
-    def must_stop(self) -> bool:
-        """Return whether the run was asked to save and end before it is finished."""
-        return self.interruptions.must_stop(self.step)
+    def sync_stop_signal(self) -> bool:
+        """Collective over the world: agree on whether the run was asked to save and end before it is finished."""
+        return self.preemption.sync_stop_signal(self.step)
 
     def end_step(self) -> None:
         """Write the numbers of the step, then publish finished checkpoints."""
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
-        self.interruptions.check_lead()
+        self.preemption.check_lead()
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
-        self.interruptions.publish(blocking=False)
+        self.preemption.publish(blocking=False)
 
-    def between_phases(self) -> None:
-        """Publish a checkpoint that has been written meanwhile, and give the step up when SIGTERM has come."""
-        self.interruptions.between_phases()
+    def poll_between_phases(self) -> None:
+        """Collective over the world: publish what has been written, and give the step up when SIGTERM has come."""
+        self.preemption.poll_between_phases()
 
     def save(self, state: Mapping[str, Any], replay: Mapping[str, Any]) -> None:
         """Write a checkpoint.
@@ -207,7 +207,7 @@ class Session(LoadedModel):
                 "version": self.policy.version,
                 "scheduler": self.policy.scheduler.state_dict(),
                 "stream": self.stream.state_dict(),
-                **self.proof.record(own),
+                **self.verifier.describe_weights(own),
                 "skipped_in_a_row": self.policy.skipped.in_a_row,
                 **state,
             },
@@ -293,7 +293,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             asynchronous=recipe.checkpoint.asynchronous,
             context=context,
         )
-        newest = checkpoints.newest_undamaged()
+        newest = checkpoints.agree_on_newest_undamaged()
         if newest is not None and not recipe.checkpoint.resume:
             raise ValueError(
                 f"checkpoint.resume=false but there is {newest}, which a new run would replace; set run.output_dir to "
@@ -315,7 +315,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             ) as recorder,
             RankWatch(recorder.where, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
         ):
-            at_the_end.callback(unbind, model)
+            at_the_end.callback(release_grad_hooks, model)
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {state['step']} of {recipe.train.steps}")
             if context.is_main:
@@ -327,7 +327,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                 checkpoints=checkpoints,
                 recorder=recorder,
                 reference=reference,
-                interruptions=Interruptions(
+                preemption=PreemptionHandler(
                     stop_request,
                     KeptRollouts(run_dir, context, enabled=recipe.checkpoint.keep_rollouts),
                     checkpoints,
@@ -336,17 +336,17 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
                     watch=watch,
                     context=context,
                 ),
-                proof=WeightProof(model, recipe.train.parts, context),
+                verifier=WeightVerifier(model, recipe.train.parts, context),
                 step=state.get("step", 0),
                 loaded_state=state,
                 loaded_replay=replay,
             )
-            session.proof.check(state.get("checksums", {}), newest)
+            session.verifier.verify_weights(state.get("checksums", {}), newest)
             try:
                 yield session
             except StepAbandoned:
-                session.interruptions.say_abandoned(session.step)
-            session.interruptions.publish(blocking=True)
+                session.preemption.log_step_abandoned(session.step)
+            session.preemption.publish(blocking=True)
 
 
 def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:

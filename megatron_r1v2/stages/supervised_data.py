@@ -43,7 +43,7 @@ def given_sample(session: Session, prompt: Prompt, response: str, *, index: int 
     return response_sample(prompt, session.tokenizer.encode_response(response, end, key=prompt.key), index=index)
 
 
-def share_out(
+def shard_samples(
     session: Session,
     samples: Mapping[str, Sample],
     prompts: Sequence[Prompt],

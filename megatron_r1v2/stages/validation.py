@@ -23,9 +23,9 @@ class Validation:
         """
         settings = session.recipe.evaluation
         self.session = session
-        interruptions = session.interruptions
+        preemption = session.preemption
         self.evaluator = replace(
-            evaluator, progress=interruptions.between_engine_steps, wait_for_all=interruptions.wait_for_all
+            evaluator, progress=preemption.poll_between_engine_steps, wait_for_all=preemption.wait_for_all
         )
         self.calibrator = calibrator
         intervals = [settings.every_steps]

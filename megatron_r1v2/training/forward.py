@@ -49,8 +49,8 @@ class Forward:
         """
         return output
 
-    def values(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
-        """Compute the number of each response token, without a graph.
+    def compute_values(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
+        """Collective over the replica: compute the number of each response token, without a graph.
 
         Args:
             batches: this replica's microbatches; may be empty.
@@ -71,7 +71,7 @@ class Forward:
         return results
 
     def run(self, batches: Sequence[TrainingBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
-        """Run microbatches through megatron-core's schedule.
+        """Collective over the replica: run microbatches through megatron-core's schedule.
 
         Args:
             batches: at least one.

@@ -24,7 +24,7 @@ _OF_RANK = re.compile(r"(?:__(\d+)_\d+\.distcp|rng-(\d+)\.pt)$")
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of a checkpoint that is complete but for it; called together by all ranks.
+    """Collective over the world: write the manifest of a checkpoint that is complete but for it.
 
     Args:
         folder: all of its files are on the disk.
@@ -40,8 +40,8 @@ def write_manifest(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def find_damage(folder: Path) -> str | None:
-    """Compare a checkpoint with its manifest; called together by all ranks.
+def check_manifest(folder: Path) -> str | None:
+    """Collective over the world: compare a checkpoint with its manifest.
 
     Args:
         folder: a finished checkpoint.

@@ -13,10 +13,10 @@ from megatron_r1v2.training.policy import add_pairs
 from megatron_r1v2.types import TrainingBatch
 
 
-def mismatch_over_ranks(
+def compute_mismatch(
     batches: Sequence[TrainingBatch], log_probs: Sequence[torch.Tensor], context: ParallelContext
 ) -> dict[str, float]:
-    """Compare engine and training forward on fresh samples.
+    """Collective over the world: compare engine and training forward on fresh samples.
 
     Args:
         batches: this replica's microbatches of fresh samples.

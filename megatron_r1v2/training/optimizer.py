@@ -92,7 +92,7 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def unbind(model: R1V2Model) -> None:
+def release_grad_hooks(model: R1V2Model) -> None:
     """Take the optimizer and the process groups out of the model's configuration, at the end of a stage.
 
     The cycle through them runs over gradient hooks, which Python's collector does not see: a process that runs several

@@ -97,8 +97,8 @@ class Policy(Forward):
             groups=self.context.groups,
         )
 
-    def log_probs(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
-        """Compute log-probs of the labels by the training forward, without a graph.
+    def compute_log_probs(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
+        """Collective over the replica: compute log-probs of the labels by the training forward, without a graph.
 
         Args:
             batches: this replica's microbatches; may be empty.
@@ -106,7 +106,7 @@ class Policy(Forward):
         Returns:
             float32 [B, S] for each batch, on every rank of the replica.
         """
-        return self.values(batches)
+        return self.compute_values(batches)
 
     def update(self, batches: Sequence[TrainingBatch], loss_function: LossFunction) -> UpdateResult:
         """Collective over the world: take one optimizer step.

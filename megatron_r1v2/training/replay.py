@@ -87,7 +87,7 @@ def send_to_trainers(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> tuple[dict[str, Sample], dict[str, Prompt]]:
-    """Move samples from the ranks that hold them to the ranks that train them.
+    """Collective over the data-parallel ranks: move samples from those that hold them to those that train them.
 
     Args:
         held: samples on this rank, by id; those without a trainer stay.

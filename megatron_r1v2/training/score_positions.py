@@ -9,7 +9,7 @@ import torch
 from megatron_r1v2.types import Sample, TrainingBatch
 
 
-def with_successor(sample: Sample, pad_id: int) -> Sample:
+def append_pad_token(sample: Sample, pad_id: int) -> Sample:
     """Return the sample with one more token at its end.
 
     Column s of a batch belongs to the step from token s to token s + 1, so the last token of a sample is no input. A
@@ -27,7 +27,7 @@ def last_scores(values_BS: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
 
     Args:
         values_BS: float32 [B, S]: of every token.
-        batch: of samples `with_successor`.
+        batch: of samples `append_pad_token`.
 
     Returns:
         float32 [B], differentiable.

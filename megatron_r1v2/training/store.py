@@ -48,7 +48,7 @@ from megatron_r1v2.config.schema import Part, RunRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.training.manifest import find_damage, write_manifest
+from megatron_r1v2.training.manifest import check_manifest, write_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
 from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
 from megatron_r1v2.training.random_states import random_states, restore_random_states
@@ -93,7 +93,7 @@ class CheckpointStore:
         dist.broadcast_object_list(best, src=0)
         self._best_pass_at_1 = best[0][1] if best[0] is not None else None
 
-    def newest_undamaged(self) -> Path | None:
+    def agree_on_newest_undamaged(self) -> Path | None:
         """Return the newest checkpoint whose files are as they were written, the same on every rank; None: none exists.
 
         Newer ones that are damaged are put aside, and said in the log.
@@ -104,7 +104,7 @@ class CheckpointStore:
         finished = objects.all_gather(finished_checkpoints(self.folder))[0]
         damaged: list[tuple[Path, str]] = []
         for folder in reversed(finished):
-            damage = find_damage(folder)
+            damage = check_manifest(folder)
             if damage is None:
                 self._put_aside(damaged, folder)
                 return folder

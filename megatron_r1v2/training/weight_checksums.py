@@ -21,8 +21,8 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.part_state import part_state
 
 
-def weight_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelContext) -> dict[str, int]:
-    """Return the checksum of each part over the ranks of this replica.
+def compute_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelContext) -> dict[str, int]:
+    """Collective over the replica: compute the checksum of each part.
 
     Args:
         model: this rank's part.
@@ -39,7 +39,7 @@ def weight_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelC
 
 
 def check_replicas(checksums: Mapping[str, int], context: ParallelContext) -> None:
-    """Hold that every data-parallel replica has the same weights.
+    """Collective over the data-parallel ranks: check that every replica has the same weights.
 
     Args:
         checksums: of this replica.
@@ -60,7 +60,7 @@ def check_replicas(checksums: Mapping[str, int], context: ParallelContext) -> No
 
 
 def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source: Any) -> None:
-    """Hold that what was loaded is what was saved.
+    """Check that what was loaded is what was saved.
 
     Args:
         checksums: of the weights now.
@@ -79,7 +79,7 @@ def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source:
 
 
 def check_unchanged(checksums: Mapping[str, int], before: Mapping[str, int]) -> None:
-    """Hold that parts that do not train are what they were.
+    """Check that parts that do not train are as they were.
 
     Args:
         checksums: of the weights now, by part.

@@ -1,4 +1,4 @@
-"""Holds that all replicas have the same weights, those of the checkpoint, and that engine and training agree."""
+"""Checks that all replicas have the same weights, those of the checkpoint, and that engine and training agree."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.mismatch import MEAN_ABSOLUTE_DIFFERENCE, check_mismatch
 from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.mismatch import mismatch_over_ranks
+from megatron_r1v2.training.mismatch import compute_mismatch
 from megatron_r1v2.training.policy import Policy
-from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, check_unchanged, weight_checksums
+from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, check_unchanged, compute_checksums
 from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample
 
 
-class WeightProof:
+class WeightVerifier:
     """Checksums of the weights; those of parts that do not train must stay what they were at first."""
 
     def __init__(self, model: R1V2Model, trained: Iterable[Part], context: ParallelContext) -> None:
-        """Prepare.
+        """Remember what to look at.
 
         Args:
             model: this rank's part.
@@ -37,12 +37,12 @@ class WeightProof:
         self.context = context
         self._at_first: dict[str, int] = {}
 
-    def checksums(self) -> dict[str, int]:
-        """Return the checksum of each part of the model; called together by all ranks."""
-        return weight_checksums(self.model, self.model.parts, self.context)
+    def compute_checksums(self) -> dict[str, int]:
+        """Collective over the replica: compute the checksum of each part of the model."""
+        return compute_checksums(self.model, self.model.parts, self.context)
 
-    def record(self, own: Iterable[Part]) -> dict[str, Any]:
-        """Return what a checkpoint says of the weights; called together by all ranks.
+    def describe_weights(self, own: Iterable[Part]) -> dict[str, Any]:
+        """Collective over the replica: describe the weights for a checkpoint.
 
         Args:
             own: parts that the checkpoint holds itself.
@@ -52,7 +52,7 @@ class WeightProof:
             architecture, the dtype that its weights were read in, and the checksums of the parts that are not `own`. A
             language model in 8 bits has none there: the rounding is the GPU's own.
         """
-        checksums = self.checksums()
+        checksums = self.compute_checksums()
         rounded = {Part.language} if self.model.config.fp8_param else set()
         taken = set(self.model.parts) - set(own) - rounded
         base = {
@@ -62,20 +62,20 @@ class WeightProof:
         }
         return {"checksums": checksums, "base": base}
 
-    def check(self, saved: Mapping[str, int], source: Path | None) -> dict[str, int]:
-        """Compare the replicas with each other, with what a checkpoint says, and frozen parts with what they were.
+    def verify_weights(self, saved: Mapping[str, int], source: Path | None) -> dict[str, int]:
+        """Collective over the world: compare replicas, what a checkpoint says, and frozen parts with what they were.
 
         Args:
             saved: by part; empty: nothing to compare with.
             source: the checkpoint.
 
         Returns:
-            The checksums; called together by all ranks.
+            The checksums.
 
         Raises:
             RuntimeError: something differs.
         """
-        now = self.checksums()
+        now = self.compute_checksums()
         check_replicas(now, self.context)
         check_loaded(now, saved, source)
         frozen = {part.value: now[part.value] for part in self.frozen}
@@ -94,10 +94,10 @@ def check_engine(
     generation: GenerationConfig,
     settings: AlgorithmConfig,
 ) -> dict[str, float]:
-    """Compare engine and training forward on a few tokens before a generation phase is spent on them.
+    """Collective over the world: compare engine and training forward on a few tokens before a generation phase.
 
     The comparison after the phase covers all tokens, but comes when the hours are gone; this one costs one short
-    generation and one forward pass. Collective over the world.
+    generation and one forward pass.
 
     Args:
         engine: that is about to generate.
@@ -128,7 +128,7 @@ def check_engine(
     )
     samples = {prompt.key: _sample(prompt, rollout) for prompt, rollout in zip(chosen, rollouts, strict=True)}
     batches = [part.batch for part in microbatcher.split(samples, {prompt.key: prompt for prompt in chosen})]
-    metrics = mismatch_over_ranks(batches, policy.log_probs(batches), policy.context)
+    metrics = compute_mismatch(batches, policy.compute_log_probs(batches), policy.context)
     check_mismatch(metrics, settings.max_log_prob_difference)
     return {"gate/log_prob_abs_diff": metrics[MEAN_ABSOLUTE_DIFFERENCE]}
 

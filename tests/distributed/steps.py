@@ -191,7 +191,7 @@ def run_step(
         collate_microbatch(material, names, policy.model, context)
         for names in (split[context.data_rank] if context.data_rank < len(split) else ())
     ]
-    by_forward = policy.log_probs(batches)
+    by_forward = policy.compute_log_probs(batches)
     log_probs = named_log_probs(material, split, by_forward, context)
     logits = named_logits(material, split, [] if packed else whole_logits(policy, batches))
     batches = batches or [filler(material, policy.model, context)]

@@ -112,7 +112,7 @@ def run_case(folder: str, material: Material, case: Case, output: Path) -> Outco
     if case.parallel == case.resumed:
         assert all(torch.equal(weight, saved[name]) for name, weight in policy.model.named_parameters())
     store = CheckpointStore(output, keep_last=2, asynchronous=False, context=context)
-    newest = store.newest_undamaged()
+    newest = store.agree_on_newest_undamaged()
     assert newest is not None
     state, _ = store.load(newest, policy.model, policy.optimizer, trained=parts)
     policy.scheduler.load_state_dict(state["scheduler"])

@@ -16,7 +16,7 @@ from megatron_r1v2.config.schema import ParallelConfig, Recompute
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.stages.reward_model import pair_loss
 from megatron_r1v2.training.batches import collate, response_sample
-from megatron_r1v2.training.score_positions import last_scores, with_successor
+from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.types import Prompt, Sample
 from tests.distributed.steps import gather_gradients, make_policy, make_prompts, parameters_out_of_step
 from tests.distributed.test_step import check_gradients
@@ -96,7 +96,7 @@ def make_pairs(prompts: dict[str, Prompt]) -> dict[str, Sample]:
         for side, length in enumerate(lengths):
             response = torch.randint(0, 250, (length,), generator=generator).tolist()
             sample = response_sample(prompts[key], response)
-            samples[f"{key}/{side}"] = with_successor(sample, 0)
+            samples[f"{key}/{side}"] = append_pad_token(sample, 0)
     return samples
 
 
@@ -165,7 +165,7 @@ def run_step(folder: str, case: Case) -> Outcome:
     batches = [batch_of([samples[name] for name in rows]) for rows in names]
     scores = {
         name: float(score)
-        for rows, batch, values_BS in zip(names, batches, policy.values(batches), strict=True)
+        for rows, batch, values_BS in zip(names, batches, policy.compute_values(batches), strict=True)
         for name, score in zip(rows, last_scores(values_BS, batch), strict=True)
     }
     batches = batches or [batch_of([response_sample(prompts["two"])] * 2, weight=0.0)]

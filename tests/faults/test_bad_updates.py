@@ -9,7 +9,7 @@ import torch
 
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.training.weight_checksums import weight_checksums
+from megatron_r1v2.training.weight_checksums import compute_checksums
 from tests.stages.runs import read_metrics, recipe_for, run_stage
 
 EXPLODES = ("train.steps=6", "train.learning_rate=1e30", "train.max_skipped_updates=2", "checkpoint.every_steps=0")
@@ -42,11 +42,11 @@ def test_log_probs_that_are_not_finite_skip_the_update_and_keep_its_batch(root: 
     recipe = recipe_for(root, tmp_path / "run", settings)
     with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
         stage = GrpoStage(session, pool)
-        before = session.proof.checksums()
+        before = session.verifier.compute_checksums()
         temperature, session.policy.temperature = session.policy.temperature, float("nan")
         stage.step()
         assert session.recorder.values["actor/skipped_updates"] == 1.0
-        assert (session.step, session.policy.version, session.proof.checksums()) == (1, 0, before)
+        assert (session.step, session.policy.version, session.verifier.compute_checksums()) == (1, 0, before)
         assert session.policy.skipped.in_a_row == 1
         session.save(stage.state_dict(), stage.store.state_dict())
         session.policy.temperature = temperature
@@ -64,7 +64,7 @@ def test_updates_above_a_gradient_norm_are_skipped_and_change_nothing(root: Path
     settings = ("train.steps=3", "train.skip_above_grad_norm=1e-12", "train.max_skipped_updates=4")
     recipe = recipe_for(root, tmp_path / "run", settings)
     with open_session(recipe, stage=stage, shown=()) as session:
-        before = weight_checksums(session.model, session.model.parts, session.context)
+        before = compute_checksums(session.model, session.model.parts, session.context)
     run_stage(recipe, stage)
     assert [line["actor/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [1.0] * 3
     state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)

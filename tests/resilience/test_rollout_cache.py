@@ -21,7 +21,7 @@ def rollouts_of_first_step(root: Path, run: Path, overrides: tuple[str, ...] = (
     """Generate and score, or take up, the first step of a run, and leave it there."""
     recipe = recipe_for(root, run, overrides)
     with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
-        _, scored = GrpoStage(session, pool).collect()
+        _, scored = GrpoStage(session, pool).generate_and_score()
     assert len(scored) == PROMPTS * RESPONSES
     return {(each.rollout.prompt_key, each.rollout.sample_index): each.rollout for each in scored}
 

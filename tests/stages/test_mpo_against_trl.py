@@ -124,7 +124,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(
                 ]
                 batches = [
                     replace(batch, reference_sums_B=response_log_probs(log_probs_BS, batch.response_mask_BS))
-                    for batch, log_probs_BS in zip(batches, policy.log_probs(batches), strict=True)
+                    for batch, log_probs_BS in zip(batches, policy.compute_log_probs(batches), strict=True)
                 ]
         loss = partial(batch_loss, settings=settings, delta=0.0, num_pairs=len(PAIRS), generation_denominator=tokens)
         metrics = policy.update(batches, loss).logged()

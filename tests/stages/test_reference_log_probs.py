@@ -88,7 +88,7 @@ def test_the_checkpoint_that_the_stage_starts_from_counts(root: Path, tmp_path: 
 def test_an_interrupted_computation_goes_on(
     root: Path, tmp_path: Path, monkeypatch, forwards: list[int], cut: bool
 ) -> None:
-    monkeypatch.setattr(Session, "must_stop", lambda session: len(forwards) == 2)
+    monkeypatch.setattr(Session, "sync_stop_signal", lambda session: len(forwards) == 2)
     assert compute(recipe(root, tmp_path))[1] is None
     monkeypatch.undo()
     (unfinished,) = files(tmp_path)

@@ -112,7 +112,7 @@ def test_the_loaded_model_scores_as_the_trained_one(root: Path, tmp_path: Path, 
         samples, units = pair_samples(session, prompts, setting="")
         part = session.microbatcher.split(samples, {p.key: p for p in prompts}, units=units)
         expected = {}
-        for microbatch, values_BS in zip(part, session.policy.values([p.batch for p in part]), strict=True):
+        for microbatch, values_BS in zip(part, session.policy.compute_values([p.batch for p in part]), strict=True):
             expected |= dict(zip(microbatch.names, last_scores(values_BS, microbatch.batch).tolist(), strict=True))
     with open_model(grpo_recipe(root, tmp_path / "grpo", trained)) as policy:
         model = load_reward_model(policy)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.training.manifest import MANIFEST, find_damage, write_manifest
+from megatron_r1v2.training.manifest import MANIFEST, check_manifest, write_manifest
 from tests.ranks import run_ranks
 
 
@@ -35,7 +35,7 @@ def make(folder: Path) -> Path:
 
 
 def test_what_was_written_is_undamaged(checkpoint: Path) -> None:
-    assert find_damage(checkpoint) is None
+    assert check_manifest(checkpoint) is None
 
 
 def test_every_flipped_bit_of_every_file_is_told(checkpoint: Path) -> None:
@@ -46,27 +46,27 @@ def test_every_flipped_bit_of_every_file_is_told(checkpoint: Path) -> None:
             spoiled = bytearray(whole)
             spoiled[place // 8] ^= 1 << place % 8
             path.write_bytes(spoiled)
-            assert find_damage(checkpoint) is not None, f"{path.name}, bit {place}"
+            assert check_manifest(checkpoint) is not None, f"{path.name}, bit {place}"
         path.write_bytes(whole)
-    assert find_damage(checkpoint) is None
+    assert check_manifest(checkpoint) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"files": []}', '{"files": {"state.pt": 5}}', "\x00" * 9])
 def test_a_manifest_that_says_something_else_is_told(checkpoint: Path, text: str) -> None:
     (checkpoint / MANIFEST).write_text(text)
-    assert str(find_damage(checkpoint)).startswith("manifest.json is not readable (")
+    assert str(check_manifest(checkpoint)).startswith("manifest.json is not readable (")
 
 
 def test_a_file_that_the_disk_does_not_give_back_is_told(checkpoint: Path) -> None:
     """A real input/output error: the first page of a process is not there to be read."""
     (checkpoint / "empty").unlink()
     (checkpoint / "empty").symlink_to("/proc/self/mem")
-    assert str(find_damage(checkpoint)).startswith("empty cannot be read (")
+    assert str(check_manifest(checkpoint)).startswith("empty cannot be read (")
 
 
 def damage_of_each_rank(folder: str) -> str | None:
     groups.initialize(ParallelConfig(), seed=1)
-    return find_damage(Path(folder))
+    return check_manifest(Path(folder))
 
 
 def test_all_ranks_hear_of_what_one_of_them_finds(checkpoint: Path) -> None:

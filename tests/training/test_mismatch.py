@@ -10,7 +10,7 @@ from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.batches import collate
-from megatron_r1v2.training.mismatch import mismatch_over_ranks
+from megatron_r1v2.training.mismatch import compute_mismatch
 from tests.ranks import run_ranks
 from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 
@@ -51,7 +51,7 @@ def measure(microbatches: Sequence, context: ParallelContext) -> dict[str, float
                 values_BS[row, column] = batch.rollout_log_probs_BS[row, column] + difference_at(position)
         batches.append(batch)
         log_probs.append(values_BS)
-    return mismatch_over_ranks(batches, log_probs, context)
+    return compute_mismatch(batches, log_probs, context)
 
 
 def measure_on_two_ranks() -> dict[str, dict[str, float]]:

@@ -76,7 +76,7 @@ def load(session: Session, folder: Path) -> tuple[dict, list]:
 def test_everything_comes_back_and_trains_on_in_the_same_way(session: Session) -> None:
     session.save({"finished": False, "buffer": {"entries": [1, "two"]}}, {"samples": {"a": torch.arange(3)}})
     session.checkpoints.finish_pending(blocking=True)
-    folder = session.checkpoints.newest_undamaged()
+    folder = session.checkpoints.agree_on_newest_undamaged()
     assert folder is not None
     before, generator = everything(session), torch.get_rng_state()
     batch_order = session.stream.state_dict()
@@ -126,12 +126,12 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(session: Session, async
     session.checkpoints = store
     before = everything(session)["weights"]
     session.save({}, {})
-    assert store.newest_undamaged() is None
+    assert store.agree_on_newest_undamaged() is None
     assert (store.folder / "step-00000002.partial").is_dir()
     # Written in the background or not: what trains on must not leak into the file.
     supervised_step(session)
     store.finish_pending(blocking=True)
-    assert store.newest_undamaged() == store.folder / "step-00000002"
+    assert store.agree_on_newest_undamaged() == store.folder / "step-00000002"
     load(session, store.folder / "step-00000002")
     assert differences(everything(session)["weights"], before) == []
     assert not list(store.folder.glob("*.partial"))

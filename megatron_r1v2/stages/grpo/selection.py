@@ -19,7 +19,7 @@ from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample, ScoredRollou
 
 
 @dataclass(frozen=True)
-class Judged:
+class SampleRecord:
     """A response as the selection sees it: everything but its tokens, which stay where they are."""
 
     sample_id: str
@@ -33,7 +33,7 @@ class Judged:
 class Selection:
     """What a step trains on; the same on every rank."""
 
-    judged: Mapping[str, Judged]
+    records: Mapping[str, SampleRecord]
     """All responses of the step by sample id."""
     plan: BatchPlan
     updates: tuple[tuple[str, ...], ...]
@@ -49,7 +49,7 @@ class Selection:
     @property
     def fresh_entries(self) -> list[BufferEntry]:
         """Return what the buffer may keep of this step."""
-        return [self.judged[sample_id].entry for sample_id in self.plan.fresh]
+        return [self.records[sample_id].entry for sample_id in self.plan.fresh]
 
 
 def sample_id(step: int, rollout: Rollout) -> str:
@@ -92,8 +92,8 @@ def select(
                 strict=True,
             )
         ]
-    judged = _judge(everything, prompts, group_size, recipe.algorithm.advantage_epsilon, step)
-    trainable = [item.entry for item in judged.values() if trains_text or item.entry.modality == "image"]
+    records = _make_records(everything, prompts, group_size, recipe.algorithm.advantage_epsilon, step)
+    trainable = [item.entry for item in records.values() if trains_text or item.entry.modality == "image"]
     eligible = trainable
     if recipe.algorithm.dynamic_sampling_rounds > 1:
         eligible = first_effective_groups(trainable, recipe.train.prompts_per_step)
@@ -107,7 +107,7 @@ def select(
     )
     # A KL term pulls at every response, so with one those without advantage need compute too.
     computed = plan.compute + (plan.fresh_zero_advantage if recipe.algorithm.kl_coefficient > 0 else ())
-    lengths = {name: item.entry.response_length for name, item in judged.items()}
+    lengths = {name: item.entry.response_length for name, item in records.items()}
     if buffer is not None:
         lengths |= {name: buffer.entry(name).response_length for name in plan.replayed}
     updates = _split_updates(computed, recipe.train.updates_per_step)
@@ -116,10 +116,10 @@ def select(
         trainer |= assign({name: lengths[name] for name in update}, context.data_size)
     by_tokens = recipe.algorithm.loss_aggregation is LossAggregation.token
     total = plan.num_tokens if by_tokens else plan.num_sequences
-    effective = sum(item.entry.effective for item in judged.values())
-    response_lengths = [item.entry.response_length for item in judged.values()]
+    effective = sum(item.entry.effective for item in records.values())
+    response_lengths = [item.entry.response_length for item in records.values()]
     return Selection(
-        judged=judged,
+        records=records,
         plan=plan,
         updates=updates,
         trainer=trainer,
@@ -128,9 +128,9 @@ def select(
         metrics={
             **plan.metrics,
             # Over all that was generated, left-out text-only prompts included.
-            "ssb/fresh_effective_fraction": effective / len(judged),
-            "data/text_only_left_out": len(judged) - len(trainable),
-            "rollout/responses": len(judged),
+            "ssb/fresh_effective_fraction": effective / len(records),
+            "data/text_only_left_out": len(records) - len(trainable),
+            "rollout/responses": len(records),
             "rollout/tokens": sum(response_lengths),
             "rollout/responses_filtered": len(trainable) - len(eligible),
             **_length_metrics(response_lengths, everything),
@@ -166,21 +166,21 @@ def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[B
     return [entry for entry in entries if entry.prompt_key in kept]
 
 
-def training_sample(response: ScoredRollout, prompt: Prompt, judged: Judged) -> Sample:
+def training_sample(response: ScoredRollout, prompt: Prompt, record: SampleRecord) -> Sample:
     """Put a fresh response into the form that is trained; its old log-probs are not known yet.
 
     Args:
         response: with its tokens.
         prompt: of the response.
-        judged: what the selection knows of it.
+        record: of the response.
     """
     rollout = response.rollout
     targets = RLTargets(
         rollout_log_probs=rollout.rollout_log_probs,
-        advantage=judged.advantage,
-        reward=judged.reward,
+        advantage=record.advantage,
+        reward=record.reward,
         policy_version=rollout.policy_version,
-        group_effective=judged.entry.effective,
+        group_effective=record.entry.effective,
     )
     return response_sample(prompt, rollout.token_ids, index=rollout.sample_index, rl=targets)
 
@@ -202,19 +202,19 @@ def _gather(
     return everything
 
 
-def _judge(
+def _make_records(
     everything: Sequence[tuple[ScoredRollout, int]],
     prompts: Sequence[Prompt],
     group_size: int,
     epsilon: float,
     step: int,
-) -> dict[str, Judged]:
+) -> dict[str, SampleRecord]:
     rewards_R = torch.tensor([response.total for response, _ in everything], dtype=torch.float64)
     advantages = group_advantages(rewards_R, group_size, epsilon).tolist()
     correct_R = torch.tensor([response.rule_correct for response, _ in everything])
     effective = effective_mask(correct_R, group_size).tolist()
     modality = {prompt.key: prompt.modality for prompt in prompts}
-    judged = {}
+    records = {}
     for (response, length), advantage, is_effective in zip(everything, advantages, effective, strict=True):
         name = sample_id(step, response.rollout)
         entry = BufferEntry(
@@ -226,8 +226,8 @@ def _judge(
             response_length=length,
             effective=is_effective,
         )
-        judged[name] = Judged(name, advantage, response.total, response.rule_correct, entry)
-    return judged
+        records[name] = SampleRecord(name, advantage, response.total, response.rule_correct, entry)
+    return records
 
 
 def _split_updates(ids: Sequence[str], updates_per_step: int) -> tuple[tuple[str, ...], ...]:

@@ -38,7 +38,7 @@ from megatron_r1v2.stages.preemption import made_by
 from megatron_r1v2.stages.session import Session, next_distinct, open_session
 from megatron_r1v2.stages.validation import Validation
 from megatron_r1v2.training.batches import with_old_log_probs
-from megatron_r1v2.training.mismatch import mismatch_over_ranks
+from megatron_r1v2.training.mismatch import compute_mismatch
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.policy import UpdateResult
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
@@ -104,33 +104,33 @@ class GrpoStage:
     def step(self) -> None:
         """Do one step of the paper: rollouts, rewards, advantages and buffer, update."""
         session, timed = self.session, self.session.recorder.timed
-        self.forget_other_rewards()
-        prompts, scored = self.collect()
-        session.between_phases()
+        self.invalidate_buffer()
+        prompts, scored = self.generate_and_score()
+        session.poll_between_phases()
         selection = self.select(prompts, scored)
         with timed("exchange"):
-            samples, sample_prompts = self.bring_samples(selection, prompts, scored)
+            samples, sample_prompts = self.exchange_samples(selection, prompts, scored)
         with timed("log_probs"):
             trained = self.add_old_log_probs(samples, sample_prompts)
-        session.between_phases()
+        session.poll_between_phases()
         if trained is None:
             session.recorder.note({"actor/skipped_updates": 1.0})
         else:
             with timed("update"):
                 self.update(selection, trained, sample_prompts | {"": prompts[0]})
-            self.remember(selection, trained, sample_prompts)
+            self.add_to_buffer(selection, trained, sample_prompts)
         self.keep_rollouts(selection, prompts, scored)
         speed = selection.num_generated_tokens / session.recorder.seconds("generate")
         session.recorder.note({"perf/generated_tokens_per_second": speed})
         session.step += 1
 
-    def forget_other_rewards(self) -> None:
+    def invalidate_buffer(self) -> None:
         """Empty the buffer when the calibrator has lowered the reward model's weight: its advantages rest on more."""
         if self.buffer is not None and self.calibrator.value < self.buffer_weight:
             self.store.drop(self.buffer.clear())
         self.buffer_weight = self.calibrator.value
 
-    def collect(self) -> tuple[list[Prompt], list[ScoredRollout]]:
+    def generate_and_score(self) -> tuple[list[Prompt], list[ScoredRollout]]:
         """Generate and score: once, or with dynamic sampling until enough groups are effective.
 
         Returns:
@@ -146,7 +146,7 @@ class GrpoStage:
         for done in range(1, rounds + 1):
             more = next_distinct(session.stream, wanted, besides=prompts)
             if done == 1:
-                self.prove(more, features)
+                self.verify_weights(more, features)
             with timed("generate"):
                 rollouts = self.generate(more, features, round_number=done)
             with timed("reward"):
@@ -159,11 +159,11 @@ class GrpoStage:
         session.recorder.note({"rollout/rounds": done, **reward_metrics(counts)})
         return prompts, scored
 
-    def prove(self, prompts: Sequence[Prompt], features: FeatureCache) -> None:
+    def verify_weights(self, prompts: Sequence[Prompt], features: FeatureCache) -> None:
         """Hold that all replicas are about to sample from the same weights, and that the engine computes with them."""
         session = self.session
         with session.recorder.timed("gate"):
-            weights = session.proof.check({}, None)
+            weights = session.verifier.verify_weights({}, None)
             session.recorder.note(
                 check_engine(
                     self.engine,
@@ -175,7 +175,7 @@ class GrpoStage:
                     settings=session.recipe.algorithm,
                 )
             )
-        session.interruptions.kept.begin_step(
+        session.preemption.kept.begin_step(
             session.step,
             made_by(session.recipe.run.seed, session.policy.version, session.recipe.generation, weights),
         )
@@ -185,9 +185,9 @@ class GrpoStage:
         from before an interruption."""
         session = self.session
         settings = session.recipe.generation
-        interruptions = session.interruptions
-        kept, missing = interruptions.kept.take(prompts)
-        interruptions.say_taken_up(session.step, len(prompts) - len(missing), len(prompts))
+        preemption = session.preemption
+        kept, missing = preemption.kept.take(prompts)
+        preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
         rollouts = self.engine.generate(
             SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
             num_responses=settings.responses_per_prompt,
@@ -195,10 +195,10 @@ class GrpoStage:
             temperature=settings.temperature,
             max_response_tokens=settings.max_response_tokens,
             features=features,
-            progress=interruptions.between_engine_steps,
-            on_finished=interruptions.kept.keep,
+            progress=preemption.poll_between_engine_steps,
+            on_finished=preemption.kept.keep,
         )
-        interruptions.wait_for_all(f"generated-{session.step}-{round_number}")
+        preemption.wait_for_all(f"generated-{session.step}-{round_number}")
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
         order = {prompt.key: place for place, prompt in enumerate(prompts)}
         return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])
@@ -243,7 +243,7 @@ class GrpoStage:
         session.recorder.note(selection.metrics)
         return selection
 
-    def bring_samples(
+    def exchange_samples(
         self, selection: Selection, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]
     ) -> tuple[dict[str, Sample], dict[str, Prompt]]:
         """Send fresh and replayed samples from where they are to where they are trained."""
@@ -253,7 +253,7 @@ class GrpoStage:
         for response in scored:
             name = sample_id(session.step, response.rollout)
             if name in selection.trainer:
-                held[name] = training_sample(response, by_key[response.rollout.prompt_key], selection.judged[name])
+                held[name] = training_sample(response, by_key[response.rollout.prompt_key], selection.records[name])
         return send_to_trainers(
             held,
             self.store.prompts | by_key,
@@ -272,14 +272,14 @@ class GrpoStage:
         fresh = {name: sample for name, sample in samples.items() if sample.rl is not None and sample.rl.is_fresh}
         microbatches = session.microbatcher.split(fresh, prompts)
         batches = [part.batch for part in microbatches]
-        log_probs = session.policy.log_probs(batches)
+        log_probs = session.policy.compute_log_probs(batches)
         if session.policy.skip_update_if_not_finite(batches, log_probs):
             return None
         result = dict(samples)
         for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
             for row, name in enumerate(part.names):
                 result[name] = with_old_log_probs(fresh[name], log_probs_BS[row])
-        metrics = mismatch_over_ranks(batches, log_probs, session.context)
+        metrics = compute_mismatch(batches, log_probs, session.context)
         session.recorder.note(metrics)
         check_mismatch(metrics, session.recipe.algorithm.max_log_prob_difference)
         return result
@@ -311,7 +311,7 @@ class GrpoStage:
             }
         )
 
-    def remember(self, selection: Selection, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt]) -> None:
+    def add_to_buffer(self, selection: Selection, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt]) -> None:
         """Put this step's effective samples into the buffer; each stays on the rank that trained it."""
         if self.buffer is None:
             return
@@ -328,9 +328,9 @@ class GrpoStage:
         by_key = {prompt.key: prompt for prompt in prompts}
         records = []
         for response in scored[: session.recipe.logging.sample_rollouts]:
-            judged = selection.judged[sample_id(session.step, response.rollout)]
+            record = selection.records[sample_id(session.step, response.rollout)]
             prompt = by_key[response.rollout.prompt_key]
-            records.append(rollout_record(session.step + 1, prompt, response, advantage=judged.advantage))
+            records.append(rollout_record(session.step + 1, prompt, response, advantage=record.advantage))
         session.recorder.write_rollouts(records)
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,7 +345,7 @@ class GrpoStage:
         if session.reference is None:
             return batches
         with session.reference.in_place_of(session.policy.model):
-            log_probs = session.policy.log_probs(batches)
+            log_probs = session.policy.compute_log_probs(batches)
         return [
             replace(batch, reference_log_probs_BS=log_probs_BS)
             for batch, log_probs_BS in zip(batches, log_probs, strict=True)

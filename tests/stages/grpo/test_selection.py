@@ -75,7 +75,7 @@ def run_steps(context: ParallelContext, settings: RunRecipe) -> list[dict[str, A
         held = dict(store.samples)
         for response in scored:
             name = sample_id(step, response.rollout)
-            held[name] = training_sample(response, by_key[response.rollout.prompt_key], selection.judged[name])
+            held[name] = training_sample(response, by_key[response.rollout.prompt_key], selection.records[name])
         samples, sample_prompts = send_to_trainers(
             held, store.prompts | by_key, selection.trainer, group=context.groups.dp, device=context.device
         )
@@ -151,7 +151,7 @@ def test_the_choice_does_not_depend_on_the_number_of_ranks(name, one_rank, two_r
     for step, alone in enumerate(one_rank[name]):
         for rank in two_ranks:
             selection, expected = rank[name][step]["selection"], alone["selection"]
-            assert selection.judged == expected.judged
+            assert selection.records == expected.records
             assert selection.plan == expected.plan
             assert selection.updates == expected.updates
             assert selection.denominator == expected.denominator
@@ -198,14 +198,14 @@ def test_advantages_and_effectiveness_by_hand(context):
     ]
     settings = recipe(algorithm=AlgorithmConfig(advantage_epsilon=0.5))
     selection = select(settings, None, [prompt], responses, step=4, trains_text=True, context=context)
-    judged = [selection.judged[f"p/4/{index}"] for index in range(GROUP)]
-    assert [item.advantage for item in judged] == pytest.approx([1 / 1.5, -1 / 1.5, -1 / 1.5, 1 / 1.5])
-    assert all(item.entry.effective for item in judged)
+    records = [selection.records[f"p/4/{index}"] for index in range(GROUP)]
+    assert [item.advantage for item in records] == pytest.approx([1 / 1.5, -1 / 1.5, -1 / 1.5, 1 / 1.5])
+    assert all(item.entry.effective for item in records)
     assert selection.denominator == 4
-    sample = training_sample(responses[1], prompt, judged[1])
+    sample = training_sample(responses[1], prompt, records[1])
     assert sample.token_ids == prompt.token_ids + responses[1].rollout.token_ids
     assert sample.prompt_length == len(prompt.token_ids)
-    assert (sample.rl.advantage, sample.rl.reward, sample.rl.old_log_probs) == (judged[1].advantage, 0.0, None)
+    assert (sample.rl.advantage, sample.rl.reward, sample.rl.old_log_probs) == (records[1].advantage, 0.0, None)
     assert (sample.sample_index, sample.rl.policy_version, sample.rl.group_effective) == (1, 0, True)
 
 
@@ -216,8 +216,8 @@ def test_a_group_that_differs_in_other_parts_alone_is_not_effective(context):
         for response, total in zip(step_responses([prompt], 0), (1.2, 1.4, 1.1, 1.3), strict=True)
     ]
     selection = select(recipe(), None, [prompt], responses, step=4, trains_text=True, context=context)
-    assert all(item.advantage != 0 for item in selection.judged.values())
-    assert not any(item.entry.effective for item in selection.judged.values())
+    assert all(item.advantage != 0 for item in selection.records.values())
+    assert not any(item.entry.effective for item in selection.records.values())
     assert selection.metrics["ssb/fresh_effective_fraction"] == 0
 
 
@@ -233,7 +233,7 @@ def test_text_only_responses_are_left_out_and_counted_when_text_has_no_gradient(
     assert without.metrics["data/text_only_left_out"] == 2 * GROUP
     assert with_text.plan.num_sequences == 6 * GROUP
     assert without.plan.num_sequences == 4 * GROUP, "they are not in the denominator either"
-    assert without.judged.keys() == with_text.judged.keys(), "but in the metrics"
+    assert without.records.keys() == with_text.records.keys(), "but in the metrics"
     assert without.metrics["ssb/fresh_effective_fraction"] == with_text.metrics["ssb/fresh_effective_fraction"]
     chosen = {entry.prompt_key for entry in without.fresh_entries}
     assert not chosen & text

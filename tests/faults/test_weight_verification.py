@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.training.weight_checksums import weight_checksums
+from megatron_r1v2.training.weight_checksums import compute_checksums
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for
 
@@ -18,12 +18,12 @@ from tests.stages.runs import recipe_for
 def spoil_one_rank(root: str, output: str, part: str) -> str:
     """Change one element on rank 1 and return what the proof says of it."""
     with open_session(recipe_for(Path(root), Path(output)), stage="grpo", shown=()) as session:
-        session.proof.check({}, None)
+        session.verifier.verify_weights({}, None)
         if session.context.data_rank == 1:
             with torch.no_grad():
                 next(getattr(session.model, part).parameters()).view(-1)[3].add_(1e-3)
         try:
-            session.proof.check({}, None)
+            session.verifier.verify_weights({}, None)
         except RuntimeError as error:
             return str(error)
     return ""
@@ -39,28 +39,28 @@ def test_a_replica_with_other_weights_is_noticed(root: Path, tmp_path: Path, par
 
 def test_a_frozen_part_that_changes_on_all_replicas_is_noticed(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
-        session.proof.check({}, None)
+        session.verifier.verify_weights({}, None)
         with torch.no_grad():
             next(session.model.adapter.parameters()).view(-1)[3].add_(1e-3)
-        session.proof.check({}, None)
+        session.verifier.verify_weights({}, None)
         next(session.model.vision.parameters()).data.view(-1).view(torch.int32)[0] ^= 1
         with pytest.raises(RuntimeError, match="the vision weights do not train, but have changed since the run start"):
-            session.proof.check({}, None)
+            session.verifier.verify_weights({}, None)
 
 
 def test_a_bit_of_each_part_shows_and_only_there(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
         model, parts = session.model, session.model.parts
-        before = weight_checksums(model, parts, session.context)
+        before = compute_checksums(model, parts, session.context)
         for part in parts:
             weight = next(getattr(model, part.value).parameters()).data.view(-1).view(torch.int32)
             weight[0] ^= 1
-            after = weight_checksums(model, parts, session.context)
+            after = compute_checksums(model, parts, session.context)
             assert [name for name in before if before[name] != after[name]] == [part.value]
             with pytest.raises(RuntimeError, match=f"the {part.value} weights loaded from .* have checksum"):
-                session.proof.check(before, tmp_path)
+                session.verifier.verify_weights(before, tmp_path)
             weight[0] ^= 1
-        assert weight_checksums(model, parts, session.context) == before
+        assert compute_checksums(model, parts, session.context) == before
 
 
 def test_an_engine_that_disagrees_is_noticed_before_it_generates(root: Path, tmp_path: Path) -> None:
