@@ -36,7 +36,7 @@ from megatron_r1v2.planning.activations import ActivationModel, Microbatch
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
-from megatron_r1v2.stages.grpo.stage import batch_loss
+from megatron_r1v2.stages.grpo.updates import batch_loss
 from megatron_r1v2.training.batches import collate, response_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy

@@ -25,7 +25,7 @@ MAX_RELATIVE_DIFFERENCE = 1e-4
 def answer_with_ours(run: Path, count: int, output: Path) -> None:
     """Write prompts, greedy responses and logits of a run's newest checkpoint, by megatron-core."""
     from megatron_r1v2.config.load import load_recipe
-    from megatron_r1v2.stages.session import open_model
+    from megatron_r1v2.stages.loaded_model import open_model
 
     recipe = load_recipe(run / "recipe.yaml", [f"model.checkpoint={run}"])
     with open_model(recipe) as loaded:

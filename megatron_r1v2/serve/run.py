@@ -24,7 +24,7 @@ from megatron_r1v2.serve.engine_loop import HEARTBEAT_SECONDS, Inbox, follow, le
 from megatron_r1v2.serve.metrics import ServerMetrics
 from megatron_r1v2.serve.requests import Limits
 from megatron_r1v2.serve.service import Service
-from megatron_r1v2.stages.session import LoadedModel, open_model
+from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 
 _ENDING = "the server is about to end"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

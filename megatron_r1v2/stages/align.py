@@ -11,7 +11,7 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.rl.supervised import supervised_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
-from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, shard_samples, update
+from megatron_r1v2.stages.supervised_data import ResponseEncoder, shard_samples, take_update
 from megatron_r1v2.stages.validation import Validation
 from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
@@ -27,44 +27,46 @@ def run_align(recipe: RunRecipe) -> Path:
     Returns:
         The run's folder.
     """
-    with open_session(recipe, stage="align", shown=SHOWN) as session, session.verifiers() as pool:
-        validation = Validation(session, session.evaluator(session.engine(), pool))
-        run_steps(session, partial(supervised_step, session), is_reached=validation.is_reached)
+    with open_session(recipe, stage="align", shown=SHOWN) as session, session.loaded.verifiers() as pool:
+        validation = Validation(session, session.loaded.evaluator(session.loaded.engine(), pool))
+        run_steps(session, partial(supervised_step, session), validate=validation.validate_if_due)
     return Path(recipe.run.output_dir)
 
 
 def supervised_step(session: Session) -> None:
-    """Take one optimizer step on reference responses.
+    """Collective over the world: take one optimizer step on reference responses.
 
     Args:
         session: the running stage.
     """
-    prompts = next_trainable(session)
-    samples = {prompt.key: supervised_sample(session, prompt) for prompt in prompts}
+    prompts, microbatcher = session.next_prompts(), session.microbatcher
+    encoder, folder = session.response_encoder, session.recipe.data.train
+    samples = {prompt.key: supervised_sample(prompt, encoder, folder) for prompt in prompts}
     if samples:
-        microbatches = shard_samples(session, samples, prompts)
-        batches = [part.batch for part in microbatches] or [session.microbatcher.filler(prompts[0])]
+        microbatches = shard_samples(samples, prompts, microbatcher=microbatcher, context=session.context)
+        batches = [part.batch for part in microbatches] or [microbatcher.filler(prompts[0])]
         tokens = sum(sample.response_length for sample in samples.values())
-        update(session, batches, partial(_loss, denominator=tokens))
+        take_update(session.policy, batches, partial(_loss, denominator=tokens), recorder=session.recorder)
     session.step += 1
 
 
-def supervised_sample(session: Session, prompt: Prompt) -> Sample:
+def supervised_sample(prompt: Prompt, encoder: ResponseEncoder, folder: str) -> Sample:
     """Turn a prompt with a reference response into a sample.
 
     Args:
-        session: gives tokenizer and end token.
         prompt: from a supervised data set.
+        encoder: of the model in training.
+        folder: of the data set.
 
     Raises:
         ValueError: the prompt has no response.
     """
     if prompt.response is None:
         raise ValueError(
-            f"sample {prompt.key!r} of data.train={session.recipe.data.train!r} has no response; the align stage "
+            f"sample {prompt.key!r} of data.train={folder!r} has no response; the align stage "
             'trains on reference responses: add a "response" field to the JSONL rows and run data.prepare again'
         )
-    return given_sample(session, prompt, prompt.response)
+    return encoder.sample(prompt, prompt.response)
 
 
 def _loss(

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_r1v2.config.hallucination import HallucinationConfig
+from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.rl.calibration import Calibration, CalibrationSettings, calibrate, interpolate
-from megatron_r1v2.stages.session import Session
 from megatron_r1v2.types import Prompt
 
 
 class Calibrator:
     """Moves one value between what the recipe says and a bound, by the hallucination rates that it is told."""
 
-    def __init__(self, session: Session, *, name: str, configured: float, bound: float) -> None:
-        """Go on from the session's checkpoint, when it was resumed.
+    def __init__(
+        self,
+        settings: HallucinationConfig,
+        recorder: Recorder,
+        *,
+        name: str,
+        configured: float,
+        bound: float,
+        restored: Mapping[str, Any],
+    ) -> None:
+        """Go on from a checkpoint, where the stage was resumed.
 
         Args:
-            session: the running stage.
+            settings: the rate to hold, and how.
+            recorder: gets the value and the decisions.
             name: of the value in the metrics: `hallucination/NAME`.
             configured: the value in the recipe.
             bound: the value at which the brake is pulled all the way.
+            restored: a checkpoint's state, with the `state_dict` of this in it; empty for a run that starts.
         """
-        self.session = session
-        self.settings = session.recipe.hallucination
+        self.settings = settings
+        self.recorder = recorder
         self.name = name
         self.configured = configured
         self.bound = bound
-        self.state = Calibration(**session.loaded_state.get("calibration", {}))
+        self.state = Calibration(**restored.get("calibration", {}))
 
     @property
     def value(self) -> float:
@@ -40,11 +52,12 @@ class Calibrator:
         """Return whether there is a rate to hold."""
         return self.settings.target_rate > 0
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check(self, prompts: Sequence[Prompt], folder: str) -> None:
         """Refuse validation prompts that no rate can be measured on.
 
         Args:
             prompts: of the validation split.
+            folder: that they were read from.
 
         Raises:
             ValueError: none has facts.
@@ -52,7 +65,7 @@ class Calibrator:
         if self.is_on and not any(prompt.facts for prompt in prompts):
             raise ValueError(
                 f"hallucination.target_rate={self.settings.target_rate} but none of the {len(prompts)} prompts read "
-                f"from data.validation={self.session.recipe.data.validation!r} has facts, so no claim can be judged; "
+                f"from data.validation={folder!r} has facts, so no claim can be judged; "
                 "add facts to the data set, or set hallucination.target_rate=0"
             )
 
@@ -75,14 +88,12 @@ class Calibrator:
             patience=settings.patience,
         )
         self.state, decision = calibrate(self.state, limits, rate=rate, coverage=coverage)
-        self.session.recorder.note({"hallucination/decision": int(decision)})
+        self.recorder.note({"hallucination/decision": int(decision)})
 
     def note(self) -> None:
         """Note the value that this step works with."""
         if self.is_on:
-            self.session.recorder.note(
-                {f"hallucination/{self.name}": self.value, "hallucination/brake": self.state.brake}
-            )
+            self.recorder.note({f"hallucination/{self.name}": self.value, "hallucination/brake": self.state.brake})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the part of a checkpoint that this restores itself from."""

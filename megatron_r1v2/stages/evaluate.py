@@ -13,7 +13,7 @@ from megatron_r1v2.evaluation.response_log import ResponseLog
 from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.parallel import objects
-from megatron_r1v2.stages.session import LoadedModel, open_model
+from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.types import Prompt
 
 
@@ -71,7 +71,7 @@ def _respond(loaded: LoadedModel, prompts: list[Prompt], log: ResponseLog | None
             )
             show(before + len(scored))
             evaluator.features.clear()
-            if log is not None:
+            if log is not None and pool is not None:  # the main rank leads its replica, so it has both
                 log.append(evaluation_rows(part, scored, step=loaded.version, pool=pool))
 
 

@@ -11,7 +11,7 @@ from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.served_model import ServedRewardModel
-from megatron_r1v2.stages.session import LoadedModel, load_model
+from megatron_r1v2.stages.loaded_model import LoadedModel, load_model
 from megatron_r1v2.training.batches import length_multiple, response_sample
 from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.training.microbatches import Microbatcher
@@ -91,7 +91,7 @@ def load_reward_model(policy: LoadedModel) -> LoadedRewardModel:
         )
     _check_same_inputs(policy, loaded)
     loaded.model.requires_grad_(False).eval()
-    multiple = length_multiple(recipe)
+    multiple = length_multiple(recipe.model.fp8, recipe.parallel)
     return LoadedRewardModel(
         forward=Forward(
             model=loaded.model,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from megatron_r1v2.resilience.signals import StepAbandoned
 from megatron_r1v2.stages.session import Session
+from megatron_r1v2.stages.validation import ValidationResult
 
-State = Mapping[str, Any]
+State = Mapping[str, object]
 
 
 def run_steps(
@@ -17,26 +17,29 @@ def run_steps(
     *,
     state: Callable[[], State] = dict,
     replay: Callable[[], State] = dict,
-    is_reached: Callable[[], bool] = lambda: False,
+    validate: Callable[[], ValidationResult | None] = lambda: None,
 ) -> None:
-    """Do steps until `train.steps`, until the goal is reached, or until the run is asked to stop; save as configured.
+    """Collective over the world: do steps until the last, the goal, or a request to stop; save as configured.
 
     Args:
         session: the running stage.
         step: does one step and counts it in `session.step`.
         state: gives what the stage itself must restore when it goes on; the same on every rank.
         replay: gives what this data-parallel rank holds of the buffer.
-        is_reached: called after each step; whether the stage has reached what it is to reach.
+        validate: called after each step; ends the stage when it has reached its goal.
     """
     finished, stopping = session.is_finished, False
     while not finished and not stopping:
         step()
+        validated = None
         try:
-            finished = is_reached() or session.is_finished
+            validated = validate()
+            finished = (validated is not None and validated.goal_reached) or session.is_finished
         except StepAbandoned:  # in its evaluation: the step is done, and saved below
             session.recorder.say(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
-        stopping = session.sync_stop_signal()
-        if session.should_save(last=finished or stopping):
+        stopping = session.preemption.sync_stop_signal(session.step)
+        pass_at_1 = validated.pass_at_1 if validated is not None else None
+        if session.should_save(last=finished or stopping, pass_at_1=pass_at_1):
             with session.recorder.timed("save"):
-                session.save({"finished": finished, **state()}, replay())
+                session.save({"finished": finished, **state()}, replay(), pass_at_1=pass_at_1)
         session.end_step()

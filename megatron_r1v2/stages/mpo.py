@@ -24,10 +24,9 @@ from megatron_r1v2.rl.mpo import (
 )
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.loop import run_steps
-from megatron_r1v2.stages.pair_samples import SIDES, pair_samples, preference_of
-from megatron_r1v2.stages.reference_log_probs import belongs_to, reference_log_probs
+from megatron_r1v2.stages.reference_log_probs import belongs_to, load_or_compute_log_probs
 from megatron_r1v2.stages.session import Session, open_session
-from megatron_r1v2.stages.supervised_data import next_trainable, shard_samples, update
+from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, shard_samples, take_update
 from megatron_r1v2.stages.validation import Validation
 from megatron_r1v2.types import Prompt, TrainingBatch
 
@@ -44,11 +43,11 @@ def run_mpo(recipe: RunRecipe) -> Path:
         The run's folder.
     """
     check_margins(recipe)
-    with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.verifiers() as pool:
+    with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.loaded.verifiers() as pool:
         stage = MpoStage(session)
-        validation = Validation(session, session.evaluator(session.engine(), pool), stage.calibrator)
+        validation = Validation(session, session.loaded.evaluator(session.loaded.engine(), pool), stage.calibrator)
         if session.is_finished or stage.load_or_compute_reference():
-            run_steps(session, stage.step, state=stage.state_dict, is_reached=validation.is_reached)
+            run_steps(session, stage.step, state=stage.state_dict, validate=validation.validate_if_due)
     return Path(recipe.run.output_dir)
 
 
@@ -86,13 +85,16 @@ class MpoStage:
         """
         self.session = session
         self.settings = session.recipe.preference
+        self.source = PairSource("mpo", f"data.train={session.recipe.data.train!r}")
         self.calibrator = Calibrator(
-            session,
+            session.recipe.hallucination,
+            session.recorder,
             name="threshold",
             configured=self.settings.min_margin,
             bound=session.recipe.hallucination.max_margin,
+            restored=session.restored.state,
         )
-        self.delta = RewardShift(**session.loaded_state.get("delta", {}))
+        self.delta = RewardShift(**session.restored.state.get("delta", {}))
         self.about: dict[str, str] = {}
         self.reference: Mapping[str, float] = {}
         self._num_pairs = sum(check_shards(session.recipe.data.train).values())
@@ -105,7 +107,7 @@ class MpoStage:
         return self.settings.preference_weight > 0 or self.settings.quality_weight > 0
 
     def load_or_compute_reference(self) -> bool:
-        """Get the reference log-probs; returns False when the run was asked to stop before all were computed.
+        """Collective over the world: get the reference log-probs; return False when asked to stop before the end.
 
         Raises:
             ValueError: data set, model or settings are not those that a resumed run has trained with.
@@ -114,23 +116,23 @@ class MpoStage:
             return True
         with self.session.recorder.timed("reference"):
             self.about = belongs_to(self.session)
-            saved = self.session.loaded_state.get("reference", self.about)
+            saved = self.session.restored.state.get("reference", self.about)
             changed = [name for name in self.about if saved.get(name) != self.about[name]]
             if changed:
                 raise ValueError(
                     f"what the reference log-probs of this run belong to has changed since it was saved: "
                     f"{', '.join(changed)}; put it back, or start anew with run.output_dir set to a new folder"
                 )
-            found = reference_log_probs(self.session, self.about)
+            found = load_or_compute_log_probs(self.session, self.source, self.about)
         self.reference = found or {}
         return found is not None
 
     def step(self) -> None:
-        """Do one step: read pairs, leave out those below the margin, update policy and delta."""
+        """Collective over the world: read pairs, leave out those below the margin, update policy and delta."""
         session = self.session
-        prompts = next_trainable(session)
+        prompts = session.next_prompts()
         for prompt in prompts:
-            preference_of(session, prompt)
+            self.source.preference_of(prompt)
         kept, below = split_by_margin(prompts, self.calibrator.value)
         self.calibrator.note()
         session.recorder.note(
@@ -147,13 +149,19 @@ class MpoStage:
         session.step += 1
 
     def update(self, prompts: Sequence[Prompt]) -> None:
-        """Take one optimizer step on pairs, with the delta of the steps before: its rewards are known to all ranks only
-        after all microbatches, and the result must not depend on how many there are."""
+        """Collective over the world: take one optimizer step on pairs.
+
+        With the delta of the steps before: the rewards of this one are known to all ranks only after all microbatches,
+        and the result must not depend on how many there are.
+        """
         session, settings = self.session, self.settings
-        samples, units = pair_samples(session, prompts, sides=SIDES if self.needs_reference else SIDES[:1])
-        batches = [
-            self._with_reference(part.batch, part.names) for part in shard_samples(session, samples, prompts, units)
-        ] or [self._filler(prompts[0])]
+        sides = SIDES if self.needs_reference else SIDES[:1]
+        samples, units = pair_samples(prompts, self.source, session.response_encoder, sides=sides)
+        microbatches = shard_samples(
+            samples, prompts, units, microbatcher=session.microbatcher, context=session.context
+        )
+        batches = [self._with_reference(part.batch, part.names) for part in microbatches]
+        batches = batches or [self._filler(prompts[0])]
         denominator = len(prompts)
         if settings.generation_aggregation is LossAggregation.token:
             denominator = sum(samples[names[0]].response_length for names in units.values())
@@ -164,7 +172,7 @@ class MpoStage:
             num_pairs=len(prompts),
             generation_denominator=denominator,
         )
-        result = update(session, batches, loss)
+        result = take_update(session.policy, batches, loss, recorder=session.recorder)
         if self.needs_reference and result.applied:
             mean = (result.metrics["rewards/chosen"] + result.metrics["rewards/rejected"]) / 2
             self.delta = self.delta.update(mean, 2 * len(prompts), momentum=settings.delta_momentum)

@@ -156,7 +156,7 @@ class UnfinishedPairs:
         shards = self.folder / "shards"
         shutil.rmtree(shards, ignore_errors=True)
         found = (_prompt_pairs(row) for number in numbers for row in self._read(number)["prompts"])
-        write_shards(pair_samples(each_sample(source), found), shards)
+        write_shards(expand_pairs(each_sample(source), found), shards)
         _write_json(shards / COUNTS_FILE, record)
         shards.rename(self.output)
         shutil.rmtree(self.folder)
@@ -170,7 +170,7 @@ class UnfinishedPairs:
         return record
 
 
-def pair_samples(samples: Iterable[ShardSample], found: Iterable[PromptPairs]) -> Iterator[ShardSample]:
+def expand_pairs(samples: Iterable[ShardSample], found: Iterable[PromptPairs]) -> Iterator[ShardSample]:
     """Turn pairs into samples with everything that the sample of their prompt has.
 
     Args:

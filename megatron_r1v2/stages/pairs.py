@@ -22,6 +22,7 @@ from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import score_in_replica
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.preference_pairs import Candidate, best_chosen, choose_pairs, dropout_ntp_pair, is_sampled
+from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.loaded_reward_model import open_reward_model
 from megatron_r1v2.stages.pair_shards import (
     PairCounts,
@@ -30,7 +31,6 @@ from megatron_r1v2.stages.pair_shards import (
     count_pairs,
     counts_table,
 )
-from megatron_r1v2.stages.session import LoadedModel, open_model
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 Value = TypeVar("Value")

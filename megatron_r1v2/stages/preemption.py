@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_r1v2.config.checkpoint import CheckpointConfig
 from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.rank_watch import RankWatch
@@ -32,7 +31,7 @@ class PreemptionHandler:
         kept: KeptRollouts,
         checkpoints: CheckpointStore,
         *,
-        settings: CheckpointConfig,
+        lead_seconds: float,
         recorder: Recorder,
         watch: RankWatch,
         context: ParallelContext,
@@ -43,7 +42,7 @@ class PreemptionHandler:
             stop_request: entered.
             kept: rollouts of unfinished steps.
             checkpoints: published as soon as they are written.
-            settings: lead and grace time.
+            lead_seconds: how long before the end SIGUSR1 comes; 0: unknown.
             recorder: where the run says what it does.
             watch: told that generation goes on.
             context: process groups.
@@ -52,7 +51,7 @@ class PreemptionHandler:
         self.stop_request = stop_request
         self.kept = kept
         self.checkpoints = checkpoints
-        self.settings = settings
+        self.lead_seconds = lead_seconds
         self.recorder = recorder
         self.context = context
         self._orders = Orders(context)
@@ -155,7 +154,7 @@ class PreemptionHandler:
 
     def check_lead(self) -> None:
         """Note how much of `checkpoint.lead_seconds` a step and a save leave, and warn when they need more."""
-        lead = self.settings.lead_seconds
+        lead = self.lead_seconds
         need = self.recorder.step_seconds() + self.recorder.values.get("timing_s/save", 0.0)
         if not lead:
             return

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rl.mpo import response_log_probs
-from megatron_r1v2.stages.pair_samples import SIDES, pair_samples, sample_name
 from megatron_r1v2.stages.session import Session
-from megatron_r1v2.stages.supervised_data import shard_samples
+from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, sample_name, shard_samples
 from megatron_r1v2.training.store import TENSORS, resolve_checkpoint
 from megatron_r1v2.types import Prompt
 
@@ -29,7 +28,7 @@ _VERSION = 1
 
 
 def belongs_to(session: Session) -> dict[str, str]:
-    """Describe what log-probs depend on: digests of the contents of data set and model, and settings.
+    """Collective over the world: describe what log-probs depend on: contents of data set and model, and settings.
 
     Args:
         session: the running stage; its ranks share the reading.
@@ -44,7 +43,7 @@ def belongs_to(session: Session) -> dict[str, str]:
     if recipe.model.checkpoint:
         tensors = resolve_checkpoint(recipe.model.checkpoint) / TENSORS
         files |= {path: f"model/{TENSORS}/{path.name}" for path in tensors.iterdir() if path.is_file()}
-    digests = _digests(files)
+    digests = _compute_digests(files)
     settings = {
         "version": _VERSION,
         "layers": recipe.model.layers.value,
@@ -63,11 +62,14 @@ def belongs_to(session: Session) -> dict[str, str]:
     }
 
 
-def reference_log_probs(session: Session, about: Mapping[str, str]) -> dict[str, float] | None:
-    """Read the reference log-probs from disk, or compute them: all ranks share the work, and it can be interrupted.
+def load_or_compute_log_probs(
+    session: Session, source: PairSource, about: Mapping[str, str]
+) -> dict[str, float] | None:
+    """Collective over the world: read the reference log-probs from disk, or compute them; it can be interrupted.
 
     Args:
         session: the running stage, before its first step if there is something to compute.
+        source: of the pairs.
         about: from `belongs_to`.
 
     Returns:
@@ -80,7 +82,7 @@ def reference_log_probs(session: Session, about: Mapping[str, str]) -> dict[str,
     folder = session.recipe.preference.reference_dir or f"{session.recipe.run.output_dir}/reference"
     path = Path(folder) / f"{_digest([json.dumps(dict(about), sort_keys=True)])[:16]}.jsonl"
     unfinished = path.with_suffix(".unfinished")
-    sums = _from_main(session, _read_finished(path) if session.context.is_main else None)
+    sums = _broadcast_from_main(_read_finished(path) if session.context.is_main else None)
     if sums is not None:
         session.recorder.say(f"reference log-probs of {len(sums) // 2} pairs are in {path}")
         return sums
@@ -89,8 +91,8 @@ def reference_log_probs(session: Session, about: Mapping[str, str]) -> dict[str,
             f"{path} is gone, the reference log-probs that this run has trained against for {session.step} steps; put "
             "it back, or start anew with run.output_dir set to a new folder"
         )
-    sums = _from_main(session, _read_lines(unfinished) if session.context.is_main else None)
-    if not _compute(session, sums, unfinished):
+    sums = _broadcast_from_main(_read_lines(unfinished) if session.context.is_main else None)
+    if not _compute(session, source, sums, unfinished):
         return None
     if session.context.is_main:
         partial = path.with_suffix(".partial")
@@ -102,20 +104,20 @@ def reference_log_probs(session: Session, about: Mapping[str, str]) -> dict[str,
     return sums
 
 
-def _compute(session: Session, sums: dict[str, float], unfinished: Path) -> bool:
-    """Add what `sums` lacks, in memory and on disk; returns whether it was finished."""
+def _compute(session: Session, source: PairSource, sums: dict[str, float], unfinished: Path) -> bool:
+    """Collective over the world: add what `sums` lacks, in memory and on disk; return whether it was finished."""
     folder = session.recipe.data.train
     done, total = 0, sum(check_shards(folder).values())
     if session.context.is_main:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
     with session.recorder.progress("reference log-probs", total) as show:
         # The same chunks however often this is interrupted, so that the numbers are the same to the bit.
-        for chunk in _chunks(session.each_prompt(folder), session.recipe.train.prompts_per_step):
-            if session.sync_stop_signal():
+        for chunk in _chunks(session.loaded.each_prompt(folder), session.recipe.train.prompts_per_step):
+            if session.preemption.sync_stop_signal(session.step):
                 return False
             pairs = [prompt for prompt in chunk if session.trains(prompt)]
             if not all(sample_name(prompt.key, side) in sums for prompt in pairs for side in SIDES):
-                sums.update(_forward(session, pairs))
+                sums.update(_forward(session, source, pairs))
                 if session.context.is_main:
                     with unfinished.open("a") as file:
                         file.writelines(json.dumps(line) + "\n" for line in _lines([p.key for p in pairs], sums))
@@ -124,12 +126,12 @@ def _compute(session: Session, sums: dict[str, float], unfinished: Path) -> bool
     return True
 
 
-def _forward(session: Session, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Compute the log-probs of some pairs, each on one data-parallel rank; returned on all."""
+def _forward(session: Session, source: PairSource, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Collective over the world: compute the log-probs of some pairs, each on one data-parallel rank."""
     if session.policy.features is not None:
         session.policy.features.clear()
-    samples, units = pair_samples(session, prompts)
-    microbatches = shard_samples(session, samples, prompts, units)
+    samples, units = pair_samples(prompts, source, session.response_encoder)
+    microbatches = shard_samples(samples, prompts, units, microbatcher=session.microbatcher, context=session.context)
     mine: dict[str, float] = {}
     log_probs = session.policy.compute_log_probs([part.batch for part in microbatches])
     for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
@@ -178,13 +180,13 @@ def _read_lines(path: Path) -> dict[str, float]:
     return sums
 
 
-def _from_main(session: Session, value: Any) -> Any:
-    """Return the main rank's value on every rank: the others may not see its files yet."""
+def _broadcast_from_main(value: Any) -> Any:
+    """Collective over the world: return the main rank's value; the others may not see its files yet."""
     return objects.all_gather(value)[0]
 
 
-def _digests(files: Mapping[Path, str]) -> list[str]:
-    """Return "name digest" of every file, each read by one rank."""
+def _compute_digests(files: Mapping[Path, str]) -> list[str]:
+    """Collective over the world: return "name digest" of every file, each read by one rank."""
     ordered = sorted(files.items(), key=lambda item: item[1])
     mine = []
     for path, name in ordered[dist.get_rank() :: dist.get_world_size()]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.config.schema import RunRecipe, TrainConfig
+from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.store import RECIPE_FILE, CheckpointStore
@@ -23,34 +25,57 @@ _SCHEDULE = (
 )
 
 
+@dataclass(frozen=True)
+class Restored:
+    """The contents of a checkpoint that are not in policy and stream; empty for a run that starts."""
+
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """The same on every rank: counters, and what the stage itself has saved."""
+    replay: Sequence[Mapping[str, Any]] = ()
+    """The buffer's samples of each data-parallel rank that saved."""
+
+    @property
+    def step(self) -> int:
+        """Return the steps done."""
+        return int(self.state.get("step", 0))
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the stage had reached its goal."""
+        return bool(self.state.get("finished", False))
+
+    @property
+    def checksums(self) -> Mapping[str, int]:
+        """Return the checksums of the weights when they were saved, by part."""
+        checksums: Mapping[str, int] = self.state.get("checksums", {})
+        return checksums
+
+
 def resume(
-    folder: Path | None, policy: Policy, stream: PromptStream, checkpoints: CheckpointStore, recipe: RunRecipe
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Restore policy and stream.
+    folder: Path | None, policy: Policy, stream: PromptStream, checkpoints: CheckpointStore, settings: TrainConfig
+) -> Restored:
+    """Collective over the world: restore policy and stream.
 
     Args:
         folder: a finished checkpoint; None: there is none, and nothing is done.
         policy: its weights, optimizer and schedule are overwritten.
         stream: goes on where it was.
         checkpoints: the run's.
-        recipe: the settings of now.
-
-    Returns:
-        What the checkpoint holds beside, and the buffer's samples of each data-parallel rank that saved it.
+        settings: of now.
 
     Raises:
         ValueError: settings that live on in the optimizer's state have changed.
     """
     if folder is None:
-        return {}, []
-    _check_schedule(recipe.train, load_recipe(folder / RECIPE_FILE).train, folder)
-    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=recipe.train.parts)
+        return Restored()
+    _check_schedule(settings, load_recipe(folder / RECIPE_FILE).train, folder)
+    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=settings.parts)
     policy.version = state["version"]
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this
     policy.scheduler.load_state_dict(state["scheduler"])
     policy.skipped.in_a_row = state["skipped_in_a_row"]
     stream.load_state_dict(state["stream"])
-    return state, replay
+    return Restored(state, replay)
 
 
 def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:

@@ -14,14 +14,12 @@ from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.rl.reward_model import bradley_terry_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
-from megatron_r1v2.stages.supervised_data import given_sample, next_trainable, shard_samples, update
+from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, shard_samples, take_update
 from megatron_r1v2.training.policy import Metrics, add_pairs
 from megatron_r1v2.training.score_positions import append_pad_token, last_scores
-from megatron_r1v2.types import Prompt, Sample, TrainingBatch
+from megatron_r1v2.types import Prompt, TrainingBatch
 
 SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "validation/accuracy")
-Units = dict[str, tuple[str, str]]
-"""Of each pair: the ids of its two samples, the chosen first."""
 
 
 def run_reward_model(recipe: RunRecipe) -> Path:
@@ -34,7 +32,8 @@ def run_reward_model(recipe: RunRecipe) -> Path:
         The run's folder.
     """
     with open_session(recipe, stage="reward_model", shown=SHOWN) as session:
-        held_out = session.read_prompts(recipe.data.validation, recipe.evaluation.prompts) if _validates(recipe) else []
+        validates = bool(recipe.data.validation) and recipe.evaluation.every_steps > 0
+        held_out = session.loaded.read_prompts(recipe.data.validation, recipe.evaluation.prompts) if validates else []
 
         def step() -> None:
             preference_step(session)
@@ -46,21 +45,21 @@ def run_reward_model(recipe: RunRecipe) -> Path:
 
 
 def preference_step(session: Session) -> None:
-    """Take one optimizer step on the next pairs.
+    """Collective over the world: take one optimizer step on the next pairs.
 
     Args:
         session: the running stage.
     """
-    prompts = next_trainable(session)
-    samples, units = pair_samples(session, prompts, setting="data.train")
-    batches = [part.batch for part in shard_samples(session, samples, prompts, units)]
+    prompts = session.next_prompts()
+    batches = pair_batches(session, prompts, setting=f"data.train={session.recipe.data.train!r}")
     loss = partial(pair_loss, denominator=len(prompts), centring_weight=session.recipe.reward_model.centring_weight)
-    update(session, batches or [session.microbatcher.filler(prompts[0], rows=2)], loss)
+    batches = batches or [session.microbatcher.filler(prompts[0], rows=len(SIDES))]
+    take_update(session.policy, batches, loss, recorder=session.recorder)
     session.step += 1
 
 
 def validate(session: Session, prompts: Sequence[Prompt]) -> None:
-    """Note how well the model ranks pairs that it does not train on.
+    """Collective over the world: note how well the model ranks pairs that it does not train on.
 
     Args:
         session: the running stage.
@@ -71,8 +70,7 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
         for few in _chunks(prompts, session.recipe.train.prompts_per_step):
             if session.policy.features is not None:
                 session.policy.features.clear()
-            samples, units = pair_samples(session, few, setting="data.validation")
-            batches = [part.batch for part in shard_samples(session, samples, few, units)]
+            batches = pair_batches(session, few, setting=f"data.validation={session.recipe.data.validation!r}")
             for batch, values_BS in zip(batches, session.policy.compute_values(batches), strict=True):
                 parts.append(pair_loss(values_BS, batch, denominator=1.0)[1])
     mine = {name: pair.cpu() for name, pair in add_pairs(parts).items()}
@@ -81,34 +79,21 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
     session.recorder.note({name.replace("reward_model/", "validation/"): value for name, value in means.items()})
 
 
-def pair_samples(session: Session, prompts: Sequence[Prompt], *, setting: str) -> tuple[dict[str, Sample], Units]:
-    """Turn prompts with preferences into pairs of samples.
+def pair_batches(session: Session, prompts: Sequence[Prompt], *, setting: str) -> list[TrainingBatch]:
+    """Make the microbatches of this data-parallel rank; the rows of a pair are neighbours, the chosen one first.
 
     Args:
-        session: gives tokenizer and end token.
-        prompts: from a preference data set.
+        session: the running stage.
+        prompts: with preferences, of all ranks.
         setting: that named the data set, for the error.
-
-    Returns:
-        The samples by id, and the pairs.
 
     Raises:
         ValueError: a prompt has no preference.
     """
-    samples: dict[str, Sample] = {}
-    units: Units = {}
-    for prompt in prompts:
-        if prompt.preference is None:
-            raise ValueError(
-                f"sample {prompt.key!r} of {setting} has no pair; the reward_model stage ranks two responses: "
-                'add the fields "chosen" and "rejected" to the JSONL rows and run data.prepare again'
-            )
-        units[prompt.key] = (f"{prompt.key}/chosen", f"{prompt.key}/rejected")
-        responses = (prompt.preference.chosen, prompt.preference.rejected)
-        for index, (name, response) in enumerate(zip(units[prompt.key], responses, strict=True)):
-            sample = given_sample(session, prompt, response, index=index)
-            samples[name] = append_pad_token(sample, session.tokenizer.pad_id)
-    return samples, units
+    samples, units = pair_samples(prompts, PairSource("reward_model", setting), session.response_encoder)
+    padded = {name: append_pad_token(sample, session.tokenizer.pad_id) for name, sample in samples.items()}
+    microbatches = shard_samples(padded, prompts, units, microbatcher=session.microbatcher, context=session.context)
+    return [part.batch for part in microbatches]
 
 
 def pair_loss(
@@ -133,10 +118,6 @@ def pair_loss(
         centring_weight=centring_weight,
         weights_P=batch.weights_B[0::2],
     )
-
-
-def _validates(recipe: RunRecipe) -> bool:
-    return bool(recipe.data.validation) and recipe.evaluation.every_steps > 0
 
 
 def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:

@@ -1,83 +1,141 @@
-"""What the stages that train on given responses share: reading prompts, making samples, sharing them out, updating."""
+"""Given responses as samples: what the stages share that do not sample their own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from megatron_r1v2.stages.session import Session, next_distinct
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.monitoring.recorder import Recorder
+from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.batches import response_sample
-from megatron_r1v2.training.microbatches import Microbatch
+from megatron_r1v2.training.microbatches import Microbatch, Microbatcher
 from megatron_r1v2.training.optimizer import current_learning_rate
-from megatron_r1v2.training.policy import LossFunction, UpdateResult
+from megatron_r1v2.training.policy import LossFunction, Policy, UpdateResult
 from megatron_r1v2.training.replay import assign
-from megatron_r1v2.types import Prompt, Sample, TrainingBatch
+from megatron_r1v2.types import Preference, Prompt, Sample, TrainingBatch
+
+SIDES = ("chosen", "rejected")
+Units = dict[str, tuple[str, ...]]
+"""The ids of the samples of each pair, the chosen response first, by the key of the prompt."""
 
 
-def next_trainable(session: Session) -> list[Prompt]:
-    """Read the prompts of a step, less those that nothing in training sees.
+@dataclass(frozen=True)
+class ResponseEncoder:
+    """Turns responses that are given as text into samples."""
+
+    tokenizer: ChatTokenizer
+    end: str
+    """The end-of-turn token, which the texts do not have."""
+
+    def sample(self, prompt: Prompt, response: str, *, index: int = 0) -> Sample:
+        """Return a prompt and a response to it as a sample.
+
+        Args:
+            prompt: the prompt.
+            response: as text.
+            index: which of the responses to the prompt this is.
+        """
+        token_ids = self.tokenizer.encode_response(response, self.end, key=prompt.key)
+        return response_sample(prompt, token_ids, index=index)
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """Where pairs come from and who needs them, for the error when one is missing."""
+
+    stage: str
+    setting: str
+    """Such as "data.train='/data/pairs'"."""
+
+    def preference_of(self, prompt: Prompt) -> Preference:
+        """Return a prompt's pair.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if prompt.preference is None:
+            raise ValueError(
+                f"sample {prompt.key!r} of {self.setting} has no pair of responses; the {self.stage} stage trains on "
+                'pairs: add "chosen" and "rejected" to the JSONL rows and run data.prepare again'
+            )
+        return prompt.preference
+
+
+def sample_name(key: str, side: str) -> str:
+    """Return the id of a sample of a pair."""
+    return f"{key}/{side}"
+
+
+def pair_samples(
+    prompts: Sequence[Prompt], source: PairSource, encoder: ResponseEncoder, *, sides: Sequence[str] = SIDES
+) -> tuple[dict[str, Sample], Units]:
+    """Turn pairs into samples.
 
     Args:
-        session: the running stage.
+        prompts: from a preference data set.
+        source: of the prompts.
+        encoder: of the model in training.
+        sides: which of the two are wanted.
 
     Returns:
-        Prompts with distinct keys.
+        Samples by id, and the pairs.
+
+    Raises:
+        ValueError: a prompt has no pair.
     """
-    if session.policy.features is not None:
-        session.policy.features.clear()
-    prompts = next_distinct(session.stream, session.recipe.train.prompts_per_step)
-    trainable = [prompt for prompt in prompts if session.trains(prompt)]
-    session.recorder.note({"data/text_only_left_out": len(prompts) - len(trainable)})
-    return trainable
-
-
-def given_sample(session: Session, prompt: Prompt, response: str, *, index: int = 0) -> Sample:
-    """Turn a prompt and a response to it into a sample.
-
-    Args:
-        session: gives tokenizer and end token.
-        prompt: the prompt.
-        response: as text, without the end-of-turn token.
-        index: which of the responses to the prompt this is.
-    """
-    end = session.recipe.generation.stop_tokens[0]
-    return response_sample(prompt, session.tokenizer.encode_response(response, end, key=prompt.key), index=index)
+    samples: dict[str, Sample] = {}
+    units: Units = {}
+    for prompt in prompts:
+        preference = source.preference_of(prompt)
+        for side in sides:
+            text = preference.chosen if side == "chosen" else preference.rejected
+            samples[sample_name(prompt.key, side)] = encoder.sample(prompt, text, index=SIDES.index(side))
+        units[prompt.key] = tuple(sample_name(prompt.key, side) for side in sides)
+    return samples, units
 
 
 def shard_samples(
-    session: Session,
     samples: Mapping[str, Sample],
     prompts: Sequence[Prompt],
     units: Mapping[str, Sequence[str]] | None = None,
+    *,
+    microbatcher: Microbatcher,
+    context: ParallelContext,
 ) -> list[Microbatch]:
     """Make the microbatches of this data-parallel rank.
 
     Args:
-        session: the running stage.
         samples: of all ranks, by id.
         prompts: theirs.
         units: ids of samples that stay together, by the name of the unit; None: each by itself.
+        microbatcher: makes them.
+        context: process groups.
     """
     units = units or {name: (name,) for name in samples}
     lengths = {unit: sum(len(samples[name].token_ids) for name in names) for unit, names in units.items()}
-    owner = assign(lengths, session.context.data_size)
-    mine = {unit: names for unit, names in units.items() if owner[unit] == session.context.data_rank}
-    return session.microbatcher.split(
+    owner = assign(lengths, context.data_size)
+    mine = {unit: names for unit, names in units.items() if owner[unit] == context.data_rank}
+    return microbatcher.split(
         {name: samples[name] for names in mine.values() for name in names},
         {prompt.key: prompt for prompt in prompts},
         units=mine,
     )
 
 
-def update(session: Session, batches: Sequence[TrainingBatch], loss: LossFunction) -> UpdateResult:
+def take_update(
+    policy: Policy, batches: Sequence[TrainingBatch], loss: LossFunction, *, recorder: Recorder
+) -> UpdateResult:
     """Collective over the world: take one optimizer step and note its metrics.
 
     Args:
-        session: the running stage.
+        policy: in training.
         batches: of this rank; at least one.
         loss: of a microbatch.
+        recorder: gets the metrics.
     """
-    session.recorder.note({"actor/lr": current_learning_rate(session.policy.optimizer)})
-    with session.recorder.timed("update"):
-        result = session.policy.update(batches, loss)
-    session.recorder.note({**result.logged(), "actor/skipped_updates": float(not result.applied)})
+    recorder.note({"actor/lr": current_learning_rate(policy.optimizer)})
+    with recorder.timed("update"):
+        result = policy.update(batches, loss)
+    recorder.note({**result.logged(), "actor/skipped_updates": float(not result.applied)})
     return result

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from megatron_r1v2.evaluation.evaluator import Evaluator
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.session import Session
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """One validation of a running stage."""
+
+    pass_at_1: float
+    goal_reached: bool
+    """Whether Pass@1 has reached `evaluation.stop_at_pass_at_1`."""
 
 
 class Validation:
@@ -33,29 +42,30 @@ class Validation:
             intervals.append(calibrator.settings.every_steps)
         self.intervals = [steps for steps in intervals if steps and session.recipe.data.validation]
         self.goal = settings.stop_at_pass_at_1
-        self.prompts = session.read_prompts(session.recipe.data.validation, settings.prompts) if self.intervals else []
+        self.prompts = (
+            session.loaded.read_prompts(session.recipe.data.validation, settings.prompts) if self.intervals else []
+        )
         if calibrator is not None:
-            calibrator.check(self.prompts)
+            calibrator.check(self.prompts, session.recipe.data.validation)
 
-    def is_reached(self) -> bool:
-        """Evaluate when it is time; return whether validation Pass@1 has reached `evaluation.stop_at_pass_at_1`."""
+    def validate_if_due(self) -> ValidationResult | None:
+        """Collective over the world: evaluate when it is time, and let the calibrator decide; None: it is not time."""
         session = self.session
         if all(session.step % steps for steps in self.intervals):
-            return False
+            return None
         with session.recorder.timed("evaluate"):
             self.evaluator.features.clear()
             result = self.evaluator.run(self.prompts, name="validation", step=session.step)
         session.recorder.note(validation_metrics(result))
-        session.checkpoints.validated = (session.step, result.pass_at_1)
         if self.calibrator is not None:
             self.calibrator.observe(result.hallucination_rate, result.claim_coverage)
-        if not self.goal or result.pass_at_1 < self.goal:
-            return False
-        session.recorder.say(
-            f"validation Pass@1 {result.pass_at_1:.3f} has reached evaluation.stop_at_pass_at_1={self.goal:g} "
-            f"after {session.step} steps"
-        )
-        return True
+        goal_reached = bool(self.goal) and result.pass_at_1 >= self.goal
+        if goal_reached:
+            session.recorder.say(
+                f"validation Pass@1 {result.pass_at_1:.3f} has reached evaluation.stop_at_pass_at_1={self.goal:g} "
+                f"after {session.step} steps"
+            )
+        return ValidationResult(result.pass_at_1, goal_reached)
 
 
 def validation_metrics(result: EvaluationResult) -> dict[str, float]:

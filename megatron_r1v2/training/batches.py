@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1v2.config.schema import Fp8, Packing, RunRecipe, TrainConfig
+from megatron_r1v2.config.schema import Fp8, Packing, ParallelConfig, TrainConfig
 from megatron_r1v2.data.packing import first_fit_decreasing, nemo_first_fit_decreasing
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
 
@@ -108,19 +108,20 @@ def collate(
     return _to_device(batch, device)
 
 
-def length_multiple(recipe: RunRecipe) -> int:
+def length_multiple(fp8: Fp8, parallel: ParallelConfig) -> int:
     """Return what the length of a row must be a multiple of.
 
     TransformerEngine's FP8 products want 8 tokens on a rank; with blockwise scales, sequence parallelism gathers whole
     blocks of 128 tokens of each rank.
 
     Args:
-        recipe: the settings.
+        fp8: which products are in 8 bits.
+        parallel: the layout.
     """
-    ranks = recipe.parallel.tensor if recipe.parallel.sequence else 1
-    if recipe.model.fp8 is Fp8.none:
+    if fp8 is Fp8.none:
         return LENGTH_MULTIPLE
-    return ranks * (128 if recipe.model.fp8 is Fp8.blockwise else 8)
+    ranks = parallel.tensor if parallel.sequence else 1
+    return ranks * (128 if fp8 is Fp8.blockwise else 8)
 
 
 def response_sample(prompt: Prompt, response: Sequence[int], *, index: int = 0, rl: RLTargets | None = None) -> Sample:

@@ -22,8 +22,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import (
     resolve_checkpoint,
     save_state,
 )
-from megatron_r1v2.config.load import save_recipe
-from megatron_r1v2.config.schema import Part, RunRecipe
+from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -65,11 +65,31 @@ _OPTIMIZER_FORMAT = {
 }
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run needs to go on, beside weights and optimizer."""
+
+    step: int
+    """Steps done."""
+    parts: Collection[Part]
+    """Those that differ from the HF model that the run started from; saved here."""
+    trained: Collection[Part]
+    """Those that this stage trains."""
+    state: Mapping[str, object]
+    """The same on every rank; tensors, numbers, strings, and lists and dictionaries of them."""
+    replay: Mapping[str, object]
+    """What this data-parallel rank holds of the buffer."""
+    write_recipe: Callable[[Path], None]
+    """Writes the settings of the run."""
+    pass_at_1: float | None = None
+    """Of this step on the validation split; None: it was not validated."""
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, *, keep_last: int, asynchronous: bool, context: ParallelContext) -> None:
-        """Open the folder.
+        """Collective over the world: open the folder.
 
         Args:
             folder: where the checkpoints are.
@@ -87,16 +107,17 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
         self._queue = AsyncCallsQueue(persistent=False)
         self._written: tuple[Path, Path, float | None] | None = None
-        self.validated: tuple[int, float] | None = None
-        """Step and Pass@1 of the last evaluation on the validation split."""
         best = [_read_best(folder)]
         dist.broadcast_object_list(best, src=0)
         self._best_pass_at_1 = best[0][1] if best[0] is not None else None
 
     def agree_on_newest_undamaged(self) -> Path | None:
-        """Return the newest checkpoint whose files are as they were written, the same on every rank; None: none exists.
+        """Collective over the world: choose the newest checkpoint whose files are as they were written.
 
         Newer ones that are damaged are put aside, and said in the log.
+
+        Returns:
+            The same on every rank; None: there is no checkpoint.
 
         Raises:
             RuntimeError: there are checkpoints, and all are damaged.
@@ -123,6 +144,7 @@ class CheckpointStore:
         return int(finished[-1].name.removeprefix("step-")) if finished else 0
 
     def _put_aside(self, damaged: Iterable[tuple[Path, str]], instead: Path) -> None:
+        """Collective over the world: rename damaged checkpoints."""
         dist.barrier()
         for folder, damage in damaged if self.context.is_main else ():
             aside = folder.with_name(folder.name + ".damaged")
@@ -131,51 +153,34 @@ class CheckpointStore:
             logger.warning("checkpoint %s is damaged (%s): going on from %s", folder, damage, instead.name)
         dist.barrier()
 
-    def is_best(self, step: int) -> bool:
-        """Return whether validation has found this step better than every checkpoint; the same on every rank."""
-        pass_at_1 = self._pass_at_1(step)
-        return pass_at_1 is not None and (self._best_pass_at_1 is None or pass_at_1 > self._best_pass_at_1)
-
-    def _pass_at_1(self, step: int) -> float | None:
-        return self.validated[1] if self.validated is not None and self.validated[0] == step else None
-
-    def save(
-        self,
-        step: int,
-        model: R1V2Model,
-        optimizer: MegatronOptimizer,
-        *,
-        parts: Iterable[Part],
-        trained: Iterable[Part],
-        state: Mapping[str, Any],
-        replay: Mapping[str, Any],
-        recipe: RunRecipe,
-    ) -> Path:
-        """Save everything that a run needs to go on.
+    def is_best(self, pass_at_1: float | None) -> bool:
+        """Return whether a validation is better than that of every checkpoint.
 
         Args:
-            step: steps done.
+            pass_at_1: the result; None: nothing was validated.
+        """
+        return pass_at_1 is not None and (self._best_pass_at_1 is None or pass_at_1 > self._best_pass_at_1)
+
+    def save(self, model: R1V2Model, optimizer: MegatronOptimizer, snapshot: Snapshot) -> Path:
+        """Collective over the world: save everything that a run needs to go on.
+
+        Args:
             model: this rank's part.
             optimizer: of the trained parts.
-            parts: those that differ from the HF model that the run started from; saved here.
-            trained: those that this stage trains.
-            state: the same on every rank; tensors, numbers, strings, and lists and dictionaries of them.
-            replay: what this data-parallel rank holds of the buffer.
-            recipe: the settings of the run.
+            snapshot: the rest.
 
         Returns:
             The folder that the checkpoint will have when `finish_pending` finds it finished.
         """
         self.finish_pending(blocking=True)
-        pass_at_1 = self._pass_at_1(step)
-        if self.is_best(step):
+        pass_at_1 = snapshot.pass_at_1
+        if self.is_best(pass_at_1):
             self._best_pass_at_1 = pass_at_1
-        target = self.folder / f"step-{step:08d}"
+        target = self.folder / f"step-{snapshot.step:08d}"
         partial = target.with_name(target.name + ".partial")
-        names = {"parts": part_names(parts), "trained": part_names(trained)}
         with _telling(self.folder):
-            self._write_small_files(partial, {**state, **names}, replay, recipe)
-            sharded: ShardedStateDict = {"model": part_state(model, parts)}
+            self._write_small_files(partial, snapshot)
+            sharded: ShardedStateDict = {"model": part_state(model, snapshot.parts)}
             if trains_here(optimizer):
                 sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
             request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
@@ -187,19 +192,19 @@ class CheckpointStore:
             self._queue.schedule_async_request(request)
         return target
 
-    def _write_small_files(
-        self, partial: Path, state: Mapping[str, Any], replay: Mapping[str, Any], recipe: RunRecipe
-    ) -> None:
-        """Make a folder for a checkpoint, empty of what an interrupted one left there, with all but the tensors."""
+    def _write_small_files(self, partial: Path, snapshot: Snapshot) -> None:
+        """Collective over the world: make a folder for a checkpoint, with all but the tensors."""
+        # What an interrupted checkpoint left there goes first.
         if self.context.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / TENSORS).mkdir(parents=True)
         dist.barrier()
         if self.context.is_main:
-            save_state(partial, state)
-            save_recipe(recipe, partial / RECIPE_FILE)
+            names = {"parts": part_names(snapshot.parts), "trained": part_names(snapshot.trained)}
+            save_state(partial, {**snapshot.state, **names})
+            snapshot.write_recipe(partial / RECIPE_FILE)
         if self.context.is_replica_leader:
-            torch.save(dict(replay), partial / f"replay-{self.context.data_rank}.pt")
+            torch.save(dict(snapshot.replay), partial / f"replay-{self.context.data_rank}.pt")
         torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
 
     def written(self) -> int | None:
@@ -210,7 +215,7 @@ class CheckpointStore:
         return None
 
     def finish_pending(self, *, blocking: bool) -> None:
-        """Give checkpoints that are written their final name; called together by all ranks.
+        """Collective over the world: give checkpoints that are written their final name.
 
         Args:
             blocking: wait for what is still being written in the background.
@@ -224,7 +229,7 @@ class CheckpointStore:
     def load(
         self, folder: Path, model: R1V2Model, optimizer: MegatronOptimizer, *, trained: Iterable[Part]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Load a checkpoint into model and optimizer.
+        """Collective over the world: load a checkpoint into model and optimizer.
 
         Args:
             folder: a finished checkpoint.
@@ -259,7 +264,7 @@ class CheckpointStore:
         return state, [torch.load(path, weights_only=True) for path in shards]
 
     def _publish(self, partial: Path, target: Path, pass_at_1: float | None) -> None:
-        """Give a finished checkpoint its name and delete the oldest; all ranks call it when every rank has written."""
+        """Collective over the world: give a checkpoint that every rank has written its name, delete the oldest."""
         write_manifest(partial)
         if not self.context.is_main:
             return
@@ -309,7 +314,7 @@ def _read_best(folder: Path) -> tuple[Path, float] | None:
 
 
 def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, parts: Iterable[Part]) -> None:
-    """Save parts of a model, without optimizer, beside and renamed.
+    """Collective over the world: save parts of a model, without optimizer, beside and renamed.
 
     Args:
         model: this rank's part.
@@ -337,7 +342,7 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
 
 
 def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
-    """Load the parts that a checkpoint holds; the rest of the model stays as it is.
+    """Collective over the world: load the parts that a checkpoint holds; the rest of the model stays as it is.
 
     Args:
         model: this rank's part.

@@ -25,7 +25,7 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
-from megatron_r1v2.stages.grpo.stage import batch_loss
+from megatron_r1v2.stages.grpo.updates import batch_loss
 from megatron_r1v2.training.batches import collate, filler_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy, UpdateResult

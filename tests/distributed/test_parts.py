@@ -12,13 +12,14 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_r1v2.config.load import save_recipe
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, RunRecipe, TrainConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.stages.grpo.stage import batch_loss
+from megatron_r1v2.stages.grpo.updates import batch_loss
 from megatron_r1v2.training.optimizer import build_optimizer
 from megatron_r1v2.training.policy import Policy
-from megatron_r1v2.training.store import CheckpointStore, load_weights
+from megatron_r1v2.training.store import CheckpointStore, Snapshot, load_weights
 from tests.distributed.steps import ALL_PARTS, CLIP, Material, collate_microbatch, make_material, make_policy
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
@@ -100,9 +101,8 @@ def run_case(folder: str, material: Material, case: Case, output: Path) -> Outco
     store = CheckpointStore(output, keep_last=2, asynchronous=False, context=context)
     parts = [Part(part) for part in case.parts]
     state = {"scheduler": policy.scheduler.state_dict(), "version": policy.version}
-    store.save(
-        2, policy.model, policy.optimizer, parts=parts, trained=parts, state=state, replay={}, recipe=RunRecipe()
-    )
+    snapshot = Snapshot(2, parts, parts, state, replay={}, write_recipe=partial(save_recipe, RunRecipe()))
+    store.save(policy.model, policy.optimizer, snapshot)
     store.finish_pending(blocking=True)
     saved = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
     expected = [step(policy, material) for _ in range(2)]

@@ -15,7 +15,7 @@ from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.config.schema import ParallelConfig, Recompute
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.stages.reward_model import pair_loss
-from megatron_r1v2.training.batches import collate, response_sample
+from megatron_r1v2.training.batches import collate, filler_sample, response_sample
 from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.types import Prompt, Sample
 from tests.distributed.steps import gather_gradients, make_policy, make_prompts, parameters_out_of_step
@@ -168,7 +168,7 @@ def run_step(folder: str, case: Case) -> Outcome:
         for rows, batch, values_BS in zip(names, batches, policy.compute_values(batches), strict=True)
         for name, score in zip(rows, last_scores(values_BS, batch), strict=True)
     }
-    batches = batches or [batch_of([response_sample(prompts["two"])] * 2, weight=0.0)]
+    batches = batches or [batch_of([filler_sample(prompts["two"])] * 2, weight=0.0)]
     loss = partial(pair_loss, denominator=len(PAIRS), centring_weight=CENTRING)
     metrics = policy.update(batches, loss).logged()
     out_of_step = parameters_out_of_step(model, context)

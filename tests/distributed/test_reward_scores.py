@@ -10,9 +10,9 @@ from megatron.core import parallel_state
 
 from megatron_r1v2.config.schema import ParallelConfig, Part, RewardConfig, RewardModelConfig, RunRecipe
 from megatron_r1v2.parallel import groups
+from megatron_r1v2.stages.loaded_model import load_model
 from megatron_r1v2.stages.loaded_reward_model import load_reward_model
 from megatron_r1v2.stages.reward_model import run_reward_model
-from megatron_r1v2.stages.session import load_model
 from tests.ranks import run_ranks
 from tests.stages.tiny_run import tiny_recipe
 

@@ -40,7 +40,7 @@ def test_exploded_weights_do_not_pass_the_gate_of_the_next_step(root: Path, tmp_
 def test_log_probs_that_are_not_finite_skip_the_update_and_keep_its_batch(root: Path, tmp_path: Path) -> None:
     settings = ("algorithm.gate_tokens=0", "train.max_skipped_updates=3", "checkpoint.every_steps=0")
     recipe = recipe_for(root, tmp_path / "run", settings)
-    with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
         stage = GrpoStage(session, pool)
         before = session.verifier.compute_checksums()
         temperature, session.policy.temperature = session.policy.temperature, float("nan")
@@ -48,7 +48,7 @@ def test_log_probs_that_are_not_finite_skip_the_update_and_keep_its_batch(root: 
         assert session.recorder.values["actor/skipped_updates"] == 1.0
         assert (session.step, session.policy.version, session.verifier.compute_checksums()) == (1, 0, before)
         assert session.policy.skipped.in_a_row == 1
-        session.save(stage.state_dict(), stage.store.state_dict())
+        session.save(stage.state_dict(), stage.buffer.samples.state_dict())
         session.policy.temperature = temperature
         while not session.policy.version and session.step < 10:  # a step without an effective group updates nothing
             stage.step()

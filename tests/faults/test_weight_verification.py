@@ -65,7 +65,7 @@ def test_a_bit_of_each_part_shows_and_only_there(root: Path, tmp_path: Path) -> 
 
 def test_an_engine_that_disagrees_is_noticed_before_it_generates(root: Path, tmp_path: Path) -> None:
     recipe = recipe_for(root, tmp_path / "run", ("algorithm.max_log_prob_difference=0.01",))
-    with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
         stage = GrpoStage(session, pool)
         stage.step()
         assert 0 <= session.recorder.values["gate/log_prob_abs_diff"] < 1e-4

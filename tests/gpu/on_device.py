@@ -18,7 +18,7 @@ from megatron_r1v2.models.log_probs import token_log_probs
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.stages.grpo.stage import batch_loss
+from megatron_r1v2.stages.grpo.updates import batch_loss
 from megatron_r1v2.training.optimizer import build_optimizer
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.types import Rollout

@@ -21,7 +21,7 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.serve.command import main
 from megatron_r1v2.stages.align import run_align
-from megatron_r1v2.stages.session import open_model
+from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.types import Prompt
 from tests.ranks import enter_rank, forked_context, free_port
 from tests.stages.tiny_run import tiny_recipe

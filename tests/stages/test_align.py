@@ -116,10 +116,11 @@ def test_the_stage_ends_when_validation_is_good_enough(run: Run, root: Path) -> 
 def test_a_sample_is_the_prompt_its_response_and_the_end_token(root: Path, tmp_path: Path) -> None:
     with open_session(settings(root, tmp_path / "run"), stage="align", shown=()) as session:
         prompt = session.stream.next(1)[0]
-        sample = supervised_sample(session, prompt)
+        encoder = session.response_encoder
+        sample = supervised_sample(prompt, encoder, "data")
         assert sample.token_ids[: sample.prompt_length] == prompt.token_ids
         response = session.tokenizer.decode(list(sample.token_ids[sample.prompt_length : -1]))
         assert response == prompt.response
         assert sample.token_ids[-1] in session.tokenizer.stop_ids(["<|im_end|>"])
         with pytest.raises(ValueError, match=rf"{prompt.key}.* has no response.*data.prepare"):
-            supervised_sample(session, replace(prompt, response=None))
+            supervised_sample(replace(prompt, response=None), encoder, "data")

@@ -13,7 +13,7 @@ from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_samples
 from megatron_r1v2.evaluation.response_rows import open_log
 from megatron_r1v2.stages.evaluate import run_evaluation
-from megatron_r1v2.stages.session import open_model
+from megatron_r1v2.stages.loaded_model import open_model
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for, run_stage
 

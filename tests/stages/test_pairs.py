@@ -13,7 +13,7 @@ from megatron_r1v2.config.validate import check_stage
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
-from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs, pair_key, pair_samples
+from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs, expand_pairs, pair_key
 from megatron_r1v2.stages.pairs import run_pairs
 from megatron_r1v2.types import Preference
 from tests.ranks import run_ranks
@@ -120,7 +120,7 @@ def test_pairs_find_their_samples_and_long_keys_stay_valid() -> None:
     samples = [tiny_sample(index, key="k" * 79 + str(index)) for index in range(3)]
     pair = Preference("good", "bad", 0.5, "margin")
     found = [PromptPairs(samples[0].key, [pair, pair], {}), PromptPairs(samples[2].key, [pair], {})]
-    made: list[ShardSample] = list(pair_samples(samples, found))
+    made: list[ShardSample] = list(expand_pairs(samples, found))
     assert len({sample.key for sample in made}) == 3
     assert all(len(sample.key) == 80 for sample in made)
     assert [sample.images for sample in made] == [samples[0].images, samples[0].images, samples[2].images]

@@ -10,8 +10,10 @@ import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.stages import reference_log_probs as module
-from megatron_r1v2.stages.reference_log_probs import belongs_to, reference_log_probs
+from megatron_r1v2.stages.preemption import PreemptionHandler
+from megatron_r1v2.stages.reference_log_probs import belongs_to, load_or_compute_log_probs
 from megatron_r1v2.stages.session import Session, open_session
+from megatron_r1v2.stages.supervised_data import PairSource
 from tests.stages.runs import read_metrics, recipe_for, run_stage
 from tests.stages.tiny_run import write_data, write_model
 
@@ -24,7 +26,8 @@ def recipe(root: Path, tmp_path: Path, *overrides: str, name: str = "run") -> Ru
 def compute(settings: RunRecipe) -> tuple[dict[str, str], dict[str, float] | None]:
     with open_session(settings, stage="mpo", shown=()) as session:
         about = belongs_to(session)
-        return about, reference_log_probs(session, about)
+        source = PairSource("mpo", "data.train")
+        return about, load_or_compute_log_probs(session, source, about)
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -37,9 +40,9 @@ def forwards(monkeypatch) -> list[int]:
     counts: list[int] = []
     forward = module._forward
 
-    def counting(session: Session, prompts: list) -> dict[str, float]:
+    def counting(session: Session, source: PairSource, prompts: list) -> dict[str, float]:
         counts.append(len(prompts))
-        return forward(session, prompts)
+        return forward(session, source, prompts)
 
     monkeypatch.setattr(module, "_forward", counting)
     return counts
@@ -88,7 +91,7 @@ def test_the_checkpoint_that_the_stage_starts_from_counts(root: Path, tmp_path: 
 def test_an_interrupted_computation_goes_on(
     root: Path, tmp_path: Path, monkeypatch, forwards: list[int], cut: bool
 ) -> None:
-    monkeypatch.setattr(Session, "sync_stop_signal", lambda session: len(forwards) == 2)
+    monkeypatch.setattr(PreemptionHandler, "sync_stop_signal", lambda handler, step: len(forwards) == 2)
     assert compute(recipe(root, tmp_path))[1] is None
     monkeypatch.undo()
     (unfinished,) = files(tmp_path)

@@ -11,10 +11,11 @@ import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.rewards.served_model import ScoringFailed
+from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.stages.loaded_reward_model import load_reward_model
-from megatron_r1v2.stages.reward_model import pair_samples
-from megatron_r1v2.stages.session import open_model, open_session
-from megatron_r1v2.training.score_positions import last_scores
+from megatron_r1v2.stages.session import open_session
+from megatron_r1v2.stages.supervised_data import PairSource, pair_samples
+from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.rewards.test_served_model import Server
 from tests.stages.runs import (
@@ -109,7 +110,9 @@ def test_the_loaded_model_scores_as_the_trained_one(root: Path, tmp_path: Path, 
     with open_session(recipe_for(root, trained, (PARTS, "train.steps=25", "train.learning_rate=0.01")),
                       stage="reward_model", shown=()) as session:  # fmt: skip
         prompts = session.stream.next(6)
-        samples, units = pair_samples(session, prompts, setting="")
+        source = PairSource("reward_model", "data.train")
+        given, units = pair_samples(prompts, source, session.response_encoder)
+        samples = {name: append_pad_token(sample, session.tokenizer.pad_id) for name, sample in given.items()}
         part = session.microbatcher.split(samples, {p.key: p for p in prompts}, units=units)
         expected = {}
         for microbatch, values_BS in zip(part, session.policy.compute_values([p.batch for p in part]), strict=True):

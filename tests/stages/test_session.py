@@ -10,7 +10,9 @@ import pytest
 
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.stages.align import supervised_step
-from megatron_r1v2.stages.session import next_distinct, open_model, open_session
+from megatron_r1v2.stages.loaded_model import open_model
+from megatron_r1v2.stages.session import open_session
+from megatron_r1v2.stages.step_prompts import next_distinct
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import recipe_for
 

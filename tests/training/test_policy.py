@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.stages.grpo.stage import GrpoStage, mean_of_updates
+from megatron_r1v2.stages.grpo.stage import GrpoStage
+from megatron_r1v2.stages.grpo.updates import mean_of_updates
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.training.batches import with_old_log_probs
 from tests.stages.tiny_run import tiny_recipe
@@ -23,7 +24,7 @@ def take_steps(stage: GrpoStage, count: int) -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
     recipe = tiny_recipe(tmp_path)
     recipe.algorithm.gate_tokens = 0  # it would find the NaN first
-    with open_session(recipe, stage="grpo", shown=()) as session, session.verifiers() as pool:
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
         stage = GrpoStage(session, pool)
         stage.step()
         computed = session.policy.features.prompts_computed
@@ -32,7 +33,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
         version = session.policy.version
         session.policy.temperature = float("nan")
         # Reaches the loss as NaN through the log-probs of the update.
-        stage.add_old_log_probs = lambda samples, prompts: {  # type: ignore[method-assign]
+        stage.updates.add_old_log_probs = lambda samples, prompts: {  # type: ignore[method-assign]
             name: with_old_log_probs(sample, torch.zeros(len(sample.token_ids))) for name, sample in samples.items()
         }
         session.policy.skipped.settings.max_skipped_updates = 2

@@ -186,10 +186,8 @@ def test_the_best_by_validation_is_kept_beside_the_newest(session: Session) -> N
         (9, 0.1),
     ):
         session.step = step
-        if pass_at_1 is not None:
-            store.validated = (step, pass_at_1)
-        assert store.is_best(step) == (step in (1, 2, 7))
-        session.save({}, {})
+        assert store.is_best(pass_at_1) == (step in (1, 2, 7))
+        session.save({}, {}, pass_at_1=pass_at_1)
         store.finish_pending(blocking=True)
         best[step] = sorted(int(path.name[-8:]) for path in finished_checkpoints(store.folder))
     assert best == {
@@ -197,15 +195,12 @@ def test_the_best_by_validation_is_kept_beside_the_newest(session: Session) -> N
     }  # fmt: skip
     assert json.loads((store.folder / "best.json").read_text()) == {"step": 7, "pass_at_1": 0.8}
     again = CheckpointStore(store.folder, keep_last=2, asynchronous=False, context=session.context)
-    again.validated = (10, 0.8)
-    assert not again.is_best(10)
-    again.validated = (10, 0.9)
-    assert again.is_best(10)
-    assert not again.is_best(11)
+    assert not again.is_best(0.8)
+    assert again.is_best(0.9)
+    assert not again.is_best(None)
     shutil.rmtree(store.folder / "step-00000007")
     again = CheckpointStore(store.folder, keep_last=2, asynchronous=False, context=session.context)
-    again.validated = (10, 0.1)
-    assert again.is_best(10), "a best that somebody deleted must not keep a new one from being saved"
+    assert again.is_best(0.1), "a best that somebody deleted must not keep a new one from being saved"
 
 
 def test_names_of_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def select(
     trains_text: bool,
     context: ParallelContext,
 ) -> Selection:
-    """Decide what the step trains on, from what every replica generated.
+    """Collective over the data-parallel ranks: decide what the step trains on, from what every replica generated.
 
     Args:
         recipe: the settings.
@@ -81,18 +81,13 @@ def select(
     Returns:
         The selection, the same on every rank and for every number of data-parallel ranks.
     """
-    group_size = recipe.generation.responses_per_prompt
-    everything = _gather(prompts, scored, context)
+    everything = _gather_responses(prompts, scored, context)
     if recipe.reward.shuffle:
-        everything = [
-            (response, length)
-            for response, (_, length) in zip(
-                shuffle_rewards([response for response, _ in everything], seed=recipe.run.seed + step),
-                everything,
-                strict=True,
-            )
-        ]
-    records = _make_records(everything, prompts, group_size, recipe.algorithm.advantage_epsilon, step)
+        rewarded = shuffle_rewards([response for response, _ in everything], seed=recipe.run.seed + step)
+        everything = [(response, length) for response, (_, length) in zip(rewarded, everything, strict=True)]
+    records = _make_records(
+        everything, prompts, recipe.generation.responses_per_prompt, recipe.algorithm.advantage_epsilon, step
+    )
     trainable = [item.entry for item in records.values() if trains_text or item.entry.modality == "image"]
     eligible = trainable
     if recipe.algorithm.dynamic_sampling_rounds > 1:
@@ -116,24 +111,18 @@ def select(
         trainer |= assign({name: lengths[name] for name in update}, context.data_size)
     by_tokens = recipe.algorithm.loss_aggregation is LossAggregation.token
     total = plan.num_tokens if by_tokens else plan.num_sequences
-    effective = sum(item.entry.effective for item in records.values())
-    response_lengths = [item.entry.response_length for item in records.values()]
     return Selection(
         records=records,
         plan=plan,
         updates=updates,
         trainer=trainer,
         denominator=total / max(1, len(updates)),
-        num_generated_tokens=sum(response_lengths),
+        num_generated_tokens=sum(length for _, length in everything),
         metrics={
             **plan.metrics,
-            # Over all that was generated, left-out text-only prompts included.
-            "ssb/fresh_effective_fraction": effective / len(records),
+            **_response_metrics(everything, records),
             "data/text_only_left_out": len(records) - len(trainable),
-            "rollout/responses": len(records),
-            "rollout/tokens": sum(response_lengths),
             "rollout/responses_filtered": len(trainable) - len(eligible),
-            **_length_metrics(response_lengths, everything),
         },
     )
 
@@ -166,8 +155,31 @@ def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[B
     return [entry for entry in entries if entry.prompt_key in kept]
 
 
-def training_sample(response: ScoredRollout, prompt: Prompt, record: SampleRecord) -> Sample:
-    """Put a fresh response into the form that is trained; its old log-probs are not known yet.
+def fresh_samples(
+    selection: Selection, scored: Sequence[ScoredRollout], prompts: Sequence[Prompt], *, step: int
+) -> dict[str, Sample]:
+    """Make samples of this replica's responses that are trained somewhere; their old log-probs are not known yet.
+
+    Args:
+        selection: of the step.
+        scored: this replica's responses.
+        prompts: of the step.
+        step: steps done before this one.
+
+    Returns:
+        The samples by id.
+    """
+    by_key = {prompt.key: prompt for prompt in prompts}
+    samples = {}
+    for response in scored:
+        name = sample_id(step, response.rollout)
+        if name in selection.trainer:
+            samples[name] = fresh_sample(response, by_key[response.rollout.prompt_key], selection.records[name])
+    return samples
+
+
+def fresh_sample(response: ScoredRollout, prompt: Prompt, record: SampleRecord) -> Sample:
+    """Put a fresh response into the form that is trained.
 
     Args:
         response: with its tokens.
@@ -185,10 +197,13 @@ def training_sample(response: ScoredRollout, prompt: Prompt, record: SampleRecor
     return response_sample(prompt, rollout.token_ids, index=rollout.sample_index, rl=targets)
 
 
-def _gather(
+def _gather_responses(
     prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], context: ParallelContext
 ) -> list[tuple[ScoredRollout, int]]:
-    """Gather all responses with their lengths but without their tokens, in the order of prompts and samples."""
+    """Collective over the data-parallel ranks: gather all responses with their lengths, in the order of the prompts.
+
+    Without their tokens: those stay where they are until it is known who trains them.
+    """
     light = [
         (
             replace(response, rollout=replace(response.rollout, token_ids=(), rollout_log_probs=()), text=""),
@@ -235,9 +250,17 @@ def _split_updates(ids: Sequence[str], updates_per_step: int) -> tuple[tuple[str
     return tuple(part for part in (tuple(ids[start::updates_per_step]) for start in range(updates_per_step)) if part)
 
 
-def _length_metrics(lengths: Sequence[int], everything: Sequence[tuple[ScoredRollout, int]]) -> dict[str, float]:
+def _response_metrics(
+    everything: Sequence[tuple[ScoredRollout, int]], records: Mapping[str, SampleRecord]
+) -> dict[str, float]:
+    """Describe all that was generated, text-only prompts that are left out included."""
+    lengths = [length for _, length in everything]
     cut = sum(response.rollout.finish_reason == "length" for response, _ in everything)
+    effective = sum(record.entry.effective for record in records.values())
     return {
+        "ssb/fresh_effective_fraction": effective / len(records),
+        "rollout/responses": len(records),
+        "rollout/tokens": sum(lengths),
         "response_length/mean": sum(lengths) / len(lengths),
         "response_length/max": max(lengths),
         "response_length/clip_ratio": cut / len(lengths),

@@ -21,7 +21,7 @@ from megatron_r1v2.config.schema import (
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
-from megatron_r1v2.stages.grpo.selection import count_effective_groups, sample_id, select, training_sample
+from megatron_r1v2.stages.grpo.selection import count_effective_groups, fresh_sample, sample_id, select
 from megatron_r1v2.training.batches import with_old_log_probs
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from tests.ranks import run_ranks
@@ -75,7 +75,7 @@ def run_steps(context: ParallelContext, settings: RunRecipe) -> list[dict[str, A
         held = dict(store.samples)
         for response in scored:
             name = sample_id(step, response.rollout)
-            held[name] = training_sample(response, by_key[response.rollout.prompt_key], selection.records[name])
+            held[name] = fresh_sample(response, by_key[response.rollout.prompt_key], selection.records[name])
         samples, sample_prompts = send_to_trainers(
             held, store.prompts | by_key, selection.trainer, group=context.groups.dp, device=context.device
         )
@@ -202,7 +202,7 @@ def test_advantages_and_effectiveness_by_hand(context):
     assert [item.advantage for item in records] == pytest.approx([1 / 1.5, -1 / 1.5, -1 / 1.5, 1 / 1.5])
     assert all(item.entry.effective for item in records)
     assert selection.denominator == 4
-    sample = training_sample(responses[1], prompt, records[1])
+    sample = fresh_sample(responses[1], prompt, records[1])
     assert sample.token_ids == prompt.token_ids + responses[1].rollout.token_ids
     assert sample.prompt_length == len(prompt.token_ids)
     assert (sample.rl.advantage, sample.rl.reward, sample.rl.old_log_probs) == (records[1].advantage, 0.0, None)

@@ -1,0 +1,175 @@
+"""The rollout phase of a GRPO step: verified weights, responses of the engine, their rewards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.rewards.model import RewardModel
+from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.score import reward_metrics
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.stages.calibrator import Calibrator
+from megatron_r1v2.stages.grpo.selection import count_effective_groups
+from megatron_r1v2.stages.preemption import made_by
+from megatron_r1v2.stages.session import Session
+from megatron_r1v2.stages.step_prompts import next_distinct
+from megatron_r1v2.training.weight_verification import check_engine
+from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
+
+
+class RolloutPhase:
+    """Reads prompts, samples N responses to each and scores them."""
+
+    def __init__(
+        self,
+        session: Session,
+        engine: RolloutEngine,
+        *,
+        pool: VerifierPool | None,
+        reward_model: RewardModel | None,
+        calibrator: Calibrator,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            session: the running stage.
+            engine: on the weights in training.
+            pool: answer checkers, on the leader of each replica.
+            reward_model: weighed by `reward.model_weight`; None: there is none.
+            calibrator: gives that weight.
+        """
+        self.session = session
+        self.engine = engine
+        self.pool = pool
+        self.reward_model = reward_model
+        self.calibrator = calibrator
+        shared = session.policy.features
+        self.features = shared if shared is not None else session.loaded.feature_cache()
+
+    def generate_and_score(self) -> tuple[list[Prompt], list[ScoredRollout]]:
+        """Collective over the world: generate and score, once or (dynamic sampling) until enough groups are effective.
+
+        Returns:
+            The prompts of the step, the same on every rank, and this replica's responses.
+        """
+        session, timed = self.session, self.session.recorder.timed
+        wanted, rounds = session.recipe.train.prompts_per_step, session.recipe.algorithm.dynamic_sampling_rounds
+        prompts: list[Prompt] = []
+        scored: list[ScoredRollout] = []
+        counts: Counter[str] = Counter()
+        self.features.clear()
+        for done in range(1, rounds + 1):
+            more = next_distinct(session.stream, wanted, besides=prompts)
+            if done == 1:
+                with timed("gate"):
+                    self.verify_weights(more)
+            with timed("generate"):
+                rollouts = self.generate(more, round_number=done)
+            with timed("reward"):
+                more_scored, more_counts = self.score(more, rollouts)
+            prompts += more
+            scored += more_scored
+            counts.update(more_counts)
+            if done == rounds or self.sum_effective_groups(prompts, scored) >= wanted:
+                break
+        if session.policy.features is None:
+            self.features.clear()  # of a tower that trains: the update does not read them, and needs the memory
+        session.recorder.note({"rollout/rounds": done, **reward_metrics(counts)})
+        return prompts, scored
+
+    def verify_weights(self, prompts: Sequence[Prompt]) -> None:
+        """Collective over the world: check that all replicas sample from the same weights, and the engine from those.
+
+        Args:
+            prompts: of the step.
+        """
+        session, recipe = self.session, self.session.recipe
+        weights = session.verifier.verify_weights({}, None)
+        session.recorder.note(
+            check_engine(
+                self.engine,
+                prompts,
+                self.features,
+                policy=session.policy,
+                microbatcher=session.microbatcher,
+                generation=recipe.generation,
+                settings=recipe.algorithm,
+            )
+        )
+        session.preemption.kept.begin_step(
+            session.step, made_by(recipe.run.seed, session.policy.version, recipe.generation, weights)
+        )
+
+    def generate(self, prompts: Sequence[Prompt], *, round_number: int) -> list[Rollout]:
+        """Collective over the world: sample N responses to each prompt, less those kept from before an interruption.
+
+        Args:
+            prompts: of the round, the same on every rank.
+            round_number: of the step.
+
+        Returns:
+            This replica's rollouts: of the prompts that it took from the shared queue, and its share of those kept.
+        """
+        session, preemption = self.session, self.session.preemption
+        settings = session.recipe.generation
+        kept, missing = preemption.kept.take(prompts)
+        preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
+        rollouts = self.engine.generate(
+            SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
+            num_responses=settings.responses_per_prompt,
+            policy_version=session.policy.version,
+            temperature=settings.temperature,
+            max_response_tokens=settings.max_response_tokens,
+            features=self.features,
+            progress=preemption.poll_between_engine_steps,
+            on_finished=preemption.kept.keep,
+        )
+        preemption.wait_for_all(f"generated-{session.step}-{round_number}")
+        session.recorder.note({"rollout/evictions": self.engine.num_evictions})
+        order = {prompt.key: place for place, prompt in enumerate(prompts)}
+        # Which replica takes which prompt is a matter of time; the order of the prompts is not.
+        return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
+        """Collective over the world: score this replica's rollouts.
+
+        Args:
+            prompts: of the round.
+            rollouts: this replica's.
+
+        Returns:
+            The scored rollouts of this replica, and the reward sums of all.
+        """
+        session = self.session
+        self.calibrator.note()
+        scored, counts = score_in_replica(
+            {prompt.key: prompt for prompt in prompts},
+            rollouts,
+            decode=session.tokenizer.decode,
+            settings=replace(session.recipe.reward, model_weight=self.calibrator.value),
+            pool=self.pool,
+            context=session.context,
+            max_response_tokens=session.recipe.generation.max_response_tokens,
+            reward_model=self.reward_model,
+        )
+        total: Counter[str] = Counter()
+        for part in objects.all_gather(counts, session.context.groups.dp):
+            total.update(part)
+        return scored, total
+
+    def sum_effective_groups(self, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> int:
+        """Collective over the data-parallel ranks: count the groups of all replicas that can teach something.
+
+        Args:
+            prompts: of the step.
+            scored: this replica's responses.
+        """
+        session = self.session
+        mine = count_effective_groups(scored, prompts, trains_text=session.trains_text)
+        return sum(objects.all_gather(mine, session.context.groups.dp))

@@ -1,0 +1,167 @@
+"""A model with its weights, and what can be done with it before or without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
+from megatron_r1v2.config.schema import Part, RunRecipe
+from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.evaluation.evaluator import Evaluator
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.models.architecture import R1V2Architecture, read_architecture
+from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
+from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.training.store import load_state, load_weights, resolve_checkpoint
+from megatron_r1v2.types import Prompt
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights, tokenizer and sizes."""
+
+    model: R1V2Model
+    architecture: R1V2Architecture
+    tokenizer: ChatTokenizer
+    context: ParallelContext
+    recipe: RunRecipe
+    changed_parts: list[Part]
+    """Parts whose weights are not those in `model.hf_path`."""
+    version: int
+    """Optimizer steps behind `model.checkpoint`."""
+
+    @property
+    def sampled_vocab_size(self) -> int:
+        """Return the ids that can be drawn: embeddings beyond the tokenizer were never trained."""
+        return min(self.tokenizer.vocab_size, self.architecture.language.vocab_size)
+
+    def engine(self, *, prefix_tokens: int = 0) -> RolloutEngine:
+        """Return the rollout engine on the model's own weights.
+
+        Args:
+            prefix_tokens: the longest beginning of a response that a prompt may end with.
+        """
+        generation = self.recipe.generation
+        return RolloutEngine(
+            self.model,
+            context=self.context,
+            settings=generation,
+            stop_ids=frozenset(self.tokenizer.stop_ids(generation.stop_tokens)),
+            vocab_size=self.sampled_vocab_size,
+            max_prompt_tokens=self.recipe.data.max_prompt_tokens + prefix_tokens,
+            seed=self.recipe.run.seed,
+        )
+
+    def feature_cache(self) -> FeatureCache:
+        """Return an empty cache of image features."""
+        return FeatureCache(int(self.recipe.generation.feature_cache_gib * 2**30))
+
+    def evaluator(self, engine: RolloutEngine, pool: VerifierPool | None) -> Evaluator:
+        """Return what evaluates this model."""
+        return Evaluator(
+            engine=engine,
+            features=self.feature_cache(),
+            settings=self.recipe.evaluation,
+            reward=self.recipe.reward,
+            pool=pool,
+            decode=self.tokenizer.decode,
+            context=self.context,
+            max_response_tokens=self.recipe.generation.max_response_tokens,
+        )
+
+    def verifiers(self) -> AbstractContextManager[VerifierPool | None]:
+        """Return a context manager that gives a VerifierPool on the leader of each replica, None elsewhere."""
+        if not self.context.is_replica_leader:
+            return nullcontext(None)
+        reward = self.recipe.reward
+        return VerifierPool(reward.verifier_workers, reward.verifier_timeout_seconds)
+
+    def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
+        """Read a data set in its order."""
+        return read_prompts(
+            folder,
+            settings=self.recipe.data,
+            tokenizer=self.tokenizer,
+            tile_size=self.architecture.vision.image_size,
+            tokens_per_tile=self.architecture.tokens_per_tile,
+            count=count,
+        )
+
+    def each_prompt(self, folder: str) -> Iterator[Prompt]:
+        """Read a data set in its order, a prompt at a time."""
+        return each_prompt(
+            folder,
+            settings=self.recipe.data,
+            tokenizer=self.tokenizer,
+            tile_size=self.architecture.vision.image_size,
+            tokens_per_tile=self.architecture.tokens_per_tile,
+        )
+
+    def training_stream(self) -> PromptStream:
+        """Return the endless stream of `data.train`."""
+        return PromptStream(
+            self.recipe.data.train,
+            seed=self.recipe.run.seed,
+            settings=self.recipe.data,
+            tokenizer=self.tokenizer,
+            tile_size=self.architecture.vision.image_size,
+            tokens_per_tile=self.architecture.tokens_per_tile,
+        )
+
+
+@contextmanager
+def open_model(recipe: RunRecipe, *, score_head: bool = False) -> Iterator[LoadedModel]:
+    """Start the process groups and load a model; everything ends with the block.
+
+    Args:
+        recipe: the settings.
+        score_head: a reward model.
+    """
+    context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
+    try:
+        yield load_model(recipe, context, score_head=score_head)
+    finally:
+        groups.shut_down()
+
+
+def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool = False) -> LoadedModel:
+    """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
+
+    Args:
+        recipe: the settings.
+        context: process groups.
+        score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
+    """
+    hf_path = Path(recipe.model.hf_path)
+    architecture = read_architecture(hf_path)
+    tokenizer = ChatTokenizer(hf_path)
+    if tokenizer.image_token_id != architecture.image_token_id:
+        raise ValueError(
+            f"{hf_path}: <IMG_CONTEXT> is token {tokenizer.image_token_id} of the tokenizer but config.json says "
+            f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
+        )
+    settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
+    score_seed = recipe.run.seed if score_head else None
+    model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
+    load_hf_weights(model, hf_path, context, cast=True)
+    changed, version = [], 0
+    if recipe.model.checkpoint:
+        checkpoint = resolve_checkpoint(recipe.model.checkpoint)
+        changed, version = load_weights(model, checkpoint), load_state(checkpoint)["version"]
+    return LoadedModel(
+        model=model,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        context=context,
+        recipe=recipe,
+        changed_parts=changed,
+        version=version,
+    )

@@ -1,0 +1,34 @@
+"""The prompts of a step, read from the endless stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_r1v2.data.stream import PromptStream
+from megatron_r1v2.types import Prompt
+
+
+def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
+    """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
+
+    Args:
+        stream: endless.
+        count: how many.
+        besides: prompts that the step has already.
+
+    Raises:
+        ValueError: the data set has fewer.
+    """
+    taken = {prompt.key for prompt in besides}
+    found: dict[str, Prompt] = {}
+    for _ in range(20):
+        for prompt in stream.next(count - len(found)):
+            if prompt.key not in taken:
+                found.setdefault(prompt.key, prompt)
+        if len(found) == count:
+            return list(found.values())
+    further = f" beside the {len(taken)} of earlier rounds (algorithm.dynamic_sampling_rounds)" if taken else ""
+    raise ValueError(
+        f"data.train has only {len(found)} distinct prompts{further} but train.prompts_per_step={count}; "
+        "lower train.prompts_per_step or give more data"
+    )
