@@ -37,7 +37,7 @@ from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.grpo.updates import batch_loss
-from megatron_r1v2.training.batches import collate, response_sample
+from megatron_r1v2.training.batches import RowFormat, collate, response_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.types import Prompt, RLTargets
@@ -248,11 +248,7 @@ def _batch(case: Case, index: int, context: groups.ParallelContext) -> Any:
     return collate(
         samples,
         prompts,
-        pad_id=0,
-        image_token_id=sizes.image_token_id,
-        tensor_size=context.tensor_size,
-        replayed=[False] * len(samples),
-        device=context.device,
+        RowFormat(0, sizes.image_token_id, tensor_size=context.tensor_size, device=context.device),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_r1v2.config.hallucination import HallucinationConfig
+from megatron_r1v2.config.schema import HallucinationConfig
 from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.rl.calibration import Calibration, CalibrationSettings, calibrate, interpolate
 from megatron_r1v2.types import Prompt

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
-from megatron_r1v2.config.schema import Part, RunRecipe
+from megatron_r1v2.config.choices import Part
+from megatron_r1v2.config.schema import RunRecipe, TrainConfig
 from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluator import Evaluator
@@ -20,6 +21,8 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.training.batches import RowFormat, length_multiple
+from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.store import load_state, load_weights, resolve_checkpoint
 from megatron_r1v2.types import Prompt
 
@@ -42,6 +45,22 @@ class LoadedModel:
     def sampled_vocab_size(self) -> int:
         """Return the ids that can be drawn: embeddings beyond the tokenizer were never trained."""
         return min(self.tokenizer.vocab_size, self.architecture.language.vocab_size)
+
+    @property
+    def length_multiple(self) -> int:
+        """Return what the lengths of training rows must be multiples of."""
+        return length_multiple(self.recipe.model.fp8, self.recipe.parallel)
+
+    def microbatcher(self, settings: TrainConfig) -> Microbatcher:
+        """Return what makes microbatches for this model and layout."""
+        rows = RowFormat(
+            pad_id=self.tokenizer.pad_id,
+            image_token_id=self.architecture.image_token_id,
+            tensor_size=self.context.tensor_size,
+            device=self.context.device,
+            length_multiple=self.length_multiple,
+        )
+        return Microbatcher(settings, rows)
 
     def engine(self, *, prefix_tokens: int = 0) -> RolloutEngine:
         """Return the rollout engine on the model's own weights.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_r1v2.config.schema import Packing, Part, RunRecipe
+from megatron_r1v2.config.choices import Packing, Part
+from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.served_model import ServedRewardModel
 from megatron_r1v2.stages.loaded_model import LoadedModel, load_model
-from megatron_r1v2.training.batches import length_multiple, response_sample
+from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.score_positions import append_pad_token, last_scores
@@ -91,23 +92,15 @@ def load_reward_model(policy: LoadedModel) -> LoadedRewardModel:
         )
     _check_same_inputs(policy, loaded)
     loaded.model.requires_grad_(False).eval()
-    multiple = length_multiple(recipe.model.fp8, recipe.parallel)
     return LoadedRewardModel(
         forward=Forward(
             model=loaded.model,
             context=policy.context,
             features=loaded.feature_cache(),
             packed=recipe.train.packing is not Packing.none,
-            length_multiple=multiple,
+            length_multiple=loaded.length_multiple,
         ),
-        microbatcher=Microbatcher(
-            settings=recipe.train,
-            pad_id=loaded.tokenizer.pad_id,
-            image_token_id=loaded.architecture.image_token_id,
-            tensor_size=policy.context.tensor_size,
-            length_multiple=multiple,
-            device=policy.context.device,
-        ),
+        microbatcher=loaded.microbatcher(recipe.train),
         tokenizer=loaded.tokenizer,
         end_id=loaded.tokenizer.token_id(recipe.generation.stop_tokens[0]),
         context=policy.context,

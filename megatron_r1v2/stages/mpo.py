@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_r1v2.config.schema import LossAggregation, PreferenceConfig, RunRecipe
+from megatron_r1v2.config.choices import LossAggregation
+from megatron_r1v2.config.schema import PreferenceConfig, RunRecipe
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.rl.mpo import (

@@ -12,19 +12,20 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_r1v2.checkpoint.megatron.run_folder import TENSORS, resolve_checkpoint
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, sample_name, shard_samples
-from megatron_r1v2.training.store import TENSORS, resolve_checkpoint
 from megatron_r1v2.types import Prompt
 
 _VERSION = 1
+Value = TypeVar("Value")
 
 
 def belongs_to(session: Session) -> dict[str, str]:
@@ -82,16 +83,16 @@ def load_or_compute_log_probs(
     folder = session.recipe.preference.reference_dir or f"{session.recipe.run.output_dir}/reference"
     path = Path(folder) / f"{_digest([json.dumps(dict(about), sort_keys=True)])[:16]}.jsonl"
     unfinished = path.with_suffix(".unfinished")
-    sums = _broadcast_from_main(_read_finished(path) if session.context.is_main else None)
-    if sums is not None:
-        session.recorder.say(f"reference log-probs of {len(sums) // 2} pairs are in {path}")
-        return sums
+    finished = _broadcast_from_main(_read_finished(path) if session.context.is_main else None)
+    if finished is not None:
+        session.recorder.say(f"reference log-probs of {len(finished) // 2} pairs are in {path}")
+        return finished
     if session.step:
         raise ValueError(
             f"{path} is gone, the reference log-probs that this run has trained against for {session.step} steps; put "
             "it back, or start anew with run.output_dir set to a new folder"
         )
-    sums = _broadcast_from_main(_read_lines(unfinished) if session.context.is_main else None)
+    sums = _broadcast_from_main(_read_lines(unfinished) if session.context.is_main else {})
     if not _compute(session, source, sums, unfinished):
         return None
     if session.context.is_main:
@@ -146,7 +147,7 @@ def _chunks(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
         yield chunk
 
 
-def _lines(keys: Sequence[str], sums: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def _lines(keys: Sequence[str], sums: Mapping[str, float]) -> Iterator[dict[str, str | float]]:
     for key in keys:
         yield {"key": key, **{side: sums[sample_name(key, side)] for side in SIDES}}
 
@@ -180,7 +181,7 @@ def _read_lines(path: Path) -> dict[str, float]:
     return sums
 
 
-def _broadcast_from_main(value: Any) -> Any:
+def _broadcast_from_main(value: Value) -> Value:
     """Collective over the world: return the main rank's value; the others may not see its files yet."""
     return objects.all_gather(value)[0]
 

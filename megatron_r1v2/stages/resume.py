@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.training.policy import Policy
-from megatron_r1v2.training.store import RECIPE_FILE, CheckpointStore
+from megatron_r1v2.training.store import CheckpointStore
 
 _SCHEDULE = (
     "steps",

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
+from megatron_r1v2.config.choices import Packing, Part
 from megatron_r1v2.config.load import save_recipe
-from megatron_r1v2.config.schema import Packing, Part, RunRecipe
+from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
@@ -25,12 +27,11 @@ from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import Restored, resume
 from megatron_r1v2.stages.step_prompts import next_distinct
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
-from megatron_r1v2.training.batches import length_multiple
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import build_optimizer, release_grad_hooks, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.reference import ReferenceWeights
-from megatron_r1v2.training.store import RECIPE_FILE, CheckpointStore, Snapshot
+from megatron_r1v2.training.store import CheckpointStore, Snapshot
 from megatron_r1v2.training.weight_verification import WeightVerifier
 from megatron_r1v2.types import Prompt
 
@@ -80,14 +81,7 @@ class Session:
     @property
     def microbatcher(self) -> Microbatcher:
         """Return what makes microbatches for this model and layout."""
-        return Microbatcher(
-            settings=self.recipe.train,
-            pad_id=self.tokenizer.pad_id,
-            image_token_id=self.loaded.architecture.image_token_id,
-            tensor_size=self.context.tensor_size,
-            length_multiple=self.policy.length_multiple,
-            device=self.context.device,
-        )
+        return self.loaded.microbatcher(self.recipe.train)
 
     @property
     def response_encoder(self) -> ResponseEncoder:
@@ -291,6 +285,6 @@ def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:
         vocab_size=loaded.sampled_vocab_size,
         features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
         packed=recipe.train.packing is not Packing.none,
-        length_multiple=length_multiple(recipe.model.fp8, recipe.parallel),
+        length_multiple=loaded.length_multiple,
         skipped=SkippedUpdates(run_dir / SKIPPED_FOLDER, settings=recipe.train, context=context),
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1v2.config.schema import Fp8, Packing, ParallelConfig, TrainConfig
+from megatron_r1v2.config.choices import Fp8, Packing
+from megatron_r1v2.config.schema import ParallelConfig, TrainConfig
 from megatron_r1v2.data.packing import first_fit_decreasing, nemo_first_fit_decreasing
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
 
@@ -42,16 +42,27 @@ def split_into_microbatches(
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
+@dataclass(frozen=True)
+class RowFormat:
+    """How samples are laid out as the rows of a batch."""
+
+    pad_id: int
+    """The token that fills rows."""
+    image_token_id: int
+    """`<IMG_CONTEXT>`."""
+    tensor_size: int
+    """TP ranks: sequence parallelism splits the length over them."""
+    device: torch.device
+    length_multiple: int = LENGTH_MULTIPLE
+    """Lengths are multiples of this; FP8 wants more than bf16."""
+
+
 def collate(
     samples: Sequence[Sample],
     prompts: Mapping[str, Prompt],
+    rows: RowFormat,
     *,
-    pad_id: int,
-    image_token_id: int,
-    tensor_size: int,
-    length_multiple: int = LENGTH_MULTIPLE,
-    replayed: Sequence[bool],
-    device: torch.device,
+    replayed: Sequence[bool] | None = None,
     weights: Sequence[float] | None = None,
 ) -> TrainingBatch:
     """Pad samples into one microbatch.
@@ -59,23 +70,19 @@ def collate(
     Args:
         samples: its rows; at least one.
         prompts: by key, to find tiles.
-        pad_id: token that fills rows.
-        image_token_id: of `<IMG_CONTEXT>`.
-        tensor_size: TP ranks: sequence parallelism splits the length over them.
-        length_multiple: rows are padded to a multiple of this; FP8 wants more than bf16.
-        replayed: for each row, whether it comes from the buffer.
-        device: where the tensors go.
+        rows: their format.
+        replayed: for each row, whether it comes from the buffer; None: no row does.
         weights: per row; None: 1.
 
     Returns:
         The batch; column s predicts token s + 1.
     """
-    multiple = math.lcm(length_multiple, tensor_size)
+    multiple = math.lcm(rows.length_multiple, rows.tensor_size)
     length = math.ceil((max(len(sample.token_ids) for sample in samples) - 1) / multiple) * multiple
-    rows = len(samples)
-    tokens = torch.full((rows, length + 1), pad_id, dtype=torch.int64)
-    mask = torch.zeros(rows, length)
-    old, rollout = torch.zeros(rows, length), torch.zeros(rows, length)
+    count = len(samples)
+    tokens = torch.full((count, length + 1), rows.pad_id, dtype=torch.int64)
+    mask = torch.zeros(count, length)
+    old, rollout = torch.zeros(count, length), torch.zeros(count, length)
     for row, sample in enumerate(samples):
         ids = torch.tensor(sample.token_ids[: length + 1])
         tokens[row, : len(ids)] = ids
@@ -89,23 +96,23 @@ def collate(
     tiles, tile_index, image_prompts = _shared_tiles([prompts[sample.prompt_key] for sample in samples])
     batch = TrainingBatch(
         token_ids_BS=tokens[:, :-1].contiguous(),
-        position_ids_BS=torch.arange(length).expand(rows, length).contiguous(),
+        position_ids_BS=torch.arange(length).expand(count, length).contiguous(),
         labels_BS=tokens[:, 1:].contiguous(),
         response_mask_BS=mask,
-        image_mask_BS=(tokens[:, :-1] == image_token_id) & in_prompt,
+        image_mask_BS=(tokens[:, :-1] == rows.image_token_id) & in_prompt,
         tiles_TCHW=tiles,
         tile_index=tile_index,
         image_prompts=image_prompts,
         advantages_B=torch.tensor([sample.rl.advantage if sample.rl is not None else 0.0 for sample in samples]),
         old_log_probs_BS=old,
         rollout_log_probs_BS=rollout,
-        replayed_B=torch.tensor(list(replayed), dtype=torch.bool),
-        weights_B=torch.tensor(list(weights) if weights is not None else [1.0] * rows),
+        replayed_B=torch.tensor(list(replayed) if replayed is not None else [False] * count, dtype=torch.bool),
+        weights_B=torch.tensor(list(weights) if weights is not None else [1.0] * count),
         num_prompt_tokens_B=tuple(sample.prompt_length for sample in samples),
         num_response_tokens_B=tuple(sample.response_length for sample in samples),
         has_image_B=torch.tensor([sample.modality == "image" for sample in samples]),
     )
-    return _to_device(batch, device)
+    return _to_device(batch, rows.device)
 
 
 def length_multiple(fp8: Fp8, parallel: ParallelConfig) -> int:
@@ -189,7 +196,5 @@ def _shared_tiles(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _to_device(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
-    }
-    return replace(batch, **moved)
+    moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return TrainingBatch(**{**vars(batch), **moved})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,10 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.batches import LENGTH_MULTIPLE
 from megatron_r1v2.training.packing import PackedBatch, pack
 from megatron_r1v2.types import TrainingBatch
+
+Result = TypeVar("Result")
+Finish = Callable[[torch.Tensor, TrainingBatch], tuple[torch.Tensor, Result]]
+"""(values_BS, batch) to a loss and what to return for the microbatch."""
 
 
 @dataclass(kw_only=True)
@@ -70,18 +74,18 @@ class Forward:
             dist.broadcast(result, src=self.context.last_stage_rank, group=self.context.groups.pp)
         return results
 
-    def run(self, batches: Sequence[TrainingBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+    def run(self, batches: Sequence[TrainingBatch], finish: Finish[Result], *, forward_only: bool) -> list[Result]:
         """Collective over the replica: run microbatches through megatron-core's schedule.
 
         Args:
             batches: at least one.
-            finish: (values_BS, batch) to a loss and what to return for the microbatch; called on the last stage.
+            finish: called on the last stage.
             forward_only: no backward pass.
 
         Returns:
             What `finish` gave for each microbatch, on the last stage.
         """
-        return get_forward_backward_func()(
+        results: list[Result] = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, finish),
             data_iterator=iter(batches),
             model=self.module,
@@ -90,10 +94,11 @@ class Forward:
             micro_batch_size=batches[0].token_ids_BS.shape[0],
             forward_only=forward_only,
         )
+        return results
 
     def _forward_step(
-        self, finish: Callable[..., Any], batches: Iterator[TrainingBatch], module: torch.nn.Module
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]:
+        self, finish: Finish[Result], batches: Iterator[TrainingBatch], module: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Result]]]:
         batch = next(batches)
         packed = self._pack(batch) if self.packed else None
         output = module(
@@ -108,8 +113,8 @@ class Forward:
         return output, partial(self._finish, finish, batch, packed)
 
     def _finish(
-        self, finish: Callable[..., Any], batch: TrainingBatch, packed: PackedBatch | None, output: torch.Tensor
-    ) -> tuple[torch.Tensor, Any]:
+        self, finish: Finish[Result], batch: TrainingBatch, packed: PackedBatch | None, output: torch.Tensor
+    ) -> tuple[torch.Tensor, Result]:
         values_BS = self.read(output, packed.labels_1S if packed else batch.labels_BS)
         return finish(packed.unpack(values_BS) if packed else values_BS, batch)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from megatron_r1v2.config.schema import TrainConfig
-from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
+from megatron_r1v2.training.batches import RowFormat, collate, filler_sample, split_into_microbatches
 from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 
@@ -26,13 +24,7 @@ class Microbatcher:
     """Makes microbatches of samples."""
 
     settings: TrainConfig
-    pad_id: int
-    image_token_id: int
-    tensor_size: int
-    """TP ranks: sequence parallelism splits the length over them."""
-    length_multiple: int
-    """Lengths are padded to a multiple of this."""
-    device: torch.device
+    rows: RowFormat
 
     def split(
         self,
@@ -57,10 +49,12 @@ class Microbatcher:
         grouped = {name: (name,) for name in samples} if units is None else units
         lengths = {unit: [len(samples[name].token_ids) for name in names] for unit, names in grouped.items()}
         microbatches = []
-        for chosen in split_into_microbatches(lengths, self.settings, length_multiple=self.length_multiple):
+        for chosen in split_into_microbatches(lengths, self.settings, length_multiple=self.rows.length_multiple):
             names = tuple(name for unit in chosen for name in grouped[unit])
-            rows = [samples[name] for name in names]
-            microbatches.append(Microbatch(names, self._collate(rows, prompts, [name in replayed for name in names])))
+            batch = collate(
+                [samples[name] for name in names], prompts, self.rows, replayed=[name in replayed for name in names]
+            )
+            microbatches.append(Microbatch(names, batch))
         return microbatches
 
     def filler(self, prompt: Prompt, *, rows: int = 1) -> TrainingBatch:
@@ -70,19 +64,4 @@ class Microbatcher:
             prompt: any prompt, so that the shapes are usual ones.
             rows: of a unit.
         """
-        batch = self._collate([filler_sample(prompt)] * rows, {prompt.key: prompt}, [False] * rows)
-        return replace(batch, weights_B=torch.zeros_like(batch.weights_B))
-
-    def _collate(
-        self, samples: Sequence[Sample], prompts: Mapping[str, Prompt], replayed: Sequence[bool]
-    ) -> TrainingBatch:
-        return collate(
-            samples,
-            prompts,
-            replayed=replayed,
-            pad_id=self.pad_id,
-            image_token_id=self.image_token_id,
-            tensor_size=self.tensor_size,
-            length_multiple=self.length_multiple,
-            device=self.device,
-        )
+        return collate([filler_sample(prompt)] * rows, {prompt.key: prompt}, self.rows, weights=[0.0] * rows)

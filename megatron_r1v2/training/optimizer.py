@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -122,7 +121,7 @@ def trains_here(optimizer: MegatronOptimizer) -> bool:
     return any(part.buffers for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, Any]) -> None:
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, object]) -> None:
     """Load what `dist_checkpointing` read into the optimizer.
 
     megatron-core 0.16.1 cannot load the `fully_reshardable` format into torch's Adam: it looks for every entry of
@@ -167,7 +166,7 @@ def _finalizer(context: ParallelContext) -> Callable[..., None]:
     """Bind our groups: megatron-core's schedules pass theirs only when they were given some."""
 
     @functools.wraps(finalize_model_grads)
-    def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    def finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
         kwargs["pg_collection"] = context.groups
         finalize_model_grads(model, num_tokens, **kwargs)
 

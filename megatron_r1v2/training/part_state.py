@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 
 from megatron_r1v2.checkpoint.megatron.run_folder import TENSORS
-from megatron_r1v2.config.schema import Part
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 
 

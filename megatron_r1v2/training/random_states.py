@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 
-def random_states() -> dict[str, Any]:
+def random_states() -> dict[str, torch.Tensor]:
     """Return the states of now."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state()}
+    states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states

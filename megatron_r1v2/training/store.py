@@ -44,7 +44,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import (
     resolve_checkpoint,
     save_state,
 )
-from megatron_r1v2.config.schema import Part
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -211,7 +211,7 @@ class CheckpointStore:
         """Return the number of the save whose files this rank has written in the background, while it has no name."""
         for call in self._queue.async_calls:
             if call.async_caller.is_current_async_call_done(blocking=False, no_dist=True):
-                return call.idx
+                return int(call.idx)
         return None
 
     def finish_pending(self, *, blocking: bool) -> None:

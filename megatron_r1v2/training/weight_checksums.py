@@ -8,13 +8,14 @@ elements within a tensor does not show either, which is the price of not dependi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_r1v2.checkpoint.megatron.tensor_checksum import MODULUS, tensor_checksum
-from megatron_r1v2.config.schema import Part
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -59,7 +60,7 @@ def check_replicas(checksums: Mapping[str, int], context: ParallelContext) -> No
             )
 
 
-def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source: Any) -> None:
+def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source: Path | None) -> None:
     """Check that what was loaded is what was saved.
 
     Args:
@@ -97,7 +98,7 @@ def check_unchanged(checksums: Mapping[str, int], before: Mapping[str, int]) -> 
             )
 
 
-def _is_counted_here(entry: Any) -> bool:
+def _is_counted_here(entry: ShardedTensor) -> bool:
     """Return whether this rank counts a tensor for its replica; the last index is that of the replica."""
     index = entry.replica_id
     return not any(index[:-1]) if isinstance(index, tuple) else True

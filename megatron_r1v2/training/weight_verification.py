@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.config.schema import AlgorithmConfig, GenerationConfig, Part
+from megatron_r1v2.config.choices import Part
+from megatron_r1v2.config.schema import AlgorithmConfig, GenerationConfig
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.r1v2 import R1V2Model

@@ -26,7 +26,7 @@ from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.grpo.updates import batch_loss
-from megatron_r1v2.training.batches import collate, filler_sample
+from megatron_r1v2.training.batches import RowFormat, collate, filler_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy, UpdateResult
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
@@ -270,11 +270,8 @@ def collate_microbatch(
     return collate(
         [material.samples[name] for name in names],
         material.prompts,
-        pad_id=0,
-        image_token_id=model.architecture.image_token_id,
-        tensor_size=context.tensor_size,
+        RowFormat(0, model.architecture.image_token_id, tensor_size=context.tensor_size, device=context.device),
         replayed=[name.endswith("1") for name in names],
-        device=context.device,
         weights=weights,
     )
 

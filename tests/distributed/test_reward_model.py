@@ -15,7 +15,7 @@ from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.config.schema import ParallelConfig, Recompute
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.stages.reward_model import pair_loss
-from megatron_r1v2.training.batches import collate, filler_sample, response_sample
+from megatron_r1v2.training.batches import RowFormat, collate, filler_sample, response_sample
 from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.types import Prompt, Sample
 from tests.distributed.steps import gather_gradients, make_policy, make_prompts, parameters_out_of_step
@@ -149,16 +149,8 @@ def run_step(folder: str, case: Case) -> Outcome:
     samples = make_pairs(prompts)
 
     def batch_of(rows: list[Sample], weight: float = 1.0) -> Any:
-        return collate(
-            rows,
-            prompts,
-            pad_id=0,
-            image_token_id=architecture.image_token_id,
-            tensor_size=context.tensor_size,
-            replayed=[False] * len(rows),
-            device=context.device,
-            weights=[weight] * len(rows),
-        )
+        layout = RowFormat(0, architecture.image_token_id, tensor_size=context.tensor_size, device=context.device)
+        return collate(rows, prompts, layout, weights=[weight] * len(rows))
 
     mine = case.split[context.data_rank] if context.data_rank < len(case.split) else []
     names = [[f"{key}/{side}" for key in pairs for side in (0, 1)] for pairs in mine]

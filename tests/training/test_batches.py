@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.config.schema import Packing, TrainConfig
-from megatron_r1v2.training.batches import collate, filler_sample, split_into_microbatches
+from megatron_r1v2.training.batches import RowFormat, collate, filler_sample, split_into_microbatches
 from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 
 PAD = 99
@@ -18,11 +18,7 @@ def pack(samples, prompts, *, tensor_size=1, **arguments):
     return collate(
         samples,
         {prompt.key: prompt for prompt in prompts},
-        pad_id=PAD,
-        image_token_id=IMAGE_TOKEN,
-        tensor_size=tensor_size,
-        replayed=arguments.pop("replayed", [False] * len(samples)),
-        device=torch.device("cpu"),
+        RowFormat(PAD, IMAGE_TOKEN, tensor_size=tensor_size, device=torch.device("cpu")),
         **arguments,
     )
 

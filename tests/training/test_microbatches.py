@@ -3,6 +3,7 @@
 import torch
 
 from megatron_r1v2.config.schema import TrainConfig
+from megatron_r1v2.training.batches import RowFormat
 from megatron_r1v2.training.microbatches import Microbatcher
 from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 
@@ -11,7 +12,7 @@ PROMPTS = {key: make_prompt(key, tiles=tiles) for key, tiles in (("a", 1), ("b",
 
 def microbatcher(size: int) -> Microbatcher:
     settings = TrainConfig(micro_batch_size=size)
-    return Microbatcher(settings, 99, IMAGE_TOKEN, tensor_size=1, length_multiple=8, device=torch.device("cpu"))
+    return Microbatcher(settings, RowFormat(99, IMAGE_TOKEN, tensor_size=1, device=torch.device("cpu")))
 
 
 def test_rows_are_the_named_samples():

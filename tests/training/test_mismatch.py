@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.training.batches import collate
+from megatron_r1v2.training.batches import RowFormat, collate
 from megatron_r1v2.training.mismatch import compute_mismatch
 from tests.ranks import run_ranks
 from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
@@ -38,11 +38,7 @@ def measure(microbatches: Sequence, context: ParallelContext) -> dict[str, float
         batch = collate(
             samples,
             PROMPTS,
-            pad_id=0,
-            image_token_id=IMAGE_TOKEN,
-            tensor_size=context.tensor_size,
-            replayed=[False] * len(rows),
-            device=context.device,
+            RowFormat(0, IMAGE_TOKEN, tensor_size=context.tensor_size, device=context.device),
         )
         values_BS = torch.full_like(batch.rollout_log_probs_BS, 9.0)  # prompt and padding must not count
         for row, sample in enumerate(samples):

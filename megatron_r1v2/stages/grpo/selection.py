@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1v2.config.schema import LossAggregation, RunRecipe
+from megatron_r1v2.config.choices import LossAggregation
+from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.score import shuffle_rewards
