@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_tools import megatron_to_hf
+from megatron_r1v2.__main__ import main
 from megatron_r1v2.config.command_line import tell_bad_input
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
@@ -26,16 +26,15 @@ SHORT = ("train.steps=2", "checkpoint.every_steps=0")
 
 
 @pytest.fixture
-def run_entry(root: Path, tmp_path: Path, monkeypatch, capsys) -> Entry:
+def run_entry(root: Path, tmp_path: Path, capsys) -> Entry:
     """Return a function that runs an entry point with overrides and gives back its error message."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("data")
     recipe_for(root, tmp_path / "run", SHORT)
 
     def run(*overrides: str, stage: str = "grpo") -> str:
-        monkeypatch.setattr("sys.argv", [stage, str(tmp_path / "run.yaml"), *SHORT, *overrides])
         with pytest.raises(SystemExit) as ended:
-            importlib.import_module(f"megatron_r1v2.{stage}").main()
+            main([stage, str(tmp_path / "run.yaml"), *SHORT, *overrides])
         told = capsys.readouterr().err
         assert ended.value.code == 2, told
         assert "Traceback" not in told
