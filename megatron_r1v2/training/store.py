@@ -7,7 +7,7 @@ A checkpoint is a folder `step-00000020`:
     replay-D.pt                              the buffer's samples that data-parallel rank D holds
     rng-R.pt                                 random states of rank R
     recipe.yaml                              the settings of the run
-    manifest.json                            size and checksum of every other file (see manifest.py)
+    checkpoint_manifest.json                 size and checksum of every other file (see manifest.py)
 
 Beside them `best.json` names the one with the best validation Pass@1: {"step": 20, "pass_at_1": 0.71}.
 
@@ -48,7 +48,7 @@ from megatron_r1v2.config.choices import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.training.manifest import check_manifest, write_manifest
+from megatron_r1v2.training.manifest import check_manifest, write_run_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
 from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
 from megatron_r1v2.training.random_states import random_states, restore_random_states
@@ -265,7 +265,7 @@ class CheckpointStore:
 
     def _publish(self, partial: Path, target: Path, pass_at_1: float | None) -> None:
         """Collective over the world: give a checkpoint that every rank has written its name, delete the oldest."""
-        write_manifest(partial)
+        write_run_manifest(partial)
         if not self.context.is_main:
             return
         os.rename(partial, target)

@@ -42,8 +42,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a state cut short": (lambda folder: os.truncate(folder / "state.pt", 100), "state.pt has 100 bytes instead of"),
     "a missing file": (lambda folder: (folder / "replay-0.pt").unlink(), "replay-0.pt is missing"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is not readable"),
-    "a manifest cut short": (lambda folder: os.truncate(folder / "manifest.json", 50), "manifest.json is not readable"),
+    "no manifest": (
+        lambda folder: (folder / "checkpoint_manifest.json").unlink(),
+        "checkpoint_manifest.json is not readable",
+    ),
+    "a manifest cut short": (
+        lambda folder: os.truncate(folder / "checkpoint_manifest.json", 50),
+        "checkpoint_manifest.json is not readable",
+    ),
 }
 
 

@@ -56,7 +56,7 @@ class Point:
             "generation": unfinished.is_dir,
             "rollout": lambda: any(unfinished.glob("*.pt")),
             "save": partial.is_dir,
-            "manifest": (partial / "manifest.json").is_file,
+            "manifest": (partial / "checkpoint_manifest.json").is_file,
             "line": lambda: has_line(run, "metrics.jsonl", self.step),
             "published": saved.is_dir,
         }

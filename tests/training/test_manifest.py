@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.manifest import MANIFEST
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.training.manifest import MANIFEST, check_manifest, write_manifest
+from megatron_r1v2.training.manifest import check_manifest, write_run_manifest
 from tests.ranks import run_ranks
 
 
@@ -30,7 +31,7 @@ def make(folder: Path) -> Path:
     (folder / "tensors" / "__0_0.distcp").write_bytes(bytes(range(100)))
     (folder / "state.pt").write_bytes(b"state")
     (folder / "empty").touch()
-    write_manifest(folder)
+    write_run_manifest(folder)
     return folder
 
 
@@ -54,7 +55,7 @@ def test_every_flipped_bit_of_every_file_is_told(checkpoint: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"files": []}', '{"files": {"state.pt": 5}}', "\x00" * 9])
 def test_a_manifest_that_says_something_else_is_told(checkpoint: Path, text: str) -> None:
     (checkpoint / MANIFEST).write_text(text)
-    assert str(check_manifest(checkpoint)).startswith("manifest.json is not readable (")
+    assert str(check_manifest(checkpoint)).startswith("checkpoint_manifest.json is not readable (")
 
 
 def test_a_file_that_the_disk_does_not_give_back_is_told(checkpoint: Path) -> None:
@@ -72,3 +73,10 @@ def damage_of_each_rank(folder: str) -> str | None:
 def test_all_ranks_hear_of_what_one_of_them_finds(checkpoint: Path) -> None:
     (checkpoint / "tensors" / "__0_0.distcp").unlink()
     assert run_ranks(2, damage_of_each_rank, str(checkpoint)) == ["tensors/__0_0.distcp is missing"] * 2
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_not_put_aside(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / "manifest.json").write_text('{"files": {"state.pt": [5, 1]}}')
+    with pytest.raises(ValueError, match="earlier development version .* train again"):
+        check_manifest(checkpoint)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_r1v2.checkpoint.manifest import MANIFEST
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import Session, open_model, open_session
-from megatron_r1v2.training.manifest import MANIFEST
 from megatron_r1v2.training.store import (
     CheckpointStore,
     finished_checkpoints,
