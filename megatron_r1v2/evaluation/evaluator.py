@@ -14,7 +14,7 @@ from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.model import RewardModel
-from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, ScoredRollout
 
@@ -97,16 +97,15 @@ class Evaluator:
         if self.wait_for_all is not None:
             self.wait_for_all(f"evaluated-{name}-{step}")
         by_key = {prompt.key: prompt for prompt in prompts}
-        mine, _ = score_in_replica(
-            by_key,
-            rollouts,
+        scorer = ReplicaScorer(
+            self.reward if self.reward_model is not None else replace(self.reward, model_weight=0.0),
+            self.context,
             decode=self.decode,
-            settings=self.reward if self.reward_model is not None else replace(self.reward, model_weight=0.0),
             pool=self.pool,
-            context=self.context,
-            max_response_tokens=self.max_response_tokens,
             reward_model=self.reward_model,
+            max_response_tokens=self.max_response_tokens,
         )
+        mine, _ = scorer.score(by_key, rollouts)
         order = {prompt.key: index for index, prompt in enumerate(prompts)}
         scored = [response for part in objects.all_gather(mine, self.context.groups.dp) for response in part]
         scored.sort(key=lambda response: (order[response.rollout.prompt_key], response.rollout.sample_index))

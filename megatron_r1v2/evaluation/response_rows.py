@@ -101,7 +101,7 @@ def _accept_others(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
     return [{**row, "rule_correct": True, "correct": True} if index in right else row for index, row in enumerate(rows)]
 
 
-def _other_calls(row: Row) -> list[Call]:
+def _other_calls(row: Row) -> list[Call[bool]]:
     """Return what else may find a response right: an alternative answer, or a number within the tolerances."""
     calls = [answer_call(row["text"], answer, _type_of_other(row, answer)) for answer in row["alternatives"]]
     if row["tolerances"]:

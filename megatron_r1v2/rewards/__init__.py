@@ -1,1 +1,1 @@
-"""Rollouts to scores: answer and format rules in worker processes, claims about images."""
+"""The rewards of rollouts: rules in worker processes, claims about images, reward models."""

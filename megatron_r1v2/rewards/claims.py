@@ -1,6 +1,6 @@
-"""What a response says of the images, and whether it is true: the hallucination rate and its coverage.
+"""Claims of responses about their images, checked against facts: the hallucination rate and its coverage.
 
-Standard library only: the verifier workers import this.
+Standard library only, because the verifier workers import this.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ Claim = tuple[str, str]
 
 @dataclass(frozen=True)
 class HallucinationCounts:
-    """Sums that can be added over ranks and steps before the two rates are taken."""
+    """Counts to be added over ranks and steps before the two rates are taken."""
 
     claims: int
-    """Claims about something that the facts name: only these can be true or false."""
+    """Claims with a name that the facts have: only these can be true or false."""
     contradicted: int
     """Those of them that contradict the facts."""
     unknown: int
-    """Claims about something that the facts do not name; in neither rate."""
+    """Claims with a name that the facts do not have; in neither rate."""
     responses: int
     """Responses to prompts that have facts."""
     responses_with_claims: int
@@ -69,7 +69,7 @@ def compile_claim_pattern(pattern: str) -> re.Pattern[str] | None:
 
 
 def find_claims(text: str, pattern: str) -> tuple[Claim, ...]:
-    """Return the claims (name, value) of a response in the order in which it makes them.
+    """Return the claims (name, value) of a response in their order.
 
     A careless pattern can take exponential time on hostile text: `score_rollouts` calls this in a verifier worker.
 
@@ -83,7 +83,7 @@ def find_claims(text: str, pattern: str) -> tuple[Claim, ...]:
     compiled = compile_claim_pattern(pattern)
     if compiled is None:
         return ()
-    # A group in a branch that did not match is None: such a match names nothing or says nothing of it.
+    # A group in a branch of the pattern that did not match is None: such a match is no claim.
     return tuple(
         (match["name"], match["value"])
         for match in compiled.finditer(text)
@@ -92,14 +92,14 @@ def find_claims(text: str, pattern: str) -> tuple[Claim, ...]:
 
 
 def judge_claims(claims: Iterable[Claim], facts: Mapping[str, str]) -> tuple[bool | None, ...]:
-    """Compare claims with what is true; outer spaces and upper or lower case do not matter.
+    """Compare claims with the facts; outer spaces and upper or lower case do not matter.
 
     Args:
         claims: (name, value) pairs.
         facts: the true value of each name.
 
     Returns:
-        For each claim True (agrees), False (contradicts: a hallucination) or None (the facts do not name it).
+        For each claim True (agrees), False (contradicts: a hallucination) or None (the facts lack its name).
     """
     known = {_normal(name): _normal(value) for name, value in facts.items()}
     return tuple(known[_normal(name)] == _normal(value) if _normal(name) in known else None for name, value in claims)
@@ -108,13 +108,12 @@ def judge_claims(claims: Iterable[Claim], facts: Mapping[str, str]) -> tuple[boo
 def consistency_score(claims: Iterable[Claim], facts: Mapping[str, str]) -> float:
     """Return 1 when a response makes a claim that can be judged and none that the facts contradict, else 0.
 
-    Silence gets what a contradiction gets, so it is no way out; and true claims cannot make up for a false one, so
-    padding is none either.
-
     Args:
         claims: (name, value) pairs of a response.
-        facts: the true value of each name; a prompt without any has no such score.
+        facts: the true value of each name, of at least one.
     """
+    # Silence gets 0 as a contradiction does, so a policy gains nothing by it; and true claims do not make up for a
+    # false one, so it gains nothing by adding obvious ones either.
     verdicts = [verdict for verdict in judge_claims(claims, facts) if verdict is not None]
     return float(bool(verdicts) and all(verdicts))
 

@@ -1,4 +1,4 @@
-r"""The format rule: reasoning, one `</think>`, then one `\boxed{}`."""
+r"""The format rule: reasoning, one `</think>`, then one `\boxed{}`, so that answers can be read from responses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ def format_score(text: str) -> float:
     start is allowed for templates that leave it to the model. All of this must hold: reasoning that is not empty;
     exactly one `</think>`; nothing boxed before it; exactly one box after it, closed and not empty.
 
-    There is no partial credit: each half is easy to produce without the other, and a policy paid for halves stays
-    with them (a box without reasoning, reasoning without an end).
-
     Args:
         text: the response without its stop token.
     """
+    # No partial credit: each half is easy to produce without the other, and a policy that is paid for halves stays with
+    # them (a box without reasoning, reasoning without an end).
     body = text.lstrip().removeprefix(_OPEN)
     reasoning, closed, conclusion = body.partition(_CLOSE)
     if not closed or _OPEN in body or _CLOSE in conclusion:

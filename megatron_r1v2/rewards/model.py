@@ -1,4 +1,4 @@
-"""What a reward model is to the rest: raw scores of responses, from wherever they come, squashed into [0, 1]."""
+"""The interface of reward models, and the squash of their raw scores into [0, 1] beside the rules."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megatron_r1v2.types import Prompt
 
 
 class RewardModel(Protocol):
-    """Gives each response to a prompt a raw score: any finite number, higher is better."""
+    """A source of raw scores: any finite number for each response to a prompt, higher is better."""
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """Score responses; every rank of a model replica calls this, with the same arguments.
+        """Score responses. Collective over the model replica, with the same arguments on every rank.
 
-        A model that lives on all ranks of the replica computes on all of them. A client of a served model asks on the
-        leader and tells the other ranks. Either way all ranks return the same scores, or all raise: a score that could
-        not be had is an error, never a 0.
+        A model on all ranks of the replica computes on all of them. A client of a served model asks on the leader and
+        broadcasts the scores. Either way all ranks return the same scores, or all raise: a missing score is an error,
+        never a 0.
 
         Args:
             prompts: the prompt of each response, with its image tiles.
@@ -27,21 +27,13 @@ class RewardModel(Protocol):
             A score for each response, in their order.
 
         Raises:
-            RuntimeError: the model gives no scores, after whatever retries it makes.
+            RuntimeError: the model gives no scores, even after its retries.
         """
         ...
 
 
 def check_scores(scores: Sequence[float], count: int) -> None:
-    """Refuse scores that would become wrong rewards.
-
-    Args:
-        scores: raw, of a reward model.
-        count: how many responses there are.
-
-    Raises:
-        RuntimeError: not one score for each response, or one that is not a finite number.
-    """
+    """Raise RuntimeError unless a reward model gave `count` responses one finite score each."""
     if len(scores) != count:
         raise RuntimeError(f"the reward model gave {len(scores)} scores for {count} responses; look at its log")
     wrong = [index for index, score in enumerate(scores) if not math.isfinite(score)]

@@ -19,7 +19,7 @@ from megatron_r1v2.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Response:
-    """What the parts of the reward are computed from."""
+    """The inputs of the parts of the reward."""
 
     prompt: Prompt
     rollout: Rollout
@@ -27,17 +27,17 @@ class Response:
     """Without its stop token."""
     claims: tuple[Claim, ...]
     max_response_tokens: int
-    """Where responses are cut."""
+    """The length at which responses are cut."""
     model_score: float | None
     """Raw score of the reward model; None where there is no model."""
 
 
-Part = Callable[[Response, RewardConfig], float | Call | None]
-"""Gives a score; or the call that computes it from hostile text in a verifier worker, where a hang or crash is a 0; or
+Part = Callable[[Response, RewardConfig], float | Call[bool] | Call[float] | None]
+"""Return a score; or the call that computes it from hostile text in a verifier worker, where a hang or crash is a 0; or
 None where the part does not apply to the prompt."""
 
 
-def _answer(response: Response, settings: RewardConfig) -> Call:
+def _answer(response: Response, settings: RewardConfig) -> Call[bool]:
     prompt = response.prompt
     if prompt.answer is None or prompt.answer_type is None:
         raise ValueError(f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type")
@@ -52,11 +52,11 @@ def _consistency(response: Response, settings: RewardConfig) -> float | None:
     return consistency_score(response.claims, response.prompt.facts) if response.prompt.facts else None
 
 
-def _steps(response: Response, settings: RewardConfig) -> Call:
+def _steps(response: Response, settings: RewardConfig) -> Call[float]:
     return steps_call(response.text, wanted=settings.steps_wanted, conclusion=settings.steps_conclusion)
 
 
-def _repetition(response: Response, settings: RewardConfig) -> Call:
+def _repetition(response: Response, settings: RewardConfig) -> Call[float]:
     return repetition_call(response.rollout.token_ids, tokens=settings.repetition_tokens)
 
 
@@ -84,30 +84,33 @@ PARTS: Mapping[str, Part] = {
     "overlong": _overlong,
     "model": _model,
 }
-# What is effective depends on the answer, evaluations show the format, and scores of a model were paid for.
-_WEIGHT_OR_NOT = ("answer", "format", "model")
+# Computed at weight 0 too: the answer decides which groups are effective, evaluations show the format, and the model's
+# scores have been paid for already.
+_ALWAYS_COMPUTED = ("answer", "format", "model")
 
 
 def score_parts(
     responses: Sequence[Response], *, settings: RewardConfig, pool: VerifierPool
 ) -> tuple[list[dict[str, float]], list[bool]]:
-    """Compute the parts that have a weight, and those that are wanted without one.
+    """Compute the parts of each response that have a weight, and those that are always computed.
 
     Args:
-        responses: what is known of each.
+        responses: the inputs of the parts.
         settings: the `reward` section.
-        pool: where the calls run; one that hangs or crashes gives 0.
+        pool: the workers that run the calls; one that hangs or crashes gives 0.
 
     Returns:
-        For each response its parts by name (one that does not apply is not there), and whether every check ended.
+        For each response its parts by name, without those that do not apply, and whether every check of it ended.
     """
     weights = settings.weights
-    names = [name for name in PARTS if name in _WEIGHT_OR_NOT or weights[name] > 0]
-    found = [(row, name, PARTS[name](response, settings)) for row, response in enumerate(responses) for name in names]
-    results = iter(pool.run([value for _, _, value in found if isinstance(value, Call)], failed=None))
+    names = [name for name in PARTS if name in _ALWAYS_COMPUTED or weights[name] > 0]
+    parts = [(row, name, PARTS[name](response, settings)) for row, response in enumerate(responses) for name in names]
+    # All calls in one run, so that no worker idles while a part of another kind is being checked.
+    calls: list[Call[float]] = [value for _, _, value in parts if isinstance(value, Call)]
+    results = iter(pool.run(calls, failed=None))
     rewards: list[dict[str, float]] = [{} for _ in responses]
     checked = [True] * len(responses)
-    for row, name, value in found:
+    for row, name, value in parts:
         if value is None:
             continue
         score = next(results) if isinstance(value, Call) else value
@@ -121,13 +124,14 @@ def weighted_total(rewards: Mapping[str, float], weights: Mapping[str, float]) -
 
     With W the sum of all weights, total = W x sum(weight x part) / sum(weight), both sums over the parts that apply:
     every prompt has the same range [0, W], so a prompt without facts is neither punished nor favoured beside one with
-    facts. Within a group of responses to one prompt the same parts apply, and the factor is in none of GRPO's
-    advantages, which divide by the group's standard deviation.
+    facts. Within a group of responses to one prompt the same parts apply, and GRPO's advantages, which divide by the
+    group's standard deviation, do not see the factor.
 
     Args:
         rewards: the parts that apply, by name.
         weights: of all parts, by name.
     """
+    # Without the factor where all parts apply: multiplying and dividing by W would change the last bit.
     total = sum((weight * rewards[name] for name, weight in weights.items() if name in rewards), 0.0)
     if all(name in rewards for name, weight in weights.items() if weight > 0):
         return total

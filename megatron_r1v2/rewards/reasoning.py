@@ -1,6 +1,6 @@
-"""How a response reasons: in steps that lead to its answer, without going round in circles, and to an end in time.
+"""Rules for the reasoning of a response: steps that lead to its answer, no repetition, an end in time.
 
-Standard library only: the verifier workers import this.
+Standard library only, because the verifier workers import this.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ if TYPE_CHECKING:  # the workers must start without torch, which types.py import
     from megatron_r1v2.types import FinishReason
 
 _CLOSE = "</think>"
-# Between steps: a line break, a mark that a space follows ("1,000" and "3.5" are one word), or a CJK mark.
+# Between steps: a line break, a mark followed by a space ("1,000" and "3.5" are one word), or a CJK mark.
 _STEP_END = re.compile("[\\n\u3002\uff0c\uff1b\uff01\uff1f]|[.,;!?](?=\\s|$)")
 
 
 def steps_score(text: str, wanted: int, conclusion: int) -> float:
-    r"""Return min(1, distinct steps / wanted), or 0 where the boxed answer is not what the steps lead to.
+    r"""Return min(1, distinct steps / wanted), or 0 where the steps do not lead to the boxed answer.
 
     A step is a line, a sentence or a clause of the reasoning before `</think>` with a letter or digit in it; two that
-    differ only in case or spaces count once. The reasoning leads to the answer when what stands in the last
-    `\boxed{}` after `</think>` stands, as a word of its own, in one of the last steps. Either half alone is easy:
-    a guess behind empty reasoning, or steps that lead nowhere.
+    differ only in case or spaces count once. The reasoning leads to the answer when one of the last `conclusion` steps
+    contains, as a word of its own, the content of the last `\boxed{}` after `</think>`.
 
     Args:
         text: the response.
@@ -35,6 +34,7 @@ def steps_score(text: str, wanted: int, conclusion: int) -> float:
     reasoning, _, rest = text.partition(_CLOSE)
     answer = _normal(last_boxed(rest) or "")
     steps = [step for step in map(_normal, _STEP_END.split(reasoning)) if any(map(str.isalnum, step))]
+    # Both halves at once, because either alone is easy: a guess behind empty reasoning, or steps that lead nowhere.
     if not answer or not any(_names(step, answer) for step in steps[-conclusion:]):
         return 0.0
     return min(1.0, len(set(steps)) / wanted)
@@ -43,12 +43,11 @@ def steps_score(text: str, wanted: int, conclusion: int) -> float:
 def repetition_score(token_ids: Sequence[int], tokens: int) -> float:
     """Return distinct n-grams / n-grams: 1 without repetition, towards 0 for a loop.
 
-    Tokens, not words: a loop without spaces, or in a script that has none, is a loop all the same.
-
     Args:
         token_ids: of the response; fewer than `tokens` repeat nothing.
         tokens: n, `reward.repetition_tokens`, at least 1.
     """
+    # Of tokens and not of words, which a loop without spaces, or in a script without them, does not have.
     count = len(token_ids) - tokens + 1
     if count < 1:
         return 1.0
@@ -56,7 +55,7 @@ def repetition_score(token_ids: Sequence[int], tokens: int) -> float:
 
 
 def overlong_score(length: int, finish_reason: FinishReason, *, longest: int, buffer: int) -> float:
-    """Return DAPO's soft overlong punishment (equation 13 of its report) as a part in [0, 1], which is that plus 1.
+    """Return DAPO's soft overlong punishment (equation 13 of arXiv 2503.14476) plus 1, a part in [0, 1].
 
     1 up to longest - buffer tokens, from there linearly to 0 at the longest; 0 for a response that was cut.
 
@@ -78,7 +77,7 @@ def _normal(text: str) -> str:
 
 
 def _names(step: str, answer: str) -> bool:
-    """Return whether the answer stands in a step as a word of its own: 8 is not in 18, 8.5 or 0.8."""
+    """Return whether a step contains the answer as a word of its own: 8 is not in 18, 8.5 or 0.8."""
     start = step.find(answer)
     while start >= 0:
         end = start + len(answer)

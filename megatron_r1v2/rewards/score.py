@@ -1,4 +1,4 @@
-"""Rollouts to scored rollouts: the parts of the reward, their weighted sum, the claims about images, the metrics."""
+"""Scored rollouts: the parts of the reward, their weighted sum, the claims about images, and metrics that add up."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def score_rollouts(
     """Score responses: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
 
     Args:
-        prompts: by key; holds the prompt of every rollout.
+        prompts: by key, with the prompt of every rollout.
         rollouts: the responses.
         texts: each response as text, without its stop token.
         settings: the `reward` section.
-        pool: where answers are checked and claims are found.
-        max_response_tokens: where responses are cut.
-        model_scores: raw scores of a reward model in the order of `rollouts`; None: there is no reward model.
+        pool: the workers that check answers and find claims.
+        max_response_tokens: the length at which responses are cut.
+        model_scores: raw scores of a reward model in the order of `rollouts`; None without a reward model.
 
     Returns:
-        The scored rollouts in the order of `rollouts`, and sums that can be added over ranks and steps:
-        `reward_metrics` turns them into metrics.
+        The scored rollouts in the order of `rollouts`, and sums for `reward_metrics` that can be added over ranks and
+        steps.
 
     Raises:
         ValueError: `reward.claim_pattern` is wrong, there are not as many texts as rollouts, a prompt is missing, or
@@ -46,16 +46,19 @@ def score_rollouts(
     """
     if len(texts) != len(rollouts):
         raise ValueError(f"{len(rollouts)} rollouts came with {len(texts)} texts; each needs its own")
-    of_rollout = prompts_of(rollouts, prompts)
-    check_model_scores_are_there(settings, there=model_scores is not None)
+    rollout_prompts = prompts_of(rollouts, prompts)
+    check_model_has_scores(settings, has_scores=model_scores is not None)
     if model_scores is not None:
         check_scores(model_scores, len(rollouts))
+    # The pool counts since it was made, over all steps and evaluations.
     timeouts, crashes = pool.timeouts, pool.crashes
     claims = _find_claims(texts, settings.claim_pattern, pool)
     scores: Sequence[float | None] = [None] * len(rollouts) if model_scores is None else model_scores
     responses = [
-        Response(prompt, rollout, text, found, max_response_tokens, score)
-        for prompt, rollout, text, found, score in zip(of_rollout, rollouts, texts, claims, scores, strict=True)
+        Response(prompt, rollout, text, claims_of_text, max_response_tokens, score)
+        for prompt, rollout, text, claims_of_text, score in zip(
+            rollout_prompts, rollouts, texts, claims, scores, strict=True
+        )
     ]
     rewards_and_checks = score_parts(responses, settings=settings, pool=pool)
     scored = [
@@ -78,31 +81,23 @@ def score_rollouts(
 
 
 def prompts_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt]) -> list[Prompt]:
-    """Return the prompt of each rollout.
-
-    Args:
-        rollouts: the responses.
-        prompts: by key.
-
-    Raises:
-        ValueError: a prompt is missing.
-    """
+    """Return the prompt of each rollout; raise ValueError where one is missing."""
     if missing := sorted({rollout.prompt_key for rollout in rollouts} - prompts.keys()):
         raise ValueError(f"no prompt for rollouts of {missing[:3]}; pass every prompt that was generated from")
     return [prompts[rollout.prompt_key] for rollout in rollouts]
 
 
-def check_model_scores_are_there(settings: RewardConfig, *, there: bool) -> None:
-    """Refuse to weigh the scores of a reward model that nobody asked.
+def check_model_has_scores(settings: RewardConfig, *, has_scores: bool) -> None:
+    """Refuse a weight for the scores of a reward model where there are none.
 
     Args:
         settings: the `reward` section.
-        there: whether there is a reward model, or scores of one.
+        has_scores: whether a reward model gives scores.
 
     Raises:
-        ValueError: there is none, but it has a weight.
+        ValueError: the part "model" has a weight, but nothing to weigh.
     """
-    if settings.model_weight > 0 and not there:
+    if settings.model_weight > 0 and not has_scores:
         raise ValueError(
             f"reward.model_weight={settings.model_weight} but no reward model scores the responses; "
             "name one, or set reward.model_weight=0"
@@ -110,10 +105,10 @@ def check_model_scores_are_there(settings: RewardConfig, *, there: bool) -> None
 
 
 def reward_counts(scored: Sequence[ScoredRollout], prompts: Mapping[str, Prompt]) -> dict[str, float]:
-    """Return what the reward metrics are made of, as sums over the responses; the names do not depend on these.
+    """Return the sums over the responses from which the reward metrics are computed.
 
     Args:
-        scored: the responses.
+        scored: the responses; the names of the sums do not depend on them, so that ranks can add theirs.
         prompts: by key, for their facts.
     """
     counts = {
@@ -129,25 +124,16 @@ def reward_counts(scored: Sequence[ScoredRollout], prompts: Mapping[str, Prompt]
 
 
 def count_hallucinations(scored: Sequence[ScoredRollout], prompts: Mapping[str, Prompt]) -> HallucinationCounts:
-    """Count the claims of scored responses against the facts of their prompts.
-
-    Args:
-        scored: the responses.
-        prompts: by key.
-    """
+    """Count the claims of scored responses against the facts of their prompts, given by key."""
     facts = [prompts[response.rollout.prompt_key].facts for response in scored]
     return hallucination_counts([response.claims for response in scored], facts)
 
 
 def reward_metrics(counts: Mapping[str, float]) -> dict[str, float]:
-    """Turn the sums of `score_rollouts`, added over ranks, into metrics.
+    """Return the metrics by name from the sums of `score_rollouts`, added over ranks.
 
-    Args:
-        counts: the sums.
-
-    Returns:
-        Metrics by name. One without a denominator (no response, no claim, a part that never applied) is left out: 0
-        would be a lie. The mean of a part is over the responses to which it applies.
+    A metric without a denominator (no response, no claim, a part that never applied) is left out, because a 0 would
+    look measured. The mean of a part is over the responses to which it applies.
     """
     metrics = {"verifier/timeouts": counts["verifier_timeouts"], "verifier/crashes": counts["verifier_crashes"]}
     if counts["responses"]:
@@ -168,20 +154,20 @@ def reward_metrics(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def shuffle_rewards(scored: Sequence[ScoredRollout], *, seed: int) -> list[ScoredRollout]:
-    """Deal the rewards to wrong responses, for the control experiment `reward.shuffle`.
+    """Give each response the rewards of another one, for the control experiment `reward.shuffle`.
 
     Rewards, total, rule correctness and model score move together along one random cycle through the whole batch
     (Sattolo's algorithm), so no response keeps its own; text and claims stay. Over seeds a response gets the mean
-    reward of the others: what is left of a signal is -1 / (R - 1) of the true one, for R responses.
+    reward of the others: the remaining signal is -1 / (R - 1) of the true one, for R responses.
 
     Args:
         scored: all responses of a step, over all ranks, in an order that does not depend on the layout.
-        seed: decides the deal, together with the number of responses.
+        seed: decides the cycle, together with the number of responses.
     """
     source = list(range(len(scored)))
     generator = random.Random(seed)
     for last in range(len(source) - 1, 0, -1):
-        chosen = generator.randrange(last)
+        chosen = generator.randrange(last)  # never `last` itself: that makes it one cycle, without fixed points
         source[last], source[chosen] = source[chosen], source[last]
     return [
         dataclasses.replace(
@@ -200,4 +186,4 @@ def _find_claims(texts: Sequence[str], pattern: str, pool: VerifierPool) -> list
     if compile_claim_pattern(pattern) is None:
         return [()] * len(texts)
     results = pool.run([claims_call(text, pattern) for text in texts], failed=())
-    return [tuple((name, value) for name, value in result) for result in results]
+    return [tuple((name, value) for name, value in claims) for claims in results]

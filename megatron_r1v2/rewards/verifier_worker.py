@@ -1,8 +1,8 @@
-"""The process that makes one check at a time for a `VerifierPool`; imports the standard library only.
+"""The process that runs one check at a time for a `VerifierPool`; it imports the standard library only, to start fast.
 
 Messages on the socket: the pool sends 8 bytes of length and a JSON list [module, function, arguments, imports]; the
-worker answers STARTED when everything the check needs is imported (imports do not count against its time limit), then
-8 bytes of length and the result as JSON. A check that raises ends the process: the pool counts and replaces it.
+worker answers STARTED when all these modules are imported (imports do not count against the time limit), then 8 bytes
+of length and the result as JSON. A check that raises ends the process: the pool counts and replaces it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_exactly(connection: socket.socket, size: int) -> bytes | None:
 
 
 def serve(connection: socket.socket, *, parent: int, timeout_seconds: float) -> None:
-    """Make checks until the pool closes the socket or its process ends.
+    """Run checks until the pool closes the socket or its process ends.
 
     Args:
         connection: the worker's end of the socket pair.
@@ -54,7 +54,7 @@ def serve(connection: socket.socket, *, parent: int, timeout_seconds: float) -> 
     waiting = select.poll()  # select.select refuses the high file descriptors that a process with many groups has
     waiting.register(connection, select.POLLIN)
     while True:
-        # Some other child of the pool's process may hold the socket open, so a closed socket is not enough.
+        # A forked child of the pool's process may hold the socket open, so the end of the socket alone may never come.
         while not waiting.poll(_ORPHAN_POLL_SECONDS * 1000):
             if os.getppid() != parent:
                 return
@@ -76,19 +76,19 @@ def serve(connection: socket.socket, *, parent: int, timeout_seconds: float) -> 
 
 def main() -> None:
     """Run a worker: arguments are the socket's file descriptor, the pool's process id and the time limit."""
-    # What a scheduler or a terminal sends to the whole job is for the training process to act on; it ends its workers.
+    # Schedulers and terminals signal every process of a job; the training process acts on it and ends its workers.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # hostile text can crash it a thousand times a step
     if sys.platform == "linux":  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     logging.disable(logging.WARNING)  # math-verify warns that its own time limit is off
     sys.tracebacklimit = 3  # a crash is counted by the pool; a thousand frames of sympy help nobody
     file_descriptor, parent, timeout_seconds = sys.argv[1:]
-    # No `with`: the pool ends a worker whose socket closes, and an error must reach stderr before that. The traceback
-    # holds this frame, and so the socket, until it is printed.
+    # No `with`: the pool kills a worker whose socket closes, and an error must reach stderr before that. The traceback
+    # keeps this frame, and with it the socket, until it is printed.
     connection = socket.socket(fileno=int(file_descriptor))
     serve(connection, parent=int(parent), timeout_seconds=float(timeout_seconds))
 

@@ -1,4 +1,8 @@
-"""Checks of hostile text in worker processes with a time limit: a hang or crash fails one check, never the run."""
+"""Checks of hostile text in worker processes with a time limit: a hang or crash fails one check, never the run.
+
+Not built on pebble's ProcessPool, whose workers import torch with the trainer's main module, get their signal to stop
+3 s before the one that they cannot ignore, and outlive a killed trainer when stuck in C (tried with pebble 5.2).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from megatron_r1v2.rewards.answer import ANSWER_TYPES, NUMERIC_TOLERANCE
 from megatron_r1v2.rewards.verifier_worker import LENGTH, STARTED, read_exactly
@@ -22,7 +26,10 @@ from megatron_r1v2.rewards.verifier_worker import LENGTH, STARTED, read_exactly
 if TYPE_CHECKING:
     from megatron_r1v2.types import AnswerType
 
-# How long a worker may take to start and to import what a check needs, on a loaded machine or a slow file system.
+ResultT = TypeVar("ResultT", covariant=True)
+FailureT = TypeVar("FailureT")
+
+# For a worker to start and to import the modules of a check, on a loaded machine or a slow file system.
 START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
 # A worker that failed to start exits by itself; its exit code and message say why.
@@ -30,8 +37,8 @@ _EXIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Call:
-    """One function to run in a worker.
+class Call(Generic[ResultT]):
+    """One function to run in a worker, and the type of its result once that went through JSON.
 
     Example: module "megatron_r1v2.rewards.claims", function "find_claims", arguments ("left 3", pattern).
     """
@@ -39,14 +46,16 @@ class Call:
     module: str
     """Imported by the worker, so it should import little."""
     function: str
-    arguments: tuple[Any, ...]
+    arguments: tuple[object, ...]
     """Passed as JSON, as the result is: tuples arrive as lists."""
     imports: tuple[str, ...] = ()
-    """Further modules to import before the clock of the call starts."""
+    """Further modules to import before the time limit of the call begins."""
 
 
-def answer_call(text: str, answer: str, answer_type: AnswerType, numeric_tolerance: float = NUMERIC_TOLERANCE) -> Call:
-    """Return the call that tells whether a response's last boxed answer is right (a bool).
+def answer_call(
+    text: str, answer: str, answer_type: AnswerType, numeric_tolerance: float = NUMERIC_TOLERANCE
+) -> Call[bool]:
+    """Return the call that checks whether a response's last boxed answer is right.
 
     Args:
         text: the response.
@@ -64,8 +73,8 @@ def answer_call(text: str, answer: str, answer_type: AnswerType, numeric_toleran
     return Call("megatron_r1v2.rewards.answer", "answer_is_correct", arguments, imports)
 
 
-def within_call(text: str, answer: str, tolerances: Sequence[float]) -> Call:
-    """Return the call that tells whether the numbers in a response's last box are near enough (a bool).
+def within_call(text: str, answer: str, tolerances: Sequence[float]) -> Call[bool]:
+    """Return the call that checks whether the numbers in a response's last box are near enough.
 
     Args:
         text: the response.
@@ -76,34 +85,18 @@ def within_call(text: str, answer: str, tolerances: Sequence[float]) -> Call:
     return Call(module, "answer_is_within", (text, answer, tolerances), imports=(module,))
 
 
-def claims_call(text: str, pattern: str) -> Call:
-    """Return the call that finds the claims of a response (a list of [name, value]).
-
-    Args:
-        text: the response.
-        pattern: `reward.claim_pattern`, already checked.
-    """
+def claims_call(text: str, pattern: str) -> Call[list[list[str]]]:
+    """Return the call that finds the claims of a response, as [name, value], by a pattern that was checked."""
     return Call("megatron_r1v2.rewards.claims", "find_claims", (text, pattern))
 
 
-def steps_call(text: str, *, wanted: int, conclusion: int) -> Call:
-    """Return the call that tells how complete the steps of a response are (a float).
-
-    Args:
-        text: the response.
-        wanted: `reward.steps_wanted`.
-        conclusion: `reward.steps_conclusion`.
-    """
+def steps_call(text: str, *, wanted: int, conclusion: int) -> Call[float]:
+    """Return the call of `steps_score`."""
     return Call("megatron_r1v2.rewards.reasoning", "steps_score", (text, wanted, conclusion))
 
 
-def repetition_call(token_ids: Sequence[int], *, tokens: int) -> Call:
-    """Return the call that tells how little of a response is repetition (a float).
-
-    Args:
-        token_ids: of the response.
-        tokens: `reward.repetition_tokens`.
-    """
+def repetition_call(token_ids: Sequence[int], *, tokens: int) -> Call[float]:
+    """Return the call of `repetition_score`."""
     return Call("megatron_r1v2.rewards.reasoning", "repetition_score", (token_ids, tokens))
 
 
@@ -115,7 +108,7 @@ class VerifierPool:
     one thread at a time. Workers end with the pool, or with its process however that ends.
 
     Args:
-        workers: how many processes (`reward.verifier_workers`).
+        workers: number of processes (`reward.verifier_workers`).
         timeout_seconds: wall-clock limit of one check (`reward.verifier_timeout_seconds`).
 
     Raises:
@@ -152,15 +145,15 @@ class VerifierPool:
 
     @property
     def process_ids(self) -> tuple[int, ...]:
-        """Return the process ids of the workers now."""
+        """Return the process ids of the present workers."""
         return tuple(worker.process.pid for worker in self._workers)
 
-    def run(self, calls: Sequence[Call], *, failed: Any) -> list[Any]:
+    def run(self, calls: Sequence[Call[ResultT]], *, failed: FailureT) -> list[ResultT | FailureT]:
         """Run functions in the workers.
 
         Args:
-            calls: what to run.
-            failed: stands for the result of a call that hangs or crashes.
+            calls: any number.
+            failed: the result of a call that hangs or crashes.
 
         Returns:
             The results in the order of the calls.
@@ -170,7 +163,7 @@ class VerifierPool:
         """
         if not self._workers:
             raise RuntimeError("this VerifierPool is closed; make a new one")
-        results = [failed] * len(calls)
+        results: list[ResultT | FailureT] = [failed] * len(calls)
         waiting = deque(range(len(calls)))
         try:
             while waiting or any(worker.call_index is not None for worker in self._workers):
@@ -179,18 +172,19 @@ class VerifierPool:
                         self._send(slot, waiting, calls)
                 self._wait(results, waiting)
         finally:
-            # After an exception (Ctrl-C among others) an answer is still on its way, to a question nobody asks again.
+            # After an exception (Ctrl-C among others) a result may be on its way that the next run would take for its
+            # own; so busy workers go.
             for slot, worker in enumerate(self._workers):
                 if worker.call_index is not None:
                     self._replace(slot)
         return results
 
-    def _send(self, slot: int, waiting: deque[int], calls: Sequence[Call]) -> None:
+    def _send(self, slot: int, waiting: deque[int], calls: Sequence[Call[ResultT]]) -> None:
         index = waiting.popleft()
         if not self._workers[slot].send(index, calls[index]):
-            self._start_failed(slot, waiting, index)
+            self._retry_start(slot, waiting, index)
 
-    def _wait(self, results: list[Any], waiting: deque[int]) -> None:
+    def _wait(self, results: list[ResultT | FailureT], waiting: deque[int]) -> None:
         """Wait for the next message or deadline, and act on every worker that has one."""
         busy = [slot for slot, worker in enumerate(self._workers) if worker.call_index is not None]
         if not busy:
@@ -206,31 +200,31 @@ class VerifierPool:
             if slot in ready:
                 self._read(slot, results, waiting)
             elif now >= self._workers[slot].deadline:
-                self._failed(slot, waiting, timed_out=True)
+                self._handle_failure(slot, waiting, timed_out=True)
 
-    def _read(self, slot: int, results: list[Any], waiting: deque[int]) -> None:
+    def _read(self, slot: int, results: list[ResultT | FailureT], waiting: deque[int]) -> None:
         worker = self._workers[slot]
         if not worker.started:
             if not worker.read_started():
-                self._failed(slot, waiting, timed_out=False)
+                self._handle_failure(slot, waiting, timed_out=False)
             return
         result = worker.read_result()
         if result is None:
-            self._failed(slot, waiting, timed_out=False)
+            self._handle_failure(slot, waiting, timed_out=False)
             return
         index, worker.call_index = worker.call_index, None
         assert index is not None, "a worker that was asked nothing sent a result"
         results[index] = json.loads(result)
         self._failed_starts = 0
 
-    def _failed(self, slot: int, waiting: deque[int], *, timed_out: bool) -> None:
-        """Count what happened to a worker's call (its result stays `failed`) and replace the worker."""
+    def _handle_failure(self, slot: int, waiting: deque[int], *, timed_out: bool) -> None:
+        """Count the time-out or crash of a worker's call, whose result stays `failed`, and replace the worker."""
         worker = self._workers[slot]
         assert worker.call_index is not None, "only a worker with a call can fail one"
         if not worker.started:
-            self._start_failed(slot, waiting, worker.call_index)
+            self._retry_start(slot, waiting, worker.call_index)
             return
-        # The worker's own alarm may be first when this process is slow.
+        # When this process is slow, the worker's own alarm may come before the deadline is noticed here.
         if worker.end() == -signal.SIGALRM or timed_out:
             self.timeouts += 1
         else:
@@ -238,8 +232,9 @@ class VerifierPool:
         self._failed_starts = 0
         self._replace(slot)
 
-    def _start_failed(self, slot: int, waiting: deque[int], index: int) -> None:
-        """Give the call to a new worker: it was never tried. Wrong rewards for all would be worse than an error."""
+    def _retry_start(self, slot: int, waiting: deque[int], index: int) -> None:
+        """Put a call that never ran back into the queue, with a new worker, or give up after several such starts."""
+        # An error rather than `failed`: where math-verify is not installed, every reward would be wrong.
         exit_code = self._workers[slot].end(patience_seconds=_EXIT_SECONDS)
         self._failed_starts += 1
         self._replace(slot)
@@ -264,7 +259,7 @@ class _Worker:
         self.deadline = 0.0
         self._timeout_seconds = timeout_seconds
         self.connection, theirs = socket.socketpair()
-        # Bounds a send to a worker that never reads, and a result that never ends.
+        # Bounds the sending to a worker that never reads, and the reading of a result that never ends.
         self.connection.settimeout(START_SECONDS)
         with theirs:
             # The worker resolves imports as this process does; one thread: a check is small, and cores are shared.
@@ -283,8 +278,8 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
             )
 
-    def send(self, index: int, call: Call) -> bool:
-        """Hand a call over; False when the worker is gone."""
+    def send(self, index: int, call: Call[ResultT]) -> bool:
+        """Send a call; return False when the worker is gone."""
         body = json.dumps([call.module, call.function, call.arguments, call.imports]).encode()
         self.call_index, self.started = index, False
         self.deadline = time.monotonic() + START_SECONDS
@@ -295,7 +290,7 @@ class _Worker:
         return True
 
     def read_started(self) -> bool:
-        """Note that the check runs from now on; False when the worker is gone."""
+        """Start the time limit of the check; return False when the worker is gone."""
         self.started = read_exactly(self.connection, len(STARTED)) == STARTED
         self.deadline = time.monotonic() + self._timeout_seconds
         return self.started
@@ -306,11 +301,7 @@ class _Worker:
         return read_exactly(self.connection, LENGTH.unpack(header)[0]) if header is not None else None
 
     def end(self, *, patience_seconds: float = 0.0) -> int:
-        """End the process if it lives on, wait for it, and return its exit code.
-
-        Args:
-            patience_seconds: how long a process that is about to exit may take to do so with its own exit code.
-        """
+        """End the process and return its exit code, its own if it exits within `patience_seconds`."""
         self.connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience_seconds)

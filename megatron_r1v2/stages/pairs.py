@@ -19,7 +19,7 @@ from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rewards.format import format_score
 from megatron_r1v2.rewards.model import RewardModel
-from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.rl.preference_pairs import Candidate, best_chosen, choose_pairs, dropout_ntp_pair, is_sampled
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
@@ -208,16 +208,15 @@ class PairMaker:
         return {key: value for part in parts for key, value in part.items()}
 
     def _score(self, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], int]:
-        scored, counts = score_in_replica(
-            prompts,
-            rollouts,
+        scorer = ReplicaScorer(
+            self.recipe.reward,
+            self.loaded.context,
             decode=self.loaded.tokenizer.decode,
-            settings=self.recipe.reward,
             pool=self.pool,
-            context=self.loaded.context,
-            max_response_tokens=self.recipe.generation.max_response_tokens,
             reward_model=self.reward_model,
+            max_response_tokens=self.recipe.generation.max_response_tokens,
         )
+        scored, counts = scorer.score(prompts, rollouts)
         return scored, int(counts["verifier_timeouts"] + counts["verifier_crashes"])
 
     def _candidate(self, scored: ScoredRollout) -> Candidate:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_r1v2.config.schema import ParallelConfig, RewardConfig
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout
 from tests.ranks import run_ranks
@@ -42,16 +42,15 @@ def _rollout(index, *token_ids, finish="stop"):
 def score(context, model, rollouts, settings=SETTINGS):
     pool = VerifierPool(1, 5.0) if context.is_replica_leader else None
     try:
-        return score_in_replica(
-            {"a": PROMPT},
-            rollouts,
+        scorer = ReplicaScorer(
+            settings,
+            context,
             decode=lambda ids: "".join(TEXTS[token] for token in ids),
-            settings=settings,
             pool=pool,
-            context=context,
-            max_response_tokens=4,
             reward_model=model,
+            max_response_tokens=4,
         )
+        return scorer.score({"a": PROMPT}, rollouts)
     finally:
         if pool is not None:
             pool.close()

@@ -11,7 +11,7 @@ from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rewards.model import RewardModel
-from megatron_r1v2.rewards.replica import score_in_replica
+from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.calibrator import Calibrator
@@ -148,16 +148,15 @@ class RolloutPhase:
         """
         session = self.session
         self.calibrator.note()
-        scored, counts = score_in_replica(
-            {prompt.key: prompt for prompt in prompts},
-            rollouts,
+        scorer = ReplicaScorer(
+            replace(session.recipe.reward, model_weight=self.calibrator.value),
+            session.context,
             decode=session.tokenizer.decode,
-            settings=replace(session.recipe.reward, model_weight=self.calibrator.value),
             pool=self.pool,
-            context=session.context,
-            max_response_tokens=session.recipe.generation.max_response_tokens,
             reward_model=self.reward_model,
+            max_response_tokens=session.recipe.generation.max_response_tokens,
         )
+        scored, counts = scorer.score({prompt.key: prompt for prompt in prompts}, rollouts)
         total: Counter[str] = Counter()
         for part in objects.all_gather(counts, session.context.groups.dp):
             total.update(part)
