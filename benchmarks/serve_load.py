@@ -22,13 +22,14 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import numpy
 from PIL import Image
+
+from megatron_r1v2.resilience.files import write_file
 
 MAX_CLIENTS = 256
 MAX_SECONDS = 600.0
@@ -227,11 +228,7 @@ def main() -> None:
     text = json.dumps(figures, indent=1)
     print(text)
     if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_file(arguments.output, text + "\n")
     sys.exit(1 if figures["lost"] or figures["answered_500"] or not figures["healthy_after"] else 0)
 
 

@@ -18,6 +18,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from megatron_r1v2.resilience.files import write_file
+
 POLL_SECONDS = 0.25
 TAIL_LINES = 30
 
@@ -162,12 +164,8 @@ class StageRunner:
             )
         self.seconds[item.stage.name] = seconds
         record = self._records / f"{item.stage.name}.json"
-        beside = record.with_suffix(".json.part")
-        beside.write_text(
-            json.dumps({"command": item.stage.command, "recipes": _recipes(item.stage), "seconds": round(seconds, 1)})
-            + "\n"
-        )
-        os.replace(beside, record)
+        done = {"command": item.stage.command, "recipes": _recipes(item.stage), "seconds": round(seconds, 1)}
+        write_file(record, json.dumps(done) + "\n")
         self._console.print(f"{item.stage.name:<18} {item.stage.what} ({seconds:.0f} s)", highlight=False)
         return True
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
+from megatron_r1v2.resilience.files import write_file
 
 TARGET = 0.82
 """Validation Pass@1 that the arms of table "rollouts" race to."""
@@ -177,10 +177,7 @@ def write_table(root: Path, table: str, runs: Mapping[str, Sequence[Path]], *, s
         text += f"\nunfinished: {'; '.join(missing)}\n"
     content: Mapping[str, Any] = {"table": table, "rows": rows}
     for suffix, written in ((".md", text), (".json", json.dumps(content, indent=1) + "\n")):
-        path = root / f"table-{table}{suffix}"
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(written, encoding="utf-8")
-        os.replace(beside, path)
+        write_file(root / f"table-{table}{suffix}", written)
     return text
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -50,18 +49,9 @@ def load_recipe(path: Path | str | None, overrides: Sequence[str] = ()) -> RunRe
     return recipe
 
 
-def save_recipe(recipe: RunRecipe, path: Path | str) -> None:
-    """Write every setting of a recipe as YAML, in a form that `load_recipe` reads.
-
-    Args:
-        recipe: the settings.
-        path: the file; written beside and renamed, so it is never half there.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)), encoding="utf-8")
-    temporary.replace(path)
+def recipe_yaml(recipe: RunRecipe) -> str:
+    """Return every setting of a recipe as YAML that `load_recipe` reads."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
 def settings_of(section: type) -> dict[str, Any]:

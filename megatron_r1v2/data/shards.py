@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from megatron.energon import BaseWebdatasetFactory
 from webdataset import ShardWriter
 
 from megatron_r1v2.data.samples import SampleError, ShardSample, encode_record
+from megatron_r1v2.resilience.files import atomic_folder
 
 SPLIT = "train"
 _META = ".nv-meta"
@@ -38,22 +37,24 @@ def write_shards(samples: Iterable[ShardSample], folder: str | Path, samples_per
         ValueError: If the folder exists, `samples_per_shard` is below one, or there is no sample.
         SampleError: If a sample breaks the schema or its key was there before.
     """
-    target = Path(folder)
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, accepted is 1 or more")
-    if target.exists():
-        raise ValueError(f"{target} exists already; choose another folder or delete it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
-    try:
-        count = _write_tars(samples, unfinished, samples_per_shard)
+    with atomic_folder(folder) as unfinished:
+        count = fill_shards(unfinished, samples, samples_per_shard)
         if not count:
-            raise ValueError(f"no samples to write to {target}")
-        _prepare_for_energon(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            raise ValueError(f"no samples to write to {folder}")
+    return count
+
+
+def fill_shards(folder: Path, samples: Iterable[ShardSample], samples_per_shard: int = 1000) -> int:
+    """Write shards and their index into an empty folder, where more files may follow, and return how many samples.
+
+    Raises:
+        SampleError: If a sample breaks the schema or its key was there before.
+    """
+    count = _write_tars(samples, folder, samples_per_shard)
+    if count:
+        _prepare_for_energon(folder)
     return count
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1v2.data.samples import ShardSample
-from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.evaluation.benchmarks.files import read_rows
+from megatron_r1v2.resilience.files import atomic_folder
 from megatron_r1v2.rl.prompt_pool import PoolPrompt, filtered_prompt_pool
 
 POOL_FILE = "pool.json"
@@ -75,9 +75,7 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
             f"none of the {len(results)} prompts has both right and wrong responses (there are {len(keys)} responses); "
             "sample more of them (evaluation.runs), at a higher evaluation.temperature, or of another model"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.unfinished-", dir=output.parent) as unfinished:
-        shards = Path(unfinished) / "shards"
+    with atomic_folder(output) as shards:
         wanted = {prompt.prompt_key for prompt in kept}
         found: set[str] = set()
 
@@ -87,7 +85,7 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
                 if sample.key in wanted:
                     yield sample
 
-        write_shards(wanted_samples(), shards)
+        fill_shards(shards, wanted_samples())
         unknown = results.keys() - found
         if unknown:
             raise ValueError(
@@ -96,7 +94,6 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
             )
         record = _record(results, kept, len(effective), absent=len(found - results.keys()))
         (shards / POOL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        shards.rename(output)
     return record
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_r1v2.evaluation.estimates import budgets, confidence_interval, majority_at_k, pass_at_k
+from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.rewards.claims import Claim, hallucination_counts
 
 
@@ -199,17 +199,14 @@ def evaluation_path(folder: Path, name: str) -> Path:
 
 
 def write_evaluation(folder: Path, result: EvaluationResult) -> Path:
-    """Write `evaluation-NAME.json` beside its place and rename it, and return its path.
+    """Write `evaluation-NAME.json`, and return its path.
 
     Args:
         folder: the run's output folder; made when it is not there.
         result: what to write.
     """
     path = evaluation_path(folder, result.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".json.part")
-    beside.write_text(json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) + "\n")
     return path
 
 

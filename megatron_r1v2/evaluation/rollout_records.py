@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from megatron_r1v2.resilience.files import atomic_file
 from megatron_r1v2.rewards.claims import judge_claims
 from megatron_r1v2.types import Prompt, ScoredRollout
 
@@ -52,17 +52,14 @@ def rollout_record(
 
 
 def write_rollouts(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole file of rollout lines beside its place and rename it.
+    """Write a whole file of rollout lines.
 
     Args:
         path: for example `RUN/evaluation-after.rollouts.jsonl`; its folder is made when it is not there.
         records: from `rollout_record`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    os.replace(beside, path)
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
 
 
 def question(messages: Sequence[Mapping[str, str]]) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_r1v2.config.schema import LoggingConfig, WandbMode
+from megatron_r1v2.resilience.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -227,9 +228,7 @@ def _cut_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_file(path, "".join(kept))
 
 
 def _stable_id(run_dir: Path) -> str:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, Template
 
+from megatron_r1v2.resilience.files import write_file
+
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page beside its place and rename it.
-
-    Args:
-        path: where to.
-        page: HTML.
-
-    Returns:
-        The path.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # "replace": a model can emit half a surrogate pair, which UTF-8 cannot hold.
-    temporary.write_bytes(page.encode("utf-8", errors="replace"))
-    temporary.replace(path)
+    """Write a page of HTML and return its path."""
+    # A model can emit half a surrogate pair, which UTF-8 cannot hold.
+    write_file(path, page.encode("utf-8", errors="replace"))
     return path
 
 

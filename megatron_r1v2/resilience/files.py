@@ -41,7 +41,7 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     try:
         with synced_file(partial) as file:
             yield file
-        os.replace(partial, Path(path).resolve())
+        os.replace(partial, _target(path))
     finally:
         partial.unlink(missing_ok=True)
     # The name is on the disk only when the folder is; without this a power cut can bring the old file back.
@@ -89,7 +89,7 @@ def start_folder(path: Path | str) -> Path:
 
 def publish_folder(path: Path | str) -> None:
     """Bring the partial folder of `path` onto the disk and rename it; a folder that `path` was before is deleted."""
-    partial, replaced, target = partial_path(path), _beside(path, "replaced"), Path(path).resolve()
+    partial, replaced, target = partial_path(path), _beside(path, "replaced"), _target(path)
     for entry in (*partial.rglob("*"), partial):
         sync(entry)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -104,7 +104,7 @@ def publish_folder(path: Path | str) -> None:
 
 def restore_replaced(path: Path | str) -> None:
     """Put back the folder that `publish_folder`, killed between its two renames, had moved away."""
-    replaced, target = _beside(path, "replaced"), Path(path).resolve()
+    replaced, target = _beside(path, "replaced"), _target(path)
     if replaced.exists() and not target.exists():
         os.rename(replaced, target)
 
@@ -113,7 +113,7 @@ def delete_folder(path: Path | str) -> None:
     """Delete a folder so that a process killed on the way leaves no half of it under its name."""
     partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
-    os.rename(Path(path).resolve(), partial)
+    os.rename(_target(path), partial)
     shutil.rmtree(partial)
 
 
@@ -158,6 +158,11 @@ def sync(path: Path) -> None:
 
 
 def _beside(path: Path | str, suffix: str) -> Path:
-    # Links are followed: the rename must stay within one file system, and the link must stay a link.
-    target = Path(path).resolve()
+    target = _target(path)
     return target.with_name(f".{target.name}.{suffix}")
+
+
+def _target(path: Path | str) -> Path:
+    """Return the path that is renamed to: a link stays a link, and the rename within one file system."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path

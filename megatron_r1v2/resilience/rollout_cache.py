@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 import zlib
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -73,16 +73,10 @@ class KeptRollouts:
         if not self.enabled or not self.context.is_replica_leader:
             return
         path = self._path(prompt)
-        partial = path.with_suffix(f".{self.context.data_rank}.partial")
         body = io.BytesIO()
         content = {"made_by": self._made_by, "prompt": _digest(prompt), "rollouts": [vars(each) for each in rollouts]}
         torch.save(content, body)
-        with partial.open("wb") as file:
-            file.write(_checksum(body.getvalue()))
-            file.write(body.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_file(path, _checksum(body.getvalue()) + body.getvalue())
 
     def take(self, prompts: Sequence[Prompt]) -> tuple[dict[str, list[Rollout]], list[Prompt]]:
         """Read what an interrupted run has kept of this step.

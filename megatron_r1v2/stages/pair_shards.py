@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +16,9 @@ from rich.table import Table
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.samples import ShardSample
-from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.resilience.files import atomic_folder, write_file
 from megatron_r1v2.training.store import resolve_checkpoint
 from megatron_r1v2.types import Preference
 
@@ -120,14 +120,13 @@ class UnfinishedPairs:
         return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.json"))
 
     def write_round(self, number: int, found: Iterable[PromptPairs], counts: PairCounts) -> None:
-        """Keep a finished round, written beside and renamed.
+        """Keep a finished round.
 
         Args:
             number: of the round.
             found: of each of its prompts, in the order of the data set.
             counts: of the round.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / _SETTINGS_FILE).is_file():
             _write_json(self.folder / _SETTINGS_FILE, self._settings)
         record = {"counts": dataclasses.asdict(counts), "prompts": [dataclasses.asdict(prompt) for prompt in found]}
@@ -153,12 +152,10 @@ class UnfinishedPairs:
                 f"({_reasons(counts.dropped)}); change the pairs, generation or reward section, and delete "
                 f"{self.folder}"
             )
-        shards = self.folder / "shards"
-        shutil.rmtree(shards, ignore_errors=True)
         found = (_prompt_pairs(row) for number in numbers for row in self._read(number)["prompts"])
-        write_shards(expand_pairs(each_sample(source), found), shards)
-        _write_json(shards / COUNTS_FILE, record)
-        shards.rename(self.output)
+        with atomic_folder(self.output) as shards:
+            fill_shards(shards, expand_pairs(each_sample(source), found))
+            _write_json(shards / COUNTS_FILE, record)
         shutil.rmtree(self.folder)
         return counts
 
@@ -254,6 +251,4 @@ def _reasons(dropped: Mapping[str, int]) -> str:
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, json.dumps(record, indent=2) + "\n")

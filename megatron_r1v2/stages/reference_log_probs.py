@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_r1v2.checkpoint.megatron.run_folder import TENSORS, resolve_checkpoint
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.parallel import objects
+from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, sample_name, shard_samples
@@ -96,11 +97,9 @@ def load_or_compute_log_probs(
     if not _compute(session, source, sums, unfinished):
         return None
     if session.context.is_main:
-        partial = path.with_suffix(".partial")
         pairs = sorted(key.removesuffix(f"/{SIDES[0]}") for key in sums if key.endswith(f"/{SIDES[0]}"))
         header = {"pairs": len(pairs), **about}
-        partial.write_text("".join(json.dumps(line) + "\n" for line in (header, *_lines(pairs, sums))))
-        partial.replace(path)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in (header, *_lines(pairs, sums))))
         unfinished.unlink(missing_ok=True)
     return sums
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.choices import Packing, Part
-from megatron_r1v2.config.load import save_recipe
+from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
 from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.rank_watch import RankWatch
 from megatron_r1v2.resilience.rollout_cache import KeptRollouts
 from megatron_r1v2.resilience.signals import StepAbandoned, StopRequest
@@ -144,7 +144,7 @@ class Session:
                 **state,
             },
             replay=replay,
-            write_recipe=partial(save_recipe, self.recipe),
+            recipe=recipe_yaml(self.recipe),
             pass_at_1=pass_at_1,
         )
         self.checkpoints.save(self.policy.model, self.policy.optimizer, snapshot)
@@ -187,7 +187,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             if newest is not None:
                 recorder.say(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
             if loaded.context.is_main:
-                save_recipe(recipe, run_dir / RECIPE_FILE)
+                write_file(run_dir / RECIPE_FILE, recipe_yaml(recipe))
             verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
             verifier.verify_weights(restored.checksums, newest)
             session = Session(

@@ -11,7 +11,7 @@ A checkpoint is a folder `step-00000020`:
 
 Beside them `best.json` names the one with the best validation Pass@1: {"step": 20, "pass_at_1": 0.71}.
 
-It is written as `step-00000020.partial` and renamed when every rank is done, so what has the final name is whole. One
+It is written as `.step-00000020.partial` and renamed when every rank is done, so what has the final name is whole. One
 that has been damaged since is renamed `step-00000020.damaged` when a run goes on from the one before.
 Parts of the model that do not train are not in it: they are in the model that the run started from.
 """
@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,14 @@ from megatron_r1v2.config.choices import Part
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.files import (
+    delete_folder,
+    partial_path,
+    publish_folder,
+    remove_leftovers,
+    start_folder,
+    write_file,
+)
 from megatron_r1v2.training.manifest import check_manifest, write_run_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
 from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
@@ -79,8 +87,8 @@ class Snapshot:
     """The same on every rank; tensors, numbers, strings, and lists and dictionaries of them."""
     replay: Mapping[str, object]
     """What this data-parallel rank holds of the buffer."""
-    write_recipe: Callable[[Path], None]
-    """Writes the settings of the run."""
+    recipe: str
+    """The settings of the run, as YAML."""
     pass_at_1: float | None = None
     """Of this step on the validation split; None: it was not validated."""
 
@@ -102,11 +110,9 @@ class CheckpointStore:
         self.asynchronous = asynchronous
         self.context = context
         if context.is_main and folder.is_dir():
-            # What an interrupted run left: half-written checkpoints, and half-deleted ones.
-            for leftover in (*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")):
-                shutil.rmtree(leftover)
+            remove_leftovers(folder, "step-*")  # half-written checkpoints of an interrupted run, and half-deleted ones
         self._queue = AsyncCallsQueue(persistent=False)
-        self._written: tuple[Path, Path, float | None] | None = None
+        self._written: tuple[Path, float | None] | None = None
         best = [_read_best(folder)]
         dist.broadcast_object_list(best, src=0)
         self._best_pass_at_1 = best[0][1] if best[0] is not None else None
@@ -177,32 +183,32 @@ class CheckpointStore:
         if self.is_best(pass_at_1):
             self._best_pass_at_1 = pass_at_1
         target = self.folder / f"step-{snapshot.step:08d}"
-        partial = target.with_name(target.name + ".partial")
+        partial = partial_path(target)
         with _telling(self.folder):
-            self._write_small_files(partial, snapshot)
+            self._write_small_files(target, snapshot)
             sharded: ShardedStateDict = {"model": part_state(model, snapshot.parts)}
             if trains_here(optimizer):
                 sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
             request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
             dist.barrier()
         if request is None:
-            self._written = (partial, target, pass_at_1)
+            self._written = (target, pass_at_1)
         else:
-            request.add_finalize_fn(lambda: self._publish(partial, target, pass_at_1))
+            request.add_finalize_fn(lambda: self._publish(target, pass_at_1))
             self._queue.schedule_async_request(request)
         return target
 
-    def _write_small_files(self, partial: Path, snapshot: Snapshot) -> None:
+    def _write_small_files(self, target: Path, snapshot: Snapshot) -> None:
         """Collective over the world: make a folder for a checkpoint, with all but the tensors."""
-        # What an interrupted checkpoint left there goes first.
+        partial = partial_path(target)
         if self.context.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / TENSORS).mkdir(parents=True)
+            start_folder(target)
+            (partial / TENSORS).mkdir()
         dist.barrier()
         if self.context.is_main:
             names = {"parts": part_names(snapshot.parts), "trained": part_names(snapshot.trained)}
             save_state(partial, {**snapshot.state, **names})
-            snapshot.write_recipe(partial / RECIPE_FILE)
+            write_file(partial / RECIPE_FILE, snapshot.recipe)
         if self.context.is_replica_leader:
             torch.save(dict(snapshot.replay), partial / f"replay-{self.context.data_rank}.pt")
         torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
@@ -263,25 +269,21 @@ class CheckpointStore:
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
         return state, [torch.load(path, weights_only=True) for path in shards]
 
-    def _publish(self, partial: Path, target: Path, pass_at_1: float | None) -> None:
+    def _publish(self, target: Path, pass_at_1: float | None) -> None:
         """Collective over the world: give a checkpoint that every rank has written its name, delete the oldest."""
-        write_run_manifest(partial)
+        write_run_manifest(partial_path(target))
         if not self.context.is_main:
             return
-        os.rename(partial, target)
+        publish_folder(target)
         best = _read_best(self.folder)
         if pass_at_1 is not None and (best is None or pass_at_1 > best[1]):
             best = (target, pass_at_1)
-            beside = self.folder / f"{BEST_FILE}.part"
-            beside.write_text(json.dumps({"step": _step_of(target), "pass_at_1": pass_at_1}) + "\n", encoding="utf-8")
-            os.replace(beside, self.folder / BEST_FILE)
+            content = {"step": _step_of(target), "pass_at_1": pass_at_1}
+            write_file(self.folder / BEST_FILE, json.dumps(content) + "\n")
         for old in finished_checkpoints(self.folder)[: -self.keep_last]:
             if best is not None and old == best[0]:
                 continue
-            # A run killed in the middle of a deletion must not leave half a checkpoint under a finished one's name.
-            doomed = old.with_name(old.name + ".deleted")
-            os.rename(old, doomed)
-            shutil.rmtree(doomed)
+            delete_folder(old)
 
 
 @contextmanager
@@ -327,17 +329,17 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
     """
     if folder.exists():
         raise ValueError(f"output {folder} exists; name a new folder or delete it")
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_path(folder)
     if context.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / TENSORS).mkdir(parents=True)
+        start_folder(folder)
+        (partial / TENSORS).mkdir()
         names = part_names(set(parts) & set(model.parts))
         save_state(partial, {"step": 0, "version": 0, "parts": names, "trained": []})
     dist.barrier()
     dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
     dist.barrier()
     if context.is_main:
-        os.rename(partial, folder)
+        publish_folder(folder)
     dist.barrier()
 
 

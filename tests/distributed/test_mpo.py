@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.config.load import load_recipe, save_recipe
+from megatron_r1v2.config.load import load_recipe, recipe_yaml
+from megatron_r1v2.resilience.files import write_file
 from tests.ranks import run_ranks
 from tests.stages.runs import checkpoint_contents, free_port, read_metrics, recipe_for, run_stage, without_timings
 from tests.stages.tiny_run import tiny_recipe
@@ -55,7 +56,7 @@ def on_ranks(world_size: int, root: Path, folder: Path, settings: dict[str, tupl
     for name, overrides in settings.items():
         recipe = recipe_for(root, folder / name, (*SETTINGS, *overrides))
         files.append(str(folder / f"{name}.run.yaml"))
-        save_recipe(recipe, files[-1])
+        write_file(files[-1], recipe_yaml(recipe))
     run_ranks(world_size, run_recipes, files, [free_port() for _ in files])
     return {name: folder / name for name in settings}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.resilience.files import partial_path
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import Ranks, assert_same_end, has_line, read_metrics, recipe_for
 
@@ -51,7 +52,7 @@ class Point:
             return False
         unfinished = run / "unfinished" / f"step-{self.step - 1:08d}"
         saved = run / "checkpoints" / f"step-{self.step:08d}"
-        partial = saved.with_name(saved.name + ".partial")
+        partial = partial_path(saved)
         conditions: dict[str, Callable[[], bool]] = {
             "generation": unfinished.is_dir,
             "rollout": lambda: any(unfinished.glob("*.pt")),

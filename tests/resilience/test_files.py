@@ -141,6 +141,22 @@ def test_a_link_stays_a_link_and_is_written_through(tmp_path):
     assert names(tmp_path / "disk") == ["new"]
 
 
+def test_a_link_to_a_folder_that_is_gone_makes_nothing_elsewhere(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted" / "runs")
+    for write in (lambda path: write_file(path, "1"), start_folder):
+        with pytest.raises(FileExistsError):
+            write(tmp_path / "runs" / "a")
+    assert not (tmp_path / "unmounted").exists()
+
+
+def test_the_working_folder_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert partial_path(".") == tmp_path.with_name(f".{tmp_path.name}.partial")
+    assert partial_path("a") == Path(".a.partial")
+    write_file("a", "1")
+    assert names(tmp_path) == ["a"]
+
+
 def _write_until_killed(path: Path, size: int) -> None:
     for number in range(10**9):
         write_file(path, f"{number % 10}" * size)

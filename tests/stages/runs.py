@@ -22,8 +22,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_r1v2.config.load import load_recipe, save_recipe
+from megatron_r1v2.config.load import load_recipe, recipe_yaml
 from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.stages.align import run_align
 from megatron_r1v2.stages.grpo.stage import run_grpo
 from megatron_r1v2.stages.mpo import run_mpo
@@ -46,7 +47,7 @@ def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> Run
     recipe = tiny_recipe(root)
     recipe.run.output_dir = str(output)
     file = output.with_name(output.name + ".yaml")
-    save_recipe(recipe, file)
+    write_file(file, recipe_yaml(recipe))
     return load_recipe(file, overrides)
 
 
@@ -177,7 +178,7 @@ class Ranks:
         output = Path(recipe.run.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         file = output.with_name(output.name + ".started.yaml")
-        save_recipe(recipe, file)
+        write_file(file, recipe_yaml(recipe))
         self.log = output.with_name(output.name + ".log")
         self.log.write_text("")
         context = forked_context()

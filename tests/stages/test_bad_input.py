@@ -185,7 +185,7 @@ def test_a_threshold_that_no_pair_reaches_is_told(run_entry: Entry) -> None:
 
 
 def test_a_start_from_nothing_finished_is_refused(run_entry: Entry, tmp_path: Path) -> None:
-    (tmp_path / "other" / "checkpoints" / "step-00000007.partial").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / ".step-00000007.partial").mkdir(parents=True)
     assert "no finished checkpoint in" in run_entry(f"model.checkpoint={tmp_path / 'other'}")
 
 

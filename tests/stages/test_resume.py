@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.resilience.files import partial_path
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
     Ranks,
@@ -93,7 +94,7 @@ def kill_three_times(recipe: RunRecipe, world_size: int) -> None:
     second, fourth, sixth = (run / "checkpoints" / f"step-{step:08d}" for step in (2, 4, 6))
     restarts.kill_when(lambda: second.is_dir() and has_line(run, "metrics.jsonl", 3))
     # Later checkpoints too: a slow machine may have been quicker to save than to kill.
-    restarts.kill_when(lambda: any(path.with_name(path.name + ".partial").is_dir() for path in (fourth, sixth)))
+    restarts.kill_when(lambda: any(partial_path(path).is_dir() for path in (fourth, sixth)))
     restarts.kill_when(fourth.is_dir)
     restarts.finish()
 

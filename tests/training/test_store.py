@@ -13,6 +13,7 @@ import torch
 
 from megatron_r1v2.checkpoint.manifest import MANIFEST
 from megatron_r1v2.config.schema import Part
+from megatron_r1v2.resilience.files import partial_path
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import Session, open_model, open_session
 from megatron_r1v2.training.store import (
@@ -127,7 +128,7 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(session: Session, async
     before = everything(session)["weights"]
     session.save({}, {})
     assert store.agree_on_newest_undamaged() is None
-    assert (store.folder / "step-00000002.partial").is_dir()
+    assert partial_path(store.folder / "step-00000002").is_dir()
     # Written in the background or not: what trains on must not leak into the file.
     supervised_step(session)
     store.finish_pending(blocking=True)
@@ -140,7 +141,7 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(session: Session, async
 def test_what_has_no_manifest_gets_no_name(session: Session) -> None:
     store = session.checkpoints
     session.save({}, {})
-    in_the_way = store.folder / "step-00000002.partial" / MANIFEST
+    in_the_way = partial_path(store.folder / "step-00000002") / MANIFEST
     in_the_way.mkdir()
     with pytest.raises(RuntimeError, match="could not be written"):
         store.finish_pending(blocking=True)
@@ -159,7 +160,7 @@ def test_a_folder_that_cannot_be_made_is_told_of_too(session: Session) -> None:
 def test_the_newest_are_kept_and_a_broken_write_is_written_again(session: Session) -> None:
     store = session.checkpoints
     store.keep_last = 2
-    leftover = store.folder / "step-00000003.partial"
+    leftover = partial_path(store.folder / "step-00000003")
     leftover.mkdir(parents=True)
     (leftover / "state.pt").write_bytes(b"half")
     for step in (1, 2, 3, 4):
@@ -204,7 +205,7 @@ def test_the_best_by_validation_is_kept_beside_the_newest(session: Session) -> N
 
 
 def test_names_of_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
-    for name in ("step-00000001", "step-00000002.partial", "step-00000003.deleted", "step-4", "other"):
+    for name in ("step-00000001", ".step-00000002.partial", "step-00000003.damaged", "step-4", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert [path.name for path in finished_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
     assert finished_checkpoints(tmp_path / "nowhere") == []
