@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.parallel.store import ask
 from megatron_r1v2.types import Prompt
 
 
@@ -50,7 +49,7 @@ class SharedPromptQueue:
     def _take(self) -> int:
         index = torch.zeros(1, dtype=torch.int64, device=self._context.device)
         if self._context.is_replica_leader:
-            index.fill_(ask(lambda store: store.add(self._counter, 1)) - 1)
+            index.fill_(self._context.store.add(self._counter, 1) - 1)
         if self._context.tensor_size * self._context.pipeline_size > 1:
             dist.broadcast(index, src=self._leader, group=self._group)
         return int(index)

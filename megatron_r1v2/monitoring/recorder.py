@@ -117,7 +117,7 @@ class Recorder:
             To be called with how much is done.
         """
         if self._progress is None or self._progress.disable:
-            yield self._sayer(what, total)
+            yield self._throttled_log(what, total)
             return
         bar = self._progress
         task = bar.add_task(what, total=total, numbers=what)
@@ -130,7 +130,7 @@ class Recorder:
         """Return what `timed` has measured for a phase of this step."""
         return self.values[f"timing_s/{phase}"]
 
-    def where(self) -> str:
+    def current_phase(self) -> str:
         """Return the step and the phase that this rank is in."""
         return f"step {self.steps_done + 1}, {self.phase}"
 
@@ -168,20 +168,20 @@ class Recorder:
         if self.is_main:
             _append(self.run_dir / ROLLOUTS_FILE, records)
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Print a line, on the main rank."""
         if self.is_main:
             # As it is: in a job's log, rich would break lines at 80 columns; and "[adapter]" is no markup.
             self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def _sayer(self, what: str, total: int) -> Callable[[int], None]:
+    def _throttled_log(self, what: str, total: int) -> Callable[[int], None]:
         told = float("-inf")
 
         def say(done: int) -> None:
             nonlocal told
             if done >= total or time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
-                self.say(f"{what}: {done} of {total}")
+                self.log(f"{what}: {done} of {total}")
 
         return say
 
@@ -190,7 +190,7 @@ class Recorder:
         if self._progress is not None and not self._progress.disable:
             self._progress.update(self._task, completed=step, numbers=numbers)
         else:
-            self.say(f"step {step}  {numbers}  {values['timing_s/step']:.2f} s")
+            self.log(f"step {step}  {numbers}  {values['timing_s/step']:.2f} s")
 
     def _open_services(self, name: str, settings: LoggingConfig) -> None:
         # Both are slow to import and seldom on, so they are imported only where they are.

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import cpu, host_staged
+from megatron_r1v2.parallel.store import GroupStore
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ParallelContext:
     pipeline_size: int
     data_rank: int
     data_size: int
+    store: GroupStore
 
     @property
     def is_first_stage(self) -> bool:
@@ -120,6 +122,7 @@ def current_context(device: torch.device | None = None) -> ParallelContext:
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        store=GroupStore(),
     )
 
 

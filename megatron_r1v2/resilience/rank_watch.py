@@ -1,7 +1,7 @@
-"""Where every rank is, so that one that hangs or dies is named, and one that only takes long is waited for.
+"""The phase that every rank is in, so that one that hangs or dies is named, and one that only takes long is waited for.
 
-A thread of each rank writes down in the store of the process groups what its main thread is doing, and a count of what
-it has done. Whoever waits for others reads it: a rank whose entry no longer changes is lost.
+A thread of each rank writes into the store of the process groups what its main thread is doing, and a count of what it
+has done. Whoever waits for others reads it: a rank whose entry no longer changes is lost.
 """
 
 from __future__ import annotations
@@ -10,29 +10,42 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any
+from typing import TypedDict
 
 import torch.distributed as dist
 
-from megatron_r1v2.parallel.store import ask, default_store
+from megatron_r1v2.parallel.store import GroupStore
 
 _SECONDS_BETWEEN_BEATS = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.02
 
 
-class RankWatch:
-    """Watches the ranks of a run while its block runs; does nothing where there is one."""
+class _Beat(TypedDict):
+    """What a rank says of itself."""
 
-    def __init__(self, where: Callable[[], str], *, limit_seconds: float) -> None:
-        """Prepare.
+    phase: str
+    ticks: int
+    since: float
+    """Seconds since phase or ticks changed."""
+    time: float
+    """Of its clock when it said so."""
+
+
+class RankWatch:
+    """Watches the ranks of a run while its block runs; does nothing for a rank alone."""
+
+    def __init__(self, store: GroupStore, current_phase: Callable[[], str], *, limit_seconds: float) -> None:
+        """Make a watch that has not begun.
 
         Args:
-            where: says what this rank is doing, such as "step 12, generate".
+            store: of the process groups.
+            current_phase: returns what this rank is doing, such as "step 12, generate".
             limit_seconds: without any change, after which a rank is lost.
         """
-        self._where = where
+        self._store = store
+        self._current_phase = current_phase
         self._limit_seconds = limit_seconds
         self._ticks = 0
         self._ended = threading.Event()
@@ -54,41 +67,34 @@ class RankWatch:
             self._thread.join(timeout=2 * _SECONDS_BETWEEN_BEATS)
 
     def tick(self) -> None:
-        """Say that something was done, however long the whole takes."""
+        """Count a piece of work as done, however long the whole takes."""
         self._ticks += 1
 
-    def wait_for_all(self, name: str, *, leave: Callable[[bool], bool] = bool) -> None:
+    def wait_for_all(self, place: str, *, leave: Callable[[bool], bool] = bool) -> None:
         """Wait until all ranks have come here, for as long as those that have not go on doing something.
 
         A collective would end by its time-out while a replica is still generating long responses.
 
         Args:
-            name: of the place, never used before.
-            leave: asked again and again, told whether all are here; says whether to go on, and may do something
+            place: a name that was never used before.
+            leave: called again and again with whether all are here; returns whether to go on, and may do something
                 meanwhile.
 
         Raises:
             RuntimeError: a rank has not come, and has done nothing for the limit; or the store does not answer.
         """
-        ask(lambda store: store.set(f"watch/{name}/{dist.get_rank()}", "here"))
-        missing = {rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()}
-        heard: dict[int, tuple[Any, float]] = {}
-        while True:
-            missing = {rank for rank in missing if not _has(f"watch/{name}/{rank}")}
-            if leave(not missing):
-                return
-            for rank in missing or {0}:  # where all are here, the first one says when to leave
-                entry = self._entry(rank)
-                # Beats go on while a main thread hangs: what counts is what it does.
-                done = (entry.get("where"), entry.get("ticks"))
-                if rank not in heard or heard[rank][0] != done:
-                    heard[rank] = (done, time.monotonic())
-                elif time.monotonic() - heard[rank][1] > self._limit_seconds:
-                    raise RuntimeError(
-                        f"rank {rank} is lost: nothing was done there for parallel.timeout_minutes="
-                        f"{self._limit_seconds / 60:g}, while the others wait for it. Look at its node and its log, "
-                        "and start again to go on from the newest checkpoint"
-                    )
+        ranks = range(dist.get_world_size())
+        arrived = [f"watch/{place}/{rank}" for rank in ranks]
+        self._store.set(arrived[dist.get_rank()], "here")
+        changes = _Changes()
+        next_beat = 0.0
+        while not leave(all_here := self._store.has(arrived)):
+            # The others say something new once a beat: to read it more often would only load the store.
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + _SECONDS_BETWEEN_BEATS
+                # Where all are here, the first one says when to leave.
+                missing = [0] if all_here else [rank for rank in ranks if not self._store.has([arrived[rank]])]
+                self._refuse_lost(missing, changes)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def report(self) -> str:
@@ -96,47 +102,72 @@ class RankWatch:
         lines = []
         for rank in range(dist.get_world_size()):
             try:
-                entry = self._entry(rank)
+                beat = self._last_beat(rank)
             except (RuntimeError, ValueError) as error:  # the first rank has the store
-                told = str(error).partition("\n")[0]
+                reason = str(error).partition("\n")[0]
                 return (
-                    f"where the ranks were: the first rank, which would know, does not answer ({told}); rank "
-                    f"{dist.get_rank()} itself: {self._where()}"
+                    f"where the ranks were: the first rank, which would know, does not answer ({reason}); rank "
+                    f"{dist.get_rank()} itself: {self._current_phase()}"
                 )
-            if not entry:
+            if beat is None:
                 lines.append(f"  rank {rank}: not heard of")
                 continue
-            ago = time.time() - entry["time"]
-            lines.append(f"  rank {rank}: {entry['where']}, since {entry['since']:.0f} s; heard of {ago:.0f} s ago")
+            ago = time.time() - beat["time"]
+            lines.append(f"  rank {rank}: {beat['phase']}, since {beat['since']:.0f} s; heard of {ago:.0f} s ago")
         return "\n".join(["where the ranks were:", *lines])
 
-    def _entry(self, rank: int) -> dict[str, Any]:
+    def _refuse_lost(self, ranks: Iterable[int], changes: _Changes) -> None:
+        for rank in ranks:
+            beat = self._last_beat(rank)
+            # Beats go on while a main thread hangs: what counts is what it does.
+            work = (beat["phase"], beat["ticks"]) if beat is not None else None
+            if changes.seconds_since(rank, work) > self._limit_seconds:
+                raise RuntimeError(
+                    f"rank {rank} is lost: nothing was done there for parallel.timeout_minutes="
+                    f"{self._limit_seconds / 60:g}, while the others wait for it. Look at its node and its log, "
+                    "and start again to go on from the newest checkpoint"
+                )
+
+    def _last_beat(self, rank: int) -> _Beat | None:
         key = f"watch/rank-{rank}"
-        return json.loads(ask(lambda store: store.get(key))) if _has(key) else {}
+        if not self._store.has([key]):
+            return None
+        beat: _Beat = json.loads(self._store.get(key))
+        return beat
 
     def _beat(self) -> None:
-        last, since = None, time.monotonic()
+        work, changes = (self._current_phase(), self._ticks), _Changes()
         while True:
-            done = (self._where(), self._ticks)
-            if done != last:
-                last, since, self._warned = done, time.monotonic(), False
-            seconds = time.monotonic() - since
-            entry = {"where": done[0], "ticks": done[1], "since": seconds, "time": time.time()}
+            seconds = changes.seconds_since(dist.get_rank(), work)
+            if not seconds:
+                self._warned = False
+            beat = _Beat(phase=work[0], ticks=work[1], since=seconds, time=time.time())
             try:
-                default_store().set(f"watch/rank-{dist.get_rank()}", json.dumps(entry))
+                self._store.set(f"watch/rank-{dist.get_rank()}", json.dumps(beat))
                 self._warn_before_the_end(seconds)
             except (RuntimeError, ValueError):
                 return  # the process groups have ended, or the first rank has, and the main thread is told by its own
             if self._ended.wait(_SECONDS_BETWEEN_BEATS):
                 return
+            work = (self._current_phase(), self._ticks)
 
     def _warn_before_the_end(self, seconds: float) -> None:
-        """Say where all are before NCCL's own watchdog ends the process without a word from Python."""
+        """Print what all are doing before NCCL's own watchdog ends the process without a word from Python."""
         if seconds > 0.9 * self._limit_seconds and not self._warned:
             self._warned = True
-            told = f"rank {dist.get_rank()} has done nothing for {seconds:.0f} s; {self.report()}"
-            print(told, file=sys.stderr, flush=True)
+            message = f"rank {dist.get_rank()} has done nothing for {seconds:.0f} s; {self.report()}"
+            print(message, file=sys.stderr, flush=True)
 
 
-def _has(key: str) -> bool:
-    return ask(lambda store: store.check([key]))
+class _Changes:
+    """The time at which the work of each rank was last seen to change."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[tuple[str, int] | None, float]] = {}
+
+    def seconds_since(self, rank: int, work: tuple[str, int] | None) -> float:
+        """Return for how long a rank has been at the same work; 0: it is new."""
+        if rank not in self._seen or self._seen[rank][0] != work:
+            self._seen[rank] = (work, time.monotonic())
+            return 0.0
+        return time.monotonic() - self._seen[rank][1]

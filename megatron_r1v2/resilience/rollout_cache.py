@@ -32,11 +32,11 @@ _STEP_FOLDER = re.compile(r"step-(\d{8})$")
 _CHECKSUM_BYTES = 4
 
 
-class KeptRollouts:
-    """The rollouts of steps that no checkpoint holds; the files are on a disk that all ranks see."""
+class RolloutCache:
+    """The rollouts of steps that no checkpoint holds, on a disk that all ranks see."""
 
     def __init__(self, run_dir: Path, context: ParallelContext, *, enabled: bool) -> None:
-        """Prepare; writes nothing.
+        """Name the folder; writes nothing.
 
         Args:
             run_dir: of the run.
@@ -50,7 +50,7 @@ class KeptRollouts:
         self._made_by = ""
 
     def begin_step(self, step: int, made_by: Mapping[str, Any]) -> None:
-        """Say which step is in progress; called together by all ranks.
+        """Collective over all ranks: begin a step, whose rollouts `save` and `load` are about.
 
         Args:
             step: steps done before it.
@@ -63,7 +63,7 @@ class KeptRollouts:
         if self.enabled:
             dist.barrier()
 
-    def keep(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
+    def save(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
         """Write all responses to a prompt.
 
         Args:
@@ -78,8 +78,8 @@ class KeptRollouts:
         torch.save(content, body)
         write_file(path, _checksum(body.getvalue()) + body.getvalue())
 
-    def take(self, prompts: Sequence[Prompt]) -> tuple[dict[str, list[Rollout]], list[Prompt]]:
-        """Read what an interrupted run has kept of this step.
+    def load(self, prompts: Sequence[Prompt]) -> tuple[dict[str, list[Rollout]], list[Prompt]]:
+        """Collective over all ranks: read what an interrupted run has kept of this step.
 
         Args:
             prompts: of the step, the same on all ranks.

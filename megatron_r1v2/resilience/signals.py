@@ -1,7 +1,7 @@
 """Signals that ask the run to end: SLURM sends SIGUSR1 some minutes before the time is up, SIGTERM some seconds.
 
 SIGUSR1: finish the step, save, end. SIGTERM: abandon the step, end within `checkpoint.grace_seconds`; what was finished
-of it is on disk (see kept_rollouts.py).
+of it is on disk (rollout_cache.py).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _END_OF_WATCH = b"\0"
 
 
 class StepAbandoned(Exception):
-    """The step in progress is given up, on all ranks."""
+    """Raised on all ranks when the step in progress is given up."""
 
 
-class StopRequest:
-    """Remembers the signals while its block runs.
+class StopSignals:
+    """The signals that this process receives while the block runs.
 
     A thread hears them, since the main one may be in a collective, where Python runs no handler. The main thread has
     them blocked, and so have the processes that it starts (verifiers, the checkpoint writer and its manager): SLURM
@@ -37,7 +37,7 @@ class StopRequest:
     """
 
     def __init__(self, device: torch.device, *, grace_seconds: float = 25.0) -> None:
-        """Prepare.
+        """Make a receiver that does not listen yet.
 
         Args:
             device: where the backend wants its tensors.
@@ -48,7 +48,7 @@ class StopRequest:
         self._deadline: float | None = None
         self._received: set[int] = set()
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopSignals:
         self._ears, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._previous = {number: signal.signal(number, _heard_by_the_thread) for number in _SIGNALS}
@@ -57,7 +57,7 @@ class StopRequest:
         # The first process that is spawned starts it, and Python then unblocks SIGTERM: so it starts here.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        self._thread = threading.Thread(target=self._listen, name="stop-request", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
         self._thread.start()
         return self
 
@@ -74,31 +74,32 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def is_made(self) -> signal.Signals | None:
-        """Return the most urgent signal that any rank has received; called together by all ranks."""
+    def sync_stop_signal(self) -> signal.Signals | None:
+        """Collective over all ranks: return the most urgent signal that any has received; None: none has come."""
         urgency = max((_SIGNALS.index(signal.Signals(number)) + 1 for number in self._received), default=0)
-        agreed = self._largest(urgency)
+        agreed = self._all_reduce_max(urgency)
         return _SIGNALS[agreed - 1] if agreed else None
 
-    def must_abandon(self) -> bool:
-        """Return whether this rank has received SIGTERM."""
+    @property
+    def sigterm_received(self) -> bool:
+        """Return whether this rank has received SIGTERM; the others may not have."""
         return signal.SIGTERM in self._received
 
-    def abandon_if_told(self) -> None:
-        """Give the step up when any rank has received SIGTERM; called together by all ranks.
+    def abandon_step_if_asked(self) -> None:
+        """Collective over all ranks: give the step up when any has received SIGTERM.
 
         Raises:
             StepAbandoned: on all of them.
         """
-        if self._largest(int(self.must_abandon())):
+        if self._all_reduce_max(int(self.sigterm_received)):
             raise StepAbandoned
 
-    def _largest(self, value: int) -> int:
+    def _all_reduce_max(self, value: int) -> int:
         if dist.get_world_size() == 1:
             return value
-        box = torch.tensor([value], device=self._device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return int(box.item())
+        largest = torch.tensor([value], device=self._device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def _listen(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -121,10 +122,11 @@ class StopRequest:
             file=sys.stderr,
             flush=True,
         )
+        # Children outlive the signals on purpose; without a parent they would outlive the job too.
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(128 + signal.SIGTERM)
 
 
 def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing: that there is a handler is what keeps the signal from ending the process."""
+    """Do nothing: without a handler the signal would end the process."""

@@ -36,7 +36,7 @@ def run_steps(
             validated = validate()
             finished = (validated is not None and validated.goal_reached) or session.is_finished
         except StepAbandoned:  # in its evaluation: the step is done, and saved below
-            session.recorder.say(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
+            session.recorder.log(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
         stopping = session.preemption.sync_stop_signal(session.step)
         pass_at_1 = validated.pass_at_1 if validated is not None else None
         if session.should_save(last=finished or stopping, pass_at_1=pass_at_1):

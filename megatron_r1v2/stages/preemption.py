@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.rank_commands import RankCommands
 from megatron_r1v2.resilience.rank_watch import RankWatch
-from megatron_r1v2.resilience.rollout_cache import KeptRollouts
-from megatron_r1v2.resilience.signals import StepAbandoned, StopRequest
-from megatron_r1v2.resilience.step_orders import Orders
+from megatron_r1v2.resilience.rollout_cache import RolloutCache
+from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
 from megatron_r1v2.training.store import CheckpointStore
 
 _ENGINE_STEPS_BETWEEN_LOOKS = 8
@@ -27,8 +27,8 @@ class PreemptionHandler:
 
     def __init__(
         self,
-        stop_request: StopRequest,
-        kept: KeptRollouts,
+        stop_signals: StopSignals,
+        rollouts: RolloutCache,
         checkpoints: CheckpointStore,
         *,
         lead_seconds: float,
@@ -39,8 +39,8 @@ class PreemptionHandler:
         """Put the parts together.
 
         Args:
-            stop_request: entered.
-            kept: rollouts of unfinished steps.
+            stop_signals: entered.
+            rollouts: of unfinished steps.
             checkpoints: published as soon as they are written.
             lead_seconds: how long before the end SIGUSR1 comes; 0: unknown.
             recorder: where the run says what it does.
@@ -48,13 +48,13 @@ class PreemptionHandler:
             context: process groups.
         """
         self.watch = watch
-        self.stop_request = stop_request
-        self.kept = kept
+        self.stop_signals = stop_signals
+        self.rollouts = rollouts
         self.checkpoints = checkpoints
         self.lead_seconds = lead_seconds
         self.recorder = recorder
         self.context = context
-        self._orders = Orders(context)
+        self._commands = RankCommands(context)
         self._engine_steps = 0
         self._longest_need = 0.0
 
@@ -64,10 +64,10 @@ class PreemptionHandler:
         Args:
             step: steps done.
         """
-        number = self.stop_request.is_made()
+        number = self.stop_signals.sync_stop_signal()
         if number is None:
             return False
-        self.recorder.say(f"asked to stop by {number.name}: saving after step {step}; start again to go on")
+        self.recorder.log(f"asked to stop by {number.name}: saving after step {step}; start again to go on")
         return True
 
     def publish(self, *, blocking: bool) -> None:
@@ -78,12 +78,12 @@ class PreemptionHandler:
         """
         self.checkpoints.finish_pending(blocking=blocking)
         if self.context.is_main:
-            self.kept.drop_before(self.checkpoints.newest_step())
+            self.rollouts.drop_before(self.checkpoints.newest_step())
 
     def poll_between_phases(self) -> None:
         """Collective over the world: publish what has been written, and give the step up when SIGTERM has come."""
         self.publish(blocking=False)
-        self.stop_request.abandon_if_told()
+        self.stop_signals.abandon_step_if_asked()
 
     def poll_between_engine_steps(self, responses: int, tokens: int) -> None:
         """Collective over the replica: do the same now and then while it generates.
@@ -95,7 +95,7 @@ class PreemptionHandler:
         self.watch.tick()
         self._engine_steps += 1
         if self._engine_steps % _ENGINE_STEPS_BETWEEN_LOOKS == 0:
-            self._follow_orders(self.context.groups.mp)
+            self._follow_commands(self.context.groups.mp)
 
     def wait_for_all(self, name: str) -> None:
         """Collective over the world: wait for replicas that still generate, as `poll_between_engine_steps` does.
@@ -103,9 +103,9 @@ class PreemptionHandler:
         Args:
             name: of the place, never used before.
         """
-        self.watch.wait_for_all(name, leave=lambda all_here: self._follow_orders(None, all_here=all_here))
+        self.watch.wait_for_all(name, leave=lambda all_here: self._follow_commands(None, all_here=all_here))
 
-    def _follow_orders(self, group: dist.ProcessGroup | None, *, all_here: bool = False) -> bool:
+    def _follow_commands(self, group: dist.ProcessGroup | None, *, all_here: bool = False) -> bool:
         """Collective over the group: report, decide on the first rank, obey; return whether all go on together.
 
         To publish is a collective. It is ordered when every rank has written its files, and done by each at its next
@@ -113,22 +113,22 @@ class PreemptionHandler:
         """
         written = self.checkpoints.written()
         if written is not None:
-            self._orders.report(f"written {written}")
-        if self.stop_request.must_abandon():
-            self._orders.report(_ABANDON)
+            self._commands.report(f"written {written}")
+        if self.stop_signals.sigterm_received:
+            self._commands.report(_ABANDON)
         if self.context.is_main:
-            if self._orders.reports(_ABANDON):
-                self._orders.give(_ABANDON)
-            elif written is not None and self._orders.reports(f"written {written}") == dist.get_world_size():
-                self._orders.give(_PUBLISH)
+            if self._commands.count_reports(_ABANDON):
+                self._commands.send(_ABANDON)
+            elif written is not None and self._commands.count_reports(f"written {written}") == dist.get_world_size():
+                self._commands.send(_PUBLISH)
             elif all_here:
-                self._orders.give(_GO_ON)
-        order = self._orders.next(group)
-        if order == _ABANDON:
+                self._commands.send(_GO_ON)
+        command = self._commands.receive(group)
+        if command == _ABANDON:
             raise StepAbandoned
-        if order == _PUBLISH:
+        if command == _PUBLISH:
             self.publish(blocking=False)
-        return order == _GO_ON
+        return command == _GO_ON
 
     def log_step_abandoned(self, step: int) -> None:
         """Log what the next start finds.
@@ -136,8 +136,8 @@ class PreemptionHandler:
         Args:
             step: steps done.
         """
-        kept = "; finished rollouts are kept" if self.kept.enabled else ""
-        self.recorder.say(
+        kept = "; finished rollouts are kept" if self.rollouts.enabled else ""
+        self.recorder.log(
             f"step {step + 1} is abandoned, as asked by {signal.SIGTERM.name}{kept}; start again to go on"
         )
 
@@ -150,7 +150,7 @@ class PreemptionHandler:
             total: prompts.
         """
         if found:
-            self.recorder.say(f"step {step + 1}: rollouts of {found} of {total} prompts are there from before")
+            self.recorder.log(f"step {step + 1}: rollouts of {found} of {total} prompts are there from before")
 
     def check_lead(self) -> None:
         """Note how much of `checkpoint.lead_seconds` a step and a save leave, and warn when they need more."""
@@ -161,7 +161,7 @@ class PreemptionHandler:
         self.recorder.note({"preemption/lead_margin_s": lead - need})
         if need > max(lead, self._longest_need):
             self._longest_need = need
-            self.recorder.say(
+            self.recorder.log(
                 f"warning: a step and a save have taken {need:.0f} s, but SIGUSR1 comes checkpoint.lead_seconds="
                 f"{lead:g} before the end: the step would be lost; raise --signal=B:USR1@{need * 1.5:.0f} of sbatch "
                 "and this setting together"

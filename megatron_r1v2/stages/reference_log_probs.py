@@ -86,7 +86,7 @@ def load_or_compute_log_probs(
     unfinished = path.with_suffix(".unfinished")
     finished = _broadcast_from_main(_read_finished(path) if session.context.is_main else None)
     if finished is not None:
-        session.recorder.say(f"reference log-probs of {len(finished) // 2} pairs are in {path}")
+        session.recorder.log(f"reference log-probs of {len(finished) // 2} pairs are in {path}")
         return finished
     if session.step:
         raise ValueError(

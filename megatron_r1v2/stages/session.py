@@ -18,8 +18,8 @@ from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.rank_watch import RankWatch
-from megatron_r1v2.resilience.rollout_cache import KeptRollouts
-from megatron_r1v2.resilience.signals import StepAbandoned, StopRequest
+from megatron_r1v2.resilience.rollout_cache import RolloutCache
+from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
 from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
@@ -185,7 +185,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             preemption,
         ):
             if newest is not None:
-                recorder.say(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
+                recorder.log(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
             if loaded.context.is_main:
                 write_file(run_dir / RECIPE_FILE, recipe_yaml(recipe))
             verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
@@ -222,7 +222,7 @@ def _supervised(
     """Listen for signals, record, and watch the other ranks, while the block runs."""
     recipe, context = loaded.recipe, loaded.context
     with (
-        StopRequest(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_request,
+        StopSignals(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_signals,
         Recorder(
             run_dir,
             name=recipe.run.name,
@@ -233,13 +233,13 @@ def _supervised(
             is_main=context.is_main,
             shown=shown,
         ) as recorder,
-        RankWatch(recorder.where, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
+        RankWatch(context.store, recorder.current_phase, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
     ):
         yield (
             recorder,
             PreemptionHandler(
-                stop_request,
-                KeptRollouts(run_dir, context, enabled=recipe.checkpoint.keep_rollouts),
+                stop_signals,
+                RolloutCache(run_dir, context, enabled=recipe.checkpoint.keep_rollouts),
                 checkpoints,
                 lead_seconds=recipe.checkpoint.lead_seconds,
                 recorder=recorder,

@@ -61,7 +61,7 @@ class Validation:
             self.calibrator.observe(result.hallucination_rate, result.claim_coverage)
         goal_reached = bool(self.goal) and result.pass_at_1 >= self.goal
         if goal_reached:
-            session.recorder.say(
+            session.recorder.log(
                 f"validation Pass@1 {result.pass_at_1:.3f} has reached evaluation.stop_at_pass_at_1={self.goal:g} "
                 f"after {session.step} steps"
             )

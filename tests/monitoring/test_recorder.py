@@ -72,7 +72,7 @@ def test_only_the_main_rank_writes(tmp_path: Path, capsys) -> None:
     with recorder(tmp_path, is_main=False) as opened:
         opened.note({"actor/loss": 1.0})
         opened.write_rollouts([{"step": 1}])
-        opened.say("hello")
+        opened.log("hello")
         opened.end_step(1)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
@@ -81,7 +81,7 @@ def test_only_the_main_rank_writes(tmp_path: Path, capsys) -> None:
 def test_what_is_said_is_one_line_of_a_log_as_it_is(tmp_path: Path, capsys) -> None:
     message = f"train.parts=[adapter, language]: {'checkpoints/' * 20} [/x] and the rest"
     with recorder(tmp_path) as opened:
-        opened.say(message)
+        opened.log(message)
     assert message in capsys.readouterr().err.splitlines()
 
 

@@ -14,10 +14,10 @@ from tests.ranks import run_ranks
 
 def watched(limit: float) -> tuple[str, str, str]:
     """Rank 1 works for three times the limit, and then stops working."""
-    groups.initialize(ParallelConfig(), seed=1)
+    store = groups.initialize(ParallelConfig(), seed=1).store
     rank = dist.get_rank()
     told, note = "", ""
-    with RankWatch(lambda: f"phase of {rank}", limit_seconds=limit) as watch:
+    with RankWatch(store, lambda: f"phase of {rank}", limit_seconds=limit) as watch:
         if rank == 1:
             for _ in range(30):
                 time.sleep(limit / 10)
@@ -27,7 +27,7 @@ def watched(limit: float) -> tuple[str, str, str]:
             time.sleep(3 * limit)
         else:
             try:
-                with RankWatch(lambda: "waiting", limit_seconds=limit) as inner:
+                with RankWatch(store, lambda: "waiting", limit_seconds=limit) as inner:
                     inner.wait_for_all("second")
             except RuntimeError as error:
                 told, note = str(error), error.__notes__[0]

@@ -12,7 +12,7 @@ import pytest
 TRAINER = """
 import multiprocessing, os, signal, sys, time
 import torch
-from megatron_r1v2.resilience.signals import StopRequest
+from megatron_r1v2.resilience.signals import StopSignals
 
 def write(queue):
     time.sleep(1)
@@ -20,7 +20,7 @@ def write(queue):
 
 if __name__ == "__main__":
     number = signal.Signals[sys.argv[1]]
-    with StopRequest(torch.device("cpu")) as stop_request:
+    with StopSignals(torch.device("cpu")) as stop_signals:
         manager = multiprocessing.get_context("spawn").Manager()  # as megatron-core's checkpoint writer does
         queue = manager.Queue()
         writer = multiprocessing.get_context("fork").Process(target=write, args=(queue,))
@@ -28,7 +28,7 @@ if __name__ == "__main__":
         os.killpg(0, number)
         writer.join()
         assert writer.exitcode == 0, writer.exitcode
-        print(queue.get(timeout=5), number in stop_request._received, flush=True)
+        print(queue.get(timeout=5), number in stop_signals._received, flush=True)
 """
 
 

@@ -102,7 +102,7 @@ class RolloutPhase:
                 settings=recipe.algorithm,
             )
         )
-        session.preemption.kept.begin_step(
+        session.preemption.rollouts.begin_step(
             session.step, made_by(recipe.run.seed, session.policy.version, recipe.generation, weights)
         )
 
@@ -118,7 +118,7 @@ class RolloutPhase:
         """
         session, preemption = self.session, self.session.preemption
         settings = session.recipe.generation
-        kept, missing = preemption.kept.take(prompts)
+        kept, missing = preemption.rollouts.load(prompts)
         preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
         rollouts = self.engine.generate(
             SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
@@ -128,7 +128,7 @@ class RolloutPhase:
             max_response_tokens=settings.max_response_tokens,
             features=self.features,
             progress=preemption.poll_between_engine_steps,
-            on_finished=preemption.kept.keep,
+            on_finished=preemption.rollouts.save,
         )
         preemption.wait_for_all(f"generated-{session.step}-{round_number}")
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
