@@ -7,7 +7,7 @@ import pytest
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
-    ShardSample,
+    Sample,
     WorkerConfig,
     basic_sample_keys,
     edataclass,
@@ -22,7 +22,7 @@ from tests.tiny import tiny_sample, tiny_shards
 
 
 @edataclass
-class Raw(ShardSample):
+class Raw(Sample):
     json: bytes
 
 
