@@ -15,7 +15,8 @@ from megatron_r1v2.checkpoint.manifest import MANIFEST
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.resilience.files import partial_path
 from megatron_r1v2.stages.align import supervised_step
-from megatron_r1v2.stages.session import Session, open_model, open_session
+from megatron_r1v2.stages.loaded_model import open_model
+from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.training.store import (
     CheckpointStore,
     finished_checkpoints,

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.training.weight_checksums import compute_checksums
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for
 
 
 def spoil_one_rank(root: str, output: str, part: str) -> str:
-    """Change one element on rank 1 and return what the proof says of it."""
+    """Change one element on rank 1 and return what is said of it."""
     with open_session(recipe_for(Path(root), Path(output)), stage="grpo", shown=()) as session:
         session.verifier.verify_weights({}, None)
         if session.context.data_rank == 1:
@@ -48,19 +48,23 @@ def test_a_frozen_part_that_changes_on_all_replicas_is_noticed(root: Path, tmp_p
             session.verifier.verify_weights({}, None)
 
 
-def test_a_bit_of_each_part_shows_and_only_there(root: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_weights_is_noticed(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
-        model, parts = session.model, session.model.parts
-        before = compute_checksums(model, parts, session.context)
-        for part in parts:
-            weight = next(getattr(model, part.value).parameters()).data.view(-1).view(torch.int32)
-            weight[0] ^= 1
-            after = compute_checksums(model, parts, session.context)
-            assert [name for name in before if before[name] != after[name]] == [part.value]
+        saved = session.verifier.compute_checksums()
+        assert session.verifier.verify_weights(saved, tmp_path) == saved
+        for part in session.model.parts:
             with pytest.raises(RuntimeError, match=f"the {part.value} weights loaded from .* have checksum"):
-                session.verifier.verify_weights(before, tmp_path)
-            weight[0] ^= 1
-        assert compute_checksums(model, parts, session.context) == before
+                session.verifier.verify_weights(saved | {part.value: saved[part.value] ^ 1}, tmp_path)
+
+
+def test_a_checkpoint_tells_the_model_that_it_started_from(root: Path, tmp_path: Path) -> None:
+    with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
+        record = session.verifier.describe_weights([Part.adapter])
+        assert record["checksums"] == session.verifier.compute_checksums()
+        base = record["base"]
+        assert base["checksums"] == {name: record["checksums"][name] for name in ("vision", "language")}
+        assert base["dtype"] == "float32"
+        assert base["architecture"]["image_token_id"] == session.model.architecture.image_token_id
 
 
 def test_an_engine_that_disagrees_is_noticed_before_it_generates(root: Path, tmp_path: Path) -> None:

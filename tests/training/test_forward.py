@@ -1,0 +1,70 @@
+"""One number for each response token: the same padded, packed, batched otherwise, or with features from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
+from megatron_r1v2.stages.supervised_data import ResponseEncoder
+from megatron_r1v2.training.forward import Forward
+from megatron_r1v2.types import Sample
+from tests.stages.runs import recipe_for
+
+SCORED = ("train.parts=[adapter, score]",)
+
+
+@pytest.fixture
+def loaded(root: Path, tmp_path: Path) -> Iterator[LoadedModel]:
+    """Return a reward model, whose output is one number for each token."""
+    with open_model(recipe_for(root, tmp_path / "run", SCORED), score_head=True) as opened:
+        opened.model.requires_grad_(False).eval()
+        yield opened
+
+
+def values_by_sample(loaded: LoadedModel, forward: Forward, *, size: int) -> dict[str, torch.Tensor]:
+    prompts = loaded.read_prompts(loaded.recipe.data.train, 6)
+    encoder = ResponseEncoder(loaded.tokenizer, "<|im_end|>")
+    samples: dict[str, Sample] = {prompt.key: encoder.sample(prompt, prompt.response or "") for prompt in prompts}
+    microbatcher = loaded.microbatcher(replace(loaded.recipe.train, micro_batch_size=size))
+    microbatches = microbatcher.split(samples, {prompt.key: prompt for prompt in prompts})
+    results = forward.compute_values([part.batch for part in microbatches])
+    found = {}
+    for part, values_BS in zip(microbatches, results, strict=True):
+        assert values_BS.shape == part.batch.token_ids_BS.shape
+        assert not values_BS.requires_grad
+        assert not values_BS[~part.batch.response_mask_BS.bool()].any(), "zero outside the responses"
+        for row, name in enumerate(part.names):
+            found[name] = values_BS[row, samples[name].response_columns]
+    assert all(bool(values.all()) for values in found.values())
+    return found
+
+
+def test_no_batch_gives_no_value(loaded: LoadedModel) -> None:
+    assert Forward(model=loaded.model, context=loaded.context).compute_values([]) == []
+
+
+@pytest.mark.parametrize("change", ["batched otherwise", "packed", "cached features"])
+def test_values_do_not_depend_on_how_they_are_computed(loaded: LoadedModel, change: str) -> None:
+    alone = values_by_sample(loaded, Forward(model=loaded.model, context=loaded.context), size=1)
+    features = loaded.feature_cache() if change == "cached features" else None
+    forward = Forward(model=loaded.model, context=loaded.context, packed=change == "packed", features=features)
+    other = values_by_sample(loaded, forward, size=4)
+    assert other.keys() == alone.keys()
+    for name, values in alone.items():
+        torch.testing.assert_close(other[name], values, rtol=1e-4, atol=1e-5)
+    if features is not None:
+        assert features.prompts_computed == len(features) > 0
+
+
+def test_what_the_schedule_returns_is_what_finish_gave(loaded: LoadedModel) -> None:
+    forward = Forward(model=loaded.model, context=loaded.context)
+    prompt = loaded.read_prompts(loaded.recipe.data.train, 1)[0]
+    batches = [loaded.microbatcher(loaded.recipe.train).filler(prompt, rows=rows) for rows in (1, 1)]
+    names = iter(("first", "second"))
+    results = forward.run(batches, lambda values_BS, batch: (values_BS.sum(), next(names)), forward_only=True)
+    assert results == ["first", "second"]
