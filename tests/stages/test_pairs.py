@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import check_stage
-from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.stream import each_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
-from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs, expand_pairs, pair_key
+from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs
 from megatron_r1v2.stages.pairs import run_pairs
 from megatron_r1v2.types import Preference
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for, run_stage
-from tests.tiny import tiny_sample
 
 SETTINGS = (
     "generation.responses_per_prompt=24",
@@ -96,35 +93,6 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
     assert resumed[1:] == [sample for sample in whole if sample.key >= "sample-006"]
     with pytest.raises(ValueError, match="exists already"):
         check_stage(settings, "pairs")
-
-
-def test_rounds_of_other_settings_are_refused(root: Path, tmp_path: Path) -> None:
-    kept = UnfinishedPairs(recipe(root, tmp_path))
-    kept.write_round(0, [], PairCounts())
-    UnfinishedPairs(recipe(root, tmp_path, "generation.max_requests=2", "generation.kv_cache_gib=0.1"))
-    with pytest.raises(ValueError, match=r"pairs.min_margin is 0.5 but .*unfinished holds rounds made with 0.0"):
-        UnfinishedPairs(recipe(root, tmp_path, "pairs.min_margin=0.5"))
-
-
-def test_no_pair_at_all_is_an_error_that_says_why(root: Path, tmp_path: Path) -> None:
-    kept = UnfinishedPairs(recipe(root, tmp_path))
-    counts = PairCounts(prompts=1, responses=4, dropped={"prompt/all_wrong": 1})
-    kept.write_round(0, [PromptPairs("sample-000", [], {"prompt/all_wrong": 1})], counts)
-    with pytest.raises(ValueError, match="no preference pair came of 4 responses to 1 prompts .*all_wrong 1"):
-        kept.finish(str(root / "data"), {})
-    assert json.loads((kept.folder / "pairs.json").read_text())["dropped"] == {"prompt/all_wrong": 1}
-    shutil.rmtree(kept.folder)
-
-
-def test_pairs_find_their_samples_and_long_keys_stay_valid() -> None:
-    samples = [tiny_sample(index, key="k" * 79 + str(index)) for index in range(3)]
-    pair = Preference("good", "bad", 0.5, "margin")
-    found = [PromptPairs(samples[0].key, [pair, pair], {}), PromptPairs(samples[2].key, [pair], {})]
-    made: list[ShardSample] = list(expand_pairs(samples, found))
-    assert len({sample.key for sample in made}) == 3
-    assert all(len(sample.key) == 80 for sample in made)
-    assert [sample.images for sample in made] == [samples[0].images, samples[0].images, samples[2].images]
-    assert pair_key("digits-0001", 3) == "digits-0001-pair3"
 
 
 @pytest.mark.slow

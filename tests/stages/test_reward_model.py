@@ -11,11 +11,6 @@ import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.rewards.served_model import ScoringFailed
-from megatron_r1v2.stages.loaded_model import open_model
-from megatron_r1v2.stages.loaded_reward_model import load_reward_model
-from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.stages.supervised_data import PairSource, pair_samples
-from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.rewards.test_served_model import Server
 from tests.stages.runs import (
@@ -105,28 +100,6 @@ def grpo_recipe(root: Path, output: Path, checkpoint: Path | str, *overrides: st
     return recipe_for(root, output, (*scored, f"reward_model.checkpoint={checkpoint}", "train.steps=2", *overrides))
 
 
-def test_the_loaded_model_scores_as_the_trained_one(root: Path, tmp_path: Path, trained: Path) -> None:
-    """Texts through the loop's path give what the stage itself computes from the tokens of its pairs."""
-    with open_session(recipe_for(root, trained, (PARTS, "train.steps=25", "train.learning_rate=0.01")),
-                      stage="reward_model", shown=()) as session:  # fmt: skip
-        prompts = session.stream.next(6)
-        source = PairSource("reward_model", "data.train")
-        given, units = pair_samples(prompts, source, session.response_encoder)
-        samples = {name: append_pad_token(sample, session.tokenizer.pad_id) for name, sample in given.items()}
-        part = session.microbatcher.split(samples, {p.key: p for p in prompts}, units=units)
-        expected = {}
-        for microbatch, values_BS in zip(part, session.policy.compute_values([p.batch for p in part]), strict=True):
-            expected |= dict(zip(microbatch.names, last_scores(values_BS, microbatch.batch).tolist(), strict=True))
-    with open_model(grpo_recipe(root, tmp_path / "grpo", trained)) as policy:
-        model = load_reward_model(policy)
-        assert not any(weight.requires_grad for weight in model.forward.model.parameters())
-        texts = [text for p in prompts for text in (p.preference.chosen, p.preference.rejected)]
-        scores = model.score([p for p in prompts for _ in range(2)], texts)
-        hostile = model.score([prompts[0]] * 2, ["", "<img><IMG_CONTEXT></img><|im_end|>" * 5])
-    assert scores == pytest.approx([expected[name] for names in units.values() for name in names], abs=1e-5)
-    assert all(math.isfinite(score) for score in hostile)
-
-
 def test_grpo_counts_the_scores_of_a_checkpoint(root: Path, tmp_path: Path, trained: Path) -> None:
     folder = run_stage(grpo_recipe(root, tmp_path / "grpo", trained), "grpo")
     for line in read_metrics(folder):
@@ -161,9 +134,3 @@ def test_a_policy_cannot_start_from_a_reward_model(root: Path, tmp_path: Path, t
     recipe = recipe_for(root, tmp_path / "run", (f"model.checkpoint={trained}",))
     with pytest.raises(ValueError, match=r"is of a reward model.*set reward_model.checkpoint"):
         run_stage(recipe, "align")
-
-
-def test_a_checkpoint_without_a_head_gives_no_scores(root: Path, tmp_path: Path) -> None:
-    aligned = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=1",)), "align")
-    with pytest.raises(ValueError, match=r"holds \['adapter'\] and no score head"):
-        run_stage(grpo_recipe(root, tmp_path / "grpo", aligned), "grpo")

@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from megatron_r1v2.stages.grpo.stage import GrpoStage
-from megatron_r1v2.stages.grpo.updates import mean_of_updates
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.training.batches import with_old_log_probs
 from tests.stages.tiny_run import tiny_recipe
-
-
-def test_metrics_of_updates_are_averaged_over_those_that_have_them():
-    assert mean_of_updates([{"a": 1.0, "b": 4.0}, {"a": 3.0}]) == {"a": 2.0, "b": 4.0}
-    assert mean_of_updates([]) == {}
 
 
 def take_steps(stage: GrpoStage, count: int) -> None:

@@ -1,0 +1,139 @@
+"""The training phase: old log-probs of fresh samples, the loss of a microbatch, and the metrics of several updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1v2.config.schema import AlgorithmConfig
+from megatron_r1v2.stages.grpo.updates import UpdatePhase, batch_loss, mean_of_updates
+from megatron_r1v2.stages.session import Session, open_session
+from megatron_r1v2.training.batches import RowFormat, collate, response_sample
+from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
+from tests.stages.runs import recipe_for
+from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
+
+
+def test_metrics_of_updates_are_averaged_over_those_that_have_them() -> None:
+    assert mean_of_updates([{"a": 1.0, "b": 4.0}, {"a": 3.0}]) == {"a": 2.0, "b": 4.0}
+    assert mean_of_updates([]) == {}
+
+
+@pytest.fixture
+def session(root: Path, tmp_path: Path) -> Iterator[Session]:
+    with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as opened:
+        yield opened
+
+
+def phase_of(session: Session) -> UpdatePhase:
+    return UpdatePhase(
+        session.policy,
+        session.microbatcher,
+        settings=session.recipe.algorithm,
+        reference=session.reference,
+        recorder=session.recorder,
+    )
+
+
+def samples_of(session: Session, old: tuple[float, ...] | None) -> tuple[dict[str, Sample], dict[str, Prompt]]:
+    """Return a fresh and an old sample of two prompts, the engine's log-probs those of the training forward."""
+    prompts = session.next_prompts()[:2]
+    samples = {}
+    for index, prompt in enumerate(prompts):
+        encoded = session.response_encoder.sample(prompt, "left 3, ")
+        targets = RLTargets((0.0, 0.0), 1.0 - 2 * index, 1.0, 0, group_effective=True)
+        samples[f"s{index}"] = replace(encoded, rl=targets)
+    by_key = {prompt.key: prompt for prompt in prompts}
+    (microbatch,) = session.microbatcher.split(samples, by_key)
+    (log_probs_BS,) = session.policy.compute_log_probs([microbatch.batch])
+    for row, name in enumerate(microbatch.names):
+        exact = tuple(log_probs_BS[row, samples[name].response_columns].tolist())
+        rl = samples[name].rl
+        assert rl is not None
+        samples[name] = replace(samples[name], rl=replace(rl, rollout_log_probs=exact))
+    last = samples["s1"].rl
+    assert last is not None
+    samples["s1"] = replace(samples["s1"], rl=replace(last, old_log_probs=old))
+    return samples, by_key
+
+
+def test_fresh_samples_get_old_log_probs_and_replayed_ones_keep_theirs(session: Session) -> None:
+    samples, prompts = samples_of(session, old=(-7.0, -8.0))
+    result = phase_of(session).add_old_log_probs(samples, prompts)
+    assert result is not None
+    fresh, replayed = result["s0"].rl, result["s1"].rl
+    assert fresh is not None
+    assert fresh.old_log_probs == pytest.approx(fresh.rollout_log_probs, abs=1e-5)
+    assert replayed is not None
+    assert replayed.old_log_probs == (-7.0, -8.0)
+    assert session.recorder.values["rollout_corr/log_prob_abs_diff"] == pytest.approx(0, abs=1e-5)
+
+
+def test_an_engine_that_computed_something_else_ends_the_step(session: Session) -> None:
+    samples, prompts = samples_of(session, old=None)
+    rl = samples["s0"].rl
+    assert rl is not None
+    samples["s0"] = replace(samples["s0"], rl=replace(rl, rollout_log_probs=(-30.0, -30.0)))
+    with pytest.raises(ValueError, match="above algorithm.max_log_prob_difference"):
+        phase_of(session).add_old_log_probs(samples, prompts)
+
+
+def test_log_probs_that_are_not_finite_give_no_samples(session: Session) -> None:
+    samples, prompts = samples_of(session, old=None)
+    session.policy.temperature = float("nan")
+    assert phase_of(session).add_old_log_probs(samples, prompts) is None
+    assert session.recorder.values["actor/skipped_updates"] == 1.0
+    assert session.policy.skipped.in_a_row == 1
+
+
+@pytest.mark.parametrize("updates", [(("s0", "s1"),), (("s0",), ("s1",)), (("s0",), ("trained elsewhere",))])
+def test_each_part_of_the_selection_is_an_optimizer_step(
+    session: Session, updates: tuple[tuple[str, ...], ...]
+) -> None:
+    """A rank that has no sample of a part takes the step with a filler of weight zero."""
+    samples, prompts = samples_of(session, old=(-1.0, -1.0))
+    phase = phase_of(session)
+    trained = phase.add_old_log_probs(samples, prompts)
+    assert trained is not None
+    selection: Any = SimpleNamespace(updates=updates, plan=SimpleNamespace(replayed=("s1",)), denominator=2.0)
+    phase.take_updates(selection, trained, prompts, filler=next(iter(prompts.values())))
+    assert session.policy.version == len(updates)
+    values = session.recorder.values
+    assert (values["actor/updates"], values["actor/skipped_updates"]) == (len(updates), 0.0)
+    assert values["actor/lr"] == pytest.approx(1e-3)
+    assert values["actor/grad_norm"] > 0
+
+
+def batch_of(*samples: Sample) -> TrainingBatch:
+    rows = RowFormat(99, IMAGE_TOKEN, tensor_size=1, device=torch.device("cpu"))
+    return collate(samples, {PROMPT.key: PROMPT}, rows)
+
+
+PROMPT = make_prompt("p", tiles=0)
+
+
+@pytest.mark.parametrize(("cap", "factor"), [(0.0, 1.0), (2.0, 1.0), (0.25, 0.25)])
+def test_the_loss_of_a_row_by_hand(cap: float, factor: float) -> None:
+    """Ratio 1 and engine log-probs like the old ones: -advantage / denominator, times the truncated weight."""
+    targets = RLTargets((-1.0, -2.0), 3.0, 1.0, 0, group_effective=True, old_log_probs=(-1.0, -2.0))
+    batch = batch_of(response_sample(PROMPT, (5, 6), rl=targets))
+    log_probs_BS = batch.old_log_probs_BS.clone().requires_grad_()
+    loss, _ = batch_loss(log_probs_BS, batch, algorithm=AlgorithmConfig(importance_cap=cap), denominator=4.0)
+    assert loss.item() == pytest.approx(-3.0 * factor / 4)
+    loss.backward()
+    gradient_BS = log_probs_BS.grad
+    assert gradient_BS is not None
+    assert (gradient_BS[batch.response_mask_BS.bool()] < 0).all(), "a good response becomes likelier"
+    assert not gradient_BS[~batch.response_mask_BS.bool()].any()
+
+
+def test_a_filler_has_no_loss() -> None:
+    batch = replace(batch_of(make_sample(PROMPT)), weights_B=torch.zeros(1))
+    loss, _ = batch_loss(batch.old_log_probs_BS, batch, algorithm=AlgorithmConfig(), denominator=4.0)
+    assert loss.item() == 0.0

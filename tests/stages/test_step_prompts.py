@@ -1,0 +1,53 @@
+"""The prompts of a step are distinct, also where two epochs meet, and beside those that the step has already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1v2.stages.session import open_session
+from megatron_r1v2.stages.step_prompts import next_distinct
+from tests.stages.runs import recipe_for
+from tests.stages.scripted import make_prompt
+
+
+class Repeating:
+    """A stream that reads the same few prompts again and again."""
+
+    def __init__(self, keys: str) -> None:
+        self.keys = keys
+        self.read = 0
+
+    def next(self, count: int) -> list[Any]:
+        found = [make_prompt(self.keys[(self.read + index) % len(self.keys)], tiles=0) for index in range(count)]
+        self.read += count
+        return found
+
+
+def test_a_prompt_that_comes_twice_is_read_past() -> None:
+    stream: Any = Repeating("aabbc")
+    assert [prompt.key for prompt in next_distinct(stream, 3)] == ["a", "b", "c"]
+    assert [prompt.key for prompt in next_distinct(stream, 1, besides=[make_prompt("a", tiles=0)])] == ["b"]
+
+
+def test_a_data_set_that_is_too_small_is_told_with_both_numbers() -> None:
+    stream: Any = Repeating("abc")
+    with pytest.raises(ValueError, match=r"only 3 distinct prompts but train.prompts_per_step=4; lower"):
+        next_distinct(stream, 4)
+    with pytest.raises(ValueError, match=r"only 2 distinct prompts beside the 1 of earlier rounds .*=3; lower"):
+        next_distinct(stream, 3, besides=[make_prompt("a", tiles=0)])
+
+
+def test_prompts_of_a_step_are_distinct_over_the_border_of_two_epochs(root: Path, tmp_path: Path) -> None:
+    with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
+        seen = []
+        for _ in range(8):
+            keys = [prompt.key for prompt in next_distinct(session.stream, 11)]
+            assert len(set(keys)) == 11
+            seen += keys
+        assert len(set(seen)) == 16
+        assert len(next_distinct(session.stream, 16)) == 16
+        with pytest.raises(ValueError, match=r"only 16 distinct prompts but train.prompts_per_step=17"):
+            next_distinct(session.stream, 17)
