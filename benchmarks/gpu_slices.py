@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.schema import Fp8, GenerationConfig, Layers, ParallelConfig, Part, Recompute
 from megatron_r1v2.generation.controller import Vocabulary
 from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.sampling import Draw
-from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings

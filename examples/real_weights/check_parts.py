@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, InternVLVisionModel, LlamaForCausalLM
 
 from examples.real_weights.convert_vision_tower import load_graph, read_backbone, tower_weights, vision_config
 from examples.real_weights.packages import VISION_TOWER, find_weights
+from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import ParallelConfig
-from megatron_r1v2.models.architecture import read_architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel.groups import initialize, shut_down
@@ -131,7 +131,9 @@ def check(base: Path, vision: Path, language: Path, *, file: Path, images: Path)
     """
     context = initialize(ParallelConfig(), seed=0)
     try:
-        model = build_r1v2(read_architecture(base), ComputeSettings(), groups=context.groups, device=context.device)
+        model = build_r1v2(
+            read_hf_architecture(base)[0], ComputeSettings(), groups=context.groups, device=context.device
+        )
         load_hf_weights(model, base, context)
         model.eval()
         tiles_TCHW = tiles_of(images, 4, model.architecture.vision.image_size)

@@ -24,8 +24,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoTokenizer, InternVLVisionModel, PreTrainedTokenizerFast
 
+from megatron_r1v2.checkpoint.hf.architecture import vision_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, replacing_folder, write_safetensors
-from megatron_r1v2.models.architecture import vision_architecture
 from megatron_r1v2.models.vision import pixel_shuffle
 
 PICTURES = 480

@@ -6,7 +6,6 @@ so each converter is: for every row of the table, read from a source, write to a
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,11 @@ import torch
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder
 from megatron_r1v2.checkpoint.hf.mapping import (
-    HF_EMBEDDING,
-    HF_OUTPUT,
     Layout,
     MappedParameter,
-    canonical_hf_name,
     hf_leftovers,
     parameter_map,
+    stored_names,
 )
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
@@ -151,16 +148,6 @@ class TableSource(OpenSource):
         """Return the folder of a parameter, for errors."""
         raise NotImplementedError
 
-    def _check_repeated_output(self, stored: Collection[str], folder: Path) -> None:
-        """Refuse an output matrix that differs from the embedding that it is tied to."""
-        if not self.architecture.language.tied_embeddings or not {HF_OUTPUT, HF_EMBEDDING} <= set(stored):
-            return
-        if not torch.equal(self._tensor(HF_OUTPUT), self._tensor(HF_EMBEDDING)):
-            raise ValueError(
-                f"{folder} has tie_word_embeddings=true but {HF_OUTPUT} differs from {HF_EMBEDDING}; set it to false "
-                "in config.json, or remove the tensor"
-            )
-
 
 @dataclass(frozen=True)
 class HfSpec:
@@ -205,8 +192,8 @@ class HfSource(TableSource):
             raise
 
     def _index(self, spec: HfSpec) -> None:
-        plain = self.layout == "transformers"
-        self._stored = {canonical_hf_name(name) if plain else name: name for name in self._folder.names()}
+        tied = self.architecture.language.tied_embeddings
+        self._stored = stored_names(self._folder.names(), self.layout, tied=tied)
         if len(self._stored) != len(self._folder.names()):
             raise ValueError(f"{spec.folder} has a tensor under two names: that of files and that inside the model")
         rows = parameter_map(self.architecture, self.layout)
@@ -226,7 +213,6 @@ class HfSource(TableSource):
             self._manifest.check_files()
             if set(self._manifest.tensors) != set(self._folder.names()):
                 raise ValueError(f"{self._manifest.path} lists other tensors than the folder has; copy it again")
-        self._check_repeated_output(self._stored, spec.folder)
 
     def _folder_of(self, ours: str) -> Path:
         return self._folder.folder

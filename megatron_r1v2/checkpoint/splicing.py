@@ -9,12 +9,14 @@ import torch
 
 from megatron_r1v2.checkpoint.conversion import RunOptions, convert
 from megatron_r1v2.checkpoint.destinations import DTYPES, HfCompanions, HfConversion, HfFormat
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.companions import (
     Components,
     check_companions,
     components_config,
     make_components_companions,
 )
+from megatron_r1v2.checkpoint.hf.config import CHAT_TYPES, VISION_TYPES_OF_CHAT
 from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, JsonObject, SafetensorsFolder, read_json
 from megatron_r1v2.checkpoint.hf.mapping import (
     HF_EMBEDDING,
@@ -25,7 +27,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
 )
 from megatron_r1v2.checkpoint.sources import TableSource
-from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.models.architecture import R1V2Architecture
 
 _LANGUAGE = "language_model."
 _PREFIXES: dict[Layout, dict[str, str]] = {
@@ -119,7 +121,6 @@ class ComponentsSource(TableSource):
             }
             self._rows = self._rows_of(layouts)
             self._check_dtypes()
-            self._check_repeated_output(self._found, self._components.language)
         except ValueError:
             self._stack.close()
             raise
@@ -131,9 +132,9 @@ class ComponentsSource(TableSource):
     def _open_vision(self) -> Layout:
         folder = self._stack.enter_context(SafetensorsFolder(self._components.vision))
         model_type = read_json(self._components.vision / "config.json").get("model_type")
-        layout: Layout = "chat" if model_type in ("intern_vit_6b", "internvl_chat") else "transformers"
+        layout: Layout = "chat" if model_type in VISION_TYPES_OF_CHAT else "transformers"
         prefix = _PREFIXES[layout]["vision"]
-        whole = model_type in ("internvl", "internvl_chat")
+        whole = model_type in ("internvl", *CHAT_TYPES)
         for stored in folder.names():
             name = prefix + stored
             if whole:
@@ -161,6 +162,8 @@ class ComponentsSource(TableSource):
             # Old Llama files hold the rotations too, which nobody reads: they follow from the configuration.
             if not stored.endswith(".rotary_emb.inv_freq"):
                 self._found[_LANGUAGE + stored] = (folder, stored)
+        if self.architecture.language.tied_embeddings and HF_EMBEDDING not in self._found and HF_OUTPUT in self._found:
+            self._found[HF_EMBEDDING] = self._found.pop(HF_OUTPUT)
         if self._components.untie_embeddings and HF_EMBEDDING in self._found:
             self._found.setdefault(HF_OUTPUT, self._found[HF_EMBEDDING])
         return "transformers"

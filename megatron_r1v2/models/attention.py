@@ -6,6 +6,7 @@ megatron-core's own DotProductAttention needs memory quadratic in the sequence l
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,10 @@ class PagedSelfAttention(SelfAttention):
         is_decode_only: bool,
     ) -> torch.Tensor:
         """Attend over the paged key-value cache; see the base class for the arguments."""
+        if self.config.softmax_scale is not None:
+            # megatron-core's decode kernel takes no scale of its own (attention.py: flash_attn_args), so the queries
+            # carry what differs from the usual one.
+            q = q * (self.config.softmax_scale * math.sqrt(q.shape[-1]))
         if paged_attention.is_flash_attention_usable(self.config.params_dtype):
             arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
             output: torch.Tensor = super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)

@@ -13,6 +13,7 @@ from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.layout import check_layout
 from megatron_r1v2.models.architecture import LanguageArchitecture
 from megatron_r1v2.models.layer_specs import language_block_spec
+from megatron_r1v2.models.rotary import StretchedRotaryEmbedding, softmax_scale
 from megatron_r1v2.models.settings import ComputeSettings
 
 
@@ -46,6 +47,7 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         "ffn_hidden_size": architecture.ffn_size,
         "normalization": "RMSNorm",
         "layernorm_epsilon": architecture.norm_epsilon,
+        "softmax_scale": softmax_scale(architecture),
         "add_bias_linear": False,
         "add_qkv_bias": architecture.qkv_bias,
         # Each rank has some of the heads, so megatron-core sums the gradients of these norms over the ranks.
@@ -108,13 +110,13 @@ def build_language_model(
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tied_embeddings and output_layer,
         position_embedding_type="rope",
-        rotary_base=int(architecture.rope_theta),
-        rope_scaling=architecture.rope_factor != 1.0,
-        rope_scaling_factor=architecture.rope_factor,
+        rotary_base=architecture.rope_theta,
         # Image features go in before the sequence is scattered (see R1V2Model.embed).
         scatter_embedding_sequence_parallel=False,
         pg_collection=groups,
     )
+    if architecture.rope_type != "default":
+        model.rotary_pos_emb = StretchedRotaryEmbedding(architecture, model.rotary_pos_emb)
     if post_process and not output_layer:
         # GPTModel has no argument for a decoder with a final norm but without an output layer. The decoder is built by
         # now, so from here on `post_process` controls the output layer only.

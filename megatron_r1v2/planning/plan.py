@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.schema import Fp8, Layers, Part, RunRecipe
 from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_mpo, read_hf_config
-from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, Stage, Workload, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts

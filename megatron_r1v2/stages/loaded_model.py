@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.schema import RunRecipe, TrainConfig
@@ -15,7 +16,7 @@ from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluator import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
-from megatron_r1v2.models.architecture import R1V2Architecture, read_architecture
+from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
@@ -160,7 +161,7 @@ def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool 
         score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
     hf_path = Path(recipe.model.hf_path)
-    architecture = read_architecture(hf_path)
+    architecture, layout = read_hf_architecture(hf_path)
     tokenizer = ChatTokenizer(hf_path)
     if tokenizer.image_token_id != architecture.image_token_id:
         raise ValueError(
@@ -170,7 +171,7 @@ def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool 
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
-    load_hf_weights(model, hf_path, context, cast=True)
+    load_hf_weights(model, hf_path, context, layout=layout, cast=True)
     changed, version = [], 0
     if recipe.model.checkpoint:
         checkpoint = resolve_checkpoint(recipe.model.checkpoint)

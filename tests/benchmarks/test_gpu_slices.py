@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_slices import TINY, measure, tiny_architecture
-from megatron_r1v2.models.architecture import r1v2_architecture
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.roofline import language_layer_flops
 from tests.ranks import run_ranks

@@ -16,10 +16,10 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch.nn.functional import log_softmax
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
-from megatron_r1v2.models.architecture import r1v2_architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups

@@ -4,7 +4,7 @@ import torch
 from transformers import InternVLVisionModel
 
 from examples.real_weights import convert_vision_tower as converter
-from megatron_r1v2.models.architecture import vision_architecture
+from megatron_r1v2.checkpoint.hf.architecture import vision_architecture
 from tests.examples.tiny_weights import Focus, random_dinov2, write_onnx
 
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.digits import make_language_model as maker
 from examples.digits import questions
-from megatron_r1v2.models.architecture import language_architecture
+from megatron_r1v2.checkpoint.hf.architecture import language_architecture
 
 TINY = ["--steps", "2", "--batch", "4", "--hidden-size", "32", "--layers", "2"]
 

@@ -4,7 +4,7 @@ from transformers import AutoModel, InternVLVisionModel
 
 from examples.digits import make_vision_tower as maker
 from examples.digits import source
-from megatron_r1v2.models.architecture import vision_architecture
+from megatron_r1v2.checkpoint.hf.architecture import vision_architecture
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
 from megatron_r1v2.generation.engine import RolloutEngine
-from megatron_r1v2.models.architecture import r1v2_architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups

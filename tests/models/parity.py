@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name, parameter_map
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
-from megatron_r1v2.models.architecture import r1v2_architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel.groups import ParallelContext

@@ -11,9 +11,9 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from safetensors.torch import load_file
 
+from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights
 from megatron_r1v2.config.schema import Fp8, Part
-from megatron_r1v2.models.architecture import read_architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.training.part_state import part_state
@@ -33,7 +33,7 @@ def with_names_of_transformer_engine(model: R1V2Model) -> R1V2Model:
 @pytest.fixture(params=[{"family": "6b"}, {"text": qwen3()}], ids=["qwen2", "qwen3"])
 def models(request, tmp_path, context):
     tiny_hf_model(tmp_path, **request.param)
-    architecture = read_architecture(tmp_path)
+    architecture = read_hf_architecture(tmp_path)[0]
 
     def build() -> R1V2Model:
         return build_r1v2(architecture, ComputeSettings(), groups=context.groups, device=context.device)
@@ -69,6 +69,6 @@ def test_both_write_the_same_checkpoint_entries(models):
 def test_weights_that_were_rounded_to_8_bits_are_not_exported(tmp_path, context):
     tiny_hf_model(tmp_path)
     settings = ComputeSettings(dtype=torch.bfloat16, fp8=Fp8.tensorwise, fp8_weights=True)
-    model = build_r1v2(read_architecture(tmp_path), settings, groups=context.groups, device=context.device)
+    model = build_r1v2(read_hf_architecture(tmp_path)[0], settings, groups=context.groups, device=context.device)
     with pytest.raises(ValueError, match="model.fp8_weights=true keeps the language model's weights rounded"):
         list(export_hf_weights(model, context))

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_r1v2.checkpoint.hf.architecture import language_architecture, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.companions import Components
 from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.mapping import hf_from_shards, hf_leftovers, parameter_map, shards_from_hf
 from megatron_r1v2.checkpoint.splicing import reassemble
 from megatron_r1v2.config.schema import ParallelConfig
-from megatron_r1v2.models.architecture import language_architecture, r1v2_architecture
 from tests.distributed.steps import Material, Outcome, make_material, run_step
 from tests.distributed.test_step import TOGETHER, check_gradients
 from tests.models.parity import MEAN, STD, difference, gradient_differences, model_pair, random_tiles
@@ -37,6 +37,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"original_max_position_embeddings": 64}
 SIZES = {
     "vocab_size": 301,
     "hidden_size": 96,
@@ -63,6 +64,10 @@ VARIANTS = {
     "llama": {"text": llama()},
     "llama, tied": {"text": llama(tie_word_embeddings=True)},
     "llama 3": {"text": llama(rope_parameters=LLAMA3), "family": "6b"},
+    "yarn": {"text": llama(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **YARN})},
+    "linear": {"text": llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})},
+    "dynamic": {"text": llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})},
+    "a base that is no whole number": {"text": llama(rope_parameters={"rope_type": "default", "rope_theta": 9999.5})},
     "qwen3": {"text": qwen3()},
     "qwen3, tied": {"text": qwen3(tie_word_embeddings=True)},
 }
@@ -165,7 +170,7 @@ def test_a_llama_is_spliced_into_a_model_that_transformers_loads(tmp_path, tied)
     language = write_llama(tmp_path / "language", tie_word_embeddings=tied, rope_parameters=LLAMA3)
     components = Components(vision=tmp_path / "vision", language=tmp_path / "language")
     architecture = reassemble(components, tmp_path / "out")
-    assert (architecture.language.model_type, architecture.language.rope_factor) == ("llama", 8.0)
+    assert (architecture.language.model_type, architecture.language.rope_type) == ("llama", "llama3")
     whole, info = InternVLForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     found = whole.state_dict()
@@ -179,7 +184,8 @@ def test_rope_of_older_files_is_read():
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     hf = {**llama().to_dict(), "rope_parameters": None, "rope_scaling": scaling, "rope_theta": 5e5}
     found = language_architecture(hf)
-    assert (found.rope_theta, found.rope_factor, found.qkv_bias, found.qk_norm) == (5e5, 8.0, False, False)
+    assert (found.rope_theta, found.rope_type, found.qkv_bias, found.qk_norm) == (5e5, "llama3", False, False)
+    assert dict(found.rope_parameters)["factor"] == 8.0
 
 
 @pytest.mark.parametrize(
@@ -188,14 +194,7 @@ def test_rope_of_older_files_is_read():
         (llama(), {"attention_bias": True}, "attention_bias=True of a llama is not supported"),
         (llama(), {"mlp_bias": True}, "mlp_bias=True"),
         (qwen3(), {"attention_bias": True}, "attention_bias=True of a qwen3"),
-        (llama(), {"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}}, r"low_freq_factor=2\.0.*computes 1,"),
-        (llama(), {"rope_parameters": {**LLAMA3, "high_freq_factor": 8.0}}, r"high_freq_factor=8\.0.*computes 4,"),
-        (
-            llama(),
-            {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 4096}},
-            "original_max_position_embeddings=4096.*computes 8192",
-        ),
-        (llama(), {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear'.*accepted: 'default'"),
+        (llama(), {"rope_parameters": {"rope_type": "proportional"}}, "'proportional'.*accepted: 'default'"),
         (llama(), {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
     ],
 )

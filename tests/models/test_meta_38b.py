@@ -17,11 +17,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.mapping import MappedParameter, parameter_map
 from megatron_r1v2.checkpoint.hf.operations import Replicated
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import ParallelConfig, Part
-from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import cpu, groups

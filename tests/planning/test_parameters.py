@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.schema import Part
-from megatron_r1v2.models.architecture import r1v2_architecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.parameters import Layout, stage_parameters, whole_model_counts
 

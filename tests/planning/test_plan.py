@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import Fp8, Part, Recompute
-from megatron_r1v2.models.architecture import r1v2_architecture
 from megatron_r1v2.planning.command import main, stage_of
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import GIB, Workload, kv_cache_bytes, plan_memory

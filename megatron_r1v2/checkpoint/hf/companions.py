@@ -12,9 +12,13 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer
 
+from megatron_r1v2.checkpoint.hf.architecture import language_architecture, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.chat_template import give_image_parts
 from megatron_r1v2.checkpoint.hf.config import (
+    CHAT_TYPES,
     NOT_IN_PARTS,
+    VISION_TYPES_OF_CHAT,
+    are_tied,
     chat_config,
     read_hf_config,
     stated_processor,
@@ -22,6 +26,7 @@ from megatron_r1v2.checkpoint.hf.config import (
 )
 from megatron_r1v2.checkpoint.hf.folders import (
     JsonObject,
+    SafetensorsFolder,
     companion_files,
     copy_companions,
     read_json,
@@ -29,7 +34,7 @@ from megatron_r1v2.checkpoint.hf.folders import (
     write_json,
 )
 from megatron_r1v2.checkpoint.hf.mapping import Layout
-from megatron_r1v2.models.architecture import PixelShuffle, r1v2_architecture
+from megatron_r1v2.models.architecture import PixelShuffle
 
 # Roles that transformers' InternVLProcessor looks for in the tokenizer, and the token of each.
 _IMAGE_TOKENS: Mapping[str, str] = {
@@ -78,7 +83,7 @@ def components_config(components: Components) -> JsonObject:
     _, _, image_token_id, num_tokens = _with_image_tokens(components.language)
     config = read_json(components.vision / "config.json")
     vision = config.get("vision_config", config) if config.get("model_type") != "internvl_vision" else config
-    if config.get("model_type") in ("intern_vit_6b", "internvl_chat"):
+    if config.get("model_type") in VISION_TYPES_OF_CHAT:
         vision = transformers_vision_config(vision)
     text = read_json(components.language / "config.json")
     parts = ("architectures", *NOT_IN_PARTS)
@@ -97,8 +102,12 @@ def components_config(components: Components) -> JsonObject:
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
     }
+    tied = language_architecture(text).tied_embeddings
+    if tied:
+        with SafetensorsFolder(components.language) as tensors:
+            tied = are_tied(tensors, {f"language_model.{name}": name for name in tensors.names()})
+    whole["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
     version = components.pixel_shuffle or _pixel_shuffle_of(components.adapter)
     if version != "v2":
         whole["ps_version"] = version
@@ -184,7 +193,8 @@ def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: I
                 write_processor(folder, config, max_tiles=DEFAULT_MAX_TILES, stated=stated, replace=False)
         config = read_json(source / "config.json")
     elif layout == "chat":
-        config = chat_config(config, max_tiles=stated.get("max_patches"))
+        max_patches = stated.get("max_patches")
+        config = chat_config(config, max_tiles=max_patches if isinstance(max_patches, int) else None)
     else:
         _add_image_tokens(source, folder)
         give_image_parts(folder)
@@ -197,7 +207,8 @@ def _pixel_shuffle_of(adapter: Path | None) -> PixelShuffle:
     if adapter is None or not (adapter / "config.json").is_file():
         return "v2"
     config = read_json(adapter / "config.json")
-    return config.get("ps_version", "v1") if config.get("model_type") == "internvl_chat" else "v2"
+    # A chat folder without the key has the first shuffle, its class's default; transformers' layout has the second.
+    return config.get("ps_version") or "v1" if config.get("model_type") in CHAT_TYPES else "v2"
 
 
 def _with_image_tokens(language: Path) -> tuple[Tokenizer, list[str], int, int]:

@@ -1,19 +1,23 @@
 """The config.json of both Hugging Face layouts, each made from the other; no remote code is run for either.
 
 Everything else in the package reads the one of transformers (`model_type: internvl`). The chat layout
-(`model_type: internvl_chat`) is what OpenGVLab and Skywork publish, and what vLLM's InternVLChatModel and
-SkyworkR1VChatModel read: `vision_config`, `llm_config` with its `architectures`, `select_layer`, `force_image_size`,
-`downsample_ratio`, `ps_version`, `min_dynamic_patch`, `max_dynamic_patch`, `dynamic_image_size` and `use_thumbnail`.
+(`model_type: internvl_chat`, Skywork's own `skywork_chat`) is what OpenGVLab and Skywork publish: `vision_config`,
+`llm_config` with its `architectures`, `select_layer`, `force_image_size`, `downsample_ratio`, `ps_version`,
+`min_dynamic_patch`, `max_dynamic_patch`, `dynamic_image_size` and `use_thumbnail`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1v2.checkpoint.hf.folders import JsonObject, read_json
-from megatron_r1v2.checkpoint.hf.mapping import Layout
-from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture, with_pixel_statistics
+import torch
+
+from megatron_r1v2.checkpoint.hf.architecture import Config, r1v2_architecture
+from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
+from megatron_r1v2.checkpoint.hf.mapping import HF_EMBEDDING, HF_OUTPUT, Layout, stored_names
+from megatron_r1v2.models.architecture import R1V2Architecture
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 # What belongs to a component's own file and not into a part of another configuration.
@@ -33,6 +37,27 @@ _VISION_KEYS: Mapping[str, str] = {
     "attention_dropout": "attention_dropout",
     "initializer_range": "initializer_range",
 }
+CHAT_TYPES = ("internvl_chat", "skywork_chat")
+# Folders whose vision_config, or whose whole config.json, has the chat layout's names.
+VISION_TYPES_OF_CHAT = ("intern_vit_6b", "skywork_vit", *CHAT_TYPES)
+# What the classes of the chat layout's configuration files (configuration_internvl_chat.py, _skywork_chat.py,
+# _intern_vit.py) take where a key is missing.
+_CHAT_DEFAULTS: Mapping[str, object] = {"ps_version": "v1", "select_layer": -1, "downsample_ratio": 0.5}
+_CHAT_VISION_DEFAULTS: Mapping[str, object] = {
+    "hidden_size": 3200,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "initializer_factor": 0.1,
+}
 _LANGUAGE_CLASSES: Mapping[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -41,7 +66,7 @@ _LANGUAGE_CLASSES: Mapping[str, str] = {
 _DEFAULT_MAX_TILES = 12
 
 
-def layout_of(config: JsonObject) -> Layout:
+def layout_of(config: Config) -> Layout:
     """Return which layout a config.json belongs to.
 
     Raises:
@@ -50,11 +75,12 @@ def layout_of(config: JsonObject) -> Layout:
     model_type = config.get("model_type")
     if model_type == "internvl":
         return "transformers"
-    if model_type == "internvl_chat":
+    if model_type in CHAT_TYPES:
         return "chat"
     raise ValueError(
-        f"config.json has model_type={model_type!r}, which is no InternVL; accepted: 'internvl' (transformers' layout) "
-        "and 'internvl_chat' (OpenGVLab's and Skywork's); a language model or a vision tower alone is for reassemble"
+        f"config.json has model_type={str(model_type)[:200]!r}, which is no InternVL; accepted: 'internvl' "
+        "(transformers' layout), 'internvl_chat' and 'skywork_chat' (OpenGVLab's and Skywork's); a language model or a "
+        "vision tower alone is for reassemble"
     )
 
 
@@ -63,14 +89,15 @@ def folder_layout(folder: Path) -> Layout:
     return layout_of(read_json(folder / "config.json"))
 
 
-def read_hf_config(folder: Path | str) -> tuple[JsonObject, Layout]:
+def read_hf_config(folder: Path | str) -> tuple[dict[str, object], Layout]:
     """Read config.json of a folder in either layout.
 
     Args:
-        folder: a whole model.
+        folder: a whole model, or what lies beside the weights of one.
 
     Returns:
-        The configuration as transformers' InternVL has it, with `ps_version` where it is not v2; and the layout.
+        The configuration as transformers' InternVL has it, with `ps_version` where it is not v2, and with the
+        `tie_word_embeddings` that holds for the folder's tensors; and the layout.
 
     Raises:
         ValueError: it is missing, or configures something that the model does not compute.
@@ -79,19 +106,87 @@ def read_hf_config(folder: Path | str) -> tuple[JsonObject, Layout]:
     layout = layout_of(config)
     if layout == "chat":
         config = transformers_config(config, image_token_id=image_token_id(folder))
+    if any(Path(folder).glob("*.safetensors")):
+        config = _with_tie_of_tensors(config, Path(folder), layout)
     return config, layout
 
 
 def read_hf_architecture(folder: Path | str) -> tuple[R1V2Architecture, Layout]:
     """Read the sizes of the model in a folder of either layout, with the pixel statistics of its image processor."""
     config, layout = read_hf_config(folder)
-    return with_pixel_statistics(r1v2_architecture(config), folder), layout
+    architecture = r1v2_architecture(config)
+    stated, vision = stated_processor(folder), architecture.vision
+    vision = replace(
+        vision,
+        pixel_mean=_colours(stated, "image_mean", vision.pixel_mean, folder),
+        pixel_std=_colours(stated, "image_std", vision.pixel_std, folder),
+    )
+    return replace(architecture, vision=vision), layout
 
 
-def stated_processor(folder: Path | str) -> JsonObject:
-    """Return preprocessor_config.json of a folder; empty when there is none."""
-    path = Path(folder) / "preprocessor_config.json"
+def stated_processor(folder: Path | str) -> dict[str, object]:
+    """Return the settings of a folder's image processor; empty when there are none.
+
+    transformers 5 writes them into processor_config.json, and reads those first; older ones stand in
+    preprocessor_config.json.
+    """
+    folder = Path(folder)
+    if (folder / "processor_config.json").is_file():
+        nested = read_json(folder / "processor_config.json").get("image_processor")
+        if isinstance(nested, dict):
+            return nested
+    path = folder / "preprocessor_config.json"
     return read_json(path) if path.is_file() else {}
+
+
+def _colours(
+    stated: Config, key: str, default: tuple[float, float, float], folder: Path | str
+) -> tuple[float, float, float]:
+    values = stated.get(key, default)
+    numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+    if not (isinstance(values, (list, tuple)) and numbers and len(values) == 3):
+        raise ValueError(
+            f"{folder}: {key}={str(values)[:200]!r} of the image processor is not accepted; accepted: three numbers, "
+            "one a colour"
+        )
+    red, green, blue = (float(value) for value in values)
+    if key == "image_std" and min(red, green, blue) <= 0:
+        raise ValueError(f"{folder}: {key}={values!r} of the image processor is not accepted; accepted: above 0")
+    return red, green, blue
+
+
+def _with_tie_of_tensors(config: dict[str, object], folder: Path, layout: Layout) -> dict[str, object]:
+    """Decide as transformers does whether embedding and output matrix are one.
+
+    The outer setting (true where it is left out) says what is meant. Where the file has both tensors and they differ,
+    they are two all the same; transformers warns then, and keeps both.
+    """
+    tied = config.get("tie_word_embeddings", True) is True
+    if tied:
+        with SafetensorsFolder(folder) as tensors:
+            tied = are_tied(tensors, stored_names(tensors.names(), layout, tied=False))
+    text = config.get("text_config")
+    inner = {"text_config": {**text, "tie_word_embeddings": tied}} if isinstance(text, Mapping) else {}
+    return {**config, "tie_word_embeddings": tied, **inner}
+
+
+def are_tied(folder: SafetensorsFolder, stored: Mapping[str, str]) -> bool:
+    """Return whether embedding and output matrix are one, where the configuration means them to be.
+
+    Args:
+        folder: with the weights.
+        stored: the name of a tensor in the folder by the table's name of it.
+    """
+    if not {HF_OUTPUT, HF_EMBEDDING} <= stored.keys():
+        return True
+    return _are_equal(folder.tensor(stored[HF_OUTPUT]), folder.tensor(stored[HF_EMBEDDING]))
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare piece by piece: matrices that differ do so in the first rows, and those of 38B are 1.5 GB each."""
+    if one.shape != other.shape:
+        return False
+    return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(one.split(1024), other.split(1024), strict=True))
 
 
 def image_token_id(folder: Path | str) -> int:
@@ -120,34 +215,31 @@ def image_token_id(folder: Path | str) -> int:
     )
 
 
-def transformers_vision_config(chat: JsonObject) -> JsonObject:
+def transformers_vision_config(chat: Config) -> dict[str, object]:
     """Translate the vision_config of the chat layout, or the config.json of a published InternViT."""
-    if chat.get("hidden_act", "gelu") != "gelu":
+    chat = {**_CHAT_VISION_DEFAULTS, **{key: value for key, value in chat.items() if value is not None}}
+    if chat["hidden_act"] != "gelu":
         raise ValueError(f"vision_config.hidden_act={chat['hidden_act']!r} is not supported; accepted: 'gelu'")
-    vision = {ours: chat[theirs] for ours, theirs in _VISION_KEYS.items() if theirs in chat}
+    if chat.get("use_moe"):
+        raise ValueError("vision_config.use_moe=true is not supported; accepted: false, no mixture of experts")
     for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
-        if type(chat.get(key)) is not int or chat[key] < 1:
-            raise ValueError(f"vision_config has {key}={chat.get(key)!r}, no InternViT's; accepted: a whole number")
+        size = chat[key]
+        if type(size) is not int or size < 1:
+            raise ValueError(f"vision_config has {key}={size!r}, no InternViT's; accepted: a whole number")
     return {
         "model_type": "internvl_vision",
         "architectures": ["InternVLVisionModel"],
-        "hidden_act": "gelu",
-        "norm_type": "rms_norm",
-        "layer_norm_eps": 1e-6,
-        "num_channels": 3,
-        "attention_bias": False,
-        "use_qk_norm": True,
-        **vision,
+        **{ours: chat[theirs] for ours, theirs in _VISION_KEYS.items() if theirs in chat},
         "image_size": [chat["image_size"]] * 2,
         "patch_size": [chat["patch_size"]] * 2,
-        "layer_scale_init_value": chat.get("initializer_factor", 0.1),
+        "layer_scale_init_value": chat["initializer_factor"],
         "use_absolute_position_embeddings": True,
         "use_mask_token": False,
         "use_mean_pooling": True,
     }
 
 
-def transformers_config(chat: JsonObject, *, image_token_id: int) -> JsonObject:
+def transformers_config(chat: Config, *, image_token_id: int) -> dict[str, object]:
     """Translate a config.json of the chat layout to transformers' InternVL.
 
     Args:
@@ -157,39 +249,63 @@ def transformers_config(chat: JsonObject, *, image_token_id: int) -> JsonObject:
     Raises:
         ValueError: a part is missing, or something is configured that the model does not compute.
     """
+    parts: dict[str, Config] = {}
     for key in ("vision_config", "llm_config"):
-        if not isinstance(chat.get(key), Mapping):
+        part = chat.get(key)
+        if not isinstance(part, Mapping):
             raise ValueError(f"config.json of the chat layout has no {key}; copy the folder's config.json again")
-    vision = transformers_vision_config(chat["vision_config"])
-    side = chat["vision_config"]["image_size"]
+        parts[key] = part
+    for key in ("use_backbone_lora", "use_llm_lora"):
+        if chat.get(key):
+            raise ValueError(f"{key}={chat[key]!r}: the folder holds LoRA adapters; merge them into the weights first")
+    vision = transformers_vision_config(parts["vision_config"])
+    side, patch = (_first(vision[key]) for key in ("image_size", "patch_size"))
     if (chat.get("force_image_size") or side) != side:
         raise ValueError(
             f"force_image_size={chat['force_image_size']} differs from vision_config.image_size={side}: the position "
             "embeddings would be resized on load; set both to the side of the tiles that the model was trained with"
         )
-    if chat.get("select_layer", -1) != -1:
+    chat = {**_CHAT_DEFAULTS, **{key: value for key, value in chat.items() if value is not None}}
+    if chat["select_layer"] != -1:
         raise ValueError(f"select_layer={chat['select_layer']} is not supported; accepted: -1, the last layer")
-    text = {key: value for key, value in chat["llm_config"].items() if key not in NOT_IN_PARTS}
-    tied = bool(text.get("tie_word_embeddings", False))
-    version = chat.get("ps_version", "v1")
+    ratio = chat["downsample_ratio"]
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+        raise ValueError(f"downsample_ratio={ratio!r} is not accepted; accepted: a number above 0 and up to 1")
+    text = {key: value for key, value in parts["llm_config"].items() if key not in NOT_IN_PARTS}
+    text.setdefault("model_type", _model_type_of(text))
+    # The language model's own class ties; a key beside the parts says nothing.
+    tied = text.get("tie_word_embeddings") is True
+    version, dtype = chat["ps_version"], chat.get("dtype") or chat.get("torch_dtype")
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "vision_config": vision,
         "text_config": {**text, "tie_word_embeddings": tied},
         "image_token_id": image_token_id,
-        "image_seq_length": int((side // chat["vision_config"]["patch_size"] * chat.get("downsample_ratio", 0.5)) ** 2),
-        "downsample_ratio": chat.get("downsample_ratio", 0.5),
+        "image_seq_length": int((side // patch * ratio) ** 2),
+        "downsample_ratio": float(ratio),
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": tied,
         **({} if version == "v2" else {"ps_version": version}),
-        **({"dtype": chat.get("dtype") or chat["torch_dtype"]} if chat.get("dtype") or chat.get("torch_dtype") else {}),
+        **({"dtype": dtype} if dtype else {}),
     }
 
 
-def chat_config(config: JsonObject, *, max_tiles: int | None = None) -> JsonObject:
+def _first(sides: object) -> int:
+    assert isinstance(sides, list)
+    return int(sides[0])
+
+
+def _model_type_of(text: Config) -> object:
+    """Return the family of a language model whose part names only its class, as the chat layout's code allows."""
+    named = text.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return next((family for family, name in _LANGUAGE_CLASSES.items() if name == first), first)
+
+
+def chat_config(config: Config, *, max_tiles: int | None = None) -> dict[str, object]:
     """Translate transformers' InternVL configuration to the chat layout, as vLLM's SkyworkR1VChatModel reads it.
 
     Args:
@@ -197,9 +313,11 @@ def chat_config(config: JsonObject, *, max_tiles: int | None = None) -> JsonObje
         max_tiles: tiles that an image is cut into at most; None: 12.
     """
     architecture = r1v2_architecture(config)
-    vision, text = config["vision_config"], dict(config["text_config"])
+    vision, text = config["vision_config"], config["text_config"]
+    assert isinstance(vision, Mapping)
+    assert isinstance(text, Mapping)
     text = {key: value for key, value in text.items() if key not in NOT_IN_PARTS}
-    text["architectures"] = [_LANGUAGE_CLASSES[text["model_type"]]]
+    text["architectures"] = [_LANGUAGE_CLASSES[architecture.language.model_type]]
     text["tie_word_embeddings"] = architecture.language.tied_embeddings
     rope = text.get("rope_parameters")
     if isinstance(rope, Mapping):  # transformers 5 has it there, vLLM's and Skywork's readers beside

@@ -142,6 +142,17 @@ def canonical_hf_name(name: str) -> str:
     return name
 
 
+def stored_names(names: Iterable[str], layout: Layout, *, tied: bool) -> dict[str, str]:
+    """Return the table's name of each tensor in a file, and the name that it has there.
+
+    A model with tied embeddings may be stored by its output matrix alone, which is its embedding then.
+    """
+    stored = {canonical_hf_name(name) if layout == "transformers" else name: name for name in names}
+    if tied and HF_EMBEDDING not in stored and HF_OUTPUT in stored:
+        stored[HF_EMBEDDING] = stored.pop(HF_OUTPUT)
+    return stored
+
+
 def hf_leftovers(
     architecture: R1V2Architecture, hf_names: Iterable[str], layout: Layout = "transformers"
 ) -> tuple[list[str], list[str]]:

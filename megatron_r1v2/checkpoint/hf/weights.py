@@ -10,29 +10,39 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_r1v2.checkpoint.hf.config import are_tied
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, check_output, read_json, write_hf_folder
 from megatron_r1v2.checkpoint.hf.mapping import (
     HF_EMBEDDING,
     HF_OUTPUT,
     OUTPUT_LAYER,
     SCORE_HEAD,
+    Layout,
     MappedParameter,
-    canonical_hf_name,
     hf_leftovers,
     parameter_map,
+    stored_names,
 )
 from megatron_r1v2.models.architecture import FUSED_NORM_NAMES
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
 
-def load_hf_weights(model: R1V2Model, hf_path: Path | str, context: ParallelContext, *, cast: bool = False) -> None:
+def load_hf_weights(
+    model: R1V2Model,
+    hf_path: Path | str,
+    context: ParallelContext,
+    *,
+    layout: Layout = "transformers",
+    cast: bool = False,
+) -> None:
     """Fill this rank's parameters from a Hugging Face folder; no communication.
 
     Args:
         model: unwrapped (no DDP around it).
-        hf_path: folder in the layout of transformers' InternVL.
+        hf_path: folder of the whole model.
         context: decides the tensor-parallel shard.
+        layout: of the folder.
         cast: whether the folder's dtype may be rounded to the model's. A wider model dtype is always fine.
 
     Raises:
@@ -40,10 +50,14 @@ def load_hf_weights(model: R1V2Model, hf_path: Path | str, context: ParallelCont
     """
     local = _by_global_name(model)
     with SafetensorsFolder(hf_path) as folder:
-        stored = {canonical_hf_name(name): name for name in folder.names()}
-        _check_names(model, set(stored), local, hf_path)
-        _check_repeated_output(model, folder, stored)
-        for mapped in parameter_map(model.architecture):
+        stored = stored_names(folder.names(), layout, tied=model.architecture.language.tied_embeddings)
+        _check_names(model, set(stored), local, hf_path, layout)
+        if model.architecture.language.tied_embeddings and not are_tied(folder, stored):
+            raise ValueError(
+                f"{folder.folder}: {stored[HF_OUTPUT]} differs from {stored[HF_EMBEDDING]}, and the model has one "
+                "matrix for both; build it from this folder's config.json, or set tie_word_embeddings to false there"
+            )
+        for mapped in parameter_map(model.architecture, layout):
             if mapped.ours not in local:
                 continue
             tensors = {name: folder.tensor(stored[name]) for name in mapped.hf}
@@ -158,8 +172,10 @@ def _local_name(name: str) -> str:
     return name
 
 
-def _check_names(model: R1V2Model, stored: set[str], local: dict[str, torch.nn.Parameter], hf_path: Path | str) -> None:
-    unused, missing = hf_leftovers(model.architecture, stored)
+def _check_names(
+    model: R1V2Model, stored: set[str], local: dict[str, torch.nn.Parameter], hf_path: Path | str, layout: Layout
+) -> None:
+    unused, missing = hf_leftovers(model.architecture, stored, layout)
     unfilled = sorted(set(local) - {mapped.ours for mapped in parameter_map(model.architecture)})
     problems = [
         f"{count} {what}: {', '.join(names[:8])}{', ...' if count > 8 else ''}"
@@ -172,16 +188,6 @@ def _check_names(model: R1V2Model, stored: set[str], local: dict[str, torch.nn.P
     ]
     if problems:
         raise ValueError(f"{hf_path} does not fit the model: {'; '.join(problems)}; is it the folder of another model?")
-
-
-def _check_repeated_output(model: R1V2Model, folder: SafetensorsFolder, stored: dict[str, str]) -> None:
-    if not model.architecture.language.tied_embeddings or HF_OUTPUT not in stored:
-        return
-    if not torch.equal(folder.tensor(stored[HF_OUTPUT]), folder.tensor(stored[HF_EMBEDDING])):
-        raise ValueError(
-            f"{folder.folder} has tie_word_embeddings=true but {stored[HF_OUTPUT]} differs from "
-            f"{stored[HF_EMBEDDING]}; set it to false in config.json, or remove the tensor"
-        )
 
 
 def _fill(parameter: torch.nn.Parameter, shard: torch.Tensor, mapped: MappedParameter, *, cast: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
 from megatron_r1v2.checkpoint.hf.mapping import (
     canonical_hf_name,
@@ -19,7 +20,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     shards_from_hf,
 )
 from megatron_r1v2.checkpoint.hf.operations import GroupedQKV, Replicated, Split, Stacked
-from megatron_r1v2.models.architecture import R1V2Architecture, r1v2_architecture
+from megatron_r1v2.models.architecture import R1V2Architecture
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
 VARIANTS = {

@@ -10,9 +10,9 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights, save_hf
 from megatron_r1v2.config.schema import ParallelConfig
-from megatron_r1v2.models.architecture import r1v2_architecture
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups

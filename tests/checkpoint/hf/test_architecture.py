@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from transformers import InternVLConfig
 
-from megatron_r1v2.models.architecture import language_architecture, r1v2_architecture, vision_architecture
+from megatron_r1v2.checkpoint.hf.architecture import language_architecture, r1v2_architecture, vision_architecture
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
 
@@ -62,12 +63,49 @@ def test_the_two_families_of_internvit():
 
 @pytest.mark.parametrize("value", [True, False])
 def test_embeddings_are_tied_as_the_whole_model_says(hf, value):
-    """transformers ties by the outer setting; the inner one may say something else."""
+    """transformers ties by the outer setting, true where it is left out; the inner one may say something else."""
     whole = changed(changed(hf, "tie_word_embeddings", value), "text_config.tie_word_embeddings", not value)
     assert r1v2_architecture(whole).language.tied_embeddings is value
     inner = changed(whole, "text_config.tie_word_embeddings", value)
     del inner["tie_word_embeddings"]
-    assert r1v2_architecture(inner).language.tied_embeddings is value
+    assert r1v2_architecture(inner).language.tied_embeddings is True
+
+
+def test_keys_that_are_left_out_take_the_defaults_of_transformers():
+    found = r1v2_architecture({"model_type": "internvl"})
+    whole = InternVLConfig()
+    assert found.vision.hidden_size == whole.vision_config.hidden_size == 1024
+    assert (found.vision.norm, found.vision.qk_norm, found.vision.qkv_bias) == ("layer_norm", False, False)
+    assert found.language.vocab_size == whole.text_config.vocab_size
+    assert (found.image_token_id, found.downsample_ratio) == (whole.image_token_id, 0.5)
+
+
+def test_reading_leaves_the_configuration_as_it_is(hf):
+    read = changed(hf, "text_config.rope_scaling", {"type": "dynamic", "factor": 2.0})
+    before = json.dumps(read, sort_keys=True)
+    r1v2_architecture(read)
+    assert json.dumps(read, sort_keys=True) == before
+
+
+@pytest.mark.parametrize(
+    ("rope", "kind", "theta", "settings"),
+    [
+        ({"rope_scaling": None, "rope_theta": 7.5}, "default", 7.5, {}),
+        ({"rope_scaling": {"factor": 2.0, "type": "dynamic"}, "rope_theta": 5.0}, "dynamic", 5.0, {"factor": 2.0}),
+        ({"rope_scaling": {"type": "linear", "factor": 1}}, "default", 10000.0, {}),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear", 10000.0, {"factor": 4.0}),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "yarn",
+            10000.0,
+            {"factor": 4.0, "original_max_position_embeddings": 96},
+        ),
+    ],
+)
+def test_rotations_are_found_where_transformers_finds_them(hf, rope, kind, theta, settings):
+    text = {key: value for key, value in hf["text_config"].items() if key not in ("rope_parameters", "rope_theta")}
+    found = language_architecture({**text, "max_position_embeddings": 96, **rope})
+    assert (found.rope_type, found.rope_theta, dict(found.rope_parameters)) == (kind, theta, settings)
 
 
 def test_rope_is_read_from_both_places(hf):
@@ -97,7 +135,21 @@ def test_a_head_size_that_is_not_the_quotient_is_kept(hf):
         ("text_config.model_type", "mamba", "model_type='mamba' of the language model.*'qwen2'"),
         ("text_config.hidden_act", "gelu", "hidden_act='gelu' of the language model"),
         ("text_config.use_sliding_window", True, "use_sliding_window"),
-        ("text_config.rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "'yarn'.*accepted: 'default'"),
+        ("text_config.rope_parameters", {"rope_type": "proportional"}, "'proportional'.*accepted: 'default'"),
+        (
+            "text_config.rope_parameters",
+            {"rope_type": "yarn"},
+            "is refused by transformers: .Missing.*factor",
+        ),
+        ("text_config.rope_parameters", {"rope_type": "yarn", "factor": -1}, "factor=-1 is not accepted"),
+        ("text_config.num_hidden_layers", -3, "num_hidden_layers. .-3. must be equal"),
+        ("vision_config.num_hidden_layers", -3, "vision_config.num_hidden_layers='-3' is not accepted"),
+        ("text_config.hidden_size", "96", "text_config is refused by transformers"),
+        ("text_config", [1], r"text_config='\[1\]'; accepted: a mapping"),
+        ("vision_config", "x", "vision_config='x'; accepted: a mapping"),
+        ("vision_config.num_attention_heads", 7, "hidden_size=64 is not a multiple of num_attention_heads=7"),
+        ("image_token_id", 5000, "image_token_id=5000 is outside the vocabulary"),
+        ("downsample_ratio", 0.3, "downsample_ratio=0.3 does not divide"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(hf, path, value, named):
