@@ -73,7 +73,12 @@ setup(
     version="0.1.0",
     description="Skywork-R1V2-class vision-language reasoning models trained by MPO and GRPO on megatron-core",
     packages=find_packages(include=["megatron_r1v2", "megatron_r1v2.*", "checkpoint_tools"]),
-    package_data={"megatron_r1v2.report": ["*.html", "*.css"], "megatron_r1v2.evaluation.lm_eval": ["*.yaml"]},
+    package_data={
+        "megatron_r1v2": ["py.typed"],
+        "checkpoint_tools": ["py.typed"],
+        "megatron_r1v2.report": ["*.html", "*.css"],
+        "megatron_r1v2.evaluation.lm_eval": ["*.yaml"],
+    },
     entry_points={"console_scripts": ["r1v2 = megatron_r1v2.__main__:main"]},
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
