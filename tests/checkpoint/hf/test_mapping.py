@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
@@ -19,7 +17,6 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     shards_from_hf,
 )
-from megatron_r1v2.checkpoint.hf.operations import GroupedQKV, Replicated, Split, Stacked
 from megatron_r1v2.models.architecture import R1V2Architecture
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
@@ -155,42 +152,3 @@ def test_rows_for_qk_norm_exist_where_the_language_model_has_it(tmp_path):
     with_norm = dataclasses.replace(architecture, language=dataclasses.replace(architecture.language, qk_norm=True))
     added = {row.ours for row in parameter_map(with_norm)} - {row.ours for row in parameter_map(architecture)}
     assert len(added) == 4
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    operation=st.one_of(
-        st.just(Replicated()),
-        st.builds(Split, st.integers(0, 1), st.integers(1, 9), st.integers(1, 3), st.just(True)),
-        st.builds(GroupedQKV, st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.just(True)),
-        st.builds(Stacked, st.sampled_from([8, 16])),
-    ),
-    tensor_size=st.sampled_from([1, 2, 4, 8]),
-    columns=st.integers(1, 4),
-)
-def test_every_operation_undoes_itself(operation, tensor_size, columns):
-    tensors = hf_tensors(operation, columns)
-    shards = [operation.to_shard(tensors, tensor_rank=rank, tensor_size=tensor_size) for rank in range(tensor_size)]
-    assert len({shard.shape for shard in shards}) == 1
-    again = operation.to_hf(shards)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, again, strict=True))
-
-
-def test_a_split_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"parallel\.tensor=4"):
-        Split(0, 6).to_shard([torch.zeros(6, 2)], tensor_rank=0, tensor_size=4)
-
-
-def hf_tensors(operation, columns: int) -> list[torch.Tensor]:
-    if isinstance(operation, Split):
-        shape = [columns, columns]
-        shape[operation.dim] = operation.num_units * operation.unit_size
-        shapes = [shape]
-    elif isinstance(operation, GroupedQKV):
-        rows = operation.num_groups * operation.head_size
-        shapes = [[rows * operation.queries_per_group, columns], [rows, columns], [rows, columns]]
-    elif isinstance(operation, Stacked):
-        shapes = [[operation.num_rows, columns]] * 2
-    else:
-        shapes = [[columns]]
-    return [torch.randn(shape) for shape in shapes]
