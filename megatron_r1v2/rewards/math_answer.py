@@ -1,34 +1,26 @@
-"""Are two LaTeX expressions equal?
+"""Are the numbers in a response's box near enough to those of the reference?
 
-The one module that imports math-verify (half a second); loaded when first needed.
+Imports math-verify by way of `answers.expressions`; calls of verifier workers name this module to load it beforehand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import sympy
-from math_verify import parse, verify
-
-from megatron_r1v2.rewards.answer import MAX_EXPRESSION_CHARACTERS, last_boxed, plain_text, read_number
+from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.rewards.answers.expressions import MAX_EXPRESSION_CHARACTERS, value_of
+from megatron_r1v2.rewards.answers.normalisation import normalise
+from megatron_r1v2.rewards.answers.quantities import read_quantity
+from megatron_r1v2.rewards.answers.structure import (
+    read_brackets,
+    split_approximation,
+    split_list,
+    split_name,
+    split_plus_minus,
+)
 
 # The authors of OlympiadBench let a number miss the tolerance by a hundredth of it, which rounding may cost.
 _SLACK = 1.01
-
-
-def expressions_agree(given: str, reference: str) -> bool:
-    r"""Return whether math-verify finds two expressions equal.
-
-    Its own time limits are off: they use SIGALRM, which works in a main thread only and cannot stop a computation
-    inside C. `VerifierPool` holds the limit from outside.
-
-    Args:
-        given: the content of the response's box, LaTeX or plain.
-        reference: the reference answer, LaTeX or plain.
-    """
-    parsed_reference = parse(rf"\boxed{{{reference}}}", parsing_timeout=None)
-    parsed_given = parse(rf"\boxed{{{given}}}", parsing_timeout=None)
-    return bool(verify(parsed_reference, parsed_given, timeout_seconds=None))
 
 
 def answer_is_within(text: str, answer: str, tolerances: Sequence[float]) -> bool:
@@ -56,13 +48,23 @@ def answer_is_within(text: str, answer: str, tolerances: Sequence[float]) -> boo
 
 def _numbers(text: str) -> list[float]:
     """Return the real numbers that a text lists (`x = 3.5` is 3.5); none where something else is among them."""
-    number = read_number(plain_text(text))
-    parsed = [sympy.Rational(number)] if number is not None else parse(rf"\boxed{{{text}}}", parsing_timeout=None)
-    values = list(parsed[0]) if parsed and isinstance(parsed[0], sympy.FiniteSet) else parsed[:1]
-    values = [value.rhs if isinstance(value, sympy.Eq) else value for value in values]
-    if not all(isinstance(value, sympy.Expr) and value.is_real and not value.free_symbols for value in values):
-        return []
+    text = normalise(text)
+    brackets = read_brackets(text)
+    if read_quantity(text) is not None:
+        parts = [text]
+    else:
+        parts = [*brackets.parts] if brackets is not None and brackets.opening == "{" else split_list(text)
+    values = [_value(value) for part in parts for value in split_plus_minus(part)]
+    numbers = [value for value in values if value is not None]
+    return numbers if len(numbers) == len(values) else []
+
+
+def _value(text: str) -> float | None:
+    text = split_approximation(split_name(text)[1])
+    quantity = read_quantity(text, attached=True)
+    if quantity is None:
+        return value_of(text)
     try:
-        return [float(value) for value in values]
+        return float(quantity.number.value)
     except OverflowError:
-        return []
+        return None

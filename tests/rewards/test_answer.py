@@ -30,6 +30,8 @@ def _boxed(content):
         (r"\boxed{7} then \boxed{8", None),
         (r"\boxed{8\}", None),
         (r"\boxed 8", None),
+        (r"\boxed {8}", "8"),
+        ("\\boxed\n{8} or \\boxed 9", "8"),
         ("", None),
         ("8", None),
     ],
@@ -100,7 +102,7 @@ def test_megabytes_take_a_moment():
         ("nan", "nan8", False),
         ("inf", "8", False),
         ("1_0", "10", False),
-        ("\N{FULLWIDTH DIGIT EIGHT}", "8", False),
+        ("\N{FULLWIDTH DIGIT EIGHT}", "8", True),  # rule 1 of docs/rewards.md
         ("9**9**9", "8", False),
         ("8 9", "8", False),
         ("8\x00", "8", False),
@@ -109,7 +111,7 @@ def test_megabytes_take_a_moment():
         ("", "", False),
         ("8", "", False),
         ("8" * 5000, "8", False),
-        ("8 cm", "8", False),
+        ("8 cm", "8", True),  # rule 7
         ("8 cm", "8 cm", True),
     ],
 )
@@ -208,6 +210,180 @@ def test_math_works_outside_the_main_thread():
     thread.start()
     thread.join()
     assert results == [True]
+
+
+@pytest.mark.parametrize(
+    ("content", "answer", "correct"),
+    [
+        (r"\frac34", "0.75", True),
+        ("12{,}345", "12345", True),
+        (r"12,\!345", "12345", True),
+        (r"1\,000", "1000", True),
+        (r"2.5\times 10^{-3}", "0.0025", True),
+        ("2.5e-3", "0.0025", True),
+        ("10^{-2}", "0.01", True),
+        (r"25\%", "25%", True),
+        ("25%", "25", True),
+        (r"45^\circ", "45", True),
+        ("45\xb0", r"45^{\circ}", True),
+        ("y = 8", "8", True),
+        ("8 = y", "8", True),
+        (r"1\frac{3}{4}", "1.75", True),
+        ("1 3/4", "1.75", True),
+        (r"8\;", "8", True),
+        ("8~", "8", True),
+        ("((8))", "8", True),
+        ("+8", "8", True),
+        ("\u22128", "-8", True),
+        ("\uff18", "8", True),
+        ("$8$", "8", True),
+        (r"\text{8}", "8", True),
+        (r"0.\overline{3}", "1/3", True),
+        (r"\$8", "8", True),
+        (r"8 \text{ cm}", "8", True),
+        ("8 cm", "8 m", False),
+        ("9", "8", False),
+        ("8 or 9", "8", False),
+        ("eight", "8", False),
+        ("\xbd", "0.5", True),
+        ("-\xbd", "-0.5", True),
+        ("\u4e09", "3", False),
+        (r"8\%", r"9\%", False),
+        ("1e3", "1000", True),
+        ("8\uff01", "8", False),
+        ("8\u3002", "8", True),
+    ],
+)
+def test_numeric_in_other_spellings(content, answer, correct):
+    assert answer_is_correct(_boxed(content), answer, "numeric") is correct
+
+
+@pytest.mark.parametrize(
+    ("content", "answer", "correct"),
+    [
+        ("\uff08B\uff09", "B", True),
+        ("B\uff0e", "B", True),
+        ("B\uff1a12", "B", True),
+        ("\u7b54\u6848\uff1aB", "B", True),
+        ("\u7b54\u6848\u662fB", "B", True),
+        ("\u6545\u9009B", "B", True),
+        ("\u9009\u9879B", "B", True),
+        ("\u6b63\u786e\u7b54\u6848\u4e3aB", "B", True),
+        ("The correct answer is B", "B", True),
+        ("The answer is (B)", "B", True),
+        ("answer: B", "B", True),
+        ("Choice B", "B", True),
+        ("option (B)", "B", True),
+        (r"\mathbf{B}", "B", True),
+        (r"\text{(B)}", "B", True),
+        (r"\textrm{(B) } 12", "B", True),
+        ("$B$", "B", True),
+        ("*B*", "B", True),
+        ("`B`", "B", True),
+        ("[B]", "B", True),
+        ("<B>", "B", False),
+        ("B) 12 cm", "B", True),
+        ("b", "B", True),
+        ("B or C", "B", False),
+        ("B/C", "B", False),
+        ("B and C", "B", False),
+        ("not B", "B", False),
+        ("A, B, C, D", "B", False),
+        ("ABCD", "B", False),
+        ("Either B or C", "B", False),
+        ("B, maybe C", "B", False),
+        ("B (or C)", "B", False),
+        ("B but possibly C", "B", False),
+        ("neither", "B", False),
+        ("", "B", False),
+        ("Both A and B", "B", False),
+        ("Blue", "B", False),
+        ("B is correct", "B", True),
+        ("B is right", "B", True),
+        ("AB", "A,B", True),
+        ("A and B", "AB", True),
+        ("A\u3001B", "AB", True),
+        ("A; B", "A,B", True),
+        ("(A), (B)", "AB", True),
+        ("A B", "AB", True),
+        ("B, A", "A and B", True),
+        ("A", "A, B", False),
+        ("A, B, C", "A, B", False),
+        ("2", "2", True),
+        ("(2)", "2", True),
+        ("\u2461", "2", True),
+        ("2", "1", False),
+        ("12", "1", False),
+        ("1.5", "1", False),
+        ("(ii)", "ii", True),
+        ("D. None of the above", "D", True),
+        ("C. Both A and B", "C", True),
+        ("A. True", "A", True),
+        ("A cat", "A", False),
+        ("I", "I", True),
+        ("E", "E", True),
+        ("J", "J", True),
+        (r"\boxed{B}", "B", True),
+        (r"\color{red}{B}", "B", True),
+        ("Answer", "A", False),
+        ("All of the above", "D", False),
+        ("B.C", "B", False),
+        ("B,C", "B", False),
+        ("Option B or Option C", "B", False),
+        ("12 cm", "12 cm", True),
+        (r"12\text{ cm}", "12 cm", True),
+        ("the answer is B.", "B", True),
+        ("B:", "B", True),
+        ("B\\\\", "B", True),
+        ("(B", "B", True),
+        ("B)", "B", True),
+        ("B. because A is wrong", "B", True),
+        ("a) b)", "a", False),
+        ("A) 1, B) 2", "A", False),
+    ],
+)
+def test_choices_in_other_spellings(content, answer, correct):
+    assert answer_is_correct(_boxed(content), answer, "choice") is correct
+
+
+@pytest.mark.parametrize(
+    ("content", "answer", "correct"),
+    [
+        (r"25\%", "25%", True),
+        (r"Q\&A", "Q&A", True),
+        (r"blue\_car", "blue_car", True),
+        (r"C\#", "C#", True),
+        (r"\mbox{red fox}", "red fox", True),
+        (r"\textit{red fox}", "red fox", True),
+        (r"\textbf{\textit{red}}", "red", True),
+        ("red\xa0fox", "red fox", True),
+        ("\ufeffred fox", "red fox", True),
+        ("\u7ea2\u3002", "\u7ea2", True),
+        ("\uff52\uff45\uff44", "red", True),
+        ("e\u0301", "\xe9", True),
+        ("Red", "red", False),
+        ("8.0", "8", False),
+        ("red  fox", "red fox", True),
+        ("red fox.", "red fox", True),
+        ("\u201cred\u201d", "red", True),
+        (r"$\text{red}$", "red", True),
+        ("**red fox**", "red fox", True),
+        ("\u5782\u76f4\uff0c\u5e73\u884c", "\u5782\u76f4,\u5e73\u884c", True),
+        ("x\xb2", "x^2", True),
+        ("x2", "x^2", False),
+        ("red fox", "redfox", False),
+        ("a-b", "a b", False),
+    ],
+)
+def test_exact_in_other_spellings(content, answer, correct):
+    assert answer_is_correct(_boxed(content), answer, "exact") is correct
+
+
+def test_a_missing_answer_is_never_right():
+    for answer_type in ("numeric", "choice", "exact", "math"):
+        assert not answer_is_correct(_boxed(""), "", answer_type)
+        assert not answer_is_correct(_boxed("None"), "", answer_type)
+        assert not answer_is_correct(_boxed("."), "8", answer_type)
 
 
 def test_only_the_last_box_counts():

@@ -1,0 +1,245 @@
+r"""Are two expressions equal? math-verify parses and judges them; what is constant is compared to fifteen digits.
+
+The one module that imports math-verify (half a second); loaded when first needed. Its own time limits are off: they use
+SIGALRM, which works in a main thread only and cannot stop a computation inside C. `VerifierPool` holds the limit from
+outside.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+import sympy
+from latex2sympy2_extended import latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from math_verify import verify
+
+from megatron_r1v2.rewards.answers.numbers import (
+    Number,
+    has_endless_decimals,
+    is_rounded,
+    numbers_equal,
+    read_number,
+)
+
+MAX_EXPRESSION_CHARACTERS = 2000
+
+# math-verify compares six decimals unless told otherwise: 1.6e-19 would be 9.1e-31.
+_DIGITS = 30
+_RELATIVE = sympy.Float("1e-15", _DIGITS)
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
+_COMPLEX = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\(?:imath|mathbb\{C\})")
+_EXPONENT = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})(?![\d.])")
+_PRIMES = re.compile(r"([A-Za-z])('+)")
+_REPEATING = re.compile(r"\d+\.\d*\\overline\{\d+\}")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?|(?<![A-Za-z\\])[A-Za-z]|\\(?:alpha|beta|gamma|theta|phi))\^\\circ")
+# 1/2x is half of x: the parser alone would read 1/(2x).
+_COEFFICIENT = re.compile(
+    r"(?<![\w.)}^_/])(\d+)/(\d+)(?= ?(?:[A-Za-z]|\\(?:pi|sqrt|theta|alpha|beta|ln|log|sin|cos|tan)(?![a-z])))"
+)
+# Where expressions are tried: no special values, so that x^2 and 2x do not meet by chance.
+_POINTS = tuple(
+    sympy.Rational(numerator, 1009) for numerator in (1361, 2239, 733, 1873, 2687, 491, 1571, 3011, 907, 2423)
+)
+_TRIALS = 4
+_UNKNOWABLE = (
+    sympy.Sum,
+    sympy.Product,
+    sympy.Integral,
+    sympy.Derivative,
+    sympy.Limit,
+    sympy.core.function.AppliedUndef,
+)
+
+
+def expressions_agree(given: str, reference: str) -> bool:
+    """Return whether two expressions have the same value, for all values of their variables (rules 9 and 10).
+
+    Args:
+        given: of the response, LaTeX or plain, from `normalise`.
+        reference: the right one.
+    """
+    left, right = parse(given), parse(reference)
+    if left is None or right is None:
+        return False
+    numbers = read_number(given), read_number(reference)
+    if not _variables(left) and not _variables(right):
+        return _constants_agree(left, right, *numbers)
+    if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
+        return _expressions_agree(left, right)
+    return _math_verify_agrees(left, right)
+
+
+def equations_agree(given: tuple[str, str], reference: tuple[str, str]) -> bool:
+    """Return whether two equations are the same up to a constant factor (rule 11).
+
+    Args:
+        given: both sides.
+        reference: both sides of the right one.
+    """
+    left, right = _difference(given), _difference(reference)
+    return left is not None and right is not None and _factor(left, right) is not None
+
+
+def inequalities_agree(given: tuple[str, str], reference: tuple[str, str]) -> bool:
+    """Return whether two inequalities with the same sign are the same up to a positive factor (rule 11).
+
+    Args:
+        given: both sides.
+        reference: both sides of the right one.
+    """
+    left, right = _difference(given), _difference(reference)
+    factor = _factor(left, right) if left is not None and right is not None else None
+    return factor is not None and bool(factor > 0)
+
+
+def value_of(text: str) -> float | None:
+    """Return the real value of an expression without variables, or None.
+
+    Args:
+        text: from `normalise`.
+    """
+    parsed = parse(text)
+    if not isinstance(parsed, sympy.Expr) or _variables(parsed):
+        return None
+    value = _number(parsed)
+    if value is None or not value.is_real or not value.is_finite:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def parse(text: str) -> sympy.Basic | sympy.MatrixBase | None:
+    """Return what math-verify's parser reads, all of the text and not its last number; None where it cannot.
+
+    Args:
+        text: from `normalise`.
+    """
+    if len(text) > MAX_EXPRESSION_CHARACTERS:
+        return None
+    text = _REPEATING.sub(_repeating, text)
+    text = _EXPONENT.sub(r"\\times 10^{\1}", text)
+    text = _COEFFICIENT.sub(r"\\frac{\1}{\2}", text)
+    text = _PRIMES.sub(lambda match: f"{match[1]}_{{prime{len(match[2])}}}", text)
+    text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text.replace(r"\log_e", r"\ln"))
+    text = (
+        text.replace(r"^\circ", r"\cdot\frac{\pi}{180}").replace(r"\mathbb{R}", "R").replace("%", r"\cdot\frac{1}{100}")
+    )
+    try:
+        parsed = latex2sympy(
+            text, is_real=not _COMPLEX.search(text), normalization_config=None, conversion_config=_CONVERSION
+        )
+        imaginary = {symbol: sympy.I for symbol in parsed.free_symbols if symbol.name == "i"}
+        parsed = parsed.subs(imaginary)
+        return parsed.doit() if isinstance(parsed, sympy.MatrixBase) else parsed
+    # The parser raises nearly everything for what is no expression, RecursionError for deep nesting among it.
+    except Exception:
+        return None
+
+
+def _repeating(match: re.Match[str]) -> str:
+    number = read_number(match.group())
+    return match.group() if number is None else rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+
+
+def _variables(parsed: sympy.Basic | sympy.MatrixBase) -> set[sympy.Symbol]:
+    return set(parsed.free_symbols) | set(parsed.atoms(sympy.core.function.AppliedUndef))
+
+
+def _number(expression: sympy.Expr) -> sympy.Expr | None:
+    """Return the value of a constant to thirty digits, or None where it has none."""
+    try:
+        value = sympy.N(expression.doit(), _DIGITS)
+    except (
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+        OverflowError,
+        AttributeError,
+        NotImplementedError,
+        RecursionError,
+    ):
+        return None
+    return value if value.is_number and value not in (sympy.nan, sympy.zoo) else None
+
+
+def _constants_agree(left: sympy.Basic, right: sympy.Basic, given: Number | None, reference: Number | None) -> bool:
+    if given is not None and reference is not None:
+        return numbers_equal(given, reference)
+    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
+        return _math_verify_agrees(left, right)
+    first, second = _number(left), _number(right)
+    if first is None or second is None:
+        return False
+    if first == second or _close(first, second):
+        return True
+    # 3.14159 is pi to six digits (rule 9).
+    return (given is not None and _rounds_to(given, right)) or (reference is not None and _rounds_to(reference, left))
+
+
+def _rounds_to(decimal: Number, expression: sympy.Expr) -> bool:
+    value = _number(expression)
+    if value is None or not value.is_real or not value.is_finite:
+        return False
+    exact = expression if expression.is_Rational else sympy.Rational(str(value))
+    fraction = Fraction(int(exact.p), int(exact.q))
+    return is_rounded(decimal, fraction, endless=has_endless_decimals(fraction) if expression.is_Rational else True)
+
+
+def _close(left: sympy.Expr, right: sympy.Expr) -> bool:
+    if not left.is_finite or not right.is_finite:
+        return bool(left == right)
+    size = max(abs(left), abs(right))
+    return size == 0 or bool(abs(left - right) <= _RELATIVE * size)
+
+
+def _expressions_agree(left: sympy.Expr, right: sympy.Expr) -> bool:
+    """Try both at several points: values that differ decide, and so do values that agree at all of them."""
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    if left.has(*_UNKNOWABLE) or right.has(*_UNKNOWABLE):
+        return left == right or (left.free_symbols == right.free_symbols and _math_verify_agrees(left, right))
+    compared = 0
+    for trial in range(_TRIALS + len(symbols)):
+        point = {symbol: _POINTS[(index + 3 * trial) % len(_POINTS)] + trial for index, symbol in enumerate(symbols)}
+        is_negative = trial >= _TRIALS
+        if is_negative:
+            point[symbols[trial - _TRIALS]] *= -1
+        first, second = _number(left.subs(point)), _number(right.subs(point))
+        if first is None or second is None:
+            continue
+        # At negative points roots and logarithms have branches that nobody means: only real values count there.
+        if is_negative and not (first.is_real and second.is_real):
+            continue
+        if not _close(first, second):
+            return False
+        compared += not is_negative
+    return compared > 0
+
+
+def _math_verify_agrees(given: sympy.Basic | sympy.MatrixBase, reference: sympy.Basic | sympy.MatrixBase) -> bool:
+    return bool(verify(reference, given, float_rounding=_DIGITS, numeric_precision=_DIGITS, timeout_seconds=None))
+
+
+def _difference(sides: tuple[str, str]) -> sympy.Expr | None:
+    first, second = parse(sides[0]), parse(sides[1])
+    return first - second if isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr) else None
+
+
+def _factor(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr | None:
+    """Return the constant that one expression is of another, or None where their quotient changes."""
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    if left.free_symbols != right.free_symbols or left.has(*_UNKNOWABLE) or right.has(*_UNKNOWABLE):
+        return sympy.Integer(1) if left == right else None
+    factor = None
+    for trial in range(_TRIALS):
+        point = {symbol: _POINTS[(index + 3 * trial) % len(_POINTS)] + trial for index, symbol in enumerate(symbols)}
+        first, second = _number(left.subs(point)), _number(right.subs(point))
+        if first is None or second is None or first == 0 or second == 0:
+            return None
+        quotient = first / second
+        if factor is not None and not _close(factor, quotient):
+            return None
+        factor = quotient
+    return factor
