@@ -29,7 +29,7 @@ def answer_with_ours(run: Path, count: int, output: Path) -> None:
 
     recipe = load_recipe(run / "recipe.yaml", [f"model.checkpoint={run}"])
     with open_model(recipe) as loaded:
-        prompts = loaded.read_prompts(recipe.evaluation.data, count)
+        prompts = list(loaded.read_prompts(recipe.evaluation.data, count))
         rollouts = loaded.engine().generate(
             prompts,
             num_responses=1,

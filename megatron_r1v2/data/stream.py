@@ -9,8 +9,6 @@ from __future__ import annotations
 import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,9 +26,8 @@ from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
-from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
+from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.shards import SPLIT, check_shards
-from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Prompt
 
 # Tar files held open at once; in shuffled order the next sample may be in any of them.
@@ -51,33 +48,20 @@ class PromptStream:
 
     Args:
         folder: Made by `r1v2 prepare`.
-        settings: Limits, and the part of samples that may be corrupt.
-        tokenizer: The model's tokenizer.
-        tile_size: Pixels on each side of a tile: the model's image size.
-        tokens_per_tile: Image tokens of one tile.
+        builder: Makes the prompts.
+        settings: The order, and the part of samples that may be corrupt.
         seed: Decides the order.
 
     Raises:
         ValueError: If the data set is incomplete.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        settings: DataConfig,
-        tokenizer: ChatTokenizer,
-        tile_size: int,
-        tokens_per_tile: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, folder: str | Path, builder: PromptBuilder, *, settings: DataConfig, seed: int) -> None:
         self._folder = Path(folder)
         self._shards = check_shards(folder)
         self._seed = seed
         self._shuffle = settings.shuffle_buffer > 0
-        self._builder = PromptBuilder(
-            settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
-        )
+        self._builder = builder
         self._loader = self._new_loader()
         self._tally = _Tally(self._folder, settings.max_corrupt_fraction, len(self._loader))
         self._iterator: Iterator[dict[str, Any]] | None = None
@@ -159,117 +143,45 @@ class PromptStream:
         return _loader(self._folder, shuffle=self._shuffle, repeat=True, seed=self._seed)
 
 
-def read_prompts(
+def read_shards(
     folder: str | Path,
+    build: Callable[[str, Mapping[str, bytes]], Item],
     *,
-    settings: DataConfig,
-    tokenizer: ChatTokenizer,
-    tile_size: int,
-    tokens_per_tile: int,
+    max_corrupt_fraction: float = 1.0,
     count: int = 0,
-) -> list[Prompt]:
-    """Read a data set once in the order of its shards, for evaluation.
+) -> Iterator[Item]:
+    """Read a data set once in the order of its shards, an item at a time: it need not fit in memory.
 
     Args:
         folder: Made by `r1v2 prepare`.
-        settings: Limits, and the part of samples that may be corrupt.
-        tokenizer: The model's tokenizer.
-        tile_size: Pixels on each side of a tile: the model's image size.
-        tokens_per_tile: Image tokens of one tile.
-        count: How many prompts, from the start; 0: all.
-
-    Returns:
-        The prompts, without corrupt samples.
-
-    Raises:
-        ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or a
-            prompt is too long.
-    """
-    everything = each_prompt(
-        folder, settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
-    )
-    return _first(folder, everything, count)
-
-
-def each_prompt(
-    folder: str | Path, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int
-) -> Iterator[Prompt]:
-    """Read a data set once in the order of its shards, a prompt at a time: it need not fit in memory.
-
-    Args:
-        folder: Made by `r1v2 prepare`.
-        settings: Limits, and the part of samples that may be corrupt.
-        tokenizer: The model's tokenizer.
-        tile_size: Pixels on each side of a tile: the model's image size.
-        tokens_per_tile: Image tokens of one tile.
+        build: Makes an item of a key and the files of its sample: `PromptBuilder.build` for a model, or `parse_sample`
+            for what the shards hold, images undecoded.
+        max_corrupt_fraction: Part of the samples that may be corrupt.
+        count: How many items, from the start; 0: all.
 
     Yields:
-        The prompts, without corrupt samples.
+        The items, without those of corrupt samples.
 
     Raises:
-        ValueError: If the data set is incomplete, has too many corrupt samples, or a prompt is too long.
+        ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or if
+            `build` refuses a sample for good.
     """
-    builder = PromptBuilder(
-        settings=settings, tokenizer=tokenizer, tile_size=tile_size, tokens_per_tile=tokens_per_tile
-    )
-    yield from _each_in_order(folder, builder.build, settings.max_corrupt_fraction)
-
-
-def read_samples(folder: str | Path, *, settings: DataConfig, count: int = 0) -> list[ShardSample]:
-    """Read a data set once in the order of its shards, as it is: for an endpoint, which tokenizes by itself.
-
-    Args:
-        folder: Made by `r1v2 prepare`.
-        settings: The part of samples that may be corrupt.
-        count: How many samples, from the start; 0: all.
-
-    Returns:
-        The samples, without corrupt ones; images are not decoded.
-
-    Raises:
-        ValueError: As `read_prompts`.
-    """
-    return _first(folder, _each_in_order(folder, parse_sample, settings.max_corrupt_fraction), count)
-
-
-def _first(folder: str | Path, items: Iterator[Item], count: int) -> list[Item]:
-    found = list(islice(items, count or None))
-    if len(found) < count:
-        raise ValueError(f"{folder} has {len(found)} usable samples, {count} were asked for; lower evaluation.prompts")
-    return found
-
-
-def _each_in_order(
-    folder: str | Path, build: Callable[[str, Mapping[str, bytes]], Item], max_corrupt_fraction: float
-) -> Iterator[Item]:
     root = Path(folder)
     check_shards(root)
     loader = _loader(root, shuffle=False, repeat=False, seed=0)
     tally = _Tally(root, max_corrupt_fraction, len(loader))
     iterator = iter(loader)
+    found = 0
     for _ in range(len(loader)):
         item = _read_one(iterator, build, tally, root)
-        if item is not None:
-            yield item
-
-
-def each_sample(folder: str | Path) -> Iterator[ShardSample]:
-    """Read the samples of a data set as its shards hold them, images undecoded, in the order of `each_prompt`.
-
-    Args:
-        folder: Made by `r1v2 prepare`.
-
-    Yields:
-        The samples; one whose record is corrupt is left out.
-
-    Raises:
-        ValueError: If the data set is incomplete.
-    """
-    check_shards(folder)
-    for raw in _loader(Path(folder), shuffle=False, repeat=False, seed=0):
-        parts = {name: data for name, data in raw.items() if isinstance(data, bytes)}
-        with suppress(SampleError):
-            yield parse_sample(raw["__key__"], parts)
+        if item is None:
+            continue
+        yield item
+        found += 1
+        if found == count:
+            return
+    if found < count:
+        raise ValueError(f"{folder} has {found} usable samples, {count} were asked for; lower evaluation.prompts")
 
 
 def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableDataLoader:

@@ -11,8 +11,8 @@ import torch
 from megatron_r1v2.config.schema import RewardConfig, RunRecipe
 from megatron_r1v2.data.images import decode_image
 from megatron_r1v2.data.messages import openai_messages
-from megatron_r1v2.data.samples import ShardSample
-from megatron_r1v2.data.stream import read_samples
+from megatron_r1v2.data.samples import ShardSample, parse_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
 from megatron_r1v2.evaluation.response_log import Row
@@ -43,7 +43,8 @@ def run_endpoint_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult:
     """
     settings = recipe.evaluation
     evaluation_path(Path(recipe.run.output_dir), name)
-    samples = read_samples(settings.data, settings=recipe.data, count=settings.prompts)
+    fraction = recipe.data.max_corrupt_fraction
+    samples = list(read_shards(settings.data, parse_sample, max_corrupt_fraction=fraction, count=settings.prompts))
     endpoint = ChatEndpoint.from_settings(settings, "endpoint")
     reward = recipe.reward
     with (

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.data.samples import ShardSample
+from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
-from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.benchmarks.files import read_rows
 from megatron_r1v2.resilience.files import atomic_folder
 from megatron_r1v2.rl.prompt_pool import PoolPrompt, filtered_prompt_pool
@@ -80,7 +80,7 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
         found: set[str] = set()
 
         def wanted_samples() -> Iterator[ShardSample]:
-            for sample in each_sample(data):
+            for sample in read_shards(data, parse_sample):
                 found.add(sample.key)
                 if sample.key in wanted:
                     yield sample

@@ -14,7 +14,6 @@ from types import FrameType
 import uvicorn
 
 from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.parallel.groups import make_control_group
 from megatron_r1v2.serve.chat_app import ChatModel, ChatServer
@@ -108,12 +107,7 @@ def chat_model(loaded: LoadedModel, engine: RolloutEngine, options: ServeOptions
             top_p=recipe.generation.top_p,
             max_choices=max_choices,
         ),
-        builder=PromptBuilder(
-            settings=recipe.data,
-            tokenizer=loaded.tokenizer,
-            tile_size=loaded.architecture.vision.image_size,
-            tokens_per_tile=loaded.architecture.tokens_per_tile,
-        ),
+        builder=loaded.prompt_builder,
         check=engine.check,
         decode=loaded.tokenizer.decode,
         version=loaded.version,

@@ -36,7 +36,7 @@ def run_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult | None:
     evaluation_path(Path(recipe.run.output_dir), name)
     model = recipe.model.checkpoint or recipe.model.hf_path
     with open_model(recipe) as loaded:
-        prompts = loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts)
+        prompts = list(loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts))
         with ExitStack() as files:
             log = None
             if loaded.context.is_main:

@@ -11,7 +11,8 @@ from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.schema import RunRecipe, TrainConfig
-from megatron_r1v2.data.stream import PromptStream, each_prompt, read_prompts
+from megatron_r1v2.data.prompts import PromptBuilder
+from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluator import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -104,37 +105,30 @@ class LoadedModel:
         reward = self.recipe.reward
         return VerifierPool(reward.verifier_workers, reward.verifier_timeout_seconds)
 
-    def read_prompts(self, folder: str, count: int = 0) -> list[Prompt]:
-        """Read a data set in its order."""
-        return read_prompts(
-            folder,
+    @property
+    def prompt_builder(self) -> PromptBuilder:
+        """Return what turns samples into prompts for this model."""
+        return PromptBuilder(
             settings=self.recipe.data,
             tokenizer=self.tokenizer,
             tile_size=self.architecture.vision.image_size,
             tokens_per_tile=self.architecture.tokens_per_tile,
-            count=count,
         )
 
-    def each_prompt(self, folder: str) -> Iterator[Prompt]:
-        """Read a data set in its order, a prompt at a time."""
-        return each_prompt(
-            folder,
-            settings=self.recipe.data,
-            tokenizer=self.tokenizer,
-            tile_size=self.architecture.vision.image_size,
-            tokens_per_tile=self.architecture.tokens_per_tile,
-        )
+    def read_prompts(self, folder: str, count: int = 0) -> Iterator[Prompt]:
+        """Read a data set in its order, a prompt at a time.
+
+        Args:
+            folder: of the data set.
+            count: how many prompts, from the start; 0: all.
+        """
+        fraction = self.recipe.data.max_corrupt_fraction
+        return read_shards(folder, self.prompt_builder.build, max_corrupt_fraction=fraction, count=count)
 
     def training_stream(self) -> PromptStream:
         """Return the endless stream of `data.train`."""
-        return PromptStream(
-            self.recipe.data.train,
-            seed=self.recipe.run.seed,
-            settings=self.recipe.data,
-            tokenizer=self.tokenizer,
-            tile_size=self.architecture.vision.image_size,
-            tokens_per_tile=self.architecture.tokens_per_tile,
-        )
+        recipe = self.recipe
+        return PromptStream(recipe.data.train, self.prompt_builder, settings=recipe.data, seed=recipe.run.seed)
 
 
 @contextmanager

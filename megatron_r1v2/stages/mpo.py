@@ -12,8 +12,9 @@ import torch
 
 from megatron_r1v2.config.choices import LossAggregation
 from megatron_r1v2.config.schema import PreferenceConfig, RunRecipe
+from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import check_shards
-from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.rl.mpo import (
     MpoInputs,
     MpoSettings,
@@ -67,7 +68,8 @@ def check_margins(recipe: RunRecipe) -> None:
     if tau <= 0:
         return
     # A pair that nobody scored counts as one of margin 0, as in `split_by_margin`.
-    largest = max((sample.margin or 0.0 for sample in each_sample(recipe.data.train) if sample.chosen), default=0.0)
+    samples = read_shards(recipe.data.train, parse_sample)
+    largest = max((sample.margin or 0.0 for sample in samples if sample.chosen), default=0.0)
     if largest < tau:
         raise ValueError(
             f"{name}={tau:g} but the largest margin in data.train={recipe.data.train!r} is {largest:g}: no pair would "

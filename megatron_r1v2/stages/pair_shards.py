@@ -15,9 +15,9 @@ from typing import Any
 from rich.table import Table
 
 from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.data.samples import ShardSample
+from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
-from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.resilience.files import atomic_folder, write_file
 from megatron_r1v2.training.store import resolve_checkpoint
 from megatron_r1v2.types import Preference
@@ -154,7 +154,7 @@ class UnfinishedPairs:
             )
         found = (_prompt_pairs(row) for number in numbers for row in self._read(number)["prompts"])
         with atomic_folder(self.output) as shards:
-            fill_shards(shards, expand_pairs(each_sample(source), found))
+            fill_shards(shards, expand_pairs(read_shards(source, parse_sample), found))
             _write_json(shards / COUNTS_FILE, record)
         shutil.rmtree(self.folder)
         return counts

@@ -69,7 +69,7 @@ def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs
     finished = set(objects.all_gather(unfinished.rounds())[0])
     available = sum(check_shards(recipe.data.train).values())
     total = min(recipe.pairs.prompts or available, available) * num_responses
-    prompts = islice(loaded.each_prompt(recipe.data.train), recipe.pairs.prompts or None)
+    prompts = islice(loaded.read_prompts(recipe.data.train), recipe.pairs.prompts or None)
     with progress_bar("pairs", total, shown=is_main) as show:
         for number, of_round in enumerate(_in_groups(prompts, per_round)):
             done = number * per_round * num_responses

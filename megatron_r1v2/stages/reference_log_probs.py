@@ -112,7 +112,7 @@ def _compute(session: Session, source: PairSource, sums: dict[str, float], unfin
         unfinished.parent.mkdir(parents=True, exist_ok=True)
     with session.recorder.progress("reference log-probs", total) as show:
         # The same chunks however often this is interrupted, so that the numbers are the same to the bit.
-        for chunk in _chunks(session.loaded.each_prompt(folder), session.recipe.train.prompts_per_step):
+        for chunk in _chunks(session.loaded.read_prompts(folder), session.recipe.train.prompts_per_step):
             if session.preemption.sync_stop_signal(session.step):
                 return False
             pairs = [prompt for prompt in chunk if session.trains(prompt)]

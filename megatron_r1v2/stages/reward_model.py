@@ -33,7 +33,9 @@ def run_reward_model(recipe: RunRecipe) -> Path:
     """
     with open_session(recipe, stage="reward_model", shown=SHOWN) as session:
         validates = bool(recipe.data.validation) and recipe.evaluation.every_steps > 0
-        held_out = session.loaded.read_prompts(recipe.data.validation, recipe.evaluation.prompts) if validates else []
+        held_out = (
+            list(session.loaded.read_prompts(recipe.data.validation, recipe.evaluation.prompts)) if validates else []
+        )
 
         def step() -> None:
             preference_step(session)

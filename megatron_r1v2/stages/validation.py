@@ -42,11 +42,10 @@ class Validation:
             intervals.append(calibrator.settings.every_steps)
         self.intervals = [steps for steps in intervals if steps and session.recipe.data.validation]
         self.goal = settings.stop_at_pass_at_1
-        self.prompts = (
-            session.loaded.read_prompts(session.recipe.data.validation, settings.prompts) if self.intervals else []
-        )
+        folder = session.recipe.data.validation
+        self.prompts = list(session.loaded.read_prompts(folder, settings.prompts)) if self.intervals else []
         if calibrator is not None:
-            calibrator.check(self.prompts, session.recipe.data.validation)
+            calibrator.check(self.prompts, folder)
 
     def validate_if_due(self) -> ValidationResult | None:
         """Collective over the world: evaluate when it is time, and let the calibrator decide; None: it is not time."""

@@ -16,9 +16,11 @@ from PIL import Image
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data import shards
-from megatron_r1v2.data.samples import encode_record
-from megatron_r1v2.data.stream import PromptStream, each_sample, read_prompts
+from megatron_r1v2.data.prompts import PromptBuilder
+from megatron_r1v2.data.samples import encode_record, parse_sample
+from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.types import Prompt
 from tests.tiny import tiny_png, tiny_sample, tiny_shards, tiny_tokenizer
 
 TILE, TOKENS = 32, 4
@@ -42,7 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stream(folder: Path, tokenizer: ChatTokenizer, *, seed: int = 0, **changes: Any) -> PromptStream:
     config = DataConfig(**changes)
-    return PromptStream(folder, settings=config, tokenizer=tokenizer, tile_size=TILE, tokens_per_tile=TOKENS, seed=seed)
+    return PromptStream(folder, builder(tokenizer, config), settings=config, seed=seed)
+
+
+def builder(tokenizer: ChatTokenizer, config: DataConfig | None = None) -> PromptBuilder:
+    return PromptBuilder(settings=config or DataConfig(), tokenizer=tokenizer, tile_size=TILE, tokens_per_tile=TOKENS)
+
+
+def read_prompts(folder: Path, tokenizer: ChatTokenizer, **arguments: Any) -> list[Prompt]:
+    return list(read_shards(folder, builder(tokenizer).build, **arguments))
 
 
 def keys(source: PromptStream, count: int) -> list[str]:
@@ -64,9 +74,7 @@ def damaged_shards(folder: Path, count: int, damage: Callable[[int, Parts], Part
 
 
 def test_a_prompt_has_all_that_the_model_needs(folder: Path, tokenizer: ChatTokenizer) -> None:
-    prompt = read_prompts(
-        folder, settings=DataConfig(), tokenizer=tokenizer, tile_size=TILE, tokens_per_tile=TOKENS, count=13
-    )[12]
+    prompt = read_prompts(folder, tokenizer, count=13)[12]
     sample = tiny_sample(12)
     assert (prompt.key, prompt.answer, prompt.answer_type) == (sample.key, sample.answer, "numeric")
     assert (prompt.facts, prompt.response, prompt.messages) == (sample.facts, sample.response, sample.messages)
@@ -194,14 +202,7 @@ def test_corrupt_samples_are_skipped_and_counted(
     assert source.corrupt in (2, 3)
     assert source.samples_read == 87 + source.corrupt
     assert source.corrupt_keys == ("digits-0013",)
-    prompts = read_prompts(
-        folder,
-        settings=DataConfig(max_corrupt_fraction=0.05),
-        tokenizer=tokenizer,
-        tile_size=TILE,
-        tokens_per_tile=TOKENS,
-    )
-    assert len(prompts) == 29
+    assert len(read_prompts(folder, tokenizer, max_corrupt_fraction=0.05)) == 29
 
 
 def test_one_corrupt_sample_in_many_does_not_stop_even_when_it_is_first(
@@ -264,9 +265,7 @@ def test_several_images_and_none(tmp_path: Path, tokenizer: ChatTokenizer) -> No
     )
     text = tiny_sample(1, messages=({"role": "user", "content": "1 + 1?"},), images={})
     shards.write_shards([several, text], tmp_path / "data")
-    first, second = read_prompts(
-        tmp_path / "data", settings=DataConfig(), tokenizer=tokenizer, tile_size=TILE, tokens_per_tile=TOKENS
-    )
+    first, second = read_prompts(tmp_path / "data", tokenizer)
     # 12 tiles for three images are 4 each: the wide ones are 4x1 and a thumbnail, the square one is one tile.
     assert first.tiles_TCHW.shape[0] == 5 + 1 + 5
     assert first.token_ids.count(tokenizer.image_token_id) == 11 * TOKENS
@@ -277,11 +276,7 @@ def test_several_images_and_none(tmp_path: Path, tokenizer: ChatTokenizer) -> No
 
 def test_evaluation_order_is_fixed_and_can_be_cut(folder: Path, tokenizer: ChatTokenizer) -> None:
     def read(count: int) -> list[str]:
-        config = DataConfig()
-        prompts = read_prompts(
-            folder, settings=config, tokenizer=tokenizer, tile_size=TILE, tokens_per_tile=TOKENS, count=count
-        )
-        return [prompt.key for prompt in prompts]
+        return [prompt.key for prompt in read_prompts(folder, tokenizer, count=count)]
 
     assert read(0) == [f"digits-{index:04d}" for index in range(37)]
     assert read(5) == read(0)[:5]
@@ -298,7 +293,7 @@ def test_images_other_than_png(tmp_path: Path, tokenizer: ChatTokenizer) -> None
 
 def test_samples_come_as_the_shards_hold_them_in_the_order_of_the_prompts(tmp_path: Path) -> None:
     folder = tiny_shards(tmp_path / "data", 25)
-    samples = list(each_sample(folder))
+    samples = list(read_shards(folder, parse_sample))
     assert samples == [tiny_sample(index) for index in range(25)]
 
 
@@ -307,4 +302,6 @@ def test_a_corrupt_record_is_no_sample(tmp_path: Path) -> None:
         return parts | ({"json": b"{"} if index == 3 else {})
 
     broken = damaged_shards(tmp_path / "broken", 12, damage)
-    assert [sample.key[-2:] for sample in each_sample(broken)] == [f"{index:02d}" for index in range(12) if index != 3]
+    assert [sample.key[-2:] for sample in read_shards(broken, parse_sample)] == [
+        f"{index:02d}" for index in range(12) if index != 3
+    ]

@@ -30,7 +30,7 @@ def scores_in(recipe: RunRecipe, parallel: ParallelConfig) -> list[float]:
     context = groups.initialize(parallel, seed=1)
     policy = load_model(replace(recipe, parallel=parallel), context)
     model = load_reward_model(policy)
-    prompts = policy.read_prompts(recipe.data.train)[: 5 + context.data_rank]
+    prompts = list(policy.read_prompts(recipe.data.train))[: 5 + context.data_rank]
     return model.score(
         [prompt for prompt in prompts for _ in range(2)],
         [text for prompt in prompts for text in (prompt.preference.chosen, prompt.preference.rejected)],

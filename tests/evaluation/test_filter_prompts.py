@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.command import main
 from tests.tiny import tiny_shards
 
@@ -37,8 +38,8 @@ def data(tmp_path: Path) -> Path:
 def test_prompts_that_teach_are_kept_as_they_were(tmp_path: Path, data: Path, capsys) -> None:
     rows, output = write_rows(tmp_path / "rows.jsonl", RIGHT), tmp_path / "pool"
     assert main([str(rows), "--data", str(data), "--output", str(output)]) == 0
-    by_key = {sample.key: sample for sample in each_sample(data)}
-    assert list(each_sample(output)) == [by_key[key(index)] for index in (1, 3, 4)]
+    by_key = {sample.key: sample for sample in read_shards(data, parse_sample)}
+    assert list(read_shards(output, parse_sample)) == [by_key[key(index)] for index in (1, 3, 4)]
     record = json.loads((output / "pool.json").read_text())
     assert [prompt["prompt_key"] for prompt in record["kept"]] == [key(3), key(1), key(4)]
     assert record["kept"][0] == {"prompt_key": key(3), "pass_rate": 0.5, "num_responses": 4, "weight": 1.0}
@@ -52,13 +53,13 @@ def test_results_of_several_files_count_together(tmp_path: Path, data: Path) -> 
     first = write_rows(tmp_path / "first.jsonl", {0: 1, 1: 1}, responses=1)
     second = write_rows(tmp_path / "second.jsonl", {0: 0, 1: 1}, responses=1)
     assert main([str(first), str(second), "--data", str(data), "--output", str(tmp_path / "pool")]) == 0
-    assert [sample.key for sample in each_sample(tmp_path / "pool")] == [key(0)]
+    assert [sample.key for sample in read_shards(tmp_path / "pool", parse_sample)] == [key(0)]
 
 
 def test_the_most_telling_are_kept_when_fewer_are_wanted(tmp_path: Path, data: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", RIGHT)
     assert main([str(rows), "--data", str(data), "--output", str(tmp_path / "pool"), "--most", "2"]) == 0
-    assert [sample.key for sample in each_sample(tmp_path / "pool")] == [key(1), key(3)]
+    assert [sample.key for sample in read_shards(tmp_path / "pool", parse_sample)] == [key(1), key(3)]
 
 
 @pytest.mark.parametrize(
@@ -89,4 +90,4 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path, data: Path, capsys) 
     rows = write_rows(tmp_path / "rows.jsonl", RIGHT)
     assert main([str(rows), "--data", str(data), "--output", str(data)]) == 1
     assert "exists already" in capsys.readouterr().err
-    assert len(list(each_sample(data))) == 6
+    assert len(list(read_shards(data, parse_sample))) == 6

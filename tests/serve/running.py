@@ -111,7 +111,7 @@ def train_and_generate(root: Path) -> tuple[list[Prompt], list[str], list[list[f
     run_align(replace(recipe, train=replace(recipe.train, learning_rate=2e-3)))
     recipe = replace(recipe, model=replace(recipe.model, checkpoint=recipe.run.output_dir))
     with open_model(recipe) as loaded:
-        prompts = loaded.read_prompts(recipe.data.train)
+        prompts = list(loaded.read_prompts(recipe.data.train))
         rollouts = loaded.engine().generate(
             prompts,
             num_responses=1,

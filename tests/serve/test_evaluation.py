@@ -11,7 +11,8 @@ import pytest
 from examples.digits.verify_endpoint import lm_eval_python, run_lm_eval
 from megatron_r1v2.config.schema import EvaluationConfig, RunConfig, RunRecipe
 from megatron_r1v2.data.messages import openai_messages
-from megatron_r1v2.data.stream import read_samples
+from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
 from megatron_r1v2.stages.align import run_align
 from megatron_r1v2.stages.evaluate import run_evaluation
@@ -69,7 +70,7 @@ def test_reasoning_and_answer_are_told_apart_streamed_or_not(root, server, evalu
     rows = {row["prompt_key"]: row for row in rows_of(root / "in_process")}
     client = server.client()
     ended = {True: 0, False: 0}
-    for sample in read_samples(str(root / "data"), settings=recipe_of(root).data, count=0):
+    for sample in list(read_shards(str(root / "data"), parse_sample, count=0)):
         messages = openai_messages(sample.messages, list(sample.images.values()))
         reasoning, found, answer = rows[sample.key]["text"].partition("</think>")
         message = ask(client, messages, temperature=0).choices[0].message

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.data.samples import ShardSample
+from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import write_shards
-from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.stages.grpo.stage import run_grpo
 from megatron_r1v2.training.store import finished_checkpoints
 from megatron_r1v2.types import Prompt
@@ -117,7 +117,7 @@ def test_what_was_rewarded_with_more_weight_is_not_replayed(held: Path) -> None:
 
 
 def test_a_validation_set_without_facts_cannot_be_held(root: Path, start, tmp_path: Path) -> None:
-    write_shards((replace(sample, facts={}) for sample in each_sample(root / "data")), tmp_path / "blank")
+    write_shards((replace(sample, facts={}) for sample in read_shards(root / "data", parse_sample)), tmp_path / "blank")
     with pytest.raises(ValueError, match="none of the 16 prompts read from data.validation=.* has facts"):
         start(tmp_path / "run", f"data.validation={tmp_path / 'blank'}")
 
@@ -143,7 +143,7 @@ def pairs(root: Path, tmp_path_factory) -> Path:
     lie, truth = "left 4, </think>\\boxed{0}", "left 3, </think>\\boxed{0}"
 
     def made() -> Iterator[ShardSample]:
-        for sample in each_sample(root / "data"):
+        for sample in read_shards(root / "data", parse_sample):
             if sample.images:
                 yield replace(sample, key=f"{sample.key}-a", chosen=lie, rejected=truth, margin=0.1)
                 yield replace(sample, key=f"{sample.key}-b", chosen=lie, rejected=truth, margin=0.1)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import write_shards
-from megatron_r1v2.data.stream import read_samples
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.response_rows import open_log
 from megatron_r1v2.stages.evaluate import run_evaluation
 from megatron_r1v2.stages.loaded_model import open_model
@@ -64,13 +64,13 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(root: Pa
 
 
 def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp_path: Path) -> None:
-    samples = read_samples(root / "data", settings=DataConfig(), count=6)
+    samples = list(read_shards(root / "data", parse_sample, count=6))
     others = [replace(sample, answer="neither", alternatives=("0", "1")) for sample in samples]
     write_shards(others, tmp_path / "data")
     recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={tmp_path / 'data'}",))
     with open_model(recipe) as loaded, loaded.verifiers() as pool:
         evaluator = loaded.evaluator(loaded.engine(), pool)
-        validated = evaluator.run(loaded.read_prompts(recipe.evaluation.data), name="validation", step=0)
+        validated = evaluator.run(list(loaded.read_prompts(recipe.evaluation.data)), name="validation", step=0)
     assert validated.pass_at_1 > 0
     commanded = run_evaluation(recipe, "validation")
     assert replace(commanded, model="") == validated

@@ -33,7 +33,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(root: Path, tmp_
 def test_prompts_are_read_in_their_order(root: Path, tmp_path: Path) -> None:
     with open_model(recipe_for(root, tmp_path / "run")) as loaded:
         folder = loaded.recipe.data.train
-        keys = [prompt.key for prompt in loaded.each_prompt(folder)]
+        keys = [prompt.key for prompt in loaded.read_prompts(folder)]
         assert keys == [f"sample-{index:03d}" for index in range(16)]
         assert [prompt.key for prompt in loaded.read_prompts(folder, 3)] == keys[:3]
         assert {prompt.key for prompt in loaded.training_stream().next(16)} == set(keys)
@@ -50,7 +50,7 @@ def test_a_checkpoint_brings_its_parts_and_its_version(root: Path, tmp_path: Pat
 def test_the_leader_of_a_replica_has_verifiers_and_the_engine_answers(root: Path, tmp_path: Path) -> None:
     with open_model(recipe_for(root, tmp_path / "run")) as loaded, loaded.verifiers() as pool:
         assert isinstance(pool, VerifierPool)
-        prompts = loaded.read_prompts(loaded.recipe.data.train, 2)
+        prompts = list(loaded.read_prompts(loaded.recipe.data.train, 2))
         result = loaded.evaluator(loaded.engine(), pool).run(prompts, name="test", step=0)
         assert result.num_prompts == 2
         longer: list[Rollout] = loaded.engine(prefix_tokens=5).generate(

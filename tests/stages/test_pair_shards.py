@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.data.samples import ShardSample
-from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.samples import ShardSample, parse_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.stages.pair_shards import (
     PairCounts,
     PromptPairs,
@@ -48,7 +48,7 @@ def test_finished_rounds_become_shards(root: Path, tmp_path: Path) -> None:
     assert UnfinishedPairs(recipe(root, tmp_path)).rounds() == [0, 1]
     counts = unfinished.finish(str(root / "data"), {"model": "m"})
     assert counts.pairs == {"margin": 3}
-    written = list(each_sample(tmp_path / "pairs"))
+    written = list(read_shards(tmp_path / "pairs", parse_sample))
     assert [sample.key for sample in written] == ["sample-001-pair0", "sample-001-pair1", "sample-004-pair0"]
     assert json.loads((tmp_path / "pairs" / "pairs.json").read_text())["model"] == "m"
     assert not unfinished.folder.exists()

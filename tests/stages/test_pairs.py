@@ -9,7 +9,8 @@ import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import check_stage
-from megatron_r1v2.data.stream import each_sample
+from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs
 from megatron_r1v2.stages.pairs import run_pairs
@@ -43,8 +44,8 @@ def recipe(root: Path, folder: Path, *overrides: str) -> RunRecipe:
 
 
 def test_pairs_are_the_prompts_with_two_responses(root: Path, made: Path) -> None:
-    sources = {sample.key: sample for sample in each_sample(root / "data")}
-    pairs = list(each_sample(made))
+    sources = {sample.key: sample for sample in read_shards(root / "data", parse_sample)}
+    pairs = list(read_shards(made, parse_sample))
     tokenizer = ChatTokenizer(root / "model")
     assert {pair.source for pair in pairs} == {"correctness", "dropout_ntp"}
     for pair in pairs:
@@ -63,7 +64,7 @@ def test_pairs_are_the_prompts_with_two_responses(root: Path, made: Path) -> Non
 
 def test_the_counts_add_up(made: Path) -> None:
     counts = json.loads((made / "pairs.json").read_text())
-    keys = [sample.key for sample in each_sample(made)]
+    keys = [sample.key for sample in read_shards(made, parse_sample)]
     assert (counts["prompts"], counts["responses"]) == (16, 16 * 24)
     assert sum(counts["pairs"].values()) == len(keys)
     assert counts["prompts_with_pairs"] == len({key.rpartition("-pair")[0] for key in keys})
@@ -86,9 +87,9 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
     kept.write_round(0, first, PairCounts(prompts=6, prompts_with_pairs=1, pairs={"correctness": 1}))
     (kept.folder / "shards").mkdir()  # as when the writing of shards was interrupted
     run_pairs(settings)
-    whole = list(each_sample(tmp_path / "other"))
-    assert whole == list(each_sample(made))
-    resumed = list(each_sample(tmp_path / "pairs"))
+    whole = list(read_shards(tmp_path / "other", parse_sample))
+    assert whole == list(read_shards(made, parse_sample))
+    resumed = list(read_shards(tmp_path / "pairs", parse_sample))
     assert (resumed[0].key, resumed[0].chosen) == ("sample-000-pair0", "good")
     assert resumed[1:] == [sample for sample in whole if sample.key >= "sample-006"]
     with pytest.raises(ValueError, match="exists already"):
@@ -99,7 +100,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
 @pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",)])
 def test_pairs_do_not_depend_on_the_layout(root: Path, made: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     run_ranks(2, _write_pairs, str(root), str(tmp_path), overrides)
-    assert list(each_sample(tmp_path / "pairs")) == list(each_sample(made))
+    assert list(read_shards(tmp_path / "pairs", parse_sample)) == list(read_shards(made, parse_sample))
 
 
 def _write_pairs(root: str, folder: str, overrides: tuple[str, ...]) -> None:

@@ -27,7 +27,7 @@ def loaded(root: Path, tmp_path: Path) -> Iterator[LoadedModel]:
 
 
 def values_by_sample(loaded: LoadedModel, forward: Forward, *, size: int) -> dict[str, torch.Tensor]:
-    prompts = loaded.read_prompts(loaded.recipe.data.train, 6)
+    prompts = list(loaded.read_prompts(loaded.recipe.data.train, 6))
     encoder = ResponseEncoder(loaded.tokenizer, "<|im_end|>")
     samples: dict[str, Sample] = {prompt.key: encoder.sample(prompt, prompt.response or "") for prompt in prompts}
     microbatcher = loaded.microbatcher(replace(loaded.recipe.train, micro_batch_size=size))
@@ -63,7 +63,7 @@ def test_values_do_not_depend_on_how_they_are_computed(loaded: LoadedModel, chan
 
 def test_what_the_schedule_returns_is_what_finish_gave(loaded: LoadedModel) -> None:
     forward = Forward(model=loaded.model, context=loaded.context)
-    prompt = loaded.read_prompts(loaded.recipe.data.train, 1)[0]
+    prompt = next(loaded.read_prompts(loaded.recipe.data.train))
     batches = [loaded.microbatcher(loaded.recipe.train).filler(prompt, rows=rows) for rows in (1, 1)]
     names = iter(("first", "second"))
     results = forward.run(batches, lambda values_BS, batch: (values_BS.sum(), next(names)), forward_only=True)
