@@ -25,6 +25,7 @@ MAX_RELATIVE_DIFFERENCE = 1e-4
 def answer_with_ours(run: Path, count: int, output: Path) -> None:
     """Write prompts, greedy responses and logits of a run's newest checkpoint, by megatron-core."""
     from megatron_r1v2.config.load import load_recipe
+    from megatron_r1v2.generation.engine import Sampling
     from megatron_r1v2.stages.loaded_model import open_model
 
     recipe = load_recipe(run / "recipe.yaml", [f"model.checkpoint={run}"])
@@ -32,10 +33,12 @@ def answer_with_ours(run: Path, count: int, output: Path) -> None:
         prompts = list(loaded.read_prompts(recipe.evaluation.data, count))
         rollouts = loaded.engine().generate(
             prompts,
-            num_responses=1,
-            policy_version=0,
-            temperature=0.0,
-            max_response_tokens=recipe.generation.max_response_tokens,
+            Sampling(
+                num_responses=1,
+                policy_version=0,
+                temperature=0.0,
+                max_response_tokens=recipe.generation.max_response_tokens,
+            ),
             features=loaded.feature_cache(),
         )
         items = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_outcomes
 from megatron_r1v2.evaluation.response_rows import evaluation_rows, outcome_of
-from megatron_r1v2.generation.engine import Progress, RolloutEngine
+from megatron_r1v2.generation.engine import Progress, RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
@@ -85,13 +85,15 @@ class Evaluator:
         queue = SharedPromptQueue(prompts, context=self.context, name=f"evaluate-{name}-{step}")
         rollouts = self.engine.generate(
             queue,
-            num_responses=self.settings.runs,
-            policy_version=_VERSION,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            max_response_tokens=self.max_response_tokens,
+            Sampling(
+                num_responses=self.settings.runs,
+                policy_version=_VERSION,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                max_response_tokens=self.max_response_tokens,
+                seed=self.settings.seed,
+            ),
             features=self.features,
-            seed=self.settings.seed,
             progress=progress or self.progress,
         )
         if self.wait_for_all is not None:

@@ -1,1 +1,1 @@
-"""Prompts to rollouts: the dynamic engine of megatron-core, fed with images."""
+"""Rollouts: megatron-core's dynamic inference engine with images, reproducible sampling and shared prompts."""

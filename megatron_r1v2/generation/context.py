@@ -1,4 +1,4 @@
-"""megatron-core's inference context: the paged cache of a generation phase, and how its steps are padded."""
+"""megatron-core's inference context: the paged cache of a generation phase and the padding of its steps."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
 _GIB = 1024**3
-# flash-attn wants blocks of 256 tokens; the torch stand-in copies whole blocks, so it gets small ones.
+# flash-attn requires blocks of 256 tokens; the attention in torch copies whole blocks, so small ones save work.
 _BLOCK_TOKENS_FLASH = 256
 _BLOCK_TOKENS_TORCH = 64
 
 
 class SmallStepContext(DynamicInferenceContext):
-    """Pads a step to fewer tokens than megatron-core's 64: small batches run on CPUs too."""
+    """A context that pads a step to a multiple of 16 tokens, since small batches are common on CPUs."""
 
     TOKEN_ROUNDER = 16
 
 
 class BlockwiseContext(DynamicInferenceContext):
-    """Pads a step so that each of up to 8 sequence-parallel ranks has whole blocks of 128 tokens."""
+    """A context that pads a step to whole blocks of 128 tokens on each of up to 8 sequence-parallel ranks."""
 
     TOKEN_ROUNDER = 1024
 
 
 def context_kind(config: TransformerConfig, *, cuda_graphs: bool) -> type[DynamicInferenceContext]:
-    """Choose how steps are padded.
-
-    megatron-core's own 64 tokens give each of up to 8 sequence-parallel ranks the 8 that a tensorwise FP8 product
-    needs. Padding here is why the linears need not be wrapped as `prepare_model_for_fp8_inference` does, which replaces
-    their forward for good, training included.
+    """Return the class of the context, which decides the padding of a step.
 
     Args:
-        config: of the language model.
-        cuda_graphs: megatron-core's graphs take its own class only, and are cut for every 64 requests.
+        config: the language model's.
+        cuda_graphs: whether graphs of the layers are captured.
     """
+    # Steps are padded here, so that the products in FP8 get the shapes they need. The alternative, megatron-core's
+    # `prepare_model_for_fp8_inference`, replaces the forward of the linears for good, also in training.
     if config.fp8 and config.fp8_recipe == "blockwise":
         return BlockwiseContext
+    # megatron-core's own class pads to 64 tokens: the 8 that a tensorwise product needs, on up to 8 sequence-parallel
+    # ranks. Its graphs accept this class only, and it captures one for every 64 requests.
     return DynamicInferenceContext if config.fp8 or cuda_graphs else SmallStepContext
 
 
 def make_context(
     model: R1V2Model, parallel: ParallelContext, settings: GenerationConfig, max_sequence_tokens: int
 ) -> DynamicInferenceContext:
-    """Allocate the cache.
+    """Allocate the cache of a phase.
 
     Args:
         model: this rank's part.
-        parallel: where this rank stands.
-        settings: bounds of memory and batch.
-        max_sequence_tokens: of prompt and response together.
+        parallel: this rank's place in the layout.
+        settings: the bounds of memory and batch.
+        max_sequence_tokens: the longest prompt and response together.
 
     Raises:
         ValueError: `generation.kv_cache_gib` does not hold one sequence.
@@ -62,16 +62,17 @@ def make_context(
     flash = is_flash_attention_usable(config.params_dtype)
     block_tokens = _BLOCK_TOKENS_FLASH if flash else _BLOCK_TOKENS_TORCH
     layers = len(model.language.decoder.layers)
+    # With more ranks than key heads, each rank has one: megatron-core repeats them.
     kv_heads = max(config.num_query_groups, parallel.tensor_size)
     head_bytes = 2 * config.kv_channels * config.params_dtype.itemsize
     block_bytes = layers * block_tokens * kv_heads // parallel.tensor_size * head_bytes
     sequence_blocks = -(-max_sequence_tokens // block_tokens)
-    # Sequence parallelism splits the tokens of a step, and steps are padded to the class's multiple. Of requests too:
-    # a step that only decodes is padded to this many tokens at most, which would undo the padding of a full one.
+    # Sequence parallelism splits the tokens of a step, so their limit must be a multiple of the class's padding. The
+    # limit of requests must be too: it caps the padded tokens of a step that only decodes.
     kind = context_kind(config, cuda_graphs=settings.cuda_graphs)
     max_requests = kind.round_up_tokens(settings.max_requests, parallel.tensor_size)
     max_tokens = kind.round_up_tokens(settings.max_tokens_per_step, parallel.tensor_size)
-    # One block more than the sequences own: padding tokens write there.
+    # One block more than the sequences own, because padding tokens are written to it.
     blocks = min(int(settings.kv_cache_gib * _GIB) // block_bytes, settings.max_requests * sequence_blocks + 1)
     if blocks < sequence_blocks + 1:
         raise ValueError(
@@ -85,16 +86,17 @@ def make_context(
         kv_channels=config.kv_channels,
         num_attention_heads=kv_heads,
         max_sequence_length=sequence_blocks * block_tokens,
-        # megatron-core divides by the block size again: half a block more keeps the count clear of rounding.
+        # megatron-core divides by the block size again; half a block more keeps rounding from losing one.
         buffer_size_gb=(blocks + 0.5) * block_bytes / _GIB,
         max_requests=max_requests,
         max_tokens=max(max_tokens, max_requests),
         block_size_tokens=block_tokens,
         pg_collection=parallel.groups,
+        # One graph for each padded number of requests.
         num_cuda_graphs=max_requests // kind.round_up_tokens(1, parallel.tensor_size) if settings.cuda_graphs else None,
         use_cuda_graphs_for_non_decode_steps=False,
     )
     if not flash:
-        # Memory as it comes may hold NaN, which a masked position would spread (see paged_attention).
+        # Fresh memory may hold NaN, and a masked position would spread it (see paged_attention).
         context.memory_buffer.zero_()
     return context

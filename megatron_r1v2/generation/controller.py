@@ -1,10 +1,12 @@
-"""megatron-core's inference classes with our image features, our sampling and our stop tokens."""
+"""megatron-core's inference classes with image features, per-request sampling and sets of stop tokens.
+
+The methods with a leading underscore that are marked `override` are hooks of megatron-core's engine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from typing_extensions import override
 
 from megatron_r1v2.generation import sampling
 from megatron_r1v2.generation.sampling import Draw
@@ -22,16 +25,16 @@ from megatron_r1v2.parallel.groups import ParallelContext
 
 @dataclass(frozen=True)
 class PromptImages:
-    """Where the image tokens of a prompt are, and what takes their place; first pipeline stage only."""
+    """The places of a prompt's image tokens and the embeddings for them, on the first pipeline stage."""
 
     positions_F: torch.Tensor
-    """int64 [F], ascending, on the CPU: positions in the prompt that hold `<IMG_CONTEXT>`."""
+    """int64 [F], ascending, on the CPU: the positions of `<IMG_CONTEXT>` in the prompt."""
     embeddings_FH: torch.Tensor
     """[F, H]: the adapter's output, in the same order."""
 
 
 class ImageInferenceWrapper(GPTInferenceWrapper):
-    """Runs the language model on a step's tokens, with image features in the place of image tokens."""
+    """The language model behind megatron-core's engine, with image embeddings in place of image tokens."""
 
     def __init__(
         self,
@@ -44,42 +47,50 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
 
         Args:
             model: this rank's part.
-            config: sizes and dtype for pipeline communication.
-            inference_context: which tokens of which requests a step holds.
+            config: the sizes and dtype for communication between pipeline stages.
+            inference_context: the tokens and requests of a step.
             parallel: process groups.
         """
         super().__init__(model.language, config, inference_context, parallel.groups)
         self.images: dict[int, PromptImages] = {}
-        """By request id; the responses to one prompt share one object."""
+        """By request id; the requests of one prompt share one object."""
         self._language = model.language
         self._tensor_group = parallel.groups.tp
 
-    def _forward(self, inference_input: dict[str, Any]) -> torch.Tensor:
-        # The callers run this under inference_mode. What is allocated then cannot be used by a later training step,
-        # and megatron-core keeps some of it: rotary embeddings (an lru_cache) and sequence-parallel buffers.
+    @override
+    def _forward(self, inference_input: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        # megatron-core calls this under inference_mode. Tensors from there cannot be part of a later training step, but
+        # megatron-core caches some: rotary embeddings (in an lru_cache) and sequence-parallel buffers.
         with torch.inference_mode(False), torch.no_grad():
             tokens, positions = inference_input["tokens"], inference_input["position_ids"]
-            return self.model(
+            output: torch.Tensor = self.model(
                 tokens,
                 positions,
                 None,
                 decoder_input=self._decoder_input(tokens, positions),
                 inference_context=self.inference_context,
+                # Sampling needs the whole vocabulary.
                 runtime_gather_output=True,
             )
+            return output
 
+    @override
     def _allocate_recv_buffer(self, batch_size: int, seq_len: int) -> torch.Tensor:
         with torch.inference_mode(False):
-            return super()._allocate_recv_buffer(batch_size, seq_len)
+            buffer: torch.Tensor = super()._allocate_recv_buffer(batch_size, seq_len)
+            return buffer
 
     def _decoder_input(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return what this stage's layers start from; with FP8, megatron-core zeroes the padding in it on any stage."""
+        """Return the input of this stage's layers."""
         if self._language.pre_process:
             return self._embed(tokens, positions)
-        return self._language.decoder.input_tensor
+        # Later stages pass theirs as an argument too: with FP8, megatron-core zeroes its padding and needs it here.
+        received: torch.Tensor = self._language.decoder.input_tensor
+        return received
 
     def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden_SBH = self._language.embedding(input_ids=tokens, position_ids=positions)
+        hidden_SBH: torch.Tensor = self._language.embedding(input_ids=tokens, position_ids=positions)
+        # A token that is decoded is never an image, even if the model wrote `<IMG_CONTEXT>`.
         if self.images and not self.inference_context.is_decode_only():
             self._put_images(hidden_SBH)
         if self.sequence_parallel:
@@ -87,14 +98,12 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
         return hidden_SBH
 
     def _put_images(self, hidden_SBH: torch.Tensor) -> None:
-        """Replace the rows of image tokens.
-
-        A step holds some consecutive positions of each request: all of a prompt, a chunk of it, or after an eviction
-        prompt and response so far. What counts is the request and the position, whatever brought them here.
-        """
+        """Replace the rows of image tokens."""
+        # A step holds consecutive positions of each request: a prompt, a chunk of it, or after an eviction prompt and
+        # response so far. Request and position identify an image token, so no case needs special treatment.
         context = self.inference_context
         rows = slice(context.paused_request_count, context.total_request_count)
-        places, embeddings = [], []
+        indices, embeddings = [], []
         first_row = 0
         for request, count, start in zip(
             context.request_ids[rows].tolist(),
@@ -106,39 +115,39 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
             if images is not None and count > 1:
                 bounds = torch.tensor([start, start + count])
                 low, high = torch.searchsorted(images.positions_F, bounds).tolist()
-                places.append(images.positions_F[low:high] + (first_row - start))
+                indices.append(images.positions_F[low:high] + (first_row - start))
                 embeddings.append(images.embeddings_FH[low:high])
             first_row += count
-        if places:
-            index_F = torch.cat(places).to(hidden_SBH.device)
+        if indices:
+            index_F = torch.cat(indices).to(hidden_SBH.device)
             hidden_SBH[index_F, 0] = torch.cat(embeddings).to(hidden_SBH.dtype)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which tokens can be drawn, and which end a response."""
+    """The tokens that can be drawn, and those that end a response."""
 
     size: int
-    """Ids from here on are padding."""
+    """The size of the tokenizer; ids from here on are padding."""
     stop_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
 class DrawnToken:
-    """What one step of the engine gave one request."""
+    """The token that one step of the engine drew for one request."""
 
     request_id: int
     token_id: int
     log_prob: float
-    """Under the sampling distribution; see `sampling.draw`."""
+    """Its log-prob under the sampling distribution; see `sampling.draw`."""
     alternatives: tuple[tuple[int, float], ...] = ()
     """The most probable tokens with their log-probs, best first."""
     is_last: bool = False
-    """The response ends here."""
+    """Whether the response ends with this token."""
 
 
 class RolloutController(TextGenerationController):
-    """Draws once per replica, with log-probs of the sampling distribution, and stops at any of a set of tokens."""
+    """Sampling once per replica, with log-probs of the sampling distribution and sets of stop tokens."""
 
     def __init__(self, model: ImageInferenceWrapper, parallel: ParallelContext, vocabulary: Vocabulary) -> None:
         """Make the controller.
@@ -146,20 +155,20 @@ class RolloutController(TextGenerationController):
         Args:
             model: the wrapped model.
             parallel: process groups.
-            vocabulary: what is drawn from.
+            vocabulary: the tokens to draw from, and the stop tokens.
         """
         super().__init__(model, _NoTokenizer(), pp_group=parallel.groups.pp)
         self.draws: dict[int, Draw] = {}
         """By request id."""
         self.cancelled: set[int] = set()
-        """Requests that end with the next token they are given."""
+        """The ids of requests that end with their next token."""
         self.drawn: list[DrawnToken] = []
-        """By the last step."""
+        """The tokens of the last step."""
         self._context = model.inference_context
         self._vocab_size = vocabulary.size
         self._stop_ids = torch.tensor(sorted(vocabulary.stop_ids), dtype=torch.int64, device=parallel.device)
         self._model_group = parallel.groups.mp
-        # Ranks of a replica are ordered stage by stage: the first of the last stage draws for all.
+        # The ranks of a replica are ordered by stage: the first of the last stage draws for all, so that they agree.
         ranks = dist.get_process_group_ranks(parallel.groups.mp)
         self._drawing_rank = ranks[(parallel.pipeline_size - 1) * parallel.tensor_size]
         self._draws_here = dist.get_rank() == self._drawing_rank
@@ -167,24 +176,32 @@ class RolloutController(TextGenerationController):
     def _active(self) -> slice:
         return slice(self._context.paused_request_count, self._context.total_request_count)
 
+    @override
     def _dynamic_step_forward_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | None:
-        """Run the model; logits stay on the last stage: only the drawn tokens are broadcast."""
+        """Collective over the replica: run the model; return the logits on the last stage."""
+        # megatron-core would broadcast the logits to all stages. Only the drawn tokens are needed there.
         inputs = {"tokens": input_ids, "position_ids": position_ids, "attention_mask": None}
-        return self.inference_wrapped_model.run_one_forward_step(inputs)
+        logits: torch.Tensor | None = self.inference_wrapped_model.run_one_forward_step(inputs)
+        return logits
 
+    @override
     def _dynamic_step_sample_bookkeeping(self) -> None:
-        """Do nothing: megatron-core would group requests by their sampling parameters; a row here has its own."""
+        """Skip megatron-core's groups of requests with equal sampling parameters."""
+        # Every row is drawn with its own parameters, all rows at once.
 
+    @override
     def _dynamic_step_log_probs_bookkeeping(self) -> tuple[bool, bool]:
-        """Tell megatron-core to compute none: ours come with the draw."""
+        """Switch megatron-core's log-probs off: theirs are of the raw logits, ours come with the draw."""
         return False, False
 
+    @override
     def _dynamic_step_sample_logits(self, logits: torch.Tensor | None) -> None:
-        """Draw a token for each active request and tell all ranks of the replica."""
+        """Collective over the replica: draw a token for each active request, the same on all ranks."""
         request_ids = self._context.request_ids[self._active()].tolist()
         draws = [self.draws[request_id] for request_id in request_ids]
+        # One broadcast for everything, in float64, which holds every token id.
         most = max(draw.num_alternatives for draw in draws)
-        # Rows: the tokens, their log-probs, then the ids and the log-probs of the alternatives.
+        # Rows: tokens, their log-probs, then ids and log-probs of the alternatives.
         drawn = torch.empty(2 + 2 * most, len(draws), dtype=torch.float64, device=self._stop_ids.device)
         if self._draws_here:
             assert logits is not None
@@ -195,7 +212,7 @@ class RolloutController(TextGenerationController):
         self.drawn = [
             DrawnToken(request_id, int(token), log_prob, _alternatives(rest, draw.num_alternatives))
             for request_id, draw, (token, log_prob, *rest) in zip(request_ids, draws, drawn.T.tolist(), strict=True)
-            # The token after a chunk that does not end the prompt is thrown away.
+            # megatron-core throws away the token after a chunk that does not end the prompt.
             if request_id != self._context.chunked_prefill_request_id
         ]
 
@@ -217,22 +234,23 @@ class RolloutController(TextGenerationController):
             values_RA, ids_RA = log_probs_RV.topk(most, dim=1)
             drawn[2 : 2 + most], drawn[2 + most :] = ids_RA.T, values_RA.T
 
+    @override
     def _dynamic_step_context_bookkeeping(self) -> dict[str, torch.Tensor]:
-        """Let a request end at any stop token, or because it was cancelled: megatron-core compares with one id each.
-
-        The id is set to the token itself where the request ends. Not for a prompt of which a chunk is still to come:
-        its token is thrown away.
-        """
+        """End the requests that drew a stop token or were cancelled, then update the context."""
+        # megatron-core compares a request's token with its one termination id. Setting this id to the drawn token ends
+        # the request; -1 never does.
         sampled = self._sampled_tokens_cuda[: self._context.get_active_request_count()]
         ends = torch.isin(sampled, self._stop_ids)
         if self.cancelled:
             active = self._context.request_ids[self._active()].tolist()
             ends |= torch.tensor([request_id in self.cancelled for request_id in active], device=ends.device)
         termination = sampled.where(ends, -1)
+        # The last request's token is thrown away while chunks of its prompt are to come: it cannot end the request.
         if self._context.chunked_prefill_request_id != -1:
             termination[-1] = -1
         self._request_metadata["termination_id"][self._active()] = termination
-        return super()._dynamic_step_context_bookkeeping()
+        finished: dict[str, torch.Tensor] = super()._dynamic_step_context_bookkeeping()
+        return finished
 
 
 def _alternatives(rest: Sequence[float], count: int) -> tuple[tuple[int, float], ...]:
@@ -241,9 +259,9 @@ def _alternatives(rest: Sequence[float], count: int) -> tuple[tuple[int, float],
 
 
 class _NoTokenizer:
-    """megatron-core turns finished responses into text; nobody reads it, since rollouts carry ids."""
+    """A tokenizer for megatron-core, which decodes finished responses; nobody reads the text."""
 
     eod = -1
 
-    def detokenize(self, token_ids: list[int]) -> str:
+    def detokenize(self, _token_ids: list[int]) -> str:
         return ""

@@ -1,9 +1,9 @@
 """CUDA graphs of the language model's layers for one generation phase, through megatron-core's own manager.
 
-A decode step of a large model launches thousands of small kernels; a graph launches all of a layer's at once.
-megatron-core captures them where `cuda_graph_impl` is "local", but gives the layers their managers when it builds them
-and would then graph training too. Here the layers have managers in a generation phase only: training runs as if there
-were none, and no graph is left that reads a freed cache or, after an update, what it was captured with.
+A decode step of a large model launches thousands of small kernels; a graph launches those of a layer at once.
+megatron-core captures graphs if `cuda_graph_impl` is "local", but it gives the layers their managers for good and would
+graph training too. Here the layers have managers during a generation phase only. Training is as without graphs, and no
+graph remains that reads a freed cache or the weights before an update.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_r1v2.parallel.groups import ParallelContext
 
 
 def check_cuda_graphs(parallel: ParallelContext) -> None:
-    """Refuse what cannot be captured.
+    """Check that graphs can be captured in this layout.
 
     Args:
         parallel: device and groups of this rank.
 
     Raises:
-        ValueError: there is no CUDA device, or tensor-parallel ranks talk over gloo.
+        ValueError: the device is no GPU, or tensor-parallel ranks communicate over gloo.
     """
     if parallel.device.type != "cuda":
         raise ValueError(
@@ -45,17 +45,17 @@ def check_cuda_graphs(parallel: ParallelContext) -> None:
 
 @contextmanager
 def graphed_layers(model: R1V2Model) -> Iterator[None]:
-    """Let megatron-core capture and replay graphs of the decoder's layers inside the block, and forget them after it.
+    """Let megatron-core capture and replay graphs of the decoder's layers inside the block; drop them after it.
 
     Args:
         model: this rank's part, in eval mode.
     """
     layers = [layer for layer in model.language.decoder.layers if isinstance(layer, TransformerLayer)]
-    # The first manager moves the process to a stream of its own, where it can capture.
+    # The first manager switches the process to a stream of its own, on which it can capture.
     stream = torch.cuda.current_stream()
     random_states = get_cuda_rng_tracker().get_states()
     torch.cuda.synchronize()
-    # Nothing is drawn inside a layer, and the tracker for training holds states that a graph cannot.
+    # A graph cannot hold the random states of training. Layers draw nothing here, so an empty tracker will do.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     model.config.cuda_graph_impl = "local"
     try:
@@ -63,8 +63,10 @@ def graphed_layers(model: R1V2Model) -> Iterator[None]:
             layer.cudagraph_manager = CudaGraphManager(model.config)
         yield
     finally:
+        # A replay may still run, and reads what is deleted below.
         torch.cuda.synchronize()
         for layer in layers:
+            # A failed capture may have left some layers without a manager.
             if hasattr(layer, "cudagraph_manager"):
                 del layer.cudagraph_manager
         model.config.cuda_graph_impl = "none"

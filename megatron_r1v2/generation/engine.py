@@ -1,4 +1,7 @@
-"""Prompts to rollouts with megatron-core's dynamic inference engine, on the training model's own weights."""
+"""Rollouts from megatron-core's dynamic inference engine, on the training model's own weights.
+
+Both use the same layout, so nothing is copied or synchronised between training and generation.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,46 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt, Rollout
 
 Progress = Callable[[int, int], None]
-"""(responses finished, tokens in them) on this replica so far."""
+"""A callback that gets (finished responses, tokens in them) of this replica."""
 OnFinished = Callable[[Prompt, Sequence[Rollout]], None]
-"""Called with a prompt and all responses to it, in the order of `sample_index`."""
+"""A callback that gets a prompt and all responses to it, in the order of `sample_index`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The responses that `RolloutEngine.generate` makes for each prompt."""
+
+    num_responses: int
+    """Responses to each prompt."""
+    policy_version: int
+    """The number of optimizer steps behind the weights."""
+    temperature: float
+    """Divides the logits; 0 is greedy."""
+    max_response_tokens: int
+    """A response of this length ends with finish reason "length"."""
+    top_p: float = 1.0
+    """Below 1 for evaluation only: log-probs stay those of the full distribution."""
+    seed: int | None = None
+    """Replaces the seed of the engine."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be generated."""
+    """One response to generate."""
 
     request_id: int
-    """Unique in the phase."""
+    """An id that is unique in the phase."""
     prompt: Prompt
     draw: Draw
     max_response_tokens: int
-    """A response that reaches this is cut."""
+    """The length at which the response is cut."""
 
 
 class RolloutEngine:
-    """Generates responses on one model replica; every rank of the replica makes the same calls.
+    """Generation of responses on one model replica; every rank of the replica makes the same calls.
 
-    `generate` is for rollouts: all prompts are there, and all responses are wanted. Who serves opens a `phase`, adds
-    requests while others decode, and takes the tokens of each step.
+    `generate` makes rollouts for prompts that are known from the start. A server opens a `phase` instead, adds requests
+    while others decode, and takes the tokens of each step.
     """
 
     def __init__(
@@ -54,17 +75,17 @@ class RolloutEngine:
         max_prompt_tokens: int,
         seed: int,
     ) -> None:
-        """Remember what to generate with; allocates nothing.
+        """Store the arguments; allocate nothing.
 
         Args:
             model: this rank's part, not wrapped in DDP. With megatron-core's `overlap_param_gather` its weights are
                 stale after an optimizer step until `start_param_sync(force_sync=True)`.
-            context: where this rank stands.
-            settings: bounds of memory and batch.
-            stop_ids: tokens that end a response.
-            vocab_size: of the tokenizer; ids from here on are padding and never drawn.
-            max_prompt_tokens: a longer prompt is an error.
-            seed: of the sampling.
+            context: this rank's place in the layout.
+            settings: the bounds of memory and batch.
+            stop_ids: the tokens that end a response.
+            vocab_size: the size of the tokenizer; ids from here on are padding and never drawn.
+            max_prompt_tokens: the longest accepted prompt.
+            seed: the seed of the sampling.
 
         Raises:
             ValueError: `generation.max_tokens_per_step` is below `generation.max_requests`.
@@ -82,86 +103,67 @@ class RolloutEngine:
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
         self.num_evictions = 0
-        """Of the last phase: many mean that `generation.kv_cache_gib` is short."""
+        """The evictions of the last phase; many mean that `generation.kv_cache_gib` is too small."""
 
     def generate(
         self,
         prompts: Iterable[Prompt],
+        sampling: Sampling,
         *,
-        num_responses: int,
-        policy_version: int,
-        temperature: float,
         features: FeatureCache,
-        max_response_tokens: int,
-        top_p: float = 1.0,
-        seed: int | None = None,
         progress: Progress | None = None,
         on_finished: OnFinished | None = None,
     ) -> list[Rollout]:
-        """Generate responses; the key-value cache lives as long as the call.
+        """Collective over the replica: generate responses; the key-value cache lives as long as the call.
 
         Args:
             prompts: taken one by one as there is room; the same on all ranks of the replica.
-            num_responses: to each prompt.
-            policy_version: optimizer steps behind the weights.
-            temperature: divides the logits; 0 is greedy.
-            features: of images, filled as needed.
-            max_response_tokens: a response that reaches this ends with finish reason "length".
-            top_p: below 1 for evaluation only: log-probs stay those of the full distribution.
-            seed: instead of the engine's.
+            sampling: the responses to each prompt.
+            features: the features of images, filled as needed.
             progress: called after every step.
-            on_finished: called as soon as all responses to a prompt are there.
+            on_finished: called as soon as all responses to a prompt have ended.
 
         Returns:
-            `num_responses` rollouts for each prompt, in the order of the prompts and then of `sample_index`, the same
-            on all ranks of the replica.
+            `sampling.num_responses` rollouts for each prompt, in the order of the prompts and then of `sample_index`,
+            the same on all ranks of the replica.
 
         Raises:
             ValueError: a prompt is too long, its image tokens do not match its tiles, or the cache holds no sequence.
         """
-        seed = self.seed if seed is None else seed
-        taken: list[Prompt] = []
+        num_responses = sampling.num_responses
+        admitted: list[Prompt] = []
         tokens: dict[int, list[DrawnToken]] = {}
 
-        def rollouts_to(number: int) -> list[Rollout]:
+        def rollouts_of(number: int) -> list[Rollout]:
+            """Return the rollouts of the prompt that was admitted as the n-th."""
             first = number * num_responses
             return [
-                self._rollout(tokens[first + sample], taken[number], sample, policy_version)
+                self._rollout(tokens[first + sample], admitted[number], sample, sampling.policy_version)
                 for sample in range(num_responses)
             ]
 
-        with self.phase(max_response_tokens) as phase:
+        with self.phase(sampling.max_response_tokens) as phase:
             num_finished = num_finished_tokens = 0
-            left: dict[int, int] = {}
-            for new in self._admissions(phase, prompts, num_responses):
-                requests = [
-                    Request(
-                        request_id=number * num_responses + sample,
-                        prompt=prompt,
-                        draw=Draw(response_key(seed, policy_version, prompt.key, sample), temperature, top_p),
-                        max_response_tokens=max_response_tokens,
-                    )
-                    for number, prompt in enumerate(new, start=len(taken))
-                    for sample in range(num_responses)
-                ]
-                taken += new
-                self.add(phase, requests, features)
+            unfinished: dict[int, int] = {}
+            for new in self._admit(phase, prompts, num_responses):
+                self.add(phase, self._requests(new, sampling, first=len(admitted)), features)
+                admitted += new
                 for token in phase.step():
                     response = tokens.setdefault(token.request_id, [])
                     response.append(token)
                     if token.is_last:
                         num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(response)
                         number = token.request_id // num_responses
-                        left[number] = left.get(number, num_responses) - 1
-                        if on_finished is not None and not left[number]:
-                            on_finished(taken[number], rollouts_to(number))
+                        unfinished[number] = unfinished.get(number, num_responses) - 1
+                        if on_finished is not None and not unfinished[number]:
+                            on_finished(admitted[number], rollouts_of(number))
                 if progress is not None:
                     progress(num_finished, num_finished_tokens)
-        return [rollout for number in range(len(taken)) for rollout in rollouts_to(number)]
+        return [rollout for number in range(len(admitted)) for rollout in rollouts_of(number)]
 
     @contextmanager
     def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:
-        """Open a generation phase, for prompts of up to `max_prompt_tokens`; its cache is freed with the block.
+        """Open a generation phase for prompts of up to `max_prompt_tokens`; free its cache after the block.
 
         Args:
             max_response_tokens: the longest response.
@@ -169,6 +171,7 @@ class RolloutEngine:
         Raises:
             ValueError: the cache holds no sequence.
         """
+        # no_grad and not inference_mode, whose tensors no later training step could use.
         with _evaluating(self.model), torch.no_grad():
             phase = GenerationPhase(
                 self.model,
@@ -184,12 +187,12 @@ class RolloutEngine:
                 phase.close()
 
     def add(self, phase: GenerationPhase, requests: Sequence[Request], features: FeatureCache) -> None:
-        """Queue requests in a phase, with the embeddings of their images; all ranks of the replica together.
+        """Collective over the replica: queue requests in a phase, with the embeddings of their images.
 
         Args:
-            phase: open.
-            requests: their images are encoded together.
-            features: of images, filled as needed.
+            phase: an open phase.
+            requests: the requests, whose images are encoded together.
+            features: the features of images, filled as needed.
         """
         images = self._images(list({request.prompt.key: request.prompt for request in requests}.values()), features)
         for request in requests:
@@ -201,10 +204,25 @@ class RolloutEngine:
                 max_response_tokens=request.max_response_tokens,
             )
 
-    def _admissions(
-        self, phase: GenerationPhase, prompts: Iterable[Prompt], num_responses: int
-    ) -> Iterator[list[Prompt]]:
-        """Yield, before each engine step, the prompts to begin with; end when nothing is left to do."""
+    def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, *, first: int) -> list[Request]:
+        """Return a request for each response to prompts, of which the first has the number `first`."""
+        seed = self.seed if sampling.seed is None else sampling.seed
+        requests = []
+        for number, prompt in enumerate(prompts, start=first):
+            for sample in range(sampling.num_responses):
+                key = response_key(seed, sampling.policy_version, prompt.key, sample)
+                requests.append(
+                    Request(
+                        request_id=number * sampling.num_responses + sample,
+                        prompt=prompt,
+                        draw=Draw(key, sampling.temperature, sampling.top_p),
+                        max_response_tokens=sampling.max_response_tokens,
+                    )
+                )
+        return requests
+
+    def _admit(self, phase: GenerationPhase, prompts: Iterable[Prompt], num_responses: int) -> Iterator[list[Prompt]]:
+        """Yield the prompts to begin with before each engine step; end when all responses have."""
         source = iter(prompts)
         exhausted = False
         limit = self.settings.max_requests
@@ -213,6 +231,8 @@ class RolloutEngine:
         while True:
             new: list[Prompt] = []
             while not exhausted:
+                # The responses to a prompt begin together. With nothing in flight a prompt begins even if it has more
+                # responses than fit: the engine then queues some.
                 in_flight = phase.num_in_flight + len(new) * num_responses
                 if in_flight and in_flight + num_responses > limit:
                     break
@@ -226,13 +246,13 @@ class RolloutEngine:
             yield new
 
     def check(self, prompt: Prompt) -> None:
-        """Refuse a prompt that the engine cannot take.
+        """Check that the engine can take a prompt.
 
         Args:
-            prompt: templated, tokenized and tiled.
+            prompt: a templated, tokenized and tiled prompt.
 
         Raises:
-            ValueError: it is too long, or its image tokens do not match its tiles.
+            ValueError: the prompt is too long, or its image tokens do not match its tiles.
         """
         if len(prompt.token_ids) > self.max_prompt_tokens:
             raise ValueError(
@@ -240,16 +260,17 @@ class RolloutEngine:
                 f"{self.max_prompt_tokens}; raise the limit, lower data.max_tiles, or take the prompt out"
             )
         architecture = self.model.architecture
-        found = prompt.token_ids.count(architecture.image_token_id)
-        expected = prompt.tiles_TCHW.shape[0] * architecture.tokens_per_tile
-        if found != expected:
+        num_tokens = prompt.token_ids.count(architecture.image_token_id)
+        num_tiles = prompt.tiles_TCHW.shape[0]
+        num_embeddings = num_tiles * architecture.tokens_per_tile
+        if num_tokens != num_embeddings:
             raise ValueError(
-                f"prompt {prompt.key!r} has {found} <IMG_CONTEXT> tokens (id {architecture.image_token_id}) but its "
-                f"{prompt.tiles_TCHW.shape[0]} tiles give {expected} embeddings; it was tokenized for other images"
+                f"prompt {prompt.key!r} has {num_tokens} <IMG_CONTEXT> tokens (id {architecture.image_token_id}) but "
+                f"its {num_tiles} tiles give {num_embeddings} embeddings; it was tokenized for other images"
             )
 
     def _images(self, prompts: Sequence[Prompt], features: FeatureCache) -> dict[str, PromptImages]:
-        """Return the image embeddings of prompts by key, on the first stage."""
+        """Collective over `groups.tp`: compute the image embeddings of prompts by key, on the first stage."""
         prompts = [prompt for prompt in prompts if prompt.modality == "image"]
         if not prompts or not self.parallel.is_first_stage:
             return {}
@@ -275,7 +296,7 @@ class RolloutEngine:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to eval mode, and back to what it was."""
+    """Switch a model to eval mode, and back to its former mode after the block."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Image features of a step: computed once a prompt, used by its N responses and by the update."""
+"""Image features: computed once for a prompt, used by its N responses and by the update."""
 
 from __future__ import annotations
 
@@ -11,38 +11,37 @@ from megatron_r1v2.types import Prompt
 
 
 class FeatureCache:
-    """What the vision tower says of each prompt's tiles, before the adapter, under a byte limit.
+    """Features of each prompt's tiles before the adapter, under a byte limit.
 
-    Valid as long as the vision tower's weights are: `clear()` when they have changed. What does not fit is computed
-    again when it is asked for. Ranks of one tensor-parallel group must ask for the same prompts in the same order,
-    since the vision tower is split over them.
+    They are valid until the vision tower's weights change; call `clear` then. Features that exceed the limit are
+    computed again at each request. The tensor-parallel ranks share the vision tower, so they must make the same calls.
     """
 
     def __init__(self, limit_bytes: int, *, tiles_per_pass: int = 32) -> None:
         """Make an empty cache.
 
         Args:
-            limit_bytes: of the features kept, on each rank of the first pipeline stage.
-            tiles_per_pass: tiles in one forward pass of the vision tower, when `fill` computes for several prompts.
+            limit_bytes: the limit of the kept features on each rank of the first pipeline stage.
+            tiles_per_pass: the most tiles in one forward pass of the vision tower.
         """
         self.limit_bytes = limit_bytes
         self.tiles_per_pass = tiles_per_pass
         self.bytes_used = 0
         self.hits = 0
         self.prompts_computed = 0
-        """How often a prompt's features were computed, again or for the first time."""
+        """The number of times that a prompt's features were computed."""
         self._features: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
-        """Return how many prompts are held."""
+        """Return the number of prompts whose features are kept."""
         return len(self._features)
 
     def get(self, prompt: Prompt, model: R1V2Model) -> torch.Tensor:
-        """Return the features of a prompt, without a graph.
+        """Collective over `groups.tp`: return the features of a prompt, without a graph.
 
         Args:
-            prompt: with at least one tile.
-            model: this rank's part, of the first pipeline stage.
+            prompt: a prompt with at least one tile.
+            model: this rank's part, on the first pipeline stage.
 
         Returns:
             [T, F, K].
@@ -50,11 +49,11 @@ class FeatureCache:
         return self.fill([prompt], model)[0]
 
     def fill(self, prompts: Sequence[Prompt], model: R1V2Model) -> list[torch.Tensor]:
-        """Return the features of several prompts; the missing ones are computed together.
+        """Collective over `groups.tp`: return the features of prompts; compute the missing ones together.
 
         Args:
-            prompts: each with at least one tile.
-            model: this rank's part, of the first pipeline stage.
+            prompts: prompts with at least one tile each.
+            model: this rank's part, on the first pipeline stage.
 
         Returns:
             [T, F, K] for each prompt.
@@ -68,7 +67,7 @@ class FeatureCache:
         return [held[prompt.key] for prompt in prompts]
 
     def clear(self) -> None:
-        """Forget all features; the counters stay."""
+        """Drop all features; keep the counters."""
         self._features.clear()
         self.bytes_used = 0
 
@@ -78,17 +77,19 @@ class FeatureCache:
         self.prompts_computed += len(prompts)
         features_TFK = self._encode(torch.cat([prompt.tiles_TCHW for prompt in prompts]), model)
         counts = [prompt.tiles_TCHW.shape[0] for prompt in prompts]
-        # Each prompt owns its memory: a view would keep the features of all alive.
-        return [part_TFK.clone() for part_TFK in features_TFK.split(counts)]
+        # Copies: a view of one prompt would keep the features of all prompts in memory.
+        return [part_TFK.clone() for part_TFK in torch.split(features_TFK, counts)]
 
     def _encode(self, tiles_TCHW: torch.Tensor, model: R1V2Model) -> torch.Tensor:
         tiles_TCHW = tiles_TCHW.to(next(model.parameters()).device)
-        # no_grad and not inference_mode: the update puts these into a graph.
+        parts = torch.split(tiles_TCHW, self.tiles_per_pass)
+        # Not inference_mode: the update feeds these features to the adapter, inside a graph.
         with torch.no_grad():
-            return torch.cat([model.encode_tiles(part_TCHW) for part_TCHW in tiles_TCHW.split(self.tiles_per_pass)])
+            return torch.cat([model.encode_tiles(part_TCHW) for part_TCHW in parts])
 
     def _keep(self, key: str, features_TFK: torch.Tensor) -> None:
         size = features_TFK.numel() * features_TFK.element_size()
+        # No eviction: the update asks in the order of generation, so a full cache would lose each entry before its use.
         if self.bytes_used + size <= self.limit_bytes:
             self._features[key] = features_TFK
             self.bytes_used += size

@@ -1,4 +1,4 @@
-"""One generation phase: megatron-core's dynamic engine, with its key-value cache, from allocation to release."""
+"""A generation phase: megatron-core's dynamic engine with its key-value cache, from allocation to release."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from megatron_r1v2.parallel.groups import ParallelContext
 class GenerationPhase:
     """megatron-core's engine with requests in flight.
 
-    A new engine for each phase is what frees the cache and keeps phases apart: `suspend()` and `resume()` leave the
-    controller with the request metadata of the phase before, and with them its stop tokens.
+    Each phase has a new engine, which frees the cache at its end. megatron-core's `suspend()` and `resume()` are not an
+    alternative: they leave the controller with the request metadata, and so the stop tokens, of the previous phase.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class GenerationPhase:
 
         Args:
             model: this rank's part, in eval mode.
-            parallel: where this rank stands.
-            settings: bounds of memory and batch.
-            vocabulary: what is drawn from, and what ends a response.
-            max_sequence_tokens: of prompt and response together.
+            parallel: this rank's place in the layout.
+            settings: the bounds of memory and batch.
+            vocabulary: the tokens to draw from, and the stop tokens.
+            max_sequence_tokens: the longest prompt and response together.
 
         Raises:
             ValueError: `generation.kv_cache_gib` does not hold one sequence, or graphs cannot be captured here.
@@ -60,19 +60,23 @@ class GenerationPhase:
         wrapper_config = InferenceWrapperConfig(
             hidden_size=config.hidden_size,
             params_dtype=config.params_dtype,
+            # Never split a step into microbatches for the pipeline.
             inference_batch_times_seqlen_threshold=-1,
             padded_vocab_size=model.language.vocab_size,
             fp32_residual_connection=config.fp32_residual_connection,
         )
         self._wrapper = ImageInferenceWrapper(model, wrapper_config, self._context, parallel)
         self._controller = RolloutController(self._wrapper, parallel, vocabulary)
-        # Weights that were quantized before an update are stale: TransformerEngine makes them anew in the next forward.
+        # FP8 copies of the weights are stale after an update. With this, the next forward of TransformerEngine remakes
+        # them.
         model.set_is_first_microbatch()
         self._graphs = ExitStack()
         if settings.cuda_graphs:
             self._graphs.enter_context(graphed_layers(model))
+        # If the engine fails to start, nobody holds this phase to close it.
         with ExitStack() as undo:
             undo.callback(self.close)
+            # megatron-core never reads the seed, but requires one; the controller draws (see sampling.py).
             self._engine = DynamicInferenceEngine(
                 self._controller, self._context, random_seed=0, pg_collection=parallel.groups
             )
@@ -80,13 +84,14 @@ class GenerationPhase:
 
     @property
     def num_in_flight(self) -> int:
-        """Return the requests that have not finished."""
+        """Return the number of requests that have not finished."""
         return len(self._engine.requests)
 
     @property
     def num_evictions(self) -> int:
-        """Return how often a request lost its cache to others and was prefilled again."""
-        return self._engine.evicted_request_count
+        """Return how many times a request lost its cache to others and was prefilled again."""
+        count: int = self._engine.evicted_request_count
+        return count
 
     def add(
         self,
@@ -97,37 +102,36 @@ class GenerationPhase:
         images: PromptImages | None,
         max_response_tokens: int,
     ) -> None:
-        """Queue a request; it joins those in flight at the next step that has room.
+        """Queue a request, which joins those in flight at the next step with room; all ranks must add the same.
 
         Args:
-            request_id: unique in the phase.
-            token_ids: of the prompt.
-            draw: how its tokens are drawn.
-            images: None for a text-only prompt, and on all but the first stage.
-            max_response_tokens: where the response is cut.
+            request_id: an id that is unique in the phase.
+            token_ids: the prompt.
+            draw: the sampling of its tokens.
+            images: None for a text-only prompt, and on all stages but the first.
+            max_response_tokens: the length at which the response is cut.
         """
         self._controller.draws[request_id] = draw
         if images is not None:
             self._wrapper.images[request_id] = images
+        # termination_id -1 matches no token: the controller decides where a response ends.
         sampling_params = SamplingParams(num_tokens_to_generate=max_response_tokens, termination_id=-1)
         self._engine.add_request(request_id, list(token_ids), sampling_params)
 
     def cancel(self, request_id: int) -> None:
-        """End a request, of which no step tells anything any more; one that has ended already is left alone.
-
-        Args:
-            request_id: as it was added. While it waits it is gone at once, else when it is its turn to get a token.
-        """
+        """End a request, so that no later step returns a token of it; ignore a request that has ended."""
         waiting = self._engine.waiting_request_ids
         if request_id in waiting and request_id != self._context.chunked_prefill_request_id:
+            # Not yet in megatron-core's context, so it can go at once.
             waiting.remove(request_id)
             del self._engine.requests[request_id]
             self._forget(request_id)
         elif request_id in self._engine.requests:
+            # megatron-core ends a request only when it draws a token.
             self._controller.cancelled.add(request_id)
 
     def step(self) -> list[DrawnToken]:
-        """Generate one token for each active request and return them; those that wait for room get none."""
+        """Collective over the replica: draw one token for each active request and return them."""
         self._controller.drawn = []
         ended = {record.request_id for record in self._engine.step_modern()["finished_request_records"]}
         tokens = [
@@ -140,7 +144,8 @@ class GenerationPhase:
         return tokens
 
     def close(self) -> None:
-        """Free the cache, whoever still refers to the engine, and drop the graphs that read it."""
+        """Free the cache, also if something still refers to the engine."""
+        # First the graphs, which read the cache.
         self._graphs.close()
         self._context.deallocate_all_tensors()
         self._wrapper.images.clear()

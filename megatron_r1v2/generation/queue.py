@@ -1,4 +1,4 @@
-"""Prompts that data-parallel replicas share: whoever has room takes the next one."""
+"""A queue of prompts for all data-parallel replicas: a replica with room takes the next one."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from megatron_r1v2.types import Prompt
 
 
 class SharedPromptQueue:
-    """An iterable of the prompts that this replica gets; every rank holds the same full list.
+    """The prompts of this replica, as an iterable; every rank holds the same full list.
 
-    Responses differ in length, so a fixed split leaves replicas idle. The next index is a counter in the store of the
-    process group; the leader of a replica takes it and tells the ranks of its model-parallel group. What is generated
-    does not depend on who generates it (see sampling.py).
+    Responses differ in length, so a fixed split would leave replicas idle. A counter in the store of the process group
+    holds the next index; the leader of a replica takes it and broadcasts it to the ranks of its model-parallel group.
+    Responses do not depend on the replica that generates them (see sampling.py).
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, context: ParallelContext, name: str) -> None:
         """Make the queue.
 
         Args:
-            prompts: the same on all ranks.
-            context: where this rank stands.
-            name: of the counter: the same on all ranks and never used before in this run, such as "step-12".
+            prompts: the prompts, the same on all ranks.
+            context: this rank's place in the layout.
+            name: the counter's name, such as "step-12": the same on all ranks, and never used before in this run.
         """
         self.prompts = prompts
         self._context = context
@@ -35,11 +35,11 @@ class SharedPromptQueue:
 
     @property
     def fair_share(self) -> int:
-        """Return how many prompts a replica may have in flight, so that the first to come leaves some to the rest."""
+        """Return how many prompts a replica may begin with, so that the first to arrive leaves the others some."""
         return -(-len(self.prompts) // self._context.data_size)
 
     def __iter__(self) -> Iterator[Prompt]:
-        """Yield prompts until none is left; each step is a collective of the replica's ranks."""
+        """Collective over `groups.mp` at each step: yield prompts until none is left."""
         if self._context.data_size == 1:
             yield from self.prompts
             return
@@ -47,6 +47,7 @@ class SharedPromptQueue:
             yield self.prompts[index]
 
     def _take(self) -> int:
+        """Collective over `groups.mp`: take the next index."""
         index = torch.zeros(1, dtype=torch.int64, device=self._context.device)
         if self._context.is_replica_leader:
             index.fill_(self._context.store.add(self._counter, 1) - 1)

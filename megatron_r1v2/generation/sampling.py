@@ -1,7 +1,7 @@
-"""Draws tokens so that a response depends on nothing but the weights and its own name.
+"""Sampling of tokens, so that a response depends only on the weights and its own name.
 
-The uniform number of each token is a hash of (seed, policy version, prompt key, sample index, position), so a response
-is the same whatever else is in the batch, whichever rank generates it, and after a restart.
+The uniform number of each token is a hash of (seed, policy version, prompt key, sample index, position). A response is
+therefore the same in every batch, on every rank and after a restart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-# splitmix64: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, as signed 64 bits.
+# splitmix64: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. The constants are
+# signed because torch has no arithmetic for uint64; products and sums wrap to the same bits.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
@@ -19,37 +20,37 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 @dataclass(frozen=True)
 class Draw:
-    """How the tokens of one response are drawn."""
+    """The parameters of sampling one response."""
 
     response_key: int
-    """From `response_key`: names the response."""
+    """The name of the response, from `response_key`."""
     temperature: float
     """Divides the logits; 0 takes the most probable token."""
     top_p: float = 1.0
     """Draw among the most probable tokens that hold this mass; 1 among all."""
     num_alternatives: int = 0
-    """How many of the most probable tokens are told beside the drawn one."""
+    """The number of most probable tokens to return beside the drawn one."""
 
 
 def response_key(seed: int, policy_version: int, prompt_key: str, sample_index: int) -> int:
     """Return 64 bits (signed) that name one response.
 
     Args:
-        seed: of the run or the evaluation.
-        policy_version: optimizer steps behind the weights.
+        seed: the seed of the run or the evaluation.
+        policy_version: the number of optimizer steps behind the weights.
         prompt_key: `Prompt.key`.
-        sample_index: which of the responses to this prompt.
+        sample_index: the index of the response among those to this prompt.
     """
     name = f"{seed}|{policy_version}|{sample_index}|{prompt_key}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 
 def uniforms(response_keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
-    """Return one number in [0, 1) for each response at its position.
+    """Compute one number in [0, 1) for each response at its position.
 
     Args:
         response_keys_R: int64 [R], from `response_key`.
-        positions_R: int64 [R]: tokens before the drawn one, the prompt's included.
+        positions_R: int64 [R]: the number of tokens before the drawn one, prompt included.
 
     Returns:
         float64 [R].
@@ -58,6 +59,7 @@ def uniforms(response_keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.
     state = (state ^ _shift_right(state, 30)) * _MIX_1
     state = (state ^ _shift_right(state, 27)) * _MIX_2
     state = state ^ _shift_right(state, 31)
+    # 53 bits are what a float64 in [0, 1) can hold evenly.
     return _shift_right(state, 11).double() * 2.0**-53
 
 
@@ -80,7 +82,7 @@ def draw(
 
     Returns:
         Token ids, int64 [R], and the log-probs of all tokens, float32 [R, vocab_size], under
-        softmax(logits / temperature) (top-p is not in them; at temperature 0 they are those of temperature 1).
+        softmax(logits / temperature). Top-p does not change the log-probs; at temperature 0 they are those of 1.
     """
     logits_RV = logits_RV[:, :vocab_size].float()
     is_sampled_R = temperatures_R > 0
@@ -91,9 +93,11 @@ def draw(
     probs_RV = log_probs_RV.exp()
     is_cut_R = top_ps_R < 1
     if is_cut_R.any():
-        # A row that is not cut stays as it is to the bit: a response does not depend on its batch.
+        # Rows with top-p 1 keep their bits: a response must not depend on the other rows of its batch.
         probs_RV = _nucleus(probs_RV, top_ps_R).where(is_cut_R.unsqueeze(1), probs_RV)
+    # In float64: with a large vocabulary, the error of a cumulative sum in float32 exceeds the smallest probabilities.
     cumulative_RV = probs_RV.cumsum(dim=-1, dtype=torch.float64)
+    # The sum is not exactly 1, and after top-p far from it, so the uniform number is scaled to it.
     threshold_R = uniforms_R * cumulative_RV[:, -1]
     tokens_R = torch.searchsorted(cumulative_RV, threshold_R.unsqueeze(1), right=True).squeeze(1)
     return tokens_R.clamp(max=vocab_size - 1).where(is_sampled_R, best_R), log_probs_RV
@@ -102,11 +106,13 @@ def draw(
 def _nucleus(probs_RV: torch.Tensor, top_ps_R: torch.Tensor) -> torch.Tensor:
     """Zero all but the smallest set of most probable tokens whose mass reaches `top_ps_R`."""
     ordered_RV, order_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
+    # The mass before a token, so that the token that crosses the limit is kept, and the first one always is.
     mass_before_RV = ordered_RV.cumsum(dim=-1) - ordered_RV
     kept_RV = ordered_RV.where(mass_before_RV < top_ps_R.unsqueeze(1), 0.0)
     return torch.zeros_like(probs_RV).scatter(1, order_RV, kept_RV)
 
 
 def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift as an unsigned number."""
+    """Shift to the right as an unsigned number."""
+    # torch shifts int64 arithmetically: it fills with the sign bit, which the mask clears.
     return (value >> bits) & ((1 << (64 - bits)) - 1)

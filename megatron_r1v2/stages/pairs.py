@@ -14,6 +14,7 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.prompts import without_images
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.parallel import objects
@@ -155,11 +156,13 @@ class PairMaker:
         self.features.clear()
         rollouts = self.engine.generate(
             SharedPromptQueue(prompts, context=context, name=f"pairs-{name}"),
-            num_responses=generation.responses_per_prompt,
-            policy_version=self.loaded.version,
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            max_response_tokens=generation.max_response_tokens,
+            Sampling(
+                num_responses=generation.responses_per_prompt,
+                policy_version=self.loaded.version,
+                temperature=generation.temperature,
+                top_p=generation.top_p,
+                max_response_tokens=generation.max_response_tokens,
+            ),
             features=self.features,
             progress=lambda responses, _: progress(min(total, responses * context.data_size)),
         )
@@ -189,11 +192,13 @@ class PairMaker:
             SharedPromptQueue(
                 [prompt for _, prompt in blind], context=self.loaded.context, name=f"pairs-{name}-without-images"
             ),
-            num_responses=1,
-            policy_version=self.loaded.version,
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            max_response_tokens=generation.max_response_tokens - self.prefix_tokens,
+            Sampling(
+                num_responses=1,
+                policy_version=self.loaded.version,
+                temperature=generation.temperature,
+                top_p=generation.top_p,
+                max_response_tokens=generation.max_response_tokens - self.prefix_tokens,
+            ),
             features=self.features,
         )
         whole = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.schema import AlgorithmConfig, GenerationConfig
-from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -120,11 +120,13 @@ def check_engine(
     chosen = list({prompt.modality: prompt for prompt in reversed(prompts)}.values())
     rollouts = engine.generate(
         chosen,
-        num_responses=1,
-        policy_version=policy.version,
-        # The engine's own setting, not the policy's: a training forward with another one must be noticed.
-        temperature=generation.temperature,
-        max_response_tokens=min(settings.gate_tokens, generation.max_response_tokens),
+        Sampling(
+            num_responses=1,
+            policy_version=policy.version,
+            # The engine's own setting, not the policy's: a training forward with another one must be noticed.
+            temperature=generation.temperature,
+            max_response_tokens=min(settings.gate_tokens, generation.max_response_tokens),
+        ),
         features=features,
     )
     samples = {prompt.key: _sample(prompt, rollout) for prompt, rollout in zip(chosen, rollouts, strict=True)}

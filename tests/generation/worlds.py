@@ -11,13 +11,17 @@ from megatron.core import parallel_state
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
-from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.engine import Request, RolloutEngine, Sampling
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt
 
+SAMPLING = [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8), (1.0, 1e-6)]
+"""(temperature, top-p) of `make_requests`, in turn."""
 VOCABULARY = 265
 """Of the tokenizer; the model's embedding has 300 rows."""
 STOP = frozenset(range(100, 120))
@@ -71,11 +75,55 @@ def make_engine(model: R1V2Model, context: ParallelContext, *, seed: int = 11, *
     )
 
 
-def generate(engine: RolloutEngine, prompts, features, **arguments):
+def generate(engine: RolloutEngine, prompts, features, *, progress=None, **sampling):
     defaults = {
         "num_responses": 2,
         "policy_version": 0,
         "temperature": 1.0,
         "max_response_tokens": MAX_RESPONSE_TOKENS,
     }
-    return engine.generate(prompts, features=features, **(defaults | arguments))
+    return engine.generate(prompts, Sampling(**(defaults | sampling)), features=features, progress=progress)
+
+
+def assert_same_rollouts(found, expected, atol=1e-5):
+    assert [(r.prompt_key, r.sample_index, r.finish_reason) for r in found] == [
+        (r.prompt_key, r.sample_index, r.finish_reason) for r in expected
+    ]
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(one.rollout_log_probs), torch.tensor(other.rollout_log_probs), atol=atol, rtol=0
+        )
+
+
+def make_requests(model, count: int, *, tokens: int = 24) -> list[Request]:
+    """Return requests that are all drawn differently; every second one wants alternatives."""
+    return [
+        Request(
+            request_id=100 + number,
+            prompt=prompt,
+            draw=Draw(number * 7919, *SAMPLING[number % len(SAMPLING)], num_alternatives=3 * (number % 2)),
+            max_response_tokens=tokens - number % 3,
+        )
+        for number, prompt in enumerate(make_prompts(model, count))
+    ]
+
+
+def run(engine, arrivals, *, cancel=None, longest=24) -> dict[int, list]:
+    """Add requests before the steps they are listed under and collect the tokens of each.
+
+    Args:
+        arrivals: by step.
+        cancel: request ids by step.
+    """
+    found: dict[int, list] = {}
+    with engine.phase(longest) as phase:
+        step = 0
+        while step <= max(arrivals) or phase.num_in_flight:
+            engine.add(phase, arrivals.get(step, []), FeatureCache(0))
+            for request_id in (cancel or {}).get(step, []):
+                phase.cancel(request_id)
+            for token in phase.step() if phase.num_in_flight else []:
+                found.setdefault(token.request_id, []).append(token)
+            step += 1
+    return found

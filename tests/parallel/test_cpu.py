@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModel, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2Config, Qwen2Model
 
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
-from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
@@ -109,11 +109,8 @@ def roll_out(context: ParallelContext) -> None:
     prompt = Prompt("p", (), (1, 2, 3), torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "", "exact")
     rollouts = engine.generate(
         [prompt],
-        num_responses=1,
-        policy_version=0,
-        temperature=1.0,
+        Sampling(num_responses=1, policy_version=0, temperature=1.0, max_response_tokens=3),
         features=FeatureCache(0),
-        max_response_tokens=3,
     )
     assert len(rollouts[0].token_ids) == 3
 

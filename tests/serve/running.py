@@ -19,6 +19,7 @@ import openai
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.messages import openai_messages
+from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.serve.command import main
 from megatron_r1v2.stages.align import run_align
 from megatron_r1v2.stages.loaded_model import open_model
@@ -114,11 +115,8 @@ def train_and_generate(root: Path) -> tuple[list[Prompt], list[str], list[list[f
         prompts = list(loaded.read_prompts(recipe.data.train))
         rollouts = loaded.engine().generate(
             prompts,
-            num_responses=1,
-            policy_version=0,
-            temperature=0.0,
+            Sampling(num_responses=1, policy_version=0, temperature=0.0, max_response_tokens=RESPONSE_TOKENS),
             features=loaded.feature_cache(),
-            max_response_tokens=RESPONSE_TOKENS,
         )
         texts = [
             loaded.tokenizer.decode(rollout.token_ids[: -1 if rollout.finish_reason == "stop" else None])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.types import Rollout
@@ -54,7 +55,8 @@ def test_the_leader_of_a_replica_has_verifiers_and_the_engine_answers(root: Path
         result = loaded.evaluator(loaded.engine(), pool).run(prompts, name="test", step=0)
         assert result.num_prompts == 2
         longer: list[Rollout] = loaded.engine(prefix_tokens=5).generate(
-            prompts, num_responses=1, policy_version=0, temperature=1.0, max_response_tokens=2,
+            prompts,
+            Sampling(num_responses=1, policy_version=0, temperature=1.0, max_response_tokens=2),
             features=loaded.feature_cache(),
-        )  # fmt: skip
+        )
         assert [rollout.prompt_key for rollout in longer] == [prompt.key for prompt in prompts]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
-from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rewards.model import RewardModel
@@ -122,10 +122,12 @@ class RolloutPhase:
         preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
         rollouts = self.engine.generate(
             SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
-            num_responses=settings.responses_per_prompt,
-            policy_version=session.policy.version,
-            temperature=settings.temperature,
-            max_response_tokens=settings.max_response_tokens,
+            Sampling(
+                num_responses=settings.responses_per_prompt,
+                policy_version=session.policy.version,
+                temperature=settings.temperature,
+                max_response_tokens=settings.max_response_tokens,
+            ),
             features=self.features,
             progress=preemption.poll_between_engine_steps,
             on_finished=preemption.rollouts.save,

@@ -1,0 +1,75 @@
+"""The cache of a phase: blocks, limits, padding of steps, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+
+from megatron_r1v2.config.schema import GenerationConfig
+from megatron_r1v2.generation.context import BlockwiseContext, SmallStepContext, context_kind, make_context
+
+GIB = 1024**3
+# 2 layers x 64 tokens x 2 key heads x 24 channels x 4 bytes, for keys and for values.
+BLOCK_BYTES = 2 * 64 * 2 * 24 * 4 * 2
+
+
+def make(one_rank, *, tokens: int = 100, **settings) -> DynamicInferenceContext:
+    model, parallel = one_rank
+    defaults = {"kv_cache_gib": 1.0, "max_requests": 3, "max_tokens_per_step": 40}
+    return make_context(model, parallel, GenerationConfig(**(defaults | settings)), tokens)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "recipe", "cuda_graphs", "kind", "tokens"),
+    [
+        (None, None, False, SmallStepContext, 16),
+        (None, None, True, DynamicInferenceContext, 64),
+        ("hybrid", "tensorwise", False, DynamicInferenceContext, 64),
+        ("e4m3", "blockwise", False, BlockwiseContext, 1024),
+        ("e4m3", "blockwise", True, BlockwiseContext, 1024),
+    ],
+)
+def test_the_padding_of_a_step_suits_its_products(fp8, recipe, cuda_graphs, kind, tokens):
+    config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe)
+    chosen = context_kind(config, cuda_graphs=cuda_graphs)
+    assert chosen is kind
+    assert chosen.round_up_tokens(1, 1) == tokens
+
+
+def test_limits_are_whole_multiples_of_the_padding(one_rank):
+    context = make(one_rank)
+    assert (context.max_requests, context.max_tokens) == (16, 48)
+    assert make(one_rank, max_requests=50, max_tokens_per_step=50).max_tokens == 64, "a token for each request"
+
+
+def test_the_cache_has_the_blocks_of_all_requests_and_one_for_padding(one_rank):
+    """100 tokens are two blocks of 64."""
+    context = make(one_rank)
+    assert context.block_size_tokens == 64
+    assert context.max_sequence_length == 128
+    blocks = context.memory_buffer.numel() * context.memory_buffer.element_size() // BLOCK_BYTES
+    assert blocks == 3 * 2 + 1
+
+
+def test_a_small_limit_gives_as_many_blocks_as_fit(one_rank):
+    context = make(one_rank, kv_cache_gib=4.9 * BLOCK_BYTES / GIB)
+    blocks = context.memory_buffer.numel() * context.memory_buffer.element_size() // BLOCK_BYTES
+    assert blocks == 4
+
+
+def test_the_cache_is_finite_from_the_start(one_rank):
+    assert not make(one_rank).memory_buffer.any()
+
+
+def test_a_cache_without_room_for_one_sequence_says_how_much_it_needs(one_rank):
+    with pytest.raises(ValueError, match=r"generation.kv_cache_gib=0.0001 holds 1 blocks of 64 tokens") as refused:
+        make(one_rank, tokens=300, kv_cache_gib=0.0001)
+    message = str(refused.value)
+    assert "300 tokens (prompt and response) needs 5" in message
+    enough = float(re.search(r"at least ([0-9.e-]+)", message).group(1))
+    assert enough == pytest.approx(6 * BLOCK_BYTES / GIB, rel=0.01)
+    assert torch.isfinite(make(one_rank, tokens=300, kv_cache_gib=enough * 1.01).memory_buffer).all()
