@@ -1,4 +1,4 @@
-"""What crosses a boundary between two parts of the system; imports torch only.
+"""The types that cross a boundary between two parts of the system; imports torch only.
 
 A step moves data in one direction:
 
@@ -34,7 +34,7 @@ class Preference:
     margin: float | None = None
     """Reward of `chosen` minus reward of `rejected`; None where nobody scored them."""
     source: str = ""
-    """How the pair came about."""
+    """The rule that made the pair, such as "correctness"."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Prompt:
     images: tuple[bytes, ...] = ()
     """The encoded images in order of appearance, for a served reward model, which cuts them in its own way."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """What is true of the images, by name; a claim that contradicts one is a hallucination."""
+    """Facts about the images, by name; a claim that contradicts one is a hallucination."""
     alternatives: tuple[str, ...] = ()
     """Further answers that are as right as `answer`; the evaluation accepts them."""
     tolerances: tuple[float, ...] = ()
-    """How far from `answer` a number may be, absolute: one for all of its parts or one for each (parted by ", "); the
-    evaluation accepts them."""
+    """How far from `answer` a number may be, absolute: one for all of its parts or one for each (separated by ", ");
+    the evaluation accepts them."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """What an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
+    """Names that an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
     response: str | None = None
-    """A reference response (supervised data only): what follows the prompt, without the end-of-turn token."""
+    """A reference response (supervised data only), without the end-of-turn token."""
     preference: Preference | None = None
     """A better and a worse response (preference data only)."""
 
@@ -88,19 +88,19 @@ class Rollout:
 
     prompt_key: str
     sample_index: int
-    """Which of the N responses to this prompt this is, 0 .. N-1."""
+    """Number of this response among the N of the prompt, 0 .. N-1."""
     token_ids: tuple[int, ...]
     """The response, the stop token included when there is one."""
     rollout_log_probs: tuple[float, ...]
     """The engine's log-probs of `token_ids` under the sampling distribution (divided by the temperature)."""
     policy_version: int
-    """How many optimizer steps the weights that sampled this had seen."""
+    """Optimizer steps that the weights which sampled this had seen."""
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout with what the rewards said of it."""
+    """A rollout with its rewards."""
 
     rollout: Rollout
     text: str
@@ -112,16 +112,16 @@ class ScoredRollout:
     rule_correct: bool
     """Whether the answer rule found the answer right; decides whether a group is effective."""
     claims: tuple[tuple[str, str], ...] = ()
-    """What the response says of the images: (name, value)."""
+    """Claims of the response about the images: (name, value)."""
     model_score: float | None = None
-    """Raw score of the reward model, which the margins of preference pairs are made of; None: there was no model."""
+    """Raw score of the reward model, from which margins of preference pairs are computed; None: there was no model."""
     checked: bool = True
-    """False: a check timed out or crashed and gave 0, which says nothing of the response."""
+    """False: a check timed out or crashed and gave 0, so that the response may be right after all."""
 
 
 @dataclass(frozen=True)
 class RLTargets:
-    """What reinforcement learning knows of a response beside its tokens."""
+    """A sampled response's quantities for reinforcement learning, beside its tokens."""
 
     rollout_log_probs: tuple[float, ...]
     """The engine's log-probs of the response."""
@@ -169,7 +169,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One microbatch, padded on the right, with all that the loss needs.
+    """One microbatch, padded on the right, with everything that the loss needs.
 
     `labels_BS[b, s]` is the token after `token_ids_BS[b, s]`; every other [B, S] tensor is aligned with the labels.
     """
@@ -187,7 +187,7 @@ class TrainingBatch:
     tiles_TCHW: torch.Tensor
     """uint8 [T, 3, height, width]: the tiles of the distinct prompts of the batch."""
     tile_index: torch.Tensor
-    """int64 [tiles of all rows in row order]: which of the distinct tiles each is; rows of one prompt share them."""
+    """int64 [tiles of all rows in row order]: index of each among the distinct tiles; rows of one prompt share them."""
     image_prompts: tuple[Prompt, ...]
     """The distinct prompts that have tiles, in the order of `tiles_TCHW`."""
     advantages_B: torch.Tensor

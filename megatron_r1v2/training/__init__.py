@@ -1,1 +1,1 @@
-"""Batches to updates: the step, the optimizer, checkpoints, metrics, and the loop of each stage."""
+"""How one update is made and kept: batches, forward passes, optimizer steps, checkpoints, verified weights."""

@@ -20,7 +20,7 @@ LENGTH_MULTIPLE = 8
 def split_into_microbatches(
     lengths: Mapping[str, Sequence[int]], settings: TrainConfig, *, length_multiple: int = LENGTH_MULTIPLE
 ) -> list[list[str]]:
-    """Put units (one row, or the two of a pair) together: by similar length where rows are padded, else by tokens.
+    """Group units (one row, or the two of a pair): by similar length where rows are padded, else by tokens.
 
     Args:
         lengths: tokens of each row by unit, of one update on this rank; all units have equally many rows.
@@ -28,7 +28,7 @@ def split_into_microbatches(
         length_multiple: packed sequences are padded to a multiple of this.
 
     Returns:
-        Units of each microbatch, longest first: memory that does not suffice shows at once.
+        Units of each microbatch, longest first: too little memory shows at once.
     """
     if settings.packing is not Packing.none:
         padded = {
@@ -37,6 +37,7 @@ def split_into_microbatches(
         }
         pack = first_fit_decreasing if settings.packing is Packing.first_fit_decreasing else nemo_first_fit_decreasing
         return pack(padded, settings.tokens_per_microbatch)
+    # The name decides between equal lengths, so that a resumed run makes the same microbatches.
     ordered = sorted(lengths, key=lambda name: (-max(lengths[name]), name))
     size = max(1, settings.micro_batch_size // max((len(rows) for rows in lengths.values()), default=1))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -78,6 +79,7 @@ def collate(
         The batch; column s predicts token s + 1.
     """
     multiple = math.lcm(rows.length_multiple, rows.tensor_size)
+    # The last token of a row is a label only, so rows have one column less than tokens.
     length = math.ceil((max(len(sample.token_ids) for sample in samples) - 1) / multiple) * multiple
     count = len(samples)
     tokens = torch.full((count, length + 1), rows.pad_id, dtype=torch.int64)
@@ -92,6 +94,7 @@ def collate(
             rollout[row, span] = torch.tensor(sample.rl.rollout_log_probs)
             if sample.rl.old_log_probs is not None:
                 old[row, span] = torch.tensor(sample.rl.old_log_probs)
+    # An <IMG_CONTEXT> that the model wrote itself has no image behind it.
     in_prompt = torch.arange(length) < torch.tensor([[sample.prompt_length] for sample in samples])
     tiles, tile_index, image_prompts = _shared_tiles([prompts[sample.prompt_key] for sample in samples])
     batch = TrainingBatch(
@@ -116,7 +119,7 @@ def collate(
 
 
 def length_multiple(fp8: Fp8, parallel: ParallelConfig) -> int:
-    """Return what the length of a row must be a multiple of.
+    """Compute the number that the length of a row must be a multiple of.
 
     TransformerEngine's FP8 products want 8 tokens on a rank; with blockwise scales, sequence parallelism gathers whole
     blocks of 128 tokens of each rank.
@@ -164,7 +167,7 @@ def with_old_log_probs(sample: Sample, log_probs_S: torch.Tensor) -> Sample:
 
 
 def filler_sample(prompt: Prompt) -> Sample:
-    """Return a sample for a rank that has none: megatron-core's schedule runs at least one microbatch.
+    """Make a sample for a rank that has none: megatron-core's schedule runs at least one microbatch.
 
     Args:
         prompt: any prompt, so that the shapes are usual ones.
@@ -176,7 +179,8 @@ def filler_sample(prompt: Prompt) -> Sample:
 
 
 def _shared_tiles(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, tuple[Prompt, ...]]:
-    """Lay the tiles of distinct prompts one after the other, and say where each row's are."""
+    """Stack the tiles of distinct prompts, and index the tiles of each row."""
+    # The N responses to a prompt share its tiles: the vision tower computes an image once, not N times.
     first_tile: dict[str, int] = {}
     distinct: list[Prompt] = []
     tiles: list[torch.Tensor] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def loss_scale(*, num_microbatches: int, data_size: int) -> float:
-    """Return what a microbatch's loss is multiplied by before it goes to megatron-core's schedule.
+    """Compute the factor of a microbatch's loss on its way to megatron-core's schedule.
 
     Every loss in rl/ is a sum over its own rows, already divided by the global denominator N (sequences, tokens or
     pairs over all ranks and microbatches, rows of zero advantage and ranks with none included), so that
@@ -20,7 +20,5 @@ def loss_scale(*, num_microbatches: int, data_size: int) -> float:
         num_microbatches: on this rank, for this update.
         data_size: data-parallel ranks.
 
-    Returns:
-        The factor.
     """
     return float(num_microbatches * data_size)

@@ -1,4 +1,4 @@
-"""A model that runs microbatches through megatron-core's schedules and gives one number for each token."""
+"""The forward pass: microbatches through megatron-core's schedules, one number for each token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Finish = Callable[[torch.Tensor, TrainingBatch], tuple[torch.Tensor, Result]]
 
 @dataclass(kw_only=True)
 class Forward:
-    """The forward pass of a reward model; `training.policy.Policy` makes log-probs of the output and adds updates."""
+    """The forward pass of a reward model; `training.policy.Policy` turns the output into log-probs and adds updates."""
 
     model: R1V2Model
     context: ParallelContext
@@ -38,11 +38,11 @@ class Forward:
 
     @property
     def module(self) -> torch.nn.Module:
-        """Return what the schedule runs."""
+        """Return the module that the schedule runs."""
         return self.model
 
     def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Turn what the last stage gives into one number for each token: here the scores as they are.
+        """Turn the output of the last stage into one number for each token: here the scores as they are.
 
         Args:
             output: of the last stage.
@@ -68,6 +68,7 @@ class Forward:
             results = self.run(batches, _keep_values, forward_only=True)
         if self.context.pipeline_size == 1:
             return results
+        # The schedule leaves the values on the last stage, but every rank keeps them with its samples.
         if not self.context.is_last_stage:
             results = [torch.empty_like(batch.response_mask_BS) for batch in batches]
         for result in results:
@@ -83,13 +84,14 @@ class Forward:
             forward_only: no backward pass.
 
         Returns:
-            What `finish` gave for each microbatch, on the last stage.
+            The second value of `finish` for each microbatch, on the last stage; empty on the others.
         """
         results: list[Result] = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, finish),
             data_iterator=iter(batches),
             model=self.module,
             num_microbatches=len(batches),
+            # Sizes for buffers only: the model exchanges real shapes between stages, since microbatches differ.
             seq_length=max(batch.token_ids_BS.shape[1] for batch in batches),
             micro_batch_size=batches[0].token_ids_BS.shape[0],
             forward_only=forward_only,
@@ -128,4 +130,5 @@ class Forward:
 
 
 def _keep_values(values_BS: torch.Tensor, batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    # The schedule wants a scalar loss, also where nothing is differentiated.
     return values_BS.sum(), values_BS * batch.response_mask_BS

@@ -1,4 +1,4 @@
-"""What this rank trains on, as microbatches: the same for every stage."""
+"""The microbatches of this rank, made alike for every stage."""
 
 from __future__ import annotations
 

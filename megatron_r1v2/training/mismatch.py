@@ -34,6 +34,7 @@ def compute_mismatch(
     ]
     sums = {name: pair.cpu() for name, pair in add_pairs([pairs for pairs, _ in parts]).items()}
     maxima = {name: value.cpu() for name, value in _largest([values for _, values in parts]).items()}
+    # All ranks of a replica have the same values: one of them counts.
     gathered = objects.all_gather((sums, maxima) if context.is_replica_leader else ({}, {}))
     return mismatch_metrics(add_pairs([pairs for pairs, _ in gathered]), _largest([values for _, values in gathered]))
 

@@ -16,7 +16,7 @@ from megatron_r1v2.parallel.groups import ParallelContext
 
 
 def wrap_with_ddp(model: R1V2Model, context: ParallelContext) -> DistributedDataParallel:
-    """Give what trains its gradient buffers; call after freezing.
+    """Wrap a model so that the parameters that train get gradient buffers; call after freezing.
 
     Args:
         model: this rank's part.
@@ -110,7 +110,7 @@ def current_learning_rate(optimizer: MegatronOptimizer) -> float:
 
 
 def trains_here(optimizer: MegatronOptimizer) -> bool:
-    """Return whether this pipeline stage has parameters that train; the same for all its data-parallel ranks.
+    """Return whether this pipeline stage has trained parameters; the same for all its data-parallel ranks.
 
     Where it has none, megatron-core still builds an optimizer, of empty groups, as other stages have some. It has no
     state to describe or load (without TransformerEngine or apex, an assertion about its step count fails).
@@ -122,7 +122,7 @@ def trains_here(optimizer: MegatronOptimizer) -> bool:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, object]) -> None:
-    """Load what `dist_checkpointing` read into the optimizer.
+    """Load a sharded state that `dist_checkpointing` has read into the optimizer.
 
     megatron-core 0.16.1 cannot load the `fully_reshardable` format into torch's Adam: it looks for every entry of
     Adam's state, the step count included, among tensors that do not hold it (KeyError: 'step'); and it makes one tensor
@@ -146,7 +146,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, obje
 
 
 def _allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam the state it would make in its first step.
+    """Make the state that torch's Adam would make in its first step.
 
     Without TransformerEngine or apex, megatron-core reads the step count out of that state when it saves or loads, and
     fails when there is none: before the first step, which is when a checkpoint is loaded.

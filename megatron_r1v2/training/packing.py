@@ -15,14 +15,14 @@ from megatron_r1v2.types import TrainingBatch
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The same tokens in one row of all sequences, and the way back."""
+    """The sequences of a batch in one row, and the way back."""
 
     token_ids_1S: torch.Tensor
     position_ids_1S: torch.Tensor
     labels_1S: torch.Tensor
     image_mask_1S: torch.Tensor
     params: PackedSeqParams
-    """Where each sequence begins and ends."""
+    """Bounds of the sequences, for attention."""
     columns: torch.Tensor
     """int64 [tokens]: flat index into a [B, S] tensor of each packed token."""
     shape: torch.Size
@@ -57,10 +57,12 @@ def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGT
     multiple = math.lcm(length_multiple, tensor_size)
     columns_per_row = batch.token_ids_BS.shape[1]
     lengths = [
+        # The batch may have been padded to a smaller multiple than this one.
         min(columns_per_row, math.ceil((prompt + response - 1) / multiple) * multiple)
         for prompt, response in zip(batch.num_prompt_tokens_B, batch.num_response_tokens_B, strict=True)
     ]
     device = batch.token_ids_BS.device
+    # Rows are padded on the right, so a sequence is the beginning of its row.
     columns = torch.cat([row * columns_per_row + torch.arange(length) for row, length in enumerate(lengths)]).to(device)
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     params = PackedSeqParams(

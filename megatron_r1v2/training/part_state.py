@@ -1,4 +1,4 @@
-"""Parts of the model as `dist_checkpointing` sees them."""
+"""Parts of the model as state for `dist_checkpointing`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ValueError: they are not those of the model.
     """
+    # Not strict: the parts that no stage has trained are those of the HF model, and not in the checkpoint.
     result = model.load_state_dict(dict(loaded), strict=False)
     wanted = {key.split(".", 1)[0] for key in loaded}
     missing = [
@@ -61,12 +62,15 @@ def check_shapes(sharded: ShardedStateDict, folder: Path) -> None:
         if not isinstance(wanted, ShardedTensor):
             continue
         if wanted.key not in saved:
-            told = f"{wanted.key} is not in it"
+            message = f"{wanted.key} is not in it"
         elif tuple(saved[wanted.key].global_shape) != tuple(wanted.global_shape) and not wanted.allow_shape_mismatch:
-            told = f"{wanted.key} is {list(saved[wanted.key].global_shape)} in it and {list(wanted.global_shape)} in "
-            told += "the model"
+            message = (
+                f"{wanted.key} is {list(saved[wanted.key].global_shape)} in it and {list(wanted.global_shape)} in "
+            )
+            message += "the model"
         else:
             continue
         raise ValueError(
-            f"checkpoint {folder} does not fit the model: {told}; model.hf_path must be the model that it was made from"
+            f"checkpoint {folder} does not fit the model: {message}; model.hf_path must be the model that it was made "
+            "from"
         )

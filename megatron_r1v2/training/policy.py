@@ -58,15 +58,15 @@ class UpdateResult:
 
 @dataclass(kw_only=True)
 class Policy(Forward):
-    """What is trained, with what trains it."""
+    """The model in training, with its optimizer and schedule."""
 
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     skipped: SkippedUpdates
-    """What becomes of updates that must not be made."""
+    """Keeps and counts the updates that must not be made."""
     temperature: float
-    """Of the sampling distribution, whose log-probs these are."""
+    """Of the sampling distribution: log-probs are those of the tempered logits."""
     vocab_size: int
     """Ids from here on are padding, in sampling and in training."""
     version: int = field(default=0)
@@ -74,7 +74,7 @@ class Policy(Forward):
 
     @property
     def module(self) -> DistributedDataParallel:
-        """Return what the schedule runs: the model in the wrapper that collects its gradients."""
+        """Return the module that the schedule runs: the model in the wrapper that collects its gradients."""
         return self.ddp
 
     def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
@@ -127,6 +127,7 @@ class Policy(Forward):
         results = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
         sums = [metrics for metrics, _ in results]
         log_probs = tuple(values_BS for _, values_BS in results)
+        # Before the optimizer moves: a step on NaN would spoil weights and moments for good.
         finite, norm = self._all_gradients_finite(), self._largest_gradient_norm()
         if reason := self.skipped.reason(finite=finite, gradient_norm=norm):
             self.skipped.add(batches, version=self.version, reason=reason)
@@ -135,6 +136,7 @@ class Policy(Forward):
         _, gradient_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         self.version += 1
+        # Only the last stage has seen the loss.
         combined = combine(sums if self.context.is_last_stage else [], self.context)
         loss = float(combined.pop(_LOSS)[0])
         return UpdateResult(None, loss, float(gradient_norm or 0.0), log_probs, mean_metrics(combined))
@@ -166,6 +168,7 @@ class Policy(Forward):
         """Collective over the world: compute the norm before clipping, where there is a bound on it."""
         if not self.skipped.settings.skip_above_grad_norm:
             return None
+        # It copies the gradients to where get_grad_norm reads them; the step does so again.
         self.optimizer.prepare_grads()
         return max(objects.all_gather(float(self.optimizer.get_grad_norm() or 0.0)))
 
@@ -180,12 +183,13 @@ def combine(sums: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext
     Returns:
         float64 pairs by name, on every rank.
     """
+    # The other tensor-parallel ranks have computed the same sums.
     local = add_pairs(sums) if context.tensor_rank == 0 else {}
     return add_pairs(objects.all_gather({name: pair.cpu() for name, pair in local.items()}))
 
 
 def add_pairs(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Add tensors of equal names."""
+    """Add tensors of equal names, in float64: sums over many tokens must not depend on how they are split."""
     total: dict[str, torch.Tensor] = {}
     for part in parts:
         for name, pair in part.items():

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """Return the states of now."""
+    """Return the current states."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -1,4 +1,4 @@
-"""The reference policy: a second copy of what trains, put in place of it for a forward pass."""
+"""The reference policy: a second copy of the trained parameters, put in their place for a forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ReferenceWeights:
     """The trained parameters as they were when the stage started; for an adapter that is 184 MB, not a second model."""
 
     def __init__(self, model: R1V2Model) -> None:
-        """Copy what trains; call after freezing and before a checkpoint of the stage is loaded."""
+        """Copy the trained parameters; call after freezing and before a checkpoint of the stage is loaded."""
         self._copies = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -30,6 +30,7 @@ class ReferenceWeights:
         with torch.no_grad():
             current = {name: parameters[name].detach().clone() for name in self._copies}
             for name, copy in self._copies.items():
+                # Copied, not assigned: DDP's buffers and the optimizer hold views of this storage.
                 parameters[name].copy_(copy)
         try:
             yield

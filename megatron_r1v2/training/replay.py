@@ -14,7 +14,7 @@ from megatron_r1v2.types import Prompt, RLTargets, Sample
 
 
 class ReplayStore:
-    """What this data-parallel rank holds of the Selective Sample Buffer: samples, and each prompt's tiles once."""
+    """This data-parallel rank's part of the Selective Sample Buffer: samples, and each prompt's tiles once."""
 
     def __init__(self) -> None:
         self.samples: dict[str, Sample] = {}
@@ -52,6 +52,7 @@ class ReplayStore:
         if len(shards) == data_size:
             mine = dict(shards[data_rank]["samples"])
         else:
+            # By id, so that the new split does not depend on the old one.
             everything = sorted(
                 (item for shard in shards for item in shard["samples"].items()), key=lambda item: item[0]
             )
@@ -72,6 +73,7 @@ def assign(lengths: Mapping[str, int], data_size: int) -> dict[str, int]:
     """
     load = [0] * data_size
     owner = {}
+    # Names break ties: every rank must come to the same assignment without asking.
     for sample_id in sorted(lengths, key=lambda name: (-lengths[name], name)):
         rank = min(range(data_size), key=lambda candidate: (load[candidate], candidate))
         owner[sample_id] = rank

@@ -1,4 +1,4 @@
-"""Checkpoints: weights and optimizer through megatron-core's torch_dist format, everything else beside them.
+"""The checkpoints of a run: weights and optimizer in megatron-core's torch_dist format, everything else beside them.
 
 A checkpoint is a folder `step-00000020`:
 
@@ -75,7 +75,7 @@ _OPTIMIZER_FORMAT = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run needs to go on, beside weights and optimizer."""
+    """Everything that a run needs to go on, beside weights and optimizer."""
 
     step: int
     """Steps done."""
@@ -137,9 +137,9 @@ class CheckpointStore:
                 return folder
             damaged.append((folder, damage))
         if damaged:
-            told = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged)
+            message = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged)
             raise RuntimeError(
-                f"every checkpoint in {self.folder} is damaged ({told}); bring one back from a copy, or set "
+                f"every checkpoint in {self.folder} is damaged ({message}); bring one back from a copy, or set "
                 "run.output_dir to a new folder to start anew"
             )
         return None
@@ -184,7 +184,7 @@ class CheckpointStore:
             self._best_pass_at_1 = pass_at_1
         target = self.folder / f"step-{snapshot.step:08d}"
         partial = partial_path(target)
-        with _telling(self.folder):
+        with _explain_write_errors(self.folder):
             self._write_small_files(target, snapshot)
             sharded: ShardedStateDict = {"model": part_state(model, snapshot.parts)}
             if trains_here(optimizer):
@@ -214,7 +214,7 @@ class CheckpointStore:
         torch.save(random_states(), partial / f"rng-{dist.get_rank()}.pt")
 
     def written(self) -> int | None:
-        """Return the number of the save whose files this rank has written in the background, while it has no name."""
+        """Return the number of a background save whose files this rank has written and nobody has published."""
         for call in self._queue.async_calls:
             if call.async_caller.is_current_async_call_done(blocking=False, no_dist=True):
                 return int(call.idx)
@@ -226,7 +226,7 @@ class CheckpointStore:
         Args:
             blocking: wait for what is still being written in the background.
         """
-        with _telling(self.folder):
+        with _explain_write_errors(self.folder):
             self._queue.maybe_finalize_async_calls(blocking=blocking)
             if self._written is not None:
                 self._publish(*self._written)
@@ -287,13 +287,13 @@ class CheckpointStore:
 
 
 @contextmanager
-def _telling(folder: Path) -> Iterator[None]:
-    """Say what to do when a checkpoint cannot be written: a full disk, or a rank that is gone."""
+def _explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, a rank that is gone) into an error that says what to do."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-        free = shutil.disk_usage(there).free / 2**20
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        free = shutil.disk_usage(existing).free / 2**20
         raise RuntimeError(
             f"a checkpoint could not be written to {folder}, where {free:.0f} MiB are free. The finished ones are as "
             "they were: start again, and where the disk is full make room before (or lower checkpoint.keep_last). The "

@@ -35,6 +35,7 @@ def compute_checksums(model: R1V2Model, parts: Iterable[Part], context: Parallel
     for entry in part_state(model, parts).values():
         if _is_counted_here(entry):
             sums[names.index(entry.key.split(".", 1)[0])] += tensor_checksum(entry.data, entry.key)
+    # Over the model-parallel ranks: together they hold each element once.
     dist.all_reduce(sums, group=context.groups.mp)
     return {name: value % MODULUS for name, value in zip(names, sums.tolist(), strict=True)}
 
@@ -53,10 +54,10 @@ def check_replicas(checksums: Mapping[str, int], context: ParallelContext) -> No
     for name in checksums:
         values = [part[name] for part in gathered]
         if len(set(values)) > 1:
-            told = ", ".join(f"replica {rank}: {value:016x}" for rank, value in enumerate(values))
+            message = ", ".join(f"replica {rank}: {value:016x}" for rank, value in enumerate(values))
             raise RuntimeError(
-                f"the {name} weights of the data-parallel replicas differ (checksums {told}): a rank has computed or "
-                "received something else; take its node out and start again from the newest checkpoint"
+                f"the {name} weights of the data-parallel replicas differ (checksums {message}): a rank has computed "
+                "or received something else; take its node out and start again from the newest checkpoint"
             )
 
 

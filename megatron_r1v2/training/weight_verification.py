@@ -1,4 +1,4 @@
-"""Checks that all replicas have the same weights, those of the checkpoint, and that engine and training agree."""
+"""Weight verification: replicas, checkpoint and frozen parts by checksums, engine and training by log-probs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample
 
 
 class WeightVerifier:
-    """Checksums of the weights; those of parts that do not train must stay what they were at first."""
+    """Compares checksums of the weights; frozen parts must keep those that they had at first."""
 
     def __init__(self, model: R1V2Model, trained: Iterable[Part], context: ParallelContext) -> None:
-        """Remember what to look at.
+        """Note which parts are frozen.
 
         Args:
             model: this rank's part.
@@ -79,6 +79,7 @@ class WeightVerifier:
         now = self.compute_checksums()
         check_replicas(now, self.context)
         check_loaded(now, saved, source)
+        # Every step: a flipped bit in a frozen part would never be written over.
         frozen = {part.value: now[part.value] for part in self.frozen}
         check_unchanged(frozen, self._at_first or frozen)
         self._at_first = frozen
