@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from megatron_r1v2.resilience.files import write_file
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 
 POLL_SECONDS = 0.25
 TAIL_LINES = 30
@@ -122,14 +123,15 @@ class StageRunner:
         if not record.is_file():
             return False
         done = json.loads(record.read_text(encoding="utf-8"))
-        if done.get("recipes") != _recipes(stage):
+        changed = {change.setting for change in _fingerprint(stage).changes_since(Fingerprint.of(**done["made_by"]))}
+        if changed - {"command"}:
             raise StageError(
                 f"stage {stage.name} was done with another version of its recipe ({', '.join(_recipes(stage))}); "
                 "use another --output, or remove this one to start again"
             )
-        if done["command"] != list(stage.command):
+        if changed:
             raise StageError(
-                f"stage {stage.name} was done with another command ({' '.join(done['command'])}); "
+                f"stage {stage.name} was done with another command ({' '.join(done['made_by']['command'])}); "
                 f"now it would be {' '.join(stage.command)}. Use another --output, or remove this one to start again"
             )
         self.seconds[stage.name] = done["seconds"]
@@ -164,10 +166,14 @@ class StageRunner:
             )
         self.seconds[item.stage.name] = seconds
         record = self._records / f"{item.stage.name}.json"
-        done = {"command": item.stage.command, "recipes": _recipes(item.stage), "seconds": round(seconds, 1)}
+        done = {"made_by": _fingerprint(item.stage).values, "seconds": round(seconds, 1)}
         write_file(record, json.dumps(done) + "\n")
         self._console.print(f"{item.stage.name:<18} {item.stage.what} ({seconds:.0f} s)", highlight=False)
         return True
+
+
+def _fingerprint(stage: Stage) -> Fingerprint:
+    return Fingerprint.of(command=stage.command, recipes=_recipes(stage))
 
 
 def _recipes(stage: Stage) -> dict[str, str]:

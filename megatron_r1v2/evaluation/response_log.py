@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_r1v2.resilience.fingerprint import Fingerprint
+
 Row = dict[str, Any]
 """A line of rollouts.jsonl (`records.py`)."""
 
@@ -20,26 +22,25 @@ Row = dict[str, Any]
 class ResponseLog:
     """Rows on disk by (prompt key, sample index); use it as a context manager."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, fingerprint: Fingerprint) -> None:
         """Read what an interrupted evaluation left, and open the file to append.
 
         Args:
             path: of the unfinished evaluation; made when it is not there.
-            settings: all that the rows depend on, JSON values.
+            fingerprint: all that the rows depend on.
 
         Raises:
             ValueError: the file is of an evaluation with other settings, or damaged in the middle.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = json.loads(json.dumps({"settings": settings}))
-        self._rows, whole = _read(path, header)
+        self._rows, whole = _read(path, fingerprint)
         self._file = path.open("r+b" if path.exists() else "wb")
         # A line that was being written when the evaluation ended has no end; the next one must not be glued to it.
         self._file.truncate(whole)
         self._file.seek(whole)
         if not whole:
-            self._write([header])
+            self._write([{"settings": fingerprint.values}])
 
     def __enter__(self) -> ResponseLog:
         return self
@@ -84,7 +85,7 @@ def _place(row: Mapping[str, Any]) -> tuple[str, int]:
     return row["prompt_key"], row["sample_index"]
 
 
-def _read(path: Path, header: Mapping[str, Any]) -> tuple[dict[tuple[str, int], Row], int]:
+def _read(path: Path, fingerprint: Fingerprint) -> tuple[dict[tuple[str, int], Row], int]:
     """Return the rows, and how many bytes of the file are whole lines."""
     if not path.exists():
         return {}, 0
@@ -103,20 +104,21 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[dict[tuple[str, int], 
                     f"{path}, line {number + 1} is damaged ({error!r}); delete the line to generate that response "
                     "again, or the file to start over"
                 ) from error
-            if number == 0 and content != header:
-                raise ValueError(_other_settings(path, content, header))
+            if number == 0:
+                _check_settings(path, content, fingerprint)
             whole += len(line)
     return rows, whole
 
 
-def _other_settings(path: Path, found: Any, wanted: Mapping[str, Any]) -> str:
-    old = found.get("settings") if isinstance(found, dict) else None
+def _check_settings(path: Path, header: object, now: Fingerprint) -> None:
+    settings = header.get("settings") if isinstance(header, dict) else None
     changed = "it does not begin with its settings"
-    if isinstance(old, dict):
-        new = wanted["settings"]
-        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        changed = ", ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names)
-    return (
+    if isinstance(settings, dict):
+        changes = now.changes_since(Fingerprint.of(**settings))
+        if not changes:
+            return
+        changed = ", ".join(f"{change.setting} was {change.old!r} and is {change.new!r}" for change in changes)
+    raise ValueError(
         f"{path} is an unfinished evaluation with other settings: {changed}; put them back to finish it, give this one "
         "another --name, or delete the file"
     )

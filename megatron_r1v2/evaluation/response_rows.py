@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint
@@ -19,6 +18,7 @@ from megatron_r1v2.evaluation.pass_at_1 import (
 from megatron_r1v2.evaluation.response_log import ResponseLog, Row
 from megatron_r1v2.evaluation.rollout_records import rollout_record, write_rollouts
 from megatron_r1v2.monitoring.progress import progress_bar
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rewards.answer import last_boxed
 from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, within_call
 from megatron_r1v2.types import AnswerType, Prompt, ScoredRollout
@@ -39,19 +39,21 @@ def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> Response
         ValueError: the interrupted evaluation had other settings.
     """
     evaluation = recipe.evaluation
-    settings: dict[str, Any] = {
-        "model": model,
-        "step": step,
-        "evaluation.data": str(Path(evaluation.data).absolute()),
-        "evaluation.endpoint_url": evaluation.endpoint_url,
-        "evaluation.temperature": evaluation.temperature,
-        "evaluation.top_p": evaluation.top_p,
-        "evaluation.seed": evaluation.seed,
-        "generation.max_response_tokens": recipe.generation.max_response_tokens,
-        "reward.claim_pattern": recipe.reward.claim_pattern,
-    }
+    fingerprint = Fingerprint.of(
+        model=model,
+        step=step,
+        evaluation={
+            "data": str(Path(evaluation.data).absolute()),
+            "endpoint_url": evaluation.endpoint_url,
+            "temperature": evaluation.temperature,
+            "top_p": evaluation.top_p,
+            "seed": evaluation.seed,
+        },
+        generation={"max_response_tokens": recipe.generation.max_response_tokens},
+        reward={"claim_pattern": recipe.reward.claim_pattern},
+    )
     path = evaluation_path(Path(recipe.run.output_dir), name)
-    return ResponseLog(path.with_suffix(".unfinished.jsonl"), settings)
+    return ResponseLog(path.with_suffix(".unfinished.jsonl"), fingerprint)
 
 
 def evaluation_rows(

@@ -16,13 +16,14 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,29 @@ logger = logging.getLogger(__name__)
 FOLDER = "unfinished"
 _STEP_FOLDER = re.compile(r"step-(\d{8})$")
 _CHECKSUM_BYTES = 4
+
+
+def rollout_fingerprint(
+    seed: int, version: int, generation: GenerationConfig, weights: Mapping[str, int]
+) -> Fingerprint:
+    """Return all that decides which tokens are drawn for a prompt.
+
+    Args:
+        seed: of the run.
+        version: of the policy.
+        generation: settings of the sampling; those of memory and speed decide nothing.
+        weights: checksums by part.
+    """
+    return Fingerprint.of(
+        model={"version": version, "weights": dict(weights)},
+        run={"seed": seed},
+        generation={
+            "responses_per_prompt": generation.responses_per_prompt,
+            "max_response_tokens": generation.max_response_tokens,
+            "temperature": generation.temperature,
+            "stop_tokens": list(generation.stop_tokens),
+        },
+    )
 
 
 class RolloutCache:
@@ -47,17 +71,17 @@ class RolloutCache:
         self.context = context
         self.enabled = enabled
         self._step_folder = self.folder
-        self._made_by = ""
+        self._fingerprint = ""
 
-    def begin_step(self, step: int, made_by: Mapping[str, Any]) -> None:
+    def begin_step(self, step: int, fingerprint: Fingerprint) -> None:
         """Collective over all ranks: begin a step, whose rollouts `save` and `load` are about.
 
         Args:
             step: steps done before it.
-            made_by: all that decides which tokens are drawn: seed, version, weights, settings.
+            fingerprint: from `rollout_fingerprint`.
         """
         self._step_folder = self.folder / f"step-{step:08d}"
-        self._made_by = json.dumps(made_by, sort_keys=True)
+        self._fingerprint = fingerprint.digest
         if self.enabled and self.context.is_main:
             self._step_folder.mkdir(parents=True, exist_ok=True)
         if self.enabled:
@@ -74,7 +98,11 @@ class RolloutCache:
             return
         path = self._path(prompt)
         body = io.BytesIO()
-        content = {"made_by": self._made_by, "prompt": _digest(prompt), "rollouts": [vars(each) for each in rollouts]}
+        content = {
+            "fingerprint": self._fingerprint,
+            "prompt": _digest(prompt),
+            "rollouts": [vars(each) for each in rollouts],
+        }
         torch.save(content, body)
         write_file(path, _checksum(body.getvalue()) + body.getvalue())
 
@@ -129,7 +157,7 @@ class RolloutCache:
             logger.warning("%s is damaged: its rollouts are generated again", path)
             return None
         kept = torch.load(io.BytesIO(body), weights_only=True)
-        if kept["made_by"] != self._made_by or kept["prompt"] != _digest(prompt):
+        if kept["fingerprint"] != self._fingerprint or kept["prompt"] != _digest(prompt):
             return None
         return [Rollout(**fields) for fields in kept["rollouts"]]
 

@@ -15,6 +15,7 @@ from megatron_r1v2.config.schema import PreferenceConfig, RunRecipe
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rl.mpo import (
     MpoInputs,
     MpoSettings,
@@ -26,7 +27,7 @@ from megatron_r1v2.rl.mpo import (
 )
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.loop import run_steps
-from megatron_r1v2.stages.reference_log_probs import belongs_to, load_or_compute_log_probs
+from megatron_r1v2.stages.reference_log_probs import compute_reference_fingerprint, load_or_compute_log_probs
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, shard_samples, take_update
 from megatron_r1v2.stages.validation import Validation
@@ -98,7 +99,7 @@ class MpoStage:
             restored=session.restored.state,
         )
         self.delta = RewardShift(**session.restored.state.get("delta", {}))
-        self.about: dict[str, str] = {}
+        self.reference_fingerprint: Fingerprint | None = None
         self.reference: Mapping[str, float] = {}
         self._num_pairs = sum(check_shards(session.recipe.data.train).values())
         self._passed_over = 0
@@ -118,15 +119,15 @@ class MpoStage:
         if not self.needs_reference:
             return True
         with self.session.recorder.timed("reference"):
-            self.about = belongs_to(self.session)
-            saved = self.session.restored.state.get("reference", self.about)
-            changed = [name for name in self.about if saved.get(name) != self.about[name]]
+            fingerprint = self.reference_fingerprint = compute_reference_fingerprint(self.session)
+            saved = self.session.restored.state.get("reference", fingerprint.values)
+            changed = [change.setting for change in fingerprint.changes_since(Fingerprint.of(**saved))]
             if changed:
                 raise ValueError(
                     f"what the reference log-probs of this run belong to has changed since it was saved: "
                     f"{', '.join(changed)}; put it back, or start anew with run.output_dir set to a new folder"
                 )
-            found = load_or_compute_log_probs(self.session, self.source, self.about)
+            found = load_or_compute_log_probs(self.session, self.source, fingerprint)
         self.reference = found or {}
         return found is not None
 
@@ -181,8 +182,9 @@ class MpoStage:
             self.delta = self.delta.update(mean, 2 * len(prompts), momentum=settings.delta_momentum)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed stage must know: delta, tau, and what the reference log-probs belong to."""
-        return {"delta": asdict(self.delta), "reference": self.about, **self.calibrator.state_dict()}
+        """Return what a resumed stage must know: delta, tau, and the fingerprint of the reference log-probs."""
+        reference = self.reference_fingerprint.values if self.reference_fingerprint is not None else {}
+        return {"delta": asdict(self.delta), "reference": reference, **self.calibrator.state_dict()}
 
     def _with_reference(self, batch: TrainingBatch, names: Sequence[str]) -> TrainingBatch:
         if not self.needs_reference:

@@ -19,6 +19,7 @@ from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.resilience.files import atomic_folder, write_file
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.training.store import resolve_checkpoint
 from megatron_r1v2.types import Preference
 
@@ -110,10 +111,10 @@ class UnfinishedPairs:
     def __init__(self, recipe: RunRecipe) -> None:
         self.output = Path(recipe.pairs.output)
         self.folder = self.output.with_name(f".{self.output.name}.unfinished")
-        self._settings = _deciding_settings(recipe)
+        self._fingerprint = _pairs_fingerprint(recipe)
         kept = self.folder / _SETTINGS_FILE
         if kept.is_file():
-            _check_same(self._settings, json.loads(kept.read_text()), self.folder)
+            _check_same(self._fingerprint, Fingerprint.of(**json.loads(kept.read_text())), self.folder)
 
     def rounds(self) -> list[int]:
         """Return the numbers of the finished rounds."""
@@ -128,7 +129,7 @@ class UnfinishedPairs:
             counts: of the round.
         """
         if not (self.folder / _SETTINGS_FILE).is_file():
-            _write_json(self.folder / _SETTINGS_FILE, self._settings)
+            _write_json(self.folder / _SETTINGS_FILE, self._fingerprint.values)
         record = {"counts": dataclasses.asdict(counts), "prompts": [dataclasses.asdict(prompt) for prompt in found]}
         _write_json(self._round(number), record)
 
@@ -220,8 +221,8 @@ def _prompt_pairs(row: Mapping[str, Any]) -> PromptPairs:
     return PromptPairs(row["key"], [Preference(**pair) for pair in row["pairs"]], row["dropped"])
 
 
-def _deciding_settings(recipe: RunRecipe) -> dict[str, Any]:
-    """Return what decides the pairs, as JSON has it."""
+def _pairs_fingerprint(recipe: RunRecipe) -> Fingerprint:
+    """Return the settings that decide the pairs, by their sections."""
     sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in _DECIDING}
     for section, names in _FREE.items():
         sections[section] = {key: value for key, value in sections[section].items() if key not in names}
@@ -231,19 +232,15 @@ def _deciding_settings(recipe: RunRecipe) -> dict[str, Any]:
     for section in ("model", "reward_model"):
         if sections[section]["checkpoint"]:
             sections[section]["checkpoint"] = str(resolve_checkpoint(sections[section]["checkpoint"]))
-    plain: dict[str, Any] = json.loads(json.dumps(sections))
-    return plain
+    return Fingerprint.of(**sections)
 
 
-def _check_same(now: Mapping[str, Any], kept: Mapping[str, Any], folder: Path) -> None:
-    for section, settings in now.items():
-        for key, value in settings.items():
-            before = kept.get(section, {}).get(key)
-            if before != value:
-                raise ValueError(
-                    f"{section}.{key} is {value!r} but {folder} holds rounds made with {before!r}; put it back to go "
-                    "on from there, delete that folder to start again, or choose another pairs.output"
-                )
+def _check_same(now: Fingerprint, kept: Fingerprint, folder: Path) -> None:
+    for change in now.changes_since(kept):
+        raise ValueError(
+            f"{change.setting} is {change.new!r} but {folder} holds rounds made with {change.old!r}; put it back to go "
+            "on from there, delete that folder to start again, or choose another pairs.output"
+        )
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

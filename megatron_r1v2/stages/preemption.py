@@ -4,8 +4,6 @@ enough."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
-from typing import Any
 
 import torch.distributed as dist
 
@@ -166,23 +164,3 @@ class PreemptionHandler:
                 f"{lead:g} before the end: the step would be lost; raise --signal=B:USR1@{need * 1.5:.0f} of sbatch "
                 "and this setting together"
             )
-
-
-def made_by(seed: int, version: int, generation: Any, weights: Mapping[str, int]) -> dict[str, Any]:
-    """Return all that decides which tokens are drawn for a prompt.
-
-    Args:
-        seed: of the run.
-        version: of the policy.
-        generation: settings of the sampling.
-        weights: checksums by part.
-    """
-    return {
-        "seed": seed,
-        "version": version,
-        "responses_per_prompt": generation.responses_per_prompt,
-        "max_response_tokens": generation.max_response_tokens,
-        "temperature": generation.temperature,
-        "stop_tokens": list(generation.stop_tokens),
-        "weights": dict(weights),
-    }

@@ -20,6 +20,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import TENSORS, resolve_checkp
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.resilience.files import write_file
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, sample_name, shard_samples
@@ -29,14 +30,11 @@ _VERSION = 1
 Value = TypeVar("Value")
 
 
-def belongs_to(session: Session) -> dict[str, str]:
-    """Collective over the world: describe what log-probs depend on: contents of data set and model, and settings.
+def compute_reference_fingerprint(session: Session) -> Fingerprint:
+    """Collective over the world: return what log-probs depend on: contents of data set and model, and settings.
 
     Args:
         session: the running stage; its ranks share the reading.
-
-    Returns:
-        "data", "model" and "settings", the same on every rank.
     """
     recipe = session.recipe
     data, model = Path(recipe.data.train), Path(recipe.model.hf_path)
@@ -57,22 +55,22 @@ def belongs_to(session: Session) -> dict[str, str]:
         "max_tiles": recipe.data.max_tiles,
         "text_only": session.trains_text,
     }
-    return {
-        "data": _digest([line for line in digests if line.startswith("data/")]),
-        "model": _digest([line for line in digests if line.startswith("model/")]),
-        "settings": json.dumps(settings, sort_keys=True),
-    }
+    return Fingerprint.of(
+        data=_digest([line for line in digests if line.startswith("data/")]),
+        model=_digest([line for line in digests if line.startswith("model/")]),
+        settings=settings,
+    )
 
 
 def load_or_compute_log_probs(
-    session: Session, source: PairSource, about: Mapping[str, str]
+    session: Session, source: PairSource, fingerprint: Fingerprint
 ) -> dict[str, float] | None:
     """Collective over the world: read the reference log-probs from disk, or compute them; it can be interrupted.
 
     Args:
         session: the running stage, before its first step if there is something to compute.
         source: of the pairs.
-        about: from `belongs_to`.
+        fingerprint: from `compute_reference_fingerprint`.
 
     Returns:
         The summed log-prob of each response of the data set by sample id; None when the run was asked to stop. The
@@ -82,7 +80,7 @@ def load_or_compute_log_probs(
         ValueError: the file is damaged, or it is gone and the weights are no longer those to compute it with.
     """
     folder = session.recipe.preference.reference_dir or f"{session.recipe.run.output_dir}/reference"
-    path = Path(folder) / f"{_digest([json.dumps(dict(about), sort_keys=True)])[:16]}.jsonl"
+    path = Path(folder) / f"{fingerprint.digest[:16]}.jsonl"
     unfinished = path.with_suffix(".unfinished")
     finished = _broadcast_from_main(_read_finished(path) if session.context.is_main else None)
     if finished is not None:
@@ -98,7 +96,7 @@ def load_or_compute_log_probs(
         return None
     if session.context.is_main:
         pairs = sorted(key.removesuffix(f"/{SIDES[0]}") for key in sums if key.endswith(f"/{SIDES[0]}"))
-        header = {"pairs": len(pairs), **about}
+        header = {"pairs": len(pairs), **fingerprint.values}
         write_file(path, "".join(json.dumps(line) + "\n" for line in (header, *_lines(pairs, sums))))
         unfinished.unlink(missing_ok=True)
     return sums

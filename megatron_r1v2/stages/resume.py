@@ -11,6 +11,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.data.stream import PromptStream
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.store import CheckpointStore
 
@@ -81,10 +82,12 @@ def resume(
 
 def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:
     """Refuse to resume with settings that live on in the optimizer's state, where a change would have no effect."""
-    for name in _SCHEDULE:
-        if getattr(now, name) != getattr(saved, name):
-            raise ValueError(
-                f"train.{name} was {getattr(saved, name)} when {folder} was saved and is {getattr(now, name)} now; put "
-                "it back to resume, or set model.checkpoint to this folder and run.output_dir to a new one to start "
-                "another stage from its weights"
-            )
+    now_fingerprint, saved_fingerprint = (
+        Fingerprint.of(train={name: getattr(settings, name) for name in _SCHEDULE}) for settings in (now, saved)
+    )
+    for change in now_fingerprint.changes_since(saved_fingerprint):
+        raise ValueError(
+            f"{change.setting} was {change.old} when {folder} was saved and is {change.new} now; put "
+            "it back to resume, or set model.checkpoint to this folder and run.output_dir to a new one to start "
+            "another stage from its weights"
+        )

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.stages import reference_log_probs as module
 from megatron_r1v2.stages.preemption import PreemptionHandler
-from megatron_r1v2.stages.reference_log_probs import belongs_to, load_or_compute_log_probs
+from megatron_r1v2.stages.reference_log_probs import compute_reference_fingerprint, load_or_compute_log_probs
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.stages.supervised_data import PairSource
 from tests.stages.runs import read_metrics, recipe_for, run_stage
@@ -23,11 +24,11 @@ def recipe(root: Path, tmp_path: Path, *overrides: str, name: str = "run") -> Ru
     return recipe_for(root, tmp_path / name, (shared, "checkpoint.every_steps=0", "train.steps=1", *overrides))
 
 
-def compute(settings: RunRecipe) -> tuple[dict[str, str], dict[str, float] | None]:
+def compute(settings: RunRecipe) -> tuple[Fingerprint, dict[str, float] | None]:
     with open_session(settings, stage="mpo", shown=()) as session:
-        about = belongs_to(session)
+        fingerprint = compute_reference_fingerprint(session)
         source = PairSource("mpo", "data.train")
-        return about, load_or_compute_log_probs(session, source, about)
+        return fingerprint, load_or_compute_log_probs(session, source, fingerprint)
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -62,7 +63,7 @@ def test_runs_on_the_same_pairs_and_model_share_them(root: Path, tmp_path: Path,
 @pytest.mark.parametrize("change", ["data", "model", "settings"])
 def test_what_has_changed_is_noticed(root: Path, tmp_path: Path, forwards: list[int], change: str) -> None:
     """Data of the same size and names, weights of the same shapes: only contents tell them apart."""
-    about, first = compute(recipe(root, tmp_path))
+    fingerprint, first = compute(recipe(root, tmp_path))
     if change == "data":
         write_data(tmp_path / "changed", seed=1)
         override = f"data.train={tmp_path / 'changed'}"
@@ -71,8 +72,8 @@ def test_what_has_changed_is_noticed(root: Path, tmp_path: Path, forwards: list[
         override = f"model.hf_path={tmp_path / 'changed'}"
     else:
         override = "generation.temperature=0.7"
-    other_about, other = compute(recipe(root, tmp_path, override, name="other"))
-    assert [name for name in about if about[name] != other_about[name]] == [change]
+    other_fingerprint, other = compute(recipe(root, tmp_path, override, name="other"))
+    assert {each.setting.partition(".")[0] for each in other_fingerprint.changes_since(fingerprint)} == {change}
     assert sum(forwards) == 24
     assert other is not None
     assert first is not None
@@ -81,10 +82,10 @@ def test_what_has_changed_is_noticed(root: Path, tmp_path: Path, forwards: list[
 
 
 def test_the_checkpoint_that_the_stage_starts_from_counts(root: Path, tmp_path: Path) -> None:
-    about, _ = compute(recipe(root, tmp_path))
+    fingerprint, _ = compute(recipe(root, tmp_path))
     start = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=1",)), "align")
     other, _ = compute(recipe(root, tmp_path, f"model.checkpoint={start}", name="other"))
-    assert other["model"] != about["model"]
+    assert other.values["model"] != fingerprint.values["model"]
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -116,10 +117,10 @@ def test_a_damaged_file_is_refused(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_file_says_what_it_belongs_to(root: Path, tmp_path: Path) -> None:
-    about, sums = compute(recipe(root, tmp_path))
+    fingerprint, sums = compute(recipe(root, tmp_path))
     (path,) = files(tmp_path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[0] == {"pairs": 12, **about}
+    assert lines[0] == {"pairs": 12, **fingerprint.values}
     assert sums is not None
     for line in lines[1:]:
         assert line["chosen"] == sums[f"{line['key']}/chosen"] < 0

@@ -10,13 +10,13 @@ from itertools import chain
 from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
+from megatron_r1v2.resilience.rollout_cache import rollout_fingerprint
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.grpo.selection import count_effective_groups
-from megatron_r1v2.stages.preemption import made_by
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.step_prompts import next_distinct
 from megatron_r1v2.training.weight_verification import check_engine
@@ -103,7 +103,8 @@ class RolloutPhase:
             )
         )
         session.preemption.rollouts.begin_step(
-            session.step, made_by(recipe.run.seed, session.policy.version, recipe.generation, weights)
+            session.step,
+            rollout_fingerprint(recipe.run.seed, session.policy.version, recipe.generation, weights),
         )
 
     def generate(self, prompts: Sequence[Prompt], *, round_number: int) -> list[Rollout]:

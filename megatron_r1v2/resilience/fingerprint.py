@@ -1,0 +1,67 @@
+"""The settings that an artifact on disk depends on, so that it is used with those only, and a difference can be named.
+
+A fingerprint has named groups: sections of the settings, digests of contents, or single values. It is stored beside the
+artifact; what was made by other settings is refused, or made anew, as its owner decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs between two fingerprints; one that a side lacks counts as None."""
+
+    setting: str
+    """With its groups: `generation.temperature`."""
+    old: object
+    new: object
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.old!r} -> {self.new!r}"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Named groups of values, equal where their JSON is."""
+
+    canonical: str
+    """JSON with sorted keys."""
+
+    @classmethod
+    def of(cls, **groups: object) -> Fingerprint:
+        """Make a fingerprint of values that JSON can hold; a tuple equals a list."""
+        return cls(json.dumps(groups, sort_keys=True, separators=(",", ":")))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Return the groups as JSON values, to be stored; `of(**values)` is the same fingerprint again."""
+        values: dict[str, Any] = json.loads(self.canonical)
+        return values
+
+    @property
+    def digest(self) -> str:
+        """Return a SHA-256 in hexadecimal."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    def changes_since(self, earlier: Fingerprint) -> list[Change]:
+        """Return the settings whose values are others than in an earlier fingerprint, by name."""
+        old, new = _flat(earlier.values), _flat(self.values)
+        changed = (Change(name, old.get(name), new.get(name)) for name in sorted({*old, *new}))
+        return [change for change in changed if change.old != change.new]
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return the values of nested mappings by their dotted names; an empty mapping is a value."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
