@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics as JSON lines, sample rollouts, a progress display, wandb, TensorBoard."""
+"""The numbers of a run while it goes: JSON lines, sample rollouts, a progress display, wandb, TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,70 +6,73 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_r1v2.config.schema import LoggingConfig, WandbMode
+from megatron_r1v2.monitoring.metrics import console_name
 from megatron_r1v2.resilience.files import write_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from wandb import Run as WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 
-
 _SECONDS_BETWEEN_LINES = 30.0
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What the displays say of a run."""
+
+    name: str
+    stage: str
+    total_steps: int
+    first_step: int
+    """Steps that are already done."""
+    shown: Sequence[str]
+    """Metrics on the console."""
 
 
 class Recorder:
     """Collects the numbers of a step and writes them on the main rank; on the others it only keeps time."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        name: str,
-        stage: str,
-        total_steps: int,
-        first_step: int,
-        settings: LoggingConfig,
-        is_main: bool,
-        shown: Sequence[str],
-    ) -> None:
+    def __init__(self, run_dir: Path, info: RunInfo, *, settings: LoggingConfig, is_main: bool) -> None:
         """Open the files; lines of steps that will be done again after a resume are cut off.
 
         Args:
             run_dir: where the files go.
-            name: of the run.
-            stage: shown before the progress bar.
-            total_steps: of the stage.
-            first_step: steps that are already done.
+            info: for the displays.
             settings: which services to write to.
             is_main: whether this rank writes.
-            shown: metrics for the progress display.
         """
         self.run_dir = run_dir
         self.is_main = is_main
-        self.shown = shown
+        self.shown = info.shown
         self.values: dict[str, float] = {}
-        self.steps_done = first_step
+        self.steps_done = info.first_step
         self.phase = "setup"
         """The newest that `timed` has begun."""
         self._started = time.perf_counter()
-        self._wandb: Any = None
-        self._tensorboard: Any = None
+        self._wandb: WandbRun | None = None
+        self._tensorboard: SummaryWriter | None = None
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         if not is_main:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         for file in (METRICS_FILE, ROLLOUTS_FILE):
-            _cut_after(run_dir / file, first_step)
-        self._open_services(name, settings)
+            _cut_after(run_dir / file, info.first_step)
+        self._open_services(info.name, settings)
         self._progress = Progress(
-            TextColumn(f"[bold]{stage}"),
+            TextColumn(f"[bold]{info.stage}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -78,7 +81,7 @@ class Recorder:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task(stage, total=total_steps, completed=first_step, numbers="")
+        self._task = self._progress.add_task(info.stage, total=info.total_steps, completed=info.first_step, numbers="")
         self._progress.start()
 
     def __enter__(self) -> Recorder:
@@ -107,11 +110,7 @@ class Recorder:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how far something gets that comes before the steps; where there is no terminal, by a line now and then.
-
-        Args:
-            what: it does.
-            total: of what it does it to.
+        """Show how far a task before the steps has come; where there is no terminal, by a line now and then.
 
         Yields:
             To be called with how much is done.
@@ -163,37 +162,37 @@ class Recorder:
                 self._tensorboard.add_scalar(name, value, step)
         self._show(step, values)
 
-    def write_rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def write_rollouts(self, records: Sequence[Mapping[str, object]]) -> None:
         """Keep sample rollouts for the report."""
         if self.is_main:
             _append(self.run_dir / ROLLOUTS_FILE, records)
 
     def log(self, message: str) -> None:
-        """Print a line, on the main rank."""
+        """Print a line on the main rank."""
         if self.is_main:
             # As it is: in a job's log, rich would break lines at 80 columns; and "[adapter]" is no markup.
             self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def _throttled_log(self, what: str, total: int) -> Callable[[int], None]:
-        told = float("-inf")
+        last_line = float("-inf")
 
-        def say(done: int) -> None:
-            nonlocal told
-            if done >= total or time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
+        def log(done: int) -> None:
+            nonlocal last_line
+            if done >= total or time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 self.log(f"{what}: {done} of {total}")
 
-        return say
+        return log
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        numbers = "  ".join(f"{name.split('/')[-1]} {values[name]:.3g}" for name in self.shown if name in values)
+        numbers = "  ".join(f"{console_name(name)} {values[name]:.3g}" for name in self.shown if name in values)
         if self._progress is not None and not self._progress.disable:
             self._progress.update(self._task, completed=step, numbers=numbers)
         else:
             self.log(f"step {step}  {numbers}  {values['timing_s/step']:.2f} s")
 
     def _open_services(self, name: str, settings: LoggingConfig) -> None:
-        # Both are slow to import and seldom on, so they are imported only where they are.
+        # Both take seconds to import and are seldom on.
         if settings.wandb is not WandbMode.disabled:
             import wandb
 
@@ -211,7 +210,7 @@ class Recorder:
             self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"))
 
 
-def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def _append(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 

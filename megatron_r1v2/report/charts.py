@@ -7,7 +7,6 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -16,6 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from megatron_r1v2.monitoring.metrics import Chart
 from megatron_r1v2.report.read import Run
 
 MAX_POINTS = 240
@@ -37,21 +37,6 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "path.simplify": True,
 }
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One picture: which metrics it shows and what a reader should look for."""
-
-    title: str
-    metrics: tuple[str, ...]
-    """Names in metrics.jsonl; `*` stands for anything."""
-    caption: str
-    percent: bool = False
-    """The values are fractions of 1 and are shown as 0 to 100 %."""
-    stacked: bool = False
-    target: str = ""
-    """A setting (section.key) of the recipe that is drawn as a line, if the run has a recipe."""
 
 
 def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
@@ -89,7 +74,8 @@ def _curves(chart: Chart, run: Run) -> list[Curve]:
     """Return (label, steps, values) of each metric that the run has, finite values only."""
     names = sorted({name for values in run.metrics.values() for name in values})
     curves: list[Curve] = []
-    for pattern in chart.metrics:
+    patterns = [pattern for metric in chart.metrics for pattern in metric.names]
+    for pattern in patterns:
         for name in fnmatch.filter(names, pattern):
             steps, values = run.series(name)
             kept = [(float(s), v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]

@@ -10,175 +10,12 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from megatron_r1v2.report.charts import Chart, draw
-from megatron_r1v2.report.files import template, write_page
-from megatron_r1v2.report.images import data_uri
+from megatron_r1v2.monitoring.metrics import SECTIONS, Chart
+from megatron_r1v2.report.charts import draw
+from megatron_r1v2.report.html import data_uri, template, write_page
 from megatron_r1v2.report.read import Json, Run, mean_of, read_run
 
 MAX_TEXT = 20_000
-
-GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
-    (
-        "Reward and correctness",
-        (
-            Chart(
-                "Reward",
-                ("critic/rewards/mean", "reward/*/mean"),
-                "Mean total reward of the fresh responses, and each part before its weight, over the responses to "
-                "which it applies.",
-            ),
-            Chart(
-                "Reward model",
-                ("reward_model/score/mean",),
-                "Mean raw score of the fresh responses; its part of the reward is this squashed.",
-            ),
-            Chart(
-                "Validation",
-                ("validation/pass_at_1", "validation/format_rate"),
-                "Sampled responses to held-back prompts: how many are right, and how many have the right format.",
-                percent=True,
-            ),
-            Chart(
-                "Hallucination",
-                ("hallucination/rate", "hallucination/coverage"),
-                "rate: visual claims that the image contradicts. coverage: responses that make a claim at all; a low "
-                "rate means something only where coverage is high.",
-                percent=True,
-            ),
-            Chart(
-                "Hallucination on held-back prompts",
-                ("validation/hallucination_rate", "validation/claim_coverage"),
-                "The same two on validation prompts. The dashed line is the rate that the calibrator holds.",
-                percent=True,
-                target="hallucination.target_rate",
-            ),
-            Chart(
-                "Calibrator",
-                (
-                    "hallucination/brake",
-                    "hallucination/threshold",
-                    "hallucination/model_weight",
-                    "hallucination/decision",
-                ),
-                "What it moves: tau of the pairs, or the weight of the reward model. decision: 1 tightens, -1 lets go.",
-            ),
-        ),
-    ),
-    (
-        "Preference",
-        (
-            Chart(
-                "Rewards of pairs",
-                ("rewards/chosen", "rewards/rejected", "rewards/margins", "mpo/delta"),
-                "beta x (log-prob - that of the model the stage started from), summed over the response: chosen, "
-                "rejected, their difference, and the shift of the quality term.",
-            ),
-            Chart(
-                "Pairs in the right order",
-                ("rewards/accuracies",),
-                "Pairs whose chosen response has the higher reward.",
-                percent=True,
-            ),
-            Chart("Log-probs of responses", ("logps/chosen", "logps/rejected"), "Summed over the response."),
-            Chart(
-                "Terms of the loss",
-                ("mpo/preference_loss", "mpo/quality_loss", "mpo/generation_loss"),
-                "Each before its weight; the first two start at log 2 and 2 log 2.",
-            ),
-            Chart(
-                "Pairs of a step",
-                ("mpo/pairs_kept", "mpo/pairs_below_margin"),
-                "Trained on, and left out because their margin is below preference.min_margin.",
-            ),
-        ),
-    ),
-    (
-        "Reward model in training",
-        (
-            Chart(
-                "Ranking",
-                ("reward_model/accuracy", "validation/accuracy"),
-                "Pairs whose better response has the higher score, in training and held out; guessing gives 50 %.",
-                percent=True,
-            ),
-            Chart(
-                "Scores of pairs",
-                ("reward_model/margin", "reward_model/chosen_score", "reward_model/rejected_score"),
-                "Mean raw scores of the better and the worse responses, and how far they are apart.",
-            ),
-        ),
-    ),
-    (
-        "Selective Sample Buffer",
-        (
-            Chart(
-                "Effective responses",
-                ("ssb/fresh_effective_fraction", "ssb/trained_effective_fraction"),
-                "Responses from groups that are neither all right nor all wrong: among those just generated, and among "
-                "those trained on after the buffer topped them up.",
-                percent=True,
-                target="buffer.target_effective_fraction",
-            ),
-            Chart("Size", ("ssb/size", "ssb/replayed", "ssb/distinct*"), "Responses held, and drawn a step."),
-            Chart("Reuse", ("ssb/reuse*",), "How often a replayed response has been trained on."),
-            Chart("Age", ("ssb/age*",), "Steps since a replayed response was generated."),
-            Chart(
-                "Replayed responses in the update",
-                ("ssb/clip_fraction_replayed", "actor/pg_clipfrac", "ssb/gradient_share_replayed"),
-                "Tokens clipped (replayed, and all), and the replayed responses' share of the gradient.",
-                percent=True,
-            ),
-        ),
-    ),
-    (
-        "Responses",
-        (
-            Chart("Length", ("response_length/mean", "response_length/max"), "Tokens of a response."),
-            Chart(
-                "Cut at the limit",
-                ("response_length/clip_ratio",),
-                "Responses that reached generation.max_response_tokens.",
-                percent=True,
-            ),
-        ),
-    ),
-    (
-        "Optimisation",
-        (
-            Chart("Loss", ("actor/loss", "actor/nll", "actor/kl_loss"), "The loss of the update, and its parts."),
-            Chart("Gradient norm", ("actor/grad_norm",), "Before clipping."),
-            Chart("Learning rate", ("actor/lr",), "Of the optimizer step."),
-            Chart(
-                "Policy change",
-                ("actor/ppo_kl", "ssb/ppo_kl_replayed"),
-                "Estimated KL between the policy a response is weighed against and the trained one: all, replayed.",
-            ),
-        ),
-    ),
-    (
-        "Engine against training forward",
-        (
-            Chart(
-                "Log-prob mismatch",
-                ("train/token_mult_prob_error*",),
-                "Mean of exp|engine - training| over the tokens sampled; 1 is perfect agreement.",
-            ),
-            Chart("Divergence", ("rollout_corr/*kl*",), "KL between the engine's distribution and the trained one."),
-        ),
-    ),
-    (
-        "Time and trouble",
-        (
-            Chart("Seconds by phase", ("timing_s/*",), "Wall-clock seconds of a step.", stacked=True),
-            Chart("Speed", ("perf/*",), "As reported by the run."),
-            Chart(
-                "Trouble",
-                ("verifier/timeouts", "verifier/crashes", "data/corrupt_samples", "data/text_only_left_out"),
-                "Checks that timed out or crashed, samples that could not be read or were left out.",
-            ),
-        ),
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -253,16 +90,16 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _groups(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[Chart, str]]]]:
     groups = []
-    for title, charts in GROUPS:
+    for section in SECTIONS:
         drawn = []
-        for chart in charts:
+        for chart in section.charts:
             target = settings.get(chart.target)
             # A target of 0 is one that was not set.
             svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) and target else None)
             if svg is not None:
                 drawn.append((chart, svg))
         if drawn:
-            groups.append((title, drawn))
+            groups.append((section.title, drawn))
     return groups
 
 

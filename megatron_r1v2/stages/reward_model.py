@@ -78,7 +78,7 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
     mine = {name: pair.cpu() for name, pair in add_pairs(parts).items()}
     total = add_pairs(objects.all_gather(mine, session.context.groups.dp))
     means = mean_metrics(total)
-    session.recorder.note({name.replace("reward_model/", "validation/"): value for name, value in means.items()})
+    session.recorder.note({f"validation/{name.removeprefix('reward_model/')}": value for name, value in means.items()})
 
 
 def pair_batches(session: Session, prompts: Sequence[Prompt], *, setting: str) -> list[TrainingBatch]:

@@ -14,7 +14,7 @@ from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
-from megatron_r1v2.monitoring.recorder import Recorder
+from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.rank_watch import RankWatch
@@ -225,13 +225,9 @@ def _supervised(
         StopSignals(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_signals,
         Recorder(
             run_dir,
-            name=recipe.run.name,
-            stage=stage,
-            total_steps=recipe.train.steps,
-            first_step=first_step,
+            RunInfo(recipe.run.name, stage, recipe.train.steps, first_step, shown),
             settings=recipe.logging,
             is_main=context.is_main,
-            shown=shown,
         ) as recorder,
         RankWatch(context.store, recorder.current_phase, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
     ):

@@ -7,20 +7,18 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.schema import LoggingConfig, WandbMode
-from megatron_r1v2.monitoring.recorder import Recorder
+from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
 from tests.stages.runs import read_metrics, read_rollouts
+
+SHOWN = ("critic/rewards/mean", "reward/answer/mean", "actor/loss")
 
 
 def recorder(folder: Path, *, first_step: int = 0, is_main: bool = True, **settings) -> Recorder:
     return Recorder(
         folder,
-        name="tiny",
-        stage="grpo",
-        total_steps=5,
-        first_step=first_step,
+        RunInfo("tiny", "grpo", total_steps=5, first_step=first_step, shown=SHOWN),
         settings=LoggingConfig(**settings),
         is_main=is_main,
-        shown=("actor/loss", "reward/answer/mean"),
     )
 
 
@@ -47,6 +45,30 @@ def test_each_step_is_a_line_with_its_numbers_and_times(tmp_path: Path, capsys) 
         assert 0 <= line["timing_s/update"] <= line["timing_s/step"]
     shown = capsys.readouterr().err
     assert "step 2  loss 1" in shown
+
+
+def test_the_console_tells_means_apart(tmp_path: Path, capsys) -> None:
+    with recorder(tmp_path) as opened:
+        opened.note({"critic/rewards/mean": 1.12, "reward/answer/mean": 0.758})
+        opened.end_step(1)
+    assert "step 1  reward 1.12  answer 0.758  " in capsys.readouterr().err
+
+
+def test_a_task_before_the_steps_is_told_of_now_and_then(tmp_path: Path, capsys) -> None:
+    with recorder(tmp_path) as opened, opened.progress("reference log-probs", 100) as show:
+        for done in range(1, 101):
+            show(done)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "reference" in line]
+    assert lines == ["reference log-probs: 1 of 100", "reference log-probs: 100 of 100"]
+
+
+def test_the_phase_is_the_newest_that_began(tmp_path: Path) -> None:
+    opened = recorder(tmp_path, first_step=3, is_main=False)
+    assert opened.current_phase() == "step 4, setup"
+    with opened.timed("generate"):
+        assert opened.current_phase() == "step 4, generate"
+    opened.end_step(4)
+    assert opened.current_phase() == "step 5, generate"
 
 
 def test_numbers_of_a_step_do_not_leak_into_the_next(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from megatron_r1v2.report.page import GROUPS, write_report
+from megatron_r1v2.monitoring.metrics import SECTIONS
+from megatron_r1v2.report.page import write_report
 from megatron_r1v2.report.read import PAIRS_SHOWN, ROLLOUTS_PER_STEP, STEPS_SHOWN, read_run
 from megatron_r1v2.rewards.parts import PARTS
 
@@ -69,7 +70,8 @@ def read_page(run_dir):
 
 
 def all_metric_names():
-    return [name.replace("*", "a_part") for _, charts in GROUPS for chart in charts for name in chart.metrics]
+    metrics = [metric for section in SECTIONS for chart in section.charts for metric in chart.metrics]
+    return [name.replace("*", "a_part") for metric in metrics for name in metric.names]
 
 
 def write_evaluations(tmp_path):
@@ -100,10 +102,10 @@ def full_page(full_run):
 
 def test_a_finished_run_shows_everything(full_page):
     page = full_page
-    for _, charts in GROUPS:
-        for chart in charts:
+    for section in SECTIONS:
+        for chart in section.charts:
             assert chart.title in page.text
-    assert page.elements.count("svg") == sum(len(charts) for _, charts in GROUPS)
+    assert page.elements.count("svg") == sum(len(section.charts) for section in SECTIONS)
     assert page.elements.count("img") == PAIRS_SHOWN + STEPS_SHOWN * ROLLOUTS_PER_STEP
     text = " ".join(page.text.split())
     for expected in (

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_r1v2.config.load import load_recipe, recipe_yaml
 from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.monitoring.metrics import find_metric
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.stages.align import run_align
 from megatron_r1v2.stages.grpo.stage import run_grpo
@@ -61,7 +62,10 @@ def run_stage(recipe: RunRecipe, stage: str = "grpo") -> Path:
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    unknown = {name for line in lines for name in line if name != "step" and find_metric(name) is None}
+    assert not unknown, f"not in megatron_r1v2/monitoring/metrics.py: {unknown}"
+    return lines
 
 
 def read_rollouts(run: Path) -> list[dict[str, Any]]:

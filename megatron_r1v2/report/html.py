@@ -1,4 +1,4 @@
-"""Pictures for the page: decoded, made small, and encoded again, so that only pixels get through."""
+"""The pages as files: their templates, the pictures in them, and how they are written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import base64
 import binascii
 import io
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, Template
 from PIL import Image
+
+from megatron_r1v2.resilience.files import write_file
 
 MAX_SIDE = 320
 MAX_BYTES = 20_000_000
@@ -26,14 +29,28 @@ class Picture:
     """It is so small that it is shown enlarged, with hard edges."""
 
 
-def data_uri(png: Any) -> Picture | None:
+def template(name: str) -> Template:
+    """Return a template of this folder, which escapes the values that it is given."""
+    environment = Environment(
+        loader=PackageLoader("megatron_r1v2.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page of HTML and return its path."""
+    # A model can emit half a surrogate pair, which UTF-8 cannot hold.
+    write_file(path, page.encode("utf-8", errors="replace"))
+    return path
+
+
+def data_uri(png: object) -> Picture | None:
     """Turn the base64 image of a rollout into a small picture that stands in the page itself.
 
-    Args:
-        png: base64 text; anything else, or what is no image, gives no picture.
+    It is decoded, made small and encoded again, so that only pixels get through.
 
-    Returns:
-        The picture, or None.
+    Args:
+        png: base64 text; anything else gives no picture.
     """
     if not isinstance(png, str) or not png or len(png) > MAX_BYTES:
         return None

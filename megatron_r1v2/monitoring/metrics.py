@@ -1,0 +1,437 @@
+"""Every metric that a run writes: name, unit, meaning, and the chart that the report draws it in.
+
+One table for the recorder's line on the console, the charts of the report and docs/metrics.md. A name that is written
+anywhere must be here; a new metric is a row, in a chart or in `NOT_CHARTED`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+FRACTION = "fraction"
+_BY_MODALITY = ("", "_image", "_text")
+"""All responses, those to prompts with images, those to prompts without."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is written once a step."""
+
+    name: str
+    """As in metrics.jsonl; `*` stands for anything."""
+    unit: str
+    meaning: str
+    short: str = ""
+    """On the console; the last part of the name where it is empty."""
+    suffixes: tuple[str, ...] = ("",)
+    """Each makes a metric of its own."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the name with each suffix."""
+        return tuple(self.name + suffix for suffix in self.suffixes)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture of the report."""
+
+    title: str
+    caption: str
+    """The sentence below it: what a reader should look for."""
+    metrics: tuple[Metric, ...]
+    """Its curves, in this order."""
+    stacked: bool = False
+    target: str = ""
+    """A setting (section.key) of the recipe that is drawn as a line, if the run has a recipe."""
+
+    @property
+    def percent(self) -> bool:
+        """Return whether the values are shown as 0 to 100 %."""
+        return all(metric.unit == FRACTION for metric in self.metrics)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts under one heading."""
+
+    title: str
+    charts: tuple[Chart, ...]
+
+
+_REWARD = Section(
+    "Reward and correctness",
+    (
+        Chart(
+            "Reward",
+            "Mean total reward of the fresh responses, and each part before its weight, over the responses to "
+            "which it applies.",
+            (
+                Metric("critic/rewards/mean", "reward", "Total reward of the fresh responses.", short="reward"),
+                Metric("reward/*/mean", "0 to 1", "One part of the reward, over the responses to which it applies."),
+            ),
+        ),
+        Chart(
+            "Reward model",
+            "Mean raw score of the fresh responses; its part of the reward is this squashed.",
+            (Metric("reward_model/score/mean", "raw score", "Score of the fresh responses.", short="score"),),
+        ),
+        Chart(
+            "Validation",
+            "Sampled responses to held-back prompts: how many are right, and how many have the right format.",
+            (
+                Metric("validation/pass_at_1", FRACTION, "Responses to held-back prompts that are right."),
+                Metric("validation/format_rate", FRACTION, "Responses to held-back prompts in the right format."),
+            ),
+        ),
+        Chart(
+            "Hallucination",
+            "rate: visual claims that the image contradicts. coverage: responses that make a claim at all; a low "
+            "rate means something only where coverage is high.",
+            (
+                Metric("hallucination/rate", FRACTION, "Visual claims that the image contradicts."),
+                Metric("hallucination/coverage", FRACTION, "Responses that make a visual claim."),
+            ),
+        ),
+        Chart(
+            "Hallucination on held-back prompts",
+            "The same two on validation prompts. The dashed line is the rate that the calibrator holds.",
+            (
+                Metric("validation/hallucination_rate", FRACTION, "hallucination/rate on held-back prompts."),
+                Metric("validation/claim_coverage", FRACTION, "hallucination/coverage on held-back prompts."),
+            ),
+            target="hallucination.target_rate",
+        ),
+        Chart(
+            "Calibrator",
+            "What it moves: tau of the pairs, or the weight of the reward model. decision: 1 tightens, -1 lets go.",
+            (
+                Metric("hallucination/brake", "0 to 1", "How far the calibrator has moved from the setting."),
+                Metric("hallucination/threshold", "margin", "The least margin of a pair that MPO trains on."),
+                Metric("hallucination/model_weight", "weight", "The weight of the reward model's part in GRPO."),
+                Metric("hallucination/decision", "-1, 0, 1", "1: tightened after this validation; -1: let go."),
+            ),
+        ),
+    ),
+)
+
+_PREFERENCE = Section(
+    "Preference",
+    (
+        Chart(
+            "Rewards of pairs",
+            "beta x (log-prob - that of the model the stage started from), summed over the response: chosen, "
+            "rejected, their difference, and the shift of the quality term.",
+            (
+                Metric("rewards/chosen", "nats x beta", "Implicit reward of the chosen responses."),
+                Metric("rewards/rejected", "nats x beta", "Implicit reward of the rejected responses."),
+                Metric("rewards/margins", "nats x beta", "Chosen minus rejected.", short="margin"),
+                Metric("mpo/delta", "nats x beta", "Shift of the quality term: the running mean of the rewards."),
+            ),
+        ),
+        Chart(
+            "Pairs in the right order",
+            "Pairs whose chosen response has the higher reward.",
+            (Metric("rewards/accuracies", FRACTION, "Pairs whose chosen reward is higher.", short="accuracy"),),
+        ),
+        Chart(
+            "Log-probs of responses",
+            "Summed over the response.",
+            (
+                Metric("logps/chosen", "nats", "Log-prob of the chosen responses, summed over the response."),
+                Metric("logps/rejected", "nats", "Log-prob of the rejected responses, summed over the response."),
+            ),
+        ),
+        Chart(
+            "Terms of the loss",
+            "Each before its weight; the first two start at log 2 and 2 log 2.",
+            (
+                Metric("mpo/preference_loss", "nats", "DPO term of the loss, before its weight."),
+                Metric("mpo/quality_loss", "nats", "BCO term of the loss, before its weight."),
+                Metric("mpo/generation_loss", "nats", "SFT term of the loss, before its weight."),
+            ),
+        ),
+        Chart(
+            "Pairs of a step",
+            "Trained on, and left out because their margin is below preference.min_margin.",
+            (
+                Metric("mpo/pairs_kept", "pairs", "Pairs trained on."),
+                Metric("mpo/pairs_below_margin", "pairs", "Pairs left out for their margin."),
+            ),
+        ),
+    ),
+)
+
+_REWARD_MODEL = Section(
+    "Reward model in training",
+    (
+        Chart(
+            "Ranking",
+            "Pairs whose better response has the higher score, in training and held out; guessing gives 50 %.",
+            (
+                Metric("reward_model/accuracy", FRACTION, "Pairs in the right order; a tie counts half."),
+                Metric("validation/accuracy", FRACTION, "The same on held-back pairs.", short="validation"),
+            ),
+        ),
+        Chart(
+            "Scores of pairs",
+            "Mean raw scores of the better and the worse responses, and how far they are apart.",
+            (
+                Metric("reward_model/margin", "raw score", "Score of the better minus the worse response."),
+                Metric("reward_model/chosen_score", "raw score", "Score of the better responses."),
+                Metric("reward_model/rejected_score", "raw score", "Score of the worse responses."),
+            ),
+        ),
+    ),
+)
+
+_BUFFER = Section(
+    "Selective Sample Buffer",
+    (
+        Chart(
+            "Effective responses",
+            "Responses from groups that are neither all right nor all wrong: among those just generated, and among "
+            "those trained on after the buffer topped them up.",
+            (
+                Metric(
+                    "ssb/fresh_effective_fraction",
+                    FRACTION,
+                    "Effective responses among all that were generated.",
+                    short="effective",
+                ),
+                Metric(
+                    "ssb/trained_effective_fraction",
+                    FRACTION,
+                    "Effective responses among those trained on.",
+                    short="trained effective",
+                ),
+            ),
+            target="buffer.target_effective_fraction",
+        ),
+        Chart(
+            "Size",
+            "Responses held, and drawn a step.",
+            (
+                Metric("ssb/size", "responses", "Responses in the buffer."),
+                Metric("ssb/replayed", "responses", "Responses drawn from the buffer."),
+                Metric("ssb/distinct_prompts", "prompts", "Different prompts trained on."),
+                Metric("ssb/distinct_samples", "responses", "Different responses trained on."),
+            ),
+        ),
+        Chart(
+            "Reuse",
+            "How often a replayed response has been trained on.",
+            (Metric("ssb/reuse_mean", "times", "How often a replayed response has been trained on."),),
+        ),
+        Chart(
+            "Age",
+            "Steps since a replayed response was generated.",
+            (
+                Metric("ssb/age_max", "steps", "Steps since the oldest replayed response was generated."),
+                Metric("ssb/age_mean", "steps", "Steps since a replayed response was generated."),
+            ),
+        ),
+        Chart(
+            "Replayed responses in the update",
+            "Tokens clipped (replayed, and all), and the replayed responses' share of the gradient.",
+            (
+                Metric("ssb/clip_fraction_replayed", FRACTION, "Tokens of replayed responses that are clipped."),
+                Metric("actor/pg_clipfrac", FRACTION, "Tokens that are clipped."),
+                Metric("ssb/gradient_share_replayed", FRACTION, "The replayed responses' share of the gradient."),
+            ),
+        ),
+    ),
+)
+
+_RESPONSES = Section(
+    "Responses",
+    (
+        Chart(
+            "Length",
+            "Tokens of a response.",
+            (
+                Metric("response_length/mean", "tokens", "Tokens of a fresh response."),
+                Metric("response_length/max", "tokens", "Tokens of the longest fresh response."),
+            ),
+        ),
+        Chart(
+            "Cut at the limit",
+            "Responses that reached generation.max_response_tokens.",
+            (Metric("response_length/clip_ratio", FRACTION, "Responses cut at generation.max_response_tokens."),),
+        ),
+    ),
+)
+
+_OPTIMISATION = Section(
+    "Optimisation",
+    (
+        Chart(
+            "Loss",
+            "The loss of the update, and its parts.",
+            (
+                Metric("actor/loss", "loss", "Loss of the update."),
+                Metric("actor/nll", "nats", "Negative log-likelihood of a token of the data."),
+                Metric("actor/kl_loss", "nats", "KL (k3) to the reference, before its coefficient."),
+            ),
+        ),
+        Chart("Gradient norm", "Before clipping.", (Metric("actor/grad_norm", "norm", "Before clipping."),)),
+        Chart("Learning rate", "Of the optimizer step.", (Metric("actor/lr", "rate", "Of the optimizer step."),)),
+        Chart(
+            "Policy change",
+            "Estimated KL between the policy a response is weighed against and the trained one: all, replayed.",
+            (
+                Metric("actor/ppo_kl", "nats", "KL between the old policy and the trained one."),
+                Metric("ssb/ppo_kl_replayed", "nats", "The same over replayed responses."),
+            ),
+        ),
+    ),
+)
+
+_MISMATCH = Section(
+    "Engine against training forward",
+    (
+        Chart(
+            "Log-prob mismatch",
+            "Mean of exp|engine - training| over the tokens sampled; 1 is perfect agreement.",
+            (
+                Metric(
+                    "train/token_mult_prob_error",
+                    "ratio",
+                    "Mean of exp|engine - training| over the tokens.",
+                    suffixes=_BY_MODALITY,
+                ),
+            ),
+        ),
+        Chart(
+            "Divergence",
+            "KL between the engine's distribution and the trained one.",
+            (
+                Metric("rollout_corr/k3_kl", "nats", "KL by the k3 estimator.", suffixes=_BY_MODALITY),
+                Metric("rollout_corr/kl", "nats", "KL by the mean log-ratio.", suffixes=_BY_MODALITY),
+            ),
+        ),
+    ),
+)
+
+_TIME = Section(
+    "Time and trouble",
+    (
+        Chart(
+            "Seconds by phase",
+            "Wall-clock seconds of a step.",
+            (
+                Metric("timing_s/evaluate", "s", "Sampled responses to held-back prompts."),
+                Metric("timing_s/exchange", "s", "Samples on the way to the ranks that train them."),
+                Metric("timing_s/gate", "s", "The check that engine and training compute with the same weights."),
+                Metric("timing_s/generate", "s", "Generation."),
+                Metric("timing_s/log_probs", "s", "Old log-probs by the training forward."),
+                Metric("timing_s/reference", "s", "Log-probs of the reference, before the first step."),
+                Metric("timing_s/reward", "s", "Scoring."),
+                Metric("timing_s/save", "s", "The part of saving that training waits for."),
+                Metric("timing_s/step", "s", "The whole step."),
+                Metric("timing_s/update", "s", "Forward, backward and optimizer step."),
+                Metric("timing_s/validate", "s", "Scores of held-back pairs."),
+            ),
+            stacked=True,
+        ),
+        Chart(
+            "Speed",
+            "As reported by the run.",
+            (Metric("perf/generated_tokens_per_second", "tokens/s", "Generated tokens of all replicas."),),
+        ),
+        Chart(
+            "Trouble",
+            "Checks that timed out or crashed, samples that could not be read or were left out.",
+            (
+                Metric("verifier/timeouts", "checks", "Checks of a response that ran out of time; each scores 0."),
+                Metric("verifier/crashes", "checks", "Checks of a response that crashed; each scores 0."),
+                Metric("data/corrupt_samples", "samples", "Samples that could not be read, since the start."),
+                Metric("data/text_only_left_out", "prompts", "Left out, since no trained part sees them."),
+            ),
+        ),
+    ),
+)
+
+SECTIONS = (
+    _REWARD,
+    _PREFERENCE,
+    _REWARD_MODEL,
+    _BUFFER,
+    _RESPONSES,
+    _OPTIMISATION,
+    _MISMATCH,
+    _TIME,
+)
+"""The charts of the report, in its order."""
+
+NOT_CHARTED = (
+    Metric("actor/ratio_mean", "ratio", "Mean importance ratio of the tokens."),
+    Metric("actor/skipped_updates", "updates", "Updates left out: their gradient was not finite or too large."),
+    Metric("actor/updates", "updates", "Updates of the step."),
+    Metric("data/samples_read", "samples", "Samples read, since the start."),
+    Metric("gate/log_prob_abs_diff", "nats", "Mean |engine - training| of the check before generation."),
+    Metric("mpo/min_margin", "margin", "The least margin of a pair that is trained on."),
+    Metric("preemption/lead_margin_s", "s", "What a step and a save leave of checkpoint.lead_seconds; below 0: lost."),
+    Metric("reward_model/loss", "nats", "Bradley-Terry loss, without the centring term."),
+    Metric("rollout/evictions", "requests", "Requests that lost their KV cache for want of room, and began anew."),
+    Metric("rollout/responses", "responses", "Responses generated."),
+    Metric("rollout/responses_filtered", "responses", "Responses left out by the filter of the groups."),
+    Metric("rollout/rounds", "rounds", "Rounds of generation; above 1 with dynamic sampling."),
+    Metric("rollout/tokens", "tokens", "Tokens generated."),
+    Metric("rollout_corr/chi2_seq", "1", "Chi-squared divergence by responses.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/chi2_token", "1", "Chi-squared divergence by tokens.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/log_ppl_abs_diff", "nats", "Mean |log_ppl_diff|.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/log_ppl_diff", "nats", "Engine minus training, mean over a response.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/log_ppl_diff_max", "nats", "The largest log_ppl_diff.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/log_ppl_diff_min", "nats", "The smallest log_ppl_diff.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/log_prob_abs_diff", "nats", "Mean |engine - training| of a token.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/ppl_ratio", "ratio", "exp(log_ppl_diff).", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/rollout_log_ppl", "nats", "Log-perplexity by the engine.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/rollout_ppl", "1", "Perplexity by the engine.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/training_log_ppl", "nats", "Log-perplexity by the training forward.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/training_ppl", "1", "Perplexity by the training forward.", suffixes=_BY_MODALITY),
+    Metric("ssb/ratio_mean_replayed", "ratio", "Mean importance ratio of the tokens of replayed responses."),
+    Metric("validation/chosen_score", "raw score", "reward_model/chosen_score on held-back pairs."),
+    Metric("validation/loss", "nats", "reward_model/loss on held-back pairs."),
+    Metric("validation/margin", "raw score", "reward_model/margin on held-back pairs."),
+    Metric("validation/rejected_score", "raw score", "reward_model/rejected_score on held-back pairs."),
+)
+"""For metrics.jsonl, wandb and TensorBoard only."""
+
+METRICS = (*(metric for section in SECTIONS for chart in section.charts for metric in chart.metrics), *NOT_CHARTED)
+
+
+def find_metric(name: str) -> Metric | None:
+    """Return the row that a name belongs to; None: it is not in the table."""
+    return next((each for each in METRICS if any(fnmatch.fnmatchcase(name, known) for known in each.names)), None)
+
+
+def console_name(name: str) -> str:
+    """Return the short name of a metric, such as "reward" or "answer"."""
+    metric = find_metric(name)
+    if metric is None or not metric.short:
+        # `reward/answer/mean` and `reward/format/mean` differ in the middle.
+        return name.removesuffix("/mean").rpartition("/")[2]
+    return metric.short
+
+
+def metrics_markdown() -> str:
+    """Return docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Each step is a line of `metrics.jsonl` in the run's folder; wandb and TensorBoard get the same names. A",
+        "metric that has no value in a step is not in its line. `*` stands for a name; (`_image`, `_text`) means that",
+        "the metric exists for prompts with and without images too. Made from `megatron_r1v2/monitoring/metrics.py`.",
+    ]
+    for title, metrics in (
+        *((section.title, [m for chart in section.charts for m in chart.metrics]) for section in SECTIONS),
+        ("Without a chart", NOT_CHARTED),
+    ):
+        lines += ["", f"## {title}", "", "| metric | unit | meaning |", "| --- | --- | --- |"]
+        for metric in metrics:
+            suffixes = ", ".join(f"`{suffix}`" for suffix in metric.suffixes if suffix)
+            meaning = metric.meaning.replace("|", "\\|")
+            lines.append(f"| `{metric.name}`{f' ({suffixes})' if suffixes else ''} | {metric.unit} | {meaning} |")
+    return "\n".join(lines) + "\n"
