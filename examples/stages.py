@@ -123,7 +123,8 @@ class StageRunner:
         if not record.is_file():
             return False
         done = json.loads(record.read_text(encoding="utf-8"))
-        changed = {change.setting for change in _fingerprint(stage).changes_since(Fingerprint.of(**done["made_by"]))}
+        made_by = Fingerprint.of(command=done["command"], recipes=done.get("recipes"))
+        changed = {change.setting for change in _fingerprint(stage).changes_since(made_by)}
         if changed - {"command"}:
             raise StageError(
                 f"stage {stage.name} was done with another version of its recipe ({', '.join(_recipes(stage))}); "
@@ -131,7 +132,7 @@ class StageRunner:
             )
         if changed:
             raise StageError(
-                f"stage {stage.name} was done with another command ({' '.join(done['made_by']['command'])}); "
+                f"stage {stage.name} was done with another command ({' '.join(done['command'])}); "
                 f"now it would be {' '.join(stage.command)}. Use another --output, or remove this one to start again"
             )
         self.seconds[stage.name] = done["seconds"]
@@ -166,7 +167,7 @@ class StageRunner:
             )
         self.seconds[item.stage.name] = seconds
         record = self._records / f"{item.stage.name}.json"
-        done = {"made_by": _fingerprint(item.stage).values, "seconds": round(seconds, 1)}
+        done = {**_fingerprint(item.stage).values, "seconds": round(seconds, 1)}
         write_file(record, json.dumps(done) + "\n")
         self._console.print(f"{item.stage.name:<18} {item.stage.what} ({seconds:.0f} s)", highlight=False)
         return True
