@@ -25,6 +25,7 @@ from megatron_r1v2.checkpoint.hf.folders import check_output, read_json, write_j
 from megatron_r1v2.checkpoint.manifest import PROGRESS, TensorEntry
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, in_threads
 from megatron_r1v2.resilience.files import only_writer, partial_path, publish_folder, restore_replaced, write_file
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 
 _SPARE_BYTES = 64 * 1000**2
 _WORKERS = min(4, os.cpu_count() or 1)
@@ -196,12 +197,12 @@ def _begin(
     conversion: Conversion, partial: Path, files: Sequence[OutputFile], sources: Sequence[_Stamp]
 ) -> dict[str, FileRecord]:
     """Make the partial folder, or take an interrupted one over: return the records of its finished files."""
-    described = {"conversion": dict(conversion.options()), "sources": [list(stamp) for stamp in sources]}
+    fingerprint = Fingerprint.of(conversion=dict(conversion.options()), sources=sources)
     kept = partial / PROGRESS / "conversion.json"
-    if _read_record(kept) != described:
+    if _read_record(kept) != fingerprint.values:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / PROGRESS).mkdir(parents=True)
-        write_json(kept, described)
+        write_json(kept, fingerprint.values)
         return {}
     found = {file.name: (file, _read_record(_record_path(partial, file))) for file in files}
     records = {name: (file, cast(FileRecord, record)) for name, (file, record) in found.items() if record is not None}

@@ -15,7 +15,7 @@ import pytest
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.resilience.rank_watch import RankWatch
-from megatron_r1v2.resilience.signals import StepAbandoned, StopRequest
+from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
 from megatron_r1v2.stages.preemption import PreemptionHandler
 
 
@@ -35,26 +35,26 @@ class Scripted:
         )
         kept: Any = SimpleNamespace(drop_before=lambda step: self.events.append(("dropped", step)), enabled=True)
         recorder: Any = SimpleNamespace(
-            say=self.events.append,
+            log=self.events.append,
             note=self.values.update,
             values=self.values,
             step_seconds=lambda: self.step_seconds,
         )
-        self.stop_request = StopRequest(self.context.device)
+        self.stop_signals = StopSignals(self.context.device)
         self.handler = PreemptionHandler(
-            self.stop_request,
+            self.stop_signals,
             kept,
             checkpoints,
             lead_seconds=lead_seconds,
             recorder=recorder,
-            watch=RankWatch(lambda: "here", limit_seconds=60),
+            watch=RankWatch(self.context.store, lambda: "here", limit_seconds=60),
             context=self.context,
         )
 
     def receive(self, number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         deadline = time.monotonic() + 30
-        while number not in self.stop_request._received and time.monotonic() < deadline:
+        while number not in self.stop_signals._received and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
@@ -62,7 +62,7 @@ class Scripted:
 def run(tmp_path: Path) -> Iterator[Scripted]:
     scripted = Scripted(tmp_path, lead_seconds=10.0)
     try:
-        with scripted.stop_request:
+        with scripted.stop_signals:
             yield scripted
     finally:
         groups.shut_down()
