@@ -58,6 +58,7 @@ def data_uri(png: object) -> Picture | None:
         with Image.open(io.BytesIO(base64.b64decode(png, validate=True))) as file:
             file.thumbnail((MAX_SIDE, MAX_SIDE))
             image = file.convert("RGB")
+            image.info.clear()  # a comment or a colour profile would be saved with the pixels
     except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError):
         return None
     small = max(image.size) <= SMALL_SIDE

@@ -1,4 +1,4 @@
-"""Updates that are not made, because their gradient is not finite or too large: kept for inspection, and counted."""
+"""Updates that are left out, because their gradient is not finite or too large: kept for inspection, and counted."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.files import atomic_file
 from megatron_r1v2.types import TrainingBatch
 
 FOLDER = "skipped"
 
 
 class SkippedUpdates:
-    """Writes what a skipped update was made of, and ends the run when too many in a row are."""
+    """Keeps the batches of skipped updates, and ends the run when too many in a row are skipped."""
 
-    def __init__(self, folder: Path, *, settings: TrainConfig, context: ParallelContext) -> None:
-        """Prepare; writes nothing.
+    def __init__(self, folder: Path, *, max_gradient_norm: float, max_in_a_row: int, context: ParallelContext) -> None:
+        """Set the bounds; nothing is written yet.
 
         Args:
-            folder: where they go.
-            settings: the bounds.
+            folder: where the batches go.
+            max_gradient_norm: above which an update is skipped; 0: no bound (train.skip_above_grad_norm).
+            max_in_a_row: so many end the run (train.max_skipped_updates).
             context: the leader of each replica writes.
         """
         self.folder = folder
-        self.settings = settings
+        self.max_gradient_norm = max_gradient_norm
+        self.max_in_a_row = max_in_a_row
         self.context = context
         self.in_a_row = 0
 
     def reason(self, *, finite: bool, gradient_norm: float | None) -> str | None:
-        """Return why an update is not to be made; None: it is.
+        """Return why an update must be skipped; None: it can be applied.
 
         Args:
             finite: whether the gradient is, on all ranks.
@@ -40,29 +42,32 @@ class SkippedUpdates:
         """
         if not finite:
             return "its gradient is not finite"
-        bound = self.settings.skip_above_grad_norm
+        bound = self.max_gradient_norm
+        # "not <=" and not ">": a norm of NaN is above every bound.
         if bound and gradient_norm is not None and not gradient_norm <= bound:
             return f"its gradient norm {gradient_norm:.4g} is above train.skip_above_grad_norm={bound:g}"
         return None
 
     def add(self, batches: Sequence[TrainingBatch], *, version: int, reason: str) -> None:
-        """Keep the microbatches of an update that is skipped; called together by all ranks.
+        """Collective over the world: keep the microbatches of a skipped update, and count it.
 
         Args:
             batches: of this replica.
             version: optimizer steps before it.
-            reason: why.
+            reason: from `reason`, or another.
 
         Raises:
-            RuntimeError: so many in a row are as many as the bound.
+            RuntimeError: as many in a row are skipped as the bound.
         """
         self.in_a_row += 1
         if self.context.is_replica_leader:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"update-{version + 1:08d}-{self.in_a_row}-replica-{self.context.data_rank}.pt"
-            torch.save({"reason": reason, "version": version, "batches": [_plain(batch) for batch in batches]}, path)
+            name = f"update-{version + 1:08d}-{self.in_a_row}-replica-{self.context.data_rank}.pt"
+            with atomic_file(self.folder / name) as file:
+                torch.save(
+                    {"reason": reason, "version": version, "batches": [_loadable(batch) for batch in batches]}, file
+                )
         dist.barrier()  # a rank that ends the run must not take the others' files with it
-        bound = self.settings.max_skipped_updates
+        bound = self.max_in_a_row
         if self.in_a_row >= bound:
             raise RuntimeError(
                 f"update {version + 1} was skipped, since {reason}; with it train.max_skipped_updates={bound} in a row "
@@ -72,11 +77,11 @@ class SkippedUpdates:
             )
 
     def end_row(self) -> None:
-        """Say that an update was made."""
+        """Count from 0 again, after an update that was applied."""
         self.in_a_row = 0
 
 
-def _plain(batch: TrainingBatch) -> dict[str, object]:
+def _loadable(batch: TrainingBatch) -> dict[str, object]:
     """Return the fields as torch.load(weights_only=True) takes them, prompts by their keys."""
     fields = dict(vars(batch))
     fields["image_prompts"] = [prompt.key for prompt in batch.image_prompts]

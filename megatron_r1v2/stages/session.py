@@ -282,5 +282,10 @@ def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:
         features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
         packed=recipe.train.packing is not Packing.none,
         length_multiple=loaded.length_multiple,
-        skipped=SkippedUpdates(run_dir / SKIPPED_FOLDER, settings=recipe.train, context=context),
+        skipped=SkippedUpdates(
+            run_dir / SKIPPED_FOLDER,
+            max_gradient_norm=recipe.train.skip_above_grad_norm,
+            max_in_a_row=recipe.train.max_skipped_updates,
+            context=context,
+        ),
     )

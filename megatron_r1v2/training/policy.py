@@ -166,7 +166,7 @@ class Policy(Forward):
 
     def _largest_gradient_norm(self) -> float | None:
         """Collective over the world: compute the norm before clipping, where there is a bound on it."""
-        if not self.skipped.settings.skip_above_grad_norm:
+        if not self.skipped.max_gradient_norm:
             return None
         # It copies the gradients to where get_grad_norm reads them; the step does so again.
         self.optimizer.prepare_grads()

@@ -143,7 +143,7 @@ def test_hostile_text_stays_text(tmp_path):
     row = rollout(question=HOSTILE, text=HOSTILE, prompt_key=HOSTILE, answer=HOSTILE, finish_reason=HOSTILE)
     row |= {"claims": [[HOSTILE, HOSTILE, True]], "rewards": {HOSTILE: 1.0}, "image_png": HOSTILE, "correct": HOSTILE}
     write_lines(tmp_path / "rollouts.jsonl", [row])
-    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, f"timing_s/{HOSTILE}": 1.0, "timing_s/$x^$": 2.0}])
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, f"reward/{HOSTILE}/mean": 1.0, "reward/$x^$/mean": 2.0}])
     for name in ("before", "after"):
         write_lines(tmp_path / f"evaluation-{name}.rollouts.jsonl", [row])
         (tmp_path / f"evaluation-{name}.json").write_text(

@@ -1,0 +1,96 @@
+"""A run folder that is whole, still growing, damaged, or was restarted."""
+
+import json
+
+import pytest
+
+from megatron_r1v2.report.read import (
+    CHANGES,
+    PAIRS_SHOWN,
+    ROLLOUTS_PER_STEP,
+    STEPS_SHOWN,
+    each_line,
+    mean_of,
+    read_run,
+    rows_at,
+)
+
+
+def write(path, *rows, end=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+
+
+def test_metrics_are_numbers_by_step_and_of_a_step_done_twice_the_last(tmp_path):
+    rows = [{"step": 2, "a": 1}, {"step": 1, "a": 2.5, "b": "text", "c": True}, {"step": 2, "a": 3, "d": 4}, {"a": 9}]
+    write(tmp_path / "metrics.jsonl", *rows, end='{"step": 3, "a"')
+    run = read_run(tmp_path)
+    assert run.metrics == {1: {"a": 2.5}, 2: {"a": 3.0, "d": 4.0}}
+    assert list(run.metrics) == [1, 2]
+    assert run.series("a") == ([1, 2], [2.5, 3.0])
+    assert run.series("d") == ([2], [4.0])
+    assert run.notes == []
+
+
+def test_what_is_missing_is_noted_and_a_missing_folder_refused(tmp_path):
+    run = read_run(tmp_path)
+    assert run.notes == ["There is no metrics.jsonl yet, so no curves are shown."]
+    assert (run.rollouts, run.evaluations, run.settings) == ({}, [], "")
+    with pytest.raises(ValueError, match=r"run folder '.*none' does not exist"):
+        read_run(tmp_path / "none")
+
+
+def test_lines_are_found_again_by_their_bytes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "caf\xc3\xa9"}\n\xff\n\n{"b": 2}\n[1]\n{"c"')
+    notes = []
+    found = dict(each_line(path, notes))
+    assert list(found.values()) == [{"a": "caf\u00e9"}, {"b": 2}]
+    assert rows_at(path, list(found)[::-1]) == [{"b": 2}, {"a": "caf\u00e9"}]
+    assert notes == ["rows.jsonl: 2 damaged lines were left out."]
+
+
+def test_a_few_steps_and_a_few_rollouts_of_each_are_shown(tmp_path):
+    rows = [{"step": step, "n": n, "correct": n > 0} for step in range(1, 41) for n in range(10)]
+    write(tmp_path / "rollouts.jsonl", *rows)
+    run = read_run(tmp_path)
+    assert len(run.rollouts) == STEPS_SHOWN
+    assert (min(run.rollouts), max(run.rollouts)) == (1, 40)
+    for shown in run.rollouts.values():
+        assert len(shown) == ROLLOUTS_PER_STEP
+        assert [row["correct"] for row in shown].count(False) == 1
+
+
+def test_prompts_evaluated_before_and_after_are_paired(tmp_path):
+    right = {"before": [0, 0, 1, 1], "after": [0, 1, 0, 1]}
+    for name, values in right.items():
+        (tmp_path / f"evaluation-{name}.json").write_text("{}")
+        lines = [
+            {"prompt_key": f"{kind}-{n}", "correct": bool(value), "name": name}
+            for n in range(30)
+            for kind, value in enumerate(values)
+        ]
+        write(tmp_path / f"evaluation-{name}.rollouts.jsonl", *lines)
+    run = read_run(tmp_path)
+    assert [row["name"] for row in run.evaluations] == ["before", "after"]
+    assert run.changes == dict.fromkeys(CHANGES, 30)
+    assert len(run.pairs) == PAIRS_SHOWN
+    assert {pair.change for pair in run.pairs} == set(CHANGES)
+    for pair in run.pairs:
+        assert pair.before["prompt_key"] == pair.after["prompt_key"]
+        assert (pair.before["name"], pair.after["name"]) == ("before", "after")
+
+
+def test_an_evaluation_that_is_damaged_is_noted(tmp_path):
+    (tmp_path / "evaluation-broken.json").write_text("{")
+    (tmp_path / "evaluation-list.json").write_text("[]")
+    write(tmp_path / "evaluation-mid.json", {"pass_at_1": 0.5})
+    run = read_run(tmp_path)
+    assert run.evaluations == [{"name": "mid", "pass_at_1": 0.5}]
+    assert "evaluation-broken.json is not readable and was left out." in run.notes
+
+
+def test_the_mean_is_over_the_steps_that_have_a_finite_value():
+    values = {1: {"a": 1.0}, 2: {}, 3: {"a": float("nan")}, 4: {"a": 3.0}, 5: {"a": 5.0}}
+    assert mean_of(values, "a", slice(None)) == 3.0
+    assert mean_of(values, "a", slice(-2, None)) == 4.0
+    assert mean_of(values, "b", slice(None)) is None
