@@ -30,7 +30,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
         stage.updates.add_old_log_probs = lambda samples, prompts: {  # type: ignore[method-assign]
             name: with_old_log_probs(sample, torch.zeros(len(sample.token_ids))) for name, sample in samples.items()
         }
-        session.policy.skipped.settings.max_skipped_updates = 2
+        session.policy.skipped.max_in_a_row = 2
         with pytest.raises(RuntimeError, match=f"update {version + 1} was skipped, since its gradient is not finite"):
             take_steps(stage, 9)
         assert session.policy.version == version
