@@ -1,12 +1,102 @@
+"""One optimizer step: what it returns and moves, and that a step which must not be taken changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_r1v2.rl.supervised import supervised_loss
 from megatron_r1v2.stages.grpo.stage import GrpoStage
-from megatron_r1v2.stages.session import open_session
+from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.training.batches import with_old_log_probs
+from megatron_r1v2.training.policy import LossFunction, add_pairs, combine
+from megatron_r1v2.types import TrainingBatch
+from tests.stages.runs import recipe_for
 from tests.stages.tiny_run import tiny_recipe
+
+SKIPS = ("train.skip_above_grad_norm=1e-6", "train.max_skipped_updates=2")
+
+
+@pytest.fixture
+def session(root: Path, tmp_path: Path) -> Iterator[Session]:
+    with open_session(recipe_for(root, tmp_path / "run"), stage="align", shown=()) as opened:
+        yield opened
+
+
+def batches_of(session: Session) -> list[TrainingBatch]:
+    """Return two microbatches of reference responses."""
+    prompts = session.next_prompts()[:4]
+    samples = {prompt.key: session.response_encoder.sample(prompt, prompt.response or "") for prompt in prompts}
+    by_key = {prompt.key: prompt for prompt in prompts}
+    names = list(samples)
+    halves = [{name: samples[name] for name in part} for part in (names[:3], names[3:])]
+    return [part.batch for half in halves for part in session.microbatcher.split(half, by_key)]
+
+
+def negative_log_likelihood(batches: list[TrainingBatch]) -> LossFunction:
+    tokens = float(sum(batch.response_mask_BS.sum() for batch in batches))
+    return lambda values_BS, batch: supervised_loss(
+        values_BS, batch.response_mask_BS, denominator=tokens, weights_B=batch.weights_B
+    )
+
+
+def weights_of(session: Session) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in session.model.named_parameters()}
+
+
+def test_an_update_returns_its_loss_and_the_log_probs_before_it(session: Session) -> None:
+    batches = batches_of(session)
+    before, expected = weights_of(session), session.policy.compute_log_probs(batches)
+    session.policy.skipped.in_a_row = 1
+    result = session.policy.update(batches, negative_log_likelihood(batches))
+    assert (result.applied, result.reason, session.policy.version) == (True, None, 1)
+    assert session.policy.skipped.in_a_row == 0, "an applied update ends the row"
+    tokens = sum(batch.response_mask_BS.sum() for batch in batches)
+    assert result.loss == pytest.approx(float(-sum(values_BS.sum() for values_BS in expected) / tokens), rel=1e-5)
+    assert result.metrics["actor/nll"] == pytest.approx(result.loss, rel=1e-5)
+    assert result.gradient_norm > 0
+    assert len(result.log_probs) == len(batches) == 2
+    for ours, theirs in zip(result.log_probs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert not ours.requires_grad
+    assert result.logged().keys() >= {"actor/loss", "actor/grad_norm", "actor/nll"}
+    moved = {
+        name.split(".")[0] for name, weight in weights_of(session).items() if not torch.equal(weight, before[name])
+    }
+    assert moved == {"adapter"}
+    again = session.policy.update(batches, negative_log_likelihood(batches))
+    assert again.loss is not None
+    assert again.loss < result.loss
+
+
+def test_an_update_above_the_bound_is_not_applied(root: Path, tmp_path: Path) -> None:
+    with open_session(recipe_for(root, tmp_path / "run", SKIPS), stage="align", shown=()) as session:
+        before, batches = weights_of(session), batches_of(session)
+        loss = negative_log_likelihood(batches)
+        result = session.policy.update(batches, loss)
+        assert not result.applied
+        assert "above train.skip_above_grad_norm" in (result.reason or "")
+        assert (result.loss, result.logged(), session.policy.version) == (None, {}, 0)
+        assert len(result.log_probs) == len(batches), "they were computed"
+        assert all(torch.equal(weight, before[name]) for name, weight in weights_of(session).items())
+        assert session.policy.skipped.in_a_row == 1
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_log_probs_that_are_not_finite_skip_the_update(session: Session, value: float) -> None:
+    log_probs = [torch.zeros(2, 3), torch.full((1, 4), value)]
+    assert session.policy.skip_update_if_not_finite([], log_probs) is (value != 0.0)
+    assert session.policy.skipped.in_a_row == int(value != 0.0)
+
+
+def test_sums_add_up_by_name(session: Session) -> None:
+    parts = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([5.0, 6.0])}]
+    for added in (add_pairs(parts), combine(parts, session.context)):
+        assert {name: pair.tolist() for name, pair in added.items()} == {"a": [4.0, 6.0], "b": [5.0, 6.0]}
+        assert all(pair.dtype == torch.float64 for pair in added.values())
 
 
 def take_steps(stage: GrpoStage, count: int) -> None:
