@@ -1,1 +1,1 @@
-"""The stages that a user runs, and what their loops share."""
+"""The stages that a user runs, and the session, loop and validation that they share."""

@@ -1,4 +1,4 @@
-"""The calibrator of a running stage: settings, state and metrics around `rl/calibration.py`."""
+"""The calibrator of a running stage: state and metrics around the pure rule of `rl/calibration.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_r1v2.types import Prompt
 
 
 class Calibrator:
-    """Moves one value between what the recipe says and a bound, by the hallucination rates that it is told."""
+    """Moves one value between the recipe's and a bound, by measured hallucination rates."""
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class Calibrator:
 
     @property
     def value(self) -> float:
-        """Return the value of the moment."""
+        """Return the current value."""
         return interpolate(self.configured, self.bound, self.state.brake)
 
     @property
     def is_on(self) -> bool:
-        """Return whether there is a rate to hold."""
+        """Return whether a target rate is set."""
         return self.settings.target_rate > 0
 
     def check(self, prompts: Sequence[Prompt], folder: str) -> None:
@@ -70,7 +70,7 @@ class Calibrator:
             )
 
     def observe(self, rate: float | None, coverage: float | None) -> None:
-        """Decide on a measurement, and note what was decided.
+        """Move the value by a measurement, and note the decision.
 
         Args:
             rate: contradicted claims over claims; None: no claim was made.
@@ -96,5 +96,5 @@ class Calibrator:
             self.recorder.note({f"hallucination/{self.name}": self.value, "hallucination/brake": self.state.brake})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the part of a checkpoint that this restores itself from."""
+        """Return the state for a checkpoint."""
         return {"calibration": asdict(self.state)}

@@ -37,9 +37,11 @@ def run_steps(
             finished = (validated is not None and validated.goal_reached) or session.is_finished
         except StepAbandoned:  # in its evaluation: the step is done, and saved below
             session.recorder.log(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
+        # Once a step, here alone: all ranks must leave the loop after the same step.
         stopping = session.preemption.sync_stop_signal(session.step)
         pass_at_1 = validated.pass_at_1 if validated is not None else None
         if session.should_save(last=finished or stopping, pass_at_1=pass_at_1):
             with session.recorder.timed("save"):
+                # Called now, not before: the validation may have moved the calibrator, whose state belongs to it.
                 session.save({"finished": finished, **state()}, replay(), pass_at_1=pass_at_1)
         session.end_step()

@@ -21,6 +21,7 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
     """
     taken = {prompt.key for prompt in besides}
     found: dict[str, Prompt] = {}
+    # A few rounds, not an endless loop: a data set may have fewer distinct prompts than are wanted.
     for _ in range(20):
         for prompt in stream.next(count - len(found)):
             if prompt.key not in taken:

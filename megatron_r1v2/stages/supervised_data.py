@@ -1,4 +1,4 @@
-"""Given responses as samples: what the stages share that do not sample their own."""
+"""Given responses as samples, for the stages that do not sample their own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ResponseEncoder:
 
 @dataclass(frozen=True)
 class PairSource:
-    """Where pairs come from and who needs them, for the error when one is missing."""
+    """The origin of pairs and the stage that needs them, for the error when one is missing."""
 
     stage: str
     setting: str
@@ -114,6 +114,7 @@ def shard_samples(
     """
     units = units or {name: (name,) for name in samples}
     lengths = {unit: sum(len(samples[name].token_ids) for name in names) for unit, names in units.items()}
+    # By the tokens of whole units: the two rows of a pair are trained on one rank.
     owner = assign(lengths, context.data_size)
     mine = {unit: names for unit, names in units.items() if owner[unit] == context.data_rank}
     return microbatcher.split(
@@ -134,6 +135,7 @@ def take_update(
         loss: of a microbatch.
         recorder: gets the metrics.
     """
+    # Before the step: afterwards the optimizer has the rate of the next one.
     recorder.note({"actor/lr": current_learning_rate(policy.optimizer)})
     with recorder.timed("update"):
         result = policy.update(batches, loss)

@@ -1,4 +1,4 @@
-"""Pass@1 and hallucination on a validation split while a stage runs."""
+"""Validation while a stage runs: Pass@1 and hallucination on a split of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ValidationResult:
 
 
 class Validation:
-    """Evaluates every few steps and says when the stage has reached what it is to reach."""
+    """Evaluates every few steps, feeds the calibrator, and checks the goal of the stage."""
 
     def __init__(self, session: Session, evaluator: Evaluator, calibrator: Calibrator | None = None) -> None:
         """Read the validation split, when there is one.
@@ -28,7 +28,7 @@ class Validation:
         Args:
             session: the running stage.
             evaluator: on the model in training.
-            calibrator: told the hallucination rate whenever it is measured.
+            calibrator: gets the hallucination rate whenever it is measured.
         """
         settings = session.recipe.evaluation
         self.session = session
@@ -50,9 +50,11 @@ class Validation:
     def validate_if_due(self) -> ValidationResult | None:
         """Collective over the world: evaluate when it is time, and let the calibrator decide; None: it is not time."""
         session = self.session
+        # Without an interval, `all` of nothing is true: never due.
         if all(session.step % steps for steps in self.intervals):
             return None
         with session.recorder.timed("evaluate"):
+            # The tower may have been trained since the last time.
             self.evaluator.features.clear()
             result = self.evaluator.run(self.prompts, name="validation", step=session.step)
         session.recorder.note(validation_metrics(result))
@@ -68,7 +70,7 @@ class Validation:
 
 
 def validation_metrics(result: EvaluationResult) -> dict[str, float]:
-    """Return what is logged of an evaluation: the hallucination rate never without the coverage that it rests on.
+    """Return the metrics of an evaluation: the hallucination rate never without the coverage that it rests on.
 
     Args:
         result: of the validation split. A rate without a denominator (no claims, no facts) is left out.

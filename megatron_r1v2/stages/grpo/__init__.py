@@ -1,1 +1,1 @@
-"""The GRPO stage."""
+"""The GRPO stage: rollouts, selection with the buffer, updates."""

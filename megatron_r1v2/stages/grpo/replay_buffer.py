@@ -15,7 +15,7 @@ from megatron_r1v2.types import Prompt, Sample
 
 
 class ReplayBuffer:
-    """What GRPO replays; with `buffer.enabled=false` it stays empty, and only the way to the trainers is used."""
+    """The effective responses of earlier steps; empty with `buffer.enabled=false`, where samples only change ranks."""
 
     def __init__(
         self, settings: BufferConfig, context: ParallelContext, *, model_weight: float, restored: Restored
@@ -64,6 +64,7 @@ class ReplayBuffer:
         Returns:
             The samples that this rank trains, and their prompts.
         """
+        # Replayed samples are held by the rank that trained them first, fresh ones by the rank that generated them.
         return send_to_trainers(
             self.samples.samples | dict(fresh),
             self.samples.prompts | {prompt.key: prompt for prompt in prompts},
@@ -85,6 +86,7 @@ class ReplayBuffer:
         """
         if self.index is None:
             return
+        # The index decides alike on every rank; each then drops those of the samples that it holds.
         dropped = self.index.add(selection.fresh_entries, step)
         fresh = set(selection.plan.fresh)
         self.samples.add({name: sample for name, sample in samples.items() if name in fresh}, prompts)

@@ -1,4 +1,4 @@
-"""What a step trains on: advantages over all replicas, the buffer's draw, and which rank trains which sample."""
+"""The selection of a step's samples: advantages over all replicas, the buffer's draw, and the rank that trains each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample, ScoredRollou
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """A response as the selection sees it: everything but its tokens, which stay where they are."""
+    """A response without its tokens, which stay on the rank that generated them."""
 
     sample_id: str
     advantage: float
@@ -32,7 +32,7 @@ class SampleRecord:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a step trains on; the same on every rank."""
+    """The samples that a step trains on; the same on every rank."""
 
     records: Mapping[str, SampleRecord]
     """All responses of the step by sample id."""
@@ -49,7 +49,7 @@ class Selection:
 
     @property
     def fresh_entries(self) -> list[BufferEntry]:
-        """Return what the buffer may keep of this step."""
+        """Return the entries of this step that the buffer may keep."""
         return [self.records[sample_id].entry for sample_id in self.plan.fresh]
 
 
@@ -214,6 +214,7 @@ def _gather_responses(
     ]
     order = {prompt.key: index for index, prompt in enumerate(prompts)}
     everything = [item for part in objects.all_gather(light, context.groups.dp) for item in part]
+    # Which replica generated what is a matter of time; from here on nothing may depend on it.
     everything.sort(key=lambda item: (order[item[0].rollout.prompt_key], item[0].rollout.sample_index))
     return everything
 
@@ -225,6 +226,7 @@ def _make_records(
     epsilon: float,
     step: int,
 ) -> dict[str, SampleRecord]:
+    # In float64, as the rewards are: the buffer draws by these advantages.
     rewards_R = torch.tensor([response.total for response, _ in everything], dtype=torch.float64)
     advantages = group_advantages(rewards_R, group_size, epsilon).tolist()
     correct_R = torch.tensor([response.rule_correct for response, _ in everything])

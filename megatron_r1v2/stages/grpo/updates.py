@@ -1,4 +1,4 @@
-"""The training phase of a GRPO step: old log-probs of what is fresh, then the optimizer steps."""
+"""The training phase of a GRPO step: old log-probs of fresh samples, then the optimizer steps."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ class UpdatePhase:
         for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
             for row, name in enumerate(part.names):
                 result[name] = with_old_log_probs(fresh[name], log_probs_BS[row])
+        # Only now, with the weights that sampled: after the first update engine and training differ rightly.
         metrics = compute_mismatch(batches, log_probs, self.policy.context)
         self.recorder.note(metrics)
         check_mismatch(metrics, self.settings.max_log_prob_difference)
@@ -93,7 +94,7 @@ class UpdatePhase:
             prompts: theirs, by key.
             filler: fills the microbatch of a rank that has no sample.
         """
-        # Before the updates: the rate of the first, which is the rate of the step where there is one update.
+        # Before the updates: afterwards the optimizer has the rate of the next step.
         learning_rate = current_learning_rate(self.policy.optimizer)
         loss = partial(batch_loss, algorithm=self.settings, denominator=selection.denominator)
         results: list[UpdateResult] = []
@@ -139,7 +140,7 @@ def mean_of_updates(of_updates: Sequence[Mapping[str, float]]) -> dict[str, floa
 def batch_loss(
     log_probs_BS: torch.Tensor, batch: TrainingBatch, *, algorithm: AlgorithmConfig, denominator: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Give a microbatch to the GRPO loss.
+    """Compute the GRPO loss of a microbatch.
 
     Args:
         log_probs_BS: float32 [B, S] of the policy in training.
