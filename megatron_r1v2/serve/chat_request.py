@@ -1,194 +1,178 @@
-"""A chat completion request: which fields of OpenAI's API are understood, and what each accepts."""
+"""A chat completion request: the fields of OpenAI's API that are understood, and what each accepts."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Self
 
 from PIL import Image
+from pydantic import Field, InstanceOf, create_model, field_validator, model_validator
 
+from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER
-from megatron_r1v2.serve.requests import BadRequest, Limits, Turn, read_messages
+from megatron_r1v2.serve.messages import Turn, WireModel, read_fields, read_messages
+from megatron_r1v2.serve.web import RequestError
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+# Logits divided by less overflow.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2
 MAX_ALTERNATIVES = 20
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
-MAX_CHOICES = 128
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256
 
-_UNDERSTOOD = (
-    "messages",
-    "model",
-    "max_tokens",
-    "max_completion_tokens",
-    "temperature",
-    "top_p",
-    "n",
-    "stop",
-    "stream",
-    "stream_options",
-    "seed",
-    "logprobs",
-    "top_logprobs",
-)
-IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "service_tier",
-    "parallel_tool_calls",
-)
+IGNORED = frozenset(("user", "metadata", "store", "safety_identifier", "service_tier", "parallel_tool_calls"))
+IGNORED |= {"prompt_cache_key", "prompt_cache_retention"}
 """They change nothing about the answer."""
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "top_k": (-1, 0),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "reasoning_effort": ("medium",),
-    "verbosity": ("medium",),
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), ("medium",)),
+    **dict.fromkeys(("include_reasoning", "skip_special_tokens", "add_generation_prompt"), (True,)),
     "chat_template_kwargs": ({}, {"enable_thinking": True}),
-    "include_reasoning": (True,),
-    "length_penalty": (1,),
-    "min_tokens": (0,),
-    "best_of": (1,),
     "ignore_eos": (False,),
-    "skip_special_tokens": (True,),
-    "add_generation_prompt": (True,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "top_k": (-1, 0),
 }
 """Not supported; accepted where they would change nothing: the value is what is done anyway."""
 
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a server does where a request says nothing, and how far a request may go."""
-
-    model: str
-    max_response_tokens: int
-    temperature: float
-    top_p: float
-    max_choices: int = MAX_CHOICES
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+_STOP = f"a text, or a list of at most {MAX_STOP_STRINGS}, each of 1 to {MAX_STOP_LENGTH} characters"
+_FLAG, _INTEGER, _NUMBER = "true or false", "a whole number", "a number"
 
 
-@dataclass(frozen=True)
-class ChatRequest:
-    """A checked request."""
+class StreamOptions(WireModel):
+    """The options of a stream."""
 
-    messages: tuple[Mapping[str, str], ...]
-    """"<image>" in a content marks the place of an image."""
-    images: tuple[Image.Image, ...]
-    """In order of appearance."""
-    max_tokens: int
-    temperature: float
-    top_p: float
-    num_choices: int
-    stop: tuple[str, ...]
-    stream: bool
-    include_usage: bool
+    include_usage: bool = False
     """Whether a stream ends with the token counts."""
-    seed: int | None
+
+
+class ChatRequest(WireModel):
+    """The fields of a request that decide its answer; `served_request` gives them the bounds of a server."""
+
+    turns: tuple[InstanceOf[Turn], ...] = Field((), alias="messages", validate_default=True)
+    model: str = ""
+    max_tokens: int = 0
+    max_completion_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    n: int = 1
+    stop: tuple[StopString, ...] = Field((), max_length=MAX_STOP_STRINGS, description=_STOP)
+    stream: bool = Field(False, description=_FLAG)
+    stream_options: StreamOptions = Field(StreamOptions(), description=f"an object with include_usage, {_FLAG}")
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description=_INTEGER)
     """None: the server draws one."""
-    num_alternatives: int | None
-    """Alternatives told for each token; None: no log-probs at all."""
+    logprobs: bool = Field(False, description=_FLAG)
+    top_logprobs: int = Field(0, ge=0, le=MAX_ALTERNATIVES, description=_INTEGER)
+
+    @property
+    def messages(self) -> tuple[Mapping[str, str], ...]:
+        """Return the messages as a shard holds them: "<image>" marks the place of an image."""
+        return tuple({"role": turn.role, "content": _join(turn.parts)} for turn in self.turns)
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """Return the images in order of appearance."""
+        return tuple(part for turn in self.turns for part in turn.parts if not isinstance(part, str))
+
+    @property
+    def response_tokens(self) -> int:
+        """Return the length of the longest response that is wanted."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @field_validator("turns", mode="before")
+    @classmethod
+    def _read_turns(cls, value: object) -> tuple[Turn, ...]:
+        turns = read_messages(value)
+        for index, turn in enumerate(turns):
+            if any(IMAGE_PLACEHOLDER in part for part in turn.parts if isinstance(part, str)):
+                refusal = (
+                    f"messages[{index}].content has {IMAGE_PLACEHOLDER!r} in its text, which stands for an image; send "
+                    "the image as a part of type image_url in its place"
+                )
+                raise RequestError(refusal, param="messages")
+        if turns[-1].role != "user":
+            refusal = f"messages[{len(turns) - 1}].role={turns[-1].role!r}: the last message must be the user's"
+            raise RequestError(refusal, param="messages")
+        return tuple(turns)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _read_stop(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        refusal, param = "", ""
+        if "max_tokens" in self.model_fields_set and self.max_completion_tokens not in (None, self.max_tokens):
+            limits = f"max_completion_tokens={self.max_completion_tokens} and max_tokens={self.max_tokens}"
+            refusal, param = f"{limits} name one limit; send one of them", "max_tokens"
+        elif 0 < self.temperature < MIN_TEMPERATURE:
+            accepted = f"0 (the most probable token), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+            refusal, param = f"temperature={self.temperature:g}; accepted: {accepted}", "temperature"
+        elif self.top_p == 0:
+            refusal, param = "top_p=0 leaves no token; accepted: more than 0, at most 1", "top_p"
+        elif "top_logprobs" in self.model_fields_set and not self.logprobs:
+            refusal, param = "top_logprobs needs logprobs=true", "top_logprobs"
+        if refusal:
+            raise RequestError(refusal, param=param)
+        return self
 
 
-def read_chat_request(content: dict[str, Any], defaults: Defaults, limits: Limits) -> ChatRequest:
-    """Check a request.
+def served_request(name: str, settings: GenerationConfig, *, max_choices: int) -> type[ChatRequest]:
+    """Return the request as a server accepts it: its limits and defaults stand at the fields, as the fixed ones do.
 
     Args:
-        content: the JSON object.
-        defaults: of the server.
-        limits: on messages and images.
-
-    Returns:
-        The request, its images decoded.
-
-    Raises:
-        BadRequest: naming the field, the value and what is accepted.
+        name: of the model.
+        settings: the longest response, and the defaults of the sampling.
+        max_choices: responses to one request.
     """
-    content = {name: value for name, value in content.items() if value is not None}
-    _check_fields(content)
-    if content.get("model", defaults.model) != defaults.model:
-        raise BadRequest(
-            f"model={content['model']!r} is not served here; accepted: {defaults.model!r}", 404, param="model"
-        )
-    temperature = _number(content, "temperature", defaults.temperature, 0, MAX_TEMPERATURE)
-    if 0 < temperature < MIN_TEMPERATURE:
-        # Logits divided by less overflow.
-        raise BadRequest(
-            f"temperature={temperature:g}; accepted: 0 (the most probable token), or {MIN_TEMPERATURE:g} to "
-            f"{MAX_TEMPERATURE:g}",
-            param="temperature",
-        )
-    top_p = _number(content, "top_p", defaults.top_p, 0, 1)
-    if top_p == 0:
-        raise BadRequest("top_p=0 leaves no token; accepted: more than 0, at most 1", param="top_p")
-    options = content.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise BadRequest(f"stream_options={options!r}; accepted: an object with include_usage", param="stream_options")
-    turns = read_messages(content, limits)
-    messages, images = _to_prompt(turns)
-    return ChatRequest(
-        messages=messages,
-        images=images,
-        max_tokens=_max_tokens(content, defaults.max_response_tokens),
-        temperature=temperature,
-        top_p=top_p,
-        num_choices=_integer(content, "n", 1, 1, defaults.max_choices),
-        stop=_stop(content.get("stop", [])),
-        stream=_flag(content, "stream"),
-        include_usage=_flag(options, "include_usage"),
-        seed=_integer(content, "seed", 0, -(2**63), 2**63 - 1) if "seed" in content else None,
-        num_alternatives=_alternatives(content),
+    most = settings.max_response_tokens
+    return create_model(
+        "ServedRequest",
+        __base__=ChatRequest,
+        model=(str, name),
+        max_tokens=(int, Field(most, ge=1, le=most, description=_INTEGER)),
+        max_completion_tokens=(int | None, Field(None, ge=1, le=most, description=_INTEGER)),
+        temperature=(float, Field(settings.temperature, ge=0, le=MAX_TEMPERATURE, description=_NUMBER)),
+        top_p=(float, Field(settings.top_p, ge=0, le=1, description=_NUMBER)),
+        n=(int, Field(1, ge=1, le=max_choices, description=_INTEGER)),
     )
 
 
-def _check_fields(content: Mapping[str, Any]) -> None:
-    for name, value in content.items():
-        if name in _UNDERSTOOD or name in IGNORED:
-            continue
+def read_chat_request(content: Mapping[str, object], model: type[ChatRequest]) -> ChatRequest:
+    """Check a request and decode its images.
+
+    Args:
+        content: the JSON object; null is as good as nothing.
+        model: from `served_request`.
+
+    Raises:
+        RequestError: naming the field, the value and what is accepted.
+    """
+    content = {name: value for name, value in content.items() if value is not None}
+    _check_names(content)
+    served = model.model_fields["model"].default
+    if content.get("model", served) != served:
+        raise RequestError(f"model={content['model']!r} is not served here; accepted: {served!r}", 404, param="model")
+    return read_fields(model, content)
+
+
+def _check_names(content: Mapping[str, object]) -> None:
+    """Refuse fields that are unknown, and unsupported ones that would change the answer."""
+    understood = [field.alias or name for name, field in ChatRequest.model_fields.items()]
+    for name in (name for name in content if name not in IGNORED and name not in understood):
         if name not in NEUTRAL:
-            close = difflib.get_close_matches(name, _UNDERSTOOD, n=1)
-            advice = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(_UNDERSTOOD)}"
-            raise BadRequest(f"unknown field {name!r}; {advice}", param=name)
-        if value not in NEUTRAL[name]:
+            close = difflib.get_close_matches(name, understood, n=1)
+            advice = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(understood)}"
+            raise RequestError(f"unknown field {name!r}; {advice}", param=name)
+        if content[name] not in NEUTRAL[name]:
             accepted = " or ".join(repr(neutral) for neutral in NEUTRAL[name])
-            raise BadRequest(f"{name}={value!r} is not supported; accepted: {accepted}, or leave it out", param=name)
-
-
-def _to_prompt(turns: Sequence[Turn]) -> tuple[tuple[Mapping[str, str], ...], tuple[Image.Image, ...]]:
-    """Return the messages as a shard holds them, images marked by "<image>", and the images."""
-    if turns[-1].role != "user":
-        raise BadRequest(
-            f"messages[{len(turns) - 1}].role={turns[-1].role!r}: the last message must be the user's", param="messages"
-        )
-    messages = []
-    for index, turn in enumerate(turns):
-        if any(IMAGE_PLACEHOLDER in part for part in turn.parts if isinstance(part, str)):
-            raise BadRequest(
-                f"messages[{index}].content has {IMAGE_PLACEHOLDER!r} in its text, which stands for an image; send the "
-                "image as a part of type image_url in its place",
-                param="messages",
-            )
-        text = _join(turn.parts)
-        if not _is_text(text):
-            raise BadRequest(
-                f"messages[{index}].content has half of a surrogate pair; send valid Unicode", param="messages"
-            )
-        messages.append({"role": turn.role, "content": text})
-    return tuple(messages), tuple(part for turn in turns for part in turn.parts if not isinstance(part, str))
+            refusal = f"{name}={content[name]!r} is not supported; accepted: {accepted}, or leave it out"
+            raise RequestError(refusal, param=name)
 
 
 def _join(parts: Sequence[str | Image.Image]) -> str:
@@ -202,72 +186,3 @@ def _join(parts: Sequence[str | Image.Image]) -> str:
         else:
             text += part
     return text
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _max_tokens(content: Mapping[str, Any], limit: int) -> int:
-    names = ("max_completion_tokens", "max_tokens")
-    given = {name: _integer(content, name, limit, 1, limit) for name in names if name in content}
-    if len(set(given.values())) > 1:
-        told = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise BadRequest(f"{told} name one limit; send one of them", param="max_tokens")
-    return next(iter(given.values()), limit)
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(texts, list)
-        or len(texts) > MAX_STOP_STRINGS
-        or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in texts)
-    ):
-        raise BadRequest(
-            f"stop={_short(value)}; accepted: a text, or a list of at most {MAX_STOP_STRINGS}, each of 1 to "
-            f"{MAX_STOP_LENGTH} characters",
-            param="stop",
-        )
-    return tuple(texts)
-
-
-def _alternatives(content: Mapping[str, Any]) -> int | None:
-    wanted = _flag(content, "logprobs")
-    if "top_logprobs" in content and not wanted:
-        raise BadRequest("top_logprobs needs logprobs=true", param="top_logprobs")
-    return _integer(content, "top_logprobs", 0, 0, MAX_ALTERNATIVES) if wanted else None
-
-
-def _number(content: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = content.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRequest(f"{name}={_short(value)}; accepted: a number from {low:g} to {high:g}", param=name)
-    if not low <= value <= high:  # nan is in no range
-        raise BadRequest(f"{name}={_short(value)} is out of range; accepted: {low:g} to {high:g}", param=name)
-    return float(value)
-
-
-def _integer(content: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = content.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise BadRequest(f"{name}={_short(value)}; accepted: a whole number from {low} to {high}", param=name)
-    if not low <= value <= high:
-        raise BadRequest(f"{name}={_short(value)} is out of range; accepted: {low} to {high}", param=name)
-    return value
-
-
-def _flag(content: Mapping[str, Any], name: str) -> bool:
-    value = content.get(name, False)
-    if not isinstance(value, bool):
-        raise BadRequest(f"{name}={_short(value)}; accepted: true or false", param=name)
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

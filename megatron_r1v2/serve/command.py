@@ -1,31 +1,14 @@
-"""The command line of `r1v2 serve`."""
+"""The command line of `r1v2 serve`.
 
-from __future__ import annotations
-
-import argparse
-import ipaddress
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-
-from megatron_r1v2.config.command_line import command_parser, quiet_libraries, tell_bad_input
-from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.config.validate import check_stage
-from megatron_r1v2.serve.access import bind, read_api_key
-
-_DESCRIPTION = """\
-Serve a model by OpenAI's chat completions API, images as base64 data URLs; requests are batched by the engine that
-makes the rollouts.
+Serve a Megatron checkpoint by OpenAI's chat completions API, images as base64 data URLs, without an export: for
+evaluating and trying a model. Requests are batched by the engine that makes the rollouts. To serve in production,
+export the model (python -m checkpoint_tools.megatron_to_hf --layout chat) and run vLLM on the export.
 
 CHECKPOINT is one of
   a folder of a run, or one of its checkpoints   the settings are those of the run, the base is its model.hf_path
   a folder of a whole model in HF's layout       the settings are the defaults
-and section.key=value changes a setting (python -m megatron_r1v2 evaluate --help lists them all)."""
+and section.key=value changes a setting (python -m megatron_r1v2 evaluate --help lists them all).
 
-_EPILOG = """\
 settings that matter here
   generation.max_response_tokens   the longest response, and the default of max_tokens: 65536 for long reasoning
   data.max_prompt_tokens           the longest prompt; data.max_tiles: tiles of its images
@@ -47,52 +30,57 @@ requests
   would change the answer and is not done is refused with 400: tools, role tool, response_format, penalties,
   reasoning_effort other than "medium", chat_template_kwargs other than enable_thinking=true; unknown fields too, and
   texts with a control token of the model (<|im_end|>, <img>).
-  A connection has 10 seconds for the headers of a request and 60 for its body. Bodies that are held at once may be 16
-  times --max-body-mib together, then clients are told 503.
+  A body has 60 seconds to arrive, and 16 are read at once. Against clients that connect and send slowly or nothing, put
+  a proxy in front (nginx, say, which passes on whole requests): past a limit of connections all clients are told 503.
 
 GET /health says whether requests are taken, GET /metrics counts for Prometheus. SIGTERM ends the server: it takes no
-more requests and gives those under way --grace-seconds."""
+more requests and gives those under way --grace-seconds.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_r1v2.config.command_line import command_parser, quiet_libraries, tell_bad_input
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.validate import check_stage
+from megatron_r1v2.serve.options import ChatOptions, bind, parse_options, read_api_key
 
 
 def main(argv: Sequence[str]) -> None:
     """Serve until the process is asked to end; exit 2 on bad input."""
-    arguments = _parser().parse_intermixed_args(argv)
+    parser = command_parser("serve", (__doc__ or "").partition("\n\n")[2])
+    parser.usage = "[torchrun ... -m | python -m] megatron_r1v2 serve CHECKPOINT [section.key=value ...] [options]"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see above")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="changes a setting")
+    arguments, options = parse_options(ChatOptions, parser, argv)
     quiet_libraries()
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with tell_bad_input():
         recipe = serving_recipe(arguments.checkpoint, arguments.settings)
         check_stage(recipe, "serve")
         check_one_replica(recipe, world_size)
-        key = read_api_key(arguments.api_key_variable, arguments.api_key_file)
+        key = read_api_key(options.api_key_variable, options.api_key_file)
         # Only rank 0 listens; an address in use is found before the model is loaded.
-        listener = bind(arguments.host, arguments.port) if rank == 0 else None
-        if listener and not key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            print(
-                f"warning: anyone who reaches {arguments.host} may use this server; set --api-key-file", file=sys.stderr
-            )
+        listener = bind(options.host, options.port) if rank == 0 else None
+    if listener and not key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        print(f"warning: anyone who reaches {options.host} may use this server; set --api-key-file", file=sys.stderr)
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
-    from megatron_r1v2.serve.requests import Limits
-    from megatron_r1v2.serve.run import ServeOptions, serve
+    from megatron_r1v2.serve.run import serve
 
-    options = ServeOptions(
-        name=arguments.name or Path(arguments.checkpoint).resolve().name,
-        limits=Limits(
-            body_bytes=int(arguments.max_body_mib * 2**20),
-            images=arguments.max_images,
-            image_pixels=int(arguments.max_image_megapixels * 1e6),
-        ),
-        max_queue=arguments.max_queue,
-        request_seconds=arguments.request_seconds,
-        grace_seconds=arguments.grace_seconds,
-        api_key=key,
-        reasoning_ends=arguments.reasoning_ends,
-    )
+    named = options.model_copy(update={"name": options.name or Path(arguments.checkpoint).resolve().name})
     with tell_bad_input():
-        serve(recipe, options, listener)
+        serve(recipe, named, key, listener)
 
 
 def serving_recipe(checkpoint: str, settings: Sequence[str]) -> RunRecipe:
-    """Return the settings of what is to be served.
+    """Return the settings of the model to be served.
 
     Args:
         checkpoint: an HF folder, a run, or a checkpoint of one.
@@ -109,7 +97,7 @@ def serving_recipe(checkpoint: str, settings: Sequence[str]) -> RunRecipe:
     if (folder / "config.json").is_file():
         recipe = load_recipe(None, settings)
         return replace(recipe, model=replace(recipe.model, hf_path=str(folder)))
-    from megatron_r1v2.training.store import RECIPE_FILE, resolve_checkpoint
+    from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, resolve_checkpoint
 
     found = resolve_checkpoint(folder)
     if not (found / RECIPE_FILE).is_file():
@@ -131,50 +119,3 @@ def check_one_replica(recipe: RunRecipe, world_size: int) -> None:
             f"processes and there are {world_size}; start torchrun --nproc-per-node {needed} -m megatron_r1v2 serve, "
             "or change the layout; for more replicas start one server for each"
         )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("serve", _DESCRIPTION, epilog=_EPILOG)
-    parser.usage = "[torchrun ... -m | python -m] megatron_r1v2 serve CHECKPOINT [section.key=value ...] [options]"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see above")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="changes a setting")
-    parser.add_argument("--name", default="", help="of the model, for clients (default: the folder's name)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
-    parser.add_argument("--api-key-variable", default="", help="environment variable with the key clients must send")
-    parser.add_argument("--api-key-file", default="", help="file with the key clients must send")
-    parser.add_argument(
-        "--reasoning-ends",
-        default="",
-        metavar="TEXT",
-        help="such as '</think>': what stands before it is told as reasoning_content, and content is the answer alone",
-    )
-    parser.add_argument("--max-queue", type=_count, default=256, help="responses that may wait (default: 256)")
-    parser.add_argument("--max-body-mib", type=_positive, default=64.0, help="largest request (default: 64)")
-    parser.add_argument("--max-images", type=_count, default=16, help="images in a request (default: 16)")
-    parser.add_argument("--max-image-megapixels", type=_positive, default=40.0, help="of one image (default: 40)")
-    parser.add_argument(
-        "--request-seconds", type=_positive, default=3600.0, help="a request that takes longer is ended (default: 3600)"
-    )
-    parser.add_argument(
-        "--grace-seconds", type=_count, default=20, help="for what is under way at SIGTERM (default: 20)"
-    )
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number, 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a number above 0")
-    return value

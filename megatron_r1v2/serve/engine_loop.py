@@ -1,4 +1,4 @@
-"""The engine's side of a server: one loop on every rank of the replica, told by rank 0 what to do before each step."""
+"""The engine's side of a server: one loop on every rank of the replica, led by rank 0's command before each step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_r1v2.parallel import objects
 
 # How long rank 0 sleeps at most before it looks for a signal.
 _NAP_SECONDS = 0.2
-# Idle ranks are told so this often: they wait in a collective, which has a time limit.
+# Idle ranks get an empty command this often: they wait in a collective, which has a time limit.
 HEARTBEAT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Orders:
+class Command:
     """What happens before the next step of the engine."""
 
     new: tuple[Request, ...] = ()
@@ -32,39 +32,28 @@ class Orders:
     """End the loop."""
 
 
-class Inbox:
-    """Where the web server's thread leaves orders for the engine's thread."""
+class CommandQueue:
+    """Wishes of the web server's thread, until the engine's thread takes all of them as one command."""
 
     def __init__(self) -> None:
-        """Make it empty."""
         self._changed = threading.Condition()
         self._new: list[Request] = []
         self._cancelled: list[int] = []
         self._stop = False
 
-    def add(self, requests: Sequence[Request]) -> None:
-        """Order responses."""
+    def put(self, *, new: Sequence[Request] = (), cancelled: Sequence[int] = (), stop: bool = False) -> None:
+        """Ask for responses, for the end of others (by request id), or for the end of the loop."""
         with self._changed:
-            self._new += requests
+            self._new += new
+            self._cancelled += cancelled
+            self._stop = self._stop or stop
             self._changed.notify()
 
-    def cancel(self, request_ids: Sequence[int]) -> None:
-        """Order that requests end."""
-        with self._changed:
-            self._cancelled += request_ids
-            self._changed.notify()
-
-    def stop(self) -> None:
-        """Order the end of the loop."""
-        with self._changed:
-            self._stop = True
-            self._changed.notify()
-
-    def take(self, *, wait_seconds: float, each_nap: Callable[[], None]) -> Orders:
-        """Return all that was ordered.
+    def take(self, *, wait_seconds: float, each_nap: Callable[[], None]) -> Command:
+        """Return all that was asked for.
 
         Args:
-            wait_seconds: for the first order; 0: what is there.
+            wait_seconds: for the first wish; 0: none is waited for.
             each_nap: called now and then while waiting.
         """
         deadline = time.monotonic() + wait_seconds
@@ -72,14 +61,14 @@ class Inbox:
             while not (self._new or self._cancelled or self._stop) and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(min(left, _NAP_SECONDS))
                 each_nap()
-            orders = Orders(tuple(self._new), tuple(self._cancelled), self._stop)
+            command = Command(tuple(self._new), tuple(self._cancelled), self._stop)
             self._new, self._cancelled = [], []
-        return orders
+        return command
 
 
-def lead(
+def run_leader(
     engine: RolloutEngine,
-    inbox: Inbox,
+    queue: CommandQueue,
     *,
     max_response_tokens: int,
     deliver: Callable[[list[DrawnToken]], None],
@@ -87,57 +76,49 @@ def lead(
     control: dist.ProcessGroup | None,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> None:
-    """Run the engine on rank 0 until the inbox says stop.
+    """Collective over `control`: run the engine on rank 0 until the queue says stop.
 
     Args:
         engine: of this rank.
-        inbox: what is to be done.
+        queue: the commands.
         max_response_tokens: the longest response.
         deliver: takes the tokens of each step.
         each_turn: called before each step, and now and then while there is nothing to do.
         control: group of the replica's ranks; None for a rank alone.
-        heartbeat_seconds: the longest that the other ranks hear nothing.
+        heartbeat_seconds: the longest that the other ranks wait for a command.
     """
-    features = _no_cache()
+
+    def next_command(is_idle: bool) -> Command:
+        each_turn()
+        command = queue.take(wait_seconds=heartbeat_seconds if is_idle else 0, each_nap=each_turn)
+        return command if control is None else objects.broadcast_from_first(command, control)
+
+    _run(engine, max_response_tokens, next_command, deliver)
+
+
+def run_follower(engine: RolloutEngine, *, max_response_tokens: int, control: dist.ProcessGroup) -> None:
+    """Collective over `control`: run the engine on another rank, step by step with rank 0, until that stops."""
+    _run(engine, max_response_tokens, lambda is_idle: objects.broadcast_from_first(None, control), lambda tokens: None)
+
+
+def _run(
+    engine: RolloutEngine,
+    max_response_tokens: int,
+    next_command: Callable[[bool], Command],
+    deliver: Callable[[list[DrawnToken]], None],
+) -> None:
+    # A cache that keeps nothing: the embeddings of an image live as long as the requests that look at it.
+    features = FeatureCache(0)
     with engine.phase(max_response_tokens) as phase:
-        while True:
-            each_turn()
-            orders = inbox.take(wait_seconds=0 if phase.num_in_flight else heartbeat_seconds, each_nap=each_turn)
-            if control is not None:
-                orders = objects.broadcast_from_first(orders, control)
-            if orders.stop:
-                return
-            _obey(engine, phase, orders, features)
+        while not (command := next_command(not phase.num_in_flight)).stop:
+            apply_command(engine, phase, command, features)
             if phase.num_in_flight:
                 deliver(phase.step())
 
 
-def follow(engine: RolloutEngine, *, max_response_tokens: int, control: dist.ProcessGroup) -> None:
-    """Run the engine on another rank, step by step with rank 0, until that stops.
-
-    Args:
-        engine: of this rank.
-        max_response_tokens: the longest response.
-        control: group of the replica's ranks.
-    """
-    features = _no_cache()
-    with engine.phase(max_response_tokens) as phase:
-        while True:
-            orders: Orders = objects.broadcast_from_first(None, control)
-            if orders.stop:
-                return
-            _obey(engine, phase, orders, features)
-            if phase.num_in_flight:
-                phase.step()
-
-
-def _no_cache() -> FeatureCache:
-    """Return a cache that keeps nothing: the embeddings of an image live as long as the requests that look at it."""
-    return FeatureCache(0)
-
-
-def _obey(engine: RolloutEngine, phase: GenerationPhase, orders: Orders, features: FeatureCache) -> None:
-    if orders.new:
-        engine.add(phase, orders.new, features)
-    for request_id in orders.cancelled:
+def apply_command(engine: RolloutEngine, phase: GenerationPhase, command: Command, features: FeatureCache) -> None:
+    """Collective over the replica: begin and cancel requests; all ranks encode the new images together."""
+    if command.new:
+        engine.add(phase, command.new, features)
+    for request_id in command.cancelled:
         phase.cancel(request_id)

@@ -10,17 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.data.messages import openai_messages
-from megatron_r1v2.serve.chat_request import Defaults, read_chat_request
-from megatron_r1v2.serve.requests import BadRequest, Limits, error_response
+from megatron_r1v2.serve.chat_request import read_chat_request, served_request
+from megatron_r1v2.serve.web import RequestError, error_body
 from tests.tiny import tiny_png
 
-DEFAULTS = Defaults(model="tiny", max_response_tokens=65536, temperature=0.6, top_p=0.95, max_choices=8)
+SETTINGS = GenerationConfig(max_response_tokens=65536, temperature=0.6, top_p=0.95)
+SERVED = served_request("tiny", SETTINGS, max_choices=8)
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 def read(**fields):
-    return read_chat_request({"messages": MESSAGES, **fields}, DEFAULTS, Limits(images=3))
+    return read_chat_request({"messages": MESSAGES, **fields}, SERVED)
 
 
 def image_part(data: bytes = b"", kind: str = "png") -> dict:
@@ -30,13 +32,13 @@ def image_part(data: bytes = b"", kind: str = "png") -> dict:
 
 def test_what_is_not_said_is_the_servers_default():
     asked = read()
-    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.num_choices) == (65536, 0.6, 0.95, 1)
-    assert (asked.stop, asked.stream, asked.include_usage, asked.seed, asked.num_alternatives) == (
+    assert (asked.response_tokens, asked.temperature, asked.top_p, asked.n) == (65536, 0.6, 0.95, 1)
+    assert (asked.stop, asked.stream, asked.stream_options.include_usage, asked.seed, asked.logprobs) == (
         (),
         False,
         False,
         None,
-        None,
+        False,
     )
     assert read(temperature=None, stop=None, seed=None, max_tokens=None) == asked
     assert read(user="me", store=False, presence_penalty=0, frequency_penalty=0.0, tools=[], top_k=-1) == asked
@@ -56,12 +58,12 @@ def test_what_is_said_is_taken():
         logprobs=True,
         top_logprobs=20,
     )
-    assert (asked.temperature, asked.top_p, asked.num_choices, asked.stop, asked.seed) == (0.0, 1.0, 8, ("END",), -3)
+    assert (asked.temperature, asked.top_p, asked.n, asked.stop, asked.seed) == (0.0, 1.0, 8, ("END",), -3)
     assert asked.stream
-    assert asked.include_usage
-    assert asked.num_alternatives == 20
-    assert read(max_tokens=5, max_completion_tokens=5).max_tokens == 5
-    assert read(logprobs=True).num_alternatives == 0
+    assert asked.stream_options.include_usage
+    assert (asked.logprobs, asked.top_logprobs) == (True, 20)
+    assert read(max_tokens=5, max_completion_tokens=5).response_tokens == 5
+    assert (read(logprobs=True).logprobs, read(logprobs=True).top_logprobs) == (True, 0)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +121,11 @@ def test_what_is_said_is_taken():
     ],
 )
 def test_a_refusal_names_the_field_the_value_and_what_is_accepted(fields, param, told):
-    with pytest.raises(BadRequest, match=told) as caught:
+    with pytest.raises(RequestError, match=told) as caught:
         read(**fields)
     assert caught.value.status == 400
     assert caught.value.param == param
-    body = json.loads(error_response(400, str(caught.value), param=param).body)
+    body = json.loads(json.dumps(error_body(400, str(caught.value), param=param), ensure_ascii=False).encode())
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["param"] == (param and param.replace("\ud800", "\\ud800"))
 
@@ -172,11 +174,11 @@ def test_developer_is_system_and_an_assistant_may_have_said_nothing():
 
 
 def test_other_models_and_too_many_images_are_refused():
-    with pytest.raises(BadRequest, match="model='gpt' is not served here; accepted: 'tiny'") as caught:
+    with pytest.raises(RequestError, match="model='gpt' is not served here; accepted: 'tiny'") as caught:
         read(model="gpt")
     assert caught.value.status == 404
-    with pytest.raises(BadRequest, match="more than 3 images") as caught:
-        read(messages=[{"role": "user", "content": [image_part()] * 4}])
+    with pytest.raises(RequestError, match="more than 16 images") as caught:
+        read(messages=[{"role": "user", "content": [image_part()] * 17}])
     assert caught.value.status == 413
 
 
@@ -189,7 +191,7 @@ def test_messages_become_the_prompt_they_were_made_of():
         {"role": "user", "content": "<image><image>\nand now?"},
     )
     images = [tiny_png(seed) for seed in range(3)] + [tiny_png(9)]
-    asked = read_chat_request({"messages": openai_messages(prompt, images)}, DEFAULTS, Limits())
+    asked = read_chat_request({"messages": openai_messages(prompt, images)}, SERVED)
     assert asked.messages == prompt
     assert len(asked.images) == 4
 
@@ -228,7 +230,10 @@ def test_whatever_is_sent_is_taken_or_refused_and_never_crashes(fields):
     refused = None
     try:
         read(**fields)
-    except BadRequest as error:
+    except RequestError as error:
         refused = error
-    assert refused is None or error_response(refused.status, str(refused), param=refused.param).body
+    assert (
+        refused is None
+        or json.dumps(error_body(refused.status, str(refused), param=refused.param), ensure_ascii=False).encode()
+    )
     assert refused is None or 400 <= refused.status < 500

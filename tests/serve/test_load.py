@@ -65,12 +65,23 @@ def test_every_request_of_sixty_four_clients_gets_its_own_answer(run, server, cl
             except (AssertionError, openai.OpenAIError, httpx.HTTPError) as error:
                 failures.append((name, turn, repr(error)[:300]))
 
+    health, done = [], threading.Event()
+
+    def ask_for_health() -> None:
+        while not done.wait(0.2):
+            health.append(httpx.get(f"{server.url}/health", timeout=60).status_code)
+
     threads = [threading.Thread(target=one_client, args=(name,)) for name in range(CLIENTS)]
-    for thread in threads:
+    watcher = threading.Thread(target=ask_for_health)
+    for thread in [*threads, watcher]:
         thread.start()
     for thread in threads:
         thread.join(200)
         assert not thread.is_alive()
+    done.set()
+    watcher.join(60)
+    assert len(health) > 2
+    assert set(health) == {200}, "also while all places are taken"
     assert not failures
     assert len(answered) + len(refused) == CLIENTS * REQUESTS
     assert len(refused) == CLIENTS * REQUESTS // 4

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from megatron_r1v2.config.schema import RewardModelConfig, ScoreEndpoint
 from megatron_r1v2.rewards.served_model import ScoringFailed, ServedRewardModel
-from megatron_r1v2.serve.skywork_reward import SkyworkReward
+from megatron_r1v2.serve.reward_server import SkyworkReward
 from megatron_r1v2.types import Prompt
 from tests.ranks import free_port
 from tests.serve.tiny_skywork import direct_score, write_tiny_skywork

@@ -1,4 +1,4 @@
-"""Servers from start to end: several ranks, an end that was asked for, and the command line."""
+"""Servers from start to end: several ranks, long responses, and an end that was asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import httpx
 import openai
 import pytest
 
-from megatron_r1v2.serve.command import main
 from tests.serve.running import ask, messages_of, metric, served, until
 
 
@@ -118,44 +117,3 @@ def test_responses_may_be_of_64k_tokens_and_a_request_that_takes_too_long_is_end
             list(ask(client, temperature=0, stream=True))
         until(lambda: metric(running, "r1v2_open_responses") == 0)
         assert running.stop(signal.SIGINT) == [0]
-
-
-def told_by(capsys, *argv: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_bad_input_is_told_before_anything_is_loaded(run, tmp_path, capsys):
-    model = str(run.root / "model")
-    assert "CHECKPOINT='nowhere' is not a folder" in told_by(capsys, "nowhere")
-    assert "no finished checkpoint in" in told_by(capsys, str(tmp_path))
-    assert "unknown setting 'generation.max_token'" in told_by(capsys, model, "generation.max_token=5")
-    assert "the model has 2048 positions" in told_by(capsys, model, "generation.max_response_tokens=65536")
-    settings = ("data.max_prompt_tokens=100", "generation.max_response_tokens=100")
-    told = told_by(capsys, str(run.folder), "parallel.tensor=2")
-    assert "parallel.tensor=2 x parallel.pipeline=1 needs 2 processes and there are 1; start torchrun" in told
-    (tmp_path / "empty").write_text("\n")
-    empty = str(tmp_path / "empty")
-    assert "there is no key in it" in told_by(capsys, model, *settings, "--api-key-file", empty)
-    assert "there is no key in it" in told_by(capsys, model, *settings, "--api-key-variable", "NOT_SET_ANYWHERE")
-    assert "'-1'; accepted: a whole number" in told_by(capsys, model, "--max-queue", "-1")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert f"--port {port}: cannot listen there" in told_by(capsys, model, *settings, "--port", port)
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    told = capsys.readouterr().out
-    for word in (
-        "CHECKPOINT is one of",
-        "generation.kv_cache_gib",
-        "torchrun --nproc-per-node",
-        "--api-key-file",
-        "curl",
-    ):
-        assert word in told

@@ -1,13 +1,16 @@
-"""What is sent of a response: whole characters, nothing of a stop string, each token's log-prob once."""
+"""What is sent of a response: whole characters, nothing of a stop string, each token's log-prob once; and the JSON."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.generation.controller import DrawnToken
-from megatron_r1v2.serve.chat_text import ChoiceText, TextDecoder
+from megatron_r1v2.serve.chat_answer import ChatAnswer, ChoiceText, ReasoningSplit, TextDecoder, event
+from megatron_r1v2.serve.chat_request import ChatRequest
 from tests.tiny_hf import tiny_byte_tokenizer
 
 TOKENIZER = tiny_byte_tokenizer()
@@ -131,3 +134,94 @@ def test_a_token_without_text_at_the_end_is_told_too():
     choice = ChoiceText(lambda ids: "".join(words[token] for token in ids), stop_ids=frozenset(), stop=[])
     pieces = [choice.push(DrawnToken(0, token, 0.0, is_last=token == 2)) for token in (1, 2)]
     assert [token.token_id for piece in pieces for token in piece.tokens] == [1, 2]
+
+
+THINK_END = "</t>"
+
+
+def split_parts(parts, ends=THINK_END):
+    split = ReasoningSplit(ends)
+    told = [split.push(part, is_last=place == len(parts) - 1) for place, part in enumerate(parts)]
+    return told, split.has_ended
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(st.text(alphabet="a</t>", max_size=5), min_size=1, max_size=8))
+def test_parts_give_what_the_whole_text_gives(parts):
+    told, has_ended = split_parts(parts)
+    reasoning, found, answer = "".join(parts).partition(THINK_END)
+    assert "".join(one for one, _ in told) == reasoning
+    assert "".join(one for _, one in told) == answer
+    assert has_ended == bool(found)
+
+
+def test_what_may_begin_the_end_is_held_back_and_given_when_it_does_not():
+    told, _ = split_parts(["so <", "/", "b> and </", "t>", "8"])
+    assert told == [("so ", ""), ("", ""), ("</b> and ", ""), ("", ""), ("", "8")]
+
+
+def test_only_the_first_end_counts_and_without_one_to_look_for_all_is_the_answer():
+    assert split_parts(["a</t>b</t>c"])[0] == [("a", "b</t>c")]
+    assert split_parts(["a</t>", "b"], ends="") == ([("", "a</t>"), ("", "b")], True)
+
+
+MESSAGES = [{"role": "user", "content": "?"}]
+
+
+def drawn(text):
+    """Return the tokens of a response that ends."""
+    ids = [*encode(text), END]
+    return [DrawnToken(0, token, -0.5, ((token, -0.5), (END, -1.5)), token == END) for token in ids]
+
+
+def answer_of(texts, *, reasoning_ends="", push=True, **fields):
+    """Return an answer and its pieces; each response is a text and the stop token."""
+    request = ChatRequest.model_validate({"messages": MESSAGES, "model": "tiny", "n": len(texts), **fields})
+    answer = ChatAnswer(
+        request, decode=decode, prompt_tokens=7, stop_ids=frozenset({END}), reasoning_ends=reasoning_ends
+    )
+    choices = zip(answer.choices, texts, strict=True) if push else ()
+    return answer, [[choice.push(token) for token in drawn(text)] for choice, text in choices]
+
+
+def test_a_whole_answer_has_every_response_with_its_log_probs_and_counts():
+    answer, pieces = answer_of(["ab", "c"], logprobs=True, top_logprobs=2)
+    told = answer.whole(pieces)
+    assert (told["object"], told["model"]) == ("chat.completion", "tiny")
+    assert [choice["message"] for choice in told["choices"]] == [
+        {"role": "assistant", "content": text, "refusal": None} for text in ("ab", "c")
+    ]
+    assert [(choice["index"], choice["finish_reason"]) for choice in told["choices"]] == [(0, "stop"), (1, "stop")]
+    first, second = told["choices"][0]["logprobs"]["content"]
+    assert (first["token"], first["logprob"], first["bytes"]) == ("a", -0.5, [97])
+    assert [one["logprob"] for one in second["top_logprobs"]] == [-0.5, -1.5]
+    assert told["usage"] == {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+    assert answer_of(["ab"])[0].whole(answer_of(["ab"])[1])["choices"][0]["logprobs"] is None
+
+
+def test_half_a_character_has_no_bytes():
+    answer, pieces = answer_of(["\u20ac"], logprobs=True)
+    told = answer.whole(pieces)["choices"][0]["logprobs"]["content"]
+    assert [one["bytes"] for one in told] == [None] * 3
+
+
+def test_an_answer_without_an_end_of_the_reasoning_is_null():
+    answer, pieces = answer_of(["a</t>b", "ab", "a</t>"], reasoning_ends=THINK_END)
+    told = [choice["message"] for choice in answer.whole(pieces)["choices"]]
+    assert [(one["reasoning_content"], one["content"]) for one in told] == [("a", "b"), ("ab", None), ("a", "")]
+
+
+def test_chunks_put_together_are_the_whole_answer():
+    options = {"include_usage": True}
+    answer, _ = answer_of(["a</t>b"], reasoning_ends=THINK_END, stream_options=options, push=False)
+    assert answer.includes_usage
+    assert answer.opening(0)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    chunks = [answer.piece(0, answer.choices[0].push(token))["choices"][0] for token in drawn("a</t>b")]
+    deltas = [chunk["delta"] for chunk in chunks]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "a"
+    assert "".join(delta.get("content", "") for delta in deltas) == "b"
+    assert chunks[-1]["finish_reason"] == "stop"
+    last = answer.usage_chunk()
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 7)
+    head, _, body = event(last).partition(" ")
+    assert (head, json.loads(body), event(last)[-2:]) == ("data:", last, "\n\n")
