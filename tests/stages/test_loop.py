@@ -19,7 +19,7 @@ class Scripted:
         self.step = 0
         self.done = finished
         self.events: list[Any] = []
-        self.recorder = SimpleNamespace(timed=lambda phase: nullcontext(), say=self.events.append)
+        self.recorder = SimpleNamespace(timed=lambda phase: nullcontext(), log=self.events.append)
         self.preemption = SimpleNamespace(sync_stop_signal=lambda step: step >= stop_after)
 
     @property
