@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint by itself: what `python -m megatron_r1v2 evaluate` does without an endpoint."""
+"""Evaluation of a checkpoint by itself: `r1v2 evaluate` without an endpoint."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ def run_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult | None:
 
 
 def _respond(loaded: LoadedModel, prompts: list[Prompt], log: ResponseLog | None, name: str) -> None:
-    """Generate, score and log what is missing, `evaluation.save_every_prompts` at a time; only the first rank logs."""
+    """Collective over the world: generate, score and log the missing responses, some prompts at a time."""
     settings = loaded.recipe.evaluation
-    there = log.places if log is not None else set()
-    todo = [prompt.key for prompt in prompts if any((prompt.key, run) not in there for run in range(settings.runs))]
+    done = log.places if log is not None else set()
+    todo = [prompt.key for prompt in prompts if any((prompt.key, run) not in done for run in range(settings.runs))]
+    # Only the first rank has the log.
     wanted = set(objects.all_gather(todo)[0])
     missing = [prompt for prompt in prompts if prompt.key in wanted]
     with (

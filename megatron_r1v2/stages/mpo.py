@@ -221,7 +221,7 @@ def batch_loss(
     num_pairs: int,
     generation_denominator: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Give a microbatch to the MPO loss.
+    """Compute the MPO loss of a microbatch.
 
     Args:
         log_probs_BS: float32 [B, S] of the policy in training.

@@ -1,4 +1,4 @@
-"""What the pairs command keeps on disk: finished rounds while it runs, shards and counts at the end."""
+"""The files of the pairs command: finished rounds while it runs, shards and counts at the end."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _MAX_KEY = 80
 
 @dataclass(frozen=True)
 class PromptPairs:
-    """What came of one prompt."""
+    """The pairs of one prompt."""
 
     key: str
     pairs: list[Preference]
     dropped: dict[str, int]
-    """What made no pair, by reason."""
+    """Responses and pairs that were not taken, by reason."""
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What the command found, as written to pairs.json."""
+    """The counts of a run of the command, as written to pairs.json."""
 
     prompts: int = 0
     prompts_with_pairs: int = 0
@@ -59,7 +59,7 @@ class PairCounts:
     pairs: dict[str, int] = field(default_factory=dict)
     """By source."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """What made no pair, by reason: response/*, pair/*, dropout_ntp/*, prompt/*."""
+    """Responses, pairs and prompts that were not taken, by reason: response/*, pair/*, dropout_ntp/*, prompt/*."""
 
     def __add__(self, other: PairCounts) -> PairCounts:
         """Return the counts of both."""
@@ -75,7 +75,7 @@ _NUMBERS = ("prompts", "prompts_with_pairs", "responses", "right", "verifier_fai
 
 
 def count_pairs(found: Iterable[PromptPairs], *, responses: int, right: int, verifier_failures: int) -> PairCounts:
-    """Count pairs and what was dropped.
+    """Count pairs, and what was dropped by reason.
 
     Args:
         found: of each prompt.
@@ -169,7 +169,7 @@ class UnfinishedPairs:
 
 
 def expand_pairs(samples: Iterable[ShardSample], found: Iterable[PromptPairs]) -> Iterator[ShardSample]:
-    """Turn pairs into samples with everything that the sample of their prompt has.
+    """Turn pairs into samples that keep everything of their prompt's sample.
 
     Args:
         samples: of the prompts, and others between them.

@@ -62,7 +62,7 @@ def run_pairs(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> 
 
 
 def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs) -> None:
-    """Do the rounds that are not on disk yet."""
+    """Collective over the world: do the rounds that are not on disk yet."""
     recipe, is_main = loaded.recipe, loaded.context.is_main
     num_responses = recipe.generation.responses_per_prompt
     per_round = recipe.train.prompts_per_step
@@ -75,7 +75,7 @@ def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs
         for number, of_round in enumerate(_in_groups(prompts, per_round)):
             done = number * per_round * num_responses
             if number not in finished:
-                found, counts = maker.make(of_round, name=str(number), progress=_counting_from(done, show))
+                found, counts = maker.make_pairs(of_round, name=str(number), progress=_counting_from(done, show))
                 if is_main:
                     unfinished.write_round(number, found, counts)
             show(done + len(of_round) * num_responses)
@@ -86,7 +86,7 @@ def _counting_from(done: int, show: Callable[[int], None]) -> Callable[[int], No
 
 
 class PairMaker:
-    """Responses, rewards and pairs of some prompts, over all replicas; every rank calls together."""
+    """Makes pairs of prompts: samples responses, scores them, chooses."""
 
     def __init__(self, loaded: LoadedModel, pool: VerifierPool | None, reward_model: RewardModel | None) -> None:
         """Make the engines.
@@ -106,10 +106,10 @@ class PairMaker:
         self.continuing_engine = loaded.engine(prefix_tokens=self.prefix_tokens)
         self.features = loaded.feature_cache()
 
-    def make(
+    def make_pairs(
         self, prompts: Sequence[Prompt], *, name: str, progress: Callable[[int], None]
     ) -> tuple[list[PromptPairs], PairCounts]:
-        """Sample responses to prompts, score them, and choose pairs.
+        """Collective over the world: sample responses to prompts, score them, and choose pairs.
 
         Args:
             prompts: the same on every rank.
@@ -117,7 +117,7 @@ class PairMaker:
             progress: called with how many responses there are, counted on this replica for all of them.
 
         Returns:
-            What came of each prompt, in their order, and the counts; the same on every rank.
+            The pairs of each prompt, in their order, and the counts; the same on every rank.
         """
         pairs = self.recipe.pairs
         by_key = {prompt.key: prompt for prompt in prompts}
@@ -143,14 +143,14 @@ class PairMaker:
                 chosen, continued[key], min_margin=pairs.min_margin, reject_ill_formed=pairs.reject_ill_formed
             )
             mine[key] = ([*mine[key][0], *([pair] if pair else [])], mine[key][1] + dropped)
-        world = self._of_all_replicas(mine)
+        world = self._gather(mine)
         found = [PromptPairs(key, world[key][0], dict(world[key][1])) for key in by_key]
         return found, count_pairs(found, **counts)
 
     def _respond(
         self, prompts: Sequence[Prompt], name: str, progress: Callable[[int], None]
     ) -> tuple[list[ScoredRollout], dict[str, int]]:
-        """Return this replica's scored responses, and sums over all replicas."""
+        """Collective over the world: generate and score; return this replica's responses, and sums over all."""
         generation, context = self.recipe.generation, self.loaded.context
         total = len(prompts) * generation.responses_per_prompt
         self.features.clear()
@@ -176,16 +176,16 @@ class PairMaker:
         return scored, {key: sum(part[key] for part in world) for key in mine}
 
     def _is_drawn(self, prompt: Prompt) -> bool:
-        """Return whether DropoutNTP takes this prompt, given a response fit to be chosen."""
+        """Return whether DropoutNTP uses this prompt, given a response fit to be chosen."""
         fraction, seed = self.recipe.pairs.dropout_ntp_fraction, self.recipe.run.seed
         return prompt.modality == "image" and is_sampled(prompt.key, fraction, seed=seed)
 
     def _continue_without_images(
         self, prompts: Mapping[str, Prompt], prefixes: Mapping[str, tuple[int, ...]], name: str
     ) -> dict[str, Candidate]:
-        """Return the scored continuations of all replicas' prefixes; both by the key of the prompt."""
+        """Collective over the world: continue all replicas' prefixes; return scored continuations by prompt key."""
         generation, tokenizer = self.recipe.generation, self.loaded.tokenizer
-        world = self._of_all_replicas(prefixes)
+        world = self._gather(prefixes)
         blind = [(key, without_images(prompts[key], tokenizer, prefix=world[key])) for key in sorted(world)]
         begun = {prompt.key: key for key, prompt in blind}
         rollouts = self.continuing_engine.generate(
@@ -206,9 +206,10 @@ class PairMaker:
             key = begun[rollout.prompt_key]
             whole.append(replace(rollout, prompt_key=key, token_ids=(*world[key], *rollout.token_ids)))
         scored, _ = self._score(prompts, whole)
-        return self._of_all_replicas({response.rollout.prompt_key: self._candidate(response) for response in scored})
+        return self._gather({response.rollout.prompt_key: self._candidate(response) for response in scored})
 
-    def _of_all_replicas(self, mine: Mapping[str, Value]) -> dict[str, Value]:
+    def _gather(self, mine: Mapping[str, Value]) -> dict[str, Value]:
+        """Collective over the data-parallel ranks: return the values of all of them."""
         parts = objects.all_gather(dict(mine), self.loaded.context.groups.dp)
         return {key: value for part in parts for key, value in part.items()}
 

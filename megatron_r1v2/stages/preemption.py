@@ -1,5 +1,4 @@
-"""How a run is interrupted and loses little: who asks it to stop, what of a step is kept, whether the warning is early
-enough."""
+"""Preemption with little loss: signals, checkpoints and rollouts of a running stage, and whether the lead suffices."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ _ABANDON, _PUBLISH, _GO_ON = "abandon the step", "publish the checkpoint", "go o
 
 
 class PreemptionHandler:
-    """What a session asks between its phases and in them."""
+    """Polls for signals between the phases of a step and within them, and publishes checkpoints that are written."""
 
     def __init__(
         self,
@@ -37,12 +36,12 @@ class PreemptionHandler:
         """Put the parts together.
 
         Args:
-            stop_signals: entered.
+            stop_signals: already listening.
             rollouts: of unfinished steps.
             checkpoints: published as soon as they are written.
             lead_seconds: how long before the end SIGUSR1 comes; 0: unknown.
-            recorder: where the run says what it does.
-            watch: told that generation goes on.
+            recorder: gets the messages.
+            watch: must hear that generation goes on.
             context: process groups.
         """
         self.watch = watch
@@ -75,6 +74,7 @@ class PreemptionHandler:
             blocking: wait for what is still being written.
         """
         self.checkpoints.finish_pending(blocking=blocking)
+        # Only now: until a checkpoint holds their step, its rollouts are what a restart goes on with.
         if self.context.is_main:
             self.rollouts.drop_before(self.checkpoints.newest_step())
 
@@ -106,8 +106,8 @@ class PreemptionHandler:
     def _follow_commands(self, group: dist.ProcessGroup | None, *, all_here: bool = False) -> bool:
         """Collective over the group: report, decide on the first rank, obey; return whether all go on together.
 
-        To publish is a collective. It is ordered when every rank has written its files, and done by each at its next
-        look: for none is there anything left to wait for but those few engine steps of the others.
+        Publishing is a collective. The first rank orders it when every rank has written its files, and each obeys at
+        its next look, so that a rank waits for nothing but a few engine steps of the others.
         """
         written = self.checkpoints.written()
         if written is not None:
@@ -129,7 +129,7 @@ class PreemptionHandler:
         return command == _GO_ON
 
     def log_step_abandoned(self, step: int) -> None:
-        """Log what the next start finds.
+        """Log that a step is given up, and what is kept of it.
 
         Args:
             step: steps done.
@@ -140,23 +140,24 @@ class PreemptionHandler:
         )
 
     def log_resumed_rollouts(self, step: int, found: int, total: int) -> None:
-        """Log how much of a step an interrupted run has left.
+        """Log how many rollouts of a step an interrupted run has left.
 
         Args:
             step: steps done.
-            found: prompts whose rollouts are there.
+            found: prompts whose rollouts were kept.
             total: prompts.
         """
         if found:
             self.recorder.log(f"step {step + 1}: rollouts of {found} of {total} prompts are there from before")
 
     def check_lead(self) -> None:
-        """Note how much of `checkpoint.lead_seconds` a step and a save leave, and warn when they need more."""
+        """Note the part of `checkpoint.lead_seconds` that a step and a save leave, and warn when they need more."""
         lead = self.lead_seconds
         need = self.recorder.step_seconds() + self.recorder.values.get("timing_s/save", 0.0)
         if not lead:
             return
         self.recorder.note({"preemption/lead_margin_s": lead - need})
+        # Once for each new longest step: a warning in every line would not be read.
         if need > max(lead, self._longest_need):
             self._longest_need = need
             self.recorder.log(

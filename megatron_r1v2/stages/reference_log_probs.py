@@ -1,8 +1,8 @@
-"""Log-probs of chosen and rejected responses under the model that the stage starts from.
+"""Reference log-probs: those of chosen and rejected responses under the model that the stage starts from.
 
-The data is fixed, so they are computed once, before the first step, and kept in a file that says what they belong to:
-its name is a fingerprint of the data set, the model and the settings that change numbers. What changed gets another
-name, so nothing stale is ever read.
+The data is fixed, so they are computed once, before the first step, and kept in a file named by the fingerprint of the
+data set, the model and the settings that change numbers. A change of these gives another name, so that nothing stale is
+ever read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 
 def compute_reference_fingerprint(session: Session) -> Fingerprint:
-    """Collective over the world: return what log-probs depend on: contents of data set and model, and settings.
+    """Collective over the world: fingerprint data set, model and settings, on which the log-probs depend.
 
     Args:
         session: the running stage; its ranks share the reading.
@@ -86,6 +86,7 @@ def load_or_compute_log_probs(
     if finished is not None:
         session.recorder.log(f"reference log-probs of {len(finished) // 2} pairs are in {path}")
         return finished
+    # The weights have moved since: they cannot give the reference any more.
     if session.step:
         raise ValueError(
             f"{path} is gone, the reference log-probs that this run has trained against for {session.step} steps; put "
@@ -103,7 +104,7 @@ def load_or_compute_log_probs(
 
 
 def _compute(session: Session, source: PairSource, sums: dict[str, float], unfinished: Path) -> bool:
-    """Collective over the world: add what `sums` lacks, in memory and on disk; return whether it was finished."""
+    """Collective over the world: add missing pairs to `sums` and the file; return False when asked to stop."""
     folder = session.recipe.data.train
     done, total = 0, sum(check_shards(folder).values())
     if session.context.is_main:
@@ -164,7 +165,7 @@ def _read_finished(path: Path) -> dict[str, float] | None:
 
 
 def _read_lines(path: Path) -> dict[str, float]:
-    """Read what there is; the last line of an interrupted run may be cut."""
+    """Read the lines of a file, which may be missing; the last line of an interrupted run may be cut."""
     sums: dict[str, float] = {}
     if not path.is_file():
         return sums

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what is restored, and what may not have changed since."""
+"""Resuming from a checkpoint: restored state, and refusal of settings that cannot change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SCHEDULE = (
 
 @dataclass(frozen=True)
 class Restored:
-    """The contents of a checkpoint that are not in policy and stream; empty for a run that starts."""
+    """The contents of a checkpoint beside those of policy and stream; empty for a run that starts."""
 
     state: Mapping[str, Any] = field(default_factory=dict)
     """The same on every rank: counters, and what the stage itself has saved."""
@@ -70,6 +70,7 @@ def resume(
     """
     if folder is None:
         return Restored()
+    # Before anything is overwritten.
     _check_schedule(settings, load_recipe(folder / RECIPE_FILE).train, folder)
     state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=settings.parts)
     policy.version = state["version"]

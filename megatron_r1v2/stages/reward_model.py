@@ -1,4 +1,4 @@
-"""The reward_model stage: a scalar head, and what else `train.parts` names, by the Bradley-Terry loss on pairs."""
+"""The reward_model stage: a scalar head (and other `train.parts`) trained by the Bradley-Terry loss on pairs."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ def pair_batches(session: Session, prompts: Sequence[Prompt], *, setting: str) -
         ValueError: a prompt has no preference.
     """
     samples, units = pair_samples(prompts, PairSource("reward_model", setting), session.response_encoder)
+    # The score is read at the last token of a response, which must be an input for that.
     padded = {name: append_pad_token(sample, session.tokenizer.pad_id) for name, sample in samples.items()}
     microbatches = shard_samples(padded, prompts, units, microbatcher=session.microbatcher, context=session.context)
     return [part.batch for part in microbatches]
@@ -101,7 +102,7 @@ def pair_batches(session: Session, prompts: Sequence[Prompt], *, setting: str) -
 def pair_loss(
     values_BS: torch.Tensor, batch: TrainingBatch, *, denominator: float, centring_weight: float = 0.0
 ) -> tuple[torch.Tensor, Metrics]:
-    """Give a microbatch to the Bradley-Terry loss.
+    """Compute the Bradley-Terry loss of a microbatch.
 
     Args:
         values_BS: float32 [B, S]: scores of all tokens; rows are pairs, the chosen response first.
