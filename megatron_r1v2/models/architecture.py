@@ -65,7 +65,7 @@ class LanguageArchitecture:
     qk_norm: bool
     tied_embeddings: bool
     rope_type: RopeType = "default"
-    """How the rotations are stretched beyond the length that the model was pretrained with."""
+    """The kind of stretching of the rotations, beyond the length that the model was pretrained with."""
     rope_parameters: tuple[tuple[str, float | bool], ...] = ()
     """Settings of `rope_type` under transformers' names, such as (("factor", 4.0),)."""
 

@@ -1,7 +1,7 @@
-"""Rotary embeddings with the frequencies that transformers computes, for kinds that megatron-core lacks or fixes.
+"""Rotary embeddings with the frequencies of transformers, for kinds that megatron-core lacks or fixes.
 
-megatron-core takes one base and the factor of Llama 3.1; transformers' own functions know every published kind, so a
-model gets here what it gets there, to the last bit of each frequency.
+megatron-core takes a base and the factor of Llama 3.1. transformers' own functions know every published kind, so the
+frequencies are the same in both, to the last bit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class StretchedRotaryEmbedding(RotaryEmbedding):
     """megatron-core's rotary embedding with other frequencies."""
 
     def __init__(self, architecture: LanguageArchitecture, plain: RotaryEmbedding) -> None:
-        """Take the place of a plain one.
+        """Build the embedding that replaces a plain one.
 
         Args:
-            architecture: says how the rotations are stretched.
-            plain: what megatron-core built for the same heads.
+            architecture: the sizes, and the kind of stretching.
+            plain: the embedding that megatron-core built for the same heads.
         """
         device = plain.inv_freq.device
         super().__init__(
@@ -38,7 +38,7 @@ class StretchedRotaryEmbedding(RotaryEmbedding):
 
 
 def rotary_frequencies(architecture: LanguageArchitecture) -> tuple[torch.Tensor, float]:
-    """Compute the angle a position of each pair of channels, and the factor on cosine and sine.
+    """Compute the angle per position of each pair of channels, and the factor on cosine and sine.
 
     Returns:
         float32 [head_size / 2], and the attention factor, which is 1 for every kind but `yarn`.
@@ -63,10 +63,8 @@ def rotary_frequencies(architecture: LanguageArchitecture) -> tuple[torch.Tensor
 
 
 def softmax_scale(architecture: LanguageArchitecture) -> float | None:
-    """Return the scale of the attention scores, or None for the usual 1 / sqrt(head size).
-
-    transformers multiplies the attention factor into cosine and sine, so queries and keys both carry it: the scores
-    grow by its square. Here the scores' own scale takes it, since megatron-core's rotation has no such factor.
-    """
+    """Return the scale of the attention scores, or None for the usual 1 / sqrt(head size)."""
     _, factor = rotary_frequencies(architecture)
+    # transformers multiplies the factor into cosine and sine, so queries and keys both carry it. megatron-core's
+    # rotation has no factor; its square in the scale of the scores is the same.
     return None if factor == 1.0 else factor**2 / math.sqrt(architecture.head_size)
