@@ -1,4 +1,4 @@
-"""The command line of `r1v2 prepare`."""
+"""The command line of `r1v2 prepare`: JSONL and images to WebDataset shards."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def _with_progress(samples: Iterator[ShardSample], path: Path, verb: str) -> Ite
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    # A pass over the lines first: the bar needs their number, and reading them costs little beside the images.
     with path.open("rb") as file:
         total = sum(1 for line in file if line.strip())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -75,13 +76,13 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _arguments(argv)
     # Imported after the arguments are checked: energon and torch take seconds.
-    from megatron_r1v2.data.prepare import check_inputs, read_samples
+    from megatron_r1v2.data.rows import check_inputs, read_rows
     from megatron_r1v2.data.shards import write_shards
 
     problems: list[str] = []
     try:
         check_inputs(arguments.input, arguments.images)
-        samples = read_samples(
+        samples = read_rows(
             arguments.input,
             arguments.images,
             answer_type=arguments.answer_type,

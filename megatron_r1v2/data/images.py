@@ -1,4 +1,4 @@
-"""Images into tiles, as InternVL cuts them: the grid nearest in aspect ratio, and a thumbnail of the whole."""
+"""Images: decoding, storing, and the tiles of InternVL (the grid nearest in aspect ratio, and a thumbnail)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import functools
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy
 import torch
 from PIL import Image
 
-from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.samples import SampleError, image_name
 
-# What Pillow raises for broken files of the formats that we store; anything else is a bug of ours and must surface.
+_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+# The errors that Pillow raises for broken files of these formats; any other error is a bug of ours and must surface.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -26,17 +28,17 @@ _DECODE_ERRORS = (
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image completely, so that a truncated file is found now.
+    """Decode an image to its end, so that a truncated file is an error here.
 
     Args:
-        data: The encoded file.
-        name: What to call it in an error.
+        data: the encoded file.
+        name: its name in an error.
 
     Returns:
         An RGB image. Transparency is dropped and no EXIF rotation is applied, as InternVL does.
 
     Raises:
-        SampleError: If the file cannot be decoded to its end.
+        SampleError: the file cannot be decoded to its end.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -45,22 +47,42 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise SampleError(f"image {name}: cannot be decoded ({len(data)} bytes): {error}") from error
 
 
-def tile_limit(max_tiles: int, num_images: int) -> int:
-    """Return how many tiles each image of a prompt may have.
+def storable_image(data: bytes, name: str) -> tuple[str, bytes]:
+    """Check an encoded image, and encode it as PNG unless it is PNG, JPEG or WebP.
 
     Args:
-        max_tiles: The limit of the whole prompt, thumbnails not counted.
-        num_images: Images in the prompt, at least one.
+        data: the encoded file.
+        name: its name in an error.
 
     Returns:
-        max(1, max_tiles // num_images), InternVL's rule.
+        One of `IMAGE_EXTENSIONS`, and the encoded image.
+
+    Raises:
+        SampleError: the file cannot be decoded to its end.
     """
+    image = decode_image(data, name)
+    with Image.open(io.BytesIO(data)) as encoded:
+        extension = _EXTENSIONS.get(encoded.format or "")
+    if extension:
+        return extension, data
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "png", buffer.getvalue()
+
+
+def name_images(encoded: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
+    """Return images from `storable_image` by their names in a shard, in order of appearance."""
+    return {image_name(index, extension): data for index, (extension, data) in enumerate(encoded)}
+
+
+def tile_limit(max_tiles: int, num_images: int) -> int:
+    """Return the most tiles of each image of a prompt: max(1, max_tiles // num_images), which is InternVL's rule."""
     return max(1, max_tiles // num_images)
 
 
 @functools.lru_cache(maxsize=16)
 def _grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """List all (columns, rows) of at most `max_tiles` tiles by number of tiles."""
+    """List all grids (columns, rows) of at most `max_tiles` tiles, by number of tiles."""
     sides = range(1, max_tiles + 1)
     return tuple(
         sorted(((c, r) for c in sides for r in sides if c * r <= max_tiles), key=lambda grid: grid[0] * grid[1])
@@ -68,22 +90,22 @@ def _grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """Choose how many tiles an image is cut into.
+    """Choose the grid of tiles that an image is cut into.
 
-    The grid nearest to the image's aspect ratio wins; where two are equally near (2x1 and 4x2 are), the larger one is
-    taken only if the image has more than half of its pixels.
+    The grid nearest to the image's aspect ratio wins. Of two equally near ones, such as 2x1 and 4x2, the larger wins
+    only if the image has more than half of its pixels.
 
     Args:
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
-        tile_size: Pixels on each side of a tile.
-        max_tiles: The most tiles, thumbnail not counted.
+        width: the image's width in pixels.
+        height: the image's height in pixels.
+        tile_size: the pixels along each side of a tile.
+        max_tiles: the most tiles, thumbnail not counted.
 
     Returns:
         (columns, rows).
 
     Raises:
-        ValueError: If a size is below one.
+        ValueError: a size is below one.
     """
     if min(width, height, tile_size, max_tiles) < 1:
         raise ValueError(
@@ -104,15 +126,15 @@ def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> torch.T
     """Cut an image into tiles.
 
     Args:
-        image: Any size; converted to RGB.
-        tile_size: Pixels on each side of a tile: the model's image size.
-        max_tiles: The most tiles, thumbnail not counted.
+        image: an image of any size.
+        tile_size: the pixels along each side of a tile: the model's image size.
+        max_tiles: the most tiles, thumbnail not counted.
 
     Returns:
-        uint8 [T, 3, tile_size, tile_size]: the tiles row by row, then a thumbnail iff there is more than one tile.
+        uint8 [T, 3, tile_size, tile_size]: the tiles row by row, and a thumbnail if they are more than one.
 
     Raises:
-        ValueError: If a size is below one.
+        ValueError: a size is below one.
     """
     image = image.convert("RGB")
     columns, rows = choose_grid(image.width, image.height, tile_size=tile_size, max_tiles=max_tiles)

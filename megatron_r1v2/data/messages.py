@@ -1,31 +1,31 @@
-"""Chat messages as OpenAI-style servers read them, images as base64 data URLs in their places."""
+"""Chat messages in the format of OpenAI-style servers, with images as base64 data URLs."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER
+from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, JsonObject
 
+# The first bytes of a file tell its format; names in a request cannot be trusted.
 _SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
 
 
-def openai_messages(messages: Sequence[Mapping[str, str]], images: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Put images where the messages have "<image>".
+def openai_messages(messages: Sequence[Mapping[str, str]], images: Sequence[bytes]) -> list[JsonObject]:
+    """Replace the "<image>" placeholders of messages by images.
 
     Args:
-        messages: {"role": ..., "content": ...}.
-        images: encoded, in order of appearance.
+        messages: chat messages, {"role": ..., "content": ...}.
+        images: the encoded images, in order of appearance.
 
     Returns:
-        Messages whose content is text, or a list of text and image_url parts where there is an image.
+        Messages whose content is text, or a list of text and image_url parts in a message with an image.
 
     Raises:
         ValueError: placeholders and images differ in number, or an image is of an unknown format.
     """
-    waiting = iter(images)
-    found: list[dict[str, Any]] = []
+    remaining = iter(images)
+    result: list[JsonObject] = []
     placeholders = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
     if placeholders != len(images):
         raise ValueError(
@@ -34,25 +34,22 @@ def openai_messages(messages: Sequence[Mapping[str, str]], images: Sequence[byte
     for message in messages:
         text, *rest = message["content"].split(IMAGE_PLACEHOLDER)
         if not rest:
-            found.append(dict(message))
+            result.append(dict(message))
             continue
-        parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
+        parts: list[JsonObject] = [{"type": "text", "text": text}] if text else []
         for piece in rest:
-            parts.append({"type": "image_url", "image_url": {"url": data_url(next(waiting))}})
+            parts.append({"type": "image_url", "image_url": {"url": data_url(next(remaining))}})
             if piece:
                 parts.append({"type": "text", "text": piece})
-        found.append({"role": message["role"], "content": parts})
-    return found
+        result.append({"role": message["role"], "content": parts})
+    return result
 
 
 def data_url(image: bytes) -> str:
-    """Return an encoded image as a base64 data URL.
-
-    Args:
-        image: PNG, JPEG or WebP.
+    """Return an encoded image (PNG, JPEG or WebP) as a base64 data URL.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the image has another format.
     """
     for signature, name in _SIGNATURES:
         if image.startswith(signature):

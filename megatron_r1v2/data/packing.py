@@ -1,4 +1,4 @@
-"""Which sequences share a packed row."""
+"""Packing: the choice of sequences that share a row."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 def first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list[str]]:
     """Put each sequence, longest first, into the first row that has room for it.
 
-    D. S. Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the fewest rows, and one.
+    D. S. Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the fewest possible rows, plus one.
 
     Args:
-        lengths: tokens by name.
-        capacity: tokens of a row; a longer sequence gets a row of its own.
+        lengths: the tokens of each sequence, by name.
+        capacity: the tokens of a row; a longer sequence gets a row of its own.
 
     Returns:
-        Names in each row.
+        The names in each row.
     """
     rows: list[list[str]] = []
     room: list[int] = []
@@ -32,19 +32,19 @@ def first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list
 
 
 def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list[str]]:
-    """Do the same with NeMo's `create_packing_strategy` (the `nemo` extra).
+    """Pack the sequences with NeMo's `create_packing_strategy` (the `nemo` extra).
 
     Args:
-        lengths: tokens by name.
-        capacity: tokens of a row; none may be longer.
+        lengths: the tokens of each sequence, by name.
+        capacity: the tokens of a row, at least those of the longest sequence.
 
     Returns:
-        Names in each row.
+        The names in each row.
 
     Raises:
-        ValueError: a sequence is longer than a row, which NeMo does not notice.
+        ValueError: a sequence is longer than a row, which NeMo does not check.
     """
-    # NeMo is not among the core dependencies, so it is imported where it was asked for.
+    # NeMo is an extra, so it is imported only here.
     from nemo.utils.sequence_packing_utils import create_packing_strategy
 
     if not lengths:
@@ -55,6 +55,7 @@ def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list
             f"a sequence has {longest} tokens, more than train.tokens_per_microbatch={capacity}; "
             "raise it, or set train.packing=first_fit_decreasing, which gives such a sequence a row of its own"
         )
+    # NeMo packs lengths without names, so the names of each length are handed out afterwards.
     names: dict[int, list[str]] = defaultdict(list)
     for name in reversed(_longest_first(lengths)):
         names[lengths[name]].append(name)
@@ -64,4 +65,5 @@ def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list
 
 
 def _longest_first(lengths: Mapping[str, int]) -> list[str]:
+    # By name among equals, so that all ranks and all runs pack alike.
     return sorted(lengths, key=lambda name: (-lengths[name], name))

@@ -1,4 +1,4 @@
-"""From the files of one sample to the prompt that the model sees."""
+"""Prompts: samples checked, tiled, templated and tokenized for one model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megatron_r1v2.types import Preference, Prompt
 
 
 class PromptBuilder:
-    """Turns samples into prompts for one model.
+    """Builder of prompts for one model.
 
     Args:
-        settings: The limits on tiles and prompt tokens.
-        tokenizer: The model's tokenizer.
-        tile_size: Pixels on each side of a tile: the model's image size.
-        tokens_per_tile: Image tokens of one tile.
+        settings: the limits on tiles and prompt tokens.
+        tokenizer: the model's tokenizer.
+        tile_size: the pixels along each side of a tile: the model's image size.
+        tokens_per_tile: the image tokens of one tile.
     """
 
     def __init__(self, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int) -> None:
@@ -35,15 +35,12 @@ class PromptBuilder:
         """Check, decode, tile, template and tokenize one sample.
 
         Args:
-            key: The key of the sample.
-            parts: File contents by name without the key.
-
-        Returns:
-            The prompt.
+            key: the key of the sample.
+            parts: the contents of its files by name without the key.
 
         Raises:
-            SampleError: If the sample is corrupt.
-            ValueError: If the prompt is longer than data.max_prompt_tokens.
+            SampleError: the sample is corrupt.
+            ValueError: the prompt is longer than data.max_prompt_tokens.
         """
         sample = parse_sample(key, parts)
         images = [decode_image(data, f"{key}.{name}") for name, data in sample.images.items()]
@@ -67,19 +64,19 @@ class PromptBuilder:
     def encode(
         self, key: str, messages: Sequence[Mapping[str, str]], images: Sequence[Image.Image]
     ) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Tile, template and tokenize what the model is asked.
+        """Tile, template and tokenize messages and their images.
 
         Args:
-            key: What to call it in an error.
-            messages: Chat messages, each image's place marked by "<image>".
-            images: In order of appearance.
+            key: the name of the prompt in an error.
+            messages: chat messages with an "<image>" for each image.
+            images: the images in order of appearance.
 
         Returns:
-            Token ids, and uint8 [T, 3, height, width]: all tiles.
+            Token ids, and all tiles as uint8 [T, 3, height, width].
 
         Raises:
-            SampleError: If placeholders and images differ in number, or a text has a control token of its own.
-            ValueError: If the prompt is longer than data.max_prompt_tokens.
+            SampleError: placeholders and images differ in number, or a text contains a control token.
+            ValueError: the prompt is longer than data.max_prompt_tokens.
         """
         limit = tile_limit(self._settings.max_tiles, max(1, len(images)))
         tiles = [tile_image(image, tile_size=self._tile_size, max_tiles=limit) for image in images]
@@ -98,12 +95,12 @@ class PromptBuilder:
 
 
 def without_images(prompt: Prompt, tokenizer: ChatTokenizer, *, prefix: Sequence[int]) -> Prompt:
-    """Return the same question without its images, with a response already begun.
+    """Return a prompt without its images that ends with the beginning of a response.
 
     Args:
-        prompt: The prompt.
-        tokenizer: The model's tokenizer.
-        prefix: Tokens of the response to go on from.
+        prompt: the prompt with images.
+        tokenizer: the model's tokenizer.
+        prefix: the first tokens of the response.
 
     Returns:
         A prompt with a key of its own, so that its responses are sampled independently.
@@ -121,7 +118,7 @@ def without_images(prompt: Prompt, tokenizer: ChatTokenizer, *, prefix: Sequence
         key=f"{prompt.key}/without-images",
         messages=messages,
         token_ids=(*template, *prefix),
-        # Not a view of the tiles: pickled, that would take all of them along.
+        # Not a view of the tiles: pickled between ranks, a view would take all of them along.
         tiles_TCHW=prompt.tiles_TCHW.new_zeros((0, *prompt.tiles_TCHW.shape[1:])),
     )
 

@@ -1,12 +1,12 @@
-"""One sample of a data set: what `KEY.json` and `KEY.0.png` of a shard hold, and what makes them acceptable.
+"""Samples of a data set: the record `KEY.json`, the images `KEY.0.png`, and the checks of both.
 
     {"schema": 1, "messages": [{"role": "user", "content": "<image>\\nWhat is left + right?"}], "answer": "8",
      "answer_type": "numeric", "facts": {"left": "3", "right": "5"}, "images": ["0.png"]}
 
 `facts` and `images` may be left out. `response` (supervised data), `chosen`, `rejected` and `margin` (preference data)
-and `source` are optional; `answer` may be empty only where a `response` or a `chosen` is there to learn from. For
-evaluation, `alternatives` lists further right answers, `tolerances` how far from the answer its numbers may be, and
-`metadata` (names to text) what results are broken down by.
+and `source` are optional; `answer` may be empty only in a sample with a `response` or a `chosen`. For evaluation,
+`alternatives` lists further right answers, `tolerances` bounds the distance of numbers from the answer, and `metadata`
+(names to text) groups the results.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from megatron_r1v2.types import AnswerType
+
+JsonObject = dict[str, Any]
+"""A decoded JSON object whose fields are not checked yet."""
 
 SCHEMA_VERSION = 1
 IMAGE_PLACEHOLDER = "<image>"
@@ -34,7 +37,7 @@ _KNOWN = _REQUIRED | {"facts", "images", "margin", "alternatives", "tolerances",
 
 
 class SampleError(ValueError):
-    """One sample is unusable; the data set as a whole may still be fine."""
+    """An error of one sample; the rest of the data set may be usable."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class ShardSample:
     """
 
     key: str
-    """Unique over the data set: letters, digits, "_" and "-", at most 80."""
+    """Unique in the data set: letters, digits, "_" and "-", at most 80."""
     messages: tuple[Mapping[str, str], ...]
     answer: str
     answer_type: AnswerType
@@ -59,21 +62,18 @@ class ShardSample:
     """Reward of `chosen` minus reward of `rejected`."""
     source: str | None = None
     alternatives: tuple[str, ...] = ()
-    """Further answers that are as right as `answer`."""
+    """Further right answers."""
     tolerances: tuple[float, ...] = ()
-    """How far from `answer` a number may be, absolute: one for all of its parts or one for each (parted by ", ")."""
+    """Absolute distances of a number from `answer`: one for all of its parts (separated by ", ") or one for each."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """What an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
+    """The groups of an evaluation that the sample is in, such as {"benchmark": "MMMU", "subject": "Art"}."""
 
 
 def check_key(key: str) -> None:
-    """Refuse a key that cannot name files in a shard.
-
-    Args:
-        key: The key of a sample.
+    """Check that a key can name files in a shard.
 
     Raises:
-        SampleError: If it is not made of letters, digits, "_" and "-", or is too long.
+        SampleError: the key has other characters than letters, digits, "_" and "-", or is too long.
     """
     if not _KEY.fullmatch(key):
         raise SampleError(
@@ -82,31 +82,20 @@ def check_key(key: str) -> None:
 
 
 def image_name(index: int, extension: str) -> str:
-    """Return the name of an image in a shard, without the key.
-
-    Args:
-        index: Its place among the images of the sample, from 0.
-        extension: One of `IMAGE_EXTENSIONS`.
-
-    Returns:
-        For example "0.png".
-    """
+    """Return the name of an image in a shard, without the key: "0.png" for the first image of a sample."""
     return f"{index}.{extension}"
 
 
 def encode_record(sample: ShardSample) -> bytes:
-    """Write the JSON part of a sample.
-
-    Args:
-        sample: What to write; checked as `parse_sample` does.
+    """Encode the JSON part of a sample, after the checks of `parse_sample`.
 
     Returns:
-        UTF-8 JSON with sorted keys, so that equal samples give equal bytes.
+        UTF-8 JSON; equal samples give equal bytes.
 
     Raises:
-        SampleError: If the sample would not be accepted when read.
+        SampleError: `parse_sample` would refuse the sample.
     """
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "schema": SCHEMA_VERSION,
         "messages": [dict(message) for message in sample.messages],
         "answer": sample.answer,
@@ -130,17 +119,17 @@ def encode_record(sample: ShardSample) -> bytes:
 
 
 def parse_sample(key: str, parts: Mapping[str, bytes]) -> ShardSample:
-    """Read a sample from the files that a shard holds under its key.
+    """Make a sample of the files that a shard holds under its key.
 
     Args:
-        key: The key of the sample.
-        parts: File contents by name without the key: "json" and the images that it names.
+        key: the key of the sample.
+        parts: the contents of the files by name without the key: "json" and the images that it names.
 
     Returns:
-        The sample; its images are not decoded yet.
+        The sample, with images that are still encoded.
 
     Raises:
-        SampleError: If the JSON or a named image is missing, or the record breaks the schema.
+        SampleError: the JSON or a named image is missing, or the record violates the schema.
     """
     if "json" not in parts:
         raise SampleError(
@@ -171,14 +160,7 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> ShardSample:
 
 
 def count_placeholders(messages: Iterable[Mapping[str, str]]) -> int:
-    """Count the places of images in messages.
-
-    Args:
-        messages: Chat messages.
-
-    Returns:
-        How often "<image>" occurs in their contents.
-    """
+    """Count the "<image>" placeholders in chat messages."""
     return sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
 
 
@@ -219,7 +201,7 @@ def _check_messages(messages: object, key: str) -> None:
         )
 
 
-def _check_values(record: Mapping[str, Any], key: str) -> None:
+def _check_values(record: JsonObject, key: str) -> None:
     accepted = get_args(AnswerType)
     if record["answer_type"] not in accepted:
         raise SampleError(
@@ -248,10 +230,11 @@ def _check_values(record: Mapping[str, Any], key: str) -> None:
 
 
 def _is_number(value: object) -> bool:
+    # A bool is an int in Python.
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_images(record: Mapping[str, Any], key: str) -> None:
+def _check_images(record: JsonObject, key: str) -> None:
     images = record.get("images", [])
     if not isinstance(images, list) or not all(isinstance(n, str) and _IMAGE_NAME.fullmatch(n) for n in images):
         raise SampleError(

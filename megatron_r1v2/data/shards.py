@@ -1,4 +1,4 @@
-"""Folders of WebDataset shards that megatron-energon reads: writing them whole, and checking them before use."""
+"""Folders of WebDataset shards for megatron-energon: written in one piece, checked before use."""
 
 from __future__ import annotations
 
@@ -17,25 +17,22 @@ from megatron_r1v2.resilience.files import atomic_folder
 
 SPLIT = "train"
 _META = ".nv-meta"
-# For energon's own tools; the reader in stream.py builds the same class.
+# For energon's own tools; stream.py builds the same class itself.
 _DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 _INDEX_ENTRY = struct.Struct("Q")
 
 
 def write_shards(samples: Iterable[ShardSample], folder: str | Path, samples_per_shard: int = 1000) -> int:
-    """Write a data set; the folder appears only when all of it is written, and equal samples give equal tar files.
+    """Write a data set and return its number of samples; equal samples give equal tar files.
 
     Args:
-        samples: Checked samples with different keys.
-        folder: Must not exist yet.
-        samples_per_shard: Samples in one tar file.
-
-    Returns:
-        The number of samples.
+        samples: checked samples with different keys.
+        folder: a new folder, which appears when all of it is written.
+        samples_per_shard: the samples of one tar file.
 
     Raises:
-        ValueError: If the folder exists, `samples_per_shard` is below one, or there is no sample.
-        SampleError: If a sample breaks the schema or its key was there before.
+        ValueError: the folder exists, `samples_per_shard` is below one, or `samples` is empty.
+        SampleError: a sample violates the schema, or its key occurred before.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, accepted is 1 or more")
@@ -47,10 +44,12 @@ def write_shards(samples: Iterable[ShardSample], folder: str | Path, samples_per
 
 
 def fill_shards(folder: Path, samples: Iterable[ShardSample], samples_per_shard: int = 1000) -> int:
-    """Write shards and their index into an empty folder, where more files may follow, and return how many samples.
+    """Write shards and their index into an empty folder, and return the number of samples.
+
+    The caller may add more files to the folder.
 
     Raises:
-        SampleError: If a sample breaks the schema or its key was there before.
+        SampleError: a sample violates the schema, or its key occurred before.
     """
     count = _write_tars(samples, folder, samples_per_shard)
     if count:
@@ -62,6 +61,7 @@ def _write_tars(samples: Iterable[ShardSample], folder: Path, samples_per_shard:
     seen: set[str] = set()
     # ShardWriter formats the whole path, so a percent sign in a folder's name must be doubled.
     pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
+    # mtime=0, so that equal samples give equal files. The record is encoded here, since webdataset does not sort keys.
     with ShardWriter(pattern, maxcount=samples_per_shard, encoder=False, mtime=0, verbose=0) as writer:
         for sample in samples:
             if sample.key in seen:
@@ -84,13 +84,13 @@ def check_shards(folder: str | Path) -> dict[str, int]:
     """Check that a data set is complete on disk, without reading its samples.
 
     Args:
-        folder: Made by `write_shards` or `energon prepare`.
+        folder: a folder of `write_shards` or `energon prepare`.
 
     Returns:
-        Samples by shard name, in reading order.
+        The number of samples by shard name, in reading order.
 
     Raises:
-        ValueError: If the folder or its index is missing, or a shard is missing or shorter than when it was indexed.
+        ValueError: the folder or its index is missing, or a shard is missing or shorter than when it was indexed.
     """
     root = Path(folder)
     info = root / _META / ".info.json"
@@ -115,7 +115,7 @@ def check_shards(folder: str | Path) -> dict[str, int]:
 
 
 def _indexed_size(index: Path) -> int:
-    """Return the offset at which the last sample of a shard ended when energon indexed it."""
+    """Return the end of the last sample of a shard at the time when energon indexed it."""
     raw = index.read_bytes()
     if not raw or len(raw) % _INDEX_ENTRY.size:
         raise ValueError(f"{index} is damaged: {len(raw)} bytes; run energon prepare on {index.parent} again")

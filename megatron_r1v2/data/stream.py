@@ -1,7 +1,7 @@
-"""The endless shuffled stream of prompts that training reads, and the fixed order that evaluation reads.
+"""The endless shuffled stream of prompts for training, and one pass in a fixed order for everything else.
 
-Every rank reads the same global stream (energon sees one rank without workers) and takes its part by index, so the
-order depends on the seed alone and never on the layout, and it can be resumed under another one.
+Every rank reads the same global stream (energon sees one rank without workers) and takes its part by index. So the
+order depends on the seed only, and a run may be resumed in another layout.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from megatron.energon import (
@@ -32,28 +32,51 @@ from megatron_r1v2.types import Prompt
 
 # Tar files held open at once; in shuffled order the next sample may be in any of them.
 _OPEN_SHARDS = 16
-# Below this many samples read (or the data set's size, if that is less) a few corrupt ones say nothing of the rest.
+# Before this many samples (or all, if they are fewer) the part of corrupt ones is no estimate of the whole.
 _JUDGE_AFTER = 100
 _CORRUPT_KEPT = 20
 _STATE_VERSION = 1
 
 Item = TypeVar("Item")
+RawSample = Mapping[str, object]
+"""A sample as energon reads it: "__key__", and the contents of its files by name."""
+
+
+class TallyState(TypedDict):
+    """The counts of a stream in a checkpoint."""
+
+    read: int
+    corrupt: int
+    bad_in_a_row: int
+    last_error: str
+    keys: list[str]
+
+
+class StreamState(TypedDict):
+    """The position of a stream in a checkpoint."""
+
+    version: int
+    shards: dict[str, int]
+    seed: int
+    shuffle: bool
+    loader: bytes
+    tally: TallyState
 
 
 class PromptStream:
-    """An endless stream of prompts in a new order every epoch, each sample once an epoch.
+    """An endless stream of prompts, in a new order every epoch, with each sample once in an epoch.
 
     `settings.shuffle_buffer` of 0 keeps the order of the shards; with any other value each epoch is a permutation of
-    the whole data set, drawn from the seed. No samples are held in memory for it: shards are read at random.
+    the whole data set, drawn from the seed. No sample is held in memory for that: shards are read at random places.
 
     Args:
-        folder: Made by `r1v2 prepare`.
-        builder: Makes the prompts.
-        settings: The order, and the part of samples that may be corrupt.
-        seed: Decides the order.
+        folder: a folder of `r1v2 prepare`.
+        builder: the builder of the prompts.
+        settings: the order, and the part of samples that may be corrupt.
+        seed: the seed of the order.
 
     Raises:
-        ValueError: If the data set is incomplete.
+        ValueError: the data set is incomplete.
     """
 
     def __init__(self, folder: str | Path, builder: PromptBuilder, *, settings: DataConfig, seed: int) -> None:
@@ -64,16 +87,16 @@ class PromptStream:
         self._builder = builder
         self._loader = self._new_loader()
         self._tally = _Tally(self._folder, settings.max_corrupt_fraction, len(self._loader))
-        self._iterator: Iterator[dict[str, Any]] | None = None
+        self._iterator: Iterator[RawSample] | None = None
 
     @property
     def samples_read(self) -> int:
-        """Return how many samples were read since the start of training, corrupt ones included."""
+        """Return the number of samples read since the start of training, corrupt ones included."""
         return self._tally.read
 
     @property
     def corrupt(self) -> int:
-        """Return how many of them were corrupt; a sample counts again in every epoch."""
+        """Return the number of corrupt samples among them; a sample counts again in every epoch."""
         return self._tally.corrupt
 
     @property
@@ -82,16 +105,10 @@ class PromptStream:
         return tuple(self._tally.keys)
 
     def next(self, count: int) -> list[Prompt]:
-        """Read the next prompts, skipping corrupt samples.
-
-        Args:
-            count: How many.
-
-        Returns:
-            That many prompts.
+        """Read the next `count` prompts, skipping corrupt samples.
 
         Raises:
-            ValueError: If too many samples are corrupt, a prompt is too long, or a shard cannot be read.
+            ValueError: too many samples are corrupt, a prompt is too long, or a shard cannot be read.
         """
         prompts: list[Prompt] = []
         if self._iterator is None:
@@ -102,12 +119,9 @@ class PromptStream:
                 prompts.append(prompt)
         return prompts
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands.
-
-        Returns:
-            Plain values and bytes only: goes through torch.save, torch.load(weights_only=True) and pickle.
-        """
+    def state_dict(self) -> StreamState:
+        """Return the position of the stream."""
+        # Energon's state is pickled to bytes, so that torch.load(weights_only=True) accepts the checkpoint.
         return {
             "version": _STATE_VERSION,
             "shards": dict(self._shards),
@@ -117,22 +131,20 @@ class PromptStream:
             "tally": self._tally.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken, in this or another process.
-
-        Args:
-            state: From `state_dict`.
+    def load_state_dict(self, state: StreamState) -> None:
+        """Continue at the position of a `state_dict`, in this or another process.
 
         Raises:
-            ValueError: If it is of other shards, another seed or another order.
+            ValueError: the position is of other shards, another seed or another order.
         """
+        saved: Mapping[str, object] = {**state}
         here = {"version": _STATE_VERSION, "shards": self._shards, "seed": self._seed, "shuffle": self._shuffle}
         settings = {"seed": "run.seed", "shuffle": "data.shuffle_buffer > 0"}
         for name, value in here.items():
-            if state[name] != value:
+            if saved[name] != value:
                 raise ValueError(
                     f"the saved data position cannot be used with {self._folder}: {settings.get(name, name)} was "
-                    f"{state[name]!r} when it was saved and is {value!r} now; put it back, or start a new run"
+                    f"{saved[name]!r} when it was saved and is {value!r} now; put it back, or start a new run"
                 )
         # Energon restores a loader only before its first sample.
         self._loader, self._iterator = self._new_loader(), None
@@ -150,42 +162,42 @@ def read_shards(
     max_corrupt_fraction: float = 1.0,
     count: int = 0,
 ) -> Iterator[Item]:
-    """Read a data set once in the order of its shards, an item at a time: it need not fit in memory.
+    """Read a data set once in the order of its shards, one item at a time.
 
     Args:
-        folder: Made by `r1v2 prepare`.
-        build: Makes an item of a key and the files of its sample: `PromptBuilder.build` for a model, or `parse_sample`
-            for what the shards hold, images undecoded.
-        max_corrupt_fraction: Part of the samples that may be corrupt.
-        count: How many items, from the start; 0: all.
+        folder: a folder of `r1v2 prepare`.
+        build: makes an item from a key and the files of its sample: `PromptBuilder.build` for the prompts of a model,
+            or `parse_sample` for the samples themselves.
+        max_corrupt_fraction: the part of the samples that may be corrupt.
+        count: the number of items, from the start; 0: all.
 
     Yields:
         The items, without those of corrupt samples.
 
     Raises:
-        ValueError: If the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or if
-            `build` refuses a sample for good.
+        ValueError: the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or `build`
+            raises one that is no SampleError.
     """
     root = Path(folder)
     check_shards(root)
     loader = _loader(root, shuffle=False, repeat=False, seed=0)
     tally = _Tally(root, max_corrupt_fraction, len(loader))
     iterator = iter(loader)
-    found = 0
+    usable = 0
     for _ in range(len(loader)):
         item = _read_one(iterator, build, tally, root)
         if item is None:
             continue
         yield item
-        found += 1
-        if found == count:
+        usable += 1
+        if usable == count:
             return
-    if found < count:
-        raise ValueError(f"{folder} has {found} usable samples, {count} were asked for; lower evaluation.prompts")
+    if usable < count:
+        raise ValueError(f"{folder} has {usable} usable samples, {count} were asked for; lower evaluation.prompts")
 
 
 def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableDataLoader:
-    """Build energon's reader of raw bytes: slices of one sample, so that shuffling slices permutes the samples."""
+    """Build energon's reader of raw bytes."""
     worker_config = WorkerConfig(
         rank=0, world_size=1, num_workers=0, seed_offset=seed, global_error_handler=reraise_exception
     )
@@ -196,42 +208,44 @@ def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableD
         worker_config=worker_config,
         shuffle_over_epochs=1 if shuffle else None,
         parallel_shard_iters=_OPEN_SHARDS if shuffle else 1,
+        # Energon shuffles slices of shards; with slices of one sample, an epoch is a permutation of the samples.
         max_samples_per_sequence=1 if shuffle else None,
         decoder=None,
     )
     dataset: SavableDataset[Any] = factory.build()
     if repeat:
         dataset = RepeatDataset(dataset, worker_config=worker_config)
-    # gc: with more than 0 steps energon freezes the garbage collector of this process.
+    # With more than 0 steps, energon freezes the garbage collector of this process.
     loader = get_savable_loader(dataset, gc_collect_every_n_steps=0, watchdog_timeout_seconds=None)
-    # A torch loader draws a number from the global generator whenever it starts; a resumed run would draw once more.
+    # Without this, torch's loader draws a number from the global generator at each start, and a resumed run once more.
     loader.generator = torch.Generator().manual_seed(seed)
     return loader
 
 
 def _read_one(
-    iterator: Iterator[dict[str, Any]],
+    iterator: Iterator[RawSample],
     build: Callable[[str, Mapping[str, bytes]], Item],
     tally: _Tally,
     folder: Path,
 ) -> Item | None:
-    """Read one sample; None if it is corrupt."""
+    """Read one sample and return its item, or None if it is corrupt."""
     try:
         raw = next(iterator)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{folder}: a shard cannot be read ({error}); copy the data set again") from error
     parts = {name: data for name, data in raw.items() if isinstance(data, bytes)}
+    key = str(raw["__key__"])
     try:
-        item = build(raw["__key__"], parts)
+        item = build(key, parts)
     except SampleError as error:
-        tally.add_corrupt(raw["__key__"], str(error))
+        tally.add_corrupt(key, str(error))
         return None
     tally.add_good()
     return item
 
 
 class _Tally:
-    """Counts samples and stops the run when too many are corrupt."""
+    """A count of samples that stops the run when too many are corrupt."""
 
     def __init__(self, folder: Path, max_fraction: float, size: int) -> None:
         self._folder = folder
@@ -250,7 +264,7 @@ class _Tally:
         self._judge()
 
     def add_corrupt(self, key: str, error: str) -> None:
-        """Count a corrupt sample and remember its key and what was wrong."""
+        """Count a corrupt sample, and keep its key and its error."""
         self.read += 1
         self.corrupt += 1
         self._bad_in_a_row += 1
@@ -259,7 +273,7 @@ class _Tally:
             self.keys.append(key)
         self._judge()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TallyState:
         """Return the counts."""
         return {
             "read": self.read,
@@ -269,15 +283,17 @@ class _Tally:
             "keys": list(self.keys),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over counts from `state_dict`."""
+    def load_state_dict(self, state: TallyState) -> None:
+        """Continue from the counts of a `state_dict`."""
         self.read, self.corrupt = state["read"], state["corrupt"]
         self._bad_in_a_row, self._last_error = state["bad_in_a_row"], state["last_error"]
         self.keys = list(state["keys"])
 
     def _judge(self) -> None:
+        # A whole data set without a usable sample would let the stream read for ever.
+        nothing_usable = self._bad_in_a_row >= self._size
         too_many = self.read >= min(_JUDGE_AFTER, self._size) and self.corrupt > self._max_fraction * self.read
-        if too_many or self._bad_in_a_row >= self._size:  # the latter: nothing usable at all, the stream would hang
+        if too_many or nothing_usable:
             raise ValueError(
                 f"{self._folder}: {self.corrupt} of {self.read} samples read are corrupt, more than "
                 f"data.max_corrupt_fraction = {self._max_fraction} allows; first keys: {', '.join(self.keys)}; "

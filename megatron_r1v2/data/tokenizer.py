@@ -1,4 +1,4 @@
-"""The model's own tokenizer and chat template; every special id comes from them, none from a constant."""
+"""The model's own tokenizer and chat template, which every special id comes from."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ IMAGE_END = "</img>"
 
 
 class ChatTokenizer:
-    """Templates and tokenizes prompts with a tokenizer from a local HF folder.
+    """A tokenizer with a chat template, from a local HF folder.
 
     Args:
-        hf_path: Folder with tokenizer.json and a chat template; nothing is downloaded, no remote code is run.
+        hf_path: the folder with tokenizer.json and a chat template.
 
     Raises:
-        ValueError: If the folder, its tokenizer or its chat template is missing.
+        ValueError: the folder, its tokenizer or its chat template is missing.
     """
 
     def __init__(self, hf_path: str | Path) -> None:
@@ -30,6 +30,7 @@ class ChatTokenizer:
         if not folder.is_dir():
             raise ValueError(f"tokenizer folder {str(hf_path)!r} does not exist; give the folder of the HF model")
         try:
+            # Nothing is downloaded, and no code of a checkpoint runs.
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}") from error
@@ -49,7 +50,7 @@ class ChatTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Return the id that fills up rows."""
+        """Return the id of the padding token."""
         pad = self._tokenizer.pad_token_id
         if pad is None:
             raise ValueError(f"{self._folder}: the tokenizer has no pad token; set pad_token in tokenizer_config.json")
@@ -57,10 +58,8 @@ class ChatTokenizer:
 
     @functools.cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """Return what no text may hold: image tokens, and what the template or the tokenizer marks turns and ends with.
-
-        Other special tokens of a model (such as "<ref>" and "<box>" of its training data) are text like any other.
-        """
+        """Return the tokens that no text may contain: of images, and of the beginnings and ends of turns and texts."""
+        # A model may have more special tokens, such as "<ref>" and "<box>" of its training data. These are plain text.
         template = str(self._tokenizer.chat_template)
         ends = (self._tokenizer.bos_token, self._tokenizer.eos_token, self._tokenizer.pad_token)
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
@@ -68,16 +67,10 @@ class ChatTokenizer:
         return tuple(dict.fromkeys((IMAGE_START, IMAGE_CONTEXT, IMAGE_END, *marks)))
 
     def token_id(self, text: str) -> int:
-        """Return the id of a text that is one token.
-
-        Args:
-            text: For example "<|im_end|>".
-
-        Returns:
-            Its id.
+        """Return the id of a text that is one token, such as "<|im_end|>".
 
         Raises:
-            ValueError: If the tokenizer cuts it into more or fewer than one token.
+            ValueError: the tokenizer splits the text into more or fewer than one token.
         """
         ids = self._encode(text)
         if len(ids) != 1:
@@ -85,16 +78,10 @@ class ChatTokenizer:
         return ids[0]
 
     def stop_ids(self, texts: Sequence[str]) -> list[int]:
-        """Return the ids that end a response.
-
-        Args:
-            texts: Tokens as text: generation.stop_tokens.
-
-        Returns:
-            Their ids in the same order.
+        """Return the ids of the tokens that end a response (generation.stop_tokens), in the same order.
 
         Raises:
-            ValueError: If one is not exactly one token.
+            ValueError: a text is not exactly one token.
         """
         return [self.token_id(text) for text in texts]
 
@@ -106,21 +93,22 @@ class ChatTokenizer:
         *,
         key: str = "",
     ) -> list[int]:
-        """Template and tokenize a prompt, ending where the response begins.
+        """Template and tokenize a prompt up to the beginning of the response.
 
         Each `<image>` becomes `<img>`, `<IMG_CONTEXT>` x tiles x tokens_per_tile, `</img>`.
 
         Args:
-            messages: Chat messages.
-            tiles_per_image: Tiles of each image, thumbnail included, in order of appearance.
-            tokens_per_tile: Image tokens of one tile (256 for 448 pixels).
-            key: The sample's key, for errors.
+            messages: chat messages.
+            tiles_per_image: the tiles of each image, thumbnail included, in order of appearance.
+            tokens_per_tile: the image tokens of one tile (256 for 448 pixels).
+            key: the sample's key, for errors.
 
         Returns:
             Token ids.
 
         Raises:
-            SampleError: If placeholders and images differ in number, or the text has a control token of its own.
+            SampleError: placeholders and images differ in number, or a text contains a control token.
+            ValueError: the chat template changes the messages.
         """
         placeholders = count_placeholders(messages)
         if placeholders != len(tiles_per_image):
@@ -139,7 +127,7 @@ class ChatTokenizer:
         prompt = self._tokenizer.apply_chat_template(expanded, tokenize=False, add_generation_prompt=True)
         ids = self._encode(prompt)
         if tiles_per_image:
-            # A template that trims or drops contents would otherwise surface as a shape error deep in the model.
+            # Otherwise a template that trims or drops contents would surface as a shape error deep in the model.
             wanted, got = sum(tiles_per_image) * tokens_per_tile, ids.count(self.image_token_id)
             if got != wanted:
                 raise ValueError(
@@ -149,55 +137,37 @@ class ChatTokenizer:
         return ids
 
     def encode_response(self, text: str, end_token: str, *, key: str = "") -> list[int]:
-        """Tokenize a reference response with its end.
+        """Tokenize a reference response and its end token.
 
         Args:
-            text: What follows the prompt, without the end-of-turn token.
-            end_token: The token that ends a response: the first of generation.stop_tokens.
-            key: The sample's key, for errors.
+            text: the response, without the end-of-turn token.
+            end_token: the token that ends a response: the first of generation.stop_tokens.
+            key: the sample's key, for errors.
 
         Returns:
             Token ids, the last that of `end_token`.
 
         Raises:
-            SampleError: If the text contains the end token or another control token.
-            ValueError: If `end_token` is not one token.
+            SampleError: the text contains the end token or another control token.
+            ValueError: `end_token` is not one token.
         """
         self._refuse(text, (*self.control_tokens, end_token), key)
         return [*self._encode(text), self.token_id(end_token)]
 
     def encode_text(self, text: str) -> list[int]:
-        """Tokenize what a model wrote, whatever it wrote: a control token in the text is one token, as it was sampled.
-
-        Args:
-            text: a response.
-
-        Returns:
-            Token ids, without an end.
-        """
+        """Tokenize a response of a model, without an end token."""
+        # Control tokens are allowed here and become one token each, as the model sampled them.
         return self._encode(text)
 
     def is_same_as(self, other: ChatTokenizer) -> bool:
-        """Return whether two tokenizers give the same ids: equal vocabularies, end and chat template.
-
-        Args:
-            other: of another model.
-        """
+        """Return whether two tokenizers have the same vocabulary, special tokens and chat template."""
         return all(
             getattr(self._tokenizer, name) == getattr(other._tokenizer, name)
             for name in ("chat_template", "pad_token", "eos_token")
         ) and dict(self._tokenizer.get_vocab()) == dict(other._tokenizer.get_vocab())
 
     def decode(self, ids: Sequence[int], keep_special: bool = True) -> str:
-        """Turn token ids into text.
-
-        Args:
-            ids: Token ids.
-            keep_special: Whether special tokens appear in the text.
-
-        Returns:
-            The text.
-        """
+        """Decode token ids to text, with or without the special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
 
     def _encode(self, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import GotOcr2ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from megatron_r1v2.data.images import choose_grid, decode_image, tile_image, tile_limit
+from megatron_r1v2.data.images import choose_grid, decode_image, name_images, storable_image, tile_image, tile_limit
 from megatron_r1v2.data.samples import SampleError
 from tests.tiny import tiny_png
 
@@ -97,3 +98,18 @@ def test_broken_files_are_sample_errors(data: bytes) -> None:
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="max_tiles 0"):
         choose_grid(10, 10, tile_size=8, max_tiles=0)
+
+
+def test_only_the_formats_of_shards_are_stored_as_they_are(images: Path) -> None:
+    for name, extension in {"a.png": "png", "b.jpg": "jpg"}.items():
+        data = (images / name).read_bytes()
+        assert storable_image(data, name) == (extension, data)
+    extension, data = storable_image((images / "c.gif").read_bytes(), "c.gif")
+    assert extension == "png"
+    assert decode_image(data, "c.gif").size == (20, 10)
+    with pytest.raises(SampleError, match=r"image broken.png: cannot be decoded"):
+        storable_image((images / "broken.png").read_bytes(), "broken.png")
+
+
+def test_images_are_numbered_in_order_of_appearance() -> None:
+    assert name_images([("png", b"one"), ("jpg", b"two")]) == {"0.png": b"one", "1.jpg": b"two"}

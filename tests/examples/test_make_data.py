@@ -10,7 +10,7 @@ from PIL import Image
 
 from examples.digits import make_data, questions, source
 from megatron_r1v2.data.images import tile_image
-from megatron_r1v2.data.prepare import read_samples
+from megatron_r1v2.data.rows import read_rows
 from megatron_r1v2.rewards.claims import find_claims, judge_claims
 from megatron_r1v2.rewards.format import format_score
 
@@ -86,7 +86,7 @@ def test_reference_responses_are_right_well_formed_and_true(data):
 
 def test_every_set_is_accepted_by_prepare(data):
     for name, count in COUNTS.items():
-        assert len(list(read_samples(data / f"{name}.jsonl", data / "images"))) == count
+        assert len(list(read_rows(data / f"{name}.jsonl", data / "images"))) == count
 
 
 def test_the_same_seed_makes_the_same_data_and_another_seed_does_not(tmp_path, data):

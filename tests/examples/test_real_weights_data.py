@@ -7,7 +7,7 @@ from PIL import Image
 from examples.digits import source
 from examples.real_weights import make_data, questions
 from megatron_r1v2.data.images import tile_image
-from megatron_r1v2.data.prepare import read_samples
+from megatron_r1v2.data.rows import read_rows
 from megatron_r1v2.rewards.answer import answer_is_correct
 
 COUNTS = {"align": 48, "grpo": 26, "heldout": 24}
@@ -38,7 +38,7 @@ def test_a_set_is_half_photographs_of_each_thing_equally_often_and_half_digits(d
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_row_is_a_sample_whose_own_response_is_right_and_whose_picture_is_one_tile(data, name):
-    samples = list(read_samples(data / f"{name}.jsonl", data / "images"))
+    samples = list(read_rows(data / f"{name}.jsonl", data / "images"))
     assert len(samples) == COUNTS[name]
     for sample in samples:
         assert answer_is_correct(sample.response, sample.answer, sample.answer_type)

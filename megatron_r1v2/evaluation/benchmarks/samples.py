@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_r1v2.data.prepare import name_images, storable_image
+from megatron_r1v2.data.images import name_images, storable_image
 from megatron_r1v2.data.samples import SampleError, ShardSample
 from megatron_r1v2.evaluation.benchmarks.files import find_files, read_rows
 from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION, place_images

@@ -1,18 +1,16 @@
+"""Rows of three kinds become samples; a bad row is named by its line."""
+
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from megatron_r1v2.data.command import main
-from megatron_r1v2.data.prepare import read_samples
+from megatron_r1v2.data import rows as rows_module
+from megatron_r1v2.data.rows import read_rows
 from megatron_r1v2.data.samples import SampleError
-from megatron_r1v2.data.shards import check_shards
 from tests.tiny import tiny_png
 
 OWN = {
@@ -33,17 +31,6 @@ VERL = {
 }
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(tiny_png(1))
-    Image.new("RGB", (20, 10), (9, 8, 7)).save(folder / "b.jpg")
-    Image.new("P", (20, 10)).save(folder / "c.gif")
-    (folder / "broken.png").write_bytes(tiny_png(1)[:-300])
-    return folder
-
-
 def write_rows(tmp_path: Path, *rows: Any) -> Path:
     path = tmp_path / "my rows.v2.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -52,7 +39,7 @@ def write_rows(tmp_path: Path, *rows: Any) -> Path:
 
 def test_our_own_rows(tmp_path: Path, images: Path) -> None:
     path = write_rows(tmp_path, OWN, "", {**OWN, "key": "k1", "images": ["b.jpg"], "response": "8</think>8"})
-    first, second = read_samples(path, images)
+    first, second = read_rows(path, images)
     assert first.key == "my-rows-v2-00000001"
     assert first.images == {"0.png": tiny_png(1)}
     assert (first.answer, first.answer_type, first.facts) == ("8", "numeric", {"left": "3", "right": "5"})
@@ -61,20 +48,20 @@ def test_our_own_rows(tmp_path: Path, images: Path) -> None:
 
 
 def test_mmpr_rows_become_preference_pairs(tmp_path: Path, images: Path) -> None:
-    (sample,) = read_samples(write_rows(tmp_path, MMPR), images)
+    (sample,) = read_rows(write_rows(tmp_path, MMPR), images)
     assert sample.messages == ({"role": "user", "content": "<image>\nWhat is shown?"},)
     assert (sample.chosen, sample.rejected, sample.answer) == ("A cat.", "A dog.", "")
     assert list(sample.images) == ["0.png"]
 
 
 def test_verl_rows_become_prompts(tmp_path: Path, images: Path) -> None:
-    (sample,) = read_samples(write_rows(tmp_path, VERL), images, answer_type="numeric")
+    (sample,) = read_rows(write_rows(tmp_path, VERL), images, answer_type="numeric")
     assert sample.messages == tuple(VERL["prompt"])
     assert (sample.answer, sample.answer_type, sample.source) == ("42", "numeric", "geometry")
 
 
 def test_other_image_formats_are_stored_as_png(tmp_path: Path, images: Path) -> None:
-    (sample,) = read_samples(write_rows(tmp_path, {**OWN, "images": ["c.gif"]}), images)
+    (sample,) = read_rows(write_rows(tmp_path, {**OWN, "images": ["c.gif"]}), images)
     assert sample.images["0.png"].startswith(b"\x89PNG")
 
 
@@ -100,58 +87,34 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("message", "row"), BAD_ROWS.items(), ids=BAD_ROWS.keys())
-def test_a_bad_row_is_named_by_its_line_and_nothing_is_left(
-    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], message: str, row: Any
+def test_a_bad_row_is_an_error_with_its_line_or_is_reported_and_left_out(
+    tmp_path: Path, images: Path, message: str, row: Any
 ) -> None:
     path = write_rows(tmp_path, {**OWN, "key": "first"}, row, OWN)
-    before = sorted(tmp_path.iterdir())
-    assert main([str(path), "--images", str(images), "--output", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert f"{path}, line 2: " in error
-    assert message in error
-    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(SampleError) as refused:
+        list(read_rows(path, images))
+    assert f"{path}, line 2: " in str(refused.value)
+    assert message in str(refused.value)
+    reported: list[str] = []
+    assert [sample.key for sample in read_rows(path, images, report=reported.append)] == [
+        "first",
+        "my-rows-v2-00000003",
+    ]
+    assert reported == [str(refused.value)]
 
 
-def test_check_only_lists_every_bad_row(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_rows(tmp_path, OWN, "{", OWN, {**OWN, "answer": 1})
-    before = sorted(tmp_path.iterdir())
-    assert main([str(path), "--images", str(images), "--check-only"]) == 1
-    captured = capsys.readouterr()
-    assert "line 2" in captured.err
-    assert "line 4" in captured.err
-    assert "2 samples are fine, 2 are not" in captured.out
-    assert sorted(tmp_path.iterdir()) == before
-    assert main([str(write_rows(tmp_path, OWN)), "--images", str(images), "--check-only"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("rows.parquet", "parquet is not supported yet"), ("no.jsonl", "does not exist")]
-)
-def test_inputs_that_cannot_be_read(
-    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
-) -> None:
-    assert main([str(tmp_path / name), "--images", str(images), "--output", str(tmp_path / "out")]) == 1
-    assert message in capsys.readouterr().err
+def test_inputs_that_cannot_be_read(tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
-        next(read_samples(write_rows(tmp_path, OWN), tmp_path / "nowhere"))
+        next(read_rows(write_rows(tmp_path, OWN), tmp_path / "nowhere"))
     with pytest.raises(SampleError, match="line 1"):
-        next(read_samples(write_rows(tmp_path, "{"), images))
+        next(read_rows(write_rows(tmp_path, "{"), images))
 
 
-def test_the_command_writes_shards(tmp_path: Path, images: Path) -> None:
-    command = [sys.executable, "-m", "megatron_r1v2", "prepare"]
-    root = Path(__file__).parents[2]
-    path = write_rows(tmp_path, OWN, MMPR, VERL)
-    arguments = [str(path), "--images", str(images), "--output", str(tmp_path / "out"), "--samples-per-shard", "2"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=root, check=True)
-    assert "3 samples are fine" in done.stdout
-    assert check_shards(tmp_path / "out") == {"shard-000000.tar": 2, "shard-000001.tar": 1}
-
-
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert "python -m megatron_r1v2 prepare questions.jsonl --images pictures" in text
-    assert "reward_model" in text
+def test_written_rows_are_read_back(tmp_path: Path, images: Path) -> None:
+    rows = [{**OWN, "key": "one"}, {**OWN, "key": "two", "answer": "\u00fc\n8"}]
+    rows_module.write_rows(tmp_path / "rows.jsonl", rows)
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    assert [(s.key, s.answer) for s in read_rows(tmp_path / "rows.jsonl", images)] == [
+        ("one", "8"),
+        ("two", "\u00fc\n8"),
+    ]

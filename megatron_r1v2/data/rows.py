@@ -1,32 +1,37 @@
-"""Rows of JSONL and their images, read into checked samples: the work of `r1v2 prepare`."""
+"""Rows of JSONL with images beside them: the input of `r1v2 prepare`, read into checked samples.
+
+Three kinds of rows are told apart by their fields: our own, MMPR's and verl's.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from megatron_r1v2.data.images import decode_image
+from megatron_r1v2.data.images import name_images, storable_image
 from megatron_r1v2.data.samples import (
     IMAGE_PLACEHOLDER,
     SCHEMA_VERSION,
+    JsonObject,
     SampleError,
     ShardSample,
     check_key,
     encode_record,
-    image_name,
 )
 from megatron_r1v2.types import AnswerType
 
-_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+Message = Mapping[str, str]
 
 
-def read_samples(
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a JSONL file, one row in each line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(
     path: str | Path,
     images: str | Path,
     *,
@@ -36,19 +41,20 @@ def read_samples(
     """Read and check the rows of a JSONL file.
 
     Args:
-        path: One JSON object a line; empty lines are passed over.
-        images: Folder that image paths are relative to.
-        answer_type: For rows that do not say how their answer is compared (verl, MMPR).
-        report: Called with the message of each bad row, which is then left out; without it the first one is raised.
+        path: a file with a JSON object in each line; empty lines are skipped.
+        images: the folder that image paths are relative to.
+        answer_type: the answer type of rows that do not state one (verl, MMPR).
+        report: called with the message of each bad row, which is then left out; None: the first bad row is an error.
 
     Yields:
-        Checked samples, their images decoded once.
+        Checked samples.
 
     Raises:
-        ValueError: If the file cannot be read as JSONL, or, without `report`, for the first bad row, with its line.
+        ValueError: the file cannot be read as JSONL, or a row is bad and `report` is None; the message has its line.
     """
     source = Path(path)
     check_inputs(source, Path(images))
+    # Rows without a key are named by file and line. Keys allow fewer characters than file names.
     stem = re.sub(r"[^A-Za-z0-9]+", "-", source.stem).strip("-") or "row"
     lines_by_key: dict[str, int] = {}
     with source.open("rb") as file:
@@ -70,10 +76,10 @@ def read_samples(
 
 
 def check_inputs(source: Path, images: Path) -> None:
-    """Refuse a file that is not JSONL and a folder that does not exist.
+    """Check that the file is JSONL and that the folder of images exists.
 
     Raises:
-        ValueError: naming what is wrong.
+        ValueError: one of them is not usable.
     """
     if source.suffix == ".parquet":
         raise ValueError(
@@ -109,11 +115,12 @@ def _sample(line: bytes, default_key: str, images: Path, answer_type: AnswerType
     encoded = [_load_image(images, path) for path in fields.pop("images")]
     named = name_images(encoded)
     sample = ShardSample(key=key, images=named, **fields)
-    encode_record(sample)  # the schema is checked there
+    # For its check of the schema, so that a bad row is named by its line.
+    encode_record(sample)
     return sample
 
 
-def _own_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+def _own_fields(row: JsonObject) -> JsonObject:
     known = {"key", "messages", "answer", "answer_type", "facts", "images"}
     known |= {"response", "chosen", "rejected", "margin", "source", "alternatives", "tolerances", "metadata"}
     unknown = sorted(set(row) - known - {"schema"})
@@ -132,7 +139,7 @@ def _own_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mmpr_fields(row: Mapping[str, Any], answer_type: AnswerType) -> dict[str, Any]:
+def _mmpr_fields(row: JsonObject, answer_type: AnswerType) -> JsonObject:
     paths = _image_paths(row.get("image"))
     return {
         "messages": _with_placeholders(_messages([{"role": "user", "content": row["question"]}]), len(paths)),
@@ -146,7 +153,7 @@ def _mmpr_fields(row: Mapping[str, Any], answer_type: AnswerType) -> dict[str, A
     }
 
 
-def _verl_fields(row: Mapping[str, Any], answer_type: AnswerType) -> dict[str, Any]:
+def _verl_fields(row: JsonObject, answer_type: AnswerType) -> JsonObject:
     reward_model = _object(row["reward_model"], "reward_model")
     if "ground_truth" not in reward_model:
         raise SampleError(f"reward_model has no ground_truth, only {', '.join(sorted(reward_model)) or 'nothing'}")
@@ -160,13 +167,13 @@ def _verl_fields(row: Mapping[str, Any], answer_type: AnswerType) -> dict[str, A
     }
 
 
-def _object(value: object, name: str) -> dict[str, Any]:
+def _object(value: object, name: str) -> JsonObject:
     if not isinstance(value, dict):
         raise SampleError(f"{name} must be an object, got {value!r}")
     return value
 
 
-def _messages(messages: object) -> tuple[dict[str, Any], ...]:
+def _messages(messages: object) -> tuple[Message, ...]:
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
     ):
@@ -174,8 +181,9 @@ def _messages(messages: object) -> tuple[dict[str, Any], ...]:
     return tuple(dict(message) for message in messages)
 
 
-def _with_placeholders(messages: tuple[dict[str, Any], ...], images: int) -> tuple[dict[str, Any], ...]:
-    """Put images before the last message where a foreign row does not say where they belong, as InternVL does."""
+def _with_placeholders(messages: tuple[Message, ...], images: int) -> tuple[Message, ...]:
+    """Put the images of a foreign row without placeholders before its last message."""
+    # InternVL does the same.
     if any(IMAGE_PLACEHOLDER in message["content"] for message in messages) or not messages:
         return messages
     content = f"{IMAGE_PLACEHOLDER}\n" * images + messages[-1]["content"]
@@ -201,35 +209,3 @@ def _load_image(folder: Path, name: str) -> tuple[str, bytes]:
     if not path.is_file():
         raise SampleError(f"image {path} does not exist")
     return storable_image(path.read_bytes(), str(path))
-
-
-def storable_image(data: bytes, name: str) -> tuple[str, bytes]:
-    """Check an encoded image, and encode it as PNG unless it is PNG, JPEG or WebP.
-
-    Args:
-        data: The encoded file.
-        name: What to call it in an error.
-
-    Returns:
-        One of `IMAGE_EXTENSIONS`, and the encoded image.
-
-    Raises:
-        SampleError: If it cannot be decoded to its end.
-    """
-    image = decode_image(data, name)
-    with Image.open(io.BytesIO(data)) as encoded:
-        extension = _EXTENSIONS.get(encoded.format or "")
-    if extension:
-        return extension, data
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "png", buffer.getvalue()
-
-
-def name_images(encoded: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
-    """Name images as a shard does.
-
-    Args:
-        encoded: From `storable_image`, in order of appearance.
-    """
-    return {image_name(index, extension): data for index, (extension, data) in enumerate(encoded)}
