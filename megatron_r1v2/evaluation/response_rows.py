@@ -114,7 +114,7 @@ def _other_calls(row: Row) -> list[Call[bool]]:
 def _type_of_other(row: Row, answer: str) -> AnswerType:
     """Return how an alternative is compared: the text of an option is no letter, whatever it begins with."""
     is_letter = len(answer.strip()) == 1
-    return "exact" if row["answer_type"] == "choice" and not is_letter else row["answer_type"]
+    return "math" if row["answer_type"] == "choice" and not is_letter else row["answer_type"]
 
 
 def conclude(

@@ -49,6 +49,7 @@ def test_mmmu_several_images_where_they_are_marked(tmp_path):
     assert art.metadata == {
         "benchmark": "MMMU", "subject": "Art Theory", "difficulty": "Easy", "question_type": "multiple-choice",
     }  # fmt: skip
+    assert accounting.tolerances == (0.005,)  # two decimals, as the authors round
     assert content(accounting) == "<image> What is the ratio?\n" + OPEN_INSTRUCTION
     assert (accounting.answer, accounting.answer_type, accounting.alternatives) == ("24/7", "math", ("3.429",))
     assert len(read("mmmu", tmp_path)) == 3

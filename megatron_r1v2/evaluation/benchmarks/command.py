@@ -21,7 +21,7 @@ every image is checked first; the output folder appears only when all of it is w
   mathvision     MathLLMs/MathVision: testmini or test
   olympiadbench  Hothan/OlympiadBench (folders OE_*), lmms-lab/OlympiadBench, or the authors' JSON
 
-Rules compare answers exactly (numbers to 1e-6), or within what MathVista's precision and OlympiadBench's error allow.
+Rules compare answers (docs/rewards.md), numbers within what the authors of MMMU, MathVista and OlympiadBench allow.
 Where a benchmark accepts other wordings, let a judge decide (evaluation.judge_url).
 """
 _EXAMPLE = """\

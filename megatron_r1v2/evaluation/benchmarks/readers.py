@@ -16,6 +16,8 @@ from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.evaluation.benchmarks.files import RowOfFile, image_bytes, text_list
 from megatron_r1v2.evaluation.benchmarks.prompts import LETTERS, options_text
 from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.rewards.answers.normalisation import normalise
+from megatron_r1v2.rewards.answers.numbers import read_number
 from megatron_r1v2.types import AnswerType
 
 
@@ -43,6 +45,9 @@ class Question:
     """Encoded, by their number in the marks."""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+
+# The authors' scorer rounds both numbers to two decimals (eval_utils.py of MMMU-Benchmark/MMMU).
+_MMMU_ROUNDING = (0.005,)
 
 Reader = Callable[[RowOfFile, Path], Question | None]
 """(row, folder of images beside the data) -> its question, or None: not part of the evaluation."""
@@ -87,7 +92,16 @@ def mmmu(row: RowOfFile, images: Path) -> Question:
         others = _right_text(letter, options)
         return Question(name, question, letter, "choice", options, others, images=found, metadata=_filled(metadata))
     answer, *more = _open_answers(_text(row, "answer"))
-    return Question(name, question, answer, "math", alternatives=tuple(more), images=found, metadata=_filled(metadata))
+    return Question(
+        name,
+        question,
+        answer,
+        "math",
+        alternatives=tuple(more),
+        tolerances=_MMMU_ROUNDING if read_number(normalise(answer)) is not None else (),
+        images=found,
+        metadata=_filled(metadata),
+    )
 
 
 def mmmu_pro(row: RowOfFile, images: Path) -> Question:

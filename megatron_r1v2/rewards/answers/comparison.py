@@ -25,6 +25,7 @@ from megatron_r1v2.rewards.answers.structure import (
     split_relations,
     split_top,
     split_union,
+    without_domain,
 )
 from megatron_r1v2.rewards.answers.units import Unit, read_unit
 
@@ -32,6 +33,7 @@ from megatron_r1v2.rewards.answers.units import Unit, read_unit
 _MAX_PARTS = 40
 _MAX_SIDES = 6
 _LOOSE_NUMBERS = re.compile(r"(?<![_^\d.])\d+(?:\.\d+)? \d")
+_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 _FUNCTION_NAMES = re.compile(r"y|[fgh]\(x\)")
 
 
@@ -44,6 +46,7 @@ def answers_agree(given: str, reference: str) -> bool:
     """
     if given == reference:
         return True
+    given, reference = without_domain(given), without_domain(reference)
     if not given or not reference:
         return False
     return _RULES[kind_of(reference)](given, reference)
@@ -140,24 +143,23 @@ def _equations(given: str, reference: str) -> bool:
 
 
 def _relations(given: Sequence[str], reference: Sequence[str]) -> bool:
-    """Compare inequalities: the same signs between the same values, or all of it read from the right."""
-    if len(given) != len(reference):
+    """Compare inequalities: the same signs between the same values, read from either side, or the same difference."""
+    if len(given) != len(reference) or len(given) < 3:
         return False
-    flipped = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
-    turned = [flipped.get(piece, piece) for piece in reversed(given)]
+    turned = [_FLIPPED.get(piece, piece) for piece in reversed(given)]
     for read in (list(given), turned):
         if read[1::2] == list(reference[1::2]) and all(map(answers_agree, read[::2], reference[::2])):
             return True
-    if len(given) == 3 and given[1] in flipped:
-        from megatron_r1v2.rewards.answers.expressions import inequalities_agree
+    if len(given) != 3 or not {given[1], reference[1]} <= _FLIPPED.keys():
+        return False
+    from megatron_r1v2.rewards.answers.expressions import inequalities_agree
 
-        sides = given if given[1] == reference[1] else turned
-        return (
-            sides[1] == reference[1]
-            and _are_computable([*sides[::2], *reference[::2]])
-            and inequalities_agree((sides[0], sides[2]), (reference[0], reference[2]))
-        )
-    return False
+    sides = given if given[1] == reference[1] else turned
+    return (
+        sides[1] == reference[1]
+        and _are_computable([*sides[::2], *reference[::2]])
+        and inequalities_agree((sides[0], sides[2]), (reference[0], reference[2]))
+    )
 
 
 def _tuples(given: str, reference: str) -> bool:
@@ -176,9 +178,12 @@ def _tuples(given: str, reference: str) -> bool:
 
 
 def _lists(given: str, reference: str) -> bool:
-    expected = _solutions(reference)
-    # The comma of 1,234 may list: what both write alike is the same list.
-    return _same_parts(_solutions(given), expected)
+    named = [split_name(part) for part in split_list(reference)]
+    point = read_brackets(given)
+    if point is not None and point.opening == "(" and len({name for name, _ in named} - {None}) == len(named):
+        # (1, 2) gives x = 1, y = 2 in their order.
+        return _in_order(point.parts, [value for _, value in named])
+    return _same_parts(_solutions(given), _solutions(reference))
 
 
 def _sequences(given: str, reference: str) -> bool:
@@ -202,6 +207,9 @@ def _intervals(given: str, reference: str) -> bool:
     parts, expected = _interval_parts(given), _interval_parts(reference)
     if len(parts) != len(expected):
         return False
+    if len(parts) == 1 and read_interval(parts[0]) is None:
+        # -x > -1 is no interval as it stands.
+        return _relations(split_relations(given), split_relations(reference))
     return _matched(parts, expected, _interval_part_equal)
 
 
@@ -221,11 +229,14 @@ def _ratios(given: str, reference: str) -> bool:
         return True
     # 3:45 and 1:15 are two times of day as well as one ratio.
     clocks = [re.fullmatch(r"\d{1,2}:[0-5]\d", text) is not None for text in (_value(given), reference)]
-    if len(expected) != 2 or len(parts) > 2 or all(clocks):
+    if all(clocks) or not _are_computable([*parts, *expected]):
         return False
-    quotient = "/".join(f"({part})" for part in parts)
-    wanted = "/".join(f"({part})" for part in expected)
-    return _are_computable([*parts, *expected]) and _ask(quotient, wanted)
+    if len(parts) == 1 and len(expected) == 2:
+        return _ask(parts[0], f"({expected[0]})/({expected[1]})")
+    return len(parts) == len(expected) and all(
+        _ask(rf"({part})\cdot({expected[0]})", rf"({other})\cdot({parts[0]})")
+        for part, other in zip(parts, expected, strict=True)
+    )
 
 
 _RULES: Mapping[Kind, Callable[[str, str], bool]] = {

@@ -35,13 +35,17 @@ _EXPONENT = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})(?![\d.])")
 _PRIMES = re.compile(r"([A-Za-z])('+)")
 _REPEATING = re.compile(r"\d+\.\d*\\overline\{\d+\}")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?|(?<![A-Za-z\\])[A-Za-z]|\\(?:alpha|beta|gamma|theta|phi))\^\\circ")
+# R_{\odot}: the parser knows letters and digits as the index of a symbol.
+_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|Delta|Omega|Phi|Psi"
+_INDEX = re.compile(rf"((?<![A-Za-z\\])[A-Za-z]|\\(?:{_GREEK}))_(?:\{{([^{{}}=]*)\}}|\\([A-Za-z]+))")
 # 1/2x is half of x: the parser alone would read 1/(2x).
 _COEFFICIENT = re.compile(
     r"(?<![\w.)}^_/])(\d+)/(\d+)(?= ?(?:[A-Za-z]|\\(?:pi|sqrt|theta|alpha|beta|ln|log|sin|cos|tan)(?![a-z])))"
 )
 # Where expressions are tried: no special values, so that x^2 and 2x do not meet by chance.
+# Floats: an exact power of a fraction can have a million digits.
 _POINTS = tuple(
-    sympy.Rational(numerator, 1009) for numerator in (1361, 2239, 733, 1873, 2687, 491, 1571, 3011, 907, 2423)
+    sympy.Float(numerator, 50) / 1009 for numerator in (1361, 2239, 733, 1873, 2687, 491, 1571, 3011, 907, 2423)
 )
 _TRIALS = 4
 _UNKNOWABLE = (
@@ -121,9 +125,10 @@ def parse(text: str) -> sympy.Basic | sympy.MatrixBase | None:
         return None
     text = _REPEATING.sub(_repeating, text)
     text = _EXPONENT.sub(r"\\times 10^{\1}", text)
+    text = _INDEX.sub(_plain_index, text)
     text = _COEFFICIENT.sub(r"\\frac{\1}{\2}", text)
     text = _PRIMES.sub(lambda match: f"{match[1]}_{{prime{len(match[2])}}}", text)
-    text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text.replace(r"\log_e", r"\ln"))
+    text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text.replace(r"\log_e", r"\ln").replace(r"\lg", r"\log"))
     text = (
         text.replace(r"^\circ", r"\cdot\frac{\pi}{180}").replace(r"\mathbb{R}", "R").replace("%", r"\cdot\frac{1}{100}")
     )
@@ -142,6 +147,11 @@ def parse(text: str) -> sympy.Basic | sympy.MatrixBase | None:
 def _repeating(match: re.Match[str]) -> str:
     number = read_number(match.group())
     return match.group() if number is None else rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+
+
+def _plain_index(match: re.Match[str]) -> str:
+    index = match[3] if match[2] is None else re.sub(r"[^A-Za-z0-9]", "", match[2].replace(",", "c"))
+    return f"{match[1]}_{{{index}}}" if index else match[1]
 
 
 def _variables(parsed: sympy.Basic | sympy.MatrixBase) -> set[sympy.Symbol]:

@@ -57,7 +57,7 @@ _FUNCTION_NAMES = (
 )
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _COMMAND = re.compile(r"\\(?:begin|end)\{[A-Za-z*]+\}(?:\{[lcr| ]+\})?|\\[A-Za-z]+")
-_OPERATORS = re.compile(r"[\d+*/^=<>|\\]")
+_OPERATORS = re.compile(r"[\d+*/^=<>|_\\]")
 _FIGURE = re.compile(
     r"\\(?:angle|triangle|odot|overline|overrightarrow|overleftrightarrow|widehat|square|Box|parallelogram|arc)\s*\{?[A-Z][A-Za-z]*'*\}?"
 )
@@ -69,6 +69,10 @@ _SYMBOLS = (
 _ELEMENTS = frozenset(_SYMBOLS.split())
 _ELEMENT = re.compile(r"[A-Z][a-z]?")
 _FORMULA = re.compile(r"(?:[A-Z][a-z]?\d*)+(?:\^\d*[+-])?")
+
+
+# "(C) 12 cm" and "C. x=42"; "E. coli" is a name.
+_OPTION = re.compile(r"\([A-Z]\) ?[^\s(,A-Z].*|[A-Z][.)](?! ?[a-z]{3}| ?[A-Z]\b).+", re.DOTALL)
 
 
 def kind_of(reference: str) -> Kind:
@@ -138,6 +142,8 @@ def is_choice(text: str) -> bool:
     """
     if is_label(text):
         return text.strip("().").isupper()
+    if _OPTION.fullmatch(text):
+        return True
     return re.fullmatch(r"\([A-Z]\)(?:(?:,| |, and| and|, ?and ?| and ?)?\([A-Z]\))+", text) is not None
 
 

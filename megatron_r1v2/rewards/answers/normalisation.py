@@ -286,9 +286,9 @@ def _unwrap(text: str) -> str:
 def _drop_wrapper(
     text: str, closing: dict[int, int], dropped: dict[int, tuple[int, str]], start: int, brace: int
 ) -> None:
-    before, inside = text[:start].rstrip(), text[brace + 1 : closing[brace]]
     if brace not in closing:
         return
+    before, inside = text[:start].rstrip(), text[brace + 1 : closing[brace]]
     # x^\text{ab} without its braces would be another value; \frac\text{1}2 too.
     if re.search(r"[\^_]$|\\(?:frac|sqrt|overline|bar|vec|hat)$", before):
         dropped[start] = (brace, "")

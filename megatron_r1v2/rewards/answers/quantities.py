@@ -16,6 +16,7 @@ _MAX_QUANTITY_CHARACTERS = 120
 _MONEY = re.compile(r"([+-]?)\s*(\\\$|[\u20ac\u00a3\u00a5\u20b9])\s*([+-]?.*)", re.DOTALL)
 _UNIT_START = re.compile(r"\\frac(?=\{[A-Za-z])|\^\\circ|%|\\\$|\\mu|\\Omega|(?<![A-Za-z\\{^_])[A-Za-z]|[^\x00-\x7f]")
 _MAX_STARTS = 6
+_UNIT_IN_BRACKETS = re.compile(r"(?<=\d)\s*\(([A-Za-z^\x80-\uffff][^()\d]*(?:\^\d)?)\)$")
 _MAGNITUDES = {
     "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
     "\u767e": 2, "\u5343": 3, "\u4e07": 4, "\u4ebf": 8,
@@ -43,6 +44,8 @@ def read_quantity(text: str, *, attached: bool = False) -> Quantity | None:
     """
     if len(text) > _MAX_QUANTITY_CHARACTERS:
         return None
+    if (match := _UNIT_IN_BRACKETS.search(text)) and is_symbol(match[1]):
+        text = f"{text[: match.start()]} {match[1]}"
     if (number := read_number(text)) is not None:
         return Quantity(number)
     if match := _MONEY.fullmatch(text):

@@ -14,11 +14,16 @@ _CLOSING = frozenset(_OPENING.values())
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 _BEGIN = re.compile(r"\\begin\{([A-Za-z]+)\*?\}")
 _MATRICES = frozenset(("matrix", "pmatrix", "bmatrix", "vmatrix", "Vmatrix", "Bmatrix", "smallmatrix", "array"))
+_ROWS = r"\{(?:cases|aligned|gathered)\}"
+_CASES = re.compile(rf"(?:\\\{{|\{{)?\\begin{_ROWS}(.*)\\end{_ROWS}", re.DOTALL)
+_NUMBER_SET = r"(?:\\mathbb\{[A-Z]\}|[ZNRQ])(?:\^[+*]|_\+)?"
+_DOMAIN = re.compile(rf"(?:,|;|,? ?\()\s*(?:where |with |for )?[a-z](?:, ?[a-z])*\s?\\in\s?{_NUMBER_SET}\)?$")
 _AND = re.compile(r"\s*(?:\band\b|\bor\b|\u548c|\u6216|\u4e0e)\s*")
 # A quantity that is asked for: x, x_1, \theta, f(2), P(A|B), \angle ABC, |AB|, S_{ABC}, m\angle A, \overline{AB}, n+m.
-_SYMBOL = r"(?:\\?[A-Za-z]+(?:\{[A-Za-z]+\})?'*|\\(?:hat|bar|vec|tilde|overline|widehat)\s*\{?[A-Za-z\\]+\}?)"
+# Possessive, and a space or backslash between two symbols: letters in a row could be split in exponentially many ways.
+_SYMBOL = r"(?:\\?[A-Za-z]++(?:\{\\?[A-Za-z]++\})?'*)"
 _SCRIPT = r"(?:_(?:\{[^{}=]{1,12}\}|\w|\\[a-z]+))?"
-_TERM = rf"(?:\|?{_SYMBOL}{_SCRIPT}(?: ?{_SYMBOL}{_SCRIPT})*(?:\([^()=]{{0,20}}\))?\|?'*)"
+_TERM = rf"(?:\|?{_SYMBOL}{_SCRIPT}(?:(?: |(?=\\)){_SYMBOL}{_SCRIPT})*+(?:\([^()=]{{0,20}}\))?\|?'*)"
 _NAME = re.compile(rf"{_TERM}(?: ?(?:[-+/:]|\\cdot|\\times) ?{_TERM}){{0,3}}|\\frac\{{{_TERM}\}}\{{{_TERM}\}}")
 _POINT = re.compile(rf"\({_SYMBOL}{_SCRIPT}(?:, ?{_SYMBOL}{_SCRIPT})+\)")
 _RELATION = re.compile(r"(\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|<|>)")
@@ -69,10 +74,21 @@ def split_list(text: str) -> list[str]:
     Args:
         text: from `normalise`.
     """
+    if match := _CASES.fullmatch(text):
+        text = match[1]
+    if r"\begin" not in text:
+        text = text.replace(r"\\", ";")
     pieces = [piece for part in split_top(text, ";") for piece in split_top(part, ",")]
-    listed = [piece for part in pieces for piece in _split_words(part)]
-    # "(1, 2) (3, 4)" and "(A)(C)" list too: brackets side by side that all hold several parts.
-    return [piece for piece in listed if piece]
+    return [piece for part in pieces for piece in _split_words(part) if piece]
+
+
+def without_domain(text: str) -> str:
+    r"""Return `2k\pi` of `2k\pi, k\in\mathbb{Z}`: what a parameter may be goes without saying (rule 10).
+
+    Args:
+        text: from `normalise`.
+    """
+    return _DOMAIN.sub("", text)
 
 
 def read_brackets(text: str) -> Bracketed | None:

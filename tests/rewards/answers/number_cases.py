@@ -1,6 +1,15 @@
 """Answers to references that are numbers: (answer, reference, whether it is right), by rules 4 to 12 and 17."""
 
 NUMBER = [
+    ("C_5^2", "10", False),
+    ("5!", "120", True),
+    ("5 (km)", "5 km", True),
+    (r"5\ (\text{cm})", "5 m", False),
+    ("5 pm", "17", False),
+    (r"10\,\text{m/s}", r"10\ \text{m}\cdot\text{s}^{-1}", True),
+    (r"6.67\times10^{-11}\,\mathrm{N\,m^2/kg^2}", r"6.67\times10^{-11}", True),
+    (r"\binom{5}{2}", "10", True),
+    (r"\lfloor 2.5\rfloor", "2", True),
     (r"6.626\times 10^{-34}", r"6.674\times 10^{-11}", False),
     ("1e-10", "2e-10", False),
     ("10^{-9}", "10^{-8}", False),

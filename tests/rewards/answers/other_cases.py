@@ -2,6 +2,13 @@
 
 OTHER = {
     "EXPRESSION": [
+        ("F_{1,2}", "F_{12}", False),
+        (r"\frac{2\pi A R_{\odot}^2}{d_{\odot}^2}", r"A\frac{R_{\odot}^{2}}{d_{\odot}^{2}}2\pi", True),
+        (r"2k\pi, k\in\mathbb{Z}", r"2k\pi", True),
+        (r"2k\pi+\frac{\pi}{3}, k\in\mathbb{Z}", r"\frac{\pi}{3}+2k\pi", True),
+        (r"\lg 2", r"\log_{10}2", True),
+        (r"V_{\text{max}}t", "tV_{max}", True),
+        (r"2\mathbf{j}+\mathbf{i}", r"\mathbf{i}+2\mathbf{j}", True),
         (r"\frac{1}{10^{20}}", r"\frac{1}{10^{21}}", False),
         ("e^{-50}", "e^{-51}", False),
         (r"\frac{1}{100!}", r"\frac{1}{101!}", False),
@@ -119,6 +126,12 @@ OTHER = {
         (r"(3,+\infty)", r"(3,\infty)", True),
     ],
     "LIST": [
+        ("n=2k", r"n=2k, k\in\mathbb{Z}", True),
+        (r"\begin{cases}x=1\\y=2\end{cases}", "x=1, y=2", True),
+        ("(1,2)", "x=1, y=2", True),
+        ("(2,1)", "x=1, y=2", False),
+        (r"x=1\\y=2", "x=1, y=2", True),
+        ("10,4,-2", "4, 10, -2", True),
         ("\xb12", r"\pm 2", True),
         ("\xb12", "2, -2", True),
         (r"x = 2 \text{ or } x = 3", "2, 3", True),
@@ -156,6 +169,9 @@ OTHER = {
         (r"\{3,3,5\}", r"\{3,5\}", True),
     ],
     "INTERVAL": [
+        (r"-x\ge -1", r"x\le 1", True),
+        (r"-x\le -1", r"x\le 1", False),
+        ("14", "[-4,0]", False),
         ("(1,2)", "[1,2]", False),
         ("[0,1)", "[0,1]", False),
         ("\uff3b0\uff0c1\uff3d", "[0,1]", True),
@@ -187,6 +203,10 @@ OTHER = {
         (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}2&1\end{pmatrix}", False),
     ],
     "RATIO": [
+        ("1:2:3", "2:4:6", True),
+        ("1:2:3", "1:2:4", False),
+        ("7/3", "7:3", True),
+        ("12:30", "2:05", False),
         ("3:45", "3:54", False),
         ("1:2", "2:1", False),
         ("2:4", "1:2", True),
@@ -200,6 +220,9 @@ OTHER = {
         ("0101_2", "101_2", True),
     ],
     "CHOICE": [
+        ("C", "C. x = 42", True),
+        ("D", "C. x = 42", False),
+        ("C", "(C) 12 cm", True),
         ("B)", "B", True),
         ("(B)", "B", True),
         ("B. 5 cm", "B", True),
@@ -231,6 +254,8 @@ OTHER = {
         ("5~7", "5-7", False),
     ],
     "TEXT": [
+        ("E", "E. coli", False),
+        (r"\overline{AB}", "AB", False),
         ("CAB", "ABC", False),
         ("was", "saw", False),
         ("tea", "eat", False),

@@ -1,6 +1,9 @@
 """The rules of docs/rewards.md, one table a kind of reference: the answer, the reference, and whether it is right."""
 
 import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from megatron_r1v2.rewards.answers.comparison import answers_agree, texts_equal
 from megatron_r1v2.rewards.answers.kinds import Kind, kind_of
@@ -36,6 +39,48 @@ def test_every_kind_has_its_cases():
 )
 def test_texts(given, reference, equal):
     assert texts_equal(normalise(given), normalise(reference)) is equal
+
+
+_PIECES = st.sampled_from(
+    [*"0123xyABC(){}[],.;:=<>|+-*/_%'", " ", " or ", " and ", " cm", r"\frac", r"\sqrt{2}", r"\pi", r"\pm", r"\in",
+     r"\cup", r"\{", r"\}", r"\ldots", r"\le", r"\text{", r"\begin{cases}", r"\\", "to", "\u4e0e", "\u221a"]
+)  # fmt: skip
+
+
+_REFERENCES = st.sampled_from([case[1] for cases in CASES.values() for case in cases])
+
+
+@drawn(st.lists(_PIECES, max_size=12).map("".join), _REFERENCES)
+@settings(max_examples=300, deadline=None)
+def test_no_answer_and_no_reference_is_an_error(text, reference):
+    answers_agree(normalise(text), normalise(reference))
+    answers_agree(normalise(reference + text), normalise(text))
+    answers_agree(normalise(text + reference), normalise(reference))
+
+
+numbers = st.integers(-50, 50).map(str) | st.sampled_from([r"\frac{1}{2}", "0.25", r"\sqrt{2}", r"2\pi", "(1, 2)"])
+
+
+@drawn(st.lists(numbers, min_size=2, max_size=6), st.data())
+@settings(max_examples=60, deadline=None)
+def test_lists_agree_in_any_order_and_sets_whatever_they_repeat(parts, data):
+    shuffled = data.draw(st.permutations(parts))
+    assert answers_agree(normalise(", ".join(shuffled)), normalise(", ".join(parts)))
+    assert answers_agree(normalise(" and ".join(shuffled)), normalise(", ".join(parts)))
+    assert not answers_agree(normalise(", ".join([*parts, "51"])), normalise(", ".join(parts)))
+    assert not answers_agree(normalise(", ".join(["51", *parts[1:]])), normalise(", ".join(parts)))
+    as_set = r"\{" + ", ".join(parts) + r"\}"
+    assert answers_agree(normalise(r"\{" + ", ".join([*shuffled, parts[0]]) + r"\}"), normalise(as_set))
+    assert not answers_agree(normalise(r"\{51, " + ", ".join(shuffled) + r"\}"), normalise(as_set))
+    if len(set(parts)) > 1 and parts != parts[::-1]:
+        assert not answers_agree(normalise(f"({', '.join(parts[::-1])})"), normalise(f"({', '.join(parts)})"))
+
+
+@drawn(st.text(alphabet="ABCDEFGH", min_size=2, max_size=6), st.data())
+@settings(max_examples=60, deadline=None)
+def test_letters_in_a_row_agree_in_their_order_only(letters, data):
+    shuffled = "".join(data.draw(st.permutations(letters)))
+    assert answers_agree(normalise(rf"\text{{{shuffled}}}"), normalise(letters)) is (shuffled == letters)
 
 
 def test_nothing_agrees_with_nothing():

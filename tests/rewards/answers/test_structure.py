@@ -15,6 +15,7 @@ from megatron_r1v2.rewards.answers.structure import (
     split_relations,
     split_top,
     split_union,
+    without_domain,
 )
 
 
@@ -30,6 +31,8 @@ from megatron_r1v2.rewards.answers.structure import (
         ("1,(2", ["1,(2"]),
         ("8", ["8"]),
         ("sand", ["sand"]),
+        (r"\begin{cases}x=1\\y=2\end{cases}", ["x=1", "y=2"]),
+        (r"x=1\\y=2", ["x=1", "y=2"]),
     ],
 )
 def test_lists(text, parts):
@@ -126,6 +129,19 @@ def test_intervals(text, expected):
 )
 def test_matrices(text, rows):
     assert read_matrix(text) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        (r"2k\pi,k\in\mathbb{Z}", r"2k\pi"),
+        (r"a+b(a,b\in\mathbb{N}^*)", r"a+b"),
+        (r"x\in\mathbb{R}", r"x\in\mathbb{R}"),
+        (r"1,k\in[1, 2]", r"1,k\in[1, 2]"),
+    ],
+)
+def test_what_a_parameter_may_be(text, rest):
+    assert without_domain(text) == rest
 
 
 def test_signs_and_sides():
