@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_r1v2.checkpoint.base_model import recipe_base
 from megatron_r1v2.checkpoint.hf.config import folder_layout
+from megatron_r1v2.checkpoint.hf.refusals import check_folder
 from megatron_r1v2.checkpoint.megatron.run_folder import resolve_checkpoint
 from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec, SourceSpec
 from megatron_r1v2.checkpoint.trained_parts import PARTS_FILE, read_parts
@@ -24,6 +25,7 @@ def open_checkpoint(path: Path, base: Path | None = None) -> tuple[str, SourceSp
     Raises:
         ValueError: the path names none of these.
     """
+    check_folder(path)
     if (path / PARTS_FILE).is_file():
         described = read_parts(path)
         if base is None:

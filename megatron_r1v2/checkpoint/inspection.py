@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
+from megatron_r1v2.checkpoint.hf.config import CHAT_TYPES, read_hf_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
+from megatron_r1v2.checkpoint.hf.refusals import check_folder
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.run_folder import (
     HF_IN_CHECKPOINT,
@@ -105,6 +106,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
     Raises:
         ValueError: the path holds no checkpoint, or its headers are damaged.
     """
+    check_folder(path)
     if path.is_file() or any(path.glob("*.safetensors")):
         return _inspect_hf(path)
     return _inspect_checkpoint(resolve_checkpoint(path))
@@ -121,7 +123,7 @@ def _inspect_hf(path: Path) -> Inspection:
     elif (path / "config.json").is_file():
         model_type = read_json(path / "config.json").get("model_type")
         facts |= {"kind": f"component ({model_type})"}
-        if model_type in ("internvl", "internvl_chat"):
+        if model_type in ("internvl", *CHAT_TYPES):
             architecture, layout = read_hf_architecture(path)
             facts |= {"kind": "whole model", "layout": layout}
     facts["checksums"] = path.is_dir() and Manifest.of(path) is not None

@@ -6,6 +6,7 @@ so each converter is: for every row of the table, read from a source, write to a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Protocol, Self
 
 import torch
 
-from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
+from megatron_r1v2.checkpoint.hf.architecture import Config
+from megatron_r1v2.checkpoint.hf.config import folder_architecture, read_hf_config
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder
 from megatron_r1v2.checkpoint.hf.mapping import (
     Layout,
@@ -22,6 +24,8 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     stored_names,
 )
+from megatron_r1v2.checkpoint.hf.refusals import check_tensor_names
+from megatron_r1v2.checkpoint.hf.shapes import parameter_shapes
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, STATE_FILE, TENSORS, load_state
@@ -136,6 +140,17 @@ class TableSource(OpenSource):
         row = self._rows[ours]
         return row.blocks({name: self._tensor(name) for name in row.hf})
 
+    def _check_shapes(self, config: Config) -> None:
+        """Refuse tensors of other shapes than transformers has for a configuration, split over ranks or not."""
+        shapes = parameter_shapes(config)
+        for ours, row in self._rows.items():
+            if self.meta(ours).shape != shapes[ours]:
+                found = ", ".join(f"{name} {list(self._meta(name).shape)}" for name in row.hf)
+                raise ValueError(
+                    f"{self._folder_of(ours)}: {found} makes {ours} {list(self.meta(ours).shape)}, config.json implies "
+                    f"{list(shapes[ours])}; the weights do not belong to this config.json"
+                )
+
     def _meta(self, name: str) -> torch.Tensor:
         """Return a tensor without data."""
         raise NotImplementedError
@@ -181,7 +196,8 @@ class HfSource(TableSource):
             ValueError: tensors are missing, left over, or not of the shape that config.json implies.
         """
         super().__init__()
-        self.architecture, layout = read_hf_architecture(spec.config or spec.folder)
+        self._config, layout = read_hf_config(spec.config or spec.folder)
+        self.architecture = folder_architecture(self._config, spec.config or spec.folder)
         self.layout = spec.layout or layout
         self._manifest = Manifest.of(spec.folder)
         self._folder = self._stack.enter_context(SafetensorsFolder(spec.folder))
@@ -192,6 +208,7 @@ class HfSource(TableSource):
             raise
 
     def _index(self, spec: HfSpec) -> None:
+        check_tensor_names(self._folder.names(), spec.folder)
         tied = self.architecture.language.tied_embeddings
         self._stored = stored_names(self._folder.names(), self.layout, tied=tied)
         if len(self._stored) != len(self._folder.names()):
@@ -209,6 +226,7 @@ class HfSource(TableSource):
                 f"{missing[:5]}, {len(unused)} have no place in it {unused[:5]}"
             )
         self._rows = {row.ours: row for row in rows if row.exported}
+        self._check_shapes(self._config)
         if self._manifest is not None:
             self._manifest.check_files()
             if set(self._manifest.tensors) != set(self._folder.names()):
@@ -269,7 +287,8 @@ class CheckpointSource(OpenSource):
                 f"{spec.folder} does not say which model it is of; give --base: the Hugging Face folder that the run "
                 "started from (model.hf_path in its recipe.yaml)"
             )
-        self.architecture, _ = read_hf_architecture(config)
+        described, _ = read_hf_config(config)
+        self.architecture = folder_architecture(described, config)
         self._dist = TorchDist(spec.folder / TENSORS)
         rows = exported_rows(self.architecture, "chat")
         self._rows = {row.ours: row for row in rows}
@@ -283,6 +302,7 @@ class CheckpointSource(OpenSource):
         elif others:
             self._rows = {ours: row for ours, row in self._rows.items() if ours in self._own}
         self._check_arrays(spec.folder)
+        self._check_shapes(parameter_shapes(described), spec.folder)
 
     def _check_arrays(self, folder: Path) -> None:
         used = {dist_entry(ours, self.architecture).key for ours in self._own}
@@ -295,6 +315,15 @@ class CheckpointSource(OpenSource):
                 f"{folder} does not fit the model: {len(missing)} arrays are missing {missing[:5]}, {len(unused)} have "
                 f"no place in it {unused[:5]}; is --base the model that it was made from?"
             )
+
+    def _check_shapes(self, shapes: Mapping[str, torch.Size], folder: Path) -> None:
+        for ours in sorted(self._own):
+            shape = self.meta(ours).shape
+            if shape != shapes[ours]:
+                raise ValueError(
+                    f"{folder}: {ours} is {list(shape)} in the checkpoint, which is not the model of config.json: that "
+                    f"has {list(shapes[ours])}"
+                )
 
     def names(self) -> list[str]:
         """Return our names of the parameters."""

@@ -121,6 +121,7 @@ class ComponentsSource(TableSource):
             }
             self._rows = self._rows_of(layouts)
             self._check_dtypes()
+            self._check_shapes(spec.config)
         except ValueError:
             self._stack.close()
             raise

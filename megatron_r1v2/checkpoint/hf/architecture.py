@@ -285,12 +285,13 @@ def _is_positive(value: object) -> bool:
 def _complete(kind: type[PreTrainedConfig], hf: Config, where: str) -> dict[str, object]:
     """Return a configuration with every key that its file leaves out, as transformers fills them in."""
     try:
-        return kind.from_dict(_copied(hf)).to_dict()
+        completed: dict[str, object] = kind.from_dict(_copied(hf)).to_dict()
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{where} is refused by transformers: {reason}; copy the folder's config.json again"
         ) from error
+    return completed
 
 
 def _copied(value: Config) -> dict[str, object]:

@@ -34,6 +34,7 @@ from megatron_r1v2.checkpoint.hf.folders import (
     write_json,
 )
 from megatron_r1v2.checkpoint.hf.mapping import Layout
+from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder
 from megatron_r1v2.models.architecture import PixelShuffle
 
 # Roles that transformers' InternVLProcessor looks for in the tokenizer, and the token of each.
@@ -80,12 +81,16 @@ def components_config(components: Components) -> JsonObject:
     Raises:
         ValueError: the components have configurations that do not make a model.
     """
+    for folder in (components.vision, components.language, *([components.adapter] if components.adapter else [])):
+        check_folder(folder)
     _, _, image_token_id, num_tokens = _with_image_tokens(components.language)
     config = read_json(components.vision / "config.json")
+    check_config(config, components.vision)
     vision = config.get("vision_config", config) if config.get("model_type") != "internvl_vision" else config
     if config.get("model_type") in VISION_TYPES_OF_CHAT:
         vision = transformers_vision_config(vision)
     text = read_json(components.language / "config.json")
+    check_config(text, components.language)
     parts = ("architectures", *NOT_IN_PARTS)
     vision, text = ({k: v for k, v in part.items() if k not in parts} for part in (vision, text))
     if "vocab_size" in text:  # a folder that is no language model is refused in words below
@@ -131,6 +136,7 @@ def check_companions(source: Path) -> None:
     Raises:
         ValueError: a JSON file is none, or the tokenizer is missing or cannot be loaded.
     """
+    check_folder(source)
     files = companion_files(source)
     for path in files:
         if path.suffix == ".json":

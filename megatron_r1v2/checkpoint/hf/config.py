@@ -17,6 +17,7 @@ import torch
 from megatron_r1v2.checkpoint.hf.architecture import Config, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
 from megatron_r1v2.checkpoint.hf.mapping import HF_EMBEDDING, HF_OUTPUT, Layout, stored_names
+from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder
 from megatron_r1v2.models.architecture import R1V2Architecture
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -86,6 +87,7 @@ def layout_of(config: Config) -> Layout:
 
 def folder_layout(folder: Path) -> Layout:
     """Return the layout of a folder's config.json."""
+    check_folder(folder)
     return layout_of(read_json(folder / "config.json"))
 
 
@@ -102,8 +104,10 @@ def read_hf_config(folder: Path | str) -> tuple[dict[str, object], Layout]:
     Raises:
         ValueError: it is missing, or configures something that the model does not compute.
     """
+    check_folder(folder)
     config = read_json(Path(folder) / "config.json")
     layout = layout_of(config)
+    check_config(config, folder)
     if layout == "chat":
         config = transformers_config(config, image_token_id=image_token_id(folder))
     if any(Path(folder).glob("*.safetensors")):
@@ -114,6 +118,11 @@ def read_hf_config(folder: Path | str) -> tuple[dict[str, object], Layout]:
 def read_hf_architecture(folder: Path | str) -> tuple[R1V2Architecture, Layout]:
     """Read the sizes of the model in a folder of either layout, with the pixel statistics of its image processor."""
     config, layout = read_hf_config(folder)
+    return folder_architecture(config, folder), layout
+
+
+def folder_architecture(config: Config, folder: Path | str) -> R1V2Architecture:
+    """Return the sizes of the model that a configuration describes, with the pixel statistics of a folder."""
     architecture = r1v2_architecture(config)
     stated, vision = stated_processor(folder), architecture.vision
     vision = replace(
@@ -121,7 +130,7 @@ def read_hf_architecture(folder: Path | str) -> tuple[R1V2Architecture, Layout]:
         pixel_mean=_colours(stated, "image_mean", vision.pixel_mean, folder),
         pixel_std=_colours(stated, "image_std", vision.pixel_std, folder),
     )
-    return replace(architecture, vision=vision), layout
+    return replace(architecture, vision=vision)
 
 
 def stated_processor(folder: Path | str) -> dict[str, object]:
@@ -186,7 +195,9 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare piece by piece: matrices that differ do so in the first rows, and those of 38B are 1.5 GB each."""
     if one.shape != other.shape:
         return False
-    return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(one.split(1024), other.split(1024), strict=True))
+    return all(
+        torch.equal(a, b.to(a.dtype)) for a, b in zip(torch.split(one, 1024), torch.split(other, 1024), strict=True)
+    )
 
 
 def image_token_id(folder: Path | str) -> int:

@@ -57,6 +57,7 @@ class SafetensorsFolder:
         if self.folder.is_file():
             paths = [self.folder]
         elif (self.folder / INDEX_NAME).exists():
+            self._check_single()
             expected = _read_index(self.folder / INDEX_NAME)
             paths = [self.folder / name for name in sorted(set(expected.values()))]
         else:
@@ -106,6 +107,14 @@ class SafetensorsFolder:
     def paths(self) -> list[Path]:
         """Return the files."""
         return list(self._paths)
+
+    def _check_single(self) -> None:
+        """Refuse a single file beside an index of others: programs differ in which they read."""
+        if (self.folder / SINGLE_NAME).exists() and SINGLE_NAME not in _read_index(self.folder / INDEX_NAME).values():
+            raise ValueError(
+                f"{self.folder} has both {INDEX_NAME} with its shards and {SINGLE_NAME}; transformers reads the single "
+                "file alone, other programs the shards: delete the one that is not the model"
+            )
 
     def _open(self, path: Path) -> None:
         if not path.exists():

@@ -67,7 +67,7 @@ class MappedParameter:
     def _named(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
         try:
             yield
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # torch's own, where tensors of one row do not go together
             shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in self.hf)
             raise ValueError(f"{shapes}: {error}; the weights do not belong to this config.json") from error
 

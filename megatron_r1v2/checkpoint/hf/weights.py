@@ -23,6 +23,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     stored_names,
 )
+from megatron_r1v2.checkpoint.hf.refusals import check_tensor_names
 from megatron_r1v2.models.architecture import FUSED_NORM_NAMES
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -50,6 +51,7 @@ def load_hf_weights(
     """
     local = _by_global_name(model)
     with SafetensorsFolder(hf_path) as folder:
+        check_tensor_names(folder.names(), hf_path)
         stored = stored_names(folder.names(), layout, tied=model.architecture.language.tied_embeddings)
         _check_names(model, set(stored), local, hf_path, layout)
         if model.architecture.language.tied_embeddings and not are_tied(folder, stored):

@@ -1,0 +1,86 @@
+"""Folders that look like a model and are none that can be read: each refused by what it is, with what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_QUANTIZED = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+}
+# Endings of tensor names that only these kinds of folders have.
+_QUANTIZED_NAMES = {
+    ".qweight": "AWQ or GPTQ",
+    ".qzeros": "AWQ or GPTQ",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8",
+    ".weight_packed": "compressed-tensors",
+}
+_LORA_NAMES = (".lora_A.", ".lora_B.", ".lora_A.weight", ".lora_B.weight")
+
+
+def check_folder(folder: Path | str) -> None:
+    """Refuse a path that is not there, and a folder of LoRA adapters.
+
+    Raises:
+        ValueError: with the command that downloads the model, where the path looks like its name on the hub.
+    """
+    path = Path(folder)
+    if not path.exists():
+        if _HUB_NAME.fullmatch(str(folder)):
+            local = str(folder).split("/")[1]
+            raise ValueError(
+                f"{folder} is missing; nothing is downloaded here: if it is a model on the Hugging Face hub, run "
+                f"`hf download {folder} --local-dir {local}` and give {local}"
+            )
+        raise ValueError(f"{folder} is missing; give the folder of a Hugging Face checkpoint")
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds LoRA adapters (adapter_config.json); merge them into their base model first, with "
+            "peft's merge_and_unload() and save_pretrained()"
+        )
+
+
+def check_config(config: Mapping[str, object], folder: Path | str) -> None:
+    """Refuse quantized weights by what config.json says of them.
+
+    Raises:
+        ValueError: with the kind of quantization.
+    """
+    parts = (config, *(config.get(key) for key in ("llm_config", "text_config", "vision_config")))
+    for part in parts:
+        stated = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if stated:
+            method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+            raise _quantized(folder, _QUANTIZED.get(str(method), str(method)[:40]), "quantization_config")
+
+
+def check_tensor_names(names: Iterable[str], folder: Path | str) -> None:
+    """Refuse quantized weights and LoRA adapters by the names of their tensors.
+
+    Raises:
+        ValueError: with what they are.
+    """
+    for name in names:
+        for ending, kind in _QUANTIZED_NAMES.items():
+            if name.endswith(ending):
+                raise _quantized(folder, kind, name)
+        if any(mark in name for mark in _LORA_NAMES):
+            raise ValueError(
+                f"{folder} holds LoRA adapters ({name}); merge them into their base model first, with peft's "
+                "merge_and_unload() and save_pretrained()"
+            )
+
+
+def _quantized(folder: Path | str, kind: str, found: str) -> ValueError:
+    return ValueError(
+        f"{folder} holds weights quantized by {kind} ({found}), which are not read; give the folder of the model "
+        "before quantization, in bf16, fp16 or fp32"
+    )
