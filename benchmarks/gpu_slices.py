@@ -38,7 +38,7 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.models.vision import VisionTower, vision_transformer_config
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import kv_bytes_per_token
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights
@@ -163,7 +163,7 @@ def layers_that_fit(architecture: R1V2Architecture, sizes: Sizes, device: torch.
     model = ActivationModel(architecture, Layout(), ALL_PARTS, 2, Recompute.none)
     language, vision = architecture.language, architecture.vision
     # bf16 weights and gradients, in FP8 beside them each weight twice in 8 bits.
-    one = model.language_layer(Microbatch(1, sizes.tokens, 0)).saved + 6 * language_layer_weights(language)
+    one = model.language_layer(MicrobatchShape(1, sizes.tokens, 0)).saved + 6 * language_layer_weights(language)
     ends = 8 * language.vocab_size * language.hidden_size + 10 * sizes.tokens * language.vocab_size
     one_vision = model.vision_layer(sizes.tiles).saved + 4 * vision.hidden_size * (
         4 * vision.num_heads * vision.head_size + 2 * vision.ffn_size

@@ -32,7 +32,7 @@ from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architec
 from megatron_r1v2.models.r1v2 import build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
@@ -272,7 +272,8 @@ def planned(case: Case, rank: int) -> dict[str, int]:
         Recompute[case.recompute],
     )
     tiles = case.rows * case.tiles
-    batch = Microbatch(1, case.rows * case.tokens, tiles) if case.packed else Microbatch(case.rows, case.tokens, tiles)
+    rows, tokens = (1, case.rows * case.tokens) if case.packed else (case.rows, case.tokens)
+    batch = MicrobatchShape(rows, tokens, tiles)
     stage = rank // parallel.tensor
     return {
         "training": training_peak(model, batch, stage=stage, microbatches=case.microbatches),

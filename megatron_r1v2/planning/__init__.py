@@ -1,1 +1,1 @@
-"""What a run costs before it is started: bytes on each rank, seconds a step, and the layout that suits best."""
+"""The cost of a run before it starts: bytes on each rank, seconds a step, and the best layout, by arithmetic alone."""

@@ -1,9 +1,9 @@
 """Bytes that a forward and backward pass allocates, tensor by tensor, for the local layers of models/.
 
-Each function lists what autograd keeps of one block, and what comes on top while the block runs. The lists were read
-off `saved_tensors_hooks` on the real model and hold for torch's flash-style SDPA (CPU and GPU): queries, keys, the
-whole qkv projection (values are a view of it), the output and one float32 a query. Letters in the names: n tokens of
-a microbatch, m patches and class tokens of its tiles, w bytes of an element.
+Each function lists the tensors that autograd keeps of one block, and those that come on top while the block runs. The
+lists were read off `saved_tensors_hooks` on the real model and hold for torch's flash-style SDPA (CPU and GPU): it
+keeps queries, keys, the whole qkv projection (values are a view of it), the output and one float32 a query. Letters in
+the names: n tokens of a microbatch, m patches and class tokens of its tiles, w bytes of an element.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_r1v2.config.schema import Part, Recompute
+from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.parameters import Layout, padded_vision_heads, padded_vocabulary
 
 
 @dataclass(frozen=True)
-class Microbatch:
-    """What one forward pass sees."""
+class MicrobatchShape:
+    """The size of one forward pass."""
 
     rows: int
     tokens: int
-    """Of a row, padding included."""
+    """Tokens of a row, padding included."""
     tiles: int
-    """Of all rows together, each prompt's once."""
+    """Image tiles of all rows together; rows of one prompt share theirs."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes of one layer, or of what stands before or after the layers."""
+    """Bytes of one layer, of the adapter or of the head."""
 
     saved: int
     """Kept from the forward to the backward pass."""
     forward: int
-    """Most that lives at once in a forward pass that keeps nothing."""
+    """The most that is allocated at once in a forward pass without a graph."""
     backward: int
-    """Most that comes on top of `saved` while the backward pass of this block runs."""
+    """The most that is allocated on top of `saved` while the backward pass of this block runs."""
 
 
 @dataclass(frozen=True)
 class ActivationModel:
-    """Sizes, layout and numerics that decide about activations."""
+    """Sizes, layout and numerics, from which the bytes of activations follow."""
 
     architecture: R1V2Architecture
     layout: Layout
@@ -60,16 +60,17 @@ class ActivationModel:
         """Return whether the vision tower keeps a graph."""
         return Part.vision in self.parts
 
-    def has_graph(self, batch: Microbatch) -> bool:
-        """Return whether the language model keeps a graph: not for text alone when only adapter or vision train."""
+    def has_graph(self, batch: MicrobatchShape) -> bool:
+        """Return whether the language model keeps a graph for this batch."""
+        # Text alone has nothing to train where only adapter or vision do.
         return self.trains_language or batch.tiles > 0
 
-    def hidden(self, batch: Microbatch) -> int:
-        """Return the bytes of hidden states between layers, split by sequence parallelism."""
+    def hidden(self, batch: MicrobatchShape) -> int:
+        """Return the bytes of the hidden states between layers on one rank."""
         tokens = batch.rows * batch.tokens // (self.layout.tensor if self.layout.sequence else 1)
         return tokens * self.architecture.language.hidden_size * self.element_bytes
 
-    def language_layer(self, batch: Microbatch) -> Block:
+    def language_layer(self, batch: MicrobatchShape) -> Block:
         """Return the bytes of one decoder layer without recomputation."""
         language, tensor, w = self.architecture.language, self.layout.tensor, self.element_bytes
         n = batch.rows * batch.tokens
@@ -83,16 +84,17 @@ class ActivationModel:
         rope = 4 * batch.tokens * language.head_size * w
         saved = 2 * self._rms_norm(hidden, trained=self.trains_language) + rope
         saved += qkv + n * w * (q + kv) + self._core_attention_output(batch)
-        # fc1's output (both halves), the linear half plus its offset, the activated half; fc2's input if that trains.
+        # SwiGLU: fc1's output (both halves), the linear half plus its offset, the activated half; fc2's input if it
+        # trains.
         saved += (5 if self.trains_language else 4) * ffn
         if self.trains_language:
             saved += 2 * hidden  # the inputs of qkv and fc1
         if language.qk_norm:
             heads = n * w * (q + kv)
-            # In fp32 the norm of the keys reads them where the qkv projection wrote them.
+            # bf16 inputs are cast to float32 copies; in fp32 the norm of the keys reads the qkv projection itself.
             saved += (4 * heads if w == 2 else n * w * q) + (heads if self.trains_language else 0)
         gathered = n * language.hidden_size * w
-        # fc1's output, both halves and their product; residual, layer input and norm output; the gathered input.
+        # fc1's output (2), both halves and their product (3); residual, layer input, norm output; the gathered input.
         forward = 5 * ffn + 3 * hidden + gathered
         backward = 3 * ffn + 2 * gathered
         if self.trains_language:
@@ -109,11 +111,11 @@ class ActivationModel:
         heads = m * local_heads * vision.head_size * w
         ffn = m * w * vision.ffn_size // tensor
         norm = self._rms_norm(hidden, trained=True) if vision.norm == "rms_norm" else hidden
-        # Norms, inputs of qkv and fc1, what the two layer scales multiply, before and after GELU.
+        # Norms, inputs of qkv and fc1, factors of the two layer scales, before and after GELU.
         saved = 2 * norm + 2 * hidden + 2 * hidden + 2 * ffn
         saved += 3 * heads + heads + m * local_heads * 4
         if vision.qk_norm:
-            # q and k: float32 twice (in fp32 one copy serves), the normalised, and what attention keeps.
+            # q and k each: two float32 copies (in fp32 the input serves), the normalised one, and attention's input.
             saved += 2 * ((2 * 2 * heads if w == 2 else heads) + heads + heads)
         wide = 8 if w == 2 else 4
         norm_forward = m * vision.hidden_size * (3 * w + wide) if vision.norm == "rms_norm" else 3 * hidden
@@ -136,28 +138,28 @@ class ActivationModel:
             saved = wide * (2 if trained else 1) + middle * (2 if trained else 1)
         return Block(saved, 2 * wide + 2 * middle + out, 2 * wide)
 
-    def head(self, batch: Microbatch) -> Block:
+    def head(self, batch: MicrobatchShape) -> Block:
         """Return the bytes of final norm, output layer and log-probs on the last stage."""
         language, tensor, w = self.architecture.language, self.layout.tensor, self.element_bytes
         n, hidden = batch.rows * batch.tokens, self.hidden(batch)
         logits = n * padded_vocabulary(language, tensor) // tensor
         gathered = n * language.hidden_size * w
         norm = self._rms_norm(hidden, trained=self.trains_language) + (hidden if self.trains_language else 0)
-        # The softmax, in float32. On top: logits, their float32 copy and the quotient; later two float32 gradients.
+        # Kept: the softmax, in float32. On top: logits, their float32 copy and the quotient; later two float32
+        # gradients.
         transient = logits * (w + 4 if w == 2 else 4)
         weight = padded_vocabulary(language, tensor) // tensor * language.hidden_size * w
         backward = max(transient, (logits * (w - 4) + weight + gathered) if self.trains_language else 0)
         return Block(norm + 4 * logits, logits * 4 + transient + gathered, backward + (gathered if tensor > 1 else 0))
 
     def _rms_norm(self, hidden: int, *, trained: bool) -> int:
-        """Return what our RMSNorm keeps: its input in float32 twice (once where it is float32), the result if trained.
-
-        In bf16 both `.float()` calls make a copy; in fp32 the input itself is kept.
-        """
+        """Return the bytes that our RMSNorm keeps: its input in float32, and its result where the weight trains."""
+        # In bf16 both `.float()` calls make a copy; in fp32 the input itself is kept, once.
         wide = hidden * 2 * 2 if self.element_bytes == 2 else hidden
         return wide + (hidden if trained else 0)
 
-    def _core_attention_output(self, batch: Microbatch) -> int:
+    def _core_attention_output(self, batch: MicrobatchShape) -> int:
+        """Return the bytes that core attention keeps of its output, the log-sum-exp of each query included."""
         language, tensor = self.architecture.language, self.layout.tensor
         heads = batch.rows * batch.tokens * language.num_heads // tensor
         output = heads * language.head_size * self.element_bytes

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from megatron_r1v2.config.command_line import command_parser
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.planning.plan import Cluster, Stage, hf_config_of, make_plan
+from megatron_r1v2.planning.known_models import find_hf_config
+from megatron_r1v2.planning.memory import Stage
+from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.planning.show import as_json, print_plan
 
@@ -25,11 +27,7 @@ STAGES: tuple[Stage, ...] = ("align", "mpo", "grpo")
 
 
 def stage_of(recipe: str) -> Stage:
-    """Return the stage that a recipe is for, by the name of its file: "mpo" for mpo.yaml or mpo_64k.yaml, else "grpo".
-
-    Args:
-        recipe: path of the file.
-    """
+    """Return the stage of a recipe by the name of its file: "mpo" for mpo.yaml or mpo_64k.yaml, otherwise "grpo"."""
     name = Path(recipe).stem.split("_")[0].split("-")[0]
     return next((stage for stage in STAGES if stage == name), "grpo")
 
@@ -55,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     )
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        hf_config = hf_config_of(recipe, arguments.hf_config)
+        hf_config = find_hf_config(recipe.model.hf_path, arguments.hf_config)
         plan = make_plan(
             recipe,
             hf_config,

@@ -1,13 +1,16 @@
-"""HF configurations of models whose files need not be at hand to plan for them."""
+"""The HF configuration of the model to plan for: that of a file, or of a known model whose files need not be here."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+
+from megatron_r1v2.config.validate import read_hf_config
 
 # InternViT-6B-448px-V2_5, the adapter and QwQ-32B in transformers' InternVL layout, as checkpoint_tools/reassemble.py
 # writes it: 38,392,158,592 parameters.
-_R1V2_38B: dict[str, Any] = {
+_R1V2_38B: dict[str, object] = {
     "model_type": "internvl",
     "projector_hidden_act": "gelu",
     "vision_feature_layer": -1,
@@ -46,4 +49,31 @@ _R1V2_38B: dict[str, Any] = {
     },
 }
 
-KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {"r1v2-38b": _R1V2_38B}
+KNOWN_MODELS: Mapping[str, Mapping[str, object]] = {"r1v2-38b": _R1V2_38B}
+
+
+def find_hf_config(hf_path: str, given: str) -> Mapping[str, object]:
+    """Return the HF configuration from which the sizes are read.
+
+    Args:
+        hf_path: `model.hf_path` of the recipe, for where nothing is given.
+        given: a config.json, its folder, the name of a known model, or "".
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    if given in KNOWN_MODELS:
+        return KNOWN_MODELS[given]
+    folder = given or hf_path
+    if Path(folder).is_file():
+        try:
+            config: dict[str, object] = json.loads(Path(folder).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"--hf-config={folder!r} is not valid JSON ({error}); give a config.json") from error
+        return config
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"there is no config.json at {'--hf-config' if given else 'model.hf_path'}={folder!r}; give --hf-config: a "
+            f"config.json, its folder, or the name of a known model: {', '.join(KNOWN_MODELS)}"
+        )
+    return read_hf_config(folder)

@@ -1,4 +1,4 @@
-"""What each rank needs in each phase of a step, and the largest settings that still fit."""
+"""The memory of each rank in each phase of a step, and the largest settings that still fit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_r1v2.config.schema import Fp8, Packing, Part, Precision, Recompute, RunRecipe
+from megatron_r1v2.config.choices import Fp8, Packing, Part, Precision, Recompute
+from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vocabulary
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak, vision_peak
 from megatron_r1v2.planning.state import ModelState, largest_state
@@ -19,15 +20,15 @@ Phase = Literal["generation", "log-probs", "training"]
 Stage = Literal["align", "mpo", "grpo"]
 PHASES: Mapping[str, tuple[Phase, ...]] = {
     "grpo": ("generation", "log-probs", "training"),
-    # Generation is that of validation.
+    # It generates for validation only.
     "align": ("generation", "training"),
-    # Log-probs are those of the reference, before the first step.
+    # Its log-probs are those of the reference, before the first step.
     "mpo": ("generation", "log-probs", "training"),
 }
 
 # flash-attn's block of the paged cache (generation/context.py); without flash-attn blocks are smaller.
 _CACHE_BLOCK_TOKENS = 256
-# Bytes for each logit while a token is drawn: gathered logits, two float32 copies, probabilities, float64 sums.
+# Bytes beside each gathered logit while a token is drawn: two float32 copies, probabilities, float64 sums.
 _DRAW_BYTES = 4 + 4 + 4 + 8
 # CPython: a slot in a tuple and a number object behind it.
 _PYTHON_INT = 8 + 28
@@ -36,7 +37,7 @@ _PYTHON_FLOAT = 8 + 24
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks of the model, worst cases throughout: longest rows, most tiles."""
+    """The demands of a run on the model in the worst case: longest rows, most tiles."""
 
     stage: Stage
     parts: tuple[Part, ...]
@@ -53,7 +54,7 @@ class Workload:
     prompt_tokens: int
     response_tokens: int
     tiles: int
-    """Of a prompt, the thumbnail included."""
+    """Tiles of a prompt, the thumbnail included."""
     kv_cache_gib: float
     max_requests: int
     max_tokens_per_step: int
@@ -67,14 +68,15 @@ class Workload:
     def from_recipe(
         cls, recipe: RunRecipe, architecture: R1V2Architecture, *, stage: Stage = "grpo", tiles: int = 0
     ) -> Workload:
-        """Collect what a recipe asks for.
+        """Derive the workload of a recipe.
 
         Args:
             recipe: the settings.
             architecture: the sizes.
             stage: align trains on one given response a prompt, mpo on two; both without a buffer.
-            tiles: of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
+            tiles: tiles of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
         """
+        # A prompt of several tiles gets a thumbnail too.
         most = recipe.data.max_tiles + (1 if recipe.data.max_tiles > 1 else 0)
         most = min(most, recipe.data.max_prompt_tokens // architecture.tokens_per_tile)
         generation, train, buffer = recipe.generation, recipe.train, recipe.buffer
@@ -110,23 +112,24 @@ class Workload:
 
     @property
     def rows_together(self) -> int:
-        """Return the rows that no microbatch separates, and that share their image: the two of a pair."""
+        """Return the number of rows that stay in one microbatch and share an image: the two of a preference pair."""
         return 2 if self.stage == "mpo" else 1
 
     def row_tokens(self, tensor: int) -> int:
-        """Return the tokens of the longest row as it is padded (training/batches.py)."""
+        """Return the tokens of the longest row, padded as in training/batches.py."""
+        # The last token of a response is a label and never an input.
         multiple = math.lcm(8, tensor)
         return -(-(self.prompt_tokens + self.response_tokens - 1) // multiple) * multiple
 
-    def microbatch(self, tensor: int) -> Microbatch:
+    def microbatch(self, tensor: int) -> MicrobatchShape:
         """Return the largest microbatch: the longest rows, or one full packed row."""
         tokens, together = self.row_tokens(tensor), self.rows_together
         if self.packed_tokens:
             tokens = max(together * tokens, self.packed_tokens)
-            # No row is shorter than its image, so a packed row holds no more tiles than this.
-            return Microbatch(1, tokens, max(1, tokens // max(1, together * self.prompt_tokens)) * self.tiles)
+            # No row is shorter than its image, which bounds the tiles of a packed row.
+            return MicrobatchShape(1, tokens, max(1, tokens // max(1, together * self.prompt_tokens)) * self.tiles)
         units = max(1, self.micro_batch_size // together)
-        return Microbatch(units * together, tokens, units * self.tiles)
+        return MicrobatchShape(units * together, tokens, units * self.tiles)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int
-    """The highest point of the phase's passes, logits included."""
+    """The peak of the phase's passes, logits included."""
     kv_cache: int
     image_features: int
     buffers: int
@@ -147,37 +150,33 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """Return the sum."""
+        """Return all bytes."""
         parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.kv_cache)
         return sum(parts) + self.image_features + self.buffers
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All ranks and phases, and what is kept in the host's memory."""
+    """The memory of all ranks in all phases, and of each host process."""
 
     ranks: tuple[RankMemory, ...]
     host_buffer: int
     """Bytes of the Selective Sample Buffer in each process, full."""
     host_tiles: int
-    """Bytes of image tiles behind it, at most."""
+    """Bytes of the image tiles of its samples, at most."""
 
     @property
     def peak(self) -> RankMemory:
-        """Return the rank and phase that need most."""
+        """Return the rank and phase with the most bytes."""
         return max(self.ranks, key=lambda rank: rank.total)
 
 
 def plan_memory(architecture: R1V2Architecture, layout: Layout, work: Workload) -> MemoryPlan:
-    """Compute what every pipeline stage needs in every phase.
-
-    Args:
-        architecture: the sizes.
-        layout: of the run.
-        work: what is asked for.
+    """Compute the memory of every pipeline stage in every phase.
 
     Returns:
-        One entry for each stage and phase; tensor-parallel ranks are alike, of data-parallel ones it is the fullest.
+        One entry for each stage and phase: tensor-parallel ranks are alike, and of the data-parallel ones it is the
+        rank with the most bytes.
 
     Raises:
         ValueError: the layout does not divide the model.
@@ -197,11 +196,12 @@ def plan_memory(architecture: R1V2Architecture, layout: Layout, work: Workload) 
 
 
 def kv_cache_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
-    """Compute the paged cache as generation/context.py allocates it with flash-attn.
+    """Compute the bytes of the paged cache, as generation/context.py allocates it with flash-attn.
 
     Raises:
         ValueError: `generation.kv_cache_gib` does not hold one sequence.
     """
+    # One block more than the sequences own: padding tokens write there.
     block = kv_bytes_per_token(architecture, layout, work.element_bytes, stage) * _CACHE_BLOCK_TOKENS
     sequence_blocks = -(-(work.prompt_tokens + work.response_tokens) // _CACHE_BLOCK_TOKENS)
     blocks = min(int(work.kv_cache_gib * GIB) // block, work.max_requests * sequence_blocks + 1)
@@ -223,7 +223,7 @@ def kv_bytes_per_token(architecture: R1V2Architecture, layout: Layout, element_b
 
 
 def prompt_feature_bytes(architecture: R1V2Architecture, work: Workload) -> int:
-    """Return the bytes of one prompt's image features, which every rank of the first stage holds whole."""
+    """Return the bytes of one prompt's image features; every rank of the first stage has all of them."""
     return work.tiles * architecture.tokens_per_tile * architecture.adapter_input_size * work.element_bytes
 
 
@@ -236,17 +236,11 @@ def fits(architecture: R1V2Architecture, layout: Layout, work: Workload, limit: 
 
 
 def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Workload, limit: int) -> dict[str, float]:
-    """Find how far each of three settings could go, the others as they are; 0 where even the smallest does not fit.
-
-    Args:
-        architecture: the sizes.
-        layout: of the run.
-        work: what is asked for.
-        limit: bytes of a rank.
+    """Find the largest value of each of three settings that fits, the others as they are.
 
     Returns:
         `train.micro_batch_size` (`train.tokens_per_microbatch` where rows are packed), `generation.max_response_tokens`
-        and `generation.kv_cache_gib`.
+        and `generation.kv_cache_gib`; 0 where even the smallest value does not fit.
     """
 
     def response_fits(tokens: int) -> bool:
@@ -259,7 +253,7 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
         return fits(architecture, layout, replace(work, packed_tokens=tokens), limit)
 
     def cache_fits(quarters: int) -> bool:
-        # As many requests as the cache can hold, or they would bound it.
+        # With as many requests as the cache can hold: the recipe's own bound on requests would bound the cache too.
         asked = replace(work, kv_cache_gib=quarters / 4, max_requests=100_000, max_tokens_per_step=100_000)
         plan = [_rank_memory_generation(architecture, layout, asked, work, stage) for stage in range(layout.pipeline)]
         return max(plan) <= limit
@@ -286,7 +280,7 @@ def _rank_memory(
     features = _feature_cache_bytes(architecture, layout, work, phase) if stage == 0 else 0
     buffers = _fp8_copies(architecture, layout, work, stage)
     if work.has_reference:
-        # The copy that is kept, and what stands back while it takes the model's place.
+        # A copy of the reference's weights, and one of the trained weights while the reference is in the model.
         trained = state.gradients // 4 * work.element_bytes
         buffers += trained * (2 if phase == "training" else 1)
     if phase == "generation":
@@ -299,7 +293,7 @@ def _rank_memory(
             rows = -(-work.responses_per_step // (work.updates_per_step * layout.data))
             microbatches = -(-rows // work.micro_batch_size)
             activations = max(activations, training_peak(model, batch, stage=stage, microbatches=microbatches))
-            # torch's Adam makes one float32 temporary of all it updates at once.
+            # torch's Adam makes a float32 temporary of all weights that it updates at once.
             activations = max(activations, state.shard_elements * 4)
             if layout.sequence and model.trains_language:
                 buffers += batch.rows * batch.tokens * architecture.language.hidden_size * work.element_bytes
@@ -317,10 +311,8 @@ def _rank_memory(
 
 
 def _fp8_copies(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
-    """Return the bytes that TransformerEngine keeps beside bf16 weights: each in 8 bits, and transposed for backward.
-
-    Weights that are themselves 8 bits have the transposed copy too, so they take as much as bf16 ones.
-    """
+    """Return the bytes of TransformerEngine's copies of bf16 weights, in 8 bits and again transposed for backward."""
+    # 8-bit weights have the transposed copy too, so they take as much as bf16 ones: nothing to add.
     if work.fp8 is Fp8.none or work.fp8_weights:
         return 0
     language = architecture.language
@@ -339,9 +331,9 @@ def _rank_memory_generation(
 
 
 def _generation_peak(model: ActivationModel, work: Workload, stage: int) -> int:
-    """Return the highest point of an engine step: a full prefill, the drawing of a token, or the vision tower."""
+    """Return the peak of an engine step: a full prefill, the drawing of a token, or the vision tower."""
     tokens = max(work.max_tokens_per_step, work.max_requests)
-    moments = [model.language_layer(Microbatch(1, tokens, 0)).forward]
+    moments = [model.language_layer(MicrobatchShape(1, tokens, 0)).forward]
     if stage == model.layout.pipeline - 1:
         words = padded_vocabulary(model.architecture.language, model.layout.tensor)
         moments.append(work.max_requests * words * (work.element_bytes + _DRAW_BYTES))
@@ -351,7 +343,7 @@ def _generation_peak(model: ActivationModel, work: Workload, stage: int) -> int:
 
 
 def _feature_cache_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, phase: Phase) -> int:
-    """Return image features that live through a phase: the cache, and in generation the prompts in flight too."""
+    """Return the bytes of image features during a phase: the cache, and in generation the prompts in flight too."""
     one = prompt_feature_bytes(architecture, work)
     generated = -(-work.prompts_per_step // layout.data)
     held = generated
@@ -371,7 +363,7 @@ def _feature_cache_bytes(architecture: R1V2Architecture, layout: Layout, work: W
 
 
 def _largest(is_possible: Callable[[int], bool], highest: int) -> int:
-    """Return the largest number from 1 on for which something holds, given that it holds below that too."""
+    """Return the largest number up to `highest` that is possible, or 0; below a possible number all are possible."""
     low, high = 0, highest
     while low < high:
         middle = (low + high + 1) // 2

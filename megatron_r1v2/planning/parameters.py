@@ -1,6 +1,7 @@
-"""Which parameters each rank holds, in the order of the real model: the source of every exact number of the plan.
+"""The parameters of each rank, in the order of the real model: the source of every exact number of the plan.
 
-Nothing here builds a module. The tests build the real ones and compare names, shapes and bytes.
+Nothing here builds a module, so that the plan of a 38B model takes no memory. The tests build the real modules and
+compare names, shapes and bytes.
 """
 
 from __future__ import annotations
@@ -9,33 +10,29 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.layout import check_layout
-from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is split over ranks."""
+    """The split of a model over ranks."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     first_stage_layers: int = 0
-    """0: even split."""
+    """Language layers of the first pipeline stage; 0: an even split."""
     sequence: bool = False
 
     @property
     def ranks(self) -> int:
-        """Return the GPUs that the layout takes."""
+        """Return the number of GPUs."""
         return self.tensor * self.pipeline * self.data
 
     def check(self, architecture: R1V2Architecture) -> None:
-        """Refuse a layout that does not divide the language model.
-
-        Raises:
-            ValueError: naming the setting and the size.
-        """
+        """Raise ValueError, naming the setting and the size, where the layout does not divide the language model."""
         language = architecture.language
         check_layout(
             tensor=self.tensor,
@@ -63,14 +60,14 @@ class Parameter:
     """One parameter as a rank holds it."""
 
     name: str
-    """As in the model's `named_parameters()`; the part is what stands before the first dot."""
+    """As in the model's `named_parameters()`; the word before the first dot is the part."""
     shape: tuple[int, ...]
     own_bucket: bool = False
-    """Tied embeddings of a pipeline: megatron-core reduces their gradient by itself."""
+    """True for the tied embeddings of a pipeline, whose gradient megatron-core reduces separately."""
 
     @property
     def part(self) -> Part:
-        """Return the part of the model that it belongs to."""
+        """Return its part of the model."""
         return Part(self.name.split(".", 1)[0])
 
     @property
@@ -80,14 +77,7 @@ class Parameter:
 
 
 def whole_model_counts(architecture: R1V2Architecture) -> dict[Part, int]:
-    """Count the parameters of each part, without padding.
-
-    Args:
-        architecture: the sizes.
-
-    Returns:
-        Elements by part; their sum is the model's size as an HF checkpoint has it.
-    """
+    """Count the elements of each part, without padding; their sum is the size of the HF checkpoint."""
     counts: dict[Part, int] = {}
     for parameter in stage_parameters(architecture, Layout(), 0):
         counts[parameter.part] = counts.get(parameter.part, 0) + parameter.numel
@@ -95,21 +85,15 @@ def whole_model_counts(architecture: R1V2Architecture) -> dict[Part, int]:
 
 
 def stage_parameters(architecture: R1V2Architecture, layout: Layout, stage: int) -> list[Parameter]:
-    """List what a rank of a pipeline stage holds; all tensor-parallel ranks of a stage hold equal shapes.
+    """List the parameters of a rank of a pipeline stage (from 0) in the model's order.
 
-    Args:
-        architecture: the sizes.
-        layout: of the run.
-        stage: pipeline stage, from 0.
-
-    Returns:
-        The parameters in the model's order.
+    All tensor-parallel ranks of a stage have equal shapes.
     """
-    found: list[Parameter] = []
+    front: list[Parameter] = []
     if stage == 0:
-        found += [Parameter(f"vision.{name}", shape) for name, shape in _vision(architecture.vision, layout.tensor)]
-        found += [Parameter(f"adapter.{name}", shape) for name, shape in _adapter(architecture, layout.tensor)]
-    return found + list(_language(architecture.language, layout, layout.layers_of_stage(architecture, stage), stage))
+        front += [Parameter(f"vision.{name}", shape) for name, shape in _vision(architecture.vision, layout.tensor)]
+        front += [Parameter(f"adapter.{name}", shape) for name, shape in _adapter(architecture, layout.tensor)]
+    return front + list(_language(architecture.language, layout, layout.layers_of_stage(architecture, stage), stage))
 
 
 def trained_parameters(parameters: Collection[Parameter], parts: Collection[Part]) -> list[Parameter]:
@@ -124,12 +108,12 @@ def language_layer_weights(language: LanguageArchitecture) -> int:
 
 
 def padded_vision_heads(vision: VisionArchitecture, tensor: int) -> int:
-    """Return the heads of the vision tower with the zero heads that make them divide."""
+    """Return the heads of the vision tower, with the zero heads that make them divisible by the TP size."""
     return math.ceil(vision.num_heads / tensor) * tensor
 
 
 def padded_vocabulary(language: LanguageArchitecture, tensor: int) -> int:
-    """Return the rows of the embedding with those that make them divide."""
+    """Return the rows of the embedding, with those that make them divisible by the TP size."""
     return math.ceil(language.vocab_size / tensor) * tensor
 
 
@@ -195,6 +179,6 @@ def _language(language: LanguageArchitecture, layout: Layout, layers: int, stage
         yield Parameter(f"{prefix}.mlp.linear_fc2.weight", (size, ffn))
     if is_last:
         yield Parameter("language.decoder.final_layernorm.weight", (size,))
-        # A single stage shares the very tensor; a pipeline needs a second copy on its last stage.
+        # With one stage the output layer is the embedding's own tensor; a pipeline needs a copy on its last stage.
         if not language.tied_embeddings or layout.pipeline > 1:
             yield Parameter("language.output_layer.weight", embedding, own_bucket)

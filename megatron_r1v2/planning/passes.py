@@ -1,28 +1,29 @@
-"""The highest point of a forward, or forward and backward, pass on one rank."""
+"""The peak of a forward, or forward and backward, pass on one rank, which decides whether it fits."""
 
 from __future__ import annotations
 
-from megatron_r1v2.config.schema import Part, Recompute
-from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+from megatron_r1v2.config.choices import Part, Recompute
+from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 
 TILES_PER_PASS = 32
 """Tiles that the feature cache encodes at once (generation/features.py)."""
 
 
-def training_peak(model: ActivationModel, batch: Microbatch, *, stage: int, microbatches: int) -> int:
-    """Compute the highest point of forward and backward passes under the 1F1B schedule.
+def training_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int, microbatches: int) -> int:
+    """Compute the peak of forward and backward passes under the 1F1B schedule.
 
     Args:
         model: sizes, layout and numerics.
         batch: the largest microbatch.
         stage: pipeline stage, from 0.
-        microbatches: of one update on this rank.
+        microbatches: number of microbatches of one update on this rank.
 
     Returns:
-        Bytes above parameters, DDP buffers and optimizer state.
+        Bytes on top of parameters, DDP buffers and optimizer state.
     """
     if not model.has_graph(batch):
         return log_probs_peak(model, batch, stage=stage)
+    # 1F1B: a stage starts one microbatch for each stage from itself to the end before its first backward pass.
     in_flight = min(model.layout.pipeline - stage, microbatches)
     kept = _kept_for_backward(model, batch, stage)
     layers = model.layout.layers_of_stage(model.architecture, stage)
@@ -41,17 +42,8 @@ def training_peak(model: ActivationModel, batch: Microbatch, *, stage: int, micr
     return (in_flight - 1) * kept + max(moments)
 
 
-def log_probs_peak(model: ActivationModel, batch: Microbatch, *, stage: int) -> int:
-    """Compute the highest point of a forward pass without a graph.
-
-    Args:
-        model: sizes, layout and numerics.
-        batch: the largest microbatch.
-        stage: pipeline stage, from 0.
-
-    Returns:
-        Bytes above parameters, DDP buffers and optimizer state.
-    """
+def log_probs_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int) -> int:
+    """Compute the peak of a forward pass without a graph, in bytes on top of the model state."""
     rotary = batch.tokens * model.architecture.language.head_size * 4
     moments = [model.language_layer(batch).forward + rotary]
     if stage == model.layout.pipeline - 1:
@@ -63,14 +55,11 @@ def log_probs_peak(model: ActivationModel, batch: Microbatch, *, stage: int) -> 
 
 
 def vision_peak(model: ActivationModel, tiles: int) -> int:
-    """Compute the highest point of the vision tower without a graph, as the feature cache runs it.
+    """Compute the peak of the vision tower without a graph, its output features included.
 
     Args:
         model: sizes, layout and numerics.
-        tiles: asked for at once; more than `TILES_PER_PASS` are cut into passes, but not where the tower trains.
-
-    Returns:
-        Bytes, the features that come out included.
+        tiles: number of tiles of one call; a frozen tower encodes at most `TILES_PER_PASS` of them at once.
     """
     if not tiles:
         return 0
@@ -79,8 +68,8 @@ def vision_peak(model: ActivationModel, tiles: int) -> int:
     return model.vision_layer(at_once).forward + 2 * tiles * per_tile
 
 
-def _kept_for_backward(model: ActivationModel, batch: Microbatch, stage: int) -> int:
-    """Return what one microbatch keeps on a stage between its forward and its backward pass, the head left out."""
+def _kept_for_backward(model: ActivationModel, batch: MicrobatchShape, stage: int) -> int:
+    """Return the bytes of one microbatch on a stage between its forward and its backward pass, without the head."""
     layers = model.layout.layers_of_stage(model.architecture, stage)
     hidden = model.hidden(batch)
     if model.recompute is Recompute.full:
@@ -95,8 +84,8 @@ def _kept_for_backward(model: ActivationModel, batch: Microbatch, stage: int) ->
     return kept
 
 
-def _front_saved(model: ActivationModel, batch: Microbatch) -> int:
-    """Return what vision tower and adapter keep."""
+def _front_saved(model: ActivationModel, batch: MicrobatchShape) -> int:
+    """Return the bytes that vision tower and adapter keep for the backward pass."""
     kept = model.adapter(batch.tiles).saved
     if model.trains_vision:
         vision = model.architecture.vision
@@ -106,8 +95,8 @@ def _front_saved(model: ActivationModel, batch: Microbatch) -> int:
     return kept
 
 
-def _front_backward(model: ActivationModel, batch: Microbatch) -> int:
-    """Return the highest point while adapter and vision tower run backward, the language model being done."""
+def _front_backward(model: ActivationModel, batch: MicrobatchShape) -> int:
+    """Return the peak while adapter and vision tower run backward, after the language model."""
     front = _front_saved(model, batch)
     moments = [front + model.adapter(batch.tiles).backward]
     if model.trains_vision:
@@ -116,6 +105,7 @@ def _front_backward(model: ActivationModel, batch: Microbatch) -> int:
         moments.append(front - model.adapter(batch.tiles).saved + again + block.backward)
     if Part.language in model.parts:
         language = model.architecture.language
+        # The embedding's gradient in the dtype of the weights, before it is added to the DDP buffer.
         weight = language.vocab_size // model.layout.tensor * language.hidden_size * model.element_bytes
         moments.append(front + weight)
     return max(moments)

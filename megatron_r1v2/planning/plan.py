@@ -1,18 +1,15 @@
-"""A recipe and a cluster in; memory, limits, times and the best layout out."""
+"""The plan of a recipe on a cluster: memory, limits, times and the best layout."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
-from megatron_r1v2.config.schema import Fp8, Layers, Part, RunRecipe
-from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_mpo, read_hf_config
+from megatron_r1v2.config.choices import Fp8, Layers, Part
+from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_mpo
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, Stage, Workload, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
 from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
@@ -27,18 +24,18 @@ class Cluster:
     gpus_per_node: int
     gpu_memory_gib: float
     reserve_gib: float
-    """Of each GPU, for what no tensor of ours is: CUDA, NCCL, kernels' workspace, the allocator's gaps."""
+    """GiB of each GPU beside our tensors: CUDA, NCCL, kernels' workspace, the allocator's gaps."""
     hardware: Hardware
 
     @property
     def limit(self) -> int:
-        """Return the bytes that tensors may take on a rank."""
+        """Return the bytes of a rank that tensors may take."""
         return int((self.gpu_memory_gib - self.reserve_gib) * GIB)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the planner says of a recipe on a cluster."""
+    """The cost of a recipe on a cluster."""
 
     name: str
     cluster: Cluster
@@ -49,7 +46,7 @@ class Plan:
     counts: Mapping[Part, int]
     memory: MemoryPlan
     limits: Mapping[str, float]
-    """Setting to its largest value that fits, the others as they are."""
+    """The largest value of a setting that fits, the others as they are."""
     time: StepTime
     proposal: Proposal
     notes: tuple[str, ...]
@@ -60,35 +57,9 @@ class Plan:
         return self.memory.peak.total <= self.cluster.limit
 
 
-def hf_config_of(recipe: RunRecipe, given: str) -> Mapping[str, Any]:
-    """Find the HF configuration that the sizes are read from.
-
-    Args:
-        recipe: gives `model.hf_path`.
-        given: a config.json, its folder, the name of a known model, or nothing.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if given in KNOWN_MODELS:
-        return KNOWN_MODELS[given]
-    folder = given or recipe.model.hf_path
-    if Path(folder).is_file():
-        try:
-            return json.loads(Path(folder).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"--hf-config={folder!r} is not valid JSON ({error}); give a config.json") from error
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(
-            f"there is no config.json at {'--hf-config' if given else 'model.hf_path'}={folder!r}; give --hf-config: a "
-            f"config.json, its folder, or the name of a known model: {', '.join(KNOWN_MODELS)}"
-        )
-    return read_hf_config(folder)
-
-
 def make_plan(
     recipe: RunRecipe,
-    hf_config: Mapping[str, Any],
+    hf_config: Mapping[str, object],
     cluster: Cluster,
     *,
     stage: Stage = "grpo",
@@ -100,10 +71,10 @@ def make_plan(
     Args:
         recipe: the settings; paths in it need not exist.
         hf_config: the model's config.json.
-        cluster: where it would run.
-        stage: which stage the recipe is for.
-        tiles: of a prompt; 0: the most that the recipe allows.
-        mean_response: tokens; 0: half of the longest response.
+        cluster: the GPUs.
+        stage: the stage that the recipe is for.
+        tiles: tiles of a prompt; 0: the most that the recipe allows.
+        mean_response: tokens of a response on average, for the times; 0: half of the longest response.
 
     Raises:
         ValueError: a layout that does not divide the model or the cluster, or a cache that holds no sequence.

@@ -1,10 +1,13 @@
-"""Seconds of a step by a roofline: operations over attainable FLOP/s, bytes over attainable bandwidth."""
+"""The seconds of a step by a roofline: operations over attainable FLOP/s, bytes over attainable bandwidth.
+
+An estimate for choosing between layouts; the attained parts are assumptions that no measurement supports yet.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_r1v2.config.schema import Fp8, Part, Recompute
+from megatron_r1v2.config.choices import Fp8, Part, Recompute
 from megatron_r1v2.models.architecture import R1V2Architecture, VisionArchitecture
 from megatron_r1v2.planning.memory import GIB, Workload, kv_bytes_per_token, prompt_feature_bytes
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vision_heads
@@ -12,20 +15,20 @@ from megatron_r1v2.planning.parameters import Layout, language_layer_weights, pa
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU as its vendor describes it, and what of that we expect to get."""
+    """A GPU by its vendor's figures, and the parts of them that we expect to attain."""
 
     name: str
     bf16_flops: float
     """Dense, per second."""
     bandwidth: float
-    """Of the GPU's memory, bytes per second."""
+    """Bandwidth of the GPU's memory, bytes per second."""
     link: float
-    """To the GPUs of the same node, bytes per second and direction."""
+    """Bandwidth to the GPUs of the same node, bytes per second and direction."""
     network: float
-    """To other nodes, bytes per second, direction and GPU."""
+    """Bandwidth to other nodes, bytes per second, direction and GPU."""
     memory_gib: float
     fp8_flops: float = 0.0
-    """Dense, per second; 0: it has no 8-bit products."""
+    """Dense, per second; 0: no 8-bit products."""
     matmul_efficiency: float = 0.45
     """Attained part of the FLOP/s in forward and backward passes. Assumed, not measured."""
     fp8_efficiency: float = 0.35
@@ -60,7 +63,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Return all of it; rewards and checkpoints are not in."""
+        """Return the whole step, without rewards and checkpoints."""
         return self.vision + self.prefill + self.decode + self.log_probs + self.update
 
 
@@ -97,7 +100,8 @@ def _attained_flops(work: Workload, hardware: Hardware) -> float:
 
 
 def _fp8_part(architecture: R1V2Architecture, work: Workload) -> float:
-    """Return which part of the layers' matrices is multiplied in 8 bits: all layers but the first and the last."""
+    """Return the part of the layers' products that is done in 8 bits."""
+    # The first and the last layer stay in bf16, as Megatron's `first_last_layers_bf16` has it.
     layers = architecture.language.num_layers
     return 0.0 if work.fp8 is Fp8.none else max(0, layers - 2) / layers
 
@@ -105,7 +109,7 @@ def _fp8_part(architecture: R1V2Architecture, work: Workload) -> float:
 def _layer_seconds(
     architecture: R1V2Architecture, work: Workload, hardware: Hardware, tokens: float, context: float
 ) -> float:
-    """Return the seconds that one rank would take for the forward pass of all layers."""
+    """Return the seconds of one rank for the forward pass of all layers."""
     operations = language_layer_flops(architecture, tokens, context)
     in_fp8 = _fp8_part(architecture, work) * language_layer_flops(architecture, tokens, 0)
     seconds = (operations - in_fp8) / _attained_flops(work, hardware)
@@ -115,17 +119,16 @@ def _layer_seconds(
 def step_time(
     architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware, *, mean_response: float
 ) -> StepTime:
-    """Estimate one step; every response is computed, though those without advantage are left out.
+    """Estimate the seconds of one step of a replica.
+
+    Every response is counted, though a real step leaves those without advantage out.
 
     Args:
         architecture: the sizes.
         layout: of the run.
-        work: what is asked for.
+        work: the demands of the run.
         hardware: of every rank.
         mean_response: tokens of a response on average.
-
-    Returns:
-        Seconds, of the replica as a whole.
 
     Raises:
         ValueError: FP8 on a GPU that has none.
@@ -149,7 +152,7 @@ def step_time(
     row = work.prompt_tokens + mean_response
     forward = _layer_seconds(architecture, work, hardware, rows * row, row / 2)
     forward += head_flops(architecture, rows * row) / attained
-    # Stages wait for the one with most layers.
+    # Every stage waits for the one with the most layers.
     most = max(layout.layers_of_stage(architecture, stage) for stage in range(layout.pipeline))
     compute = forward / model_ranks * most * layout.pipeline / architecture.language.num_layers
     bubble = 1 + (layout.pipeline - 1) / max(1.0, rows / work.micro_batch_size)
@@ -169,9 +172,10 @@ def step_time(
 def _vision_update_seconds(
     architecture: R1V2Architecture, layout: Layout, work: Workload, rows: float, tile_seconds: float
 ) -> float:
-    """Return what the vision tower costs in log-probs and update: nothing where its features are cached."""
+    """Return the seconds of the vision tower in log-probs and update: none where its features are cached."""
     tiles = rows / work.rows_together * work.tiles
     if Part.vision in work.parts:
+        # A forward pass for log-probs; forward and both gradients for the update.
         passes = 1 + 3 + (1 if work.recompute is Recompute.full else 0)
         return tiles * tile_seconds * passes
     held = work.feature_cache_gib * GIB / max(1, prompt_feature_bytes(architecture, work))
@@ -182,7 +186,7 @@ def _vision_update_seconds(
 def _decode_seconds(
     architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware, mean_response: float
 ) -> tuple[float, float]:
-    """Return the seconds of decode and how many responses are in flight on average."""
+    """Return the seconds of decode, and the average number of responses in flight."""
     language = architecture.language
     rows = work.responses_per_step / layout.data
     context = work.prompt_tokens + mean_response / 2

@@ -1,4 +1,4 @@
-"""The best layout for a cluster: every one that divides the model, judged by memory and by the roofline."""
+"""The best layout for a cluster, by trying every one that divides the model against memory and the roofline."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_r1v2.config.choices import Fp8, Part, Recompute
 from megatron_r1v2.config.layout import check_fp8_shapes
-from megatron_r1v2.config.schema import Fp8, Part, Recompute
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, plan_memory
 from megatron_r1v2.planning.parameters import Layout
@@ -17,8 +17,8 @@ _TENSOR_SIZES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A layout with what it needs and what it takes."""
+class LayoutCandidate:
+    """A layout with its memory and its time."""
 
     layout: Layout
     recompute: Recompute
@@ -39,7 +39,7 @@ class Candidate:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Return the overrides that choose it."""
+        """Return the overrides that select it."""
         layout = self.layout
         return (
             f"parallel.tensor={layout.tensor}",
@@ -55,9 +55,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the search found."""
+    """The result of the search."""
 
-    best: Candidate | None
+    best: LayoutCandidate | None
     """None: nothing fits."""
     fitting: int
     tried: int
@@ -78,23 +78,23 @@ def propose_layout(
 
     Args:
         architecture: the sizes.
-        work: what is asked for; its recompute setting is varied, and FP8 where the GPU has it.
+        work: the demands of the run; its recompute setting is varied, and FP8 where the GPU has it.
         hardware: of every rank.
-        gpus: to be used, all of them.
-        gpus_per_node: tensor parallelism stays within one node.
+        gpus: all of them are used.
+        gpus_per_node: bound of the TP size, since tensor parallelism stays within one node.
         limit: bytes of a rank.
         mean_response: tokens of a response on average.
 
     Returns:
-        The best layout and why it is.
+        The best layout, and the reason in words.
     """
     candidates = list(_candidates(architecture, work, hardware, gpus, gpus_per_node, mean_response))
     fitting = [candidate for candidate in candidates if candidate.memory.peak.total <= limit]
     if not fitting:
-        return Proposal(None, 0, len(candidates), _why_nothing(candidates, limit))
+        return Proposal(None, 0, len(candidates), _explain_no_fit(candidates, limit))
     ranked = sorted(fitting, key=lambda candidate: (candidate.time.total, candidate.memory.peak.total))
     best = ranked[0]
-    return Proposal(best, len(fitting), len(candidates), _why(best, ranked, candidates, limit))
+    return Proposal(best, len(fitting), len(candidates), _explain_choice(ranked, candidates, limit))
 
 
 def _candidates(
@@ -104,7 +104,7 @@ def _candidates(
     gpus: int,
     gpus_per_node: int,
     mean_response: float,
-) -> Iterator[Candidate]:
+) -> Iterator[LayoutCandidate]:
     for layout in _layouts(architecture, gpus, gpus_per_node):
         for recompute, fp8 in itertools.product((Recompute.none, Recompute.full), _fp8_choices(work, hardware)):
             frozen = Part.language not in work.parts
@@ -115,11 +115,12 @@ def _candidates(
             except ValueError:
                 continue  # heads or layers do not divide, or the cache holds no sequence
             time = step_time(architecture, layout, tried, hardware, mean_response=mean_response)
-            yield Candidate(layout, recompute, fp8, tried.fp8_weights, memory, time)
+            yield LayoutCandidate(layout, recompute, fp8, tried.fp8_weights, memory, time)
 
 
 def _fp8_choices(work: Workload, hardware: Hardware) -> tuple[Fp8, ...]:
-    """Return bf16, and tensorwise FP8 where the GPU has it: blockwise differs in its rounding, not in what it takes."""
+    """Return bf16, and tensorwise FP8 where the GPU has it."""
+    # Blockwise FP8 differs from it in its rounding, but in neither memory nor time.
     if not hardware.fp8_flops or work.element_bytes != 2:
         return (Fp8.none,)
     return (Fp8.none, Fp8.tensorwise if work.fp8 is Fp8.none else work.fp8)
@@ -153,7 +154,8 @@ def _layouts(architecture: R1V2Architecture, gpus: int, gpus_per_node: int) -> I
 
 
 def _first_stages(layers: int, pipeline: int) -> list[int]:
-    """Return layers of the first stage, which has the vision tower too: an even split and those somewhat below it."""
+    """Return the numbers of layers to try on the first stage (0: an even split)."""
+    # Somewhat fewer than an even split too, because the first stage has the vision tower as well.
     if pipeline == 1:
         return [0]
     even = layers / pipeline
@@ -162,7 +164,8 @@ def _first_stages(layers: int, pipeline: int) -> list[int]:
     return ([0] if layers % pipeline == 0 else []) + uneven
 
 
-def _why(best: Candidate, ranked: list[Candidate], candidates: list[Candidate], limit: int) -> str:
+def _explain_choice(ranked: list[LayoutCandidate], candidates: list[LayoutCandidate], limit: int) -> str:
+    best = ranked[0]
     time = best.time
     parts = {
         "decode": time.decode,
@@ -202,7 +205,7 @@ def _why(best: Candidate, ranked: list[Candidate], candidates: list[Candidate], 
     return " ".join(sentences)
 
 
-def _why_nothing(candidates: list[Candidate], limit: int) -> str:
+def _explain_no_fit(candidates: list[LayoutCandidate], limit: int) -> str:
     if not candidates:
         return (
             "no layout divides the model and lets generation.kv_cache_gib hold one sequence; change the number of "
@@ -217,5 +220,5 @@ def _why_nothing(candidates: list[Candidate], limit: int) -> str:
     )
 
 
-def _grid(candidate: Candidate) -> tuple[int, int]:
+def _grid(candidate: LayoutCandidate) -> tuple[int, int]:
     return candidate.layout.tensor, candidate.layout.pipeline

@@ -1,9 +1,8 @@
-"""A plan as tables for people, or as JSON."""
+"""The presentation of a plan, as tables for people or as JSON for programs."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.table import Table
 from megatron_r1v2.planning.memory import GIB, MemoryPlan
 from megatron_r1v2.planning.plan import Plan
 from megatron_r1v2.planning.roofline import StepTime
-from megatron_r1v2.planning.search import Candidate
+from megatron_r1v2.planning.search import LayoutCandidate
 
 _COLUMNS = {
     "parameters": "params",
@@ -26,12 +25,7 @@ _COLUMNS = {
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print a plan.
-
-    Args:
-        plan: from `make_plan`.
-        console: where to; None: standard output.
-    """
+    """Print a plan to a console; None: standard output."""
     console = console or Console()
     counts = ", ".join(f"{part.value} {count:,}" for part, count in plan.counts.items())
     layout = plan.layout
@@ -58,8 +52,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(f"- {note}", highlight=False)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as numbers and text: bytes and seconds."""
+def as_json(plan: Plan) -> dict[str, object]:
+    """Return a plan as JSON values, in bytes and seconds."""
     best = plan.proposal.best
     return {
         "name": plan.name,
@@ -80,7 +74,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _memory_table(plan: Plan) -> Table:
-    # Eighty columns hold it, as a batch job's log has them.
+    # Short column names, so that the table fits into the eighty columns of a batch job's log.
     title = "GiB on a rank (activ.: activations with logits; images: their features)"
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("stage")
@@ -97,11 +91,11 @@ def _memory_table(plan: Plan) -> Table:
 def _verdict(plan: Plan) -> str:
     peak = plan.memory.peak
     free = (plan.cluster.limit - peak.total) / GIB
-    where = f"stage {peak.stage}, {peak.phase}: {peak.total / GIB:.1f} of {plan.cluster.limit / GIB:.1f} GiB"
+    fullest = f"stage {peak.stage}, {peak.phase}: {peak.total / GIB:.1f} of {plan.cluster.limit / GIB:.1f} GiB"
     reserve = f"({plan.cluster.reserve_gib:g} GiB of each GPU are kept for CUDA, NCCL and gaps)"
     if plan.fits:
-        return f"[green]It fits[/green]: {where}, {free:.1f} free {reserve}"
-    return f"[red]It does not fit[/red]: {where}, {-free:.1f} too many {reserve}"
+        return f"[green]It fits[/green]: {fullest}, {free:.1f} free {reserve}"
+    return f"[red]It does not fit[/red]: {fullest}, {-free:.1f} too many {reserve}"
 
 
 def _time_table(plan: Plan) -> Table:
@@ -137,11 +131,11 @@ def _seconds(time: StepTime) -> dict[str, float]:
     }
 
 
-def _ranks(memory: MemoryPlan) -> list[dict[str, Any]]:
+def _ranks(memory: MemoryPlan) -> list[dict[str, object]]:
     return [{**asdict(rank), "total": rank.total} for rank in memory.ranks]
 
 
-def _candidate(candidate: Candidate) -> dict[str, Any]:
+def _candidate(candidate: LayoutCandidate) -> dict[str, object]:
     return {
         "name": candidate.name,
         "settings": list(candidate.settings),

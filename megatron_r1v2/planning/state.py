@@ -1,4 +1,4 @@
-"""Bytes of parameters, gradients and optimizer state on a rank: exact, by the arithmetic of megatron-core's buffers."""
+"""Bytes of parameters, gradients and optimizer state on a rank, exact by the arithmetic of megatron-core's buffers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from megatron_r1v2.config.schema import Part
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.parameters import Layout, Parameter, stage_parameters, trained_parameters
 
-# megatron-core 0.16.1, distributed/param_and_grad_buffer.py: where parameters and buckets begin in a DDP buffer.
+# megatron-core 0.16.1, distributed/param_and_grad_buffer.py: alignment of parameters and buckets in a DDP buffer.
 _PARAMETER_ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
 _FLOAT32 = 4
@@ -24,9 +24,9 @@ class ModelState:
     """Bytes that a rank holds from the start of a stage to its end."""
 
     parameters: int
-    """Weights, the padding of the DDP buffer that holds the trained ones included."""
+    """Weights, with the padding of the DDP buffer of the trained ones."""
     gradients: int
-    """The float32 gradient buffer of what trains."""
+    """The float32 gradient buffer of the trained weights."""
     optimizer: int
     """This data-parallel rank's share: Adam's two moments, and float32 weights beside bf16 ones."""
     shard_elements: int
@@ -47,18 +47,15 @@ def model_state(
     element_bytes: int,
     data_rank: int = 0,
 ) -> ModelState:
-    """Compute what a rank holds of model, gradients and optimizer.
+    """Compute the exact bytes of model, gradients and optimizer state on a rank.
 
     Args:
         architecture: the sizes.
         layout: of the run.
         stage: pipeline stage, from 0.
-        parts: which train.
+        parts: the parts that train.
         element_bytes: 2 for bf16, 4 for fp32.
-        data_rank: which share of the optimizer state.
-
-    Returns:
-        Exact bytes of tensors.
+        data_rank: data-parallel rank, which decides the share of the optimizer state.
     """
     parameters = stage_parameters(architecture, layout, stage)
     trained = trained_parameters(parameters, parts)
@@ -69,7 +66,7 @@ def model_state(
         elements for start, end in places if (elements := _share(start, end, buckets, data_rank, layout.data)) > 0
     ]
     owned = sum(shards)
-    # bf16 weights have a float32 copy; the optimizer updates fp32 ones where they are.
+    # Two moments, and a float32 copy of bf16 weights; fp32 weights are updated in place.
     copies = 3 if element_bytes == 2 else 2
     return ModelState(
         parameters=(frozen_elements + buffer) * element_bytes,
@@ -83,8 +80,9 @@ def model_state(
 def largest_state(
     architecture: R1V2Architecture, layout: Layout, *, stage: int, parts: tuple[Part, ...], element_bytes: int
 ) -> ModelState:
-    """Return the state of the data-parallel rank that holds most; the last one may own padding only."""
-    # The buffer is cut into equal parts, so what is not padding or a gap between parameters is full somewhere early.
+    """Return the state of the data-parallel rank with the most bytes."""
+    # The buffer is cut into equal shares. Padding is at the end of a bucket, so one of the first shares is full; the
+    # last one may be all padding.
     states = [
         model_state(architecture, layout, stage=stage, parts=parts, element_bytes=element_bytes, data_rank=rank)
         for rank in range(min(layout.data, 4))
@@ -96,12 +94,13 @@ def _ddp_buffer(trained: Sequence[Parameter], data: int) -> tuple[list[tuple[int
     """Lay parameters into a DDP buffer: backwards, aligned, in one bucket but for tied embeddings of a pipeline.
 
     Returns:
-        Where each parameter begins and ends, and each bucket, in elements.
+        Start and end of each parameter, and of each bucket, in elements.
     """
     places: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
     bucket_start = end = 0
     is_bucket_open = False
+    # Backwards, so that buckets fill in the order in which the backward pass makes gradients.
     for parameter in reversed(trained):
         start = _round_up(end, _PARAMETER_ALIGNMENT)
         if parameter.own_bucket and is_bucket_open:

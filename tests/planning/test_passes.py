@@ -8,7 +8,7 @@ import pytest
 
 from megatron_r1v2.config.schema import ParallelConfig, Part, Recompute
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
-from megatron_r1v2.planning.activations import ActivationModel, Microbatch
+from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak, vision_peak
 from tests.ranks import run_ranks
@@ -54,7 +54,7 @@ def model_of(case):
 def test_the_plan_is_within_a_tenth_of_what_was_measured(case, rank):
     model = model_of(case)
     rows, tokens = (1, case["rows"] * case["tokens"]) if case["packed"] else (case["rows"], case["tokens"])
-    batch = Microbatch(rows, tokens, case["rows"] * case["tiles"])
+    batch = MicrobatchShape(rows, tokens, case["rows"] * case["tiles"])
     stage = rank // case["parallel"]["tensor"]
     training = training_peak(model, batch, stage=stage, microbatches=case["microbatches"])
     assert training == pytest.approx(case["measured"][rank]["training"], rel=TOLERANCE)
@@ -76,7 +76,7 @@ def small_model(**changes):
 
 
 def test_more_recomputation_keeps_less_and_more_rows_keep_more():
-    batch = Microbatch(1, 4096, 2)
+    batch = MicrobatchShape(1, 4096, 2)
     peaks = [
         training_peak(small_model(recompute=recompute), batch, stage=0, microbatches=1)
         for recompute in (Recompute.full, Recompute.selective, Recompute.none)
@@ -87,7 +87,7 @@ def test_more_recomputation_keeps_less_and_more_rows_keep_more():
 
 def test_earlier_pipeline_stages_hold_more_microbatches():
     model = small_model(layout=Layout(pipeline=3))
-    batch = Microbatch(1, 4096, 0)
+    batch = MicrobatchShape(1, 4096, 0)
     one = small_model(layout=Layout(pipeline=3), parts=[Part.language])
     peaks = [training_peak(one, batch, stage=stage, microbatches=8) for stage in range(2)]
     assert peaks[0] > 1.4 * peaks[1]

@@ -1,0 +1,90 @@
+"""What the tests of the planner share: the 38B recipe on its cluster, and a model small enough to count by hand."""
+
+from pathlib import Path
+
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
+from megatron_r1v2.config.choices import Fp8, Recompute
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
+from megatron_r1v2.planning.memory import Workload
+from megatron_r1v2.planning.plan import Cluster, make_plan
+from megatron_r1v2.planning.roofline import HARDWARE
+
+RECIPE = Path(__file__).parents[2] / "examples" / "r1v2_38b" / "grpo.yaml"
+HF_CONFIG = KNOWN_MODELS["r1v2-38b"]
+ARCHITECTURE = r1v2_architecture(HF_CONFIG)
+
+# One tile: 4 patches and a class token, 1 image token of 32 channels.
+SMALL = R1V2Architecture(
+    vision=VisionArchitecture(
+        hidden_size=8,
+        num_layers=2,
+        num_heads=2,
+        ffn_size=16,
+        image_size=4,
+        patch_size=2,
+        norm="rms_norm",
+        norm_epsilon=1e-6,
+        qkv_bias=False,
+        qk_norm=True,
+    ),
+    language=LanguageArchitecture(
+        model_type="qwen2",
+        hidden_size=16,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=4,
+        ffn_size=32,
+        vocab_size=64,
+        max_positions=128,
+        rope_theta=1e6,
+        norm_epsilon=1e-6,
+        qkv_bias=True,
+        qk_norm=False,
+        tied_embeddings=False,
+    ),
+    image_token_id=63,
+    downsample_ratio=0.5,
+)
+
+
+def small_work(**changes):
+    """Return a GRPO workload of fp32 rows of 10 + 7 tokens and two tiles for `SMALL`."""
+    values = {
+        "stage": "grpo",
+        "parts": ("adapter",),
+        "element_bytes": 4,
+        "fp8": Fp8.none,
+        "fp8_weights": False,
+        "recompute": Recompute.none,
+        "micro_batch_size": 3,
+        "packed_tokens": 0,
+        "prompts_per_step": 2,
+        "responses_per_prompt": 2,
+        "updates_per_step": 1,
+        "prompt_tokens": 10,
+        "response_tokens": 7,
+        "tiles": 2,
+        "kv_cache_gib": 1.0,
+        "max_requests": 2,
+        "max_tokens_per_step": 32,
+        "feature_cache_gib": 1.0,
+        "buffer_capacity": 3,
+        "target_effective_fraction": 0.5,
+        "has_reference": False,
+    }
+    return Workload(**(values | changes))
+
+
+def cluster(gpus=8, memory=80.0):
+    return Cluster(gpus, 8, memory, 4.0, HARDWARE["h100"])
+
+
+def plan_of(*overrides, gpus=8, memory=80.0, hf=HF_CONFIG):
+    return make_plan(load_recipe(RECIPE, overrides), hf, cluster(gpus, memory))
+
+
+def workload(*overrides):
+    return Workload.from_recipe(load_recipe(RECIPE, overrides), ARCHITECTURE)

@@ -1,0 +1,95 @@
+"""`r1v2 plan`: what it prints, its exit codes, and the files it accepts."""
+
+import json
+
+import pytest
+
+from megatron_r1v2.planning.command import main, stage_of
+from megatron_r1v2.planning.memory import GIB
+from tests.planning.plans import HF_CONFIG, RECIPE
+
+
+def test_the_command_prints_tables_and_json(capsys):
+    arguments = [str(RECIPE), "--gpus", "8", "--gpu-memory", "80", "--hf-config", "r1v2-38b"]
+    main(arguments)
+    text = capsys.readouterr().out
+    assert "It fits" in text
+    for name in ("params", "grads", "optim.", "activ.", "KV", "images", "buffers", "total", "generation", "log-probs"):
+        assert f"{name} " in text.replace("\n", " \n"), "cut off at eighty columns"
+    assert "SSB up to" in text
+    assert "38,392,158,592" in text
+    assert "Best layout" in text
+    main([*arguments, "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["fits"] is True
+    assert [rank["phase"] for rank in values["ranks"]] == ["generation", "log-probs", "training"]
+    for rank in values["ranks"]:
+        names = ["parameters", "gradients", "optimizer", "activations", "kv_cache", "image_features", "buffers"]
+        assert rank["total"] == sum(rank[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["--gpus", "12", "--hf-config", "r1v2-38b"], "--gpus=12 is not a multiple of parallel.tensor=8", 2),
+        (["--gpus", "8"], "there is no config.json at model.hf_path='checkpoints/r1v2-38b-hf'", 2),
+        (["--gpus", "8", "--hf-config", "nowhere"], "there is no config.json at --hf-config='nowhere'", 2),
+        (["parallel.tensor=3", "--gpus", "3", "--hf-config", "r1v2-38b"], "parallel.tensor=3 does not divide", 2),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--mean-response-tokens", "9000"], "is more than generation", 2),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpu-memory", "3"], "leaves nothing of --gpu-memory=3", 2),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpu-memory", "40"], "", 1),
+    ],
+)
+def test_the_command_says_what_is_wrong(capsys, arguments, message, code):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(RECIPE), *arguments])
+    assert stopped.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere(capsys):
+    main([str(RECIPE), "--gpus", "16", "generation.kv_cache_gib=30", "--hf-config", "r1v2-38b", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["layout"]["data"] == 2
+    assert values["ranks"][0]["kv_cache"] == pytest.approx(30 * GIB, rel=1e-3)
+
+
+def test_a_config_file_or_its_folder_is_accepted(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    for path in (tmp_path, tmp_path / "config.json"):
+        main([str(RECIPE), "--gpus", "8", "--hf-config", str(path), "--json"])
+        assert json.loads(capsys.readouterr().out)["parameters"]["language"] == 32_763_876_352
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main([str(RECIPE), "--gpus", "8", "--hf-config", str(tmp_path / "config.json")])
+    assert "is not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("align.yaml", "align"),
+        ("a/mpo.yaml", "mpo"),
+        ("grpo_64k.yaml", "grpo"),
+        ("mine.yaml", "grpo"),
+        ("mpo-2.yaml", "mpo"),
+    ],
+)
+def test_the_stage_is_what_the_name_of_the_recipe_says(name, stage):
+    assert stage_of(name) == stage
+
+
+@pytest.mark.parametrize("name", ["align", "mpo"])
+def test_recipes_are_planned_as_their_stage_without_being_told(name, capsys):
+    main([f"examples/r1v2_38b/{name}.yaml", "--gpus", "8", "--hf-config", "r1v2-38b", "--json"])
+    assert any(f"planned as the {name} stage" in note for note in json.loads(capsys.readouterr().out)["notes"])
+
+
+def test_the_gpu_and_its_attained_parts_can_be_named(capsys):
+    arguments = [str(RECIPE), "--gpus", "8", "--hf-config", "r1v2-38b", "--json", "--gpu", "h200"]
+    main([*arguments, "--matmul-efficiency", "0.9", "--bandwidth-efficiency", "0.3", "--reserve", "10"])
+    values = json.loads(capsys.readouterr().out)
+    hardware = values["hardware"]
+    assert hardware["name"].startswith("H200")
+    assert (hardware["matmul_efficiency"], hardware["bandwidth_efficiency"]) == (0.9, 0.3)
+    assert values["limit_bytes"] == int((139.8 - 10) * GIB)

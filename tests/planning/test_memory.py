@@ -1,0 +1,187 @@
+"""Memory of a rank: caches, microbatches and buffers by hand, and limits that are limits."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_r1v2.config.choices import Fp8, Part, Recompute
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.planning.activations import ActivationModel
+from megatron_r1v2.planning.memory import (
+    GIB,
+    Workload,
+    fits,
+    kv_bytes_per_token,
+    kv_cache_bytes,
+    largest_that_fits,
+    plan_memory,
+    prompt_feature_bytes,
+)
+from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.passes import log_probs_peak, training_peak
+from megatron_r1v2.planning.plan import make_plan
+from tests.planning.plans import ARCHITECTURE, HF_CONFIG, RECIPE, SMALL, cluster, plan_of, small_work, workload
+
+
+@pytest.mark.parametrize("packing", ["none", "first_fit_decreasing"])
+def test_each_limit_fits_and_a_little_more_does_not(packing):
+    tokens = 0 if packing == "none" else 12288
+    overrides = (f"train.packing={packing}", f"train.tokens_per_microbatch={tokens}", "train.micro_batch_size=1")
+    limits = plan_of(*overrides).limits
+    size = "train.micro_batch_size" if packing == "none" else "train.tokens_per_microbatch"
+    # Rows longer than a packed microbatch make it longer, so they are bounded alike.
+    for setting, step in ((size, 512 if "tokens" in size else 1), ("generation.max_response_tokens", 32)):
+        largest = int(limits[setting])
+        assert largest >= 1
+        assert plan_of(*overrides, f"{setting}={largest}").fits
+        assert not plan_of(*overrides, f"{setting}={largest + step}").fits
+    requests = ("generation.max_requests=20000", "generation.max_tokens_per_step=20000")
+    largest = limits["generation.kv_cache_gib"]
+    assert plan_of(*overrides, f"generation.kv_cache_gib={largest}").fits
+    assert largest > 30
+    assert not plan_of(*overrides, *requests, f"generation.kv_cache_gib={largest + 0.25}").fits
+
+
+def test_the_mpo_stage_has_two_responses_a_prompt_that_stay_together():
+    recipe = load_recipe(RECIPE)
+    plan = make_plan(recipe, HF_CONFIG, cluster(), stage="mpo")
+    assert [rank.phase for rank in plan.memory.ranks] == ["generation", "log-probs", "training"]
+    assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
+    assert plan.time.update == pytest.approx(plan_of().time.update / 4, rel=1e-6)
+    work = Workload.from_recipe(recipe, ARCHITECTURE, stage="mpo")
+    assert work.microbatch(8).tokens == 2 * 12288, "a packed row of 12,288 tokens would hold one of the two"
+    assert work.microbatch(8).tiles == 3 * 13, "the two share their tiles"
+    padded = replace(work, packed_tokens=0, micro_batch_size=1).microbatch(8)
+    assert (padded.rows, padded.tiles) == (2, 13)
+
+
+def test_the_cache_is_what_its_requests_can_use_and_holds_at_least_one_sequence():
+    layout = Layout(tensor=8)
+    token = 64 * 1 * 2 * 128 * 2  # layers, heads of a rank, keys and values, channels, bf16
+    one = workload("generation.max_requests=1")
+    assert kv_cache_bytes(ARCHITECTURE, layout, one, 0) == (48 + 1) * 256 * token  # 12,288 tokens and a spare block
+    with pytest.raises(ValueError, match="kv_cache_gib=0.1 does not hold one sequence of 12288"):
+        kv_cache_bytes(ARCHITECTURE, layout, workload("generation.kv_cache_gib=0.1"), 0)
+    # With fewer heads than ranks each rank still has one.
+    assert kv_cache_bytes(ARCHITECTURE, Layout(tensor=20), one, 0) == (48 + 1) * 256 * token
+
+
+def test_image_features_stay_below_the_cache_limit_and_vanish_without_images():
+    layout = Layout(tensor=8, data=2)
+    first = plan_memory(ARCHITECTURE, layout, workload("generation.feature_cache_gib=1")).ranks
+    embeddings = 32 * 13 * 256 * 5120 * 2
+    assert [rank.image_features for rank in first] == [GIB + embeddings, GIB, GIB]
+    text = replace(workload(), tiles=0)
+    assert all(rank.image_features == 0 for rank in plan_memory(ARCHITECTURE, layout, text).ranks)
+    later = plan_memory(ARCHITECTURE, Layout(tensor=4, pipeline=2), workload()).ranks[3:]
+    assert all(rank.image_features == 0 and rank.gradients == 0 for rank in later)
+
+
+def test_rows_are_padded_to_whole_blocks_of_eight_and_of_the_ranks():
+    work = small_work()  # 10 + 7 tokens, of which the last is a label only
+    assert [work.row_tokens(tensor) for tensor in (1, 2, 3)] == [16, 16, 24]
+    assert replace(work, response_tokens=8).row_tokens(1) == 24
+    assert work.responses_per_step == 4
+
+
+def test_the_largest_microbatch_by_hand():
+    work = small_work()
+    padded = work.microbatch(1)
+    assert (padded.rows, padded.tokens, padded.tiles) == (3, 16, 6)
+    packed = replace(work, packed_tokens=40).microbatch(1)
+    assert (packed.rows, packed.tokens, packed.tiles) == (1, 40, 8), "four prompts of 10 tokens, two tiles each"
+    assert replace(work, packed_tokens=12).microbatch(1).tokens == 16, "a longer row makes the packed one longer"
+    pair = replace(work, stage="mpo").microbatch(1)
+    assert (pair.rows, pair.tokens, pair.tiles) == (2, 16, 2), "three rows hold one pair"
+
+
+def test_a_workload_takes_as_many_tiles_as_the_prompt_has_room_for():
+    recipe = load_recipe(RECIPE)
+    assert Workload.from_recipe(recipe, ARCHITECTURE).tiles == recipe.data.max_tiles + 1
+    short = load_recipe(RECIPE, ["data.max_prompt_tokens=1000"])
+    assert Workload.from_recipe(short, ARCHITECTURE).tiles == 1000 // 256
+    assert Workload.from_recipe(recipe, ARCHITECTURE, tiles=2).tiles == 2
+    align = Workload.from_recipe(recipe, ARCHITECTURE, stage="align")
+    assert (align.responses_per_prompt, align.updates_per_step, align.buffer_capacity) == (1, 1, 0)
+
+
+def test_keys_and_values_of_a_token_by_hand():
+    one_layer = 2 * 2 * 4 * 4  # keys and values, heads, channels, bytes
+    assert kv_bytes_per_token(SMALL, Layout(), 4, 0) == 4 * one_layer
+    assert kv_bytes_per_token(SMALL, Layout(tensor=2), 4, 0) == 4 * one_layer // 2
+    assert kv_bytes_per_token(SMALL, Layout(tensor=4), 4, 0) == 4 * one_layer // 2, "one head on each rank at least"
+    uneven = Layout(pipeline=2, first_stage_layers=1)
+    assert [kv_bytes_per_token(SMALL, uneven, 2, stage) for stage in (0, 1)] == [one_layer // 2, 3 * one_layer // 2]
+
+
+def test_the_cache_of_a_small_model_by_hand():
+    block = 256 * kv_bytes_per_token(SMALL, Layout(), 4, 0)
+    assert kv_cache_bytes(SMALL, Layout(), small_work(), 0) == 3 * block, "two requests of one block, and a spare one"
+    assert kv_cache_bytes(SMALL, Layout(), small_work(response_tokens=247), 0) == 5 * block
+    limited = small_work(max_requests=100, kv_cache_gib=10.5 * block / GIB)
+    assert kv_cache_bytes(SMALL, Layout(), limited, 0) == 10 * block
+
+
+def test_features_and_host_memory_by_hand():
+    assert prompt_feature_bytes(SMALL, small_work()) == 2 * 1 * 32 * 4  # tiles, tokens, channels, bytes
+    plan = plan_memory(SMALL, Layout(data=2), small_work())
+    # Two of three samples in a process: 17 ids, log-probs of both kinds for 7 tokens, and two tiles of 4 x 4 pixels.
+    assert plan.host_buffer == 2 * (17 * 36 + 2 * 7 * 32)
+    assert plan.host_tiles == 2 * 2 * 3 * 16
+    assert plan_memory(SMALL, Layout(), small_work(buffer_capacity=0)).host_buffer == 0
+
+
+def test_each_phase_has_its_own_peak():
+    work = small_work()
+    plan = plan_memory(SMALL, Layout(), work)
+    assert [rank.phase for rank in plan.ranks] == ["generation", "log-probs", "training"]
+    generation, log_probs, training = plan.ranks
+    model = ActivationModel(SMALL, Layout(), work.parts, 4, Recompute.none)
+    batch = work.microbatch(1)
+    assert log_probs.activations == log_probs_peak(model, batch, stage=0)
+    assert training.activations == training_peak(model, batch, stage=0, microbatches=2)  # 4 rows, 3 at once
+    # Two requests draw from 64 words each: a 4-byte logit and 20 bytes beside it; prefill of 32 tokens takes more.
+    assert generation.activations > 2 * 64 * 24
+    assert generation.buffers == 2 * 1 * 4, "a block table of one entry for each request"
+    assert (generation.kv_cache > 0, log_probs.kv_cache, training.kv_cache) == (True, 0, 0)
+    for rank in plan.ranks:
+        parts = (rank.parameters, rank.gradients, rank.optimizer, rank.activations, rank.kv_cache)
+        assert rank.total == sum(parts) + rank.image_features + rank.buffers
+    assert plan.peak.total == max(rank.total for rank in plan.ranks)
+
+
+def test_a_reference_costs_a_copy_of_what_trains_and_twice_that_in_training():
+    plain = plan_memory(SMALL, Layout(), small_work()).ranks
+    more = plan_memory(SMALL, Layout(), small_work(has_reference=True)).ranks
+    trained = plain[2].gradients // 4 * 4
+    added = [after.buffers - before.buffers for before, after in zip(plain, more, strict=True)]
+    assert added == [trained, trained, 2 * trained]
+
+
+def test_fp8_keeps_two_copies_of_all_layers_but_the_first_and_the_last():
+    layers = 2 * 16 * (2 * 16 + 2 * 8 + 3 * 32)  # two of four layers
+    for weights, copies in ((False, 2 * layers), (True, 0)):
+        work = small_work(element_bytes=2, fp8=Fp8.tensorwise, fp8_weights=weights)
+        plain = plan_memory(SMALL, Layout(), replace(work, fp8=Fp8.none)).ranks[1]
+        assert plan_memory(SMALL, Layout(), work).ranks[1].buffers - plain.buffers == copies
+
+
+def test_training_the_vision_tower_leaves_nothing_cached():
+    frozen = plan_memory(SMALL, Layout(), small_work()).ranks[2]
+    trained = plan_memory(SMALL, Layout(), small_work(parts=(Part.vision,))).ranks[2]
+    # Two fresh prompts and up to two replayed ones, 256 bytes each.
+    assert (frozen.image_features, trained.image_features) == (4 * 256, 0)
+    cut = plan_memory(SMALL, Layout(), small_work(feature_cache_gib=300 / GIB)).ranks[2]
+    assert cut.image_features == 300
+
+
+def test_what_does_not_divide_does_not_fit_and_limits_end_where_fitting_does():
+    work = small_work()
+    assert not fits(SMALL, Layout(tensor=3), work, 10 * GIB)
+    limit = plan_memory(SMALL, Layout(), work).peak.total
+    assert fits(SMALL, Layout(), work, limit)
+    assert not fits(SMALL, Layout(), work, limit - 1)
+    largest = largest_that_fits(SMALL, Layout(), work, limit)
+    assert 3 <= largest["train.micro_batch_size"] <= 4  # a step has 4 responses
+    assert 7 <= largest["generation.max_response_tokens"] <= 118  # 128 positions
+    assert largest_that_fits(SMALL, Layout(), work, 1000) == dict.fromkeys(largest, 0)
