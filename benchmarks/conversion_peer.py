@@ -4,9 +4,9 @@
     PYTHONPATH=FOLDER_OF_MBRIDGE:. python -m benchmarks.conversion_peer export MEGATRON_FOLDER OUTPUT HF_FOLDER
 
 mbridge builds the model, fills it and lets dist_checkpointing save it, in its memory-efficient mode and without
-drawing initial weights first. It knows TransformerEngine's layers only, which need CUDA: here it gets megatron-core's
-own layers and the two names in which they differ. It reads rope_theta where transformers 5 no longer has it: that is
-put back. Nothing else of it is changed.
+drawing initial weights first. It supports TransformerEngine's layers only, which need CUDA: here it gets
+megatron-core's own layers and the two names in which they differ. It reads rope_theta from a place that transformers 5
+no longer fills, so we set it. Nothing else of it is changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NORMS = {
 
 
 def main(way: str, source: Path, output: Path, hf: Path) -> None:
-    """Convert, from nothing to a folder."""
+    """Convert one checkpoint into a new folder."""
     initialize(ParallelConfig(), seed=0)
     bridge = AutoBridge.from_pretrained(str(hf))
     bridge._OTHER_MAPPING = bridge._MLP_MAPPING = {**_NORMS, **bridge._MLP_MAPPING}

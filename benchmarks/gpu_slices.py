@@ -1,4 +1,4 @@
-"""How fast layers of the 38B model are at their real widths on one device, beside what the device can do.
+"""The speed of the 38B model's layers at their real widths on one device, beside the device's own limits.
 
     python -m benchmarks.gpu_slices                  # prints; --save writes benchmarks/results/gpu_slices_DEVICE.json
     python -m benchmarks.gpu_slices --tiny           # sizes for a CPU: tests that it runs
@@ -21,13 +21,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
-from megatron_r1v2.config.schema import Fp8, GenerationConfig, Layers, ParallelConfig, Part, Recompute
+from megatron_r1v2.config.choices import Fp8, Layers, Part, Recompute
+from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
 from megatron_r1v2.generation.controller import Vocabulary
 from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.sampling import Draw
@@ -53,10 +55,10 @@ _USABLE = 0.7
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """The sizes of a measurement."""
 
     tokens: int = 4096
-    """Of a row of the language model."""
+    """Tokens of a row of the language model."""
     tiles: int = 8
     requests: int = 64
     """Responses that decode at once."""
@@ -67,7 +69,7 @@ class Sizes:
     vision_layers: int = 0
     """0: as many as fit."""
     matmul: int = 8192
-    """Side of the matrices of the ceiling."""
+    """Side of the square matrices whose product is the ceiling."""
     copy_bytes: int = 2**31
     repeats: int = 10
 
@@ -105,7 +107,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int) -> f
 
 
 def measure_ceilings(sizes: Sizes, device: torch.device) -> dict[str, float | None]:
-    """Measure what the device can do: FLOP/s of a square product in bf16 and FP8, bytes a second of a copy."""
+    """Measure the device's limits: FLOP/s of a square product in bf16 and FP8, bytes a second of a copy."""
     side = sizes.matmul
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = seconds_of(lambda: a @ b, device, sizes.repeats)
@@ -122,12 +124,12 @@ def measure_ceilings(sizes: Sizes, device: torch.device) -> dict[str, float | No
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Return whether torch multiplies 8-bit matrices here: from compute capability 8.9 on."""
+    """Return whether torch multiplies 8-bit matrices on this device: from compute capability 8.9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fp8_product(rows: int, inner: int, columns: int, device: torch.device) -> Callable[[], torch.Tensor]:
-    """Return a call of torch's 8-bit matmul with one scale a tensor; the casts are not in it."""
+    """Return a call of torch's 8-bit matmul with one scale a tensor, without the casts."""
     one = torch.ones((), device=device)
     a = torch.randn(rows, inner, device=device).to(torch.float8_e4m3fn)
     b = torch.randn(columns, inner, device=device).to(torch.float8_e4m3fn).t()
@@ -139,7 +141,7 @@ def measure_torch_fp8(architecture: R1V2Architecture, sizes: Sizes, device: torc
     language = architecture.language
     heads = language.num_heads * language.head_size
     qkv = heads + 2 * language.num_kv_heads * language.head_size
-    found = {}
+    figures = {}
     for name, inner, columns in (
         ("qkv", language.hidden_size, qkv),
         ("proj", heads, language.hidden_size),
@@ -149,11 +151,11 @@ def measure_torch_fp8(architecture: R1V2Architecture, sizes: Sizes, device: torc
         a = torch.randn(sizes.tokens, inner, device=device, dtype=torch.bfloat16)
         b = torch.randn(columns, inner, device=device, dtype=torch.bfloat16).t()
         operations = 2.0 * sizes.tokens * inner * columns
-        found[name] = {
-            "bf16 FLOP/s": operations / seconds_of(lambda a=a, b=b: a @ b, device, sizes.repeats),
+        figures[name] = {
+            "bf16 FLOP/s": operations / seconds_of(partial(torch.matmul, a, b), device, sizes.repeats),
             "FP8 FLOP/s": operations / seconds_of(fp8_product(sizes.tokens, inner, columns, device), device, 10),
         }
-    return found
+    return figures
 
 
 def layers_that_fit(architecture: R1V2Architecture, sizes: Sizes, device: torch.device) -> tuple[int, int]:
@@ -187,12 +189,12 @@ def measure_passes(
         "forward": seconds_of(forward, device, repeats),
         "forward and backward": seconds_of(lambda: run().sum().backward(), device, repeats),
     }
-    found = {}
+    figures = {}
     for (name, spent), operations in zip(seconds.items(), (flops, 3 * flops), strict=True):
-        found[f"{name} seconds"] = spent
-        found[f"{name} FLOP/s"] = operations / spent
-        found[f"{name} of the ceiling"] = operations / spent / ceiling
-    return found
+        figures[f"{name} seconds"] = spent
+        figures[f"{name} FLOP/s"] = operations / spent
+        figures[f"{name} of the ceiling"] = operations / spent / ceiling
+    return figures
 
 
 def measure_language(
@@ -210,15 +212,15 @@ def measure_language(
     def run() -> torch.Tensor:
         return model.language(input_ids=ids, position_ids=positions, attention_mask=None)
 
-    # What is multiplied in 8 bits is most of it, and held against what the device does in 8 bits.
+    # Most products are in 8 bits, so they are compared with the device's 8-bit ceiling.
     ceiling = ceilings["bf16 FLOP/s"] if settings.fp8 is Fp8.none else ceilings["FP8 FLOP/s"]
-    found: dict[str, Any] = measure_passes(run, flops, ceiling, context.device, sizes.repeats)
+    figures: dict[str, Any] = measure_passes(run, flops, ceiling, context.device, sizes.repeats)
     model.zero_grad(set_to_none=True)
     graphs = (False, True) if context.device.type == "cuda" else (False,)
     for cuda_graphs in graphs:
         name = "decode with graphs" if cuda_graphs else "decode"
-        found[name] = measure_decode(model, sizes, context, ceilings["bytes/s"], cuda_graphs=cuda_graphs)
-    return found
+        figures[name] = measure_decode(model, sizes, context, ceilings["bytes/s"], cuda_graphs=cuda_graphs)
+    return figures
 
 
 def measure_decode(
@@ -283,7 +285,8 @@ def _step_times(phase: GenerationPhase, device: torch.device) -> list[float]:
 
 
 def _free(device: torch.device) -> None:
-    """Let go of the slice before: its modules refer to each other, so the garbage collector has to look."""
+    """Free the memory of the slice before."""
+    # Its modules refer to each other, so counting references alone does not free them.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -296,7 +299,7 @@ def _kv_bytes(architecture: R1V2Architecture) -> int:
 def measure_vision(
     architecture: R1V2Architecture, sizes: Sizes, context: ParallelContext, ceilings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Measure the vision tower's layers, which stay in bf16 whatever the language model does."""
+    """Measure the vision tower's layers, which stay in bf16 where the language model is in FP8."""
     config = vision_transformer_config(architecture.vision, ComputeSettings(dtype=torch.bfloat16))
     tower = VisionTower(config, architecture.vision, groups=context.groups)
     tower = tower.to(device=context.device, dtype=torch.bfloat16)
@@ -307,14 +310,14 @@ def measure_vision(
 
 
 def measure(sizes: Sizes, architecture: R1V2Architecture) -> dict[str, Any]:
-    """Measure all on this process's device.
+    """Measure everything on this process's device.
 
     Args:
-        sizes: what; layers of 0 are as many as fit.
+        sizes: the sizes; 0 layers are as many as fit.
         architecture: the widths.
 
     Returns:
-        Numbers by slice, with the ceilings of the same run; a text where something could not be measured.
+        Numbers by slice, with the ceilings of the same run; a text in the place of numbers that cannot be measured.
     """
     context = groups.initialize(ParallelConfig(), seed=1)
     device = context.device
@@ -332,7 +335,7 @@ def measure(sizes: Sizes, architecture: R1V2Architecture) -> dict[str, Any]:
         language=replace(architecture.language, num_layers=sizes.language_layers),
         vision=replace(architecture.vision, num_layers=sizes.vision_layers),
     )
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "flash attention": is_flash_attention_usable(torch.bfloat16),
@@ -342,24 +345,24 @@ def measure(sizes: Sizes, architecture: R1V2Architecture) -> dict[str, Any]:
         "language": measure_language(sliced, sizes, context, ceilings),
     }
     if not has_fp8(device):
-        found["language in FP8"] = "not measured: the device has no 8-bit products"
+        figures["language in FP8"] = "not measured: the device has no 8-bit products"
     elif HAS_TE:
         te = {"layers": Layers.te}
-        found["language, TransformerEngine"] = measure_language(sliced, sizes, context, ceilings, **te)
-        found["language in FP8"] = measure_language(sliced, sizes, context, ceilings, fp8=Fp8.tensorwise, **te)
+        figures["language, TransformerEngine"] = measure_language(sliced, sizes, context, ceilings, **te)
+        figures["language in FP8"] = measure_language(sliced, sizes, context, ceilings, fp8=Fp8.tensorwise, **te)
     else:
-        found["language in FP8"] = "whole layers not measured: TransformerEngine is not installed"
-        found["products of a layer"] = measure_torch_fp8(sliced, sizes, device)
+        figures["language in FP8"] = "whole layers not measured: TransformerEngine is not installed"
+        figures["products of a layer"] = measure_torch_fp8(sliced, sizes, device)
     groups.shut_down()
-    return found
+    return figures
 
 
-def save(found: dict[str, Any]) -> Path:
+def save(figures: dict[str, Any]) -> Path:
     """Write the numbers under the device's name."""
-    name = re.sub(r"[^a-z0-9]+", "_", found["device"].lower()).strip("_")
+    name = re.sub(r"[^a-z0-9]+", "_", figures["device"].lower()).strip("_")
     output = RESULTS / f"gpu_slices_{name}.json"
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n")
     temporary.replace(output)
     return output
 
@@ -384,10 +387,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = replace(sizes, **{name: value for name, value in asked.items() if value})
     if not torch.cuda.is_available() and not (sizes.language_layers and sizes.vision_layers):
         parser.error("there is no CUDA device: give --tiny, or --layers and --vision-layers")
-    found = measure(sizes, tiny_architecture() if arguments.tiny else r1v2_architecture(KNOWN_MODELS["r1v2-38b"]))
-    print(json.dumps(found, indent=1))
+    figures = measure(sizes, tiny_architecture() if arguments.tiny else r1v2_architecture(KNOWN_MODELS["r1v2-38b"]))
+    print(json.dumps(figures, indent=1))
     if arguments.save:
-        print(f"written to {save(found)}")
+        print(f"written to {save(figures)}")
 
 
 if __name__ == "__main__":

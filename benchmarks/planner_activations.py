@@ -26,7 +26,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
+from megatron_r1v2.config.choices import Part, Recompute
+from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, TrainConfig
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
 from megatron_r1v2.models.r1v2 import build_r1v2, freeze_all_but
@@ -105,7 +106,7 @@ def architecture(
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of storages that operators made and nobody has let go of yet."""
+    """The bytes of the storages that operators have made and that are still referenced, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class LiveTensors(TorchDispatchMode):
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and count what it made."""
+        """Run an operator and count the storages that it made."""
         before = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -138,7 +139,7 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Return the most bytes of tensors that lived at once during a call and were made in it."""
+    """Return the peak bytes of the tensors that a call makes."""
     gc.collect()
     with LiveTensors() as tensors:
         call()
@@ -158,7 +159,7 @@ def measure_rank(case: Case) -> dict[str, int]:
 
 
 def measure_allocator(case: Case) -> dict[str, int]:
-    """Measure the same on a GPU by what its allocator handed out: kernels' workspace and rounding are in it."""
+    """Measure the same on a GPU by its allocator, which counts the kernels' workspace and rounding too."""
     return _measure(case, _allocator_peak_bytes)
 
 
@@ -253,7 +254,7 @@ def _batch(case: Case, index: int, context: groups.ParallelContext) -> Any:
 
 
 def planned(case: Case, rank: int) -> dict[str, int]:
-    """Return what the planner says that a rank of a case needs.
+    """Return the planner's figures for a rank of a case.
 
     Args:
         case: sizes, layout and microbatch.
@@ -340,10 +341,10 @@ def main() -> None:
         ranks = case.parallel.tensor * case.parallel.pipeline
         case.measured.extend(run_ranks(ranks, measure_rank, case, timeout=900))
         for rank, measured in enumerate(case.measured):
-            for phase, said in planned(case, rank).items():
+            for phase, plan in planned(case, rank).items():
                 print(
                     f"{case.name:24} rank {rank} {phase:10} measured {measured[phase] / 2**20:7.2f} MiB  "
-                    f"planned {said / 2**20:7.2f} MiB  {said / measured[phase] - 1:+.1%}",
+                    f"planned {plan / 2**20:7.2f} MiB  {plan / measured[phase] - 1:+.1%}",
                     flush=True,
                 )
     machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}

@@ -1,4 +1,4 @@
-"""Hold what a container's base image brought: record its versions, make pip's constraints of them, compare afterwards.
+"""The versions of a container's base image: recorded as pip's constraints, and compared with the result.
 
     python container/base_versions.py record FILE     # before: NAME==VERSION lines, as pip takes constraints
     python container/base_versions.py compare FILE    # after: ends with 1 and names what has changed
@@ -26,35 +26,26 @@ HELD = (
     "apex",
     "numpy",
 )
-"""Distributions that may not change; those that the base does not have are not held."""
+"""Distributions that may not change; those that the base image lacks are free."""
 
 
 def installed() -> dict[str, str]:
     """Return the versions of the held distributions that are installed, by canonical name."""
-    found = {}
+    versions = {}
     for distribution in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if name in HELD:
-            found[name] = distribution.version
-    return found
+            versions[name] = distribution.version
+    return versions
 
 
 def to_lines(versions: Mapping[str, str]) -> str:
-    """Return pip's constraints.
-
-    Args:
-        versions: by name.
-    """
+    """Return versions by name as pip's constraints, a line each."""
     return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
 
 
 def changes(before: str, after: Mapping[str, str]) -> list[str]:
-    """Return what is no longer as it was, one sentence each.
-
-    Args:
-        before: what `to_lines` gave.
-        after: versions by name.
-    """
+    """Return a sentence for each version that differs from the constraints that `to_lines` made before."""
     held = dict(line.split("==", 1) for line in before.splitlines() if line)
     return [
         f"{name} was {version} in the base image and is {after.get(name, 'gone')} now"
@@ -73,9 +64,9 @@ def main(arguments: Sequence[str]) -> int:
         file.write_text(to_lines(installed()), encoding="utf-8")
         print(file.read_text(encoding="utf-8"), end="")
         return 0
-    told = changes(file.read_text(encoding="utf-8"), installed())
-    print("\n".join(told), file=sys.stderr, end="\n" if told else "")
-    return 1 if told else 0
+    differences = changes(file.read_text(encoding="utf-8"), installed())
+    print("\n".join(differences), file=sys.stderr, end="\n" if differences else "")
+    return 1 if differences else 0
 
 
 if __name__ == "__main__":

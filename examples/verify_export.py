@@ -1,4 +1,4 @@
-"""Does plain transformers compute what we compute? Greedy responses and logits of the export, in two processes.
+"""A comparison of an export with plain transformers: greedy responses and logits, in two processes.
 
 One process answers held-out questions with the rollout engine and computes the logits of each answer with the training
 forward. Another one, which imports torch and transformers only, loads the exported folder and does the same.
@@ -59,7 +59,7 @@ def answer_with_ours(run: Path, count: int, output: Path) -> None:
 
 
 def compare_with_transformers(export: Path, answers: Path) -> int:
-    """Load the export with plain transformers and compare; returns the exit code."""
+    """Load the export with plain transformers, compare, and return the exit code."""
     from transformers import AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
 
     saved = torch.load(answers, weights_only=True)
@@ -67,6 +67,7 @@ def compare_with_transformers(export: Path, answers: Path) -> int:
     processor = AutoImageProcessor.from_pretrained(export)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
     stop = AutoTokenizer.from_pretrained(export).convert_tokens_to_ids("<|im_end|>")
+    # Prompts of one length at a time, so that no padding takes part in the comparison.
     by_length: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for item in saved["items"]:
         item["pixels"] = (item["tiles"].float() / 255 - mean) / std
@@ -105,7 +106,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, help="folder of the GRPO run")
     parser.add_argument("--export", type=Path, required=True, help="HF folder made by checkpoint_tools.megatron_to_hf")
-    parser.add_argument("--prompts", type=int, default=100, help="how many held-out prompts (default: 100)")
+    parser.add_argument("--prompts", type=int, default=100, help="number of held-out prompts (default: 100)")
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.answers:

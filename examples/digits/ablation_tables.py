@@ -1,4 +1,4 @@
-"""From the runs of `ablations.py` to tables: means and standard deviations over seeds, as Markdown and JSON."""
+"""The tables of the runs of `ablations.py`: means and standard deviations over seeds, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
 from megatron_r1v2.resilience.files import write_file
 
 TARGET = 0.82
-"""Validation Pass@1 that the arms of table "rollouts" race to."""
+"""The validation Pass@1 to which the arms of table "rollouts" are timed."""
 LATE = 1 / 3
-"""The part of the steps that "late" means."""
+"""The last part of the steps, over which the columns named "late" are means."""
 
 Row = dict[str, float | None]
 
@@ -37,7 +37,7 @@ def read_steps(run: Path) -> list[dict[str, float]]:
 
 
 def read_rollout_steps(run: Path) -> list[dict[str, float]]:
-    """Return the metrics of the steps that generated something: of GRPO, none of MPO."""
+    """Return the metrics of the steps with rollouts: all of GRPO, none of MPO."""
     return [step for step in read_steps(run) if "rollout/responses" in step]
 
 
@@ -57,7 +57,7 @@ def learning_curve(steps: Sequence[Mapping[str, float]], counted: str) -> list[t
 
 
 def cost_to_reach(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Return where a learning curve first reaches a target, linear between its points; None: it does not."""
+    """Return the cost at which a learning curve first reaches a target, linear between its points; None if never."""
     before = None
     for cost, value in curve:
         if value >= target:
@@ -132,15 +132,15 @@ def make_table(table: str, runs: Mapping[str, Sequence[Path]]) -> dict[str, list
 
 
 def summary(values: Sequence[float | None]) -> tuple[float | None, float | None, int]:
-    """Return mean, sample standard deviation (None below two values) and number of the values that there are."""
-    found = [value for value in values if value is not None]
-    if not found:
+    """Return mean, sample standard deviation (None below two values) and number of the values that are not None."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None, None, 0
-    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
 
 
 def cell(values: Sequence[float | None]) -> str:
-    """Return "mean +- deviation", with how many runs have the value where not all do."""
+    """Return "mean +- deviation", with the number of runs that have the value where not all do."""
     mean, deviation, count = summary(values)
     if mean is None:
         return "-" if not values else f"- (0 of {len(values)})"
@@ -159,16 +159,13 @@ def markdown(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def write_table(root: Path, table: str, runs: Mapping[str, Sequence[Path]], *, seeds: int) -> str:
-    """Write `table-NAME.md` and `table-NAME.json` (every run's numbers), each beside its place and renamed.
+    """Write `table-NAME.md` and `table-NAME.json` (every run's numbers), and return the former.
 
     Args:
-        root: where they go.
+        root: folder of both files.
         table: a key of `TABLES`.
         runs: finished runs of each arm, by its label.
-        seeds: how many runs an arm should have.
-
-    Returns:
-        What was written, with a line on what is missing.
+        seeds: number of runs that an arm should have; missing ones are listed below the table.
     """
     rows = make_table(table, runs)
     text = f"{table}\n\n{markdown(rows)}"

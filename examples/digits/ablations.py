@@ -40,7 +40,7 @@ START = "start"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training.
+    """One way of training, a row of the tables.
 
     Example: Arm("ssb", "GRPO with SSB", ("rollouts", "parts")).
     """
@@ -50,10 +50,10 @@ class Arm:
     """Its row in the tables."""
     tables: tuple[str, ...]
     settings: tuple[str, ...] = ()
-    """Of its stage."""
+    """Settings of its stage."""
     stage: Literal["grpo", "mpo"] = "grpo"
     start: str = "mpo"
-    """The arm whose end it starts from, or START: the aligned model."""
+    """The arm from whose end it starts, or START for the aligned model."""
 
 
 MPO = "preference.preference_weight=0.8", "preference.quality_weight=0.2", "preference.generation_weight=1"
@@ -98,7 +98,7 @@ FIRST_ARM = ARMS[0]
 
 
 def seed_folder(root: Path, seed: int) -> Path:
-    """Return where the runs of a seed are."""
+    """Return the folder of the runs of a seed."""
     return root / f"seed-{seed}"
 
 
@@ -111,21 +111,21 @@ def paths_of(root: Path, seed: int, arm: str) -> Paths:
     return paths
 
 
-def named(stage: Stage, seed: int, arm: str) -> Stage:
-    """Return a stage under a name that no other run has."""
+def rename(stage: Stage, seed: int, arm: str) -> Stage:
+    """Return a stage with the seed and arm in its name, since the runner remembers stages by name."""
     name = f"seed-{seed}-{arm}-{stage.name}"
     return Stage(name, f"seed {seed}, {arm}: {stage.what}", stage.command)
 
 
 def start_chain(root: Path, seed: int) -> list[Stage]:
-    """Return what comes before the arms of a seed: the aligned model, pairs of its responses, and MPO on them."""
+    """Return the stages before the arms of a seed: the aligned model, pairs of its responses, and MPO on them."""
     paths = paths_of(root, seed, START)
     stages = [
         run_demo.align_stage(paths, seed, ()),
         whole_run.evaluation_stage(paths, seed, "heldout", paths.align, ()),
         run_demo.pairs_stage(paths, seed),
     ]
-    return [named(stage, seed, START) for stage in stages] + arm_chain(root, seed, FIRST_ARM, ())
+    return [rename(stage, seed, START) for stage in stages] + arm_chain(root, seed, FIRST_ARM, ())
 
 
 def arm_chain(root: Path, seed: int, arm: Arm, overrides: Sequence[str]) -> list[Stage]:
@@ -148,7 +148,7 @@ def arm_chain(root: Path, seed: int, arm: Arm, overrides: Sequence[str]) -> list
         )
         stage = whole_run.grpo_stage(paths, seed, start, settings)
     return [
-        named(each, seed, arm.name) for each in (stage, whole_run.evaluation_stage(paths, seed, "heldout", end, ()))
+        rename(each, seed, arm.name) for each in (stage, whole_run.evaluation_stage(paths, seed, "heldout", end, ()))
     ]
 
 
@@ -161,18 +161,18 @@ def chains(root: Path, seed: int, tables: Collection[str], overrides: Sequence[s
 def run_ablations(
     root: Path, runner: StageRunner, *, seeds: Sequence[int], tables: Sequence[str], overrides: Sequence[str], jobs: int
 ) -> None:
-    """Run all that the tables need.
+    """Run everything that the tables need.
 
     Args:
         root: folder of everything.
         runner: runs and remembers the stages.
         seeds: of the arms.
-        tables: which.
+        tables: keys of `ablation_tables.TABLES`.
         overrides: settings of every GRPO stage.
-        jobs: runs side by side.
+        jobs: runs at the same time.
 
     Raises:
-        StageError: a stage failed; the others that are done stay done.
+        StageError: a stage failed; finished stages stay finished.
     """
     paths = run_demo.demo_paths(root)
     runner.run(run_demo.data_stage(paths, FIRST_SEED))
@@ -186,7 +186,7 @@ def run_ablations(
 
 
 def arm_folders(root: Path, seeds: Sequence[int], table: str) -> Mapping[str, list[Path]]:
-    """Return the run folders of each row of a table that are finished, by label."""
+    """Return the folders of the finished runs of each row of a table, by label."""
     rows = {"before: aligned adapter": [seed_folder(root, seed) / START for seed in seeds]}
     rows |= {arm.label: [seed_folder(root, seed) / arm.name for seed in seeds] for arm in ARMS if table in arm.tables}
     return {
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m examples.digits.ablations", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/digits-ablations"), help="folder (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (%(default)s)")
     parser.add_argument(
         "--tables",
         nargs="+",
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="which (all)",
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs side by side (%(default)s)")
-    parser.add_argument("--only-tables", action="store_true", help="run nothing, write tables of what is there")
+    parser.add_argument("--only-tables", action="store_true", help="run nothing, write tables of the finished runs")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings of every GRPO stage")
     options = parser.parse_intermixed_args(arguments)
     console, start = Console(), time.perf_counter()

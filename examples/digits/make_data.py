@@ -1,4 +1,4 @@
-"""Make the demo's questions over handwritten digits, as JSONL and PNG (`python -m examples.digits.make_data --help`).
+"""The demo's questions about handwritten digits, as JSONL and PNG (`python -m examples.digits.make_data --help`).
 
 Writes below --output:
 
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from examples.digits import questions, source
-from megatron_r1v2.checkpoint.hf.folders import replacing_folder
+from megatron_r1v2.resilience.files import atomic_folder
 
 COUNTS: Mapping[str, int] = {"align": 1024, "prefer": 512, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
-"""How many questions each set has. A set's name seeds its questions: under another name they are others."""
+"""Questions of each set. The name of a set is part of its seed: a renamed set gets other questions."""
 
 HANDWRITING: Mapping[str, str] = {
     "align": "train",
@@ -47,10 +47,10 @@ def image_rows(
 
     Args:
         name: the set, the start of every key.
-        count: how many questions.
+        count: number of questions.
         seed: with the name, decides everything.
         tiles: uint8 [1797, 32, 32], all source digits.
-        labels: int64 [1797], what they show.
+        labels: int64 [1797], the digits on them.
         indices: the source digits that this set may use.
         images: folder that the PNGs are written to.
     """
@@ -85,7 +85,7 @@ def make_data(output: Path, *, seed: int, counts: Mapping[str, int]) -> dict[str
     """
     tiles, labels = source.digit_tiles()
     splits = source.split_indices()
-    with replacing_folder(output) as partial:
+    with atomic_folder(output, replace=True) as partial:
         images = partial / "images"
         images.mkdir()
         for name, count in counts.items():

@@ -1,4 +1,4 @@
-"""Pretrain the demo's language model, a small Qwen2, on text reasoning; it never sees an image.
+"""The pretraining of the demo's language model, a small Qwen2, on text reasoning; it never sees an image.
 
 The result is an ordinary HF folder: Qwen2ForCausalLM, safetensors, and a byte-level BPE tokenizer trained on the
 corpus, with ChatML, <think> and </think>, digits split singly, and a chat template whose generation prompt ends with
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from examples.digits import pretraining, questions
-from megatron_r1v2.checkpoint.hf.folders import replacing_folder
+from megatron_r1v2.resilience.files import atomic_folder
 
 SPARE_ROWS = 32
 """Rows of the embedding beyond the tokenizer, as QwQ has them, for the image tokens that splicing adds."""
@@ -31,7 +31,7 @@ SPARE_ROWS = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and schedule; the defaults are what the demo uses."""
+    """Sizes and schedule; the defaults are those of the demo."""
 
     hidden_size: int = 96
     layers: int = 3
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Example:
-    """A templated prompt and what follows it."""
+    """A templated prompt and its response."""
 
     prompt: str
     response: str
@@ -177,7 +177,7 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, *, seed: int, c
     log_probs = model(input_ids=token_ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
     wanted = labels[:, 1:]
     picked = log_probs.gather(-1, wanted.clamp(min=0)[..., None])[..., 0] * (wanted != -100)
-    return picked.sum(-1).exp().mean().item()
+    return float(picked.sum(-1).exp().mean())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     tokenizer = make_tokenizer(settings.seed)
     model = train(settings, tokenizer)
-    with replacing_folder(options.output) as partial:
+    with atomic_folder(options.output, replace=True) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     right = accuracy(model.eval(), tokenizer, seed=settings.seed + 1)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from examples.digits import pretraining, source
-from megatron_r1v2.checkpoint.hf.folders import replacing_folder
+from megatron_r1v2.resilience.files import atomic_folder
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -30,7 +30,7 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and schedule; the defaults are what the demo uses."""
+    """Sizes and schedule; the defaults are those of the demo."""
 
     hidden_size: int = 64
     layers: int = 3
@@ -58,7 +58,7 @@ def build(settings: Settings) -> InternVLVisionModel:
         initializer_range=0.08,
     )
     model = InternVLVisionModel(config)
-    # transformers starts the positions at zero, and patches that do not know where they are learn slowly.
+    # transformers initialises the positions with zeros, from which they learn slowly.
     nn.init.normal_(model.embeddings.position_embeddings, std=0.1)
     return model
 
@@ -105,8 +105,9 @@ def patch_labels(left_B: torch.Tensor, right_B: torch.Tensor, side: int) -> torc
 
 
 def patch_logits(model: InternVLVisionModel, head: nn.Module, tiles_BHW: torch.Tensor) -> torch.Tensor:
-    """Return what each patch thinks it is part of (float [B, patches, 10])."""
-    return head(model(pixel_values=pixel_values(tiles_BHW)).last_hidden_state[:, 1:])
+    """Return the logits of the digit that each patch is part of (float [B, patches, 10])."""
+    logits_BPD: torch.Tensor = head(model(pixel_values=pixel_values(tiles_BHW)).last_hidden_state[:, 1:])
+    return logits_BPD
 
 
 def train(settings: Settings) -> tuple[InternVLVisionModel, nn.Module]:
@@ -143,7 +144,7 @@ def load_split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def accuracy(model: InternVLVisionModel, head: nn.Module, tiles_BHW: torch.Tensor, labels_B: torch.Tensor) -> float:
-    """Return how often the patches of a tile together name its digit."""
+    """Return the fraction of tiles whose patches together name the right digit."""
     votes = patch_logits(model, head, tiles_BHW).log_softmax(-1).mean(1)
     return (votes.argmax(-1) == labels_B).float().mean().item()
 
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     settings = Settings(hidden_size=options.hidden_size, layers=options.layers, steps=options.steps, seed=options.seed)
     model, head = train(settings)
-    with replacing_folder(options.output) as partial:
+    with atomic_folder(options.output, replace=True) as partial:
         model.save_pretrained(partial)
     validation = accuracy(model.eval(), head, *load_split("validation"))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""What the two component makers share: the schedule and the progress line."""
+"""The optimizers, schedule and progress line with which the demo's two components are pretrained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Optimizers:
     Muon needs about half the steps of AdamW here, and the demo has minutes.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         muon: peak learning rate of Muon.
         adam: peak learning rate of AdamW.
         steps: length of the schedule.
@@ -48,7 +48,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it in part only
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for optimizer, _ in self._optimizers:
             optimizer.step()
@@ -56,7 +56,7 @@ class Optimizers:
 
 
 class Progress:
-    """One line that says where a loop is: rewritten on a terminal, every tenth of the way in a log."""
+    """A line with the progress of a loop: rewritten on a terminal, every tenth of the way in a log."""
 
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total = name, total

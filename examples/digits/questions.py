@@ -1,9 +1,9 @@
-"""What is asked about two digits, how it is answered, and how the same question looks as pure text.
+"""The questions about two digits and their answers, with an image or as pure text.
 
-The language model is pretrained without images. Where an image will be (`<img>`, 16 tokens a tile for two tiles and a
+The language model is pretrained without images. In the place of an image (`<img>`, 16 tokens a tile for two tiles and a
 thumbnail, `</img>`) it sees a *note* of the same length: 16 words about the left digit, 16 about the right one, 16
-about both. Words may be filler or wrong, so the model learns to weigh evidence instead of copying one position, and
-that is what lets an adapter speak to it later.
+about both. Words may be filler or wrong, so the model learns to weigh evidence instead of copying one position. Without
+that, the image tokens of an adapter that is half trained would mean nothing to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PHRASES = {
 OPERATIONS = tuple(PHRASES)
 
 CLAIM_PATTERN = r"(?P<name>left|right) (?P<value>\d)"
-"""Finds what a response says of the image, for `reward.claim_pattern`."""
+"""The value of `reward.claim_pattern`: it finds the claims of a response about the image."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -65,7 +65,7 @@ class Problem:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return what is true of the image, by the names that the claim pattern finds."""
+        """Return the facts of the image, by the names that the claim pattern finds."""
         return {"left": str(self.left), "right": str(self.right)}
 
 
@@ -80,7 +80,7 @@ def make_note(left: int, right: int, rng: random.Random, *, filler: float, wrong
 
     Args:
         left, right: the digits.
-        rng: where chance comes from.
+        rng: source of chance.
         filler: probability that a word says nothing.
         wrong: probability that a word that names a digit names a random one.
 
@@ -88,8 +88,8 @@ def make_note(left: int, right: int, rng: random.Random, *, filler: float, wrong
         "note", 48 words and "end"; the last 16 follow the rows of a thumbnail: 2 left, 2 right, and so on.
     """
     thumbnail = [left, left, right, right] * (TOKENS_PER_TILE // 4)
-    meant = [left] * TOKENS_PER_TILE + [right] * TOKENS_PER_TILE + thumbnail
-    words = [_word(digit, rng, filler, wrong) for digit in meant]
+    digits = [left] * TOKENS_PER_TILE + [right] * TOKENS_PER_TILE + thumbnail
+    words = [_word(digit, rng, filler, wrong) for digit in digits]
     return f"note {' '.join(words)} end"
 
 

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits: the split by handwriting, and the pictures made of them."""
+"""scikit-learn's 1,797 handwritten digits, split by handwriting, and the pictures made of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TILE = 32
 """Pixels on each side of a tile of the vision tower."""
 
 SPLITS: Mapping[str, float] = {"train": 0.74, "validation": 0.10, "heldout": 0.16}
-"""Part of the source digits that each split owns; no stage trains on `heldout`, align stops on `validation`."""
+"""Fraction of the source digits in each split; no stage trains on `heldout`, align stops by `validation`."""
 
 SPLIT_SEED = 20250423
-"""Fixed, so that the components, the data and the evaluation always agree on who owns a digit."""
+"""Fixed, so that the components, the data and the evaluation always agree on the split of a digit."""
 
 
 def split_indices() -> dict[str, np.ndarray]:
@@ -36,7 +36,7 @@ def split_indices() -> dict[str, np.ndarray]:
 
 
 def digit_tiles() -> tuple[np.ndarray, np.ndarray]:
-    """Return every source digit as one grey tile (uint8 [1797, 32, 32]) and what it shows (int64 [1797])."""
+    """Return every source digit as one grey tile (uint8 [1797, 32, 32]) and its label (int64 [1797])."""
     digits = load_digits()
     grey = np.clip(digits.images * (255.0 / 16.0), 0, 255).astype(np.uint8)
     size = (TILE, TILE)

@@ -1,4 +1,4 @@
-"""Is a model as good through its endpoint as in process? The same questions, three times, by the most probable tokens.
+"""A comparison of a model in process with the same model behind its endpoint, by greedy answers to the same questions.
 
 Evaluates the newest checkpoint of a run in process, serves it, and evaluates what is served by our evaluator and by
 lm-eval, which reads the shards, asks, takes the answers out and compares them by code of its own, in an environment of
@@ -41,15 +41,15 @@ def evaluate(run: Path, name: str, output: Path, settings: Sequence[str]) -> Ver
 
 @contextmanager
 def served(run: Path, settings: Sequence[str]) -> Iterator[str]:
-    """Serve a run on a free port of this machine and return the address that clients know."""
+    """Serve a run on a free port of this machine, and yield the address for clients."""
     command = [sys.executable, "-m", "megatron_r1v2", "serve", str(run), *settings, "--port", "0", "--name", MODEL]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
-            told = next((line for line in server.stdout if line.startswith("serving ")), None)
-            if told is None:
+            message = next((line for line in server.stdout if line.startswith("serving ")), None)
+            if message is None:
                 raise SystemExit("error: the server did not start; its message is above")
-            yield told.split()[-1]
+            yield message.split()[-1]
         finally:
             server.terminate()
 
@@ -103,9 +103,9 @@ def run_lm_eval(
 
 
 def lm_eval_python() -> str | None:
-    """Return a Python that has lm-eval: that in LM_EVAL_PYTHON, or this one; None: there is none."""
-    here = sys.executable if importlib.util.find_spec("lm_eval") else None
-    return os.environ.get("LM_EVAL_PYTHON") or here
+    """Return the Python of an environment with lm-eval: LM_EVAL_PYTHON's, or this one; None without one."""
+    this_python = sys.executable if importlib.util.find_spec("lm_eval") else None
+    return os.environ.get("LM_EVAL_PYTHON") or this_python
 
 
 def ask_by_lm_eval(python: str, url: str, output: Path, *, shards: str, max_tokens: int) -> Verdicts:
@@ -122,25 +122,25 @@ def accuracy(verdicts: Verdicts) -> float:
     return sum(right for _, right in verdicts.values()) / len(verdicts)
 
 
-def compare(found: Mapping[str, Verdicts]) -> list[dict[str, Any]]:
-    """Set each evaluation beside the first.
+def compare(verdicts_by_name: Mapping[str, Verdicts]) -> list[dict[str, Any]]:
+    """Compare each evaluation with the first.
 
     Args:
-        found: by what evaluated; all of the same prompts.
+        verdicts_by_name: of evaluations of the same prompts.
 
     Returns:
-        For each: who, accuracy, and how many responses and verdicts equal those of the first.
+        For each: its name, accuracy, and the number of responses and verdicts that equal those of the first.
     """
-    first = next(iter(found.values()))
+    first = next(iter(verdicts_by_name.values()))
     return [
         {
-            "evaluated": who,
+            "evaluated": name,
             "prompts": len(verdicts),
             "accuracy": accuracy(verdicts),
             "responses_equal": sum(first[key][0] == text for key, (text, _) in verdicts.items()),
             "verdicts_equal": sum(first[key][1] == right for key, (_, right) in verdicts.items()),
         }
-        for who, verdicts in found.items()
+        for name, verdicts in verdicts_by_name.items()
     ]
 
 
@@ -148,19 +148,19 @@ def measure(run: Path, output: Path, python: str | None, settings: Sequence[str]
     """Evaluate in process, through the endpoint, and by lm-eval."""
     settings = [f"model.checkpoint={run}", *settings]
     recipe = load_recipe(run / "recipe.yaml", settings)
-    found = {"in process": evaluate(run, "in-process", output, settings)}
+    verdicts = {"in process": evaluate(run, "in-process", output, settings)}
     with served(run, [setting for setting in settings if not setting.startswith("model.checkpoint=")]) as url:
-        there = (f"evaluation.endpoint_url={url}", f"evaluation.endpoint_model={MODEL}")
-        found["through the endpoint"] = evaluate(run, "endpoint", output, [*settings, *there])
+        endpoint = (f"evaluation.endpoint_url={url}", f"evaluation.endpoint_model={MODEL}")
+        verdicts["through the endpoint"] = evaluate(run, "endpoint", output, [*settings, *endpoint])
         if python:
-            found["through the endpoint, by lm-eval"] = ask_by_lm_eval(
+            verdicts["through the endpoint, by lm-eval"] = ask_by_lm_eval(
                 python,
                 url,
                 output / "lm-eval",
                 shards=recipe.evaluation.data,
                 max_tokens=recipe.generation.max_response_tokens,
             )
-    return compare(found)
+    return compare(verdicts)
 
 
 def main() -> None:
@@ -190,8 +190,8 @@ def main() -> None:
         print("lm-eval was not asked: give the Python of an environment that has it with --lm-eval")
     if options.figures:
         options.figures.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    whole = all(row["responses_equal"] == row["verdicts_equal"] == row["prompts"] for row in rows)
-    raise SystemExit(0 if whole else 1)
+    all_equal = all(row["responses_equal"] == row["verdicts_equal"] == row["prompts"] for row in rows)
+    raise SystemExit(0 if all_equal else 1)
 
 
 if __name__ == "__main__":

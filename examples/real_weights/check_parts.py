@@ -1,4 +1,4 @@
-"""Do the parts of the spliced model compute what others compute with the same weights? Figures, and an exit code.
+"""A comparison of the spliced model's parts with other implementations of the same weights: figures, and an exit code.
 
     vision features    our tower in the spliced model against transformers' InternVLVisionModel of the component
     language logits    our language model in it against transformers' LlamaForCausalLM of the component
@@ -84,8 +84,8 @@ def onnx_difference(path: Path, images: Path, model: R1V2Model) -> float:
 
     Args:
         path: the file.
-        images: folder with a picture to look at.
-        model: normalises it.
+        images: folder of PNGs, of which the first is taken.
+        model: gives the normalisation of pixels.
     """
     network = load_graph(path)
     pixels = network.graph.input[0]
@@ -103,7 +103,7 @@ def onnx_difference(path: Path, images: Path, model: R1V2Model) -> float:
 
 
 def last_features(model: onnx.ModelProto) -> str:
-    """Return the name of what goes into the backbone's last LayerNorm."""
+    """Return the name of the input of the backbone's last LayerNorm."""
     layer_norms = [tensor.name for tensor in model.graph.initializer if tensor.name.endswith("layernorm.weight")]
     (weight,) = layer_norms
     producers = {output: node for node in model.graph.node for output in node.output}
@@ -117,17 +117,14 @@ def last_features(model: onnx.ModelProto) -> str:
 
 @torch.no_grad()
 def check(base: Path, vision: Path, language: Path, *, file: Path, images: Path) -> bool:
-    """Print every difference.
+    """Print every difference, and return whether all are small.
 
     Args:
         base: the spliced model.
         vision: its tower, as a component.
         language: its language model, as a component.
         file: the ONNX file that the tower is from.
-        images: folder with PNGs to look at.
-
-    Returns:
-        Whether all are small.
+        images: folder of PNGs.
     """
     context = initialize(ParallelConfig(), seed=0)
     try:
@@ -137,15 +134,15 @@ def check(base: Path, vision: Path, language: Path, *, file: Path, images: Path)
         load_hf_weights(model, base, context)
         model.eval()
         tiles_TCHW = tiles_of(images, 4, model.architecture.vision.image_size)
-        found = {"vision features, ours / transformers": vision_difference(model, vision, tiles_TCHW)}
-        found["language logits, ours / transformers"], answer = language_difference(model, language)
-        found["vision features, transformers / ONNX"] = onnx_difference(file, images, model)
+        differences = {"vision features, ours / transformers": vision_difference(model, vision, tiles_TCHW)}
+        differences["language logits, ours / transformers"], answer = language_difference(model, language)
+        differences["vision features, transformers / ONNX"] = onnx_difference(file, images, model)
     finally:
         shut_down()
-    for name, value in found.items():
+    for name, value in differences.items():
         print(f"{name:<38} max |a - b| / max |b| = {value:.1e}")
     print(f"{QUESTION} {answer}")
-    return all(value <= MAX_RELATIVE_DIFFERENCE for value in found.values())
+    return all(value <= MAX_RELATIVE_DIFFERENCE for value in differences.values())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A Llama in a GGUF file becomes an ordinary HF folder: weights, configuration, tokenizer and chat template.
+"""The conversion of a Llama in a GGUF file into an HF folder: weights, configuration, tokenizer, chat template.
 
 GGUF keeps everything in one file, the weights quantized and the rows of the query and key matrices in another order
 (the two halves of each rotation interleaved). Both are undone here; nothing is downloaded.
@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.real_weights.packages import LANGUAGE_MODEL, find_weights
-from megatron_r1v2.checkpoint.hf.folders import replacing_folder, with_dtype, write_json, write_safetensors
+from megatron_r1v2.checkpoint.hf.folders import with_dtype, write_json, write_safetensors
+from megatron_r1v2.resilience.files import atomic_folder
 
 _SIZES: Mapping[str, str] = {
     "hidden_size": "llama.embedding_length",
@@ -48,7 +49,7 @@ _IN_LAYER: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
 }
 _CONTROL_TOKEN = 3
-"""GGUF's type of a token that text cannot be cut into."""
+"""GGUF's type of a control token, which no text is tokenized to."""
 
 
 class GgufModel:
@@ -200,7 +201,7 @@ def convert(path: Path, output: Path) -> LlamaConfig:
     """
     model = GgufModel(path)
     config = model.config()
-    with replacing_folder(output) as folder:
+    with atomic_folder(output, replace=True) as folder:
         write_safetensors(folder, model.weights(config))
         model.tokenizer().save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)

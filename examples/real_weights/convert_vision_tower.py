@@ -1,4 +1,4 @@
-"""A DINOv2 in an ONNX file becomes an HF folder that InternVL calls its vision tower (`internvl_vision`).
+"""The conversion of a DINOv2 in an ONNX file into an HF folder of an InternVL vision tower (`internvl_vision`).
 
 The two are the same network but for three things:
 
@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from transformers import InternVLVisionConfig
 
 from examples.real_weights.packages import VISION_TOWER, find_weights
-from megatron_r1v2.checkpoint.hf.folders import replacing_folder, with_dtype, write_json, write_safetensors
+from megatron_r1v2.checkpoint.hf.folders import with_dtype, write_json, write_safetensors
+from megatron_r1v2.resilience.files import atomic_folder
 
 TILE = 112
 """Pixels on each side of a tile: 8 x 8 patches, which are 16 image tokens, few enough for a CPU."""
 HEAD_SIZE = 64
-"""Channels of an attention head in every published DINOv2; the weights do not tell."""
+"""Channels of an attention head in every published DINOv2; the weights alone do not show them."""
 _CLASS_TOKEN = "embeddings.cls_token"
 _POSITIONS = "embeddings.position_embeddings"
 _IN_LAYER: Mapping[str, str] = {
@@ -49,10 +50,10 @@ _BEFORE_TRANSFORMERS_5: Mapping[str, str] = {
     ".attention.attention.value.": ".attention.v_proj.",
     ".attention.output.dense.": ".attention.o_proj.",
 }
-"""In the names of older exports, and what it is called now."""
+"""Part of a name in older exports, and its present name."""
 _SCALES: Mapping[str, str] = {"layer_scale1.lambda1": "lambda_1", "layer_scale2.lambda1": "lambda_2"}
 _UNNAMED = "onnx::"
-"""What the exporter's numbers follow."""
+"""Prefix of the numbers that the exporter gives to tensors without a name."""
 _DROPPED = ("layernorm.weight", "layernorm.bias", "embeddings.mask_token")
 
 
@@ -90,17 +91,18 @@ def read_backbone(path: Path) -> dict[str, torch.Tensor]:
         return onnx.numpy_helper.to_array(stored[name])
 
     named = [name for name in stored if name.startswith(prefix) and not name.startswith(_UNNAMED)]
-    found = {name.removeprefix(prefix): array(name) for name in named}
+    parameters = {name.removeprefix(prefix): array(name) for name in named}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         biases = [name for name in node.input if name.startswith(prefix) and name.endswith(".bias")]
         matrices = [products[name] for name in node.input if products.get(name) in stored]
         if node.op_type == "Add" and biases and matrices:
             weight = biases[0].removeprefix(prefix).removesuffix("bias") + "weight"
-            found[weight] = array(matrices[0]).T
-    if _POSITIONS not in found:
-        found[_POSITIONS] = _split_positions(path, {name: array(name) for name in stored if name.startswith(_UNNAMED)})
-    return {_todays_name(name): torch.from_numpy(numpy.array(value)) for name, value in found.items()}
+            parameters[weight] = array(matrices[0]).T
+    if _POSITIONS not in parameters:
+        unnamed = {name: array(name) for name in stored if name.startswith(_UNNAMED)}
+        parameters[_POSITIONS] = _split_positions(path, unnamed)
+    return {_todays_name(name): torch.from_numpy(numpy.array(value)) for name, value in parameters.items()}
 
 
 def _todays_name(name: str) -> str:
@@ -217,7 +219,7 @@ def convert(path: Path, output: Path, *, tile: int) -> InternVLVisionConfig:
     backbone = read_backbone(path)
     config = vision_config(backbone, tile)
     weights = tower_weights(backbone, config)
-    with replacing_folder(output) as folder:
+    with atomic_folder(output, replace=True) as folder:
         write_safetensors(folder, weights.items())
         write_json(folder / "config.json", with_dtype(config.to_dict(), {torch.float32}))
     return config

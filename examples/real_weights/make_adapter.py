@@ -1,8 +1,8 @@
-"""A first adapter, fitted in one solve: every image token becomes about the embedding of the word for its picture.
+"""A first adapter, fitted in one solve: every image token becomes roughly the embedding of the word for its picture.
 
-A random adapter speaks no word that the language model knows, and to find one by gradients takes far more steps than an
-example has. R1V2 starts from a pretrained adapter too. Here the first matrix stays random, and the second is the ridge
-regression of the words' embeddings on what the first makes of the image features. It does not teach the language model
+The outputs of a random adapter mean nothing to the language model, and training one from there takes far more steps
+than an example has. R1V2 starts from a pretrained adapter too. Here the first matrix stays random, and the second is
+the ridge regression of the words' embeddings on the hidden features of the first. It does not teach the language model
 to answer: the align stage does.
 
     python -m examples.real_weights.make_adapter --vision runs/real_weights/components/vision \\
@@ -25,21 +25,22 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, InternVLVisionModel, PreTrainedTokenizerFast
 
 from megatron_r1v2.checkpoint.hf.architecture import vision_architecture
-from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, replacing_folder, write_safetensors
+from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, write_safetensors
 from megatron_r1v2.models.vision import pixel_shuffle
+from megatron_r1v2.resilience.files import atomic_folder
 
 PICTURES = 480
 BATCH = 32
 RIDGE = 0.1
 """Added to the variance of every hidden channel, per thousand."""
 STANDARD_DEVIATION = 0.02
-"""Of the random matrix, as transformers initialises it."""
+"""Standard deviation of the random matrix, as transformers initialises it."""
 _NAME = "multi_modal_projector."
 
 
 @torch.no_grad()
 def image_features(vision: Path, pictures: Sequence[Path]) -> torch.Tensor:
-    """Return what the adapter gets to see of pictures (float [T, F, K])."""
+    """Return the adapter's inputs for pictures (float [T, F, K])."""
     tower = InternVLVisionModel.from_pretrained(vision).eval()
     architecture = vision_architecture(tower.config.to_dict())
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (architecture.pixel_mean, architecture.pixel_std))
@@ -57,7 +58,7 @@ def word_embeddings(language: Path, words: Sequence[str]) -> torch.Tensor:
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(language)
     with SafetensorsFolder(language) as folder:
         embedding_VH = folder.tensor("model.embed_tokens.weight").float()
-    # A space before a digit is a token of its own, which says nothing.
+    # A space before a digit would be a token of its own, without meaning.
     ids = [tokenizer.encode(word if word.isdigit() else f" {word}", add_special_tokens=False) for word in words]
     return torch.stack([embedding_VH[of_word].mean(0) for of_word in ids])
 
@@ -67,7 +68,7 @@ def fit(features_TFK: torch.Tensor, targets_TH: torch.Tensor, *, seed: int) -> d
 
     Args:
         features_TFK: [T, F, K], image features.
-        targets_TH: [T, H], what every image token of a picture should become.
+        targets_TH: [T, H], the wanted value of every image token of a picture.
         seed: of the random matrix.
 
     Returns:
@@ -127,14 +128,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows", type=Path, required=True, help="JSONL of make_data; its pictures are in images/ beside it"
     )
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many, from the start (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="number, from the start (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--seed", type=int, default=1234, help="of the random matrix (%(default)s)")
     options = parser.parse_args(arguments)
     lines = options.rows.read_text(encoding="utf-8").splitlines()[: options.pictures]
     rows = [json.loads(line) for line in lines]
     adapter = make_adapter(options.vision, options.language, rows, options.rows.parent / "images", seed=options.seed)
-    with replacing_folder(options.output) as folder:
+    with atomic_folder(options.output, replace=True) as folder:
         write_safetensors(folder, adapter.items())
     print(f"adapter: {options.output}: fitted to {len(rows)} pictures")
 

@@ -1,4 +1,4 @@
-"""Make questions about real pictures, as JSONL and PNG (`python -m examples.real_weights.make_data --help`).
+"""Questions about real pictures, as JSONL and PNG (`python -m examples.real_weights.make_data --help`).
 
 Half of the pictures are crops of photographs that scikit-image brings along, half are handwritten digits that
 scikit-learn brings along. Writes below --output:
@@ -27,10 +27,10 @@ from PIL import Image
 from examples.digits import source
 from examples.real_weights.convert_vision_tower import TILE
 from examples.real_weights.questions import make_row
-from megatron_r1v2.checkpoint.hf.folders import replacing_folder
+from megatron_r1v2.resilience.files import atomic_folder
 
 COUNTS: Mapping[str, int] = {"align": 896, "grpo": 256, "heldout": 120}
-"""How many questions each set has, half of them about photographs."""
+"""Questions of each set, half of them about photographs."""
 
 PHOTOGRAPHS: Mapping[str, str] = {
     "bricks": "brick.png",
@@ -46,7 +46,7 @@ PHOTOGRAPHS: Mapping[str, str] = {
     "stars": "hubble_deep_field.jpg",
     "tissue": "ihc.png",
 }
-"""What a photograph is called here, and its file in scikit-image; those whose right part still shows the thing."""
+"""The name of the thing on a photograph, and its file in scikit-image; only those whose right part shows it too."""
 
 LEARNED_PART = 0.6
 """Crops to learn from lie left of this part of a photograph's width, held-out crops right of it."""
@@ -73,7 +73,7 @@ def pictures(name: str, count: int, rng: random.Random) -> Iterator[tuple[str, s
 
     Args:
         name: of the set; "heldout" draws from what no other set sees.
-        count: how many.
+        count: number of pictures.
         rng: chooses crops and digits.
     """
     heldout = name == "heldout"
@@ -96,7 +96,7 @@ def rows(name: str, count: int, seed: int, images: Path, tile: int) -> Iterator[
 
     Args:
         name: the set, the start of every key.
-        count: how many questions.
+        count: number of questions.
         seed: with the name, decides everything.
         images: folder that the PNGs are written to.
         tile: pixels on each side of a picture.
@@ -110,7 +110,7 @@ def rows(name: str, count: int, seed: int, images: Path, tile: int) -> Iterator[
 
 def make_data(output: Path, *, seed: int, counts: Mapping[str, int], tile: int) -> None:
     """Write all sets; the folder appears when they are complete."""
-    with replacing_folder(output) as folder:
+    with atomic_folder(output, replace=True) as folder:
         images = folder / "images"
         images.mkdir()
         for name, count in counts.items():

@@ -1,4 +1,4 @@
-"""Where the installed packages keep the weights; nothing of theirs is imported."""
+"""The weights in installed packages, found without importing these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked about a picture, and how it is answered: one rule for photographs and for digits."""
+"""The questions about a picture and their answers, by one rule for photographs and for digits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OPENING = (
     {"role": "user", "content": "cat cat cat cat\nWhat is this?"},
     {"role": "assistant", "content": "\\boxed{ cat}"},
 )
-"""Shows SmolLM2 in text what is asked of it: the adapter has to say what is seen, not how to answer. The box has a
-space, so that the word in it is the token that it is in a sentence."""
+"""An example in text, so that the adapter has to convey the picture and not the form of an answer. The box has a space
+before the word, which makes it the same token as inside a sentence."""
 
 
 def make_row(kind: str, key: str, answer: str, origin: str, rng: random.Random) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def make_row(kind: str, key: str, answer: str, origin: str, rng: random.Random) 
     Args:
         kind: photograph or digit.
         key: of the sample.
-        answer: what the picture shows.
-        origin: where the picture is from.
+        answer: the name of the thing in the picture.
+        origin: source of the picture.
         rng: chooses the phrasing.
     """
     return {

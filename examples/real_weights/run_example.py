@@ -34,12 +34,12 @@ EVALUATIONS = ("aligned", "grpo")
 
 
 def example_paths(root: Path) -> Paths:
-    """Return where everything of one run of the example is."""
+    """Return the paths of one run of the example."""
     return Paths(root, RECIPES)
 
 
 def component_stages(paths: Paths) -> list[Stage]:
-    """Return the stages that need nothing but the installed packages."""
+    """Return the stages that read the installed packages only."""
     return [
         Stage(
             "language-model",
@@ -69,7 +69,7 @@ def data_stage(paths: Paths, seed: int) -> Stage:
 
 
 def check_stage(paths: Paths) -> Stage:
-    """Return the comparison of the parts with what others compute."""
+    """Return the comparison of the parts with other implementations."""
     folders = ("--base", str(paths.base), "--vision", str(paths.vision), "--language", str(paths.language))
     command = ("examples.real_weights.check_parts", *folders, "--images", str(paths.data / "images"))
     return Stage("check", "compare the parts with transformers and ONNX", command)
@@ -94,12 +94,12 @@ def run_stages(paths: Paths, runner: StageRunner, seed: int, overrides: Sequence
 
 
 def show_results(paths: Paths, console: Console) -> None:
-    """Print how well the parts agree, the table before and after, by kind of picture, and the buffer's numbers."""
-    # The figures are at the end, after what libraries have to say.
+    """Print the agreement of the parts, Pass@1 before and after, also by kind of picture, and the buffer's numbers."""
+    # The figures are at the end of the log, after the warnings of libraries.
     figures = (paths.root / "logs" / "check.log").read_text(encoding="utf-8").splitlines()[-4:]
     console.print("\n".join(figures), highlight=False)
-    found = {each.result.name: each for each in read_evaluations([paths.grpo], [])}
-    evaluations = [found[name] for name in EVALUATIONS]
+    by_name = {each.result.name: each for each in read_evaluations([paths.grpo], [])}
+    evaluations = [by_name[name] for name in EVALUATIONS]
     console.print(comparison_table([each.result for each in evaluations]))
     console.print(kind_table(evaluations))
     console.print(whole_run.buffer_table(paths.grpo / "metrics.jsonl"))
