@@ -187,7 +187,7 @@ def measure_passes(
 
     seconds = {
         "forward": seconds_of(forward, device, repeats),
-        "forward and backward": seconds_of(lambda: run().sum().backward(), device, repeats),
+        "forward and backward": seconds_of(lambda: torch.autograd.backward(run().sum()), device, repeats),
     }
     figures = {}
     for (name, spent), operations in zip(seconds.items(), (flops, 3 * flops), strict=True):
@@ -210,7 +210,8 @@ def measure_language(
     flops = language_layer_flops(sliced, sizes.tokens, sizes.tokens / 2) + head_flops(sliced, sizes.tokens)
 
     def run() -> torch.Tensor:
-        return model.language(input_ids=ids, position_ids=positions, attention_mask=None)
+        logits: torch.Tensor = model.language(input_ids=ids, position_ids=positions, attention_mask=None)
+        return logits
 
     # Most products are in 8 bits, so they are compared with the device's 8-bit ceiling.
     ceiling = ceilings["bf16 FLOP/s"] if settings.fp8 is Fp8.none else ceilings["FP8 FLOP/s"]
@@ -262,7 +263,7 @@ def measure_decode(
     seconds = statistics.median(times[len(times) // 2 :])
     weight_bytes = 1 if model.config.fp8 else 2
     language = architecture.language
-    read = language.num_layers * language_layer_weights(language) * weight_bytes
+    read = float(language.num_layers * language_layer_weights(language) * weight_bytes)
     read += language.vocab_size * language.hidden_size * 2
     read += sizes.requests * (sizes.prompt_tokens + 0.75 * sizes.decode_steps) * _kv_bytes(architecture)
     return {

@@ -105,11 +105,11 @@ def architecture(
     )
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the base class untyped
     """The bytes of the storages that operators have made and that are still referenced, and their maximum."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves the base class untyped
         self.held = self.highest = 0
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -135,7 +135,8 @@ class LiveTensors(TorchDispatchMode):
 
 
 def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -143,7 +144,8 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     gc.collect()
     with LiveTensors() as tensors:
         call()
-    return tensors.highest
+    highest: int = tensors.highest
+    return highest
 
 
 def measure_rank(case: Case) -> dict[str, int]:

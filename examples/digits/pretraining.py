@@ -48,7 +48,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        loss.backward()  # type: ignore[no-untyped-call]  # torch annotates it in part only
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for optimizer, _ in self._optimizers:
             optimizer.step()

@@ -142,6 +142,8 @@ def test_each_phase_has_its_own_peak():
     assert training.activations == training_peak(model, batch, stage=0, microbatches=2)  # 4 rows, 3 at once
     # Two requests draw from 64 words each: a 4-byte logit and 20 bytes beside it; prefill of 32 tokens takes more.
     assert generation.activations > 2 * 64 * 24
+    crowded = plan_memory(SMALL, Layout(), small_work(max_requests=1000)).ranks[0]
+    assert crowded.activations == 1000 * 64 * 24
     assert generation.buffers == 2 * 1 * 4, "a block table of one entry for each request"
     assert (generation.kv_cache > 0, log_probs.kv_cache, training.kv_cache) == (True, 0, 0)
     for rank in plan.ranks:
