@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: 1 or 2, see above.
     """
+    # Intermixed, because people write overrides before, between and after the options.
     arguments = _parser().parse_intermixed_args(argv)
     hardware = HARDWARE[arguments.gpu]
     if arguments.matmul_efficiency:

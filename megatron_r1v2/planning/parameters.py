@@ -124,6 +124,7 @@ def _vision(vision: VisionArchitecture, tensor: int) -> Iterator[tuple[str, tupl
     yield "position_embeddings", (1, vision.num_patches + 1, size)
     yield "patch_embedding.weight", (size, 3, vision.patch_size, vision.patch_size)
     yield "patch_embedding.bias", (size,)
+    # Norms and scales are whole on every rank; matrices are split by TP, along the dimension that comes first or last.
     norm = ("weight",) if vision.norm == "rms_norm" else ("weight", "bias")
     for layer in range(vision.num_layers):
         prefix = f"decoder.layers.{layer}"
@@ -175,6 +176,7 @@ def _language(language: LanguageArchitecture, layout: Layout, layers: int, stage
             yield Parameter(f"{prefix}.self_attention.q_layernorm.weight", (language.head_size,))
             yield Parameter(f"{prefix}.self_attention.k_layernorm.weight", (language.head_size,))
         yield Parameter(f"{prefix}.pre_mlp_layernorm.weight", (size,))
+        # One matrix for both halves of SwiGLU, as megatron-core has it.
         yield Parameter(f"{prefix}.mlp.linear_fc1.weight", (2 * ffn, size))
         yield Parameter(f"{prefix}.mlp.linear_fc2.weight", (size, ffn))
     if is_last:

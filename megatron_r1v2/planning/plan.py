@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.choices import Fp8, Layers, Part
 from megatron_r1v2.config.schema import RunRecipe
 from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_mpo
@@ -79,10 +78,14 @@ def make_plan(
     Raises:
         ValueError: a layout that does not divide the model or the cluster, or a cache that holds no sequence.
     """
+    # Before any arithmetic, so that a wrong recipe is refused in the words of its settings.
     if stage == "grpo":
         check_grpo(recipe)
     if stage == "mpo":
         check_mpo(recipe)
+    # Imported here, because transformers and torch take seconds that neither --help nor a wrong recipe has to wait.
+    from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
+
     check_model_fits(recipe, hf_config)
     architecture = r1v2_architecture(hf_config)
     layout = _layout(recipe, cluster)

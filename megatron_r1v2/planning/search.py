@@ -13,6 +13,7 @@ from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, plan_memory
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
 
+# Powers of two: others divide neither the heads nor the GPUs of a node.
 _TENSOR_SIZES = (1, 2, 4, 8, 16)
 
 
@@ -107,6 +108,7 @@ def _candidates(
 ) -> Iterator[LayoutCandidate]:
     for layout in _layouts(architecture, gpus, gpus_per_node):
         for recompute, fp8 in itertools.product((Recompute.none, Recompute.full), _fp8_choices(work, hardware)):
+            # 8-bit weights lose the small updates of training, so only a frozen language model may have them.
             frozen = Part.language not in work.parts
             tried = replace(work, recompute=recompute, fp8=fp8, fp8_weights=fp8 is not Fp8.none and frozen)
             try:
@@ -188,6 +190,7 @@ def _explain_choice(ranked: list[LayoutCandidate], candidates: list[LayoutCandid
             f"FP8 needs TransformerEngine and rounds more: watch rollout_corr/*. In bf16 the best is "
             f"{in_bf16[0].name}, {slower:.0%} slower."
         )
+    # The same grid with another recomputation or precision would tell the reader nothing new.
     others = [candidate for candidate in ranked if _grid(candidate) != _grid(best)]
     if others:
         slower = others[0].time.total / time.total - 1

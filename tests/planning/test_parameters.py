@@ -3,13 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
-from megatron_r1v2.planning.parameters import Layout, stage_parameters, whole_model_counts
+from megatron_r1v2.planning.parameters import (
+    Layout,
+    language_layer_weights,
+    stage_parameters,
+    trained_parameters,
+    whole_model_counts,
+)
+from tests.planning.plans import SMALL
 
 # InternViT-6B-448px-V2_5 and QwQ-32B, as their config.json files have it.
 SKYWORK_R1V2_38B = {
@@ -19,6 +27,7 @@ SKYWORK_R1V2_38B = {
     "vision_feature_select_strategy": "default",
     "downsample_ratio": 0.5,
     "image_token_id": 151671,
+    "tie_word_embeddings": False,
     "vision_config": {
         "model_type": "internvl_vision",
         "hidden_act": "gelu",
@@ -70,6 +79,47 @@ def test_stages_and_tensor_ranks_hold_the_model_and_the_zero_heads():
     ]
     assert layers[1:] == [18, 18, 18]
     assert {parameter.part for parameter in stages[1]} == {Part.language}
+
+
+def test_a_small_model_is_counted_by_hand():
+    counts = whole_model_counts(SMALL)
+    # Class token, positions, patches; two layers of scales and norms, qkv and projection, MLP, norms of q and k.
+    tower = 8 + 5 * 8 + (3 * 2 * 2 * 8 + 8) + 2 * (4 * 8 + 4 * 8 * 8 + 8 + 2 * 8 * 16 + 16 + 8 + 2 * 8)
+    adapter = 2 * 32 + 32 * 16 + 16 + 16 * 16 + 16
+    layer = 2 * 16 + 16 * 16 + (16 + 2 * 8) * 17 + 3 * 16 * 32
+    assert counts == {Part.vision: tower, Part.adapter: adapter, Part.language: 2 * 64 * 16 + 4 * layer + 16}
+    assert language_layer_weights(SMALL.language) == 16 * 16 + (16 + 2 * 8) * 16 + 3 * 16 * 32
+
+
+def test_only_the_parameters_of_the_parts_that_train_are_trained():
+    parameters = stage_parameters(SMALL, Layout(), 0)
+    trained = trained_parameters(parameters, [Part.adapter])
+    names = ["norm.weight", "norm.bias", "linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight", "linear_fc2.bias"]
+    assert [parameter.name for parameter in trained] == [f"adapter.{name}" for name in names]
+    assert trained_parameters(parameters, []) == []
+    assert trained_parameters(parameters, list(Part)) == parameters
+
+
+def test_tied_embeddings_are_one_tensor_or_a_copy_on_the_last_stage():
+    tied = replace(SMALL, language=replace(SMALL.language, tied_embeddings=True))
+
+    names = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
+
+    def embeddings(stage, **layout):
+        parameters = stage_parameters(tied, Layout(**layout), stage)
+        return [(parameter.shape, parameter.own_bucket) for parameter in parameters if parameter.name in names]
+
+    assert embeddings(0) == [((64, 16), False)]
+    assert embeddings(0, pipeline=2) == embeddings(1, pipeline=2) == [((64, 16), True)]
+    assert embeddings(0, tensor=3) == [((22, 16), False)], "64 words and two more in three parts"
+
+
+def test_a_layout_is_one_rank_unless_it_says_more():
+    assert Layout().ranks == 1
+    assert Layout(tensor=2, pipeline=3, data=4).ranks == 24
+    assert [Layout(pipeline=2, first_stage_layers=1).layers_of_stage(SMALL, stage) for stage in (0, 1)] == [1, 3]
+    with pytest.raises(ValueError, match="parallel.tensor=3"):
+        Layout(tensor=3).check(SMALL)
 
 
 def test_planning_starts_without_torch_and_megatron_core():

@@ -11,6 +11,7 @@ from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architec
 from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak, vision_peak
+from tests.planning.plans import SMALL
 from tests.ranks import run_ranks
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "planner_activations_cpu.json"
@@ -102,3 +103,47 @@ def test_the_vision_tower_encodes_32_tiles_at_once_while_it_is_frozen():
     features = 32 * 16 * 640 * 4  # of 32 more tiles
     assert vision_peak(frozen, 64) - vision_peak(frozen, 32) == 2 * features
     assert vision_peak(trained, 64) == 2 * vision_peak(trained, 32)
+
+
+BATCH = MicrobatchShape(rows=2, tokens=8, tiles=1)
+# Of SMALL in fp32, worked out tensor by tensor in test_activations.py.
+LAYER_SAVED, LAYER_FORWARD, LAYER_BACKWARD, HIDDEN = 15_616, 14_336, 8_192, 1_024
+ROTARY = 8 * 4 * 4
+
+
+def hand_model(*, recompute=Recompute.none, vocabulary=64, **layout):
+    sizes = replace(SMALL, language=replace(SMALL.language, vocab_size=vocabulary))
+    return ActivationModel(sizes, Layout(**layout), [Part.adapter], 4, recompute)
+
+
+def test_a_pass_without_a_graph_peaks_in_a_layer_or_in_the_head():
+    assert log_probs_peak(hand_model(), BATCH, stage=0) == LAYER_FORWARD + ROTARY
+    logits = 16 * 4096
+    many_words = hand_model(vocabulary=4096)
+    # The float32 softmax and what it is made of, with the gathered hidden states beside the stage's input.
+    assert log_probs_peak(many_words, BATCH, stage=0) == 2 * 4 * logits + HIDDEN + HIDDEN
+    first = hand_model(vocabulary=4096, pipeline=2)
+    assert log_probs_peak(first, BATCH, stage=0) == LAYER_FORWARD + ROTARY, "the last stage has the head"
+    tiles = replace(BATCH, rows=1, tokens=8, tiles=32)
+    assert log_probs_peak(hand_model(), tiles, stage=0) == vision_peak(hand_model(), 32) == 32 * (1_440 + 2 * 128)
+
+
+def test_a_training_pass_by_hand():
+    adapter = 384
+    kept = 4 * LAYER_SAVED + adapter
+    assert training_peak(hand_model(), BATCH, stage=0, microbatches=1) == kept + LAYER_BACKWARD + HIDDEN
+    full = hand_model(recompute=Recompute.full)
+    # Only inputs of layers are kept; one layer at a time is computed again, on top of its input.
+    inputs = 4 * HIDDEN + ROTARY + adapter
+    again = LAYER_SAVED - HIDDEN + LAYER_BACKWARD + HIDDEN
+    assert training_peak(full, BATCH, stage=0, microbatches=1) == inputs + again
+
+
+def test_a_pipeline_keeps_a_microbatch_for_each_stage_behind():
+    model = hand_model(pipeline=2)
+    first = 2 * LAYER_SAVED + 2 * HIDDEN + 384
+    last = 2 * LAYER_SAVED + 2 * HIDDEN
+    backward = LAYER_BACKWARD + HIDDEN
+    assert training_peak(model, BATCH, stage=0, microbatches=3) == first + first + backward
+    assert training_peak(model, BATCH, stage=0, microbatches=1) == first + backward
+    assert training_peak(model, BATCH, stage=1, microbatches=3) == last + backward
