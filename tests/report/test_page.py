@@ -105,6 +105,7 @@ def test_a_finished_run_shows_everything(full_page):
     for section in SECTIONS:
         for chart in section.charts:
             assert chart.title in page.text
+            assert f"{chart.caption} {' '.join(metric.name for metric in chart.metrics)}" in " ".join(page.text.split())
     assert page.elements.count("svg") == sum(len(section.charts) for section in SECTIONS)
     assert page.elements.count("img") == PAIRS_SHOWN + STEPS_SHOWN * ROLLOUTS_PER_STEP
     text = " ".join(page.text.split())
