@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_r1v2.config.schema import LoggingConfig, WandbMode
+from megatron_r1v2.config.choices import WandbMode
+from megatron_r1v2.config.schema import LoggingConfig
 from megatron_r1v2.monitoring.metrics import console_name
 from megatron_r1v2.resilience.files import write_file
 

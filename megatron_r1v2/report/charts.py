@@ -7,13 +7,13 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.typing import RcKeyType
 
 from megatron_r1v2.monitoring.metrics import Chart
 from megatron_r1v2.report.read import Run
@@ -22,7 +22,7 @@ MAX_POINTS = 240
 MAX_LABEL = 60
 COLORS = ("#2563ab", "#d1603d", "#2f8f6b", "#8a5aa8", "#b8892b", "#5b6b7b", "#c2487a", "#3aa0b5")
 
-_STYLE: dict[Any, Any] = {
+_STYLE: dict[RcKeyType, object] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
@@ -72,7 +71,7 @@ def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | No
     return write_page(Path(output) if output is not None else Path(folders[0]) / PAGE, page)
 
 
-def _paper_table(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
+def _paper_table(evaluations: Sequence[Evaluation]) -> dict[str, object] | None:
     """Return the paper's table 1 with a column for each model of ours; None where we have none of its benchmarks."""
     named = [evaluation for evaluation in evaluations if evaluation.benchmark]
     models = list(dict.fromkeys(_model(evaluation) for evaluation in named))
@@ -96,7 +95,7 @@ def _model(evaluation: Evaluation) -> str:
     return f"{name}, step {result.step}" if result.step else name
 
 
-def _result(evaluation: Evaluation) -> dict[str, Any]:
+def _result(evaluation: Evaluation) -> dict[str, object]:
     result = evaluation.result
     return {
         "name": result.name,
@@ -124,7 +123,7 @@ def _with_interval(result: EvaluationResult) -> str:
     return f"{text} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _shown(evaluation: Evaluation) -> dict[str, Any]:
+def _shown(evaluation: Evaluation) -> dict[str, object]:
     return {
         "name": evaluation.result.name,
         "breakdowns": [
@@ -138,7 +137,7 @@ def _shown(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _response(row: Json) -> dict[str, Any]:
+def _response(row: Json) -> dict[str, object]:
     metadata = row.get("metadata")
     return {
         **shown_rollout(row),

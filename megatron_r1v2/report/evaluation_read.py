@@ -96,7 +96,8 @@ def kinds_of(row: Json) -> list[str]:
     Args:
         row: of a rollouts file.
     """
-    claims = row.get("claims") or []
+    claims = row.get("claims")
+    claims = claims if isinstance(claims, list) else []
     is_kind = {
         "hallucinated": any(claim[-1] is False for claim in claims if isinstance(claim, list) and claim),
         "judged": isinstance(row.get("judge"), dict),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import yaml
 
@@ -77,7 +77,7 @@ def render(run: Run) -> str:
     )
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: Run) -> dict[str, object]:
     """Return the saved recipe's settings by dotted name; none where it cannot be read."""
     try:
         loaded = yaml.safe_load(run.settings)
@@ -88,7 +88,7 @@ def _settings(run: Run) -> dict[str, Any]:
     return {f"{s}.{key}": value for s, keys in sections if isinstance(keys, dict) for key, value in keys.items()}
 
 
-def _groups(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, list[tuple[Chart, str]]]]:
+def _groups(run: Run, settings: Mapping[str, object]) -> list[tuple[str, list[tuple[Chart, str]]]]:
     groups = []
     for section in SECTIONS:
         drawn = []
@@ -109,11 +109,12 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     by_name = {row["name"]: row for row in run.evaluations}
     before, after = by_name.get("before", {}), by_name.get("after", {})
     for key, title in (("pass_at_1", "Pass@1"), ("hallucination_rate", "Hallucination")):
-        if _finite(before.get(key)) and _finite(after.get(key)):
+        first, second, coverage = before.get(key), after.get(key), after.get("claim_coverage")
+        if _finite(first) and _finite(second):
             remark = "before and after"
-            if key == "hallucination_rate" and _finite(after.get("claim_coverage")):
-                remark = f"of claims; {_percent(after['claim_coverage'])} of responses make one"
-            cards.append((title, f"{_percent(before[key])} \N{RIGHTWARDS ARROW} {_percent(after[key])}", remark))
+            if key == "hallucination_rate" and _finite(coverage):
+                remark = f"of claims; {_percent(coverage)} of responses make one"
+            cards.append((title, f"{_percent(first)} \N{RIGHTWARDS ARROW} {_percent(second)}", remark))
     third = max(1, len(run.metrics) // 3)
     last = slice(-third, None)
     reward = mean_of(run.metrics, "critic/rewards/mean", last)
@@ -130,7 +131,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _table(run: Run) -> dict[str, Any] | None:
+def _table(run: Run) -> dict[str, object] | None:
     """Return the evaluation table: a column for each, and the change where there is a before and an after."""
     if not run.evaluations:
         return None
@@ -159,8 +160,9 @@ def _cell(row: Json, measure: Measure) -> str:
     if not _finite(value):
         return "-"
     text = _percent(value) if measure.percent else f"{value:.1f}"
-    if measure.key == "pass_at_1" and _finite(row.get("pass_at_1_std")):
-        text += f" \N{PLUS-MINUS SIGN} {100 * row['pass_at_1_std']:.1f}"
+    deviation = row.get("pass_at_1_std")
+    if measure.key == "pass_at_1" and _finite(deviation):
+        text += f" \N{PLUS-MINUS SIGN} {100 * deviation:.1f}"
     return text
 
 
@@ -185,7 +187,7 @@ def _differs(compared: list[Json | None], key: str) -> bool:
     return first != second
 
 
-def shown_rollout(row: Json) -> dict[str, Any]:
+def shown_rollout(row: Json) -> dict[str, object]:
     """Return what the template shows of a line of rollouts.jsonl, whatever is missing from it.
 
     Args:
@@ -216,7 +218,7 @@ def shown_rollout(row: Json) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> TypeGuard[float]:
+def _finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

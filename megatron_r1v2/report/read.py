@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 STEPS_SHOWN = 6
 ROLLOUTS_PER_STEP = 4
 PAIRS_SHOWN = 10
 
-Json = dict[str, Any]
+Json = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ def _read_rollouts(run: Run) -> None:
         return
     by_step: dict[int, list[tuple[bool, int]]] = {}
     for offset, row in each_line(path, run.notes):
-        if _is_number(row.get("step")):
-            by_step.setdefault(int(row["step"]), []).append((bool(row.get("correct")), offset))
+        step = row.get("step")
+        if _is_number(step):
+            by_step.setdefault(int(step), []).append((bool(row.get("correct")), offset))
     for step in _spread(sorted(by_step), STEPS_SHOWN):
         rows = {json.dumps(row, sort_keys=True): row for row in rows_at(path, _mixed(by_step[step]))}
         run.rollouts[step] = list(rows.values())
@@ -130,7 +131,9 @@ def _read_evaluations(run: Run) -> None:
         if isinstance(loaded, dict):
             run.evaluations.append({"name": path.stem.removeprefix("evaluation-"), **loaded})
     order = {"before": -1, "after": 1}
-    run.evaluations.sort(key=lambda row: (order.get(row["name"], 0), _number(row.get("step"), 0.0), str(row["name"])))
+    run.evaluations.sort(
+        key=lambda row: (order.get(str(row["name"]), 0), _number(row.get("step"), 0.0), str(row["name"]))
+    )
     before, after = (run.path / f"evaluation-{name}.rollouts.jsonl" for name in ("before", "after"))
     if before.is_file() and after.is_file():
         _pair_up(run, before, after)
@@ -215,11 +218,11 @@ def _spread(values: Sequence[int], count: int) -> list[int]:
     return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _number(value: Any, default: float) -> float:
+def _number(value: object, default: float) -> float:
     return float(value) if _is_number(value) else default
 
 

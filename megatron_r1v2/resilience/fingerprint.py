@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Fingerprint:
         return cls(json.dumps(groups, sort_keys=True, separators=(",", ":")))
 
     @property
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """Return the groups as JSON values, to be stored; `of(**values)` is the same fingerprint again."""
-        values: dict[str, Any] = json.loads(self.canonical)
+        values: dict[str, object] = json.loads(self.canonical)
         return values
 
     @property

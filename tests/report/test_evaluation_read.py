@@ -34,6 +34,7 @@ def write(folder, name, rows):
         ({"claims": [["left", "3", False]], "finish_reason": "length"}, ["hallucinated", "cut", "right"]),
         ({"claims": [["left", "3", None], [], 7], "judge": {"verdict": True}}, ["judged", "right"]),
         ({"claims": None, "judge": "text"}, ["right"]),
+        ({"claims": 5}, ["right"]),
     ],
 )
 def test_a_response_can_be_of_several_kinds(fields, kinds):
