@@ -1,1 +1,1 @@
-"""Metrics, and what a run writes and shows while it goes."""
+"""Metrics, and the files and displays of a run while it goes."""

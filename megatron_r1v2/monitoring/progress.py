@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show how far a command is, where there is a terminal.
+    """Show the progress of a command on a terminal; show nothing in a log.
 
     Args:
         title: before the bar.
-        total: what there is to do.
-        shown: False on all ranks but one.
+        total: how much there is to do.
+        shown: True on one rank only.
 
     Yields:
         To be called with how much is done.

@@ -31,7 +31,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the displays say of a run."""
+    """The run as its displays name it."""
 
     name: str
     stage: str
@@ -43,7 +43,7 @@ class RunInfo:
 
 
 class Recorder:
-    """Collects the numbers of a step and writes them on the main rank; on the others it only keeps time."""
+    """The collector of a step's numbers, which the main rank writes; on the others it only keeps time."""
 
     def __init__(self, run_dir: Path, info: RunInfo, *, settings: LoggingConfig, is_main: bool) -> None:
         """Open the files; lines of steps that will be done again after a resume are cut off.
@@ -60,7 +60,7 @@ class Recorder:
         self.values: dict[str, float] = {}
         self.steps_done = info.first_step
         self.phase = "setup"
-        """The newest that `timed` has begun."""
+        """The one that `timed` began last."""
         self._started = time.perf_counter()
         self._wandb: WandbRun | None = None
         self._tensorboard: SummaryWriter | None = None
@@ -127,7 +127,7 @@ class Recorder:
             bar.remove_task(task)
 
     def seconds(self, phase: str) -> float:
-        """Return what `timed` has measured for a phase of this step."""
+        """Return the seconds of a phase of this step, measured by `timed`."""
         return self.values[f"timing_s/{phase}"]
 
     def current_phase(self) -> str:
@@ -164,7 +164,7 @@ class Recorder:
         self._show(step, values)
 
     def write_rollouts(self, records: Sequence[Mapping[str, object]]) -> None:
-        """Keep sample rollouts for the report."""
+        """Append sample rollouts for the report, on the main rank."""
         if self.is_main:
             _append(self.run_dir / ROLLOUTS_FILE, records)
 
@@ -232,7 +232,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def _stable_id(run_dir: Path) -> str:
-    """Return wandb's id of this run, the same after a resume."""
+    """Return the id of this run for wandb, the same after a resume."""
     file = run_dir / "wandb_id"
     if not file.is_file():
         file.write_text(f"{run_dir.name}-{time.time_ns():x}")

@@ -1,1 +1,1 @@
-"""What people look at: one self-contained HTML file per run."""
+"""The pages that people look at: one self-contained HTML file for a run, one for evaluations."""

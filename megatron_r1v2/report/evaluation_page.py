@@ -72,7 +72,7 @@ def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | No
 
 
 def _paper_table(evaluations: Sequence[Evaluation]) -> dict[str, object] | None:
-    """Return the paper's table 1 with a column for each model of ours; None where we have none of its benchmarks."""
+    """Return the paper's table 1 with a column for each model of ours; None without an evaluation of one benchmark."""
     named = [evaluation for evaluation in evaluations if evaluation.benchmark]
     models = list(dict.fromkeys(_model(evaluation) for evaluation in named))
     if not models:

@@ -1,4 +1,4 @@
-"""What the evaluations of run folders found: results, breakdowns, and a choice of responses to look at."""
+"""Evaluations in run folders: results, breakdowns, and a choice of responses to look at."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_r1v2.report.read import Json, each_line, rows_at
 RESPONSES_SHOWN = 200
 BENCHMARK = "benchmark"
 KINDS = ("hallucinated", "judged", "cut", "wrong", "right")
-"""What a response can be, the rarest first; one response can be several of them."""
+"""Kinds of responses, the rarest first; one response can be of several."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Evaluation:
     folder: Path
     result: EvaluationResult
     groups: dict[str, dict[str, Group]] = field(default_factory=dict)
-    """Metadata field -> value -> what was found; both in order of appearance."""
+    """Metadata field -> value -> its responses; both in order of appearance."""
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     """Responses of each kind."""
     responses: list[Json] = field(default_factory=list)
@@ -60,7 +60,7 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
 
     Args:
         folders: of runs.
-        notes: told what cannot be read.
+        notes: gets a line for each file that cannot be read.
 
     Returns:
         The evaluations, by folder and name.
@@ -91,11 +91,7 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
 
 
 def kinds_of(row: Json) -> list[str]:
-    """Return what a response is, of `KINDS`.
-
-    Args:
-        row: of a rollouts file.
-    """
+    """Return the kinds, of `KINDS`, of a row of a rollouts file."""
     claims = row.get("claims")
     claims = claims if isinstance(claims, list) else []
     is_kind = {
@@ -143,7 +139,7 @@ def _choice(offsets: dict[str, list[int]]) -> list[int]:
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
-    """Return at most so many values in an order in which every beginning is spread over all of them."""
+    """Return at most `count` values, ordered so that the first few are spread over all."""
     if not values:
         return []
     order: list[int] = []
@@ -159,11 +155,7 @@ def _spread(values: Sequence[int], count: int) -> list[int]:
 
 
 def judge_words(row: Json) -> str:
-    """Return what the judge said of a response, "" where nobody asked it.
-
-    Args:
-        row: of a rollouts file.
-    """
+    """Return the words of the judge on a row of a rollouts file; "" where nobody asked it."""
     judge = row.get("judge")
     if not isinstance(judge, dict):
         return ""

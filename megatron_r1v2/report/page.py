@@ -1,4 +1,4 @@
-"""Put a run's numbers, pictures and texts onto one HTML page that needs nothing from anywhere else."""
+"""The report of a run: numbers, pictures and texts on one HTML page that needs nothing from anywhere else."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_report(run_dir: Path | str) -> Path:
         run_dir: the run's folder.
 
     Returns:
-        The path of report.html in that folder; the file is written beside and renamed.
+        The path of report.html in that folder.
 
     Raises:
         ValueError: the folder does not exist.
@@ -78,7 +78,7 @@ def render(run: Run) -> str:
 
 
 def _settings(run: Run) -> dict[str, object]:
-    """Return the saved recipe's settings by dotted name; none where it cannot be read."""
+    """Return the settings of the saved recipe by dotted name; an empty dictionary where it cannot be read."""
     try:
         loaded = yaml.safe_load(run.settings)
     except yaml.YAMLError:
@@ -188,11 +188,7 @@ def _differs(compared: list[Json | None], key: str) -> bool:
 
 
 def shown_rollout(row: Json) -> dict[str, object]:
-    """Return what the template shows of a line of rollouts.jsonl, whatever is missing from it.
-
-    Args:
-        row: the line.
-    """
+    """Return the fields that the templates show of a line of rollouts.jsonl, whatever is missing from it."""
     text = str(row.get("text") or "")
     if len(text) > MAX_TEXT:
         omitted = len(text) - MAX_TEXT

@@ -1,4 +1,4 @@
-"""What a run folder holds, read with patience: files may be missing, and the last line may still be being written."""
+"""The contents of a run folder, read with patience: files may be missing, the last line may be half written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pair:
 
     @property
     def change(self) -> str:
-        """Return what became of the answer: "turned right", "turned wrong", "stayed right" or "stayed wrong"."""
+        """Return "turned right", "turned wrong", "stayed right" or "stayed wrong"."""
         right_before, right_after = bool(self.before.get("correct")), bool(self.after.get("correct"))
         verb = "stayed" if right_before == right_after else "turned"
         return f"{verb} {'right' if right_after else 'wrong'}"
@@ -36,7 +36,7 @@ CHANGES = ("turned right", "turned wrong", "stayed wrong", "stayed right")
 
 @dataclass
 class Run:
-    """Everything the report shows."""
+    """The contents of a run folder that the report shows."""
 
     path: Path
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Run:
     settings: str = ""
     """The recipe as YAML, where the run saved one."""
     notes: list[str] = field(default_factory=list)
-    """What is missing or damaged, for the reader of the report."""
+    """Lines on missing and damaged files, for the reader of the report."""
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps that have a metric, and its values."""
@@ -63,10 +63,10 @@ def read_run(path: Path | str) -> Run:
     """Read a run folder.
 
     Args:
-        path: the folder with metrics.jsonl and its companions (see `training`).
+        path: the folder with metrics.jsonl and its companions.
 
     Returns:
-        What there is; what is not there or cannot be read is in the notes.
+        Its contents; missing and damaged files are in its notes.
 
     Raises:
         ValueError: the folder does not exist.
@@ -173,7 +173,7 @@ def each_line(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
 
     Args:
         path: of JSON lines.
-        notes: told of damaged lines.
+        notes: gets a line where some are damaged.
     """
     damaged, offset = 0, 0
     with path.open("rb") as file:
@@ -189,12 +189,7 @@ def each_line(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
 
 
 def rows_at(path: Path, offsets: Sequence[int]) -> list[Json]:
-    """Return the lines that begin at byte offsets.
-
-    Args:
-        path: of JSON lines.
-        offsets: from `each_line`.
-    """
+    """Return the objects of the lines that begin at byte offsets, from `each_line`."""
     rows: list[Json] = []
     with path.open("rb") as file:
         for offset in offsets:

@@ -1,1 +1,1 @@
-"""Signals, lost ranks, skipped updates and kept rollouts: what a run survives."""
+"""Survival of a run: signals, lost ranks, skipped updates, finished rollouts, and files that are whole or not there."""

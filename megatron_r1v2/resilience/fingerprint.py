@@ -1,4 +1,4 @@
-"""The settings that an artifact on disk depends on, so that it is used with those only, and a difference can be named.
+"""The settings that an artifact on disk depends on: it is used with those only, and a difference can be named.
 
 A fingerprint has named groups: sections of the settings, digests of contents, or single values. It is stored beside the
 artifact; what was made by other settings is refused, or made anew, as its owner decides.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs between two fingerprints; one that a side lacks counts as None."""
+    """A setting with another value; None stands for one that a fingerprint lacks."""
 
     setting: str
     """With its groups: `generation.temperature`."""
@@ -34,12 +34,12 @@ class Fingerprint:
 
     @classmethod
     def of(cls, **groups: object) -> Fingerprint:
-        """Make a fingerprint of values that JSON can hold; a tuple equals a list."""
+        """Make a fingerprint of values that JSON can hold, where a tuple is a list."""
         return cls(json.dumps(groups, sort_keys=True, separators=(",", ":")))
 
     @property
     def values(self) -> dict[str, object]:
-        """Return the groups as JSON values, to be stored; `of(**values)` is the same fingerprint again."""
+        """Return the groups as JSON values for storage; `of(**values)` restores the fingerprint."""
         values: dict[str, object] = json.loads(self.canonical)
         return values
 
@@ -49,14 +49,14 @@ class Fingerprint:
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
     def changes_since(self, earlier: Fingerprint) -> list[Change]:
-        """Return the settings whose values are others than in an earlier fingerprint, by name."""
+        """Return the settings that have changed since an earlier fingerprint, ordered by name."""
         old, new = _flat(earlier.values), _flat(self.values)
         changed = (Change(name, old.get(name), new.get(name)) for name in sorted({*old, *new}))
         return [change for change in changed if change.old != change.new]
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the values of nested mappings by their dotted names; an empty mapping is a value."""
+    """Return the values of nested mappings by dotted name; an empty mapping is a value too."""
     flat: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:

@@ -13,9 +13,10 @@ from megatron_r1v2.parallel.groups import ParallelContext
 
 
 class RankCommands:
-    """The commands of a run in their order, and what the ranks report for the first one to decide by; one for a run."""
+    """The commands of a run in their order, and the reports of the ranks that the first one decides by."""
 
     def __init__(self, context: ParallelContext) -> None:
+        """Begin without commands; a run has one object, since the keys in the store are counted."""
         self._context = context
         self._store = context.store
         self._reported: set[str] = set()

@@ -1,4 +1,4 @@
-"""The phase that every rank is in, so that one that hangs or dies is named, and one that only takes long is waited for.
+"""The phase of every rank: one that hangs or dies is named, one that only takes long is waited for.
 
 A thread of each rank writes into the store of the process groups what its main thread is doing, and a count of what it
 has done. Whoever waits for others reads it: a rank whose entry no longer changes is lost.
@@ -23,21 +23,21 @@ _SECONDS_BETWEEN_LOOKS = 0.02
 
 
 class _Beat(TypedDict):
-    """What a rank says of itself."""
+    """The entry of a rank in the store."""
 
     phase: str
     ticks: int
     since: float
     """Seconds since phase or ticks changed."""
     time: float
-    """Of its clock when it said so."""
+    """When it was written, by the clock of that rank."""
 
 
 class RankWatch:
-    """Watches the ranks of a run while its block runs; does nothing for a rank alone."""
+    """The watch over the ranks of a run while its block runs; nothing for a rank alone."""
 
     def __init__(self, store: GroupStore, current_phase: Callable[[], str], *, limit_seconds: float) -> None:
-        """Make a watch that has not begun.
+        """Prepare the thread, which the block starts.
 
         Args:
             store: of the process groups.
@@ -67,21 +67,20 @@ class RankWatch:
             self._thread.join(timeout=2 * _SECONDS_BETWEEN_BEATS)
 
     def tick(self) -> None:
-        """Count a piece of work as done, however long the whole takes."""
+        """Count a finished piece of work, so that a long phase does not look lost."""
         self._ticks += 1
 
     def wait_for_all(self, place: str, *, leave: Callable[[bool], bool] = bool) -> None:
-        """Wait until all ranks have come here, for as long as those that have not go on doing something.
+        """Collective over the world: wait for all ranks, as long as those that are missing still do something.
 
         A collective would end by its time-out while a replica is still generating long responses.
 
         Args:
-            place: a name that was never used before.
-            leave: called again and again with whether all are here; returns whether to go on, and may do something
-                meanwhile.
+            place: a name never used before.
+            leave: called again and again with whether all are here; returns whether to go on, and may work meanwhile.
 
         Raises:
-            RuntimeError: a rank has not come, and has done nothing for the limit; or the store does not answer.
+            RuntimeError: a missing rank has done nothing for the limit, or the store does not answer.
         """
         ranks = range(dist.get_world_size())
         arrived = [f"watch/{place}/{rank}" for rank in ranks]
@@ -92,13 +91,13 @@ class RankWatch:
             # The others say something new once a beat: to read it more often would only load the store.
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + _SECONDS_BETWEEN_BEATS
-                # Where all are here, the first one says when to leave.
+                # Once all are here, only the first one can keep the others waiting: it sends the command to leave.
                 missing = [0] if all_here else [rank for rank in ranks if not self._store.has([arrived[rank]])]
                 self._refuse_lost(missing, changes)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def report(self) -> str:
-        """Return what every rank was doing when it was last heard of."""
+        """Return the last known phase of every rank, for people."""
         lines = []
         for rank in range(dist.get_world_size()):
             try:
@@ -152,7 +151,7 @@ class RankWatch:
             work = (self._current_phase(), self._ticks)
 
     def _warn_before_the_end(self, seconds: float) -> None:
-        """Print what all are doing before NCCL's own watchdog ends the process without a word from Python."""
+        """Print the report while there is time: NCCL's own watchdog ends the process without a word from Python."""
         if seconds > 0.9 * self._limit_seconds and not self._warned:
             self._warned = True
             message = f"rank {dist.get_rank()} has done nothing for {seconds:.0f} s; {self.report()}"
@@ -160,13 +159,13 @@ class RankWatch:
 
 
 class _Changes:
-    """The time at which the work of each rank was last seen to change."""
+    """When the work of each rank last changed, as seen from here."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[tuple[str, int] | None, float]] = {}
 
     def seconds_since(self, rank: int, work: tuple[str, int] | None) -> float:
-        """Return for how long a rank has been at the same work; 0: it is new."""
+        """Return for how long a rank has been at this work; 0 where it is new."""
         if rank not in self._seen or self._seen[rank][0] != work:
             self._seen[rank] = (work, time.monotonic())
             return 0.0

@@ -1,8 +1,7 @@
 """Finished rollouts on disk, until a checkpoint holds their step: an interrupted step does not generate them again.
 
-A file for each prompt whose responses are all there, `unfinished/step-00000012/HASH.pt` below the run's folder, written
-beside and renamed: its CRC-32 in four bytes, then what torch.save makes. It says what it was made by; rollouts of other
-weights or settings are not taken.
+A file for each prompt with all its responses, `unfinished/step-00000012/HASH.pt` below the run's folder: a CRC-32 in
+four bytes, then the output of torch.save. It holds a fingerprint; rollouts of other weights or settings are not loaded.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1v2.config.schema import GenerationConfig
+from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.fingerprint import Fingerprint
@@ -36,7 +36,7 @@ _CHECKSUM_BYTES = 4
 def rollout_fingerprint(
     seed: int, version: int, generation: GenerationConfig, weights: Mapping[str, int]
 ) -> Fingerprint:
-    """Return all that decides which tokens are drawn for a prompt.
+    """Return the fingerprint of everything that decides which tokens are drawn for a prompt.
 
     Args:
         seed: of the run.
@@ -65,7 +65,7 @@ class RolloutCache:
         Args:
             run_dir: of the run.
             context: the leader of each replica writes.
-            enabled: False: nothing is kept, and nothing is found.
+            enabled: False: nothing is saved, nothing loaded.
         """
         self.folder = run_dir / FOLDER
         self.context = context
@@ -88,12 +88,7 @@ class RolloutCache:
             dist.barrier()
 
     def save(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
-        """Write all responses to a prompt.
-
-        Args:
-            prompt: of the step in progress.
-            rollouts: theirs, in the order of `sample_index`.
-        """
+        """Write all responses to a prompt of this step, in the order of `sample_index`."""
         if not self.enabled or not self.context.is_replica_leader:
             return
         path = self._path(prompt)
@@ -118,25 +113,21 @@ class RolloutCache:
         """
         if not self.enabled:
             return {}, list(prompts)
-        box = [[prompt.key for prompt in prompts if self._read(prompt) is not None] if self.context.is_main else None]
-        dist.broadcast_object_list(box, src=0)
-        found = box[0] or []
+        readable = [prompt.key for prompt in prompts if self._read(prompt)] if self.context.is_main else []
+        # The first rank decides for all: a disk may show a file to one node later than to another.
+        found = objects.all_gather(readable)[0]
         mine = set(found[self.context.data_rank :: self.context.data_size])
-        kept = {}
+        cached = {}
         for prompt in prompts:
             if prompt.key in mine:
                 rollouts = self._read(prompt)
                 if rollouts is None:
                     raise RuntimeError(f"{self._path(prompt)} can be read by the first rank only; is the disk shared?")
-                kept[prompt.key] = rollouts
-        return kept, [prompt for prompt in prompts if prompt.key not in set(found)]
+                cached[prompt.key] = rollouts
+        return cached, [prompt for prompt in prompts if prompt.key not in set(found)]
 
     def drop_before(self, step: int) -> None:
-        """Delete the rollouts of steps that a checkpoint holds.
-
-        Args:
-            step: of the newest finished checkpoint.
-        """
+        """Delete the rollouts of all steps before `step`, that of the newest finished checkpoint."""
         if not self.context.is_main or not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
@@ -157,7 +148,8 @@ class RolloutCache:
             logger.warning("%s is damaged: its rollouts are generated again", path)
             return None
         kept = torch.load(io.BytesIO(body), weights_only=True)
-        if kept["fingerprint"] != self._fingerprint or kept["prompt"] != _digest(prompt):
+        # Files of earlier versions have no fingerprint.
+        if kept.get("fingerprint") != self._fingerprint or kept["prompt"] != _digest(prompt):
             return None
         return [Rollout(**fields) for fields in kept["rollouts"]]
 

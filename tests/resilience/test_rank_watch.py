@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import torch.distributed as dist
@@ -40,3 +41,25 @@ def test_a_rank_that_works_is_waited_for_and_one_that_does_nothing_is_named() ->
     assert "rank 1 is lost: nothing was done there for parallel.timeout_minutes=0.05" in told
     assert "rank 1: phase of 1, since" in note
     assert "rank 0: " in report
+
+
+def count_questions(seconds: float) -> tuple[int, int]:
+    """Rank 0 waits for rank 1; returns what that cost: questions to the store, and new threads."""
+    store = groups.initialize(ParallelConfig(), seed=1).store
+    store.set("first", "question")  # starts the one thread
+    asked: list[str] = []
+    has = store.has
+    store.has = lambda keys: (asked.append(keys[0]), has(keys))[1]  # type: ignore[method-assign]
+    with RankWatch(store, lambda: "generate", limit_seconds=60) as watch:
+        threads = set(threading.enumerate())
+        if dist.get_rank() == 1:
+            time.sleep(seconds)
+        watch.wait_for_all("generated")
+        return len(asked), len(set(threading.enumerate()) - threads)
+
+
+def test_waiting_costs_the_store_little_and_no_thread() -> None:
+    (questions, threads), _ = run_ranks(2, count_questions, 3.0)
+    assert threads == 0
+    # 50 looks a second, and twice a second two questions more.
+    assert 10 < questions < 3 * 60

@@ -7,10 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.resilience.rollout_cache import RolloutCache, rollout_fingerprint
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.types import Rollout
+from megatron_r1v2.types import Prompt, Rollout
+from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for
 from tests.stages.tiny_run import write_model
 
@@ -90,3 +95,57 @@ def test_what_other_weights_have_made_is_not_taken(root: Path, tmp_path: Path) -
     after = times(tmp_path / "run")
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] == before[name]} == set()
+
+
+def prompt(number: int, *, tile: int = 0) -> Prompt:
+    tiles_TCHW = torch.full((1, 3, 2, 2), tile, dtype=torch.uint8)
+    return Prompt(f"digits-{number}", (), (1, 2, number), tiles_TCHW, answer="8")
+
+
+def rollouts(number: int) -> list[Rollout]:
+    return [Rollout(f"digits-{number}", index, (5, 6), (-0.5, -0.25), 0, "stop") for index in range(2)]
+
+
+def fingerprint(*, version: int = 3, weights: int = 7, **settings):
+    return rollout_fingerprint(1, version, GenerationConfig(**settings), {"adapter": weights})
+
+
+def share_out(run: str) -> tuple[dict[str, list[Rollout]], list[str], list[str]]:
+    """Two replicas: each saves one of the prompts 0 and 1; three are then asked for."""
+    context = groups.initialize(ParallelConfig(), seed=1)
+    cache = RolloutCache(Path(run), context, enabled=True)
+    cache.begin_step(4, fingerprint())
+    cache.save(prompt(context.data_rank), rollouts(context.data_rank))
+    torch.distributed.barrier()
+    cached, missing = cache.load([prompt(number) for number in range(3)])
+    cache.drop_before(4)
+    kept = sorted(path.name for path in Path(run, "unfinished").iterdir())
+    torch.distributed.barrier()
+    cache.drop_before(5)
+    torch.distributed.barrier()
+    assert not list(Path(run, "unfinished").iterdir())
+    return cached, [each.key for each in missing], kept
+
+
+def test_what_was_saved_is_dealt_out_to_the_replicas_and_deleted_with_its_step(tmp_path: Path) -> None:
+    first, second = run_ranks(2, share_out, str(tmp_path))
+    assert first == ({"digits-0": rollouts(0)}, ["digits-2"], ["step-00000004"])
+    assert second == ({"digits-1": rollouts(1)}, ["digits-2"], ["step-00000004"])
+
+
+def test_what_does_not_belong_to_the_step_is_generated_again(tmp_path: Path) -> None:
+    context = groups.initialize(ParallelConfig(), seed=1)
+    cache = RolloutCache(tmp_path, context, enabled=True)
+    cache.begin_step(4, fingerprint())
+    cache.save(prompt(0), rollouts(0))
+    assert cache.load([prompt(0)]) == ({"digits-0": rollouts(0)}, [])
+    assert cache.load([prompt(0, tile=1)])[0] == {}, "another picture is another prompt"
+    for other in (fingerprint(version=4), fingerprint(weights=8), fingerprint(temperature=0.5)):
+        cache.begin_step(4, other)
+        assert cache.load([prompt(0)])[0] == {}
+    cache.begin_step(4, fingerprint(max_requests=3))
+    assert cache.load([prompt(0)])[1] == [], "memory and speed decide nothing"
+    off = RolloutCache(tmp_path, context, enabled=False)
+    off.begin_step(4, fingerprint())
+    assert off.load([prompt(0)])[0] == {}
+    groups.shut_down()

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_r1v2.config.schema import ParallelConfig
+from megatron_r1v2.parallel import groups
+from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
+from tests.ranks import run_ranks
 
 # In a process of its own, as torchrun starts it: one from a fork server has inherited a resource tracker, and starting
 # that one is what unblocks SIGTERM.
@@ -43,3 +54,72 @@ def test_a_signal_to_all_processes_does_not_end_the_checkpoint_writer_and_its_ma
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (0, "written True\n"), done.stderr
+
+
+@pytest.fixture
+def heard() -> Iterator[StopSignals]:
+    groups.initialize(ParallelConfig(), seed=1)
+    with StopSignals(torch.device("cpu")) as stop_signals:
+        yield stop_signals
+    groups.shut_down()
+
+
+def send(stop_signals: StopSignals, number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    deadline = time.monotonic() + 30
+    while number not in stop_signals._received and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_the_most_urgent_signal_counts(heard: StopSignals) -> None:
+    assert heard.sync_stop_signal() is None
+    send(heard, signal.SIGUSR1)
+    assert heard.sync_stop_signal() is signal.SIGUSR1
+    assert not heard.sigterm_received
+    heard.abandon_step_if_asked()  # SIGUSR1 lets the step finish
+    send(heard, signal.SIGTERM)
+    assert heard.sync_stop_signal() is signal.SIGTERM
+    with pytest.raises(StepAbandoned):
+        heard.abandon_step_if_asked()
+
+
+def test_handlers_and_mask_are_as_before_when_the_block_ends(heard: StopSignals) -> None:
+    inside = signal.getsignal(signal.SIGTERM)
+    with StopSignals(torch.device("cpu")):
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert signal.getsignal(signal.SIGTERM) == inside
+
+
+GRACE = """
+import os, signal, time
+import torch
+from megatron_r1v2.resilience.signals import StopSignals
+
+with StopSignals(torch.device("cpu"), grace_seconds=0.5):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_goes_on_after_sigterm_ends_within_its_grace() -> None:
+    done = subprocess.run([sys.executable, "-c", GRACE], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "since SIGTERM came checkpoint.grace_seconds=0.5 ago; start again" in done.stderr
+
+
+def agree() -> tuple[signal.Signals | None, bool]:
+    groups.initialize(ParallelConfig(), seed=1)
+    with StopSignals(torch.device("cpu")) as stop_signals:
+        if dist.get_rank() == 1:
+            send(stop_signals, signal.SIGTERM)
+        dist.barrier()
+        agreed = stop_signals.sync_stop_signal()
+        try:
+            stop_signals.abandon_step_if_asked()
+        except StepAbandoned:
+            return agreed, True
+    return agreed, False
+
+
+def test_a_signal_to_one_rank_stops_all() -> None:
+    assert run_ranks(2, agree) == [(signal.SIGTERM, True)] * 2
