@@ -31,6 +31,7 @@ def split_into_microbatches(
         Units of each microbatch, longest first: too little memory shows at once.
     """
     if settings.packing is not Packing.none:
+        # What a packed sequence occupies, its padding included.
         padded = {
             name: sum(math.ceil(length / length_multiple) * length_multiple for length in rows)
             for name, rows in lengths.items()
@@ -39,6 +40,7 @@ def split_into_microbatches(
         return pack(padded, settings.tokens_per_microbatch)
     # The name decides between equal lengths, so that a resumed run makes the same microbatches.
     ordered = sorted(lengths, key=lambda name: (-max(lengths[name]), name))
+    # The setting counts rows, and a unit may have two.
     size = max(1, settings.micro_batch_size // max((len(rows) for rows in lengths.values()), default=1))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

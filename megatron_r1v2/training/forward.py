@@ -124,6 +124,7 @@ class Forward:
         return pack(batch, tensor_size=self.context.tensor_size, length_multiple=self.length_multiple)
 
     def _cached_features(self, batch: TrainingBatch) -> torch.Tensor | None:
+        # Only the first stage holds the vision tower.
         if self.features is None or not batch.image_prompts or not self.context.is_first_stage:
             return None
         return torch.cat(self.features.fill(batch.image_prompts, self.model))

@@ -122,6 +122,7 @@ class Policy(Forward):
             RuntimeError: too many updates in a row are skipped.
         """
         scale = loss_scale(num_microbatches=len(batches), data_size=self.context.data_size)
+        # Both: the buffers into which DDP accumulates, and the gradients of the optimizer's own copies.
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
@@ -170,6 +171,7 @@ class Policy(Forward):
             return None
         # It copies the gradients to where get_grad_norm reads them; the step does so again.
         self.optimizer.prepare_grads()
+        # The largest: a pipeline stage that trains nothing has a norm of 0.
         return max(objects.all_gather(float(self.optimizer.get_grad_norm() or 0.0)))
 
 

@@ -104,6 +104,7 @@ def send_to_trainers(
     Raises:
         RuntimeError: a sample has a trainer but no rank holds it.
     """
+    # A prompt goes once to each rank, however many of its samples do: its tiles are the larger part.
     outgoing: list[tuple[dict[str, Sample], dict[str, Prompt]]] = [({}, {}) for _ in range(group.size())]
     for sample_id, sample in held.items():
         if sample_id in trainer:

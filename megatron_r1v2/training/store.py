@@ -178,6 +178,7 @@ class CheckpointStore:
         Returns:
             The folder that the checkpoint will have when `finish_pending` finds it finished.
         """
+        # One checkpoint in flight: they get their names in order.
         self.finish_pending(blocking=True)
         pass_at_1 = snapshot.pass_at_1
         if self.is_best(pass_at_1):
@@ -190,7 +191,7 @@ class CheckpointStore:
             if trains_here(optimizer):
                 sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
             request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
-            dist.barrier()
+            dist.barrier()  # published when every rank has written, not this one alone
         if request is None:
             self._written = (target, pass_at_1)
         else:
@@ -266,6 +267,7 @@ class CheckpointStore:
         if trains_here(optimizer):
             load_optimizer_state(optimizer, loaded["optimizer"])
         restore_random_states(folder / f"rng-{dist.get_rank()}.pt")
+        # By number: by name, rank 10 would come before rank 2.
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
         return state, [torch.load(path, weights_only=True) for path in shards]
 
@@ -275,6 +277,7 @@ class CheckpointStore:
         if not self.context.is_main:
             return
         publish_folder(target)
+        # Only now: best.json must not name a checkpoint that does not exist.
         best = _read_best(self.folder)
         if pass_at_1 is not None and (best is None or pass_at_1 > best[1]):
             best = (target, pass_at_1)

@@ -118,6 +118,7 @@ def check_engine(
     """
     if not settings.gate_tokens:
         return {}
+    # One prompt of each modality: images and text take different ways through the engine.
     chosen = list({prompt.modality: prompt for prompt in reversed(prompts)}.values())
     rollouts = engine.generate(
         chosen,
