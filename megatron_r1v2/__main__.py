@@ -11,35 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megatron_r1v2.config.validate import Stage
 
 _NAME_OPTION = "--name"
-
-_PAIRS = """
-Builds preference pairs from the model's own responses to the prompts of data.train: generation.responses_per_prompt
-responses to each, scored as in GRPO (section reward), train.prompts_per_step prompts at a time. A right, well-formed
-response is chosen over a wrong one ("correctness") or over a right one of lower reward ("margin"); for a part of the
-prompts it is also chosen over its own first half continued without the image ("dropout_ntp"). Settings: section pairs.
-
-The shards in pairs.output are what data.train of the mpo stage reads: image, question, answer and facts as they were,
-with chosen, rejected, margin and source. pairs.json in that folder counts the pairs, and what made none by reason.
-Started again with the same settings after an interruption, the command goes on from the last finished round.
-
-Iterative MPO builds new pairs with the model of the round before:
-  python -m megatron_r1v2 pairs recipe.yaml pairs.output=pairs/1
-  python -m megatron_r1v2 mpo   recipe.yaml data.train=pairs/1 run.output_dir=runs/mpo-1
-  python -m megatron_r1v2 pairs recipe.yaml pairs.output=pairs/2 model.checkpoint=runs/mpo-1
-  python -m megatron_r1v2 mpo   recipe.yaml data.train=pairs/2 model.checkpoint=runs/mpo-1 run.output_dir=runs/mpo-2
-"""
-
-_EVALUATE = """\
-Measures Pass@1 on evaluation.data: of model.checkpoint or model.hf_path in process; with evaluation.endpoint_url and
-evaluation.endpoint_model, of what a server serves. --name NAME (default: evaluation) names the result, which goes to
-evaluation-NAME.json in run.output_dir; the responses are beside it, and evaluation.html shows them. An evaluation that
-was interrupted goes on where it stopped. Without RECIPE.yaml the settings are the defaults."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +28,12 @@ class Command:
     """Takes the arguments behind the command's name; returns the exit status, None for 0."""
 
 
-def _train(stage: Stage, module: str, arguments: Sequence[str]) -> None:
+def _train(stage: str, module: str, arguments: Sequence[str]) -> None:
     """Run a training stage, the `run_STAGE` of a module below stages/, and write its report."""
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
+    from megatron_r1v2.config.recipes import STAGES, StageName
 
-    recipe = parse_command_line(arguments, stage)
+    recipe = parse_command_line(arguments, STAGES[StageName(stage)])
     quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
     from megatron_r1v2.report.page import write_report
@@ -74,8 +48,9 @@ def _train(stage: Stage, module: str, arguments: Sequence[str]) -> None:
 def _make_pairs(arguments: Sequence[str]) -> None:
     """Write preference pairs."""
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
+    from megatron_r1v2.config.recipes import PairsRecipe
 
-    recipe = parse_command_line(arguments, "pairs", description=_PAIRS)
+    recipe = parse_command_line(arguments, PairsRecipe)
     quiet_libraries()
     from megatron_r1v2.stages.pairs import run_pairs
 
@@ -88,9 +63,10 @@ def _make_pairs(arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> int | None:
     """Evaluate a checkpoint or an endpoint, and write the results page of the run folder."""
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
+    from megatron_r1v2.config.recipes import EvaluateRecipe
 
     name, settings = _without_name(arguments)
-    recipe = parse_command_line(settings, "evaluate", description=_EVALUATE)
+    recipe = parse_command_line(settings, EvaluateRecipe)
     quiet_libraries()
     from rich.console import Console
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.__main__ import COMMANDS, main
+from megatron_r1v2.config.choices import StageName
+from megatron_r1v2.config.recipes import STAGES
 
 COMMAND = [sys.executable, "-m", "megatron_r1v2"]
 NAMES = (
@@ -85,7 +87,7 @@ def test_a_stage_ends_with_its_report(capfd, monkeypatch, stage):
     monkeypatch.setattr(module, f"run_{stage}", lambda recipe: "the run")
     monkeypatch.setattr("megatron_r1v2.report.page.write_report", lambda run: f"{run}/report.html")
     assert main([stage.replace("_", "-"), "recipe.yaml", "train.steps=2"]) == 0
-    assert calls == [(["recipe.yaml", "train.steps=2"], stage)]
+    assert calls == [(["recipe.yaml", "train.steps=2"], STAGES[StageName(stage)])]
     assert capfd.readouterr().out == "report: the run/report.html\n"
     monkeypatch.setenv("RANK", "1")
     assert main([stage.replace("_", "-"), "recipe.yaml"]) == 0

@@ -5,6 +5,16 @@ from __future__ import annotations
 from enum import Enum
 
 
+class StageName(str, Enum):
+    """A stage that a recipe is written for."""
+
+    align = "align"
+    pairs = "pairs"
+    mpo = "mpo"
+    reward_model = "reward_model"
+    grpo = "grpo"
+
+
 class Layers(str, Enum):
     """Which layer implementation megatron-core builds."""
 

@@ -1,34 +1,31 @@
-"""`RECIPE.yaml section.key=value ...`: the command line of every entry point, with a help made from the schema."""
+"""`RECIPE.yaml section.key=value ...`: the command line of the stages, with a help made from their settings."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
 import sys
 import textwrap
-import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-from megatron_r1v2.config.load import load_recipe, settings_of
-from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.config.validate import Stage, check_stage
+if TYPE_CHECKING:
+    from megatron_r1v2.config.recipes import Recipe
 
 _PACKAGE = __name__.partition(".")[0]
+_HELP = ("-h", "--help")
+AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
 
 
-def parse_command_line(argv: Sequence[str], stage: Stage, *, description: str = "") -> RunRecipe:
-    """Turn the arguments of an entry point into checked settings, or end the process with advice.
+def parse_command_line(argv: Sequence[str], kind: type[AnyRecipe]) -> AnyRecipe:
+    """Turn the arguments of a stage into checked settings, or end the process with advice.
 
     Args:
-        argv: the arguments without the program's name: a recipe, then `section.key=value` overrides. What evaluates
-            does without a recipe: the settings are the defaults then.
-        stage: what is about to run; decides which files must exist.
-        description: shown by `--help` between the usage and the settings.
+        argv: a recipe, then `section.key=value` overrides. A command that takes the recipe of any stage does without
+            one: the settings are the defaults then.
+        kind: of the recipe; decides what is read, and which files must exist.
 
     Returns:
         The settings.
@@ -36,17 +33,21 @@ def parse_command_line(argv: Sequence[str], stage: Stage, *, description: str = 
     Raises:
         SystemExit: 0 after `--help`; 2 after bad input, with one message on standard error.
     """
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(_usage(stage), *([description.strip()] if description else []), describe_settings(), sep="\n\n")
+    asked = next((position for position, argument in enumerate(argv) if argument in _HELP), None)
+    if asked is not None:
+        print(stage_help(kind, next(iter(argv[asked + 1 :]), "")))
         raise SystemExit(0)
+    from megatron_r1v2.config.load import load_recipe_as
+    from megatron_r1v2.config.validate import check_start
+
     try:
         if not argv:
-            raise ValueError(f"no recipe given\n{_usage(stage)}\n--help lists every setting")
+            raise ValueError(f"no recipe given\n{_usage(kind)}\n--help lists the settings")
         has_recipe = "=" not in argv[0]
-        if argv[0].startswith("-") or not (has_recipe or stage == "evaluate"):
-            raise ValueError(f"the first argument must be a recipe, got {argv[0]!r}\n{_usage(stage)}")
-        recipe = load_recipe(argv[0], argv[1:]) if has_recipe else load_recipe(None, argv)
-        check_stage(recipe, stage)
+        if argv[0].startswith("-") or not (has_recipe or kind.stage is None):
+            raise ValueError(f"the first argument must be a recipe, got {argv[0]!r}\n{_usage(kind)}")
+        recipe = load_recipe_as(kind, argv[0], argv[1:]) if has_recipe else load_recipe_as(kind, None, argv)
+        check_start(recipe)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -97,64 +98,65 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
 
 
-def describe_settings() -> str:
-    """Return every setting as text: section.key, what is accepted, the default, and the sentence below the field."""
-    documentation = _field_documentation()
-    lines: list[str] = []
-    for section, kind in settings_of(RunRecipe).items():
-        lines += [f"{section}: {_first_line(kind.__doc__)}", ""]
-        defaults = kind()
-        for key, expected in settings_of(kind).items():
-            default = _show(getattr(defaults, key))
-            lines.append(f"  {section}.{key}  <{_accepted(expected)}>  default: {default}")
-            text = documentation.get((kind.__name__, key), "")
-            lines += textwrap.wrap(text, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        lines.append("")
-    return "\n".join(lines)
+def stage_help(kind: type[Recipe], word: str = "") -> str:
+    """Return what a stage does and the settings that it reads.
 
-
-def _usage(stage: Stage) -> str:
-    command = stage.replace("_", "-")
-    return (
-        f"usage: [torchrun ...] python -m megatron_r1v2 {command} RECIPE.yaml [section.key=value ...]\n"
-        f"e.g.   python -m megatron_r1v2 {command} recipe.yaml train.steps=200 'train.parts=[adapter, vision]'"
+    Args:
+        kind: its recipe.
+        word: show only the settings that have it in their name or meaning; "": all, and what the stage does.
+    """
+    settings = describe_settings(kind, word)
+    if word:
+        return settings or f"no setting of {kind.title()} has {word!r} in its name or its meaning"
+    return "\n\n".join(
+        [_usage(kind), kind.purpose(), "settings; --help WORD shows those that contain the word", settings]
     )
 
 
-def _field_documentation() -> dict[tuple[str, str], str]:
-    """Read the string literals below the fields, which Python itself throws away, from the source of the sections."""
-    found: dict[tuple[str, str], str] = {}
-    for section in settings_of(RunRecipe).values():
-        node = ast.parse(inspect.getsource(section)).body[0]
-        assert isinstance(node, ast.ClassDef)
-        for field, below in zip(node.body, node.body[1:], strict=False):
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+def describe_settings(kind: type[Recipe], word: str = "") -> str:
+    """Return settings as text: section.key, what is accepted, the default, and the meaning.
+
+    Args:
+        kind: of the recipe.
+        word: only the settings that have it in their name or meaning; "": all.
+    """
+    from megatron_r1v2.config.load import own_defaults
+    from megatron_r1v2.config.wording import range_text, type_name
+
+    lines: list[str] = []
+    for name, section in kind.sections().items():
+        told: list[str] = []
+        defaults = own_defaults(kind, name)
+        for key, field in section.model_fields.items():
+            meaning = " ".join((field.description or "").split())
+            if word.lower() not in f"{name}.{key} {meaning}".lower():
                 continue
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                found[node.name, field.target.id] = inspect.cleandoc(str(below.value.value))
-    return found
+            accepted = ", ".join(filter(None, (type_name(field.annotation), range_text(field))))
+            default = defaults.get(key, field.get_default(call_default_factory=True))
+            told.append(f"  {name}.{key}  <{accepted}>  default: {_show(default)}")
+            told += textwrap.wrap(meaning, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        if told:
+            title = (section.__doc__ or "").strip().splitlines()[0]
+            lines += [f"{name}: {title}", "", *told, ""]
+    return "\n".join(lines)
 
 
-def _accepted(expected: Any) -> str:
-    origin = typing.get_origin(expected)
-    if origin is list:
-        return f"list of {_accepted(typing.get_args(expected)[0])}"
-    if origin is dict:
-        return "mapping"
-    if issubclass(expected, Enum):
-        return " | ".join(member.name for member in expected)
-    return {bool: "true | false", int: "whole number", float: "number", str: "text"}[expected]
+def _usage(kind: type[Recipe]) -> str:
+    command, recipe = kind.title().replace("_", "-"), "RECIPE.yaml" if kind.stage else "[RECIPE.yaml]"
+    example = "train.steps=200 'train.parts=[adapter, vision]'" if kind.stage else "evaluation.runs=3"
+    return (
+        f"usage: [torchrun ...] python -m megatron_r1v2 {command} {recipe} [section.key=value ...]\n"
+        f"e.g.   python -m megatron_r1v2 {command} recipe.yaml {example}"
+    )
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if isinstance(value, Enum):
-        return value.name
+        return str(value.value)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return "[" + ", ".join(_show(item) for item in value) + "]"
+    if value is None:
+        return "none"
     return repr(value) if isinstance(value, str) else str(value)
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().splitlines()[0]

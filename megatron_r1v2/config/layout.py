@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_r1v2.config.schema import Fp8
+from megatron_r1v2.config.choices import Fp8
 
 
 def check_fp8_shapes(

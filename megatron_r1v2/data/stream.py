@@ -66,8 +66,8 @@ class StreamState(TypedDict):
 class PromptStream:
     """An endless stream of prompts, in a new order every epoch, with each sample once in an epoch.
 
-    `settings.shuffle_buffer` of 0 keeps the order of the shards; with any other value each epoch is a permutation of
-    the whole data set, drawn from the seed. No sample is held in memory for that: shards are read at random places.
+    Without `settings.shuffle` the order is that of the shards; with it each epoch is a permutation of the whole data
+    set, drawn from the seed. No sample is held in memory for that: shards are read at random places.
 
     Args:
         folder: a folder of `r1v2 prepare`.
@@ -83,7 +83,7 @@ class PromptStream:
         self._folder = Path(folder)
         self._shards = check_shards(folder)
         self._seed = seed
-        self._shuffle = settings.shuffle_buffer > 0
+        self._shuffle = settings.shuffle
         self._builder = builder
         self._loader = self._new_loader()
         self._tally = _Tally(self._folder, settings.max_corrupt_fraction, len(self._loader))
@@ -139,7 +139,7 @@ class PromptStream:
         """
         saved: Mapping[str, object] = {**state}
         here = {"version": _STATE_VERSION, "shards": self._shards, "seed": self._seed, "shuffle": self._shuffle}
-        settings = {"seed": "run.seed", "shuffle": "data.shuffle_buffer > 0"}
+        settings = {"seed": "run.seed", "shuffle": "data.shuffle"}
         for name, value in here.items():
             if saved[name] != value:
                 raise ValueError(

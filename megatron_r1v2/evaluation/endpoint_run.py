@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_r1v2.config.schema import RewardConfig, RunRecipe
+from megatron_r1v2.config.recipes import EvaluateRecipe
+from megatron_r1v2.config.schema import RewardConfig
 from megatron_r1v2.data.images import decode_image
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.data.samples import ShardSample, parse_sample
@@ -27,7 +28,7 @@ Place = tuple[ShardSample, int]
 """A sample and the run that a response belongs to."""
 
 
-def run_endpoint_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult:
+def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult:
     """Evaluate `evaluation.endpoint_model` on `evaluation.data`, or go on with an evaluation that was interrupted.
 
     Args:
@@ -62,7 +63,7 @@ def run_endpoint_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult:
         return conclude(recipe, name, [sample.key for sample in samples], log, model=endpoint.model, step=0)
 
 
-def chat_request(place: Place, recipe: RunRecipe) -> dict[str, Any]:
+def chat_request(place: Place, recipe: EvaluateRecipe) -> dict[str, Any]:
     """Return the body of the request for one response, less the model's name.
 
     Args:

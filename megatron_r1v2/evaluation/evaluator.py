@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_outcomes
@@ -100,7 +100,7 @@ class Evaluator:
             self.wait_for_all(f"evaluated-{name}-{step}")
         by_key = {prompt.key: prompt for prompt in prompts}
         scorer = ReplicaScorer(
-            self.reward if self.reward_model is not None else replace(self.reward, model_weight=0.0),
+            self.reward if self.reward_model is not None else self.reward.changed(model_weight=0.0),
             self.context,
             decode=self.decode,
             pool=self.pool,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint
 from megatron_r1v2.evaluation.judge import judge_rows, needs_judge
 from megatron_r1v2.evaluation.pass_at_1 import (
@@ -26,7 +26,7 @@ from megatron_r1v2.types import AnswerType, Prompt, ScoredRollout
 JUDGE_CACHE = "judge.jsonl"
 
 
-def open_log(recipe: RunRecipe, name: str, *, model: str, step: int) -> ResponseLog:
+def open_log(recipe: EvaluateRecipe, name: str, *, model: str, step: int) -> ResponseLog:
     """Open the log of an evaluation, with the rows of an interrupted one.
 
     Args:
@@ -118,7 +118,7 @@ def _type_of_other(row: Row, answer: str) -> AnswerType:
 
 
 def conclude(
-    recipe: RunRecipe, name: str, keys: Sequence[str], log: ResponseLog, *, model: str, step: int
+    recipe: EvaluateRecipe, name: str, keys: Sequence[str], log: ResponseLog, *, model: str, step: int
 ) -> EvaluationResult:
     """Have the judge decide what the rules could not, write the result and all rows, and delete the log.
 

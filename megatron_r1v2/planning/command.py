@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.command_line import command_parser
-from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.load import load_recipe, load_recipe_as
+from megatron_r1v2.config.recipes import STAGES, PairsRecipe, TrainingRecipe
 from megatron_r1v2.planning.known_models import find_hf_config
-from megatron_r1v2.planning.memory import Stage
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.planning.show import as_json, print_plan
@@ -23,14 +23,6 @@ Plan what a run needs of each GPU, which layout fits, and how long a step takes,
 example:
   python -m megatron_r1v2 plan RECIPE.yaml --gpus 16 --gpu-memory 80"""
 
-STAGES: tuple[Stage, ...] = ("align", "mpo", "grpo")
-
-
-def stage_of(recipe: str) -> Stage:
-    """Return the stage of a recipe by the name of its file: "mpo" for mpo.yaml or mpo_64k.yaml, otherwise "grpo"."""
-    name = Path(recipe).stem.split("_")[0].split("-")[0]
-    return next((stage for stage in STAGES if stage == name), "grpo")
-
 
 def main(argv: Sequence[str]) -> None:
     """Print the plan; exit 1 when the recipe does not fit and 2 on bad input.
@@ -40,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     """
     # Intermixed, because people write overrides before, between and after the options.
     arguments = _parser().parse_intermixed_args(argv)
+    stage = StageName(arguments.stage) if arguments.stage else None
     hardware = HARDWARE[arguments.gpu]
     if arguments.matmul_efficiency:
         hardware = replace(hardware, matmul_efficiency=arguments.matmul_efficiency)
@@ -53,13 +46,13 @@ def main(argv: Sequence[str]) -> None:
         hardware=hardware,
     )
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe = _recipe_of(arguments.recipe, stage)
         hf_config = find_hf_config(recipe.model.hf_path, arguments.hf_config)
         plan = make_plan(
             recipe,
             hf_config,
             cluster,
-            stage=arguments.stage or stage_of(arguments.recipe),
+            stage=stage,
             tiles=arguments.tiles,
             mean_response=arguments.mean_response_tokens,
         )
@@ -74,12 +67,23 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def _recipe_of(given: Sequence[str], stage: StageName | None) -> TrainingRecipe | PairsRecipe:
+    """Read the recipe that comes first, or take the defaults of a stage where there are only overrides."""
+    if given and "=" not in given[0]:
+        return load_recipe(given[0], given[1:])
+    return load_recipe_as(STAGES[stage or StageName.grpo], None, given)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("plan", _DESCRIPTION)
-    parser.add_argument("recipe", help="YAML recipe of a run")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, as for the stages")
     parser.add_argument(
-        "--stage", choices=STAGES, help="what it runs (default: what the recipe's file name begins with, else grpo)"
+        "recipe",
+        nargs="*",
+        metavar="RECIPE.yaml section.key=value",
+        help="recipe of any stage, and overrides as for the stages; without a recipe: the defaults of --stage",
+    )
+    parser.add_argument(
+        "--stage", choices=[stage.value for stage in StageName], help="as which it is planned; default: its own"
     )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument("--gpu-memory", type=float, default=0.0, help="GiB of one GPU; default: that of --gpu")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_r1v2.config.choices import Fp8, Packing, Part, Precision, Recompute
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.choices import Fp8, Packing, Part, Precision, Recompute, StageName
+from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, TrainingRecipe
+from megatron_r1v2.config.schema import AlgorithmConfig, BufferConfig
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vocabulary
@@ -17,14 +18,17 @@ from megatron_r1v2.planning.state import ModelState, largest_state
 
 GIB = 1024**3
 Phase = Literal["generation", "log-probs", "training"]
-Stage = Literal["align", "mpo", "grpo"]
-PHASES: Mapping[str, tuple[Phase, ...]] = {
-    "grpo": ("generation", "log-probs", "training"),
+PHASES: Mapping[StageName, tuple[Phase, ...]] = {
+    StageName.grpo: ("generation", "log-probs", "training"),
     # It generates for validation only.
-    "align": ("generation", "training"),
+    StageName.align: ("generation", "training"),
     # Its log-probs are those of the reference, before the first step.
-    "mpo": ("generation", "log-probs", "training"),
+    StageName.mpo: ("generation", "log-probs", "training"),
+    StageName.reward_model: ("training",),
+    StageName.pairs: ("generation",),
 }
+_GIVEN_RESPONSES = {StageName.align: 1, StageName.mpo: 2, StageName.reward_model: 2}
+"""Responses of a row that are in the data; where there are none they are sampled."""
 
 # flash-attn's block of the paged cache (generation/context.py); without flash-attn blocks are smaller.
 _CACHE_BLOCK_TOKENS = 256
@@ -39,7 +43,7 @@ _PYTHON_FLOAT = 8 + 24
 class Workload:
     """The demands of a run on the model in the worst case: longest rows, most tiles."""
 
-    stage: Stage
+    stage: StageName
     parts: tuple[Part, ...]
     element_bytes: int
     fp8: Fp8
@@ -66,24 +70,33 @@ class Workload:
 
     @classmethod
     def from_recipe(
-        cls, recipe: RunRecipe, architecture: R1V2Architecture, *, stage: Stage = "grpo", tiles: int = 0
+        cls,
+        recipe: TrainingRecipe | PairsRecipe,
+        architecture: R1V2Architecture,
+        *,
+        stage: StageName | None = None,
+        tiles: int = 0,
     ) -> Workload:
         """Derive the workload of a recipe.
 
         Args:
             recipe: the settings.
             architecture: the sizes.
-            stage: align trains on one given response a prompt, mpo on two; both without a buffer.
+            stage: the stage as which it is planned; None: its own. Align trains on one given response a prompt, mpo
+                and reward_model on two; all without a buffer.
             tiles: tiles of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
         """
         # A prompt of several tiles gets a thumbnail too.
         most = recipe.data.max_tiles + (1 if recipe.data.max_tiles > 1 else 0)
         most = min(most, recipe.data.max_prompt_tokens // architecture.tokens_per_tile)
-        generation, train, buffer = recipe.generation, recipe.train, recipe.buffer
-        is_grpo = stage == "grpo"
+        stage = stage or recipe.stage or StageName.grpo
+        generation, train, is_grpo = recipe.generation, recipe.train, stage is StageName.grpo
+        buffer = recipe.buffer if isinstance(recipe, GrpoRecipe) else BufferConfig()
+        algorithm = recipe.algorithm if isinstance(recipe, GrpoRecipe) else AlgorithmConfig()
+        sampled = generation.responses_per_prompt
         return cls(
             stage=stage,
-            parts=tuple(train.parts),
+            parts=train.parts,
             element_bytes=2 if recipe.model.precision is Precision.bf16 else 4,
             fp8=recipe.model.fp8,
             fp8_weights=recipe.model.fp8_weights,
@@ -91,7 +104,7 @@ class Workload:
             micro_batch_size=train.micro_batch_size,
             packed_tokens=0 if train.packing is Packing.none else train.tokens_per_microbatch,
             prompts_per_step=train.prompts_per_step,
-            responses_per_prompt={"grpo": generation.responses_per_prompt, "mpo": 2, "align": 1}[stage],
+            responses_per_prompt=_GIVEN_RESPONSES.get(stage, sampled),
             updates_per_step=train.updates_per_step if is_grpo else 1,
             prompt_tokens=recipe.data.max_prompt_tokens,
             response_tokens=generation.max_response_tokens,
@@ -102,7 +115,7 @@ class Workload:
             feature_cache_gib=generation.feature_cache_gib,
             buffer_capacity=buffer.capacity if buffer.enabled and is_grpo else 0,
             target_effective_fraction=buffer.target_effective_fraction,
-            has_reference=is_grpo and recipe.algorithm.kl_coefficient > 0,
+            has_reference=is_grpo and algorithm.kl_coefficient > 0,
         )
 
     @property
@@ -113,7 +126,7 @@ class Workload:
     @property
     def rows_together(self) -> int:
         """Return the number of rows that stay in one microbatch and share an image: the two of a preference pair."""
-        return 2 if self.stage == "mpo" else 1
+        return 2 if _GIVEN_RESPONSES.get(self.stage) == 2 else 1
 
     def row_tokens(self, tensor: int) -> int:
         """Return the tokens of the longest row, padded as in training/batches.py."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_r1v2.config.choices import Fp8, Layers, Part
-from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.config.validate import check_grpo, check_model_fits, check_mpo
+from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
+from megatron_r1v2.config.recipes import PairsRecipe, Recipe, TrainingRecipe
+from megatron_r1v2.config.validate import check_model_fits
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.planning.memory import GIB, MemoryPlan, Stage, Workload, largest_that_fits, plan_memory
+from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
 from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
 from megatron_r1v2.planning.search import Proposal, propose_layout
@@ -57,11 +57,11 @@ class Plan:
 
 
 def make_plan(
-    recipe: RunRecipe,
+    recipe: TrainingRecipe | PairsRecipe,
     hf_config: Mapping[str, object],
     cluster: Cluster,
     *,
-    stage: Stage = "grpo",
+    stage: StageName | None = None,
     tiles: int = 0,
     mean_response: int = 0,
 ) -> Plan:
@@ -71,18 +71,13 @@ def make_plan(
         recipe: the settings; paths in it need not exist.
         hf_config: the model's config.json.
         cluster: the GPUs.
-        stage: the stage that the recipe is for.
+        stage: the stage as which it is planned; None: its own.
         tiles: tiles of a prompt; 0: the most that the recipe allows.
         mean_response: tokens of a response on average, for the times; 0: half of the longest response.
 
     Raises:
         ValueError: a layout that does not divide the model or the cluster, or a cache that holds no sequence.
     """
-    # Before any arithmetic, so that a wrong recipe is refused in the words of its settings.
-    if stage == "grpo":
-        check_grpo(recipe)
-    if stage == "mpo":
-        check_mpo(recipe)
     # Imported here, because transformers and torch take seconds that neither --help nor a wrong recipe has to wait.
     from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 
@@ -116,11 +111,11 @@ def make_plan(
             limit=cluster.limit,
             mean_response=mean_response,
         ),
-        notes=_notes(recipe, stage),
+        notes=_notes(recipe, work.stage),
     )
 
 
-def _layout(recipe: RunRecipe, cluster: Cluster) -> Layout:
+def _layout(recipe: Recipe, cluster: Cluster) -> Layout:
     tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
     if cluster.gpus < 1 or cluster.gpus % (tensor * pipeline):
         raise ValueError(
@@ -140,17 +135,17 @@ def _layout(recipe: RunRecipe, cluster: Cluster) -> Layout:
     )
 
 
-def _notes(recipe: RunRecipe, stage: Stage) -> tuple[str, ...]:
+def _notes(recipe: Recipe, stage: StageName) -> tuple[str, ...]:
     notes = [
-        f"planned as the {stage} stage (--stage for another)",
+        f"planned as the {stage.value} stage (--stage for another)",
         "worst case: rows of data.max_prompt_tokens + generation.max_response_tokens, every prompt with all its tiles",
         "generation as with flash-attn: without it, attention gathers the cache of all requests layer by layer",
     ]
-    if stage == "grpo":
+    if stage is StageName.grpo:
         notes.append(
             "every response is computed in log-probs and update; those of uniform groups are left out, so it is less"
         )
-    if stage == "mpo":
+    if stage is StageName.mpo:
         notes.append("log-probs are those of the reference, computed once before the first step: not in the times")
     if recipe.model.layers is Layers.te:
         notes.append("model.layers=te: activations are those of the local layers, TransformerEngine keeps less")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_r1v2.config.choices import Fp8, Part, Recompute
+from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.models.architecture import R1V2Architecture, VisionArchitecture
 from megatron_r1v2.planning.memory import GIB, Workload, kv_bytes_per_token, prompt_feature_bytes
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vision_heads
@@ -164,7 +164,9 @@ def step_time(
     recomputed = 1 if work.recompute is Recompute.full else 0
     update = (compute * (passes + recomputed) + communication * (2 + recomputed)) * bubble
     update += _vision_update_seconds(architecture, layout, work, rows, tile / attained)
-    if work.stage != "grpo":
+    if work.stage is StageName.pairs:
+        return StepTime(vision, prefill, decode, 0.0, 0.0, decode_rows)
+    if work.stage is not StageName.grpo:
         return StepTime(vision, 0.0, 0.0, 0.0, update, 0.0)
     return StepTime(vision, prefill, decode, log_probs, update, decode_rows)
 

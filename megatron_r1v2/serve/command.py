@@ -43,13 +43,12 @@ import ipaddress
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_r1v2.config.command_line import command_parser, quiet_libraries, tell_bad_input
-from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.config.validate import check_stage
+from megatron_r1v2.config.load import load_recipe_as
+from megatron_r1v2.config.recipes import Recipe, ServeRecipe
+from megatron_r1v2.config.validate import check_start
 from megatron_r1v2.serve.options import ChatOptions, bind, parse_options, read_api_key
 
 
@@ -64,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with tell_bad_input():
         recipe = serving_recipe(arguments.checkpoint, arguments.settings)
-        check_stage(recipe, "serve")
+        check_start(recipe)
         check_one_replica(recipe, world_size)
         key = read_api_key(options.api_key_variable, options.api_key_file)
         # Only rank 0 listens; an address in use is found before the model is loaded.
@@ -79,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         serve(recipe, named, key, listener)
 
 
-def serving_recipe(checkpoint: str, settings: Sequence[str]) -> RunRecipe:
+def serving_recipe(checkpoint: str, settings: Sequence[str]) -> ServeRecipe:
     """Return the settings of the model to be served.
 
     Args:
@@ -95,18 +94,18 @@ def serving_recipe(checkpoint: str, settings: Sequence[str]) -> RunRecipe:
             f"CHECKPOINT={checkpoint!r} is not a folder; give a run, one of its checkpoints or an HF model"
         )
     if (folder / "config.json").is_file():
-        recipe = load_recipe(None, settings)
-        return replace(recipe, model=replace(recipe.model, hf_path=str(folder)))
+        recipe = load_recipe_as(ServeRecipe, None, settings)
+        return recipe.changed(model=recipe.model.changed(hf_path=str(folder)))
     from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, resolve_checkpoint
 
     found = resolve_checkpoint(folder)
     if not (found / RECIPE_FILE).is_file():
         raise ValueError(f"{found} has no {RECIPE_FILE}, which names its base; serve the run's own checkpoints folder")
-    recipe = load_recipe(found / RECIPE_FILE, settings)
-    return replace(recipe, model=replace(recipe.model, checkpoint=str(found)))
+    recipe = load_recipe_as(ServeRecipe, found / RECIPE_FILE, settings, saved=True)
+    return recipe.changed(model=recipe.model.changed(checkpoint=str(found)))
 
 
-def check_one_replica(recipe: RunRecipe, world_size: int) -> None:
+def check_one_replica(recipe: Recipe, world_size: int) -> None:
     """Refuse processes that the layout has no work for.
 
     Raises:

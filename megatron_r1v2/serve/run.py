@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import ServeRecipe
 from megatron_r1v2.parallel.groups import make_control_group
 from megatron_r1v2.serve.chat_server import ChatServer
 from megatron_r1v2.serve.engine_loop import HEARTBEAT_SECONDS, CommandQueue, run_follower, run_leader
@@ -30,7 +30,7 @@ _FLUSH_SECONDS = 5
 _SPARE_CONNECTIONS = 512
 
 
-def serve(recipe: RunRecipe, options: ChatOptions, key: str, listener: socket.socket | None) -> None:
+def serve(recipe: ServeRecipe, options: ChatOptions, key: str, listener: socket.socket | None) -> None:
     """Collective over all ranks: load the model and serve it until the process is asked to end.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import AlignRecipe
 from megatron_r1v2.rl.supervised import supervised_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
@@ -18,7 +18,7 @@ from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 SHOWN = ("actor/nll", "actor/grad_norm", "validation/pass_at_1")
 
 
-def run_align(recipe: RunRecipe) -> Path:
+def run_align(recipe: AlignRecipe) -> Path:
     """Run the stage until its last step or until validation Pass@1 is high enough.
 
     Args:
@@ -27,8 +27,11 @@ def run_align(recipe: RunRecipe) -> Path:
     Returns:
         The run's folder.
     """
-    with open_session(recipe, stage="align", shown=SHOWN) as session, session.loaded.verifiers() as pool:
-        validation = Validation(session, session.loaded.evaluator(session.loaded.engine(), pool))
+    with open_session(recipe, stage="align", shown=SHOWN) as session, session.loaded.verifiers(recipe.reward) as pool:
+        evaluator = session.loaded.evaluator(
+            session.loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward
+        )
+        validation = Validation(session, evaluator)
         run_steps(session, partial(supervised_step, session), validate=validation.validate_if_due)
     return Path(recipe.run.output_dir)
 

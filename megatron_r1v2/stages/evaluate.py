@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
 from megatron_r1v2.evaluation.response_log import ResponseLog
 from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
@@ -17,7 +17,7 @@ from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.types import Prompt
 
 
-def run_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult | None:
+def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None:
     """Evaluate the weights in `model.checkpoint` (or `model.hf_path`) on `evaluation.data`.
 
     An evaluation that was interrupted goes on with the prompts that lack a response.
@@ -41,25 +41,27 @@ def run_evaluation(recipe: RunRecipe, name: str) -> EvaluationResult | None:
             log = None
             if loaded.context.is_main:
                 log = files.enter_context(open_log(recipe, name, model=model, step=loaded.version))
-            _respond(loaded, prompts, log, name)
+            _respond(loaded, recipe, prompts, log, name)
             if log is None:
                 return None
             return conclude(recipe, name, [prompt.key for prompt in prompts], log, model=model, step=loaded.version)
 
 
-def _respond(loaded: LoadedModel, prompts: list[Prompt], log: ResponseLog | None, name: str) -> None:
+def _respond(
+    loaded: LoadedModel, recipe: EvaluateRecipe, prompts: list[Prompt], log: ResponseLog | None, name: str
+) -> None:
     """Collective over the world: generate, score and log the missing responses, some prompts at a time."""
-    settings = loaded.recipe.evaluation
+    settings = recipe.evaluation
     done = log.places if log is not None else set()
     todo = [prompt.key for prompt in prompts if any((prompt.key, run) not in done for run in range(settings.runs))]
     # Only the first rank has the log.
     wanted = set(objects.all_gather(todo)[0])
     missing = [prompt for prompt in prompts if prompt.key in wanted]
     with (
-        loaded.verifiers() as pool,
+        loaded.verifiers(recipe.reward) as pool,
         progress_bar("evaluate", len(prompts) * settings.runs, shown=loaded.context.is_main) as show,
     ):
-        evaluator = loaded.evaluator(loaded.engine(), pool)
+        evaluator = loaded.evaluator(loaded.engine(), pool, settings=settings, reward=recipe.reward)
         for start in range(0, len(missing), settings.save_every_prompts):
             part = missing[start : start + settings.save_every_prompts]
             before = (len(prompts) - len(missing) + start) * settings.runs

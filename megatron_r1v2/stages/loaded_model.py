@@ -9,8 +9,9 @@ from pathlib import Path
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
-from megatron_r1v2.config.choices import Part
-from megatron_r1v2.config.schema import RunRecipe, TrainConfig
+from megatron_r1v2.config.choices import Part, Recompute
+from megatron_r1v2.config.recipes import Recipe
+from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainConfig
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -37,7 +38,7 @@ class LoadedModel:
     architecture: R1V2Architecture
     tokenizer: ChatTokenizer
     context: ParallelContext
-    recipe: RunRecipe
+    recipe: Recipe
     changed_parts: list[Part]
     """Parts whose weights are not those in `model.hf_path`."""
     version: int
@@ -85,24 +86,25 @@ class LoadedModel:
         """Return an empty cache of image features."""
         return FeatureCache(int(self.recipe.generation.feature_cache_gib * 2**30))
 
-    def evaluator(self, engine: RolloutEngine, pool: VerifierPool | None) -> Evaluator:
+    def evaluator(
+        self, engine: RolloutEngine, pool: VerifierPool | None, *, settings: EvaluationConfig, reward: RewardConfig
+    ) -> Evaluator:
         """Return what evaluates this model."""
         return Evaluator(
             engine=engine,
             features=self.feature_cache(),
-            settings=self.recipe.evaluation,
-            reward=self.recipe.reward,
+            settings=settings,
+            reward=reward,
             pool=pool,
             decode=self.tokenizer.decode,
             context=self.context,
             max_response_tokens=self.recipe.generation.max_response_tokens,
         )
 
-    def verifiers(self) -> AbstractContextManager[VerifierPool | None]:
+    def verifiers(self, reward: RewardConfig) -> AbstractContextManager[VerifierPool | None]:
         """Return a context manager that gives a VerifierPool on the leader of each replica, None elsewhere."""
         if not self.context.is_replica_leader:
             return nullcontext(None)
-        reward = self.recipe.reward
         return VerifierPool(reward.verifier_workers, reward.verifier_timeout_seconds)
 
     @property
@@ -132,27 +134,33 @@ class LoadedModel:
 
 
 @contextmanager
-def open_model(recipe: RunRecipe, *, score_head: bool = False) -> Iterator[LoadedModel]:
+def open_model(
+    recipe: Recipe, *, score_head: bool = False, recompute: Recompute = Recompute.none
+) -> Iterator[LoadedModel]:
     """Start the process groups and load a model; everything ends with the block.
 
     Args:
         recipe: the settings.
         score_head: a reward model.
+        recompute: in backward passes, if there will be any.
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
-        yield load_model(recipe, context, score_head=score_head)
+        yield load_model(recipe, context, score_head=score_head, recompute=recompute)
     finally:
         groups.shut_down()
 
 
-def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool = False) -> LoadedModel:
+def load_model(
+    recipe: Recipe, context: ParallelContext, *, score_head: bool = False, recompute: Recompute = Recompute.none
+) -> LoadedModel:
     """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
 
     Args:
         recipe: the settings.
         context: process groups.
         score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
+        recompute: in backward passes, if there will be any.
     """
     hf_path = Path(recipe.model.hf_path)
     architecture, layout = read_hf_architecture(hf_path)
@@ -162,7 +170,7 @@ def load_model(recipe: RunRecipe, context: ParallelContext, *, score_head: bool 
             f"{hf_path}: <IMG_CONTEXT> is token {tokenizer.image_token_id} of the tokenizer but config.json says "
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
-    settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recipe.train.recompute)
+    settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recompute)
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, hf_path, context, layout=layout, cast=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_r1v2.config.choices import Packing, Part
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, Recipe
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -20,18 +20,18 @@ from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.types import Prompt
 
 
-def open_reward_model(loaded: LoadedModel) -> RewardModel | None:
+def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> RewardModel | None:
     """Return what the `reward_model` section names; None when `reward.model_weight` is 0.
 
     Args:
         loaded: the policy.
+        recipe: the settings.
     """
-    recipe = loaded.recipe
     if recipe.reward.model_weight == 0:
         return None
     if recipe.reward_model.url:
         return ServedRewardModel(recipe.reward_model, loaded.context)
-    return load_reward_model(loaded)
+    return load_reward_model(loaded, recipe)
 
 
 @dataclass
@@ -73,17 +73,17 @@ class LoadedRewardModel:
         return objects.broadcast_from_first(scores, self.context.groups.mp)
 
 
-def load_reward_model(policy: LoadedModel) -> LoadedRewardModel:
+def load_reward_model(policy: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> LoadedRewardModel:
     """Load `reward_model.checkpoint` in the policy's layout.
 
     Args:
         policy: whose prompts and responses it will score, so tokens and tiles must be the same.
+        recipe: the settings.
 
     Raises:
         ValueError: the checkpoint has no score head, or its model reads tokens or images in another way.
     """
-    recipe = policy.recipe
-    loaded = load_model(reward_model_recipe(recipe), policy.context, score_head=True)
+    loaded = load_model(_with_reward_model(recipe), policy.context, score_head=True)
     if Part.score not in loaded.changed_parts:
         raise ValueError(
             f"reward_model.checkpoint={recipe.reward_model.checkpoint!r} holds "
@@ -107,15 +107,12 @@ def load_reward_model(policy: LoadedModel) -> LoadedRewardModel:
     )
 
 
-def reward_model_recipe(recipe: RunRecipe) -> RunRecipe:
-    """Return the recipe with the reward model's weights in place of the policy's.
-
-    Args:
-        recipe: of the run.
-    """
+def _with_reward_model(recipe: GrpoRecipe | PairsRecipe) -> Recipe:
+    """Return the recipe with the reward model's weights in place of the policy's."""
     source = recipe.reward_model
-    model = replace(recipe.model, hf_path=source.hf_path or recipe.model.hf_path, checkpoint=source.checkpoint)
-    return replace(recipe, model=model)
+    return recipe.changed(
+        model=recipe.model.changed(hf_path=source.hf_path or recipe.model.hf_path, checkpoint=source.checkpoint)
+    )
 
 
 def _check_same_inputs(policy: LoadedModel, loaded: LoadedModel) -> None:

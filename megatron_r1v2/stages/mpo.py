@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_r1v2.config.choices import LossAggregation
-from megatron_r1v2.config.schema import PreferenceConfig, RunRecipe
+from megatron_r1v2.config.recipes import MpoRecipe
+from megatron_r1v2.config.schema import PreferenceConfig
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.stream import read_shards
@@ -36,7 +37,7 @@ from megatron_r1v2.types import Prompt, TrainingBatch
 SHOWN = ("actor/loss", "rewards/margins", "rewards/accuracies", "validation/pass_at_1")
 
 
-def run_mpo(recipe: RunRecipe) -> Path:
+def run_mpo(recipe: MpoRecipe) -> Path:
     """Run the stage until its last step or until validation Pass@1 is high enough.
 
     Args:
@@ -46,15 +47,18 @@ def run_mpo(recipe: RunRecipe) -> Path:
         The run's folder.
     """
     check_margins(recipe)
-    with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.loaded.verifiers() as pool:
-        stage = MpoStage(session)
-        validation = Validation(session, session.loaded.evaluator(session.loaded.engine(), pool), stage.calibrator)
+    with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.loaded.verifiers(recipe.reward) as pool:
+        stage = MpoStage(session, recipe)
+        evaluator = session.loaded.evaluator(
+            session.loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward
+        )
+        validation = Validation(session, evaluator, stage.calibrator)
         if session.is_finished or stage.load_or_compute_reference():
             run_steps(session, stage.step, state=stage.state_dict, validate=validation.validate_if_due)
     return Path(recipe.run.output_dir)
 
 
-def check_margins(recipe: RunRecipe) -> None:
+def check_margins(recipe: MpoRecipe) -> None:
     """Refuse a tau that no pair reaches, before anything is computed.
 
     Args:
@@ -81,21 +85,23 @@ def check_margins(recipe: RunRecipe) -> None:
 class MpoStage:
     """The steps of a run, and what they carry from one to the next: delta, and tau when it is calibrated."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, recipe: MpoRecipe) -> None:
         """Set up the stage, delta restored when the session was resumed.
 
         Args:
             session: the running stage.
+            recipe: its settings.
         """
         self.session = session
-        self.settings = session.recipe.preference
+        self.settings = recipe.preference
+        self._reference_dir = recipe.preference.reference_dir or f"{recipe.run.output_dir}/reference"
         self.source = PairSource("mpo", f"data.train={session.recipe.data.train!r}")
         self.calibrator = Calibrator(
-            session.recipe.hallucination,
+            recipe.hallucination,
             session.recorder,
             name="threshold",
             configured=self.settings.min_margin,
-            bound=session.recipe.hallucination.max_margin,
+            bound=recipe.hallucination.max_margin,
             restored=session.restored.state,
         )
         self.delta = RewardShift(**session.restored.state.get("delta", {}))
@@ -127,7 +133,7 @@ class MpoStage:
                     f"what the reference log-probs of this run belong to has changed since it was saved: "
                     f"{', '.join(changed)}; put it back, or start anew with run.output_dir set to a new folder"
                 )
-            found = load_or_compute_log_probs(self.session, self.source, fingerprint)
+            found = load_or_compute_log_probs(self.session, self.source, fingerprint, folder=Path(self._reference_dir))
         self.reference = found or {}
         return found is not None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import read_shards
@@ -108,7 +108,7 @@ class UnfinishedPairs:
         ValueError: it holds rounds of other settings.
     """
 
-    def __init__(self, recipe: RunRecipe) -> None:
+    def __init__(self, recipe: PairsRecipe) -> None:
         self.output = Path(recipe.pairs.output)
         self.folder = self.output.with_name(f".{self.output.name}.unfinished")
         self._fingerprint = _pairs_fingerprint(recipe)
@@ -221,9 +221,9 @@ def _prompt_pairs(row: Mapping[str, Any]) -> PromptPairs:
     return PromptPairs(row["key"], [Preference(**pair) for pair in row["pairs"]], row["dropped"])
 
 
-def _pairs_fingerprint(recipe: RunRecipe) -> Fingerprint:
+def _pairs_fingerprint(recipe: PairsRecipe) -> Fingerprint:
     """Return the settings that decide the pairs, by their sections."""
-    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in _DECIDING}
+    sections = {name: getattr(recipe, name).model_dump(mode="json") for name in _DECIDING}
     for section, names in _FREE.items():
         sections[section] = {key: value for key, value in sections[section].items() if key not in names}
     sections["run"] = {"seed": recipe.run.seed}

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.prompts import without_images
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.shards import check_shards
@@ -37,7 +37,7 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 Value = TypeVar("Value")
 
 
-def run_pairs(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
+def run_pairs(recipe: PairsRecipe, *, reward_model: RewardModel | None = None) -> Path:
     """Write preference pairs made of responses to the prompts of `data.train` to `pairs.output`.
 
     Args:
@@ -51,9 +51,9 @@ def run_pairs(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> 
         ValueError: rounds kept from an earlier attempt were made with other settings, or there is no pair.
     """
     unfinished = UnfinishedPairs(recipe)
-    with open_model(recipe) as loaded, loaded.verifiers() as pool:
+    with open_model(recipe) as loaded, loaded.verifiers(recipe.reward) as pool:
         is_main, version = loaded.context.is_main, loaded.version
-        _generate(loaded, PairMaker(loaded, pool, reward_model), unfinished)
+        _generate(PairMaker(loaded, recipe, pool, reward_model), unfinished)
     # The process groups are gone: other ranks need not wait for the files.
     if is_main:
         remark = {"model": recipe.model.checkpoint or recipe.model.hf_path, "policy_version": version}
@@ -61,9 +61,10 @@ def run_pairs(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> 
     return unfinished.output
 
 
-def _generate(loaded: LoadedModel, maker: PairMaker, unfinished: UnfinishedPairs) -> None:
+def _generate(maker: PairMaker, unfinished: UnfinishedPairs) -> None:
     """Collective over the world: do the rounds that are not on disk yet."""
-    recipe, is_main = loaded.recipe, loaded.context.is_main
+    recipe, loaded = maker.recipe, maker.loaded
+    is_main = loaded.context.is_main
     num_responses = recipe.generation.responses_per_prompt
     per_round = recipe.train.prompts_per_step
     # The main rank's word counts: another one may see the file system later.
@@ -88,18 +89,21 @@ def _counting_from(done: int, show: Callable[[int], None]) -> Callable[[int], No
 class PairMaker:
     """Makes pairs of prompts: samples responses, scores them, chooses."""
 
-    def __init__(self, loaded: LoadedModel, pool: VerifierPool | None, reward_model: RewardModel | None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, recipe: PairsRecipe, pool: VerifierPool | None, reward_model: RewardModel | None
+    ) -> None:
         """Make the engines.
 
         Args:
             loaded: the model.
+            recipe: the settings.
             pool: answer checkers, on the leader of each replica.
             reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
         self.loaded = loaded
         self.pool = pool
-        self.reward_model = open_reward_model(loaded) if reward_model is None else reward_model
-        self.recipe = loaded.recipe
+        self.reward_model = open_reward_model(loaded, recipe) if reward_model is None else reward_model
+        self.recipe = recipe
         self.engine = loaded.engine()
         # DropoutNTP goes on from the first half of a response: prompts may be longer by that, responses are shorter.
         self.prefix_tokens = self.recipe.generation.max_response_tokens // 2

@@ -63,7 +63,7 @@ def compute_reference_fingerprint(session: Session) -> Fingerprint:
 
 
 def load_or_compute_log_probs(
-    session: Session, source: PairSource, fingerprint: Fingerprint
+    session: Session, source: PairSource, fingerprint: Fingerprint, *, folder: Path
 ) -> dict[str, float] | None:
     """Collective over the world: read the reference log-probs from disk, or compute them; it can be interrupted.
 
@@ -71,6 +71,7 @@ def load_or_compute_log_probs(
         session: the running stage, before its first step if there is something to compute.
         source: of the pairs.
         fingerprint: from `compute_reference_fingerprint`.
+        folder: of the files.
 
     Returns:
         The summed log-prob of each response of the data set by sample id; None when the run was asked to stop. The
@@ -79,8 +80,7 @@ def load_or_compute_log_probs(
     Raises:
         ValueError: the file is damaged, or it is gone and the weights are no longer those to compute it with.
     """
-    folder = session.recipe.preference.reference_dir or f"{session.recipe.run.output_dir}/reference"
-    path = Path(folder) / f"{fingerprint.digest[:16]}.jsonl"
+    path = folder / f"{fingerprint.digest[:16]}.jsonl"
     unfinished = path.with_suffix(".unfinished")
     finished = _broadcast_from_main(_read_finished(path) if session.context.is_main else None)
     if finished is not None:

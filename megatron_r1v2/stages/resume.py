@@ -71,7 +71,7 @@ def resume(
     if folder is None:
         return Restored()
     # Before anything is overwritten.
-    _check_schedule(settings, load_recipe(folder / RECIPE_FILE).train, folder)
+    _check_schedule(settings, load_recipe(folder / RECIPE_FILE, saved=True).train, folder)
     state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=settings.parts)
     policy.version = state["version"]
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import RewardModelRecipe
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.rl.reward_model import bradley_terry_loss
@@ -22,7 +22,7 @@ from megatron_r1v2.types import Prompt, TrainingBatch
 SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "validation/accuracy")
 
 
-def run_reward_model(recipe: RunRecipe) -> Path:
+def run_reward_model(recipe: RewardModelRecipe) -> Path:
     """Run the stage to its end, from where it stopped when it was interrupted.
 
     Args:
@@ -38,7 +38,7 @@ def run_reward_model(recipe: RunRecipe) -> Path:
         )
 
         def step() -> None:
-            preference_step(session)
+            preference_step(session, centring_weight=recipe.reward_model.centring_weight)
             if held_out and (session.is_finished or session.step % recipe.evaluation.every_steps == 0):
                 validate(session, held_out)
 
@@ -46,15 +46,16 @@ def run_reward_model(recipe: RunRecipe) -> Path:
     return Path(recipe.run.output_dir)
 
 
-def preference_step(session: Session) -> None:
+def preference_step(session: Session, *, centring_weight: float) -> None:
     """Collective over the world: take one optimizer step on the next pairs.
 
     Args:
         session: the running stage.
+        centring_weight: of (chosen score + rejected score)^2.
     """
     prompts = session.next_prompts()
     batches = pair_batches(session, prompts, setting=f"data.train={session.recipe.data.train!r}")
-    loss = partial(pair_loss, denominator=len(prompts), centring_weight=session.recipe.reward_model.centring_weight)
+    loss = partial(pair_loss, denominator=len(prompts), centring_weight=centring_weight)
     batches = batches or [session.microbatcher.filler(prompts[0], rows=len(SIDES))]
     take_update(session.policy, batches, loss, recorder=session.recorder)
     session.step += 1

@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.choices import Packing, Part
 from megatron_r1v2.config.load import recipe_yaml
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import TrainingRecipe
+from megatron_r1v2.config.schema import CheckpointConfig
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
@@ -40,6 +41,7 @@ from megatron_r1v2.types import Prompt
 class Session:
     """A running stage."""
 
+    recipe: TrainingRecipe
     loaded: LoadedModel
     policy: Policy
     stream: PromptStream
@@ -52,11 +54,6 @@ class Session:
     """Of the checkpoint that the stage goes on from, for what the stage itself must restore."""
     step: int
     """Steps done."""
-
-    @property
-    def recipe(self) -> RunRecipe:
-        """Return the settings."""
-        return self.loaded.recipe
 
     @property
     def context(self) -> ParallelContext:
@@ -74,7 +71,7 @@ class Session:
         return self.loaded.tokenizer
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> tuple[Part, ...]:
         """Return what trains."""
         return self.recipe.train.parts
 
@@ -161,26 +158,32 @@ class Session:
 
 
 @contextmanager
-def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iterator[Session]:
+def open_session(
+    recipe: TrainingRecipe, *, stage: str, shown: Sequence[str], keep_reference: bool = False
+) -> Iterator[Session]:
     """Start a stage, resumed from its newest checkpoint when there is one; everything ends with the block.
 
     Args:
         recipe: the settings.
         stage: for the progress display.
         shown: metrics for the progress display.
+        keep_reference: keep a copy of the weights that the stage starts from.
     """
     run_dir = Path(recipe.run.output_dir)
-    with open_model(recipe, score_head=stage == "reward_model") as loaded, ExitStack() as at_the_end:
+    with (
+        open_model(recipe, score_head=stage == "reward_model", recompute=recipe.train.recompute) as loaded,
+        ExitStack() as at_the_end,
+    ):
         freeze_all_but(loaded.model, recipe.train.parts)
         # Before a checkpoint of this stage is loaded: the reference is what the stage starts from.
-        reference = ReferenceWeights(loaded.model) if recipe.algorithm.kl_coefficient > 0 else None
-        policy = _build_policy(loaded, run_dir)
+        reference = ReferenceWeights(loaded.model) if keep_reference else None
+        policy = _build_policy(loaded, recipe, run_dir)
         at_the_end.callback(release_grad_hooks, loaded.model)
         stream = loaded.training_stream()
-        checkpoints = _open_checkpoints(loaded, run_dir)
+        checkpoints = _open_checkpoints(recipe.checkpoint, loaded.context, run_dir)
         newest = _checkpoint_to_resume(checkpoints, allowed=recipe.checkpoint.resume)
         restored = resume(newest, policy, stream, checkpoints, recipe.train)
-        with _supervised(loaded, run_dir, checkpoints, stage=stage, shown=shown, first_step=restored.step) as (
+        with _supervised(recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step) as (
             recorder,
             preemption,
         ):
@@ -191,6 +194,7 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
             verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
             verifier.verify_weights(restored.checksums, newest)
             session = Session(
+                recipe=recipe,
                 loaded=loaded,
                 policy=policy,
                 stream=stream,
@@ -211,8 +215,8 @@ def open_session(recipe: RunRecipe, *, stage: str, shown: Sequence[str]) -> Iter
 
 @contextmanager
 def _supervised(
-    loaded: LoadedModel,
-    run_dir: Path,
+    recipe: TrainingRecipe,
+    context: ParallelContext,
     checkpoints: CheckpointStore,
     *,
     stage: str,
@@ -220,7 +224,7 @@ def _supervised(
     first_step: int,
 ) -> Iterator[tuple[Recorder, PreemptionHandler]]:
     """Listen for signals, record, and watch the other ranks, while the block runs."""
-    recipe, context = loaded.recipe, loaded.context
+    run_dir = Path(recipe.run.output_dir)
     with (
         StopSignals(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_signals,
         Recorder(
@@ -245,13 +249,12 @@ def _supervised(
         )
 
 
-def _open_checkpoints(loaded: LoadedModel, run_dir: Path) -> CheckpointStore:
-    settings = loaded.recipe.checkpoint
+def _open_checkpoints(settings: CheckpointConfig, context: ParallelContext, run_dir: Path) -> CheckpointStore:
     return CheckpointStore(
         run_dir / "checkpoints",
         keep_last=settings.keep_last,
         asynchronous=settings.asynchronous,
-        context=loaded.context,
+        context=context,
     )
 
 
@@ -266,9 +269,9 @@ def _checkpoint_to_resume(checkpoints: CheckpointStore, *, allowed: bool) -> Pat
     return newest
 
 
-def _build_policy(loaded: LoadedModel, run_dir: Path) -> Policy:
+def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) -> Policy:
     """Give a model, frozen but for what trains, its optimizer."""
-    model, context, recipe = loaded.model, loaded.context, loaded.recipe
+    model, context = loaded.model, loaded.context
     ddp = wrap_with_ddp(model, context)
     optimizer, scheduler = build_optimizer(ddp, recipe.train)
     return Policy(

@@ -32,7 +32,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, root) -> tuple[Path, Path]:
     """A run that trained the adapter, and the model that it started from."""
-    run = run_stage(recipe_for(root, tmp_path_factory.mktemp("trained") / "run", ONE_STEP), "align")
+    run = run_stage(recipe_for(root, tmp_path_factory.mktemp("trained") / "run", ONE_STEP, stage="align"))
     return run, Path(recipe_for(root, run.parent / "again").model.hf_path)
 
 
@@ -106,7 +106,7 @@ def test_the_base_is_known_in_the_other_layout_and_elsewhere(trained, tmp_path, 
 
 
 def train_in_two(root: str, output: str, layout: str) -> str:
-    return str(run_stage(recipe_for(Path(root), Path(output), (*ONE_STEP, *layout.split())), "align"))
+    return str(run_stage(recipe_for(Path(root), Path(output), (*ONE_STEP, *layout.split()), stage="align")))
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])

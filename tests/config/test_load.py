@@ -1,45 +1,61 @@
 """Recipes: what is read, what is refused, and what the refusal says."""
 
-import dataclasses
+import random
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1v2.config.load import load_recipe, recipe_yaml, settings_of
-from megatron_r1v2.config.schema import Part, Recompute, RunRecipe
+from megatron_r1v2.config import load
+from megatron_r1v2.config.choices import Part, Recompute, StageName
+from megatron_r1v2.config.load import load_recipe, load_recipe_as, own_defaults, recipe_yaml
+from megatron_r1v2.config.recipes import (
+    STAGES,
+    AlignRecipe,
+    EvaluateRecipe,
+    GrpoRecipe,
+    MpoRecipe,
+    PairsRecipe,
+    RewardModelRecipe,
+    ServeRecipe,
+    every_section,
+)
 
 
-def write(folder, text, name="recipe.yaml"):
+def write(folder, text, name="recipe.yaml", stage="grpo"):
     path = folder / name
-    path.write_text(text, encoding="utf-8")
+    named = f"run: {{stage: {stage}}}\n" if stage and "run:" not in text else ""
+    path.write_text(named + text, encoding="utf-8")
     return path
 
 
-def test_an_empty_recipe_is_all_defaults(tmp_path):
-    assert load_recipe(write(tmp_path, "")) == RunRecipe()
+@pytest.mark.parametrize(("stage", "kind"), STAGES.items())
+def test_a_recipe_without_settings_is_all_defaults(tmp_path, stage, kind):
+    recipe = load_recipe(write(tmp_path, "", stage=stage.value))
+    assert type(recipe) is kind
+    assert recipe.changed(run=kind().run) == kind()
 
 
 def test_values_reach_their_settings_with_the_right_types(tmp_path):
     recipe = load_recipe(
         write(
             tmp_path,
-            "run: {name: digits}\n"
+            "run: {stage: grpo, name: digits}\n"
             "train: {parts: [vision, adapter], learning_rate: 3e-4, recompute: full, steps: 7}\n"
             "model: {transformer_config: {attention_dropout: 0.1, moe: {experts: 2}}}\n"
             "generation: {stop_tokens: ['</s>'], temperature: 2}\n",
         )
     )
     assert recipe.run.name == "digits"
-    assert recipe.train.parts == [Part.vision, Part.adapter]
+    assert recipe.train.parts == (Part.vision, Part.adapter)
     assert recipe.train.recompute is Recompute.full
     assert (recipe.train.learning_rate, recipe.train.steps) == (3e-4, 7)
     assert recipe.generation.temperature == 2.0
     assert isinstance(recipe.generation.temperature, float)
-    assert recipe.generation.stop_tokens == ["</s>"]
+    assert recipe.generation.stop_tokens == ("</s>",)
     assert recipe.model.transformer_config == {"attention_dropout": 0.1, "moe": {"experts": 2}}
-    assert dataclasses.replace(recipe.buffer) == RunRecipe().buffer
+    assert recipe.buffer == GrpoRecipe().buffer
 
 
 def test_overrides_win_and_text_is_taken_as_it_stands(tmp_path):
@@ -55,7 +71,7 @@ def test_overrides_win_and_text_is_taken_as_it_stands(tmp_path):
         ],
     )
     assert recipe.train.steps == 9
-    assert recipe.train.parts == [Part.language, Part.adapter]
+    assert recipe.train.parts == (Part.language, Part.adapter)
     assert recipe.buffer.enabled is False
     assert recipe.run.name == "2024"
     assert recipe.reward.claim_pattern == r"(?P<name>left|right)[: =]+(?P<value>\d)"
@@ -64,10 +80,32 @@ def test_overrides_win_and_text_is_taken_as_it_stands(tmp_path):
 
 def test_a_recipe_may_start_from_another(tmp_path):
     (tmp_path / "sub").mkdir()
-    write(tmp_path, "train: {steps: 5, warmup_steps: 2}\nrun: {name: base}\n", "base.yaml")
-    variant = write(tmp_path, "defaults: ../base.yaml\ntrain: {steps: 8}\n", "sub/variant.yaml")
+    write(tmp_path, "train: {steps: 5, warmup_steps: 2}\nrun: {stage: grpo, name: base}\n", "base.yaml")
+    variant = write(tmp_path, "defaults: ../base.yaml\ntrain: {steps: 8}\n", "sub/variant.yaml", stage=None)
     recipe = load_recipe(variant)
     assert (recipe.train.steps, recipe.train.warmup_steps, recipe.run.name) == (8, 2, "base")
+
+
+def test_a_recipe_may_start_from_one_of_another_stage(tmp_path):
+    write(tmp_path, "train: {steps: 5}\nbuffer: {capacity: 7}\nalgorithm: {clip_low: 0.1}\n", "grpo.yaml")
+    recipe = load_recipe(write(tmp_path, "defaults: grpo.yaml\ntrain: {warmup_steps: 1}\n", "align.yaml", "align"))
+    assert type(recipe) is AlignRecipe
+    assert (recipe.train.steps, recipe.train.warmup_steps) == (5, 1)
+    own = write(tmp_path, "defaults: grpo.yaml\nbuffer: {capacity: 8}\n", "own.yaml", "align")
+    with pytest.raises(ValueError, match=r"own.yaml: section buffer is not read by the align stage, only by grpo"):
+        load_recipe(own)
+    with pytest.raises(ValueError, match=r"override 'buffer.capacity=8': section buffer is not read by the align"):
+        load_recipe(tmp_path / "align.yaml", ["buffer.capacity=8"])
+    write(tmp_path, "train: {stepz: 5}\nbufer: {capacity: 7}\n", "grpo.yaml")
+    with pytest.raises(ValueError, match=r"(?s)grpo.yaml: unknown setting 'train.stepz'.*grpo.yaml: .*'bufer'"):
+        load_recipe(tmp_path / "align.yaml")
+
+
+def test_a_stage_may_have_a_default_of_its_own(tmp_path):
+    recipe = load_recipe(write(tmp_path, "train: {steps: 5}", stage="reward_model"))
+    assert recipe.train.parts == (Part.adapter, Part.score)
+    assert own_defaults(RewardModelRecipe, "train") == {"parts": (Part.adapter, Part.score)}
+    assert own_defaults(GrpoRecipe, "train") == {}
 
 
 def test_recipes_that_start_from_each_other_are_refused(tmp_path):
@@ -79,29 +117,36 @@ def test_recipes_that_start_from_each_other_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("train: {learning_rat: 1}", [], r"unknown setting 'train.learning_rat'; did you mean 'learning_rate'\?"),
+        ("train: {learning_rat: 1}", [], r"unknown setting 'train.learning_rat'; did you mean 'train.learning_rate'\?"),
         ("trian: {steps: 1}", [], r"unknown setting 'trian'; did you mean 'train'\?"),
         ("learning_rate: 1", [], r"unknown setting 'learning_rate'; did you mean 'train.learning_rate'\?"),
         ("buffer: {zzz: 1}", [], "unknown setting 'buffer.zzz'; accepted: enabled, capacity"),
+        ("zzz: {a: 1}", [], "unknown setting 'zzz'; accepted: run, model"),
+        ("preference: {beta: 1}", [], "section preference is not read by the grpo stage, only by mpo; remove it"),
         ("train: 5", [], r"train=5 is a section; it needs settings below it: parts, steps"),
-        ("train: {steps: many}", [], r"train.steps='many' is not accepted; expected a whole number"),
+        ("train:", [], r"train=None is a section; it needs settings below it: parts, steps"),
+        ("train: {steps: many}", [], r"recipe.yaml: train.steps='many' is not accepted; expected a whole number"),
         ("train: {steps: 2.5}", [], r"train.steps=2.5 is not accepted; expected a whole number"),
         ("train: {steps: true}", [], r"train.steps is true; expected a whole number"),
         ("train: {steps: }", [], r"train.steps is nothing; expected a whole number"),
         ("buffer: {enabled: maybe}", [], r"buffer.enabled='maybe' is not accepted; expected true or false"),
+        ("run: {stage: grpo, name: 3}", [], r"run.name=3 is not accepted; expected text"),
         ("model: {layers: fast}", [], r"model.layers='fast' is not accepted; expected one of local, te"),
         ("train: {parts: [head]}", [], r"train.parts=\['head'\] is not accepted; expected a list, each one of vision"),
         ("train: {parts: adapter}", [], r"train.parts='adapter' is not accepted; expected a list"),
         ("train: {steps: 1", [], "is not valid YAML"),
         ("train: {steps: 1, steps: 2}", [], "is not valid YAML.*duplicate key"),
-        ("- 1", [], "must map section names to settings"),
-        ("run: {name: '${nowhere.at.all}'}", [], "nowhere"),
+        ("defaults: [a]", [], r"defaults=\['a'\] must be the path of one recipe"),
         ("", ["train.steps"], "override 'train.steps' is not understood; write section.key=value"),
         ("", ["steps=3"], "override 'steps=3' is not understood"),
         ("", ["train.steps=[1"], "the value is not valid YAML"),
-        ("", ["train.stepz=3"], r"unknown setting 'train.stepz'; did you mean 'steps'\?"),
+        ("", ["train.stepz=3"], r"unknown setting 'train.stepz'; did you mean 'train.steps'\?"),
         ("", ["train.steps.more=3"], "train.steps={'more': 3} is not accepted"),
-        ("", ["train.steps=0"], "train.steps=0 is out of range; accepted: 1 or more"),
+        ("", ["train.steps=0"], "override 'train.steps=0': train.steps=0 is out of range; accepted: 1 or more"),
+        ("run: {stage: grpo, output_dir: ' '}", [], "run.output_dir is empty"),
+        ("run: {stage: fast}", [], "run.stage='fast' is not accepted; expected one of align, pairs"),
+        ("run: {name: a}", [], "run.stage is not set; name the stage that the recipe is for: align, pairs"),
+        ("train: {warmup_steps: 200}", [], "^train.warmup_steps=200 is more than train.steps=100"),
     ],
 )
 def test_bad_input_is_refused_by_name(tmp_path, text, overrides, message):
@@ -109,42 +154,205 @@ def test_bad_input_is_refused_by_name(tmp_path, text, overrides, message):
         load_recipe(write(tmp_path, text), overrides)
 
 
+def test_a_list_is_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match="must map section names to settings; sections: run, model"):
+        load_recipe(write(tmp_path, "- 1", stage=None))
+
+
+def test_all_mistakes_are_told_at_once_each_setting_once(tmp_path):
+    text = "trian: {steps: 1}\ntrain: {stepz: 1, steps: x, parts: [a, b], learning_rate: -1}\npairs: {output: a}"
+    with pytest.raises(ValueError, match="^8 mistakes\n") as caught:
+        load_recipe(write(tmp_path, text), ["buffer.capacity=0", "zzz"])
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 8
+    for told in (
+        "'zzz'",
+        "'trian'",
+        "train.stepz",
+        "train.steps='x'",
+        "train.parts=",
+        "learning_rate=-1",
+        "section pairs",
+        "capacity=0",
+    ):
+        assert sum(told in line for line in lines) == 1, told
+
+
+def test_a_long_value_is_cut(tmp_path):
+    with pytest.raises(ValueError, match="train.steps='xxx") as caught:
+        load_recipe(write(tmp_path, f"train: {{steps: {'x' * 10_000}}}"))
+    assert len(str(caught.value)) < 500
+
+
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ValueError, match="'.*none.yaml' is not a file"):
         load_recipe(tmp_path / "none.yaml")
 
 
-def test_what_is_saved_is_read_back(tmp_path):
+def test_a_stage_reads_its_own_recipes_alone(tmp_path):
+    path = write(tmp_path, "train: {steps: 5}", stage="align")
+    assert load_recipe_as(AlignRecipe, path).train.steps == 5
+    with pytest.raises(ValueError, match="is a recipe of the align stage .*; run python -m megatron_r1v2 align"):
+        load_recipe_as(GrpoRecipe, path)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_command_takes_the_recipe_of_any_stage(tmp_path, stage):
+    path = write(tmp_path, "model: {hf_path: there}\ntrain: {steps: 5}", stage=stage.value)
+    recipe = load_recipe_as(EvaluateRecipe, path, ["train.steps=3", "evaluation.runs=2", "reward.shuffle=true"])
+    assert type(recipe) is EvaluateRecipe
+    assert (recipe.model.hf_path, recipe.evaluation.runs, recipe.reward.shuffle) == ("there", 2, True)
+    assert type(load_recipe_as(ServeRecipe, path)) is ServeRecipe
+
+
+def test_a_command_refuses_what_neither_it_nor_the_stage_reads(tmp_path):
+    path = write(tmp_path, "", stage="align")
+    with pytest.raises(ValueError, match="section buffer is not read by the align stage"):
+        load_recipe_as(EvaluateRecipe, path, ["buffer.capacity=3"])
+    with pytest.raises(ValueError, match="train.steps=0 is out of range"):
+        load_recipe_as(EvaluateRecipe, path, ["train.steps=0"])
+    with pytest.raises(ValueError, match="section train is not read by the evaluate stage, only by align"):
+        load_recipe_as(EvaluateRecipe, None, ["train.steps=3"])
+    assert load_recipe_as(EvaluateRecipe, None, ["evaluation.runs=3"]).evaluation.runs == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_saved_is_read_back(tmp_path, stage):
     recipe = load_recipe(
-        write(tmp_path, "model: {transformer_config: {x: [1]}}\n"),
-        ["train.parts=[vision]", "train.learning_rate=1e-7", r"reward.claim_pattern=(?P<name>a)\s: #(?P<value>b)$"],
+        write(tmp_path, "model: {transformer_config: {x: [1]}}\n", stage=stage.value),
+        ["run.name=1e-7", "data.max_corrupt_fraction=1e-7", "generation.temperature=0.1"],
     )
-    (tmp_path / "saved.yaml").write_text(recipe_yaml(recipe))
-    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    path = tmp_path / "saved.yaml"
+    path.write_text(recipe_yaml(recipe))
+    assert load_recipe(path, saved=True) == recipe
+    assert load_recipe(path) == recipe
 
 
-SETTINGS = [f"{name}.{key}" for name, kind in settings_of(RunRecipe).items() for key in settings_of(kind)]
+def test_a_recipe_made_in_code_is_saved_with_its_stage(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(MpoRecipe()))
+    assert load_recipe(tmp_path / "recipe.yaml", saved=True).run.stage is StageName.mpo
+
+
+def test_a_saved_recipe_of_an_earlier_commit_is_refused_in_one_sentence(tmp_path):
+    path = write(tmp_path, "train: {steps: 5}")
+    with pytest.raises(
+        ValueError, match=r"recipe.yaml was written by an earlier version, before .* is not read; start"
+    ):
+        load_recipe(path, saved=True)
+
+
+@pytest.mark.parametrize("schema", ["0", "2", "one"])
+def test_a_schema_of_another_version_is_refused(tmp_path, schema):
+    with pytest.raises(ValueError, match=rf"has schema='?{schema}'?; this version reads 1 to 1"):
+        load_recipe(write(tmp_path, f"schema: {schema}\n"))
+
+
+def test_settings_with_a_new_name_are_read_from_older_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "SCHEMA", 3)
+    monkeypatch.setattr(
+        load,
+        "RENAMES",
+        {2: {"train.size": "train.rows"}, 3: {"train.rows": "train.steps", "old.age": "buffer.max_age"}},
+    )
+    text = "train: {%s: 5, warmup_steps: 1}\nold: {age: 3}\n"
+    for schema, name in ((1, "size"), (2, "rows")):
+        recipe = load_recipe(write(tmp_path, f"schema: {schema}\n" + text % name), saved=True)
+        assert (recipe.train.steps, recipe.train.warmup_steps, recipe.buffer.max_age) == (5, 1, 3)
+    with pytest.raises(ValueError, match=r"unknown setting 'train.rows'"):
+        load_recipe(write(tmp_path, "schema: 3\n" + text % "rows"))
+
+
+SETTINGS = [f"{name}.{key}" for name, kind in every_section().items() for key in kind.model_fields]
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    name=st.sampled_from([*SETTINGS, "train.oops", "nothing"]),
-    value=st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-3, 3),
-        st.floats(),
-        st.text(max_size=4),
-        st.lists(st.integers(), max_size=2),
-    ),
-)
+@given(name=st.sampled_from([*SETTINGS, "train.oops", "nothing"]), value=ANYTHING)
 def test_any_value_gives_a_recipe_or_a_value_error_that_names_the_setting(tmp_path_factory, name, value):
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     section, _, key = name.partition(".")
-    path.write_text(yaml.safe_dump({section: {key: value} if key else value}), encoding="utf-8")
+    stage = next((stage for stage, kind in STAGES.items() if section in kind.sections()), StageName.grpo)
+    recipe = {"run": {"stage": stage.value}}
+    recipe[section] = {**recipe.get(section, {}), key: value} if key else value
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     refusal = None
     try:
         load_recipe(path)
     except ValueError as error:
         refusal = str(error)
-    assert refusal is None or key in refusal
+    assert refusal is None or (key or section) in refusal
+
+
+def random_value(draw: random.Random, depth: int = 0) -> object:
+    """Return something that YAML can hold, often of the right kind."""
+    makers = [
+        lambda: None,
+        lambda: draw.random() < 0.5,
+        lambda: draw.choice([0, 1, 2, -1, 7, 1000, 2**31, 10**30]),
+        lambda: draw.choice([0.0, 0.5, 1.0, -0.5, 1e-6, 1e300, float("inf"), float("nan")]),
+        lambda: draw.choice(
+            ["", " ", "a", "grpo", "adapter", "full", "te", "(", "(?P<name>a)(?P<value>b)", "http://127.0.0.1", "\x85"]
+        ),
+        lambda: [random_value(draw, depth + 1) for _ in range(draw.randrange(3))],
+        lambda: {draw.choice(["a", "steps", 3]): random_value(draw, depth + 1) for _ in range(draw.randrange(3))},
+    ]
+    return draw.choice(makers[: 5 if depth > 2 else 7])()
+
+
+def random_recipe(draw: random.Random) -> object:
+    """Return a recipe of a stage, some of its settings well, some badly, some misspelt, some of another stage."""
+    stage = draw.choice([*StageName])
+    recipe: dict = {"run": {"stage": stage.value}}
+    for name in draw.sample(SETTINGS, draw.randrange(6)):
+        section, _, key = name.partition(".")
+        if draw.random() < 0.1:
+            section = section[:-1]
+        if draw.random() < 0.1:
+            key = key[1:]
+        field = every_section()[section].model_fields.get(key) if section in every_section() else None
+        good = field is not None and draw.random() < 0.5
+        value = field.get_default(call_default_factory=True) if good else random_value(draw)
+        target = recipe.setdefault(section, {})
+        if isinstance(target, dict):
+            target[key] = value if not good else yaml.safe_load(yaml.safe_dump(plain(value)))
+        if draw.random() < 0.05:
+            recipe[section] = random_value(draw)
+    if draw.random() < 0.05:
+        recipe.pop("run")
+    return recipe if draw.random() > 0.02 else random_value(draw)
+
+
+def plain(value: object) -> object:
+    return [plain(item) for item in value] if isinstance(value, tuple) else getattr(value, "value", value)
+
+
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 40))])
+def test_4000_random_recipes_end_with_settings_or_with_advice(tmp_path, seed):
+    draw = random.Random(seed)
+    path = tmp_path / "recipe.yaml"
+    accepted = 0
+    for _ in range(100):
+        path.write_text(yaml.safe_dump(random_recipe(draw)), encoding="utf-8")
+        kinds = [None, EvaluateRecipe, ServeRecipe, PairsRecipe]
+        kind = draw.choices(kinds, [7, 1, 1, 1])[0]
+        overrides = [f"{draw.choice(SETTINGS)}={draw.choice(['1', 'a', '[', 'true', ''])}"] * (draw.random() < 0.2)
+        recipe, refusal = None, None
+        try:
+            recipe = load_recipe(path, overrides) if kind is None else load_recipe_as(kind, path, overrides)
+        except ValueError as error:
+            refusal = error
+        # Of ours: pydantic's own is a ValueError too.
+        assert recipe or (type(refusal) is ValueError and str(refusal))
+        if recipe and recipe.stage:
+            accepted += 1
+            (tmp_path / "saved.yaml").write_text(recipe_yaml(recipe))
+            assert load_recipe_as(type(recipe), tmp_path / "saved.yaml", saved=True) == recipe
+    assert accepted > 5

@@ -100,7 +100,7 @@ def test_order_depends_on_the_seed_alone(folder: Path, tokenizer: ChatTokenizer)
     expected = keys(stream(folder, tokenizer, seed=5), 50)
     assert keys(stream(folder, tokenizer, seed=6), 50) != expected
     torch.manual_seed(99)
-    other = stream(folder, tokenizer, seed=5, shuffle_buffer=3)
+    other = stream(folder, tokenizer, seed=5, shuffle=True)
     assert [key for count in (1, 7, 0, 30, 12) for key in keys(other, count)] == expected
 
 
@@ -111,20 +111,20 @@ def test_reading_leaves_the_global_generator_alone(folder: Path, tokenizer: Chat
 
 
 def test_no_shuffle_keeps_the_order_of_the_shards(folder: Path, tokenizer: ChatTokenizer) -> None:
-    got = keys(stream(folder, tokenizer, shuffle_buffer=0), 40)
+    got = keys(stream(folder, tokenizer, shuffle=False), 40)
     assert got == [f"digits-{index % 37:04d}" for index in range(40)]
 
 
 @settings(max_examples=15, deadline=None)
-@given(before=st.integers(0, 80), after=st.integers(1, 80), shuffle=st.sampled_from([0, 1000]))
+@given(before=st.integers(0, 80), after=st.integers(1, 80), shuffle=st.booleans())
 def test_resume_continues_exactly(
-    folder: Path, tokenizer: ChatTokenizer, before: int, after: int, shuffle: int
+    folder: Path, tokenizer: ChatTokenizer, before: int, after: int, shuffle: bool
 ) -> None:
-    first = stream(folder, tokenizer, shuffle_buffer=shuffle)
+    first = stream(folder, tokenizer, shuffle=shuffle)
     first.next(before)
     state = first.state_dict()
     expected = keys(first, after)
-    second = stream(folder, tokenizer, shuffle_buffer=shuffle)
+    second = stream(folder, tokenizer, shuffle=shuffle)
     second.next(3)  # a stream in use can be set back, too
     second.load_state_dict(state)
     assert second.samples_read == before
@@ -170,8 +170,8 @@ def test_a_position_in_other_data_is_refused(tmp_path: Path, folder: Path, token
         stream(tiny_shards(tmp_path / "other", 5), tokenizer).load_state_dict(state)
     with pytest.raises(ValueError, match=r"run\.seed was 0 when it was saved and is 1 now"):
         stream(folder, tokenizer, seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"data\.shuffle_buffer > 0 was True"):
-        stream(folder, tokenizer, shuffle_buffer=0).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"data\.shuffle was True"):
+        stream(folder, tokenizer, shuffle=False).load_state_dict(state)
 
 
 def without_answer(parts: Parts) -> Parts:
@@ -212,7 +212,7 @@ def test_one_corrupt_sample_in_many_does_not_stop_even_when_it_is_first(
         return {**parts, "0.png": b""} if index == 0 else parts
 
     folder = damaged_shards(tmp_path / "data", 120, damage)
-    assert len(stream(folder, tokenizer, shuffle_buffer=0).next(119)) == 119
+    assert len(stream(folder, tokenizer, shuffle=False).next(119)) == 119
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.01), (12, 0.01), (12, 1.0)])
@@ -222,7 +222,7 @@ def test_a_data_set_with_nothing_usable_stops(
     folder = damaged_shards(tmp_path / "data", count, lambda index, parts: {**parts, "0.png": b"x"})
     message = rf"{count} of {count} samples read are corrupt.*max_corrupt_fraction = {fraction}.*digits-0000"
     with pytest.raises(ValueError, match=message):
-        stream(folder, tokenizer, shuffle_buffer=0, max_corrupt_fraction=fraction).next(1)
+        stream(folder, tokenizer, shuffle=False, max_corrupt_fraction=fraction).next(1)
 
 
 def test_too_many_corrupt_samples_stop(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
@@ -239,7 +239,7 @@ def test_too_many_corrupt_samples_stop(tmp_path: Path, tokenizer: ChatTokenizer)
 
 def test_a_shard_cut_off_is_an_error_at_the_start_and_on_the_way(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     folder = tiny_shards(tmp_path / "data", 20)
-    source = stream(folder, tokenizer, shuffle_buffer=0)
+    source = stream(folder, tokenizer, shuffle=False)
     source.next(2)
     shard = folder / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 + 700])

@@ -47,14 +47,14 @@ def root(tmp_path_factory) -> Path:
 def run_recipes(files: list[str], ports: list[int]) -> None:
     for file, port in zip(files, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)  # a rank may be a run ahead of the one that holds the store
-        run_stage(load_recipe(file), "mpo")
+        run_stage(load_recipe(file))
 
 
 def on_ranks(world_size: int, root: Path, folder: Path, settings: dict[str, tuple[str, ...]]) -> dict[str, Path]:
     """Run one after the other in one set of processes."""
     files = []
     for name, overrides in settings.items():
-        recipe = recipe_for(root, folder / name, (*SETTINGS, *overrides))
+        recipe = recipe_for(root, folder / name, (*SETTINGS, *overrides), stage="mpo")
         files.append(str(folder / f"{name}.run.yaml"))
         write_file(files[-1], recipe_yaml(recipe))
     run_ranks(world_size, run_recipes, files, [free_port() for _ in files])
@@ -65,7 +65,7 @@ def on_ranks(world_size: int, root: Path, folder: Path, settings: dict[str, tupl
 def one_rank(root: Path, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("one")
     return {
-        name: run_stage(recipe_for(root, folder / name, (*SETTINGS, *overrides)), "mpo")
+        name: run_stage(recipe_for(root, folder / name, (*SETTINGS, *overrides), stage="mpo"))
         for name, overrides in ONE_RANK.items()
     }
 

@@ -13,7 +13,8 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_r1v2.config.load import recipe_yaml
-from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, RunRecipe, TrainConfig
+from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.stages.grpo.updates import batch_loss
@@ -101,7 +102,7 @@ def run_case(folder: str, material: Material, case: Case, output: Path) -> Outco
     store = CheckpointStore(output, keep_last=2, asynchronous=False, context=context)
     parts = [Part(part) for part in case.parts]
     state = {"scheduler": policy.scheduler.state_dict(), "version": policy.version}
-    snapshot = Snapshot(2, parts, parts, state, replay={}, recipe=recipe_yaml(RunRecipe()))
+    snapshot = Snapshot(2, parts, parts, state, replay={}, recipe=recipe_yaml(GrpoRecipe()))
     store.save(policy.model, policy.optimizer, snapshot)
     store.finish_pending(blocking=True)
     saved = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}

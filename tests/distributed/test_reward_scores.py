@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from megatron.core import parallel_state
 
-from megatron_r1v2.config.schema import ParallelConfig, Part, RewardConfig, RewardModelConfig, RunRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.config.schema import ParallelConfig, Part, RewardConfig, RewardModelConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.stages.loaded_model import load_model
 from megatron_r1v2.stages.loaded_reward_model import load_reward_model
@@ -24,12 +24,12 @@ LAYOUTS = {
 }
 
 
-def scores_in(recipe: RunRecipe, parallel: ParallelConfig) -> list[float]:
+def scores_in(recipe: GrpoRecipe, parallel: ParallelConfig) -> list[float]:
     """Score some responses with a policy beside; under DP each replica takes another number of them."""
     parallel_state.destroy_model_parallel()
     context = groups.initialize(parallel, seed=1)
-    policy = load_model(replace(recipe, parallel=parallel), context)
-    model = load_reward_model(policy)
+    policy = load_model(recipe.changed(parallel=parallel), context)
+    model = load_reward_model(policy, recipe.changed(parallel=parallel))
     prompts = list(policy.read_prompts(recipe.data.train))[: 5 + context.data_rank]
     return model.score(
         [prompt for prompt in prompts for _ in range(2)],
@@ -37,31 +37,30 @@ def scores_in(recipe: RunRecipe, parallel: ParallelConfig) -> list[float]:
     )
 
 
-def scores_in_layouts(recipe: RunRecipe, layouts: dict[str, ParallelConfig]) -> dict[str, list[float]]:
+def scores_in_layouts(recipe: GrpoRecipe, layouts: dict[str, ParallelConfig]) -> dict[str, list[float]]:
     return {name: scores_in(recipe, layout) for name, layout in layouts.items()}
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> RunRecipe:
+def recipe(tmp_path_factory) -> GrpoRecipe:
     root = tmp_path_factory.mktemp("scores")
-    training = tiny_recipe(root, parts=("adapter", "score"), steps=2)
+    training = tiny_recipe(root, steps=2, stage="reward_model")
     run_ranks(1, run_reward_model, training)
     assert Part.score in training.train.parts
-    return replace(
-        tiny_recipe(root),
+    return tiny_recipe(root).changed(
         reward=RewardConfig(model_weight=0.5),
         reward_model=RewardModelConfig(checkpoint=str(Path(training.run.output_dir))),
     )
 
 
 @pytest.fixture(scope="module")
-def one_rank(recipe: RunRecipe) -> list[float]:
-    (found,) = run_ranks(1, scores_in_layouts, replace(recipe), {"one": ParallelConfig()})
+def one_rank(recipe: GrpoRecipe) -> list[float]:
+    (found,) = run_ranks(1, scores_in_layouts, recipe, {"one": ParallelConfig()})
     return found["one"]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(recipe: RunRecipe) -> list[dict[str, list[float]]]:
+def two_ranks(recipe: GrpoRecipe) -> list[dict[str, list[float]]]:
     return run_ranks(2, scores_in_layouts, recipe, LAYOUTS)
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, RunConfig, RunRecipe
+from megatron_r1v2.config.recipes import EvaluateRecipe
+from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, RunConfig
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
@@ -45,7 +46,7 @@ def shards(tmp_path_factory):
 
 def recipe(shards, output, url, **evaluation):
     settings = {"runs": 2, "attempts": 1, "concurrency": 3, "timeout_seconds": 20.0, **evaluation}
-    return RunRecipe(
+    return EvaluateRecipe(
         run=RunConfig(output_dir=str(output)),
         reward=RewardConfig(verifier_workers=1, claim_pattern=r"(?P<name>left) (?P<value>\d)"),
         evaluation=EvaluationConfig(data=str(shards), endpoint_url=url, endpoint_model="served", **settings),

@@ -36,7 +36,7 @@ def test_recipes_load_and_look_for_the_claims_that_the_data_makes(name):
     recipe = load_recipe(run_demo.RECIPES / f"{name}.yaml")
     assert recipe.reward.claim_pattern == questions.CLAIM_PATTERN
     assert (recipe.model.layers, recipe.model.precision) == (Layers.local, Precision.fp32)
-    assert recipe.train.parts == [Part.adapter]
+    assert recipe.train.parts == (Part.adapter,)
 
 
 def test_recipes_point_to_where_the_demo_writes_by_default():

@@ -19,11 +19,11 @@ WITHOUT_GATE = {"grpo": ("algorithm.gate_tokens=0",)}
 
 @pytest.mark.parametrize("stage", ["align", "mpo", "grpo"])
 def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path: Path, stage: str) -> None:
-    recipe = recipe_for(root, tmp_path / "run", (*EXPLODES, *WITHOUT_GATE.get(stage, ())))
+    recipe = recipe_for(root, tmp_path / "run", (*EXPLODES, *WITHOUT_GATE.get(stage, ())), stage=stage)
     with pytest.raises(
         RuntimeError, match=r"update 2 was skipped, since its gradient is not finite; .*=2 in a row are"
     ):
-        run_stage(recipe, stage)
+        run_stage(recipe)
     assert [line["actor/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [0.0, 1.0]
     kept = sorted((tmp_path / "run" / "skipped").iterdir())
     assert [path.name for path in kept] == ["update-00000002-1-replica-0.pt", "update-00000002-2-replica-0.pt"]
@@ -33,15 +33,15 @@ def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path:
 
 def test_exploded_weights_do_not_pass_the_gate_of_the_next_step(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rollout_corr/log_prob_abs_diff is nan: .* Delete the newest checkpoint"):
-        run_stage(recipe_for(root, tmp_path / "run", EXPLODES), "grpo")
+        run_stage(recipe_for(root, tmp_path / "run", EXPLODES))
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
 
 
 def test_log_probs_that_are_not_finite_skip_the_update_and_keep_its_batch(root: Path, tmp_path: Path) -> None:
     settings = ("algorithm.gate_tokens=0", "train.max_skipped_updates=3", "checkpoint.every_steps=0")
     recipe = recipe_for(root, tmp_path / "run", settings)
-    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
-        stage = GrpoStage(session, pool)
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers(recipe.reward) as pool:
+        stage = GrpoStage(session, recipe, pool)
         before = session.verifier.compute_checksums()
         temperature, session.policy.temperature = session.policy.temperature, float("nan")
         stage.step()
@@ -65,7 +65,7 @@ def test_updates_above_a_gradient_norm_are_skipped_and_change_nothing(root: Path
     recipe = recipe_for(root, tmp_path / "run", settings)
     with open_session(recipe, stage=stage, shown=()) as session:
         before = compute_checksums(session.model, session.model.parts, session.context)
-    run_stage(recipe, stage)
+    run_stage(recipe)
     assert [line["actor/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [1.0] * 3
     state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)
     assert state["checksums"] == before

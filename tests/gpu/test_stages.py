@@ -23,8 +23,10 @@ def mismatch(lines: list[dict[str, float]]) -> float:
 @pytest.mark.parametrize("stage", ["align", "mpo", "grpo"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stage_runs_and_engine_and_training_agree(tmp_path: Path, stage: str, precision: str):
-    recipe = recipe_for(tmp_path, tmp_path / "run", (f"model.precision={precision}", "checkpoint.every_steps=0"))
-    run_stage(recipe, stage)
+    recipe = recipe_for(
+        tmp_path, tmp_path / "run", (f"model.precision={precision}", "checkpoint.every_steps=0"), stage=stage
+    )
+    run_stage(recipe)
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == recipe.train.steps
     norms = [line["actor/grad_norm"] for line in lines if "actor/grad_norm" in line]
@@ -40,7 +42,7 @@ def test_a_stage_runs_and_engine_and_training_agree(tmp_path: Path, stage: str, 
 @pytest.mark.parametrize("stage", ["align", "grpo"])
 def test_layers_of_transformer_engine_train_and_generate(needs_cuda, tmp_path: Path, stage: str, fp8: str):
     overrides = ("model.precision=bf16", "model.layers=te", f"model.fp8={fp8}", "checkpoint.every_steps=0")
-    run_stage(recipe_for(tmp_path, tmp_path / "run", overrides), stage)
+    run_stage(recipe_for(tmp_path, tmp_path / "run", overrides, stage=stage))
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 3
     if stage == "grpo":

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
-from megatron_r1v2.config.choices import Fp8, Recompute
+from megatron_r1v2.config.choices import Fp8, Recompute, StageName
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
@@ -53,7 +53,7 @@ SMALL = R1V2Architecture(
 def small_work(**changes):
     """Return a GRPO workload of fp32 rows of 10 + 7 tokens and two tiles for `SMALL`."""
     values = {
-        "stage": "grpo",
+        "stage": StageName.grpo,
         "parts": ("adapter",),
         "element_bytes": 4,
         "fp8": Fp8.none,

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
-from megatron_r1v2.planning.command import main, stage_of
+from megatron_r1v2.planning.command import main
 from megatron_r1v2.planning.memory import GIB
 from tests.planning.plans import HF_CONFIG, RECIPE
+
+CLUSTER = ("--gpus", "8", "--gpu-memory", "192", "--hf-config", "r1v2-38b", "--json")
+LAYOUT = ("parallel.tensor=8", "parallel.sequence=true")
 
 
 def test_the_command_prints_tables_and_json(capsys):
@@ -65,20 +68,6 @@ def test_a_config_file_or_its_folder_is_accepted(tmp_path, capsys):
     assert "is not valid JSON" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "stage"),
-    [
-        ("align.yaml", "align"),
-        ("a/mpo.yaml", "mpo"),
-        ("grpo_64k.yaml", "grpo"),
-        ("mine.yaml", "grpo"),
-        ("mpo-2.yaml", "mpo"),
-    ],
-)
-def test_the_stage_is_what_the_name_of_the_recipe_says(name, stage):
-    assert stage_of(name) == stage
-
-
 @pytest.mark.parametrize("name", ["align", "mpo"])
 def test_recipes_are_planned_as_their_stage_without_being_told(name, capsys):
     main([f"examples/r1v2_38b/{name}.yaml", "--gpus", "8", "--hf-config", "r1v2-38b", "--json"])
@@ -93,3 +82,53 @@ def test_the_gpu_and_its_attained_parts_can_be_named(capsys):
     assert hardware["name"].startswith("H200")
     assert (hardware["matmul_efficiency"], hardware["bandwidth_efficiency"]) == (0.9, 0.3)
     assert values["limit_bytes"] == int((139.8 - 10) * GIB)
+
+
+def planned(capsys, *arguments):
+    main([*arguments, *CLUSTER])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("stage", "phases"),
+    [
+        ("align", ["generation", "training"]),
+        ("pairs", ["generation"]),
+        ("mpo", ["generation", "log-probs", "training"]),
+        ("reward_model", ["training"]),
+        ("grpo", ["generation", "log-probs", "training"]),
+    ],
+)
+def test_each_stage_has_its_phases_without_a_recipe(capsys, stage, phases):
+    plan = planned(capsys, *LAYOUT, "--stage", stage)
+    assert [rank["phase"] for rank in plan["ranks"]] == phases
+    assert f"planned as the {stage} stage" in plan["notes"][0]
+    assert (plan["seconds"]["decode"] > 0) == (stage in ("pairs", "grpo"))
+    assert (plan["seconds"]["update"] > 0) == (stage != "pairs")
+    assert (plan["host"]["buffer"] > 0) == (stage == "grpo")
+
+
+def test_without_a_stage_it_is_grpo(capsys):
+    assert "planned as the grpo stage" in planned(capsys, *LAYOUT)["notes"][0]
+
+
+def test_the_recipe_of_a_stage_is_planned_as_that_or_as_another(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("run: {stage: reward_model}\nparallel: {tensor: 8, sequence: true}\n")
+    assert "planned as the reward_model stage" in planned(capsys, str(path))["notes"][0]
+    assert "planned as the grpo stage" in planned(capsys, str(path), "--stage", "grpo")["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere.yaml",), "error: recipe 'nowhere.yaml' is not a file"),
+        (("train.stepz=1",), "did you mean 'train.steps'?"),
+        (("--stage", "serve"), "invalid choice: 'serve'"),
+    ],
+)
+def test_bad_input_ends_with_advice(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, *CLUSTER])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

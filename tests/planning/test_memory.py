@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_r1v2.config.choices import Fp8, Part, Recompute
+from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.planning.activations import ActivationModel
 from megatron_r1v2.planning.memory import (
@@ -44,11 +44,11 @@ def test_each_limit_fits_and_a_little_more_does_not(packing):
 
 def test_the_mpo_stage_has_two_responses_a_prompt_that_stay_together():
     recipe = load_recipe(RECIPE)
-    plan = make_plan(recipe, HF_CONFIG, cluster(), stage="mpo")
+    plan = make_plan(recipe, HF_CONFIG, cluster(), stage=StageName.mpo)
     assert [rank.phase for rank in plan.memory.ranks] == ["generation", "log-probs", "training"]
     assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
     assert plan.time.update == pytest.approx(plan_of().time.update / 4, rel=1e-6)
-    work = Workload.from_recipe(recipe, ARCHITECTURE, stage="mpo")
+    work = Workload.from_recipe(recipe, ARCHITECTURE, stage=StageName.mpo)
     assert work.microbatch(8).tokens == 2 * 12288, "a packed row of 12,288 tokens would hold one of the two"
     assert work.microbatch(8).tiles == 3 * 13, "the two share their tiles"
     padded = replace(work, packed_tokens=0, micro_batch_size=1).microbatch(8)
@@ -91,7 +91,7 @@ def test_the_largest_microbatch_by_hand():
     packed = replace(work, packed_tokens=40).microbatch(1)
     assert (packed.rows, packed.tokens, packed.tiles) == (1, 40, 8), "four prompts of 10 tokens, two tiles each"
     assert replace(work, packed_tokens=12).microbatch(1).tokens == 16, "a longer row makes the packed one longer"
-    pair = replace(work, stage="mpo").microbatch(1)
+    pair = replace(work, stage=StageName.mpo).microbatch(1)
     assert (pair.rows, pair.tokens, pair.tiles) == (2, 16, 2), "three rows hold one pair"
 
 
@@ -101,7 +101,7 @@ def test_a_workload_takes_as_many_tiles_as_the_prompt_has_room_for():
     short = load_recipe(RECIPE, ["data.max_prompt_tokens=1000"])
     assert Workload.from_recipe(short, ARCHITECTURE).tiles == 1000 // 256
     assert Workload.from_recipe(recipe, ARCHITECTURE, tiles=2).tiles == 2
-    align = Workload.from_recipe(recipe, ARCHITECTURE, stage="align")
+    align = Workload.from_recipe(recipe, ARCHITECTURE, stage=StageName.align)
     assert (align.responses_per_prompt, align.updates_per_step, align.buffer_capacity) == (1, 1, 0)
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megatron_r1v2.config.choices import Part
+from megatron_r1v2.config.choices import Part, StageName
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.planning.memory import GIB
 from megatron_r1v2.planning.parameters import Layout
@@ -44,15 +44,14 @@ def shipped_recipes():
 def test_each_38b_recipe_fits_the_cluster_that_its_header_names(path):
     header = re.match(r"# Cluster: (\d+) nodes? x (\d+) GPUs x (\d+) GB\n", path.read_text())
     nodes, gpus, memory = (int(number) for number in header.groups())
-    stage = path.stem.split("_")[0]
-    plan = make_plan(load_recipe(path), HF_CONFIG, cluster(nodes * gpus, memory), stage=stage)
+    plan = make_plan(load_recipe(path), HF_CONFIG, cluster(nodes * gpus, memory))
     assert plan.fits, plan.memory.peak
     assert plan.layout.ranks == nodes * gpus
 
 
 def test_the_align_stage_has_no_buffer_and_one_response_a_prompt():
     recipe = load_recipe(RECIPE)
-    plan = make_plan(recipe, HF_CONFIG, cluster(), stage="align")
+    plan = make_plan(recipe, HF_CONFIG, cluster(), stage=StageName.align)
     assert [rank.phase for rank in plan.memory.ranks] == ["generation", "training"]
     assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
     assert plan.time.update == pytest.approx(plan_of().time.update / 8, rel=1e-6)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_r1v2.config.choices import Fp8, Part, Recompute
+from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.planning.memory import GIB
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import (
@@ -34,7 +34,7 @@ def test_operations_of_a_small_model_by_hand():
     assert head_flops(SMALL, 10) == 2 * 10 * 16 * 64
 
 
-def small_time(stage="align", layout=ONE_RANK, hardware=PLAIN, **changes):
+def small_time(stage=StageName.align, layout=ONE_RANK, hardware=PLAIN, **changes):
     responses = {"align": 1, "mpo": 2, "grpo": 2}[stage]
     work = small_work(**({"stage": stage, "element_bytes": 2, "responses_per_prompt": responses, "tiles": 1} | changes))
     return step_time(SMALL, layout, work, hardware, mean_response=5)
@@ -89,7 +89,7 @@ def test_tensor_parallelism_halves_products_and_adds_traffic():
 
 def test_decode_of_a_small_model_is_bound_by_what_it_reads():
     slow = replace(PLAIN, bandwidth=100.0, bf16_flops=1e12)
-    time = small_time("grpo", hardware=slow, prompts_per_step=1)
+    time = small_time(StageName.grpo, hardware=slow, prompts_per_step=1)
     weights = (4 * 2304 + 64 * 16) * 2
     cache = 2 * (10 + 2.5) * (4 * 2 * 2 * 4 * 2)  # two responses, half of one on average, bytes of a token
     assert time.decode_rows == 2

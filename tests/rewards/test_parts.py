@@ -71,7 +71,7 @@ def test_a_part_that_hangs_in_its_worker_is_0_and_counted():
     with VerifierPool(1, 0.2) as pool:
         looping = dataclasses.replace(_response(), rollout=dataclasses.replace(_response().rollout, token_ids=(7,)))
         long = dataclasses.replace(looping, rollout=dataclasses.replace(looping.rollout, token_ids=(7,) * 1_000_000))
-        hungry = dataclasses.replace(EVERY_PART, repetition_tokens=400_000)
+        hungry = EVERY_PART.changed(repetition_tokens=400_000)
         found, checked = score_parts([long, _response()], settings=hungry, pool=pool)
         assert found[0]["repetition"] == 0.0
         assert found[1]["repetition"] == 1.0

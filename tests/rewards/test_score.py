@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 from collections import Counter
@@ -82,9 +81,7 @@ def test_total_is_the_weighted_sum_of_parts_that_are_logged_alone(pool):
 
 
 def test_a_reward_model_and_a_prompt_without_facts(pool):
-    settings = dataclasses.replace(
-        SETTINGS, consistency_weight=0.25, model_weight=0.5, model_centre=0.0, model_scale=1.0
-    )
+    settings = SETTINGS.changed(consistency_weight=0.25, model_weight=0.5, model_centre=0.0, model_scale=1.0)
     prompts = [_prompt("a"), _prompt("a"), _prompt("b", facts={})]
     texts = [GOOD, r"3+5=8</think>\boxed{8}", GOOD]
     scored, counts = _score(pool, texts, prompts, settings, model_scores=[math.log(3), 0.0, -math.log(3)])
@@ -104,7 +101,7 @@ def test_a_reward_model_and_a_prompt_without_facts(pool):
 
 
 def test_a_reward_model_without_scores_is_an_error_and_not_a_zero(pool):
-    weighted = dataclasses.replace(SETTINGS, model_weight=0.5)
+    weighted = SETTINGS.changed(model_weight=0.5)
     with pytest.raises(ValueError, match="reward.model_weight=0.5 but no reward model"):
         _score(pool, [GOOD], [_prompt("a")], weighted)
     with pytest.raises(RuntimeError, match="no finite score"):
@@ -120,7 +117,7 @@ def test_a_reward_model_without_scores_is_an_error_and_not_a_zero(pool):
 def test_the_numeric_tolerance_is_a_setting(pool):
     texts = [r"x</think>\boxed{8.2}", r"x</think>\boxed{8.5}"]
     for tolerance, right in ((1e-6, [False, False]), (0.05, [True, False]), (0.1, [True, True])):
-        settings = dataclasses.replace(SETTINGS, numeric_tolerance=tolerance)
+        settings = SETTINGS.changed(numeric_tolerance=tolerance)
         scored, _ = _score(pool, texts, [_prompt("a")] * 2, settings)
         assert [response.rule_correct for response in scored] == right
 
@@ -138,7 +135,7 @@ def test_counts_of_two_ranks_add_up_to_the_metrics_of_one(pool):
 def test_a_rate_without_a_denominator_is_left_out(pool):
     _, counts = _score(pool, [], [])
     assert reward_metrics(counts) == {"verifier/timeouts": 0, "verifier/crashes": 0}
-    _, counts = _score(pool, [GOOD], [_prompt("a")], dataclasses.replace(SETTINGS, claim_pattern=""))
+    _, counts = _score(pool, [GOOD], [_prompt("a")], SETTINGS.changed(claim_pattern=""))
     assert "hallucination/rate" not in reward_metrics(counts)
     assert reward_metrics(counts)["hallucination/coverage"] == 0
     json.dumps(counts, allow_nan=False)
@@ -152,7 +149,7 @@ def test_hostile_answers_and_claims_cost_only_their_own_score(pool):
     assert scored[0].claims == (("left", "3"),)
     assert (counts["verifier_timeouts"], counts["verifier_crashes"]) == (1, 0)
 
-    careless = dataclasses.replace(SETTINGS, claim_pattern=r"(?P<name>(l+)+) (?P<value>\d)")
+    careless = SETTINGS.changed(claim_pattern=r"(?P<name>(l+)+) (?P<value>\d)")
     scored, counts = _score(pool, [GOOD + "l" * 60, GOOD], [_prompt("a"), _prompt("b")], careless)
     assert [response.total for response in scored] == [1.25, 1.25]
     assert scored[0].claims == ()
@@ -165,7 +162,7 @@ def test_what_does_not_fit_together_is_an_error(pool):
     with pytest.raises(ValueError, match=r"no prompt for rollouts of \['b'\]"):
         score_rollouts({"a": _prompt("a")}, [_rollout("b")], [""], settings=SETTINGS, pool=pool, max_response_tokens=32)
     with pytest.raises(ValueError, match="reward.claim_pattern"):
-        _score(pool, [""], [_prompt("a")], dataclasses.replace(SETTINGS, claim_pattern="(?P<name>x)"))
+        _score(pool, [""], [_prompt("a")], SETTINGS.changed(claim_pattern="(?P<name>x)"))
 
 
 def _responses(count):

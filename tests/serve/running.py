@@ -10,14 +10,14 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import AlignRecipe
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.serve.command import main
@@ -101,16 +101,16 @@ def messages_of(prompt: Prompt) -> list[Any]:
     return openai_messages(prompt.messages, prompt.images)
 
 
-def recipe_of(root: Path) -> RunRecipe:
-    recipe = tiny_recipe(root, parts=("adapter", "language"), steps=1)
-    return replace(recipe, generation=replace(recipe.generation, max_response_tokens=RESPONSE_TOKENS))
+def recipe_of(root: Path) -> AlignRecipe:
+    recipe = tiny_recipe(root, parts=("adapter", "language"), steps=1, stage="align")
+    return recipe.changed(generation=recipe.generation.changed(max_response_tokens=RESPONSE_TOKENS))
 
 
 def train_and_generate(root: Path) -> tuple[list[Prompt], list[str], list[list[float]]]:
     """Make a run of one step and return prompts, and what its checkpoint answers greedily, in process."""
     recipe = recipe_of(root)
-    run_align(replace(recipe, train=replace(recipe.train, learning_rate=2e-3)))
-    recipe = replace(recipe, model=replace(recipe.model, checkpoint=recipe.run.output_dir))
+    run_align(recipe.changed(train=recipe.train.changed(learning_rate=2e-3)))
+    recipe = recipe.changed(model=recipe.model.changed(checkpoint=recipe.run.output_dir))
     with open_model(recipe) as loaded:
         prompts = list(loaded.read_prompts(recipe.data.train))
         rollouts = loaded.engine().generate(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import ParallelConfig, RunRecipe
+from megatron_r1v2.config.recipes import ServeRecipe
+from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.serve.command import check_one_replica, main, serving_recipe
 
 
@@ -63,7 +63,7 @@ def test_help_says_what_it_is_for_and_what_is_left_to_others(capsys):
 
 
 def test_a_layout_needs_its_number_of_processes():
-    recipe = RunRecipe(parallel=ParallelConfig(tensor=2, pipeline=2))
+    recipe = ServeRecipe(parallel=ParallelConfig(tensor=2, pipeline=2))
     check_one_replica(recipe, 4)
     for world_size in (1, 8):
         with pytest.raises(ValueError, match=f"needs 4 processes and there are {world_size}"):
@@ -78,4 +78,4 @@ def test_a_run_brings_its_settings_and_an_hf_model_the_defaults(run):
     assert serving_recipe(checkpoint, []).model.checkpoint == checkpoint
     recipe = serving_recipe(str(run.root / "model"), [])
     assert recipe.model.hf_path == str(run.root / "model")
-    assert replace(recipe, model=RunRecipe().model) == RunRecipe()
+    assert recipe.changed(model=ServeRecipe().model) == ServeRecipe()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from examples.digits.verify_endpoint import lm_eval_python, run_lm_eval
-from megatron_r1v2.config.schema import EvaluationConfig, RunConfig, RunRecipe
+from megatron_r1v2.config.recipes import EvaluateRecipe
+from megatron_r1v2.config.schema import EvaluationConfig, RunConfig
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.stream import read_shards
@@ -26,16 +26,18 @@ STEPS = 25
 
 def train(root: Path) -> None:
     base = recipe_of(root)
-    run_align(replace(base, train=replace(base.train, steps=STEPS, learning_rate=0.01)))
+    run_align(base.changed(train=base.train.changed(steps=STEPS, learning_rate=0.01)))
 
 
-def recipe(root: Path, output: Path, **evaluation) -> RunRecipe:
+def recipe(root: Path, output: Path, **evaluation) -> EvaluateRecipe:
     settings = {"runs": RUNS, "temperature": 0.0, **evaluation}
     base = recipe_of(root)
-    return replace(
-        base,
+    return EvaluateRecipe(
         run=RunConfig(output_dir=str(output)),
-        model=replace(base.model, checkpoint=str(root / "run")),
+        model=base.model.changed(checkpoint=str(root / "run")),
+        data=base.data,
+        generation=base.generation,
+        reward=base.reward,
         evaluation=EvaluationConfig(data=str(root / "data"), **settings),
     )
 

@@ -22,8 +22,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_r1v2.config.load import load_recipe, recipe_yaml
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.choices import StageName
+from megatron_r1v2.config.load import load_recipe, load_recipe_as, recipe_yaml
+from megatron_r1v2.config.recipes import EvaluateRecipe, Recipe
 from megatron_r1v2.monitoring.metrics import find_metric
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.stages.align import run_align
@@ -34,28 +35,33 @@ from megatron_r1v2.training.store import finished_checkpoints
 from tests.ranks import enter_rank, forked_context, free_port
 from tests.stages.tiny_run import tiny_recipe
 
-_STAGES = {"grpo": run_grpo, "align": run_align, "mpo": run_mpo, "reward_model": run_reward_model}
+_STAGES = {
+    StageName.grpo: run_grpo,
+    StageName.align: run_align,
+    StageName.mpo: run_mpo,
+    StageName.reward_model: run_reward_model,
+}
 
 
-def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = ()) -> RunRecipe:
+def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = (), *, stage: str = "grpo") -> Recipe:
     """Return the settings of a small run on the model and data below `root`, changed as a command line would.
 
     Args:
         root: of `tiny_recipe`.
         output: the run's folder; its recipe is written beside it.
         overrides: `section.key=value`.
+        stage: that it is for; or "evaluate", with the recipe of grpo.
     """
-    recipe = tiny_recipe(root)
-    recipe.run.output_dir = str(output)
+    recipe = tiny_recipe(root, stage="grpo" if stage == "evaluate" else stage)
     file = output.with_name(output.name + ".yaml")
-    write_file(file, recipe_yaml(recipe))
-    return load_recipe(file, overrides)
+    write_file(file, recipe_yaml(recipe.changed(run=recipe.run.changed(output_dir=str(output)))))
+    return load_recipe_as(EvaluateRecipe, file, overrides) if stage == "evaluate" else load_recipe(file, overrides)
 
 
-def run_stage(recipe: RunRecipe, stage: str = "grpo") -> Path:
+def run_stage(recipe: Recipe) -> Path:
     """Run a stage in this process, and leave no gloo threads behind: they poll for ever."""
     try:
-        return _STAGES[stage](recipe)
+        return _STAGES[recipe.stage](recipe)
     finally:
         gc.collect()
 
@@ -171,13 +177,12 @@ def has_line(run: Path, file: str, step: int) -> bool:
 class Ranks:
     """A run in processes of its own: they may be killed, and start fast, since a server has imported everything."""
 
-    def __init__(self, recipe: RunRecipe, world_size: int = 1, stage: str = "grpo") -> None:
+    def __init__(self, recipe: Recipe, world_size: int = 1) -> None:
         """Start the processes.
 
         Args:
             recipe: the settings.
             world_size: processes.
-            stage: "grpo", "align", "mpo" or "reward_model".
         """
         output = Path(recipe.run.output_dir)
         output.mkdir(parents=True, exist_ok=True)
@@ -188,7 +193,7 @@ class Ranks:
         context = forked_context()
         port = self._port = free_port()
         self.processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, port, str(file), stage, str(self.log)))
+            context.Process(target=_rank_main, args=(rank, world_size, port, str(file), str(self.log)))
             for rank in range(world_size)
         ]
         for process in self.processes:
@@ -250,13 +255,13 @@ class Ranks:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _rank_main(rank: int, world_size: int, port: int, file: str, stage: str, log: str) -> None:
+def _rank_main(rank: int, world_size: int, port: int, file: str, log: str) -> None:
     os.setpgid(0, 0)
     enter_rank(rank, world_size, port)
     gc.freeze()  # megatron-core collects garbage in each save, a second for all that is imported
     with Path(log).open("a", buffering=1) as stderr, contextlib.redirect_stderr(stderr):
         try:
-            run_stage(load_recipe(file), stage)
+            run_stage(load_recipe(file))
         except BaseException:
             traceback.print_exc()
             stderr.flush()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import AlignRecipe
 from megatron_r1v2.stages.align import supervised_sample
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.training.store import finished_checkpoints
@@ -27,14 +27,14 @@ from tests.stages.runs import (
 Run = Callable[..., Path]
 
 
-def settings(root: Path, output: Path, *overrides: str) -> RunRecipe:
-    return recipe_for(root, output, ("checkpoint.every_steps=0", *overrides))
+def settings(root: Path, output: Path, *overrides: str) -> AlignRecipe:
+    return recipe_for(root, output, ("checkpoint.every_steps=0", *overrides), stage="align")
 
 
 @pytest.fixture
 def run(root: Path, tmp_path: Path) -> Run:
     def start(*overrides: str, name: str = "run") -> Path:
-        return run_stage(settings(root, tmp_path / name, *overrides), "align")
+        return run_stage(settings(root, tmp_path / name, *overrides))
 
     return start
 
@@ -106,7 +106,6 @@ def test_the_stage_ends_when_validation_is_good_enough(run: Run, root: Path) -> 
     assert (
         run_stage(
             settings(root, folder, "train.steps=40", "train.learning_rate=0.01", "train.parts=[adapter, language]"),
-            "align",
         )
         == folder
     )

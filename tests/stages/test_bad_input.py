@@ -30,9 +30,9 @@ def run_entry(root: Path, tmp_path: Path, capsys) -> Entry:
     """Return a function that runs an entry point with overrides and gives back its error message."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("data")
-    recipe_for(root, tmp_path / "run", SHORT)
 
     def run(*overrides: str, stage: str = "grpo") -> str:
+        recipe_for(root, tmp_path / "run", SHORT, stage=stage)
         with pytest.raises(SystemExit) as ended:
             main([stage, str(tmp_path / "run.yaml"), *SHORT, *overrides])
         told = capsys.readouterr().err
@@ -68,7 +68,7 @@ def damaged_data(folder: Path, damaged: int, *, images: int = 40) -> Path:
 @pytest.mark.parametrize("stage", ["grpo", "align", "mpo", "evaluate"])
 def test_an_unknown_setting_is_named_with_the_one_meant(run_entry: Entry, stage: str) -> None:
     message = run_entry("train.learnig_rate=1", stage=stage)
-    assert "unknown setting 'train.learnig_rate'; did you mean 'learning_rate'?" in message
+    assert "unknown setting 'train.learnig_rate'; did you mean 'train.learning_rate'?" in message
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_template_that_repeats_an_image_is_told_with_both_counts(run_entry: En
 def test_a_few_corrupt_images_are_skipped_and_counted(root: Path, tmp_path: Path) -> None:
     data = damaged_data(tmp_path / "data", 2)
     overrides = (*SHORT, f"data.train={data}", "data.max_corrupt_fraction=0.1", "train.prompts_per_step=30")
-    lines = read_metrics(run_stage(recipe_for(root, tmp_path / "run", overrides), "align"))
+    lines = read_metrics(run_stage(recipe_for(root, tmp_path / "run", overrides, stage="align")))
     assert lines[-1]["data/corrupt_samples"] >= 2
     assert lines[-1]["data/samples_read"] >= 60 + lines[-1]["data/corrupt_samples"]
 
@@ -190,7 +190,7 @@ def test_a_start_from_nothing_finished_is_refused(run_entry: Entry, tmp_path: Pa
 
 
 def test_a_checkpoint_of_a_model_of_another_size_is_named(run_entry: Entry, root: Path, tmp_path: Path) -> None:
-    run_stage(recipe_for(root, tmp_path / "first", SHORT), "align")
+    run_stage(recipe_for(root, tmp_path / "first", SHORT, stage="align"))
     other = wider_model(tmp_path / "wide")
     message = run_entry(f"model.hf_path={other}", f"model.checkpoint={tmp_path / 'first'}")
     assert "step-00000002" in message
@@ -215,7 +215,7 @@ def wider_model(folder: Path) -> Path:
 def test_an_export_that_fails_leaves_checkpoint_and_target_as_they_were(
     root: Path, tmp_path: Path, model: Path, capsys
 ) -> None:
-    run = run_stage(recipe_for(root, tmp_path / "run", SHORT), "align")
+    run = run_stage(recipe_for(root, tmp_path / "run", SHORT, stage="align"))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     export = tmp_path / "export"
     arguments = ["--checkpoint", str(run), "--base", str(model), "--output", str(export)]

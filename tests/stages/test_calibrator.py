@@ -159,7 +159,7 @@ def test_tau_holds_mpo_on_pairs_that_prefer_hallucination(root: Path, pairs: Pat
 
     def start(name: str, target: float) -> Path:
         overrides = (*MPO, *data, f"hallucination.target_rate={target}", "evaluation.every_steps=1")
-        return run_stage(recipe_for(root, tmp_path / name, overrides), "mpo")
+        return run_stage(recipe_for(root, tmp_path / name, overrides, stage="mpo"))
 
     free, run = read_metrics(start("free", 0.0)), start("held", TARGET)
     held = read_metrics(run)

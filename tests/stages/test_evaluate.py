@@ -34,10 +34,12 @@ def test_an_evaluation_is_written_and_comes_out_the_same_again(root: Path, tmp_p
 
 def test_a_checkpoint_is_evaluated_at_its_step(root: Path, tmp_path: Path) -> None:
     overrides = ("train.steps=12", "train.learning_rate=0.01", "checkpoint.every_steps=0", "train.parts=[language]")
-    align = run_stage(recipe_for(root, tmp_path / "align", overrides), "align")
+    align = run_stage(recipe_for(root, tmp_path / "align", overrides, stage="align"))
     data = f"evaluation.data={root / 'data'}"
-    before = run_evaluation(recipe_for(root, tmp_path / "run", (data,)), "before")
-    after = run_evaluation(recipe_for(root, tmp_path / "run", (data, f"model.checkpoint={align}")), "after")
+    before = run_evaluation(recipe_for(root, tmp_path / "run", (data,), stage="evaluate"), "before")
+    after = run_evaluation(
+        recipe_for(root, tmp_path / "run", (data, f"model.checkpoint={align}"), stage="evaluate"), "after"
+    )
     assert after.step == 12
     assert after.pass_at_1 > before.pass_at_1
     assert after.format_rate > 0.5
@@ -45,7 +47,9 @@ def test_a_checkpoint_is_evaluated_at_its_step(root: Path, tmp_path: Path) -> No
 
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(root: Path, tmp_path: Path) -> None:
     data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5")
-    whole = run_evaluation(recipe_for(root, tmp_path / "whole", (*data, "evaluation.save_every_prompts=5")), "e")
+    whole = run_evaluation(
+        recipe_for(root, tmp_path / "whole", (*data, "evaluation.save_every_prompts=5"), stage="evaluate"), "e"
+    )
     recipe = recipe_for(root, tmp_path / "cut", (*data, "evaluation.save_every_prompts=2"))
     run_evaluation(recipe, "e")
     lines = (tmp_path / "cut" / "evaluation-e.rollouts.jsonl").read_text().splitlines()
@@ -68,8 +72,8 @@ def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp
     others = [replace(sample, answer="neither", alternatives=("0", "1")) for sample in samples]
     write_shards(others, tmp_path / "data")
     recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={tmp_path / 'data'}",))
-    with open_model(recipe) as loaded, loaded.verifiers() as pool:
-        evaluator = loaded.evaluator(loaded.engine(), pool)
+    with open_model(recipe) as loaded, loaded.verifiers(recipe.reward) as pool:
+        evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
         validated = evaluator.run(list(loaded.read_prompts(recipe.evaluation.data)), name="validation", step=0)
     assert validated.pass_at_1 > 0
     commanded = run_evaluation(recipe, "validation")

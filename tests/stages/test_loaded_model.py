@@ -41,7 +41,7 @@ def test_prompts_are_read_in_their_order(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_brings_its_parts_and_its_version(root: Path, tmp_path: Path) -> None:
-    run = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=2", "checkpoint.every_steps=0")), "align")
+    run = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=2", "checkpoint.every_steps=0"), stage="align"))
     with open_model(recipe_for(root, tmp_path / "run")) as loaded:
         assert (loaded.changed_parts, loaded.version) == ([], 0)
     with open_model(recipe_for(root, tmp_path / "run", (f"model.checkpoint={run}",))) as loaded:
@@ -49,10 +49,12 @@ def test_a_checkpoint_brings_its_parts_and_its_version(root: Path, tmp_path: Pat
 
 
 def test_the_leader_of_a_replica_has_verifiers_and_the_engine_answers(root: Path, tmp_path: Path) -> None:
-    with open_model(recipe_for(root, tmp_path / "run")) as loaded, loaded.verifiers() as pool:
+    recipe = recipe_for(root, tmp_path / "run")
+    with open_model(recipe) as loaded, loaded.verifiers(recipe.reward) as pool:
         assert isinstance(pool, VerifierPool)
         prompts = list(loaded.read_prompts(loaded.recipe.data.train, 2))
-        result = loaded.evaluator(loaded.engine(), pool).run(prompts, name="test", step=0)
+        evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
+        result = evaluator.run(prompts, name="test", step=0)
         assert result.num_prompts == 2
         longer: list[Rollout] = loaded.engine(prefix_tokens=5).generate(
             prompts,

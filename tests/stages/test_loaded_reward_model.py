@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.stages.loaded_reward_model import load_reward_model, open_reward_model
 from megatron_r1v2.stages.session import open_session
@@ -21,17 +21,17 @@ SETTINGS = ("train.parts=[adapter, score]", "train.steps=3", "train.learning_rat
 
 @pytest.fixture(scope="module")
 def trained(root: Path, tmp_path_factory) -> Path:
-    return run_stage(recipe_for(root, tmp_path_factory.mktemp("trained") / "run", SETTINGS), "reward_model")
+    return run_stage(recipe_for(root, tmp_path_factory.mktemp("trained") / "run", SETTINGS, stage="reward_model"))
 
 
-def grpo_recipe(root: Path, output: Path, checkpoint: Path | str, *overrides: str) -> RunRecipe:
+def grpo_recipe(root: Path, output: Path, checkpoint: Path | str, *overrides: str) -> GrpoRecipe:
     scored = ("reward.model_weight=0.5", "reward.model_centre=0", "reward.model_scale=2")
     return recipe_for(root, output, (*scored, f"reward_model.checkpoint={checkpoint}", "train.steps=2", *overrides))
 
 
 def test_the_loaded_model_scores_as_the_trained_one(root: Path, tmp_path: Path, trained: Path) -> None:
     """Texts through the loop's path give what the stage itself computes from the tokens of its pairs."""
-    with open_session(recipe_for(root, trained, SETTINGS),
+    with open_session(recipe_for(root, trained, SETTINGS, stage="reward_model"),
                       stage="reward_model", shown=()) as session:  # fmt: skip
         prompts = session.stream.next(6)
         source = PairSource("reward_model", "data.train")
@@ -41,8 +41,9 @@ def test_the_loaded_model_scores_as_the_trained_one(root: Path, tmp_path: Path, 
         expected = {}
         for microbatch, values_BS in zip(part, session.policy.compute_values([p.batch for p in part]), strict=True):
             expected |= dict(zip(microbatch.names, last_scores(values_BS, microbatch.batch).tolist(), strict=True))
-    with open_model(grpo_recipe(root, tmp_path / "grpo", trained)) as policy:
-        model = load_reward_model(policy)
+    recipe = grpo_recipe(root, tmp_path / "grpo", trained)
+    with open_model(recipe) as policy:
+        model = load_reward_model(policy, recipe)
         assert not any(weight.requires_grad for weight in model.forward.model.parameters())
         texts = [text for p in prompts for text in (p.preference.chosen, p.preference.rejected)]
         scores = model.score([p for p in prompts for _ in range(2)], texts)
@@ -52,9 +53,9 @@ def test_the_loaded_model_scores_as_the_trained_one(root: Path, tmp_path: Path, 
 
 
 def test_a_checkpoint_without_a_head_gives_no_scores(root: Path, tmp_path: Path) -> None:
-    aligned = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=1",)), "align")
+    aligned = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=1",), stage="align"))
     with pytest.raises(ValueError, match=r"holds \['adapter'\] and no score head"):
-        run_stage(grpo_recipe(root, tmp_path / "grpo", aligned), "grpo")
+        run_stage(grpo_recipe(root, tmp_path / "grpo", aligned))
 
 
 def test_a_model_that_reads_other_tokens_is_refused(root: Path, tmp_path: Path, trained: Path) -> None:
@@ -63,9 +64,10 @@ def test_a_model_that_reads_other_tokens_is_refused(root: Path, tmp_path: Path, 
     template.write_text(template.read_text().replace("<think>", "<think> "))
     recipe = grpo_recipe(root, tmp_path / "grpo", trained, f"reward_model.hf_path={other}")
     with open_model(recipe) as policy, pytest.raises(ValueError, match="differ in tokenizer or chat template: prompts"):
-        load_reward_model(policy)
+        load_reward_model(policy, recipe)
 
 
 def test_nothing_is_opened_where_nothing_is_weighed(root: Path, tmp_path: Path) -> None:
-    with open_model(recipe_for(root, tmp_path / "run")) as policy:
-        assert open_reward_model(policy) is None
+    recipe = recipe_for(root, tmp_path / "run")
+    with open_model(recipe) as policy:
+        assert open_reward_model(policy, recipe) is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import MpoRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
@@ -27,14 +27,14 @@ DPO = ("preference.preference_weight=1", "preference.quality_weight=0", "prefere
 SFT = ("preference.preference_weight=0", "preference.quality_weight=0", "preference.generation_weight=1")
 
 
-def settings(root: Path, output: Path, *overrides: str) -> RunRecipe:
-    return recipe_for(root, output, ("checkpoint.every_steps=0", *overrides))
+def settings(root: Path, output: Path, *overrides: str, stage: str = "mpo") -> MpoRecipe:
+    return recipe_for(root, output, ("checkpoint.every_steps=0", *overrides), stage=stage)
 
 
 @pytest.fixture
 def run(root: Path, tmp_path: Path) -> Run:
     def start(*overrides: str, name: str = "run") -> Path:
-        return run_stage(settings(root, tmp_path / name, *overrides), "mpo")
+        return run_stage(settings(root, tmp_path / name, *overrides))
 
     return start
 
@@ -84,7 +84,7 @@ def test_supervised_training_on_pairs_is_the_align_stage(run: Run, root: Path, t
     """The data has each chosen response as reference response too."""
     steps = ("train.steps=2", "train.micro_batch_size=4")
     ours = end(run(*steps, *SFT, "preference.generation_aggregation=token"))
-    theirs = end(run_stage(settings(root, tmp_path / "align", *steps), "align"))
+    theirs = end(run_stage(settings(root, tmp_path / "align", *steps, stage="align")))
     assert differences(ours["tensors"], theirs["tensors"]) == []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.stages.pair_shards import (
@@ -27,8 +27,8 @@ from tests.tiny import tiny_sample
 GOOD = Preference("good", "bad", 0.5, "margin")
 
 
-def recipe(root: Path, folder: Path, *overrides: str) -> RunRecipe:
-    return recipe_for(root, folder / "run", (f"pairs.output={folder / 'pairs'}", *overrides))
+def recipe(root: Path, folder: Path, *overrides: str) -> PairsRecipe:
+    return recipe_for(root, folder / "run", (f"pairs.output={folder / 'pairs'}", *overrides), stage="pairs")
 
 
 def test_counts_of_rounds_add_up() -> None:

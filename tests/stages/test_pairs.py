@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import RunRecipe
-from megatron_r1v2.config.validate import check_stage
+from megatron_r1v2.config.recipes import PairsRecipe
+from megatron_r1v2.config.validate import check_start
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -31,15 +31,16 @@ def made(root: Path, tmp_path_factory) -> Path:
     """Return the pairs of one uninterrupted run."""
     folder = tmp_path_factory.mktemp("pairs")
     learn = ("train.steps=12", "train.learning_rate=0.01", "checkpoint.every_steps=0", "train.parts=[language]")
-    run_stage(recipe_for(root, root / "aligned", learn), "align")
+    run_stage(recipe_for(root, root / "aligned", learn, stage="align"))
     return run_pairs(recipe(root, folder))
 
 
-def recipe(root: Path, folder: Path, *overrides: str) -> RunRecipe:
+def recipe(root: Path, folder: Path, *overrides: str) -> PairsRecipe:
     return recipe_for(
         root,
         folder / "run",
         (*SETTINGS, f"model.checkpoint={root / 'aligned'}", f"pairs.output={folder / 'pairs'}", *overrides),
+        stage="pairs",
     )
 
 
@@ -93,7 +94,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
     assert (resumed[0].key, resumed[0].chosen) == ("sample-000-pair0", "good")
     assert resumed[1:] == [sample for sample in whole if sample.key >= "sample-006"]
     with pytest.raises(ValueError, match="exists already"):
-        check_stage(settings, "pairs")
+        check_start(settings)
 
 
 @pytest.mark.slow
@@ -111,13 +112,15 @@ def test_pairs_are_built_again_from_the_model_that_learnt_from_them(root: Path, 
     """Iterative MPO: pairs, mpo, pairs with the new model."""
     settings = ("train.steps=2", "train.prompts_per_step=2", "train.parts=[language]", "checkpoint.every_steps=0")
     start = f"model.checkpoint={root / 'aligned'}"
-    first = run_stage(recipe_for(root, tmp_path / "mpo-1", (*settings, start, f"data.train={made}")), "mpo")
+    first = run_stage(recipe_for(root, tmp_path / "mpo-1", (*settings, start, f"data.train={made}"), stage="mpo"))
     again = run_pairs(recipe(root, tmp_path / "round-2", f"model.checkpoint={first}"))
     counts = [json.loads((folder / "pairs.json").read_text()) for folder in (made, again)]
     assert [count["policy_version"] for count in counts] == [12, 2]
     assert counts[1]["model"] == str(first)
     second = run_stage(
-        recipe_for(root, tmp_path / "mpo-2", (*settings, f"model.checkpoint={first}", f"data.train={again}")), "mpo"
+        recipe_for(
+            root, tmp_path / "mpo-2", (*settings, f"model.checkpoint={first}", f"data.train={again}"), stage="mpo"
+        )
     )
     references = [{path.name for path in (run / "reference").glob("*.jsonl")} for run in (first, second)]
     assert references[0].isdisjoint(references[1])

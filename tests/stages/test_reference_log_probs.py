@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import MpoRecipe
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.stages import reference_log_probs as module
 from megatron_r1v2.stages.preemption import PreemptionHandler
@@ -19,16 +19,19 @@ from tests.stages.runs import read_metrics, recipe_for, run_stage
 from tests.stages.tiny_run import write_data, write_model
 
 
-def recipe(root: Path, tmp_path: Path, *overrides: str, name: str = "run") -> RunRecipe:
+def recipe(root: Path, tmp_path: Path, *overrides: str, name: str = "run") -> MpoRecipe:
     shared = f"preference.reference_dir={tmp_path / 'reference'}"
-    return recipe_for(root, tmp_path / name, (shared, "checkpoint.every_steps=0", "train.steps=1", *overrides))
+    return recipe_for(
+        root, tmp_path / name, (shared, "checkpoint.every_steps=0", "train.steps=1", *overrides), stage="mpo"
+    )
 
 
-def compute(settings: RunRecipe) -> tuple[Fingerprint, dict[str, float] | None]:
+def compute(settings: MpoRecipe) -> tuple[Fingerprint, dict[str, float] | None]:
     with open_session(settings, stage="mpo", shown=()) as session:
         fingerprint = compute_reference_fingerprint(session)
         source = PairSource("mpo", "data.train")
-        return fingerprint, load_or_compute_log_probs(session, source, fingerprint)
+        folder = Path(settings.preference.reference_dir)
+        return fingerprint, load_or_compute_log_probs(session, source, fingerprint, folder=folder)
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -83,7 +86,7 @@ def test_what_has_changed_is_noticed(root: Path, tmp_path: Path, forwards: list[
 
 def test_the_checkpoint_that_the_stage_starts_from_counts(root: Path, tmp_path: Path) -> None:
     fingerprint, _ = compute(recipe(root, tmp_path))
-    start = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=1",)), "align")
+    start = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=1",), stage="align"))
     other, _ = compute(recipe(root, tmp_path, f"model.checkpoint={start}", name="other"))
     assert other.values["model"] != fingerprint.values["model"]
 
@@ -129,14 +132,14 @@ def test_the_file_says_what_it_belongs_to(root: Path, tmp_path: Path) -> None:
 
 def test_a_resumed_run_refuses_other_data_or_a_lost_file(root: Path, tmp_path: Path) -> None:
     start = ("train.steps=2", "checkpoint.every_steps=1")
-    run = run_stage(recipe(root, tmp_path, *start), "mpo")
+    run = run_stage(recipe(root, tmp_path, *start))
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     with pytest.raises(ValueError, match="has changed since it was saved: settings"):
-        run_stage(recipe(root, tmp_path, *start, "generation.temperature=0.7"), "mpo")
+        run_stage(recipe(root, tmp_path, *start, "generation.temperature=0.7"))
     (path,) = files(tmp_path)
     path.rename(tmp_path / "kept")
     with pytest.raises(ValueError, match="is gone, the reference log-probs that this run has trained against"):
-        run_stage(recipe(root, tmp_path, *start), "mpo")
+        run_stage(recipe(root, tmp_path, *start))
     (tmp_path / "kept").rename(path)
-    run_stage(recipe(root, tmp_path, *start), "mpo")
+    run_stage(recipe(root, tmp_path, *start))
     assert len(read_metrics(run)) == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.resilience.files import partial_path
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
@@ -64,7 +64,7 @@ def assert_is_worth_comparing(run: Path) -> None:
 class Restarts:
     """Starts a run again and again, and holds that it goes on from the newest checkpoint."""
 
-    def __init__(self, recipe: RunRecipe, world_size: int) -> None:
+    def __init__(self, recipe: GrpoRecipe, world_size: int) -> None:
         self.recipe = recipe
         self.world_size = world_size
         self.run = Path(recipe.run.output_dir)
@@ -87,7 +87,7 @@ class Restarts:
         return int(finished[-1].name.removeprefix("step-")) if finished else 0
 
 
-def kill_three_times(recipe: RunRecipe, world_size: int) -> None:
+def kill_three_times(recipe: GrpoRecipe, world_size: int) -> None:
     """Kill after a step that no checkpoint holds, while a checkpoint is written, and in the middle of a step."""
     restarts = Restarts(recipe, world_size)
     run = restarts.run

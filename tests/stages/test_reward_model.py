@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe, RewardModelRecipe
 from megatron_r1v2.rewards.served_model import ScoringFailed
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.rewards.test_served_model import Server
@@ -27,14 +27,14 @@ Run = Callable[..., Path]
 PARTS = "train.parts=[adapter, score]"
 
 
-def settings(root: Path, output: Path, *overrides: str) -> RunRecipe:
-    return recipe_for(root, output, ("checkpoint.every_steps=0", PARTS, *overrides))
+def settings(root: Path, output: Path, *overrides: str) -> RewardModelRecipe:
+    return recipe_for(root, output, ("checkpoint.every_steps=0", PARTS, *overrides), stage="reward_model")
 
 
 @pytest.fixture
 def run(root: Path, tmp_path: Path) -> Run:
     def start(*overrides: str, name: str = "run") -> Path:
-        return run_stage(settings(root, tmp_path / name, *overrides), "reward_model")
+        return run_stage(settings(root, tmp_path / name, *overrides))
 
     return start
 
@@ -43,7 +43,7 @@ def run(root: Path, tmp_path: Path) -> Run:
 def trained(root: Path, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "run"
     overrides = ("train.steps=25", "train.learning_rate=0.01", "evaluation.every_steps=25", "train.micro_batch_size=6")
-    return run_stage(settings(root, output, f"data.validation={root / 'data'}", *overrides), "reward_model")
+    return run_stage(settings(root, output, f"data.validation={root / 'data'}", *overrides))
 
 
 def end(run: Path) -> dict:
@@ -95,13 +95,13 @@ def test_microbatches_and_packing_do_not_change_the_update(run: Run) -> None:
     assert all((other - found[0]).abs().max() < 1e-4 * scale for other in found[1:])
 
 
-def grpo_recipe(root: Path, output: Path, checkpoint: Path | str, *overrides: str) -> RunRecipe:
+def grpo_recipe(root: Path, output: Path, checkpoint: Path | str, *overrides: str) -> GrpoRecipe:
     scored = ("reward.model_weight=0.5", "reward.model_centre=0", "reward.model_scale=2")
     return recipe_for(root, output, (*scored, f"reward_model.checkpoint={checkpoint}", "train.steps=2", *overrides))
 
 
 def test_grpo_counts_the_scores_of_a_checkpoint(root: Path, tmp_path: Path, trained: Path) -> None:
-    folder = run_stage(grpo_recipe(root, tmp_path / "grpo", trained), "grpo")
+    folder = run_stage(grpo_recipe(root, tmp_path / "grpo", trained))
     for line in read_metrics(folder):
         assert 0 < line["reward/model/mean"] < 1
         assert math.isfinite(line["reward_model/score/mean"])
@@ -117,7 +117,7 @@ def test_grpo_counts_the_scores_of_a_checkpoint(root: Path, tmp_path: Path, trai
 def test_grpo_counts_the_scores_of_a_server_and_ends_when_it_is_gone(root: Path, tmp_path: Path) -> None:
     server = Server(tmp_path)
     scored = ("reward.model_weight=0.5", "reward.model_centre=0", "train.steps=1", "reward_model.attempts=2")
-    folder = run_stage(recipe_for(root, tmp_path / "grpo", (*scored, f"reward_model.url={server.address}/ok")), "grpo")
+    folder = run_stage(recipe_for(root, tmp_path / "grpo", (*scored, f"reward_model.url={server.address}/ok")))
     told = server.told()
     assert told["asked"] == 6 * 4, "prompts x responses"
     assert "data:image/png;base64," in str(told["last"]["body"])
@@ -127,10 +127,10 @@ def test_grpo_counts_the_scores_of_a_server_and_ends_when_it_is_gone(root: Path,
     server.process.wait()
     gone = recipe_for(root, tmp_path / "gone", (*scored, f"reward_model.url={server.address}/ok"))
     with pytest.raises(ScoringFailed, match="gave no score for .* in 2 attempts"):
-        run_stage(gone, "grpo")
+        run_stage(gone)
 
 
 def test_a_policy_cannot_start_from_a_reward_model(root: Path, tmp_path: Path, trained: Path) -> None:
-    recipe = recipe_for(root, tmp_path / "run", (f"model.checkpoint={trained}",))
+    recipe = recipe_for(root, tmp_path / "run", (f"model.checkpoint={trained}",), stage="align")
     with pytest.raises(ValueError, match=r"is of a reward model.*set reward_model.checkpoint"):
-        run_stage(recipe, "align")
+        run_stage(recipe)

@@ -34,7 +34,8 @@ def test_what_trains_decides_on_text_prompts_and_cached_features(
 )
 def test_when_a_step_is_saved(root: Path, tmp_path: Path, every: int, step: int, last: bool, saved: bool) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
-        session.recipe.checkpoint.every_steps = every
+        checkpoint = session.recipe.checkpoint.changed(every_steps=every)
+        session.recipe = session.recipe.changed(checkpoint=checkpoint)
         session.step = step
         assert session.should_save(last=last) is saved
 

@@ -47,8 +47,10 @@ class Recording:
 
 
 def make_validation(session: Session, calibrator: Any = None, *, pass_at_1: float = 0.4) -> Validation:
-    with session.loaded.verifiers() as pool:
-        validation = Validation(session, session.loaded.evaluator(session.loaded.engine(), pool), calibrator)
+    recipe, loaded = session.recipe, session.loaded
+    with loaded.verifiers(recipe.reward) as pool:
+        evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
+        validation = Validation(session, evaluator, calibrator)
     result = result_of(pass_at_1, hallucination_rate=0.25, claim_coverage=0.5)
     features = validation.evaluator.features
     scripted: Any = SimpleNamespace(features=features, run=lambda prompts, name, step: result)
@@ -101,8 +103,9 @@ def test_the_goal_is_reached_by_pass_at_1(root: Path, tmp_path: Path, capfd, pas
 
 def test_it_polls_for_signals_while_it_generates(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="align", shown=()) as session:
-        with session.loaded.verifiers() as pool:
-            evaluator = session.loaded.evaluator(session.loaded.engine(), pool)
+        recipe, loaded = session.recipe, session.loaded
+        with loaded.verifiers(recipe.reward) as pool:
+            evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
         polling = Validation(session, evaluator).evaluator
         assert polling == replace(
             evaluator,

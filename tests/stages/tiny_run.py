@@ -12,20 +12,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1v2.config.checkpoint import CheckpointConfig
-from megatron_r1v2.config.schema import (
-    DataConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    LoggingConfig,
-    ModelConfig,
-    Part,
-    Precision,
-    RewardConfig,
-    RunConfig,
-    RunRecipe,
-    TrainConfig,
-)
+from megatron_r1v2.config.choices import StageName
+from megatron_r1v2.config.recipes import STAGES, Recipe
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from tests.tiny_hf import CHAT_TEMPLATE, IMAGE_TOKENS, tiny_hf_model
@@ -90,32 +78,38 @@ def write_data(folder: Path, *, images: int = 12, texts: int = 4, seed: int = 0)
     write_shards(samples, folder)
 
 
-def tiny_recipe(root: Path, *, parts: tuple[str, ...] = ("adapter",), steps: int = 3) -> RunRecipe:
+def tiny_recipe(root: Path, *, parts: tuple[str, ...] = ("adapter",), steps: int = 3, stage: str = "grpo") -> Recipe:
     """Return settings of a run on the model and data below `root` (made when they are not there)."""
     if not (root / "model").exists():
         write_model(root / "model")
         write_data(root / "data")
-    return RunRecipe(
-        run=RunConfig(name="tiny", output_dir=str(root / "run"), seed=7),
-        model=ModelConfig(hf_path=str(root / "model"), precision=Precision.fp32),
-        data=DataConfig(train=str(root / "data"), max_prompt_tokens=200, max_tiles=2),
-        generation=GenerationConfig(
-            responses_per_prompt=4,
-            max_response_tokens=6,
-            kv_cache_gib=0.05,
-            max_requests=64,
-            max_tokens_per_step=512,
-            feature_cache_gib=0.1,
-        ),
-        reward=RewardConfig(claim_pattern=r"(?P<name>left) (?P<value>\d)", verifier_workers=1),
-        train=TrainConfig(
-            parts=[Part(part) for part in parts],
-            steps=steps,
-            prompts_per_step=6,
-            micro_batch_size=4,
-            learning_rate=1e-3,
-        ),
-        checkpoint=CheckpointConfig(every_steps=1, keep_last=10, asynchronous=False),
-        evaluation=EvaluationConfig(runs=2),
-        logging=LoggingConfig(sample_rollouts=4),
+    sections = {
+        "run": {"name": "tiny", "output_dir": str(root / "run"), "seed": 7},
+        "model": {"hf_path": str(root / "model"), "precision": "fp32"},
+        "data": {"train": str(root / "data"), "max_prompt_tokens": 200, "max_tiles": 2},
+        "generation": {
+            "responses_per_prompt": 4,
+            "max_response_tokens": 6,
+            "kv_cache_gib": 0.05,
+            "max_requests": 64,
+            "max_tokens_per_step": 512,
+            "feature_cache_gib": 0.1,
+        },
+        "reward": {"claim_pattern": r"(?P<name>left) (?P<value>\d)", "verifier_workers": 1},
+        "train": {
+            "parts": parts,
+            "steps": steps,
+            "prompts_per_step": 6,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-3,
+        },
+        "checkpoint": {"every_steps": 1, "keep_last": 10, "asynchronous": False},
+        "evaluation": {"runs": 2},
+        "logging": {"sample_rollouts": 4},
+    }
+    kind = STAGES[StageName(stage)]
+    if stage == "reward_model":
+        sections["train"]["parts"] = (*parts, "score")
+    return kind.model_validate(
+        {name: section(**sections[name]) for name, section in kind.sections().items() if name in sections}
     )

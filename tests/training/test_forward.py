@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ SCORED = ("train.parts=[adapter, score]",)
 @pytest.fixture
 def loaded(root: Path, tmp_path: Path) -> Iterator[LoadedModel]:
     """Return a reward model, whose output is one number for each token."""
-    with open_model(recipe_for(root, tmp_path / "run", SCORED), score_head=True) as opened:
+    with open_model(recipe_for(root, tmp_path / "run", SCORED, stage="reward_model"), score_head=True) as opened:
         opened.model.requires_grad_(False).eval()
         yield opened
 
@@ -30,7 +29,7 @@ def values_by_sample(loaded: LoadedModel, forward: Forward, *, size: int) -> dic
     prompts = list(loaded.read_prompts(loaded.recipe.data.train, 6))
     encoder = ResponseEncoder(loaded.tokenizer, "<|im_end|>")
     samples: dict[str, Sample] = {prompt.key: encoder.sample(prompt, prompt.response or "") for prompt in prompts}
-    microbatcher = loaded.microbatcher(replace(loaded.recipe.train, micro_batch_size=size))
+    microbatcher = loaded.microbatcher(loaded.recipe.train.changed(micro_batch_size=size))
     microbatches = microbatcher.split(samples, {prompt.key: prompt for prompt in prompts})
     results = forward.compute_values([part.batch for part in microbatches])
     found = {}

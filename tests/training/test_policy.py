@@ -107,9 +107,10 @@ def take_steps(stage: GrpoStage, count: int) -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
     recipe = tiny_recipe(tmp_path)
-    recipe.algorithm.gate_tokens = 0  # it would find the NaN first
-    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
-        stage = GrpoStage(session, pool)
+    # The gate would find the NaN first.
+    recipe = recipe.changed(algorithm=recipe.algorithm.changed(gate_tokens=0))
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers(recipe.reward) as pool:
+        stage = GrpoStage(session, recipe, pool)
         stage.step()
         computed = session.policy.features.prompts_computed
         assert computed == len(session.policy.features), "features of an image are computed once a step"

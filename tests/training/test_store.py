@@ -219,7 +219,7 @@ def test_names_of_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Pa
 
 def test_a_later_stage_carries_the_parts_of_an_earlier_one_along(root: Path, tmp_path: Path) -> None:
     overrides = ("train.steps=1", "checkpoint.every_steps=0")
-    align = run_stage(recipe_for(root, tmp_path / "align", overrides), "align")
+    align = run_stage(recipe_for(root, tmp_path / "align", overrides, stage="align"))
     later = (*overrides, f"model.checkpoint={align}", "train.parts=[language]")
     grpo = run_stage(recipe_for(root, tmp_path / "grpo", later))
     first, second = (checkpoint_contents(resolve_checkpoint(run)) for run in (align, grpo))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 
+from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
@@ -31,6 +31,7 @@ class RolloutPhase:
         session: Session,
         engine: RolloutEngine,
         *,
+        recipe: GrpoRecipe,
         pool: VerifierPool | None,
         reward_model: RewardModel | None,
         calibrator: Calibrator,
@@ -40,11 +41,12 @@ class RolloutPhase:
         Args:
             session: the running stage.
             engine: on the weights in training.
+            recipe: the settings.
             pool: answer checkers, on the leader of each replica.
             reward_model: weighed by `reward.model_weight`; None: there is none.
             calibrator: gives that weight.
         """
-        self.session = session
+        self.session, self.recipe = session, recipe
         self.engine = engine
         self.pool = pool
         self.reward_model = reward_model
@@ -59,7 +61,7 @@ class RolloutPhase:
             The prompts of the step, the same on every rank, and this replica's responses.
         """
         session, timed = self.session, self.session.recorder.timed
-        wanted, rounds = session.recipe.train.prompts_per_step, session.recipe.algorithm.dynamic_sampling_rounds
+        wanted, rounds = self.recipe.train.prompts_per_step, self.recipe.algorithm.dynamic_sampling_rounds
         prompts: list[Prompt] = []
         scored: list[ScoredRollout] = []
         counts: Counter[str] = Counter()
@@ -89,7 +91,7 @@ class RolloutPhase:
         Args:
             prompts: of the step.
         """
-        session, recipe = self.session, self.session.recipe
+        session, recipe = self.session, self.recipe
         weights = session.verifier.verify_weights({}, None)
         session.recorder.note(
             check_engine(
@@ -152,7 +154,7 @@ class RolloutPhase:
         session = self.session
         self.calibrator.note()
         scorer = ReplicaScorer(
-            replace(session.recipe.reward, model_weight=self.calibrator.value),
+            self.recipe.reward.changed(model_weight=self.calibrator.value),
             session.context,
             decode=session.tokenizer.decode,
             pool=self.pool,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_r1v2.config.choices import LossAggregation
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.score import shuffle_rewards
@@ -59,7 +59,7 @@ def sample_id(step: int, rollout: Rollout) -> str:
 
 
 def select(
-    recipe: RunRecipe,
+    recipe: GrpoRecipe,
     buffer: SampleBuffer | None,
     prompts: Sequence[Prompt],
     scored: Sequence[ScoredRollout],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1v2.config.schema import RunRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.evaluation.rollout_records import rollout_record
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.verifiers import VerifierPool
@@ -24,7 +24,7 @@ from megatron_r1v2.types import Prompt, ScoredRollout
 SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fraction", "ssb/trained_effective_fraction")
 
 
-def run_grpo(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> Path:
+def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> Path:
     """Run the stage to its end, from where it stopped when it was interrupted.
 
     Args:
@@ -34,9 +34,16 @@ def run_grpo(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> P
     Returns:
         The run's folder.
     """
-    with open_session(recipe, stage="grpo", shown=SHOWN) as session, session.loaded.verifiers() as pool:
-        stage = GrpoStage(session, pool, reward_model)
-        validation = Validation(session, session.loaded.evaluator(stage.rollouts.engine, pool), stage.calibrator)
+    keep_reference = recipe.algorithm.kl_coefficient > 0
+    with (
+        open_session(recipe, stage="grpo", shown=SHOWN, keep_reference=keep_reference) as session,
+        session.loaded.verifiers(recipe.reward) as pool,
+    ):
+        stage = GrpoStage(session, recipe, pool, reward_model)
+        evaluator = session.loaded.evaluator(
+            stage.rollouts.engine, pool, settings=recipe.evaluation, reward=recipe.reward
+        )
+        validation = Validation(session, evaluator, stage.calibrator)
         run_steps(
             session,
             stage.step,
@@ -50,16 +57,18 @@ def run_grpo(recipe: RunRecipe, *, reward_model: RewardModel | None = None) -> P
 class GrpoStage:
     """The steps of a run, and what they carry from one to the next: the Selective Sample Buffer, the calibrator."""
 
-    def __init__(self, session: Session, pool: VerifierPool | None, reward_model: RewardModel | None = None) -> None:
+    def __init__(
+        self, session: Session, recipe: GrpoRecipe, pool: VerifierPool | None, reward_model: RewardModel | None = None
+    ) -> None:
         """Set up the stage, its buffer restored when the session was resumed.
 
         Args:
             session: the running stage.
+            recipe: its settings.
             pool: answer checkers, on the leader of each replica.
             reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
-        recipe = session.recipe
-        self.session = session
+        self.session, self.recipe = session, recipe
         self.calibrator = Calibrator(
             recipe.hallucination,
             session.recorder,
@@ -74,8 +83,9 @@ class GrpoStage:
         self.rollouts = RolloutPhase(
             session,
             session.loaded.engine(),
+            recipe=recipe,
             pool=pool,
-            reward_model=open_reward_model(session.loaded) if reward_model is None else reward_model,
+            reward_model=open_reward_model(session.loaded, recipe) if reward_model is None else reward_model,
             calibrator=self.calibrator,
         )
         self.updates = UpdatePhase(
@@ -117,7 +127,7 @@ class GrpoStage:
         """
         session = self.session
         selection = select(
-            session.recipe,
+            self.recipe,
             self.buffer.index,
             prompts,
             scored,

@@ -25,8 +25,9 @@ def session(root: Path, tmp_path: Path) -> Iterator[Session]:
 
 @pytest.fixture
 def phase(session: Session) -> Iterator[RolloutPhase]:
-    with session.loaded.verifiers() as pool:
-        yield GrpoStage(session, pool).rollouts
+    recipe = session.recipe
+    with session.loaded.verifiers(recipe.reward) as pool:
+        yield GrpoStage(session, recipe, pool).rollouts
 
 
 def test_every_prompt_has_its_responses_in_order(session: Session, phase: RolloutPhase) -> None:
@@ -44,8 +45,8 @@ def test_every_prompt_has_its_responses_in_order(session: Session, phase: Rollou
 
 def test_features_of_a_tower_that_trains_are_not_held_during_the_update(root: Path, tmp_path: Path) -> None:
     recipe = recipe_for(root, tmp_path / "run", ("train.parts=[vision]",))
-    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
-        phase = GrpoStage(session, pool).rollouts
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers(recipe.reward) as pool:
+        phase = GrpoStage(session, recipe, pool).rollouts
         phase.generate_and_score()
         assert session.policy.features is None
         assert phase.features.prompts_computed > 0

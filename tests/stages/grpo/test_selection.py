@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.config.schema import (
     AlgorithmConfig,
     BufferConfig,
@@ -15,7 +16,6 @@ from megatron_r1v2.config.schema import (
     LossAggregation,
     ParallelConfig,
     RewardConfig,
-    RunRecipe,
     TrainConfig,
 )
 from megatron_r1v2.parallel import groups
@@ -32,9 +32,9 @@ ALL_OF_RANK_1 = 3
 """In this step rank 0 of two has no response."""
 
 
-def recipe(**sections: Any) -> RunRecipe:
+def recipe(**sections: Any) -> GrpoRecipe:
     settings = {"generation": GenerationConfig(responses_per_prompt=GROUP), "buffer": BufferConfig(capacity=20)}
-    return RunRecipe(**(settings | sections))
+    return GrpoRecipe(**(settings | sections))
 
 
 def new_buffer(max_age: int = 3) -> SampleBuffer:
@@ -64,7 +64,7 @@ def reload(store: ReplayStore, context: ParallelContext) -> ReplayStore:
     return loaded
 
 
-def run_steps(context: ParallelContext, settings: RunRecipe) -> list[dict[str, Any]]:
+def run_steps(context: ParallelContext, settings: GrpoRecipe) -> list[dict[str, Any]]:
     """Do what the stage does in each step, but generate and train."""
     buffer, store, results = new_buffer(), ReplayStore(), []
     for step in range(STEPS):
@@ -101,12 +101,12 @@ def run_steps(context: ParallelContext, settings: RunRecipe) -> list[dict[str, A
     return results
 
 
-def run_on_ranks(settings: dict[str, RunRecipe]) -> dict[str, list[dict[str, Any]]]:
+def run_on_ranks(settings: dict[str, GrpoRecipe]) -> dict[str, list[dict[str, Any]]]:
     context = groups.initialize(ParallelConfig(), seed=1)
     return {name: run_steps(context, value) for name, value in settings.items()}
 
 
-RECIPES: dict[str, Callable[[], RunRecipe]] = {
+RECIPES: dict[str, Callable[[], GrpoRecipe]] = {
     "usual": recipe,
     "two updates of tokens, rewards shuffled": lambda: recipe(
         train=TrainConfig(updates_per_step=2),

@@ -1,0 +1,319 @@
+"""A recipe for each stage: the sections that it reads, and what they need of each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from megatron_r1v2.config.choices import Part, StageName
+from megatron_r1v2.config.combinations import (
+    calibration_mistakes,
+    claim_mistakes,
+    compute_mistakes,
+    endpoint_mistakes,
+    group_mistakes,
+    logging_mistakes,
+    overlong_mistakes,
+    score_source_mistakes,
+    training_mistakes,
+    validation_mistakes,
+)
+from megatron_r1v2.config.schema import (
+    AlgorithmConfig,
+    BufferConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    HallucinationConfig,
+    LoggingConfig,
+    ModelConfig,
+    PairsConfig,
+    ParallelConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
+
+
+class Recipe(Section):
+    """The settings of a run, a section each; every recipe has those that a model in process needs."""
+
+    stage: ClassVar[StageName | None] = None
+    """The stage that it is for; None: it takes over the recipe of any."""
+    needed: ClassVar[tuple[str, ...]] = ("model.hf_path",)
+    """Settings without which nothing can start."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from compute_mistakes(self.model, self.parallel, self.generation)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if found := list(self.mistakes()):
+            raise ValueError("\n".join(found))
+        return self
+
+    @classmethod
+    def sections(cls) -> Mapping[str, type[Section]]:
+        """Return the classes of the sections by name, in the order in which they are shown."""
+        return {
+            name: field.annotation
+            for name, field in cls.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        }
+
+    @classmethod
+    def title(cls) -> str:
+        """Return the name of what reads the recipe: grpo, evaluate, ..."""
+        return cls.stage.value if cls.stage else cls.__name__.removesuffix("Recipe").lower()
+
+    @classmethod
+    def purpose(cls) -> str:
+        """Return what the stage does, and what its rows need."""
+        return inspect.cleandoc(cls.__doc__ or "")
+
+
+class TrainingRecipe(Recipe):
+    """The settings of a stage that trains."""
+
+    needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "data.train")
+
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from super().mistakes()
+        yield from training_mistakes(self.train, self.model)
+        yield from validation_mistakes(self.evaluation, self.data)
+        yield from logging_mistakes(self.logging)
+        parts = [part.value for part in self.train.parts]
+        if self.stage is StageName.reward_model:
+            if Part.score not in self.train.parts:
+                yield (
+                    f"train.parts={parts}: the head of a reward model is new, so it must train; add score, e.g. "
+                    f"train.parts=[{', '.join([*parts, 'score'])}]"
+                )
+        elif Part.score in self.train.parts:
+            yield f"train.parts={parts}: only the reward_model stage has a score head; take score out"
+
+
+class AlignRecipe(TrainingRecipe):
+    """Trains parts of the model, usually the adapter alone, to give the responses that are given: supervised training
+    by the mean over all tokens. It ends early when Pass@1 on data.validation reaches evaluation.stop_at_pass_at_1.
+
+    Rows of data.train need messages and a response; images where there are any. Rows of data.validation need an answer
+    and its answer_type, and facts where claims are judged.
+    """
+
+    stage: ClassVar[StageName | None] = StageName.align
+
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from super().mistakes()
+        yield from claim_mistakes(self.reward)
+
+
+class PairsRecipe(Recipe):
+    """Builds preference pairs from the model's own responses to the prompts of data.train:
+    generation.responses_per_prompt responses to each, scored as in GRPO (section reward), train.prompts_per_step
+    prompts at a time. A right, well-formed response is chosen over a wrong one ("correctness") or over a right one of
+    lower reward ("margin"); for a part of the prompts it is also chosen over its own first half continued without the
+    image ("dropout_ntp"). Settings: section pairs.
+
+    Rows of data.train need messages, an answer and its answer_type; images and facts where there are any.
+
+    The shards in pairs.output are what data.train of the mpo stage reads: image, question, answer and facts as they
+    were, with chosen, rejected, margin and source. pairs.json in that folder counts the pairs, and what made none by
+    reason. Started again with the same settings after an interruption, the command goes on from the last finished
+    round.
+
+    Iterative MPO builds new pairs with the model of the round before:
+      python -m megatron_r1v2 pairs pairs.yaml pairs.output=pairs/1
+      python -m megatron_r1v2 mpo   mpo.yaml   data.train=pairs/1 run.output_dir=runs/mpo-1
+      python -m megatron_r1v2 pairs pairs.yaml pairs.output=pairs/2 model.checkpoint=runs/mpo-1
+      python -m megatron_r1v2 mpo   mpo.yaml   data.train=pairs/2 model.checkpoint=runs/mpo-1 run.output_dir=runs/mpo-2
+    """
+
+    stage: ClassVar[StageName | None] = StageName.pairs
+    needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "data.train", "pairs.output")
+
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
+    pairs: PairsConfig = Field(default_factory=PairsConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from super().mistakes()
+        yield from training_mistakes(self.train, self.model)
+        yield from claim_mistakes(self.reward)
+        yield from overlong_mistakes(self.reward, self.generation)
+        yield from score_source_mistakes(self.reward, self.reward_model)
+        if self.pairs.max_pairs_per_prompt and self.generation.responses_per_prompt < 2:
+            yield (
+                f"generation.responses_per_prompt={self.generation.responses_per_prompt} leaves nothing to compare; "
+                "pairs need 2 or more, or set pairs.max_pairs_per_prompt=0 for DropoutNTP pairs alone"
+            )
+        if not self.pairs.max_pairs_per_prompt and not self.pairs.dropout_ntp_fraction:
+            yield (
+                "pairs.max_pairs_per_prompt and pairs.dropout_ntp_fraction are both 0: there would be no pairs; "
+                "raise one"
+            )
+
+
+class MpoRecipe(TrainingRecipe):
+    """Trains on preference pairs by mixed preference optimization: a preference term (DPO), a quality term (BCO) and
+    the likelihood of the chosen response. Weights 1, 0, 0 are DPO; 0, 0, 1 supervised training. Log-probs under the
+    model that it starts from are computed once, before the first step.
+
+    Rows of data.train need messages, chosen and rejected; a margin where preference.min_margin is used; images where
+    there are any. Rows of data.validation need an answer and its answer_type, and facts where claims are judged.
+    """
+
+    stage: ClassVar[StageName | None] = StageName.mpo
+
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from super().mistakes()
+        yield from claim_mistakes(self.reward)
+        yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
+        preference, held = self.preference, self.hallucination
+        if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
+            yield (
+                "preference.preference_weight, preference.quality_weight and preference.generation_weight are all 0: "
+                "nothing to learn; raise one"
+            )
+        if held.target_rate and preference.min_margin >= held.max_margin:
+            yield (
+                f"hallucination.target_rate={held.target_rate} raises preference.min_margin, but it is "
+                f"{preference.min_margin} and hallucination.max_margin={held.max_margin}; raise the latter, or set "
+                "hallucination.target_rate=0"
+            )
+
+
+class RewardModelRecipe(TrainingRecipe):
+    """Trains a reward model on preference pairs: the model with a scalar head in place of its vocabulary, by the
+    Bradley-Terry loss. GRPO and the pairs command read its checkpoint as reward_model.checkpoint.
+
+    Rows of data.train and data.validation need messages, chosen and rejected; images where there are any.
+    """
+
+    stage: ClassVar[StageName | None] = StageName.reward_model
+
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig(parts=(Part.adapter, Part.score)))
+    reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from super().mistakes()
+        if self.evaluation.stop_at_pass_at_1:
+            yield (
+                f"evaluation.stop_at_pass_at_1={self.evaluation.stop_at_pass_at_1}: a reward model answers nothing; "
+                "set it to 0"
+            )
+
+
+class GrpoRecipe(TrainingRecipe):
+    """Trains by GRPO: each step samples generation.responses_per_prompt responses to train.prompts_per_step prompts,
+    scores them by rules and a reward model, and tops what a group can be learned from up from the Selective Sample
+    Buffer.
+
+    Rows of data.train need messages, an answer and its answer_type; images where there are any, and facts where claims
+    are judged. So do rows of data.validation.
+    """
+
+    stage: ClassVar[StageName | None] = StageName.grpo
+
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    buffer: BufferConfig = Field(default_factory=BufferConfig)
+    hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from super().mistakes()
+        yield from claim_mistakes(self.reward)
+        yield from overlong_mistakes(self.reward, self.generation)
+        yield from score_source_mistakes(self.reward, self.reward_model)
+        yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
+        yield from group_mistakes(self.generation, self.train)
+        weights, held = self.reward.weights, self.hallucination
+        if not any(weights.values()):
+            names = ", ".join(f"{part}_weight" for part in weights)
+            yield f"every weight in the reward section is 0 ({names}): nothing to learn; raise one"
+        if held.target_rate and self.reward.model_weight <= held.min_model_weight:
+            yield (
+                f"hallucination.target_rate={held.target_rate} lowers reward.model_weight, but it is "
+                f"{self.reward.model_weight} and hallucination.min_model_weight={held.min_model_weight}; raise the "
+                "first, or set hallucination.target_rate=0"
+            )
+
+
+class EvaluateRecipe(Recipe):
+    """Measures Pass@1 on evaluation.data: of model.checkpoint or model.hf_path in process; with
+    evaluation.endpoint_url and evaluation.endpoint_model, of what a server serves. --name NAME (default: evaluation)
+    names the result, which goes to evaluation-NAME.json in run.output_dir; the responses are beside it, and
+    evaluation.html shows them. An evaluation that was interrupted goes on where it stopped. RECIPE.yaml may be that of
+    any stage; without it the settings are the defaults.
+
+    Rows of evaluation.data need messages, an answer and its answer_type; images where there are any, and facts where
+    claims are judged.
+    """
+
+    needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "evaluation.data")
+
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with settings that are right one by one."""
+        yield from super().mistakes()
+        yield from claim_mistakes(self.reward)
+        yield from endpoint_mistakes(self.evaluation)
+
+
+class ServeRecipe(Recipe):
+    """Serves a model."""
+
+
+STAGES: Mapping[StageName, type[TrainingRecipe] | type[PairsRecipe]] = {
+    StageName.align: AlignRecipe,
+    StageName.pairs: PairsRecipe,
+    StageName.mpo: MpoRecipe,
+    StageName.reward_model: RewardModelRecipe,
+    StageName.grpo: GrpoRecipe,
+}
+"""The recipe of each stage."""
+
+
+def every_section() -> dict[str, type[Section]]:
+    """Return the classes of all sections that any stage reads, by name."""
+    return {name: section for recipe in STAGES.values() for name, section in recipe.sections().items()}
+
+
+def stages_that_read(section: str) -> list[str]:
+    """Return the names of the stages whose recipes have a section."""
+    return [stage.value for stage, recipe in STAGES.items() if section in recipe.sections()]

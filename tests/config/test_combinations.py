@@ -1,0 +1,178 @@
+"""Settings that are right one by one and wrong together, each with the sentence that says so."""
+
+import re
+
+import pytest
+
+from megatron_r1v2.config.choices import Fp8, Layers, Packing, Part, Precision, WandbMode
+from megatron_r1v2.config.combinations import (
+    calibration_mistakes,
+    claim_mistakes,
+    compute_mistakes,
+    endpoint_mistakes,
+    group_mistakes,
+    logging_mistakes,
+    overlong_mistakes,
+    score_source_mistakes,
+    training_mistakes,
+    validation_mistakes,
+)
+from megatron_r1v2.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    HallucinationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    RewardConfig,
+    RewardModelConfig,
+    TrainConfig,
+)
+
+TE = {"layers": Layers.te, "precision": Precision.bf16}
+HELD = HallucinationConfig(target_rate=0.2, every_steps=5)
+PATTERN = RewardConfig(claim_pattern=r"(?P<name>left) (?P<value>\d)")
+SERVED = "http://127.0.0.1:1"
+
+
+def score_source(weight, **source):
+    return score_source_mistakes(RewardConfig(model_weight=weight), RewardModelConfig(**source))
+
+
+def compute(model=None, parallel=None, generation=None):
+    return compute_mistakes(
+        ModelConfig(**(model or {})), ParallelConfig(**(parallel or {})), GenerationConfig(**(generation or {}))
+    )
+
+
+def training(train, model=None):
+    return training_mistakes(TrainConfig(**train), ModelConfig(**(model or {})))
+
+
+def held(data="shards", reward=PATTERN, evaluation=None, settings=HELD):
+    return calibration_mistakes(settings, DataConfig(validation=data), evaluation or EvaluationConfig(), reward)
+
+
+def group(generation=None, train=None):
+    return group_mistakes(GenerationConfig(**(generation or {})), TrainConfig(**(train or {})))
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "message"),
+    [
+        (compute(parallel={"sequence": True}), "parallel.sequence=true .* parallel.tensor=1"),
+        (compute(TE | {"precision": Precision.fp32}), "model.layers=te with model.precision=fp32"),
+        (compute({"fp8": Fp8.tensorwise}), "model.fp8=tensorwise needs TransformerEngine's layers"),
+        (
+            compute(TE | {"fp8": Fp8.blockwise}, generation={"cuda_graphs": True}),
+            "generation.cuda_graphs=true with model.fp8=blockwise",
+        ),
+        (training({"parts": []}), "train.parts is empty"),
+        (training({"parts": [Part.adapter, Part.adapter]}), "names a part twice"),
+        (training({}, TE | {"fp8_weights": True}), "model.fp8_weights=true with model.fp8=none"),
+        (
+            training({"parts": [Part.language]}, TE | {"fp8": Fp8.tensorwise, "fp8_weights": True}),
+            "model.fp8_weights=true with model.fp8=tensorwise and train.parts=.'language'.",
+        ),
+        (training({"min_learning_rate": 1.0}), "train.min_learning_rate=1.0 is above"),
+        (training({"warmup_steps": 200}), "train.warmup_steps=200 is more than train.steps=100"),
+        (
+            training({"packing": Packing.first_fit_decreasing}),
+            "train.packing=first_fit_decreasing with train.tokens_per_microbatch=0",
+        ),
+        (training({"tokens_per_microbatch": 5}), "train.packing=none with train.tokens_per_microbatch=5"),
+        (
+            validation_mistakes(EvaluationConfig(every_steps=5), DataConfig()),
+            "evaluation.every_steps=5 needs prompts: set data.validation",
+        ),
+        (
+            validation_mistakes(EvaluationConfig(stop_at_pass_at_1=0.5), DataConfig()),
+            "evaluation.stop_at_pass_at_1=0.5 is never looked at",
+        ),
+        (
+            logging_mistakes(LoggingConfig(wandb=WandbMode.offline, wandb_project="")),
+            "logging.wandb_project is empty",
+        ),
+        (
+            claim_mistakes(RewardConfig(consistency_weight=0.5)),
+            "reward.consistency_weight=0.5 with an empty reward.claim_pattern",
+        ),
+        (claim_mistakes(RewardConfig(claim_pattern="(?P<name>a)")), "has no group value"),
+        (claim_mistakes(RewardConfig(claim_pattern="a")), "has no group name and value"),
+        (claim_mistakes(RewardConfig(claim_pattern="(?P<name>")), "is not a regular expression"),
+        (
+            overlong_mistakes(RewardConfig(overlong_weight=0.5), GenerationConfig(max_response_tokens=32)),
+            "reward.overlong_buffer_tokens=1024 is more than generation.max_response_tokens=32",
+        ),
+        (
+            score_source(0.5),
+            "reward.model_weight=0.5 needs one source of scores, got none; set reward_model.checkpoint",
+        ),
+        (
+            score_source(0.5, checkpoint="a", url=SERVED),
+            f"got reward_model.checkpoint='a' and reward_model.url='{SERVED}'",
+        ),
+        (
+            score_source(0.0, checkpoint="a"),
+            "reward_model.checkpoint='a' would never be asked while reward.model_weight",
+        ),
+        (score_source(0.0, url=SERVED), f"reward_model.url='{SERVED}' would never be asked"),
+        (score_source(0.5, url=SERVED, hf_path="c"), "reward_model.hf_path='c' belongs to a reward_model.checkpoint"),
+        (score_source(0.5, url="b:80"), "reward_model.url='b:80' is no address"),
+        (
+            score_source(0.5, url=SERVED, api_key_variable="sk-12"),
+            "must be the name of an environment variable",
+        ),
+        (group({"top_p": 0.9}), "generation.top_p=0.9"),
+        (group({"responses_per_prompt": 1}), "generation.responses_per_prompt=1"),
+        (group(train={"updates_per_step": 1000}), "train.updates_per_step=1000 is more than the 512 responses"),
+        (held(data=""), "hallucination.target_rate=0.2 needs a rate to hold: set data.validation"),
+        (
+            held(settings=HELD.changed(every_steps=0)),
+            "hallucination.every_steps or evaluation.every_steps",
+        ),
+        (held(reward=RewardConfig()), "needs reward.claim_pattern"),
+        (
+            endpoint_mistakes(EvaluationConfig(endpoint_url="http://127.0.0.1/v1")),
+            "evaluation.endpoint_url='http://127.0.0.1/v1' and evaluation.endpoint_model='': set both, or neither",
+        ),
+        (
+            endpoint_mistakes(EvaluationConfig(judge_url="a", judge_model="m")),
+            "evaluation.judge_url='a' is not a URL",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(mistakes, message):
+    (told,) = mistakes
+    assert re.search(message, told)
+
+
+@pytest.mark.parametrize(
+    "mistakes",
+    [
+        compute(),
+        compute(TE | {"fp8": Fp8.blockwise}, {"tensor": 2, "sequence": True}),
+        training({}, TE | {"fp8": Fp8.tensorwise, "fp8_weights": True}),
+        training({"packing": Packing.nemo, "tokens_per_microbatch": 512}),
+        validation_mistakes(EvaluationConfig(every_steps=5, stop_at_pass_at_1=0.5), DataConfig(validation="v")),
+        logging_mistakes(LoggingConfig(wandb_project="")),
+        claim_mistakes(RewardConfig(consistency_weight=0.5, claim_pattern=PATTERN.claim_pattern)),
+        overlong_mistakes(RewardConfig(), GenerationConfig(max_response_tokens=32)),
+        score_source(0.0),
+        score_source(0.5, checkpoint="a", hf_path="b"),
+        score_source(0.5, url="https://127.0.0.1:8001/v1", api_key_variable="KEY"),
+        group(),
+        held(),
+        held(settings=HELD.changed(every_steps=0), evaluation=EvaluationConfig(every_steps=5)),
+        held(data="", reward=RewardConfig(), settings=HELD.changed(target_rate=0.0)),
+        endpoint_mistakes(EvaluationConfig(endpoint_url="http://127.0.0.1/v1", endpoint_model="m")),
+    ],
+)
+def test_what_fits_together_is_accepted(mistakes):
+    assert list(mistakes) == []
+
+
+def test_a_key_is_not_repeated_in_the_error():
+    (told,) = score_source(0.5, url=SERVED, api_key_variable="sk-secret")
+    assert "secret" not in told
