@@ -1,4 +1,4 @@
-"""What examples that run the whole path share: where things go, the stages that all have, command line, tables."""
+"""The common part of the examples that run the whole path: paths, stages, command line, tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUFFER_METRICS = {
 
 
 class Paths:
-    """Where everything of one example is.
+    """The paths of one example.
 
     Args:
         root: folder for all of it.

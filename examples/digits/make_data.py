@@ -54,6 +54,7 @@ def image_rows(
         indices: the source digits that this set may use.
         images: folder that the PNGs are written to.
     """
+    # A generator for each set, so that the size of one does not change the questions of another.
     rng = random.Random(f"{seed}-{name}")
     for number in range(count):
         left, right = rng.choice(indices), rng.choice(indices)

@@ -129,6 +129,7 @@ def collate(tokenizer: Qwen2Tokenizer, examples: list[Example]) -> tuple[torch.T
 
 def build(settings: Settings, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """Return a fresh Qwen2 with room for the tokens that splicing adds."""
+    # A multiple of 64, which every usual tensor-parallel size divides without padding.
     rows = (len(tokenizer) + SPARE_ROWS + 63) // 64 * 64
     config = Qwen2Config(
         vocab_size=rows,
@@ -157,6 +158,7 @@ def train(settings: Settings, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     optimizers = pretraining.Optimizers(model, muon=settings.muon, adam=settings.adam, steps=settings.steps)
     progress = pretraining.Progress("language model", settings.steps)
     for step in range(settings.steps):
+        # The noise differs from note to note; with one level of it the model would not learn to weigh evidence.
         examples = [
             make_example(tokenizer, rng, filler=rng.uniform(0, 0.9), wrong=rng.uniform(0, 0.6))
             for _ in range(settings.batch)

@@ -121,6 +121,7 @@ def train(settings: Settings) -> tuple[InternVLVisionModel, nn.Module]:
     optimizers = pretraining.Optimizers(both, muon=settings.muon, adam=settings.adam, steps=settings.steps)
     progress = pretraining.Progress("vision tower", settings.steps)
     side = source.TILE // model.config.patch_size[0]
+    # Part of each batch are thumbnails: the tower must read digits at half their width too.
     squeezed = settings.batch // 4
     for step in range(settings.steps):
         chosen = torch.randint(len(tiles), (settings.batch + squeezed,), generator=generator)

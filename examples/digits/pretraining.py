@@ -34,6 +34,7 @@ class Optimizers:
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
+            # Muon orthogonalises updates, which suits maps between hidden states, but not rows of an embedding.
             (matrices if parameter.ndim == 2 and ".layer" in name else rest).append(parameter)
         self._model, self._steps = model, steps
         self._optimizers = [

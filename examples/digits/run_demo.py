@@ -29,7 +29,7 @@ from megatron_r1v2.evaluation.pass_at_1 import comparison_table, read_evaluation
 RECIPES = Path(__file__).parent
 IMAGE_SETS = ("align", "prefer", "grpo", "validation", "heldout")
 BASE_RANGE = (0.35, 0.60)
-"""Where the base model's Pass@1 should be: below, GRPO sees too few right answers; above, too few wrong ones."""
+"""The wanted range of the base model's Pass@1: below, GRPO sees too few right answers; above, too few wrong ones."""
 GOAL = 0.85
 EVALUATIONS = ("aligned", "mpo", "grpo")
 
@@ -124,7 +124,7 @@ def show_results(paths: Paths, console: Console) -> None:
 
 
 def remarks(before: float, after: float) -> list[str]:
-    """Say what is not as the demo promises; empty when all is.
+    """Return a sentence for each promise of the demo that a run has not kept.
 
     Args:
         before: Pass@1 of the base model on held-out handwriting, 0 to 1.

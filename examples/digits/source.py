@@ -29,6 +29,7 @@ def split_indices() -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for digit in range(10):
         indices = generator.permutation(np.flatnonzero(labels == digit))
+        # Rounding the running sum, and not each part, makes the parts add up to all digits.
         bounds = np.round(np.cumsum(list(SPLITS.values())) * len(indices)).astype(int)
         for name, part in zip(SPLITS, np.split(indices, bounds[:-1]), strict=True):
             parts[name].append(part)

@@ -92,6 +92,7 @@ def run_lm_eval(
         "--include_path", str(tasks), "--apply_chat_template", "--gen_kwargs", f"max_gen_toks={max_tokens}",
         "--metadata", json.dumps(metadata or {}), "--output_path", str(output), "--log_samples",
     ]  # fmt: skip
+    # lm-eval would ask the Hub about a model of this name, and its client wants some key.
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(output / "hf"), "OPENAI_API_KEY": "none"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | offline)
     if done.returncode:

@@ -78,9 +78,11 @@ def fit(features_TFK: torch.Tensor, targets_TH: torch.Tensor, *, seed: int) -> d
     generator = torch.Generator().manual_seed(seed)
     first_HK = STANDARD_DEVIATION * torch.randn(width, size, generator=generator)
     inputs = F.layer_norm(features_TFK, (size,)).flatten(0, 1)
+    # In float64, because normal equations square the condition of the features.
     hidden = F.gelu(inputs @ first_HK.T).double()
     targets = targets_TH.double().repeat_interleave(features_TFK.shape[1], dim=0)
     mean_hidden, mean_target = hidden.mean(0), targets.mean(0)
+    # Centred, so that the bias carries the means and the penalty acts on the matrix alone.
     centred = hidden - mean_hidden
     penalty = RIDGE / 1000 * len(centred) * torch.eye(width, dtype=torch.float64)
     second_HH = torch.linalg.solve(centred.T @ centred + penalty, centred.T @ (targets - mean_target)).T

@@ -83,6 +83,7 @@ def pictures(name: str, count: int, rng: random.Random) -> Iterator[tuple[str, s
     digits = source.split_indices()["heldout" if heldout else "train"]
     answers = list(photographs)
     for number in range(count):
+        # In turn, so that any number of rows from the start has both kinds.
         if number % 2:
             chosen = rng.choice(digits)
             yield "digit", str(labels[chosen]), f"load_digits {chosen}", Image.fromarray(tiles[chosen]).convert("RGB")
