@@ -15,8 +15,6 @@ Writes below --output:
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from examples import making
 from examples.digits import questions, source
-from megatron_r1v2.resilience.files import atomic_folder
 
 COUNTS: Mapping[str, int] = {"align": 1024, "prefer": 512, "grpo": 2048, "validation": 256, "heldout": 300, "text": 256}
 """Questions of each set. The name of a set is part of its seed: a renamed set gets other questions."""
@@ -78,24 +76,17 @@ def text_rows(name: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
         yield _row(f"{name}-{number:06d}", f"{note}\n{problem.question}", problem) | {"facts": {}, "images": []}
 
 
-def make_data(output: Path, *, seed: int, counts: Mapping[str, int]) -> dict[str, int]:
-    """Write all sets beside `output` and rename when they are complete.
-
-    Returns:
-        The name of a set -> its number of rows.
-    """
+def make_data(output: Path, *, seed: int, counts: Mapping[str, int]) -> None:
+    """Write all sets; the folder appears when they are complete."""
     tiles, labels = source.digit_tiles()
     splits = source.split_indices()
-    with atomic_folder(output, replace=True) as partial:
-        images = partial / "images"
-        images.mkdir()
-        for name, count in counts.items():
-            if name in HANDWRITING:
-                rows = image_rows(name, count, seed, tiles, labels, splits[HANDWRITING[name]], images)
-            else:
-                rows = text_rows(name, count, seed)
-            _write_rows(partial / f"{name}.jsonl", rows)
-    return dict(counts)
+
+    def make_rows(name: str, count: int, images: Path) -> Iterator[dict[str, Any]]:
+        if name in HANDWRITING:
+            return image_rows(name, count, seed, tiles, labels, splits[HANDWRITING[name]], images)
+        return text_rows(name, count, seed)
+
+    making.write_sets(output, counts, make_rows)
 
 
 def _row(key: str, content: str, problem: questions.Problem) -> dict[str, Any]:
@@ -109,26 +100,17 @@ def _row(key: str, content: str, problem: questions.Problem) -> dict[str, Any]:
     }
 
 
-def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.digits.make_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make; left alone if it is there")
-    parser.add_argument("--seed", type=int, default=1234, help="decides pairs, operations and phrasings")
-    for name, count in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=count, help=f"questions in {name}.jsonl (%(default)s)")
+    parser = making.maker_parser("examples.digits.make_data", __doc__, output="folder to make; left alone if it exists")
+    parser.add_argument("--seed", type=int, default=making.SEED, help="decides pairs, operations and phrasings")
+    making.add_sets(parser, COUNTS)
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        print(f"data: {options.output} is there already; remove it to make it again")
+    if making.report_if_made("data", options.output):
         return
-    counts = make_data(options.output, seed=options.seed, counts={name: getattr(options, name) for name in COUNTS})
-    print(f"data: {options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    counts = {name: getattr(options, name) for name in COUNTS}
+    make_data(options.output, seed=options.seed, counts=counts)
+    making.print_sets(options.output, counts)
 
 
 if __name__ == "__main__":

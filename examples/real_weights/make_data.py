@@ -14,8 +14,6 @@ scikit-learn brings along. Writes below --output:
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +22,10 @@ from typing import Any
 import skimage
 from PIL import Image
 
+from examples import making
 from examples.digits import source
 from examples.real_weights.convert_vision_tower import TILE
 from examples.real_weights.questions import make_row
-from megatron_r1v2.resilience.files import atomic_folder
 
 COUNTS: Mapping[str, int] = {"align": 896, "grpo": 256, "heldout": 120}
 """Questions of each set, half of them about photographs."""
@@ -111,30 +109,21 @@ def rows(name: str, count: int, seed: int, images: Path, tile: int) -> Iterator[
 
 def make_data(output: Path, *, seed: int, counts: Mapping[str, int], tile: int) -> None:
     """Write all sets; the folder appears when they are complete."""
-    with atomic_folder(output, replace=True) as folder:
-        images = folder / "images"
-        images.mkdir()
-        for name, count in counts.items():
-            lines = [json.dumps(row) + "\n" for row in rows(name, count, seed, images, tile)]
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    making.write_sets(output, counts, lambda name, count, images: rows(name, count, seed, images, tile))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.real_weights.make_data",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+    parser = making.maker_parser("examples.real_weights.make_data", __doc__, output="folder to make")
+    parser.add_argument(
+        "--seed", type=int, default=making.SEED, help="decides crops, digits and phrasings (%(default)s)"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--seed", type=int, default=1234, help="decides crops, digits and phrasings (%(default)s)")
     parser.add_argument("--tile", type=int, default=TILE, help="pixels on each side of a picture (%(default)s)")
-    for name, count in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=count, help=f"questions in {name}.jsonl (%(default)s)")
+    making.add_sets(parser, COUNTS)
     options = parser.parse_args(arguments)
     counts = {name: getattr(options, name) for name in COUNTS}
     make_data(options.output, seed=options.seed, counts=counts, tile=options.tile)
-    print(f"data: {options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    making.print_sets(options.output, counts)
 
 
 if __name__ == "__main__":
