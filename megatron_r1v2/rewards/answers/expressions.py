@@ -32,9 +32,15 @@ _RELATIVE = sympy.Float("1e-15", _DIGITS)
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _COMPLEX = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])|\\(?:imath|mathbb\{C\})")
 _EXPONENT = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})(?![\d.])")
+# Which of the two powers of x^2^3 comes first is not said.
+_DOUBLE_POWER = re.compile(r"\^\s?(?:\w|\{[^{}]*\})\s?\^")
 _PRIMES = re.compile(r"([A-Za-z])('+)")
 _REPEATING = re.compile(r"\d+\.\d*\\overline\{\d+\}")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?|(?<![A-Za-z\\])[A-Za-z]|\\(?:alpha|beta|gamma|theta|phi))\^\\circ")
+_PLAIN_NAME = re.compile(
+    r"(?<![A-Za-z\\])(sqrt|pi|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|alpha|beta|gamma|delta"
+    r"|theta|lambda|sigma|omega)(?![A-Za-z])"
+)
 # R_{\odot}: the parser knows letters and digits as the index of a symbol.
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|Delta|Omega|Phi|Psi"
 _INDEX = re.compile(rf"((?<![A-Za-z\\])[A-Za-z]|\\(?:{_GREEK}))_(?:\{{([^{{}}=]*)\}}|\\([A-Za-z]+))")
@@ -123,7 +129,9 @@ def parse(text: str) -> sympy.Basic | sympy.MatrixBase | None:
     """
     if len(text) > MAX_EXPRESSION_CHARACTERS:
         return None
-    text = _REPEATING.sub(_repeating, text)
+    text = _REPEATING.sub(_repeating, _spell_in_latex(text))
+    if _DOUBLE_POWER.search(text):
+        return None
     text = _EXPONENT.sub(r"\\times 10^{\1}", text)
     text = _INDEX.sub(_plain_index, text)
     text = _COEFFICIENT.sub(r"\\frac{\1}{\2}", text)
@@ -147,6 +155,28 @@ def parse(text: str) -> sympy.Basic | sympy.MatrixBase | None:
 def _repeating(match: re.Match[str]) -> str:
     number = read_number(match.group())
     return match.group() if number is None else rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+
+
+def _spell_in_latex(text: str) -> str:
+    r"""Spell what was written for a computer as the parser reads it: `sqrt(2)*x**2`, `e^(2x)`, `10^-3`, `pi/2`."""
+    text = re.sub(r"\*\*", "^", text)
+    text = _PLAIN_NAME.sub(lambda match: f"\\{match[1]} ", text)
+    text = _close_brackets(r"\sqrt ", _close_brackets("^", text))
+    return re.sub(r"\^\s?(-\d+(?:\.\d+)?|-[A-Za-z])", r"^{\1}", text)
+
+
+def _close_brackets(before: str, text: str) -> str:
+    """Turn the parentheses behind a sign or name into braces: of `e^(2x)` and `sqrt(x+1)`."""
+    start = text.find(f"{before}(")
+    while start >= 0:
+        opening, depth = start + len(before), 0
+        for end in range(opening, len(text)):
+            depth += (text[end] == "(") - (text[end] == ")")
+            if depth == 0:
+                text = f"{text[:start]}{before.strip()}{{{text[opening + 1 : end]}}}{text[end + 1 :]}"
+                break
+        start = text.find(f"{before}(", opening)
+    return text
 
 
 def _plain_index(match: re.Match[str]) -> str:

@@ -53,7 +53,8 @@ _BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven
 # Words that mathematics is written in; every other row of letters is text once it is long enough or stands alone.
 _FUNCTION_NAMES = (
     "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc arcsinh arccosh arctanh "
-    "asin acos atan log ln lg exp max min sup inf gcd lcm det tr arg Re Im sgn mod lim deg dim ker sqrt pi frac binom"
+    "asin acos atan log ln lg exp max min sup inf gcd lcm det tr arg Re Im sgn mod lim deg dim ker sqrt pi frac binom "
+    "alpha beta gamma delta theta lambda sigma omega"
 )
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _COMMAND = re.compile(r"\\(?:begin|end)\{[A-Za-z*]+\}(?:\{[lcr| ]+\})?|\\[A-Za-z]+")

@@ -131,7 +131,8 @@ _SPACES = frozenset(
     ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "space", "enskip", "nobreakspace")
 )
 _COMMAND = re.compile(r"\\([A-Za-z]+\*?)\s*")
-_SPACE_ESCAPE = re.compile(r"\\[,;:> ]|(?<!\\)~|\\\n")
+_SPACE_ESCAPE = re.compile(r"(?<!\\)(?:\\[,;:> ]|~|\\\n)")
+_INFINITY = re.compile(r"(?:(?<=^)|(?<=[-+,(\[ ]))(?:infinity|inf)(?=$|[,)\] ])", re.IGNORECASE)
 _THIN = r"(?:\{,\}|,\\!|\{?\\[,;:!> ]\}?|~|\{ \})"
 _THOUSANDS = re.compile(rf"(?<![\d\\])\d{{1,3}}(?:{_THIN}\s*\d{{3}})+(?!\d)")
 _MATH_MARKS = re.compile(r"(?<!\\)\\[()\[\]](?![\dpemc]*\])")
@@ -146,7 +147,7 @@ _IDLE_SPACE = re.compile(
 )
 _STOPS = ".,;:"
 # Most answers; nothing in them has a second spelling.
-_PLAIN_WORDS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|[A-Za-z0-9 ]*")
+_PLAIN_WORDS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|(?!(?i:inf))[A-Za-z0-9 ]*")
 
 
 def normalise(text: str) -> str:
@@ -188,7 +189,7 @@ def _normalise_once(text: str) -> str:
     text = _SPACE_ESCAPE.sub(" ", text).replace("{,}", ",")
     text = _COMMAND.sub(_synonym, text)
     text = re.sub(r"\\([%&#_])", r"\1", text).replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
-    text = text.replace("...", r"\ldots ")
+    text = _INFINITY.sub(r"\\infty ", text.replace("...", r"\ldots "))
     text = _complete_arguments(text)
     text = _tidy_spaces(text)
     return _strip_ends(text)

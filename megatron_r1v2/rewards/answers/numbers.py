@@ -22,7 +22,7 @@ _EXPONENT = r"(?:\{(?P<braced>[+-]?\d{1,3})\}|(?P<bare>-?\d{1,3}))"
 _POWER = rf"(?:[eE](?P<e>[+-]?\d{{1,3}})|{_TIMES_TEN}{_EXPONENT}(?!\d))"
 _PLAIN = re.compile(rf"(?P<sign>{_SIGN})\s*(?P<decimal>{_DECIMAL})(?:{_POWER})?", re.ASCII)
 _POWER_OF_TEN = re.compile(
-    rf"(?P<sign>{_SIGN})\s*10\s*\^\s*(?:\{{(?P<braced>[+-]?\d{{1,3}})\}}|(?P<bare>\d{{1,3}}))", re.ASCII
+    rf"(?P<sign>{_SIGN})\s*10\s*\^\s*(?:\{{(?P<braced>[+-]?\d{{1,3}})\}}|(?P<bare>-?\d{{1,3}}))", re.ASCII
 )
 _REPEATING = re.compile(
     rf"(?P<sign>{_SIGN})(?P<whole>\d+)\.(?P<fixed>\d*)(?:\\(?:overline|bar|dot)\{{?(?P<cycle>\d+)\}}?)", re.ASCII

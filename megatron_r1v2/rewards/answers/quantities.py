@@ -13,7 +13,9 @@ from megatron_r1v2.rewards.answers.numbers import Number, numbers_equal, read_nu
 from megatron_r1v2.rewards.answers.units import Unit, is_attached_unit, is_symbol, read_unit
 
 _MAX_QUANTITY_CHARACTERS = 120
-_MONEY = re.compile(r"([+-]?)\s*(\\\$|[\u20ac\u00a3\u00a5\u20b9])\s*([+-]?.*)", re.DOTALL)
+_MONEY = re.compile(
+    r"([+-]?)\s*(\\\$|[\u20ac\u00a3\u00a5\u20b9]|Rs\b|USD|EUR|GBP|INR|RMB|CNY)\.?\s*([+-]?[\d.].*)", re.DOTALL
+)
 _UNIT_START = re.compile(r"\\frac(?=\{[A-Za-z])|\^\\circ|%|\\\$|\\mu|\\Omega|(?<![A-Za-z\\{^_])[A-Za-z]|[^\x00-\x7f]")
 _MAX_STARTS = 6
 _UNIT_IN_BRACKETS = re.compile(r"(?<=\d)\s*\(([A-Za-z^\x80-\uffff][^()\d]*(?:\^\d)?)\)$")

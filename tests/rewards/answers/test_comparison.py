@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from megatron_r1v2.rewards.answers.comparison import answers_agree, texts_equal
 from megatron_r1v2.rewards.answers.kinds import Kind, kind_of
 from megatron_r1v2.rewards.answers.normalisation import normalise
+from tests.rewards.answers.composed_cases import COMPOSED
 from tests.rewards.answers.number_cases import NUMBER
 from tests.rewards.answers.other_cases import OTHER
 
-CASES = {"NUMBER": NUMBER, **OTHER}
+CASES = {"NUMBER": NUMBER, **OTHER, **COMPOSED}
 
 
 @pytest.mark.parametrize(

@@ -109,4 +109,5 @@ def test_values(text, value):
 def test_what_is_not_read_whole_is_not_read():
     assert parse("x )") is None
     assert parse("2 &") is None
+    assert parse("9**9**9") is None
     assert parse("1+" * 1500 + "1") is None
