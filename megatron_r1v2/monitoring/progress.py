@@ -21,7 +21,7 @@ def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[i
     Yields:
         To be called with how much is done.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True)  # standard output may be what the command is run for
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not (shown and console.is_terminal)

@@ -68,6 +68,7 @@ class Recorder:
         self._progress: Progress | None = None
         if not is_main:
             return
+        # From here on only what the one rank that writes needs.
         run_dir.mkdir(parents=True, exist_ok=True)
         for file in (METRICS_FILE, ROLLOUTS_FILE):
             _cut_after(run_dir / file, info.first_step)
@@ -106,6 +107,7 @@ class Recorder:
         try:
             yield
         finally:
+            # Added up: dynamic sampling generates several times in a step.
             key = f"timing_s/{phase}"
             self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - start
 
@@ -151,7 +153,7 @@ class Recorder:
         now = time.perf_counter()
         self.values["timing_s/step"] = now - self._started
         self._started = now
-        values, self.values = self.values, {}
+        values, self.values = self.values, {}  # a metric of this step must not show in the next
         self.steps_done = step
         if not self.is_main:
             return
@@ -220,6 +222,7 @@ def _cut_after(path: Path, step: int) -> None:
     """Drop lines of later steps (and a line cut in the middle): a resumed run writes them again."""
     if not path.is_file():
         return
+    # Read as JSON, not cut by size: a killed run may have written half a line after the last whole step.
     kept = []
     for line in path.read_text().splitlines():
         try:
@@ -235,5 +238,6 @@ def _stable_id(run_dir: Path) -> str:
     """Return the id of this run for wandb, the same after a resume."""
     file = run_dir / "wandb_id"
     if not file.is_file():
+        # The time, since runs in different places can have the same name.
         file.write_text(f"{run_dir.name}-{time.time_ns():x}")
     return file.read_text()

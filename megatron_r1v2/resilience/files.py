@@ -51,6 +51,7 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
 def write_file(path: Path | str, content: str | bytes) -> None:
     """Write a whole file through `atomic_file`, text as UTF-8."""
     with atomic_file(path) as file:
+        # In binary: text mode would leave the encoding to the machine's locale.
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -74,6 +75,7 @@ def atomic_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
             publish_folder(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            restore_replaced(path)  # where the second rename of `publish_folder` failed
 
 
 def start_folder(path: Path | str) -> Path:
@@ -90,6 +92,7 @@ def start_folder(path: Path | str) -> Path:
 def publish_folder(path: Path | str) -> None:
     """Bring the partial folder of `path` onto the disk and rename it; a folder that `path` was before is deleted."""
     partial, replaced, target = partial_path(path), _beside(path, "replaced"), _target(path)
+    # Before the rename, which could reach the disk first: the name would then stand for files without their content.
     for entry in (*partial.rglob("*"), partial):
         sync(entry)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -85,13 +85,14 @@ class RolloutCache:
         if self.enabled and self.context.is_main:
             self._step_folder.mkdir(parents=True, exist_ok=True)
         if self.enabled:
-            dist.barrier()
+            dist.barrier()  # the others write into the folder that the first rank makes
 
     def save(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
         """Write all responses to a prompt of this step, in the order of `sample_index`."""
         if not self.enabled or not self.context.is_replica_leader:
             return
         path = self._path(prompt)
+        # Into memory first: the checksum stands before the content.
         body = io.BytesIO()
         content = {
             "fingerprint": self._fingerprint,
@@ -117,14 +118,17 @@ class RolloutCache:
         # The first rank decides for all: a disk may show a file to one node later than to another.
         found = objects.all_gather(readable)[0]
         mine = set(found[self.context.data_rank :: self.context.data_size])
-        cached = {}
+        cached: dict[str, list[Rollout]] = {}
+        missing = []
         for prompt in prompts:
-            if prompt.key in mine:
+            if prompt.key not in found:
+                missing.append(prompt)
+            elif prompt.key in mine:
                 rollouts = self._read(prompt)
                 if rollouts is None:
                     raise RuntimeError(f"{self._path(prompt)} can be read by the first rank only; is the disk shared?")
                 cached[prompt.key] = rollouts
-        return cached, [prompt for prompt in prompts if prompt.key not in set(found)]
+        return cached, missing
 
     def drop_before(self, step: int) -> None:
         """Delete the rollouts of all steps before `step`, that of the newest finished checkpoint."""
@@ -136,6 +140,7 @@ class RolloutCache:
                 shutil.rmtree(path)
 
     def _path(self, prompt: Prompt) -> Path:
+        # A key may hold what a file name cannot, and be longer.
         return self._step_folder / f"{hashlib.sha256(prompt.key.encode()).hexdigest()[:32]}.pt"
 
     def _read(self, prompt: Prompt) -> list[Rollout] | None:

@@ -49,6 +49,8 @@ class StopSignals:
         self._received: set[int] = set()
 
     def __enter__(self) -> StopSignals:
+        # Python's C handler writes the signal's number into the socket at once, whatever the main thread is at; it must
+        # not block there.
         self._ears, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._previous = {number: signal.signal(number, _heard_by_the_thread) for number in _SIGNALS}
@@ -65,11 +67,13 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.set_wakeup_fd(self._previous_fd)
+        # A full buffer would lose the byte that ends the thread.
         self._mouth.setblocking(True)
         self._mouth.send(_END_OF_WATCH)
         self._thread.join()
         self._mouth.close()
         self._ears.close()
+        # The mask first: a signal that is still pending is then taken by our handler, and not by one that ends the run.
         signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -102,6 +106,7 @@ class StopSignals:
         return int(largest.item())
 
     def _listen(self) -> None:
+        # A new thread inherits the mask of the main one, and the kernel gives a signal to a thread that takes it.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         while True:
             left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -125,6 +130,7 @@ class StopSignals:
         # Children outlive the signals on purpose; without a parent they would outlive the job too.
         for child in multiprocessing.active_children():
             child.kill()
+        # sys.exit would end this thread only, and exit handlers would wait for collectives.
         os._exit(128 + signal.SIGTERM)
 
 

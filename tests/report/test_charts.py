@@ -3,7 +3,9 @@
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from megatron_r1v2.monitoring.metrics import FRACTION, Chart, Metric
+from matplotlib.axes import Axes
+
+from megatron_r1v2.monitoring.metrics import FRACTION, SECTIONS, Chart, Metric
 from megatron_r1v2.report.charts import MAX_POINTS, draw
 from megatron_r1v2.report.read import Run
 
@@ -57,3 +59,22 @@ def test_a_long_run_is_thinned_to_the_width_of_the_picture():
     svg = draw(chart_of("Loss", "actor/loss"), make_run(actor__loss=[float(i % 2) for i in range(50_000)]))
     paths = [element.get("d") for element in ET.fromstring(svg).iter(f"{SVG}path")]
     assert max(path.count("L") for path in paths) <= MAX_POINTS
+
+
+def test_the_phases_of_the_report_add_up_to_the_step(monkeypatch):
+    """What preemption leaves is no phase: it may be hundreds of seconds, and below zero."""
+    (chart,) = (chart for section in SECTIONS for chart in section.charts if chart.stacked)
+    stacked = {}
+
+    def stackplot(self, steps, *heights, labels, **options):
+        stacked.update(zip(labels, heights, strict=True))
+
+    monkeypatch.setattr(Axes, "stackplot", stackplot)
+    run = make_run(
+        timing_s__generate=[1.0, 2.0],
+        timing_s__update=[1.0, 1.5],
+        timing_s__step=[3.0, 4.0],
+        preemption__lead_margin_s=[-500.0, 80.0],
+    )
+    draw(chart, run)
+    assert stacked == {"generate": [1.0, 2.0], "update": [1.0, 1.5], "other": [1.0, 0.5]}

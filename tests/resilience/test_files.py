@@ -262,6 +262,24 @@ def test_a_replacement_killed_between_its_renames_is_undone_by_the_next(tmp_path
     assert names(tmp_path) == ["out"]
 
 
+def test_a_replacement_whose_second_rename_fails_leaves_the_old_folder(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = os.rename
+
+    def failing(source, destination):
+        if Path(source) == partial_path(target):
+            raise PermissionError
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(PermissionError), atomic_folder(target, replace=True) as folder:
+        (folder / "new").write_text("new")
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
 def test_what_was_moved_away_never_replaces_a_finished_folder(tmp_path):
     for name in ("out", ".out.replaced"):
         (tmp_path / name).mkdir()
