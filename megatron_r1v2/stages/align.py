@@ -47,7 +47,9 @@ def supervised_step(session: Session) -> None:
     samples = {prompt.key: supervised_sample(prompt, encoder, folder) for prompt in prompts}
     if samples:
         microbatches = shard_samples(samples, prompts, microbatcher=microbatcher, context=session.context)
+        # Every rank takes the step: one without a sample runs a row of weight zero.
         batches = [part.batch for part in microbatches] or [microbatcher.filler(prompts[0])]
+        # Over all ranks, so that the loss does not depend on who has which sample.
         tokens = sum(sample.response_length for sample in samples.values())
         take_update(session.policy, batches, partial(_loss, denominator=tokens), recorder=session.recorder)
     session.step += 1

@@ -1,4 +1,4 @@
-"""A model with its weights, and what can be done with it before or without training."""
+"""A model with its weights and tokenizer, and the engine, readers and evaluator that are made of it."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class LoadedModel:
 
     @property
     def length_multiple(self) -> int:
-        """Return what the lengths of training rows must be multiples of."""
+        """Return the number that the lengths of training rows must be multiples of."""
         return length_multiple(self.recipe.model.fp8, self.recipe.parallel)
 
     def microbatcher(self, settings: TrainConfig) -> Microbatcher:
-        """Return what makes microbatches for this model and layout."""
+        """Return a maker of microbatches for this model and layout."""
         rows = RowFormat(
             pad_id=self.tokenizer.pad_id,
             image_token_id=self.architecture.image_token_id,
@@ -89,7 +89,7 @@ class LoadedModel:
     def evaluator(
         self, engine: RolloutEngine, pool: VerifierPool | None, *, settings: EvaluationConfig, reward: RewardConfig
     ) -> Evaluator:
-        """Return what evaluates this model."""
+        """Return an evaluator of this model."""
         return Evaluator(
             engine=engine,
             features=self.feature_cache(),
@@ -109,7 +109,7 @@ class LoadedModel:
 
     @property
     def prompt_builder(self) -> PromptBuilder:
-        """Return what turns samples into prompts for this model."""
+        """Return a builder of prompts for this model."""
         return PromptBuilder(
             settings=self.recipe.data,
             tokenizer=self.tokenizer,
@@ -137,11 +137,11 @@ class LoadedModel:
 def open_model(
     recipe: Recipe, *, score_head: bool = False, recompute: Recompute = Recompute.none
 ) -> Iterator[LoadedModel]:
-    """Start the process groups and load a model; everything ends with the block.
+    """Collective over the world: start the process groups and load a model; everything ends with the block.
 
     Args:
         recipe: the settings.
-        score_head: a reward model.
+        score_head: whether it is a reward model.
         recompute: in backward passes, if there will be any.
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
@@ -154,17 +154,18 @@ def open_model(
 def load_model(
     recipe: Recipe, context: ParallelContext, *, score_head: bool = False, recompute: Recompute = Recompute.none
 ) -> LoadedModel:
-    """Build the model and fill it from `model.hf_path`, then with what `model.checkpoint` holds.
+    """Collective over the world: build the model, fill it from `model.hf_path`, then from `model.checkpoint`.
 
     Args:
         recipe: the settings.
         context: process groups.
-        score_head: a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
+        score_head: whether it is a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
         recompute: in backward passes, if there will be any.
     """
     hf_path = Path(recipe.model.hf_path)
     architecture, layout = read_hf_architecture(hf_path)
     tokenizer = ChatTokenizer(hf_path)
+    # The engine and the model look for images by this id: a mismatch would leave every prompt without its image.
     if tokenizer.image_token_id != architecture.image_token_id:
         raise ValueError(
             f"{hf_path}: <IMG_CONTEXT> is token {tokenizer.image_token_id} of the tokenizer but config.json says "
@@ -174,6 +175,7 @@ def load_model(
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     load_hf_weights(model, hf_path, context, layout=layout, cast=True)
+    # A checkpoint holds only the parts that some stage has trained: the others come from the HF folder.
     changed, version = [], 0
     if recipe.model.checkpoint:
         checkpoint = resolve_checkpoint(recipe.model.checkpoint)

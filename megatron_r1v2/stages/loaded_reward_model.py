@@ -1,4 +1,4 @@
-"""A reward model from a checkpoint, on the process groups of the policy, and the choice between it and a served one."""
+"""A reward model on the process groups of the policy, and the choice between it and a served one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_r1v2.types import Prompt
 
 
 def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> RewardModel | None:
-    """Return what the `reward_model` section names; None when `reward.model_weight` is 0.
+    """Open the model that the `reward_model` section names; None when `reward.model_weight` is 0.
 
     Args:
         loaded: the policy.
@@ -36,17 +36,17 @@ def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
 
 @dataclass
 class LoadedRewardModel:
-    """Weights of its own beside the policy's, in the same layout, without gradients; a `rewards.model.RewardModel`."""
+    """A `rewards.model.RewardModel` with weights of its own, in the policy's layout and without gradients."""
 
     forward: Forward
     microbatcher: Microbatcher
     tokenizer: ChatTokenizer
     end_id: int
-    """Where the score is read; appended to every response, also to one that was cut."""
+    """The token at which the score is read; appended to every response, also to one that was cut."""
     context: ParallelContext
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """Score responses; see `RewardModel.score`.
+        """Collective over the replica: score responses; see `RewardModel.score`.
 
         Args:
             prompts: of each response.
@@ -55,6 +55,7 @@ class LoadedRewardModel:
         Returns:
             Raw scores, on every rank of the replica.
         """
+        # Features of other prompts are not asked for again, and the cache is bounded.
         if self.forward.features is not None:
             self.forward.features.clear()
         samples = {}
@@ -69,12 +70,12 @@ class LoadedRewardModel:
         scores = [found[str(index)] for index in range(len(texts))]
         if self.context.tensor_size * self.context.pipeline_size == 1:
             return scores
-        # To the bit the same on every rank: rewards must be.
+        # Tensor-parallel ranks may differ in the last bit, and rewards must not.
         return objects.broadcast_from_first(scores, self.context.groups.mp)
 
 
 def load_reward_model(policy: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> LoadedRewardModel:
-    """Load `reward_model.checkpoint` in the policy's layout.
+    """Collective over the world: load `reward_model.checkpoint` in the policy's layout.
 
     Args:
         policy: whose prompts and responses it will score, so tokens and tiles must be the same.

@@ -112,8 +112,8 @@ class MpoStage:
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether a term compares with the model that the stage started from; if not, it is supervised training
-        on the chosen responses, and the rejected ones are not computed."""
+        """Return whether a term of the loss compares with the model that the stage started from."""
+        # If not, this is supervised training on the chosen responses, and the rejected ones are not computed.
         return self.settings.preference_weight > 0 or self.settings.quality_weight > 0
 
     def load_or_compute_reference(self) -> bool:
@@ -141,6 +141,7 @@ class MpoStage:
         """Collective over the world: read pairs, leave out those below the margin, update policy and delta."""
         session = self.session
         prompts = session.next_prompts()
+        # Before they are split by their margins: a missing pair is an error, not a pair of low margin.
         for prompt in prompts:
             self.source.preference_of(prompt)
         kept, below = split_by_margin(prompts, self.calibrator.value)
@@ -183,6 +184,7 @@ class MpoStage:
             generation_denominator=denominator,
         )
         result = take_update(session.policy, batches, loss, recorder=session.recorder)
+        # A skipped update moves nothing, so its rewards do not move delta either.
         if self.needs_reference and result.applied:
             mean = (result.metrics["rewards/chosen"] + result.metrics["rewards/rejected"]) / 2
             self.delta = self.delta.update(mean, 2 * len(prompts), momentum=settings.delta_momentum)

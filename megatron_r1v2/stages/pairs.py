@@ -129,6 +129,7 @@ class PairMaker:
         groups: dict[str, list[ScoredRollout]] = {}
         for response in scored:
             groups.setdefault(response.rollout.prompt_key, []).append(response)
+        # Each replica has whole groups: pairs are chosen where the responses are.
         mine, to_continue = {}, {}
         for key, group in groups.items():
             candidates = [self._candidate(response) for response in group]

@@ -23,7 +23,7 @@ SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "v
 
 
 def run_reward_model(recipe: RewardModelRecipe) -> Path:
-    """Run the stage to its end, from where it stopped when it was interrupted.
+    """Run the stage to its end, resumed where it was interrupted.
 
     Args:
         recipe: the settings.
@@ -75,6 +75,7 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
                 session.policy.features.clear()
             batches = pair_batches(session, few, setting=f"data.validation={session.recipe.data.validation!r}")
             for batch, values_BS in zip(batches, session.policy.compute_values(batches), strict=True):
+                # The sums alone count here, so the loss needs no denominator.
                 parts.append(pair_loss(values_BS, batch, denominator=1.0)[1])
     mine = {name: pair.cpu() for name, pair in add_pairs(parts).items()}
     total = add_pairs(objects.all_gather(mine, session.context.groups.dp))
