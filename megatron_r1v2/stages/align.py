@@ -69,7 +69,7 @@ def supervised_sample(prompt: Prompt, encoder: ResponseEncoder, folder: str) -> 
     if prompt.response is None:
         raise ValueError(
             f"sample {prompt.key!r} of data.train={folder!r} has no response; the align stage "
-            'trains on reference responses: add a "response" field to the JSONL rows and run data.prepare again'
+            'trains on reference responses: add a "response" field to the JSONL rows and run r1v2 prepare again'
         )
     return encoder.sample(prompt, prompt.response)
 

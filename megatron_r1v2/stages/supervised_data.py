@@ -57,7 +57,7 @@ class PairSource:
         if prompt.preference is None:
             raise ValueError(
                 f"sample {prompt.key!r} of {self.setting} has no pair of responses; the {self.stage} stage trains on "
-                'pairs: add "chosen" and "rejected" to the JSONL rows and run data.prepare again'
+                'pairs: add "chosen" and "rejected" to the JSONL rows and run r1v2 prepare again'
             )
         return prompt.preference
 

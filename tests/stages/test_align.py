@@ -121,5 +121,5 @@ def test_a_sample_is_the_prompt_its_response_and_the_end_token(root: Path, tmp_p
         response = session.tokenizer.decode(list(sample.token_ids[sample.prompt_length : -1]))
         assert response == prompt.response
         assert sample.token_ids[-1] in session.tokenizer.stop_ids(["<|im_end|>"])
-        with pytest.raises(ValueError, match=rf"{prompt.key}.* has no response.*data.prepare"):
+        with pytest.raises(ValueError, match=rf"{prompt.key}.* has no response.*r1v2 prepare"):
             supervised_sample(replace(prompt, response=None), encoder, "data")
