@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,43 +55,45 @@ def served(run: Path, settings: Sequence[str]) -> Iterator[str]:
             server.terminate()
 
 
+@dataclass(frozen=True)
+class LmEvalTask:
+    """A task of lm-eval and the settings of its run."""
+
+    name: str
+    folder: Path = TASKS
+    """Folder with the YAML file of the task."""
+    max_tokens: int = 256
+    """Tokens of a response at most."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Settings that the task reads."""
+    model_args: str = ""
+    """More settings of lm-eval's client, such as "think_end_token=</think>"."""
+
+
 def run_lm_eval(
-    python: str,
-    task: str,
-    output: Path,
-    *,
-    url: str,
-    model: str,
-    tasks: Path = TASKS,
-    max_tokens: int = 256,
-    model_args: str = "",
-    metadata: Mapping[str, Any] | None = None,
+    python: str, task: LmEvalTask, output: Path, *, url: str, model: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run a task of lm-eval on an endpoint, without a network.
 
     Args:
-        python: of an environment with lm-eval.
-        task: its name, in a folder of tasks.
-        output: folder for what lm-eval writes; must be new.
-        url: of the endpoint, ending in /v1.
-        model: its name.
-        tasks: folder of the task.
-        max_tokens: of a response.
-        model_args: more for lm-eval's client, such as "think_end_token=</think>".
-        metadata: for the task.
+        python: interpreter of an environment with lm-eval.
+        task: the task.
+        output: new folder for the files of lm-eval.
+        url: address of the endpoint, ending in /v1.
+        model: name of the model there.
 
     Returns:
         The task's results by metric, and its rows.
 
     Raises:
-        RuntimeError: lm-eval failed, with the end of what it said.
+        RuntimeError: lm-eval failed; with the end of its output.
     """
     client = f"model={model},base_url={url}/chat/completions,num_concurrent=8,max_images=16"
     command = [
         python, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args",
-        f"{client},{model_args}".rstrip(","), "--tasks", task,
-        "--include_path", str(tasks), "--apply_chat_template", "--gen_kwargs", f"max_gen_toks={max_tokens}",
-        "--metadata", json.dumps(metadata or {}), "--output_path", str(output), "--log_samples",
+        f"{client},{task.model_args}".rstrip(","), "--tasks", task.name,
+        "--include_path", str(task.folder), "--apply_chat_template", "--gen_kwargs", f"max_gen_toks={task.max_tokens}",
+        "--metadata", json.dumps(dict(task.metadata)), "--output_path", str(output), "--log_samples",
     ]  # fmt: skip
     # lm-eval would ask the Hub about a model of this name, and its client wants some key.
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(output / "hf"), "OPENAI_API_KEY": "none"}
@@ -98,9 +101,9 @@ def run_lm_eval(
     if done.returncode:
         raise RuntimeError(f"lm-eval failed; the end of what it said:\n{done.stderr[-3000:]}")
     (results,) = output.rglob("results*.json")
-    (rows,) = output.rglob(f"samples_{task}*.jsonl")
+    (rows,) = output.rglob(f"samples_{task.name}*.jsonl")
     lines = rows.read_text(encoding="utf-8").splitlines()
-    return json.loads(results.read_text(encoding="utf-8"))["results"][task], [json.loads(line) for line in lines]
+    return json.loads(results.read_text(encoding="utf-8"))["results"][task.name], [json.loads(line) for line in lines]
 
 
 def lm_eval_python() -> str | None:
@@ -110,10 +113,9 @@ def lm_eval_python() -> str | None:
 
 
 def ask_by_lm_eval(python: str, url: str, output: Path, *, shards: str, max_tokens: int) -> Verdicts:
-    """Evaluate what is served by lm-eval, greedily."""
-    results, rows = run_lm_eval(
-        python, "shards", output, url=url, model=MODEL, max_tokens=max_tokens, metadata={"shards": shards}
-    )
+    """Evaluate the served model by lm-eval, greedily."""
+    task = LmEvalTask("shards", max_tokens=max_tokens, metadata={"shards": shards})
+    results, rows = run_lm_eval(python, task, output, url=url, model=MODEL)
     verdicts = {row["doc"]["key"]: (row["resps"][0][0], bool(row["exact_match"])) for row in rows}
     assert abs(results["exact_match,last_box"] - accuracy(verdicts)) < 1e-9
     return verdicts

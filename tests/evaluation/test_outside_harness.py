@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import megatron_r1v2
-from examples.digits.verify_endpoint import lm_eval_python, run_lm_eval
+from examples.digits.verify_endpoint import LmEvalTask, lm_eval_python, run_lm_eval
 from tests.evaluation.responder import serving
 
 pytestmark = pytest.mark.slow
@@ -69,10 +69,8 @@ def test_ifeval_rules_by_lm_eval_judge_what_is_behind_the_reasoning(tmp_path):
         "Shout.": "not loud",
     }
     with serving(lambda body: answers[body["messages"][-1]["content"]]) as (url, responder):
-        results, rows = run_lm_eval(
-            lm_eval_python(), "ifeval_made", tmp_path / "out", url=url, model="served", tasks=tmp_path / "task",
-            model_args="think_end_token=</think>",
-        )  # fmt: skip
+        task = LmEvalTask("ifeval_made", folder=tmp_path / "task", model_args="think_end_token=</think>")
+        results, rows = run_lm_eval(lm_eval_python(), task, tmp_path / "out", url=url, model="served")
     assert len(responder.bodies) == len(rows) == 4
     assert results["prompt_level_strict_acc,none"] == 0.5
     assert results["inst_level_strict_acc,none"] == 0.5

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from examples.digits.verify_endpoint import compare, lm_eval_python, main, run_lm_eval, served
+from examples.digits.verify_endpoint import LmEvalTask, compare, lm_eval_python, main, run_lm_eval, served
 
 
 def test_evaluations_are_set_beside_the_first():
@@ -40,7 +40,7 @@ def test_a_failing_lm_eval_is_told_with_what_it_said(tmp_path):
     python.write_text('#!/bin/sh\necho "no task $9" >&2\nexit 3\n')
     python.chmod(0o755)
     with pytest.raises(RuntimeError, match="no task mine"):
-        run_lm_eval(str(python), "mine", tmp_path / "out", url="http://127.0.0.1:9/v1", model="m")
+        run_lm_eval(str(python), LmEvalTask("mine"), tmp_path / "out", url="http://127.0.0.1:9/v1", model="m")
 
 
 def test_what_lm_eval_writes_is_read(tmp_path):
@@ -52,5 +52,5 @@ def test_what_lm_eval_writes_is_read(tmp_path):
         f"echo '{json.dumps({'doc': {'key': 'a'}})}' > {folder}/samples_mine_1.jsonl\n"
     )
     python.chmod(0o755)
-    found = run_lm_eval(str(python), "mine", tmp_path / "out", url="http://127.0.0.1:9/v1", model="m")
+    found = run_lm_eval(str(python), LmEvalTask("mine"), tmp_path / "out", url="http://127.0.0.1:9/v1", model="m")
     assert found == ({"acc": 1.0}, [{"doc": {"key": "a"}}])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.digits.verify_endpoint import lm_eval_python, run_lm_eval
+from examples.digits.verify_endpoint import LmEvalTask, lm_eval_python, run_lm_eval
 from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.config.schema import EvaluationConfig, RunConfig
 from megatron_r1v2.data.messages import openai_messages
@@ -101,10 +101,8 @@ def test_our_evaluator_finds_the_same_through_the_endpoint(evaluated):
 def test_lm_eval_sees_the_same_images_and_finds_the_same(evaluated, server, tmp_path):
     folder, _, _ = evaluated
     rows = {row["prompt_key"]: row for row in rows_of(folder / "in_process") if row["sample_index"] == 0}
-    results, found = run_lm_eval(
-        lm_eval_python(), "shards", tmp_path, url=f"{server.url}/v1", model="tiny", max_tokens=RESPONSE_TOKENS,
-        metadata={"shards": str(folder / "data")},
-    )  # fmt: skip
+    task = LmEvalTask("shards", max_tokens=RESPONSE_TOKENS, metadata={"shards": str(folder / "data")})
+    results, found = run_lm_eval(lm_eval_python(), task, tmp_path, url=f"{server.url}/v1", model="tiny")
     assert sum(bool(row["doc"]["images"]) for row in found) == 12
     # lm-eval has words of its own for an answer that is not there.
     answers = {key: row["text"].partition("</think>")[2] for key, row in rows.items() if "</think>" in row["text"]}
