@@ -15,7 +15,6 @@ import argparse
 import gc
 import importlib.util
 import json
-import os
 import re
 import statistics
 import time
@@ -45,6 +44,7 @@ from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import kv_bytes_per_token
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights
 from megatron_r1v2.planning.roofline import head_flops, language_layer_flops, vision_flops
+from megatron_r1v2.resilience.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
@@ -362,9 +362,7 @@ def save(figures: dict[str, Any]) -> Path:
     """Write the numbers under the device's name."""
     name = re.sub(r"[^a-z0-9]+", "_", figures["device"].lower()).strip("_")
     output = RESULTS / f"gpu_slices_{name}.json"
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    temporary.replace(output)
+    write_file(output, json.dumps(figures, indent=1) + "\n")
     return output
 
 

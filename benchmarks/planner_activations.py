@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import weakref
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from megatron_r1v2.parallel import groups
 from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
+from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.grpo.updates import batch_loss
 from megatron_r1v2.training.batches import RowFormat, collate, response_sample
@@ -350,9 +350,7 @@ def main() -> None:
                     flush=True,
                 )
     machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"machine": machine, "cases": [asdict(case) for case in CASES]}, indent=1) + "\n")
-    temporary.replace(output)
+    write_file(output, json.dumps({"machine": machine, "cases": [asdict(case) for case in CASES]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
