@@ -1,1 +1,1 @@
-"""How good a model is: Pass@1 over repeated runs, format and hallucination rates."""
+"""Measures of a model: Pass@1 over repeated runs, Pass@k, maj@k, format and hallucination rates."""

@@ -9,8 +9,6 @@ knows no tools; what comes before `</think>` is reasoning, and no call.
 
 from __future__ import annotations
 
-from typing import Any
-
 from bfcl_eval.__main__ import cli
 from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
 from bfcl_eval.model_handler.api_inference.openai_completion import OpenAICompletionsHandler
@@ -23,9 +21,9 @@ _REASONING_ENDS = "</think>"
 class ServedHandler(OpenAICompletionsHandler):
     """Asks the server in OPENAI_BASE_URL and parts reasoning from answer."""
 
-    def _parse_query_response_prompting(self, api_response: Any) -> dict[str, Any]:
-        parsed = super()._parse_query_response_prompting(api_response)
-        reasoning, _, answer = (parsed["model_responses"] or "").rpartition(_REASONING_ENDS)
+    def _parse_query_response_prompting(self, api_response: object) -> dict[str, object]:
+        parsed: dict[str, object] = super()._parse_query_response_prompting(api_response)
+        reasoning, _, answer = str(parsed["model_responses"] or "").rpartition(_REASONING_ENDS)
         return parsed | {
             "model_responses": answer.strip(),
             "model_responses_message_for_chat_history": {"role": "assistant", "content": answer.strip()},

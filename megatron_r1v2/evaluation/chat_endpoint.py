@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from megatron_r1v2.config.schema import EvaluationConfig
-from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, Refused, ServerFailed, TryAgain
+from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, Patience, Refused, ServerFailed, TryAgain
 
 # A response of 64K tokens is below a megabyte; a longer answer is a fault of the server.
 _MAX_ANSWER_BYTES = 2**26
@@ -71,9 +71,7 @@ class ChatEndpoint:
         url: str,
         model: str,
         key_variable: str,
-        timeout_seconds: float,
-        attempts: int,
-        concurrency: int,
+        patience: Patience,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
         """Ask nothing yet.
@@ -83,9 +81,7 @@ class ChatEndpoint:
             url: up to /v1.
             model: its name in requests.
             key_variable: environment variable with the API key; empty: no key.
-            timeout_seconds: for a whole answer.
-            attempts: to get one answer.
-            concurrency: requests under way at once.
+            patience: the bounds on asking.
             sleep: waits between attempts; None: until another request fails.
         """
         self.kind = kind
@@ -94,15 +90,7 @@ class ChatEndpoint:
         self._refused: set[str] = set()
         """Fields of requests that the server has refused; later requests do without."""
         key = os.environ.get(key_variable, "") if key_variable else ""
-        self._client = JsonClient(
-            timeout_seconds=timeout_seconds,
-            timeout_setting="evaluation.timeout_seconds",
-            attempts=attempts,
-            concurrency=concurrency,
-            max_answer_bytes=_MAX_ANSWER_BYTES,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            sleep=sleep,
-        )
+        self._client = JsonClient(patience, headers={"Authorization": f"Bearer {key}"} if key else {}, sleep=sleep)
 
     @classmethod
     def from_settings(cls, settings: EvaluationConfig, kind: Kind) -> ChatEndpoint:
@@ -113,9 +101,13 @@ class ChatEndpoint:
             url=settings.judge_url if is_judge else settings.endpoint_url,
             model=settings.judge_model if is_judge else settings.endpoint_model,
             key_variable=settings.judge_key_variable if is_judge else settings.endpoint_key_variable,
-            timeout_seconds=settings.timeout_seconds,
-            attempts=settings.attempts,
-            concurrency=settings.concurrency,
+            patience=Patience(
+                timeout_seconds=settings.timeout_seconds,
+                timeout_setting="evaluation.timeout_seconds",
+                attempts=settings.attempts,
+                concurrency=settings.concurrency,
+                max_answer_bytes=_MAX_ANSWER_BYTES,
+            ),
         )
 
     def ask_all(

@@ -49,6 +49,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}\nNothing was written.", file=sys.stderr)
         return 1
     for name, value in record.items():
-        print(f"{name + ':':19}{len(value) if name == 'kept' else value:>8}")
+        print(f"{name + ':':19}{len(value) if isinstance(value, list) else value:>8}")
     print(f"written to {arguments.output}; set data.train to it")
     return 0

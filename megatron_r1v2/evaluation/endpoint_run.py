@@ -1,10 +1,9 @@
-"""Evaluates whatever an OpenAI-compatible server serves: no model is loaded here, and no process group is started."""
+"""Evaluation of a model behind an OpenAI-compatible server: no model is loaded here, no process group is started."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
-from megatron_r1v2.evaluation.response_log import Row
+from megatron_r1v2.evaluation.response_log import ResponseRow
 from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
 from megatron_r1v2.evaluation.rollout_records import images_base64
 from megatron_r1v2.monitoring.progress import progress_bar
@@ -63,7 +62,7 @@ def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResu
         return conclude(recipe, name, [sample.key for sample in samples], log, model=endpoint.model, step=0)
 
 
-def chat_request(place: Place, recipe: EvaluateRecipe) -> dict[str, Any]:
+def chat_request(place: Place, recipe: EvaluateRecipe) -> dict[str, object]:
     """Return the body of the request for one response, less the model's name.
 
     Args:
@@ -78,6 +77,7 @@ def chat_request(place: Place, recipe: EvaluateRecipe) -> dict[str, Any]:
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_tokens": recipe.generation.max_response_tokens,
+        # Servers differ in the seeds they accept: 31 bits are accepted by all.
         "seed": int.from_bytes(seed[:4], "big") >> 1,
     }
 
@@ -86,7 +86,7 @@ def _about(place: Place) -> str:
     return place[0].key
 
 
-def _row(place: Place, completion: Completion, reward: RewardConfig, pool: VerifierPool) -> Row:
+def _row(place: Place, completion: Completion, reward: RewardConfig, pool: VerifierPool) -> ResponseRow:
     sample, index = place
     prompt = _prompt(sample)
     rollout = Rollout(
@@ -118,7 +118,7 @@ def _row(place: Place, completion: Completion, reward: RewardConfig, pool: Verif
 
 
 def _prompt(sample: ShardSample) -> Prompt:
-    """Return what the rules need of a prompt; tokens and tiles are the server's business."""
+    """Return a prompt for the rules alone; tokens and tiles are the server's business."""
     return Prompt(
         key=sample.key,
         messages=sample.messages,

@@ -1,4 +1,4 @@
-"""What repeated responses to the same prompts say: Pass@k, maj@k and their confidence intervals; pure."""
+"""Estimates from repeated responses to the same prompts: Pass@k, maj@k and their confidence intervals; pure."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _majority(votes: Sequence[str | None], right: frozenset[str]) -> float:
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of the mean over prompts by a cluster bootstrap.
 
-    Responses to one prompt are alike, so the prompts are what is drawn: n of n with replacement, 10,000 times with
+    Responses to one prompt are alike, so prompts are drawn: n of n with replacement, 10,000 times with
     fixed random numbers; the interval goes from the 2.5th to the 97.5th percentile of the means (Efron 1979). It covers
     the choice of prompts and the sampling of the responses at once. Where all prompts have one value (all right, say)
     it has no width: that says nothing of other prompts.
@@ -86,6 +86,7 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
     generator = numpy.random.default_rng(0)
     # Sorted, so that the order of the prompts changes no bit.
     ordered = numpy.sort(numpy.asarray(values, dtype=numpy.float64))
+    # In parts: all draws at once would take gigabytes for a large benchmark.
     means = [
         generator.choice(ordered, size=(_RESAMPLES_AT_ONCE, len(ordered))).mean(axis=1)
         for _ in range(_RESAMPLES // _RESAMPLES_AT_ONCE)

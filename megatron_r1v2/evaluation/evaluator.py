@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
-from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluate_outcomes
+from megatron_r1v2.evaluation.pass_at_1 import Conditions, EvaluationResult, evaluate_outcomes
 from megatron_r1v2.evaluation.response_rows import evaluation_rows, outcome_of
 from megatron_r1v2.generation.engine import Progress, RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
@@ -24,7 +24,7 @@ _VERSION = 0
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What an evaluation needs apart from the prompts."""
+    """The model, the rules and the ranks of an evaluation; the prompts come with each call."""
 
     engine: RolloutEngine
     features: FeatureCache
@@ -42,7 +42,7 @@ class Evaluator:
     """Called, with the name of the place, when this replica has generated, and others may not have."""
 
     def run(self, prompts: Sequence[Prompt], *, name: str, step: int) -> EvaluationResult:
-        """Evaluate the model that the engine holds, by the rules alone: no judge is asked.
+        """Collective over all ranks: evaluate the engine's model by the rules alone; no judge is asked.
 
         Args:
             prompts: the same on every rank.
@@ -62,16 +62,13 @@ class Evaluator:
             name,
             [prompt.key for prompt in prompts],
             objects.all_gather(outcomes)[0] or [],
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            seed=self.settings.seed,
-            step=step,
+            Conditions(self.settings.temperature, self.settings.top_p, self.settings.seed, step),
         )
 
     def respond(
         self, prompts: Sequence[Prompt], *, name: str, step: int, progress: Progress | None = None
     ) -> list[ScoredRollout]:
-        """Generate and score responses.
+        """Collective over all ranks: generate and score responses.
 
         Args:
             prompts: the same on every rank.
@@ -96,10 +93,12 @@ class Evaluator:
             features=self.features,
             progress=progress or self.progress,
         )
+        # The gathers below would wait for a lost rank without saying which one it is.
         if self.wait_for_all is not None:
             self.wait_for_all(f"evaluated-{name}-{step}")
         by_key = {prompt.key: prompt for prompt in prompts}
         scorer = ReplicaScorer(
+            # Without one, as in an evaluation by itself, the weight would ask for a score that nobody gives.
             self.reward if self.reward_model is not None else self.reward.changed(model_weight=0.0),
             self.context,
             decode=self.decode,
@@ -109,6 +108,7 @@ class Evaluator:
         )
         mine, _ = scorer.score(by_key, rollouts)
         order = {prompt.key: index for index, prompt in enumerate(prompts)}
+        # Sorted: which replica generated a response depends on how fast each was.
         scored = [response for part in objects.all_gather(mine, self.context.groups.dp) for response in part]
         scored.sort(key=lambda response: (order[response.rollout.prompt_key], response.rollout.sample_index))
         return scored

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
@@ -17,6 +16,9 @@ from megatron_r1v2.resilience.files import atomic_folder
 from megatron_r1v2.rl.prompt_pool import PoolPrompt, filtered_prompt_pool
 
 POOL_FILE = "pool.json"
+
+PoolRecord = dict[str, int | list[dict[str, object]]]
+"""The content of pool.json: counts of prompts, and those that are kept."""
 
 
 def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
@@ -50,7 +52,7 @@ def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
     return results
 
 
-def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, *, most: int = 0) -> dict[str, Any]:
+def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, *, most: int = 0) -> PoolRecord:
     """Write the prompts that are worth training on, in the order of their data set.
 
     Args:
@@ -81,6 +83,7 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
 
         def wanted_samples() -> Iterator[ShardSample]:
             for sample in read_shards(data, parse_sample):
+                # Also of the prompts that are dropped: a response to a prompt of other data must not pass unseen.
                 found.add(sample.key)
                 if sample.key in wanted:
                     yield sample
@@ -99,7 +102,7 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
 
 def _record(
     results: Mapping[str, Sequence[bool]], kept: Sequence[PoolPrompt], num_effective: int, *, absent: int
-) -> dict[str, Any]:
+) -> PoolRecord:
     return {
         "prompts": len(results) + absent,
         "without responses": absent,

@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
-from megatron_r1v2.evaluation.response_log import Row
+from megatron_r1v2.evaluation.response_log import JudgeVerdict, ResponseRow
 from megatron_r1v2.rewards.answer import last_boxed
 
 JUDGE_PROMPT = """\
@@ -35,7 +34,7 @@ _VERDICT = re.compile(r"Verdict:[\s*_\"'`\u2018-\u201f]*(CORRECT|INCORRECT)\b", 
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 
 
-def needs_judge(row: Row) -> bool:
+def needs_judge(row: ResponseRow) -> bool:
     """Return whether the judge may be asked: there is an answer, and the rules did not find it right.
 
     A wrong option letter is wrong beyond doubt.
@@ -50,13 +49,13 @@ def needs_judge(row: Row) -> bool:
 
 
 def judge_rows(
-    rows: Sequence[Row],
+    rows: Sequence[ResponseRow],
     judge: ChatEndpoint,
     cache: Path,
     *,
     max_tokens: int,
     progress: Callable[[int], None] | None = None,
-) -> list[Row]:
+) -> list[ResponseRow]:
     """Have the judge decide where it may.
 
     Verdicts are appended to the cache as they come in, by a hash of the judge's name and all that it is told: a second
@@ -81,6 +80,7 @@ def judge_rows(
     hashes = {index: _hash(judge.model, prompt) for index, prompt in prompts.items()}
     questions = {key: rows[index]["prompt_key"] for index, key in hashes.items()}
     known = _read_cache(cache)
+    # Equal questions are asked once: answers repeat over the runs of a prompt.
     asked = {hashes[index]: prompt for index, prompt in prompts.items() if hashes[index] not in known}
     done = len(set(hashes.values())) - len(asked)
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,7 @@ def judge_rows(
         requests = {key: _request(prompt, max_tokens) for key, prompt in asked.items()}
         for key, completion in judge.ask_all(list(asked), requests.__getitem__, about=questions.__getitem__):
             known[key] = {"verdict": read_verdict(completion), "text": completion.text, "model": judge.model}
+            # No verdict is not kept: the judge may give one when it is asked again.
             if known[key]["verdict"] is not None:
                 file.write(json.dumps({"hash": key, **known[key]}) + "\n")
                 file.flush()
@@ -102,8 +103,8 @@ def judge_rows(
     ]
 
 
-def judge_prompt(row: Row) -> str:
-    """Return what the judge is told about a response: never its reasoning, which could talk it round.
+def judge_prompt(row: ResponseRow) -> str:
+    """Return the question to the judge about a response: never its reasoning, which could talk the judge round.
 
     Args:
         row: a scored response with an answer.
@@ -119,7 +120,7 @@ def judge_prompt(row: Row) -> str:
 
 
 def read_verdict(completion: Completion) -> bool | None:
-    """Return the last verdict behind the judge's reasoning; None: there is none, or the judge was cut off.
+    """Return the last verdict behind the judge's reasoning; None without one, or where the judge was cut off.
 
     Args:
         completion: of the judge.
@@ -128,7 +129,7 @@ def read_verdict(completion: Completion) -> bool | None:
     return found[-1].upper() == "CORRECT" if found else None
 
 
-def _request(prompt: str, max_tokens: int) -> dict[str, Any]:
+def _request(prompt: str, max_tokens: int) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0, "max_tokens": max_tokens}
 
 
@@ -136,11 +137,12 @@ def _hash(model: str, prompt: str) -> str:
     return hashlib.sha256(json.dumps([model, prompt]).encode()).hexdigest()
 
 
-def _read_cache(path: Path) -> dict[str, Mapping[str, Any]]:
+def _read_cache(path: Path) -> dict[str, JudgeVerdict]:
     """Return the verdicts by hash; a last line that was being written when an evaluation ended is taken off."""
     if not path.exists():
         return {}
     content = path.read_bytes()
+    # A line without its end was being written when the process ended; the next one must not be glued to it.
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))

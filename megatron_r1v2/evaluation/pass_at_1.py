@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -19,7 +18,7 @@ from megatron_r1v2.rewards.claims import Claim, hallucination_counts
 
 @dataclass(frozen=True)
 class Outcome:
-    """What counts of one response.
+    """One response, as far as an evaluation counts it.
 
     Example: prompt_key "aime-12", sample_index 0, correct True, answer "204", well_formed 1.0, tokens 3120.
     """
@@ -46,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation found; the fields of `evaluation-NAME.json`."""
+    """The result of an evaluation; the fields of `evaluation-NAME.json`."""
 
     name: str
     """"before", "after", ...: part of the file's name."""
@@ -77,23 +76,31 @@ class EvaluationResult:
     maj_at_k: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     """By k: how often the majority of k responses is right, and the ends of its interval."""
     model: str = ""
-    """What was evaluated: a folder, or an endpoint's model."""
+    """The evaluated folder, or an endpoint's model."""
     judged: int = 0
     """Responses that the judge was asked about."""
     judge_unclear: int = 0
     """Those of them without a verdict, counted as wrong."""
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of an evaluation, for the record.
+
+    Example: temperature 0.6, top_p 0.95, seed 0, step 1200, model "runs/r1v2".
+    """
+
+    temperature: float
+    top_p: float
+    seed: int
+    step: int
+    """Optimizer steps that the weights have seen."""
+    model: str = ""
+    """A folder, or an endpoint's model."""
+
+
 def evaluate_outcomes(
-    name: str,
-    keys: Sequence[str],
-    outcomes: Sequence[Outcome],
-    *,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    step: int,
-    model: str = "",
+    name: str, keys: Sequence[str], outcomes: Sequence[Outcome], conditions: Conditions
 ) -> EvaluationResult:
     """Compute an evaluation; run i is every prompt's response with sample_index i.
 
@@ -101,11 +108,7 @@ def evaluate_outcomes(
         name: "before", "after", ...
         keys: of the prompts, each once.
         outcomes: in any order, equally many for each prompt.
-        temperature: of the sampling, for the record.
-        top_p: of the sampling, for the record.
-        seed: of the sampling, for the record.
-        step: optimizer steps that the weights have seen.
-        model: what was evaluated, for the record.
+        conditions: of the sampling and the weights.
 
     Raises:
         ValueError: no prompts, a prompt twice, a response to another prompt, or a prompt without every run.
@@ -128,14 +131,10 @@ def evaluate_outcomes(
         claim_coverage=hallucination.coverage,
         mean_response_tokens=statistics.fmean(tokens) if tokens else None,
         num_prompts=len(keys),
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        step=step,
+        **dataclasses.asdict(conditions),
         pass_at_1_interval=confidence_interval([count / len(runs) for count in counts]),
         pass_at_k={str(k): _estimate([pass_at_k(len(runs), count, k) for count in counts]) for k in ks},
         maj_at_k={str(k): _estimate([_majority(responses, k) for responses in prompts]) for k in ks},
-        model=model,
         judged=sum(outcome.judged for outcome in outcomes),
         judge_unclear=sum(outcome.unclear for outcome in outcomes),
     )
@@ -147,6 +146,7 @@ def _estimate(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _majority(responses: Sequence[Outcome], k: int) -> float:
     """Return maj@k of one prompt: right answers, however written, are one answer; wrong ones are as many as texts."""
+    # One vote for all right answers: otherwise "1/2" and "0.5" would lose to a wrong answer that is written one way.
     right = "right"
     votes = [
         None
@@ -220,7 +220,8 @@ def read_evaluation(path: Path) -> EvaluationResult:
         ValueError: not JSON, a field that `EvaluationResult` does not know, or one without a default is missing.
     """
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # Files of older evaluations lack the fields with defaults; unknown fields are of a newer version.
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); run the evaluation again") from error
     known = {field.name for field in dataclasses.fields(EvaluationResult)}

@@ -1,6 +1,6 @@
 """The responses of an evaluation that is under way: one JSON line each, appended, so that an interrupted one goes on.
 
-`evaluation-NAME.unfinished.jsonl` begins with the settings that decide what its rows are; it is gone when the result
+`evaluation-NAME.unfinished.jsonl` begins with the settings that its rows depend on; it is gone when the result
 and `evaluation-NAME.rollouts.jsonl` are written.
 """
 
@@ -11,19 +11,41 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TypedDict, cast
 
+from megatron_r1v2.evaluation.rollout_records import RolloutRecord
 from megatron_r1v2.resilience.fingerprint import Fingerprint
+from megatron_r1v2.types import AnswerType
 
-Row = dict[str, Any]
-"""A line of rollouts.jsonl (`records.py`)."""
+
+class JudgeVerdict(TypedDict):
+    """The words of a judge about a response."""
+
+    verdict: bool | None
+    """None: there is no verdict in them."""
+    text: str
+    model: str
+
+
+class ResponseRow(RolloutRecord):
+    """A line of `evaluation-NAME.rollouts.jsonl`: a response of an evaluation, with all that its verdict depends on."""
+
+    sample_index: int
+    answer_type: AnswerType
+    alternatives: list[str]
+    tolerances: list[float]
+    facts: dict[str, str]
+    metadata: dict[str, str]
+    rule_correct: bool
+    judge: JudgeVerdict | None
+    """None: the judge was not asked."""
 
 
 class ResponseLog:
     """Rows on disk by (prompt key, sample index); use it as a context manager."""
 
     def __init__(self, path: Path, fingerprint: Fingerprint) -> None:
-        """Read what an interrupted evaluation left, and open the file to append.
+        """Read the rows of an interrupted evaluation, and open the file to append.
 
         Args:
             path: of the unfinished evaluation; made when it is not there.
@@ -51,7 +73,7 @@ class ResponseLog:
         self._file.close()
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResponseRow]:
         """Return the rows, ordered by prompt key and sample index."""
         return [self._rows[place] for place in sorted(self._rows)]
 
@@ -60,7 +82,7 @@ class ResponseLog:
         """Return (prompt key, sample index) of every row that is there."""
         return set(self._rows)
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[ResponseRow]) -> None:
         """Write rows so that they outlive this process.
 
         Args:
@@ -75,21 +97,22 @@ class ResponseLog:
         self._file.close()
         self.path.unlink()
 
-    def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def _write(self, lines: Iterable[Mapping[str, object]]) -> None:
         self._file.write(b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines))
         self._file.flush()
+        # A response takes minutes: it must outlive the machine, not only the process.
         os.fsync(self._file.fileno())
 
 
-def _place(row: Mapping[str, Any]) -> tuple[str, int]:
+def _place(row: ResponseRow) -> tuple[str, int]:
     return row["prompt_key"], row["sample_index"]
 
 
-def _read(path: Path, fingerprint: Fingerprint) -> tuple[dict[tuple[str, int], Row], int]:
+def _read(path: Path, fingerprint: Fingerprint) -> tuple[dict[tuple[str, int], ResponseRow], int]:
     """Return the rows, and how many bytes of the file are whole lines."""
     if not path.exists():
         return {}, 0
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, int], ResponseRow] = {}
     whole = 0
     with path.open("rb") as file:
         for number, line in enumerate(file):
@@ -98,7 +121,8 @@ def _read(path: Path, fingerprint: Fingerprint) -> tuple[dict[tuple[str, int], R
             try:
                 content = json.loads(line)
                 if number:
-                    rows[_place(content)] = content
+                    row = cast(ResponseRow, content)  # written by `append`; a line without a place raises below
+                    rows[_place(row)] = row
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number + 1} is damaged ({error!r}); delete the line to generate that response "

@@ -9,13 +9,14 @@ from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint
 from megatron_r1v2.evaluation.judge import judge_rows, needs_judge
 from megatron_r1v2.evaluation.pass_at_1 import (
+    Conditions,
     EvaluationResult,
     Outcome,
     evaluate_outcomes,
     evaluation_path,
     write_evaluation,
 )
-from megatron_r1v2.evaluation.response_log import ResponseLog, Row
+from megatron_r1v2.evaluation.response_log import ResponseLog, ResponseRow
 from megatron_r1v2.evaluation.rollout_records import rollout_record, write_rollouts
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.resilience.fingerprint import Fingerprint
@@ -32,7 +33,7 @@ def open_log(recipe: EvaluateRecipe, name: str, *, model: str, step: int) -> Res
     Args:
         recipe: the settings; `evaluation.runs` and `evaluation.prompts` may differ from those of the interrupted one.
         name: of the evaluation.
-        model: what is evaluated.
+        model: the evaluated folder, or an endpoint's model.
         step: optimizer steps behind its weights.
 
     Raises:
@@ -63,7 +64,7 @@ def evaluation_rows(
     step: int,
     pool: VerifierPool,
     pictures: bool = True,
-) -> list[Row]:
+) -> list[ResponseRow]:
     """Return the rows of scored responses; one that equals an alternative answer or is near enough is right.
 
     The picture of a prompt is in the row of its first response only.
@@ -79,39 +80,38 @@ def evaluation_rows(
     rows = []
     for response in scored:
         prompt, index = by_key[response.rollout.prompt_key], response.rollout.sample_index
-        row = rollout_record(step, prompt, response, advantage=0.0, picture=pictures and index == 0)
-        rows.append(
-            row
-            | {
-                "sample_index": index,
-                "answer_type": prompt.answer_type,
-                "alternatives": list(prompt.alternatives),
-                "tolerances": list(prompt.tolerances),
-                "facts": dict(prompt.facts),
-                "metadata": dict(prompt.metadata),
-                "rule_correct": response.rule_correct,
-                "judge": None,
-            }
-        )
+        assert prompt.answer_type is not None, "the answer of an evaluation's prompt has a type"
+        row: ResponseRow = {
+            **rollout_record(step, prompt, response, advantage=0.0, picture=pictures and index == 0),
+            "sample_index": index,
+            "answer_type": prompt.answer_type,
+            "alternatives": list(prompt.alternatives),
+            "tolerances": list(prompt.tolerances),
+            "facts": dict(prompt.facts),
+            "metadata": dict(prompt.metadata),
+            "rule_correct": response.rule_correct,
+            "judge": None,
+        }
+        rows.append(row)
     return _accept_others(rows, pool)
 
 
-def _accept_others(rows: Sequence[Row], pool: VerifierPool) -> list[Row]:
+def _accept_others(rows: Sequence[ResponseRow], pool: VerifierPool) -> list[ResponseRow]:
     asked = [(index, call) for index, row in enumerate(rows) if not row["rule_correct"] for call in _other_calls(row)]
     verdicts = pool.run([call for _, call in asked], failed=False)
     right = {index for (index, _), verdict in zip(asked, verdicts, strict=True) if verdict is True}
     return [{**row, "rule_correct": True, "correct": True} if index in right else row for index, row in enumerate(rows)]
 
 
-def _other_calls(row: Row) -> list[Call[bool]]:
-    """Return what else may find a response right: an alternative answer, or a number within the tolerances."""
+def _other_calls(row: ResponseRow) -> list[Call[bool]]:
+    """Return the further checks that may find a response right: alternative answers, numbers within the tolerances."""
     calls = [answer_call(row["text"], answer, _type_of_other(row, answer)) for answer in row["alternatives"]]
     if row["tolerances"]:
         calls.append(within_call(row["text"], row["answer"], row["tolerances"]))
     return calls
 
 
-def _type_of_other(row: Row, answer: str) -> AnswerType:
+def _type_of_other(row: ResponseRow, answer: str) -> AnswerType:
     """Return how an alternative is compared: the text of an option is no letter, whatever it begins with."""
     is_letter = len(answer.strip()) == 1
     return "math" if row["answer_type"] == "choice" and not is_letter else row["answer_type"]
@@ -127,7 +127,7 @@ def conclude(
         name: of the evaluation.
         keys: of the prompts, in order.
         log: holds every row.
-        model: what was evaluated.
+        model: the evaluated folder, or an endpoint's model.
         step: optimizer steps behind its weights.
 
     Returns:
@@ -138,6 +138,7 @@ def conclude(
     """
     evaluation, folder = recipe.evaluation, Path(recipe.run.output_dir)
     order = {key: index for index, key in enumerate(keys)}
+    # An interrupted evaluation may have had more prompts or runs than this one asks for.
     rows = [row for row in log.rows if row["prompt_key"] in order and row["sample_index"] < evaluation.runs]
     rows.sort(key=lambda row: (order[row["prompt_key"]], row["sample_index"]))
     if evaluation.judge_url:
@@ -149,20 +150,17 @@ def conclude(
         name,
         keys,
         [outcome_of(row) for row in rows],
-        temperature=evaluation.temperature,
-        top_p=evaluation.top_p,
-        seed=evaluation.seed,
-        step=step,
-        model=model,
+        Conditions(evaluation.temperature, evaluation.top_p, evaluation.seed, step, model),
     )
     write_rollouts(evaluation_path(folder, name).with_suffix(".rollouts.jsonl"), rows)
     write_evaluation(folder, result)
+    # Last: an evaluation that is killed before goes on from its log.
     log.discard()
     return result
 
 
-def outcome_of(row: Row) -> Outcome:
-    """Return what counts of a row.
+def outcome_of(row: ResponseRow) -> Outcome:
+    """Return a row as far as an evaluation counts it.
 
     Args:
         row: scored, and judged where a judge was asked.
@@ -175,7 +173,7 @@ def outcome_of(row: Row) -> Outcome:
         answer=last_boxed(row["text"]),
         well_formed=row["rewards"]["format"],
         tokens=row["response_tokens"],
-        claims=tuple((claim, value) for claim, value, _ in row["claims"]),
+        claims=tuple((str(claim), str(value)) for claim, value, _ in row["claims"]),
         facts=row["facts"],
         judged=judge is not None,
         unclear=judge is not None and judge["verdict"] is None,

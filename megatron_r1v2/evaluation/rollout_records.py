@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from PIL import Image
@@ -20,18 +20,43 @@ from megatron_r1v2.types import Prompt, ScoredRollout
 MAX_PICTURE_SIDE = 448
 
 
+class RolloutRecord(TypedDict):
+    """A line of `rollouts.jsonl`."""
+
+    step: int
+    """The training step, or the optimizer steps behind the evaluated weights."""
+    prompt_key: str
+    question: str
+    answer: str
+    """The reference."""
+    text: str
+    rewards: dict[str, float]
+    total: float
+    model_score: float | None
+    advantage: float
+    correct: bool
+    claims: list[list[str | bool | None]]
+    """(name, value, verdict): true, contradicted, or beyond the facts."""
+    finish_reason: str
+    response_tokens: int | None
+    """The stop token included; None: an endpoint did not say."""
+    image_png: str | None
+    """Base64; None: a text-only prompt, or the picture is in another line."""
+
+
 def rollout_record(
     step: int, prompt: Prompt, scored: ScoredRollout, *, advantage: float, picture: bool = True
-) -> dict[str, Any]:
+) -> RolloutRecord:
     """Return one line of `rollouts.jsonl`.
 
     Args:
         step: the training step, or that of the evaluated weights.
-        prompt: what was asked.
+        prompt: the question.
         scored: the response.
         advantage: as trained with; 0 in an evaluation.
         picture: put the prompt's picture in.
     """
+    assert prompt.answer is not None, "a scored response was compared with an answer"
     verdicts = judge_claims(scored.claims, prompt.facts)
     return {
         "step": step,
@@ -51,7 +76,7 @@ def rollout_record(
     }
 
 
-def write_rollouts(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def write_rollouts(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Write a whole file of rollout lines.
 
     Args:
@@ -125,6 +150,7 @@ def assemble_tiles(tiles_TCHW: torch.Tensor, *, one_image: bool) -> torch.Tensor
     """
     if not one_image or len(tiles_TCHW) == 1:
         return _grid(tiles_TCHW, rows=1)
+    # Float: the difference of two uint8 wraps around.
     cut_TCHW, thumbnail_CHW = tiles_TCHW[:-1], tiles_TCHW[-1].float()
     pictures = [_grid(cut_TCHW, rows=rows) for rows in range(1, len(cut_TCHW) + 1) if len(cut_TCHW) % rows == 0]
     size = (thumbnail_CHW.shape[1], thumbnail_CHW.shape[2])

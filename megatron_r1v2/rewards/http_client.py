@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import httpx
@@ -57,45 +58,47 @@ class NotAsked(Exception):
     """Another question had failed before this one was asked."""
 
 
+@dataclass(frozen=True)
+class Patience:
+    """The bounds on asking a server."""
+
+    timeout_seconds: float
+    """For a whole answer."""
+    timeout_setting: str
+    """The setting it comes from, for messages."""
+    attempts: int
+    """To get one answer."""
+    concurrency: int
+    """Requests under way at once."""
+    max_answer_bytes: int
+    first_pause_seconds: float = 1.0
+    """Before the second attempt; doubles with each, up to half a minute."""
+
+
 class JsonClient:
     """Posts JSON and reads JSON; threads may share it."""
 
     def __init__(
         self,
+        patience: Patience,
         *,
-        timeout_seconds: float,
-        timeout_setting: str,
-        attempts: int,
-        concurrency: int,
-        max_answer_bytes: int,
         headers: Mapping[str, str] | None = None,
-        first_pause_seconds: float = 1.0,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
         """Open no connection yet.
 
         Args:
-            timeout_seconds: for a whole answer.
-            timeout_setting: the setting it comes from, for messages.
-            attempts: to get one answer.
-            concurrency: requests under way at once.
-            max_answer_bytes: longer answers are refused.
+            patience: the bounds.
             headers: sent with every request.
-            first_pause_seconds: before the second attempt; doubles with each, up to half a minute.
             sleep: waits between attempts; None: until the pause is over or another question has failed.
         """
-        self._timeout_seconds = timeout_seconds
-        self._timeout_setting = timeout_setting
-        self._attempts = attempts
-        self._concurrency = concurrency
-        self._max_answer_bytes = max_answer_bytes
-        self._first_pause_seconds = first_pause_seconds
+        self._patience = patience
         self._sleep = sleep
         self._http = httpx.Client(
             # Compressed answers could grow beyond the limit before they are counted.
             headers={"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})},
-            timeout=timeout_seconds,
-            limits=httpx.Limits(max_connections=concurrency, keepalive_expiry=_KEEP_ALIVE_SECONDS),
+            timeout=patience.timeout_seconds,
+            limits=httpx.Limits(max_connections=patience.concurrency, keepalive_expiry=_KEEP_ALIVE_SECONDS),
         )
 
     def post(self, url: str, body: Mapping[str, object]) -> object:
@@ -105,8 +108,9 @@ class JsonClient:
             TryAgain: no answer, no complete one, one that is not JSON or too long, or the server is in trouble.
             Refused: the server says that the request is wrong.
         """
-        deadline = time.monotonic() + self._timeout_seconds
-        too_late = TryAgain(f"no complete answer in {self._timeout_setting}={self._timeout_seconds:g}")
+        patience = self._patience
+        deadline = time.monotonic() + patience.timeout_seconds
+        too_late = TryAgain(f"no complete answer in {patience.timeout_setting}={patience.timeout_seconds:g}")
         answer = bytearray()
         try:
             # Not httpx's own JSON: it fails on half of a surrogate pair, which a text may hold.
@@ -115,8 +119,8 @@ class JsonClient:
                     raise _failure(response)
                 for part in response.iter_bytes():
                     answer += part
-                    if len(answer) > self._max_answer_bytes:
-                        raise TryAgain(f"the answer is longer than {self._max_answer_bytes} bytes")
+                    if len(answer) > patience.max_answer_bytes:
+                        raise TryAgain(f"the answer is longer than {patience.max_answer_bytes} bytes")
                     # httpx limits each read: a server that drips bytes would never reach its limit.
                     if time.monotonic() > deadline:
                         raise too_late
@@ -156,8 +160,8 @@ class JsonClient:
 
         retrying = Retrying(
             retry=retry_if_exception_type(TryAgain),
-            stop=stop_after_attempt(self._attempts),
-            wait=wait_exponential(self._first_pause_seconds, max=_LONGEST_PAUSE_SECONDS),
+            stop=stop_after_attempt(self._patience.attempts),
+            wait=wait_exponential(self._patience.first_pause_seconds, max=_LONGEST_PAUSE_SECONDS),
             sleep=self._sleep or sleep_using_event(stop),
             retry_error_callback=_give_up,
         )
@@ -189,7 +193,7 @@ class JsonClient:
                 raise
 
         failure: ServerFailed | None = None
-        with ThreadPoolExecutor(max_workers=self._concurrency) as pool:
+        with ThreadPoolExecutor(max_workers=self._patience.concurrency) as pool:
             pending = {pool.submit(ask_or_stop, task): task for task in tasks}
             try:
                 for future in as_completed(pending):

@@ -12,7 +12,7 @@ from megatron_r1v2.config.schema import RewardModelConfig
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, Refused, ServerFailed, TryAgain
+from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, Patience, Refused, ServerFailed, TryAgain
 from megatron_r1v2.types import Prompt
 
 # A larger number is a fault of the server: the squash of the rewards would hide it.
@@ -43,15 +43,15 @@ class ServedRewardModel:
         self.settings = settings
         self.context = context
         self._url = f"{settings.url.rstrip('/')}/{settings.endpoint.value}"
-        self._client = JsonClient(
+        patience = Patience(
             timeout_seconds=settings.timeout_seconds,
             timeout_setting="reward_model.timeout_seconds",
             attempts=settings.attempts,
             concurrency=settings.concurrency,
             max_answer_bytes=_MAX_ANSWER_BYTES,
-            headers=authorization(settings.api_key_variable),
             first_pause_seconds=first_pause_seconds,
         )
+        self._client = JsonClient(patience, headers=authorization(settings.api_key_variable))
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Collective over the model-parallel group: score responses; see `RewardModel.score`.

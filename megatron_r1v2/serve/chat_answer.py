@@ -69,7 +69,7 @@ class TextPiece:
 
     text: str
     tokens: tuple[DrawnToken, ...]
-    """Whose text begins in this piece or in one before, each once; a stop token is in none."""
+    """The tokens whose text begins in this piece or in one before, each once; a stop token is never among them."""
 
 
 class ChoiceText:

@@ -36,7 +36,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "top_k": (-1, 0),
 }
-"""Not supported; accepted where they would change nothing: the value is what is done anyway."""
+"""Not supported; accepted with these values, which change nothing: they are done anyway."""
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _STOP = f"a text, or a list of at most {MAX_STOP_STRINGS}, each of 1 to {MAX_STOP_LENGTH} characters"
@@ -155,6 +155,7 @@ def read_chat_request(content: Mapping[str, object], model: type[ChatRequest]) -
     """
     content = {name: value for name, value in content.items() if value is not None}
     _check_names(content)
+    # Not a field error: OpenAI's clients expect 404 for a model.
     served = model.model_fields["model"].default
     if content.get("model", served) != served:
         raise RequestError(f"model={content['model']!r} is not served here; accepted: {served!r}", 404, param="model")

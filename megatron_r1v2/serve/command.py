@@ -86,7 +86,7 @@ def serving_recipe(checkpoint: str, settings: Sequence[str]) -> ServeRecipe:
         settings: `section.key=value`.
 
     Raises:
-        ValueError: it is none of these, or a setting is wrong.
+        ValueError: the folder is of another kind, or a setting is wrong.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():

@@ -23,7 +23,7 @@ HEARTBEAT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Command:
-    """What happens before the next step of the engine."""
+    """Requests to begin and to end before the next step of the engine."""
 
     new: tuple[Request, ...] = ()
     cancelled: tuple[int, ...] = ()
@@ -91,6 +91,7 @@ def run_leader(
     def next_command(is_idle: bool) -> Command:
         each_turn()
         command = queue.take(wait_seconds=heartbeat_seconds if is_idle else 0, each_nap=each_turn)
+        # Also the empty command: the other ranks wait in this collective.
         return command if control is None else objects.broadcast_from_first(command, control)
 
     _run(engine, max_response_tokens, next_command, deliver)

@@ -57,6 +57,7 @@ def parse_options(
         default = "" if field.default == "" else f" (default: {field.default})"
         text, choices = f"{field.description}{default}", get_args(field.annotation) or None
         parser.add_argument(_option(name), default=field.default, help=text, choices=choices)
+    # Intermixed: options may stand between CHECKPOINT and its settings.
     arguments = parser.parse_intermixed_args(argv)
     try:
         return arguments, model.model_validate(vars(arguments))
@@ -101,6 +102,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
+        # A server that is started again must not wait for the connections of the last one to be forgotten.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:

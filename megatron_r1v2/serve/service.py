@@ -112,6 +112,7 @@ class Service:
         self.check_room(len(draws))
         self._loop = asyncio.get_running_loop()
         requests = [Request(next(self._next_id), prompt, draw, max_response_tokens) for draw in draws]
+        # Known before the engine has them: its thread may deliver at once.
         responses = PendingResponses(self, [request.request_id for request in requests])
         self._pending |= {request.request_id: (responses, choice) for choice, request in enumerate(requests)}
         self.counts["prompt_tokens_total"] += len(prompt.token_ids)
@@ -134,7 +135,7 @@ class Service:
         self._call_in_loop(lambda: self._fail(reason))
 
     def _call_in_loop(self, function: Callable[[], None]) -> None:
-        # Without a loop there was no request yet, so nobody waits.
+        # asyncio's queues are not for threads. Without a loop there was no request yet, so nobody waits.
         if self._loop is not None:
             self._loop.call_soon_threadsafe(function)
 

@@ -1,4 +1,4 @@
-"""What both servers share: how uvicorn runs them, the limit on a body, the key, and errors in OpenAI's shape.
+"""The web side of both servers: uvicorn's settings, the limit on a body, the key, and errors in OpenAI's shape.
 
 Clients that send slowly, or connect and say nothing, are the business of a proxy in front of a server.
 """

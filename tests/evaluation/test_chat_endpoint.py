@@ -8,15 +8,14 @@ import time
 import pytest
 
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, EndpointFailed
+from megatron_r1v2.rewards.http_client import Patience
 from tests.evaluation.responder import completion, serving
 
 
-def endpoint(url, **changes):
-    settings = {
-        "kind": "endpoint", "url": url, "model": "m", "key_variable": "", "timeout_seconds": 20.0, "attempts": 3,
-        "concurrency": 4, "sleep": lambda seconds: None,
-    }  # fmt: skip
-    return ChatEndpoint(**{**settings, **changes})
+def endpoint(url, *, timeout_seconds=20.0, attempts=3, concurrency=4, **changes):
+    patience = Patience(timeout_seconds, "evaluation.timeout_seconds", attempts, concurrency, 2**20)
+    settings = {"kind": "endpoint", "url": url, "model": "m", "key_variable": "", "sleep": lambda seconds: None}
+    return ChatEndpoint(patience=patience, **{**settings, **changes})
 
 
 BODY = {"messages": [{"role": "user", "content": "?"}]}

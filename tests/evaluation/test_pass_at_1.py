@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from megatron_r1v2.evaluation.pass_at_1 import (
+    Conditions,
     EvaluationResult,
     Outcome,
     comparison_table,
@@ -22,7 +23,7 @@ def _scored(key, run, correct, *, tokens=4, claims=(("left", "3"),), well_formed
 
 
 def _evaluate(keys, outcomes, name="before"):
-    return evaluate_outcomes(name, list(keys), outcomes, temperature=1.0, top_p=1.0, seed=3, step=7)
+    return evaluate_outcomes(name, list(keys), outcomes, Conditions(1.0, 1.0, seed=3, step=7))
 
 
 def _example():
@@ -130,7 +131,7 @@ def _outcomes(answers, correct):
 
 def test_a_majority_counts_right_answers_as_one_and_wrong_ones_by_their_text():
     def majority(answers, correct):
-        result = evaluate_outcomes("x", ["a"], _outcomes(answers, correct), temperature=1.0, top_p=1.0, seed=0, step=0)
+        result = evaluate_outcomes("x", ["a"], _outcomes(answers, correct), Conditions(1.0, 1.0, seed=0, step=0))
         return result.maj_at_k[str(len(answers))][0]
 
     assert majority(["1/2", "0.5", "3", "3"], [True, True, False, False]) == 0.5

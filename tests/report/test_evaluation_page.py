@@ -11,7 +11,7 @@ import sys
 import pytest
 from PIL import Image
 
-from megatron_r1v2.evaluation.pass_at_1 import evaluate_outcomes, write_evaluation
+from megatron_r1v2.evaluation.pass_at_1 import Conditions, evaluate_outcomes, write_evaluation
 from megatron_r1v2.evaluation.response_rows import outcome_of
 from megatron_r1v2.evaluation.rollout_records import write_rollouts
 from megatron_r1v2.report.evaluation_page import write_evaluation_page
@@ -63,7 +63,7 @@ def rows():
 def write(folder, rows, name="mmmu", **changes):
     keys = list(dict.fromkeys(row["prompt_key"] for row in rows))
     result = evaluate_outcomes(
-        name, keys, [outcome_of(row) for row in rows], temperature=0.6, top_p=0.95, seed=0, step=0, model="ours-38b"
+        name, keys, [outcome_of(row) for row in rows], Conditions(0.6, 0.95, seed=0, step=0, model="ours-38b")
     )
     path = write_evaluation(folder, dataclasses.replace(result, **changes))
     write_rollouts(path.with_suffix(".rollouts.jsonl"), rows)

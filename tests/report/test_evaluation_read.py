@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_r1v2.evaluation.pass_at_1 import Outcome, evaluate_outcomes, write_evaluation
+from megatron_r1v2.evaluation.pass_at_1 import Conditions, Outcome, evaluate_outcomes, write_evaluation
 from megatron_r1v2.report.evaluation_read import RESPONSES_SHOWN, judge_words, kinds_of, read_evaluations
 
 
@@ -21,7 +21,7 @@ def write(folder, name, rows):
         key = line["prompt_key"]
         outcomes.append(Outcome(key, counts[key], line["correct"], None, well_formed=1.0, tokens=5))
         counts[key] += 1
-    result = evaluate_outcomes(name, keys, outcomes, temperature=1.0, top_p=1.0, seed=0, step=0, model="m")
+    result = evaluate_outcomes(name, keys, outcomes, Conditions(1.0, 1.0, seed=0, step=0, model="m"))
     path = write_evaluation(folder, result)
     path.with_suffix(".rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
 

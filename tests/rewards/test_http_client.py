@@ -6,16 +6,16 @@ import time
 
 import pytest
 
-from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, NotAsked, Refused, ServerFailed, TryAgain
+from megatron_r1v2.rewards.http_client import JsonClient, NoAnswer, NotAsked, Patience, Refused, ServerFailed, TryAgain
 from tests.evaluation.responder import serving
 
 
-def client(**changes):
+def client(*, sleep=lambda seconds: None, **changes):
     settings = {
         "timeout_seconds": 5.0, "timeout_setting": "x.seconds", "attempts": 3, "concurrency": 4,
-        "max_answer_bytes": 1000, "sleep": lambda seconds: None,
+        "max_answer_bytes": 1000,
     }  # fmt: skip
-    return JsonClient(**{**settings, **changes})
+    return JsonClient(Patience(**{**settings, **changes}), sleep=sleep)
 
 
 def ask(answer):

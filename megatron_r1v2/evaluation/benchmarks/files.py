@@ -7,11 +7,10 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.data.samples import SampleError
 
-RowOfFile = Mapping[str, Any]
+RowOfFile = Mapping[str, object]
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 _ROWS_AT_ONCE = 32
 
@@ -23,7 +22,7 @@ def find_files(path: Path) -> list[Path]:
         path: a file, or a folder that is searched to its depths.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no data file.
     """
     if path.is_file() and path.suffix in _SUFFIXES:
         return [path]
@@ -45,7 +44,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
         (where the row is, for errors; the row).
 
     Raises:
-        ValueError: the file is not what its name says.
+        ValueError: the file is damaged, or of another kind than its name says.
     """
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
@@ -55,11 +54,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
         text = path.read_text(encoding="utf-8-sig")
         # Not splitlines(): a text in JSON may hold the other line ends of Unicode as they are.
         lines = [line for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else [text]
-        content: Any = [json.loads(line) for line in lines]
+        whole: list[object] = [json.loads(line) for line in lines]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if path.suffix == ".json":
-        (content,) = content
+    content = whole[0] if path.suffix == ".json" else whole
     if not isinstance(content, dict | list):
         raise ValueError(f"{path}: expected a list of rows or a mapping from id to row, got {type(content).__name__}")
     rows = content.items() if isinstance(content, dict) else enumerate(content, start=1)
@@ -86,7 +84,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
             yield f"{path}, row {number}", row
 
 
-def image_bytes(value: Any, folder: Path) -> bytes | None:
+def image_bytes(value: object, folder: Path) -> bytes | None:
     """Return an encoded image.
 
     Args:
@@ -113,7 +111,7 @@ def image_bytes(value: Any, folder: Path) -> bytes | None:
     return path.read_bytes()
 
 
-def text_list(value: Any, name: str) -> list[str]:
+def text_list(value: object, name: str) -> list[str]:
     """Return a list of texts, which some data sets write as the text of a Python list: "['3', '5']".
 
     Args:

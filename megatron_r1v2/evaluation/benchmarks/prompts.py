@@ -1,4 +1,4 @@
-"""What the model is asked beside the question: the instructions of R1V (arXiv 2504.05599), word for word."""
+"""The instructions of R1V (arXiv 2504.05599), word for word, and the places of images and options in a question."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def place_images(text: str, numbers: Sequence[int]) -> tuple[str, list[int]]:
 
     Args:
         text: with marks such as "<image 1>".
-        numbers: of the images that there are.
+        numbers: of the images.
 
     Returns:
         The text, and the numbers of the images in the order of its placeholders.

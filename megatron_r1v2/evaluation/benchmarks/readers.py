@@ -1,4 +1,4 @@
-"""What a row of each benchmark means: question, options, images, answer, and what results are broken down by.
+"""The meaning of a row of each benchmark: question, options, images, answer, and the groups of its results.
 
 Column names and encodings are those of the published files; each reader names its source.
 """
@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.evaluation.benchmarks.files import RowOfFile, image_bytes, text_list
@@ -40,7 +39,7 @@ class Question:
     alternatives: tuple[str, ...] = ()
     """Further right answers."""
     tolerances: tuple[float, ...] = ()
-    """How far from the answer its numbers may be."""
+    """Distances from the answer at which a number is still right."""
     images: Mapping[int, bytes] = field(default_factory=dict)
     """Encoded, by their number in the marks."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -59,6 +58,7 @@ def aime_2024(row: RowOfFile, images: Path) -> Question:
     Sources: HuggingFaceH4/aime_2024 (id, problem, solution, answer, url, year), Maxwell-Jia/AIME_2024 (ID, Problem,
     Solution, Answer), math-ai/aime24 (the answer boxed in its solution).
     """
+    # The published copies differ in capitals only.
     small = {name.lower(): value for name, value in row.items()}
     answer = small.get("answer")
     if answer is None:
@@ -69,7 +69,7 @@ def aime_2024(row: RowOfFile, images: Path) -> Question:
     test = re.search(r"AIME[_ -]+(II?)(?!I)|^2024-(II?)-", f"{small.get('url') or ''} {small.get('id')}".strip())
     if test:
         metadata["test"] = f"AIME {test[1] or test[2]}"
-    return Question(str(_field(small, "id")), _text(small, "problem"), str(int(answer)), "math", metadata=metadata)
+    return Question(str(_field(small, "id")), _text(small, "problem"), str(int(str(answer))), "math", metadata=metadata)
 
 
 def mmmu(row: RowOfFile, images: Path) -> Question:
@@ -197,11 +197,14 @@ def olympiadbench(row: RowOfFile, images: Path) -> Question | None:
     answers = text_list(row.get("final_answer"), "final_answer")
     if not answers:
         return None
-    text = "\n".join(part for part in (row.get("context"), _text(row, "question")) if part)
+    text = "\n".join(part for part in (str(row.get("context") or ""), _text(row, "question")) if part)
     if row.get("unit"):
         text += f"\nThe unit of the answer is {row['unit']}."
-    listed = [image_bytes(value, images) for value in row.get("images") or []]
-    found = {number: data for number, data in enumerate(listed, start=1) if data} or _numbered_images(row, images)
+    listed = row.get("images") or []
+    if not isinstance(listed, list):
+        raise SampleError(f"images must be a list, got {listed!r:.80}")
+    encoded = [image_bytes(value, images) for value in listed]
+    found = {number: data for number, data in enumerate(encoded, start=1) if data} or _numbered_images(row, images)
     metadata = {name: str(row.get(name) or "") for name in ("subject", "subfield", "language", "answer_type", "source")}
     name = row["id"] if "id" in row else _field(row, "question_id")
     errors = str(row.get("error") or "")
@@ -233,7 +236,7 @@ def shown_options(question: Question) -> str:
     return f"{question.text}\n{options_text(question.options)}" if question.options else question.text
 
 
-def _field(row: RowOfFile, name: str) -> Any:
+def _field(row: RowOfFile, name: str) -> object:
     if row.get(name) is None:
         raise SampleError(f"the row has no {name!r}, only {', '.join(sorted(row))}; is it a file of this benchmark?")
     return row[name]
@@ -246,9 +249,10 @@ def _text(row: RowOfFile, name: str) -> str:
     return value.strip()
 
 
-def _number(value: Any, name: str) -> float:
+def _number(value: object, name: str) -> float:
     try:
-        return float(value)
+        # By its text: parquet has numbers of many types.
+        return float(str(value))
     except (TypeError, ValueError) as error:
         raise SampleError(f"{name} must be a number, got {value!r:.80}") from error
 
@@ -261,7 +265,7 @@ def _letter(answer: str, options: tuple[str, ...]) -> str:
 
 
 def _right_text(letter: str, options: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what else is the right answer: the option's text, unless it is an image or looks like another's letter."""
+    """Return the text of the right option, a right answer too, unless it is an image or looks like another's letter."""
     text = options[LETTERS.index(letter)].strip()
     return () if re.fullmatch(r"|\W*[A-Za-z]\W*|.*<image.*", text, re.DOTALL) else (text,)
 

@@ -1,1 +1,1 @@
-"""Evaluation shards as a task of lm-eval: `shards.yaml` and what it calls."""
+"""Evaluation shards as a task of lm-eval: `shards.yaml` and its functions."""

@@ -1,4 +1,7 @@
-"""What `shards.yaml` reads and shows. Imports nothing of this package: lm-eval has an environment of its own."""
+"""Questions and images of shards, for `shards.yaml`.
+
+Imports nothing of this package: lm-eval has an environment of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from datasets import Dataset
 from PIL import Image
@@ -14,7 +17,16 @@ from PIL import Image
 _PLACEHOLDER = "<image>"
 
 
-def load(shards: str = "", **_: Any) -> dict[str, Dataset]:
+class Row(TypedDict):
+    """A question; its images are (path of the shard, offset, length), as text: datasets wants one type in a list."""
+
+    key: str
+    question: str
+    answer: str
+    images: list[list[str]]
+
+
+def load(shards: str = "", **_: object) -> dict[str, Dataset]:
     """Read the questions; the images stay where they are until they are asked about.
 
     Args:
@@ -32,7 +44,7 @@ def load(shards: str = "", **_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list([row for path in paths for row in _rows(path)])}
 
 
-def images(row: dict[str, Any]) -> list[Image.Image]:
+def images(row: Row) -> list[Image.Image]:
     """Return the pictures of a row.
 
     Args:
@@ -46,10 +58,10 @@ def images(row: dict[str, Any]) -> list[Image.Image]:
     return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[Row]:
     with tarfile.open(path) as shard:
         members = {member.name: member for member in shard.getmembers()}
-        rows = []
+        rows: list[Row] = []
         for name in members:
             if not name.endswith(".json"):
                 continue
