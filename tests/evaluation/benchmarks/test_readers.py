@@ -8,10 +8,7 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
-from megatron_r1v2.data.samples import parse_sample
-from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.evaluation.benchmarks.command import main
-from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION, place_images
+from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION
 from megatron_r1v2.evaluation.benchmarks.samples import benchmark_samples
 from megatron_r1v2.rewards.answer import answer_is_correct
 from tests.evaluation import published
@@ -164,51 +161,6 @@ def test_an_aime_answer_that_is_none_is_refused(tmp_path, row):
         read("aime2024", tmp_path)
 
 
-def test_the_command_writes_shards_that_read_back(tmp_path, capsys):
-    published.write_mmmu(tmp_path / "in")
-    out = tmp_path / "shards"
-    arguments = ["mmmu", "--input", str(tmp_path / "in"), "--only", "validation-*", "--output", str(out)]
-    assert main(arguments) == 0
-    assert "2 questions" in capsys.readouterr().out
-    written = read("mmmu", tmp_path / "in", "validation-*")
-    assert sorted(read_shards(out, parse_sample), key=lambda s: s.key) == sorted(written, key=lambda s: s.key)
-    assert main(arguments) == 1
-    assert "exists already" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"id": "validation_Art_1", "question": "?", "options": "['a', 'b']", "answer": "C"}, "no letter of the 2"),
-        ({"id": "validation_Art_1", "question": "?", "options": "a, b", "answer": "A"}, "not the text of a list"),
-        ({"question": "?", "options": "['a']", "answer": "A"}, "no 'id'.*file of this benchmark"),
-        ({"id": "x", "question": "?", "options": "['a']", "answer": "A", "image_1": "no.png"}, "no.png does not exist"),
-    ],
-)
-def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, message):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=f"rows.jsonl, row 1: .*{message}"):
-        read("mmmu", tmp_path / "rows.jsonl")
-    assert main(["mmmu", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]) == 1
-    assert "Nothing was written" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("content", ["null", "5", '"text"'])
-def test_json_that_holds_no_rows(tmp_path, content):
-    (tmp_path / "rows.json").write_text(content)
-    with pytest.raises(ValueError, match=r"rows.json: expected a list of rows or a mapping"):
-        read("mmmu", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_line_ends_inside_texts_and_a_byte_order_mark(tmp_path, name):
-    row = {"id": 1, "problem": "one\u2028two\x85three", "answer": "3"}
-    (tmp_path / name).write_text("\ufeff" + json.dumps(row if name == "rows.jsonl" else [row], ensure_ascii=False))
-    (sample,) = read("aime2024", tmp_path)
-    assert content(sample).startswith("one\u2028two\x85three\n")
-
-
 @pytest.mark.parametrize(
     ("answer", "answers"),
     [("[0,1)", ["[0,1)"]), ("[2,3]", ["[2,3]"]), ("['a', 'b']", ["a", "b"]), ("[]", ["[]"]), ("5", ["5"])],
@@ -243,31 +195,3 @@ def test_the_text_of_the_right_option_is_right_too(tmp_path, options, alternativ
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     (sample,) = read("mmmu", tmp_path)
     assert (sample.answer, sample.alternatives) == ("B", alternatives)
-
-
-def test_files_that_are_not_there_or_broken(tmp_path):
-    with pytest.raises(ValueError, match="no .parquet, .jsonl, .json file"):
-        read("mmmu", tmp_path)
-    (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match="a.parquet is not a parquet file"):
-        read("mmmu", tmp_path)
-
-
-def test_marks_and_images_that_do_not_fit():
-    assert place_images("<image 1> and <image 1>", [1]) == ("<image> and (image 1)", [1])
-    assert place_images("no mark", [1, 2]) == ("<image>\n<image>\nno mark", [1, 2])
-    assert place_images("<image 3> only", [1, 3]) == ("<image>\n<image> only", [1, 3])
-    assert place_images("<image> and <image>", [1]) == ("<image> and (image)", [1])
-    assert place_images("<image 5>", []) == ("(image 5)", [])
-
-
-def test_the_instructions_are_those_of_the_report():
-    assert CHOICE_INSTRUCTION.startswith(
-        "Answer the multiple choice preceding question. The last line of your response"
-    )
-    assert (
-        r"'Answer: \boxed{$LETTER}' (without quotes), where LETTER is one of the options. If you" in CHOICE_INSTRUCTION
-    )
-    assert r"'Answer: \boxed{$FINAL_ANSWER}' (without quotes)" in OPEN_INSTRUCTION
-    for instruction in (CHOICE_INSTRUCTION, OPEN_INSTRUCTION):
-        assert instruction.endswith("considering all relevant information before answering.")

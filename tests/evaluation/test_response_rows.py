@@ -1,0 +1,129 @@
+"""Rows of responses: what is right besides the answer, which rows count, and what is left on disk."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_r1v2.config.recipes import EvaluateRecipe
+from megatron_r1v2.config.schema import EvaluationConfig, RunConfig
+from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log, outcome_of
+from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
+from tests.evaluation.responder import serving
+
+TILES = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+
+
+def prompt(key="q-1", **fields):
+    settings = {"answer": "8", "answer_type": "math", "facts": {"left": "3"}} | fields
+    return Prompt(key, ({"role": "user", "content": "<image>\nHow many?"},), (1,), TILES, **settings)
+
+
+def scored(text, index=0, *, key="q-1", correct=False, claims=()):
+    rollout = Rollout(key, index, (5, 6), (0.0, 0.0), policy_version=0, finish_reason="stop")
+    return ScoredRollout(rollout, text, {"answer": float(correct), "format": 1.0}, 1.0, correct, claims)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with VerifierPool(1, 20.0) as pool:
+        yield pool
+
+
+def rows_of(pool, asked, *texts, **fields):
+    responses = [scored(text, index) for index, text in enumerate(texts)]
+    return evaluation_rows([asked], responses, step=3, pool=pool, **fields)
+
+
+def test_a_row_says_all_that_its_verdict_depends_on(pool):
+    asked = prompt(alternatives=("eight",), tolerances=(0.5,), metadata={"subject": "Art"})
+    responses = [scored("\\boxed{8}", 0, correct=True), scored("I do not know", 1)]
+    first, second = evaluation_rows([asked], responses, step=3, pool=pool)
+    assert (first["step"], first["prompt_key"], first["sample_index"], second["sample_index"]) == (3, "q-1", 0, 1)
+    assert (first["answer"], first["answer_type"], first["alternatives"]) == ("8", "math", ["eight"])
+    assert (first["tolerances"], first["facts"], first["metadata"]) == ([0.5], {"left": "3"}, {"subject": "Art"})
+    assert [(row["correct"], row["rule_correct"], row["judge"]) for row in (first, second)] == [
+        (True, True, None), (False, False, None),
+    ]  # fmt: skip
+    assert first["image_png"]
+    assert second["image_png"] is None, "once a prompt"
+    assert json.loads(json.dumps(first)) == first
+    assert rows_of(pool, asked, "a", pictures=False)[0]["image_png"] is None
+
+
+def test_alternatives_and_tolerances_are_right_too(pool):
+    asked = prompt(answer="1.2", alternatives=("six fifths",), tolerances=(0.05,))
+    boxes = ("1.24", "1.3", "six fifths", "7/5", "Six  Fifths")
+    rows = rows_of(pool, asked, *(f"\\boxed{{{box}}}" for box in boxes))
+    assert [row["correct"] for row in rows] == [True, False, True, False, True]
+    assert [row["rule_correct"] for row in rows] == [row["correct"] for row in rows]
+
+
+def test_the_text_of_an_option_is_no_letter(pool):
+    asked = prompt(answer="C", answer_type="choice", alternatives=("A. thaliana", "c"))
+    rows = rows_of(pool, asked, "\\boxed{A}", "\\boxed{A. thaliana}", "\\boxed{C}", "\\boxed{B}")
+    assert [row["correct"] for row in rows] == [False, True, True, False]
+
+
+def test_an_outcome_is_what_counts_of_a_row(pool):
+    (row,) = evaluation_rows([prompt()], [scored("x</think>\\boxed{9}", claims=(("left", "4"),))], step=0, pool=pool)
+    outcome = outcome_of(row)
+    assert (outcome.prompt_key, outcome.sample_index, outcome.correct, outcome.answer) == ("q-1", 0, False, "9")
+    assert (outcome.well_formed, outcome.tokens) == (1.0, 2)
+    assert (outcome.claims, outcome.facts) == ((("left", "4"),), {"left": "3"})
+    assert (outcome.judged, outcome.unclear) == (False, False)
+    for verdict, unclear in ((True, False), (None, True)):
+        judged = outcome_of({**row, "judge": {"verdict": verdict, "text": "", "model": "j"}})
+        assert (judged.judged, judged.unclear) == (True, unclear)
+
+
+def recipe(tmp_path, **evaluation):
+    settings = {"data": str(tmp_path / "data"), "runs": 2, "attempts": 1} | evaluation
+    return EvaluateRecipe(run=RunConfig(output_dir=str(tmp_path)), evaluation=EvaluationConfig(**settings))
+
+
+def test_rows_beyond_the_prompts_and_runs_that_are_asked_for_do_not_count(tmp_path, pool):
+    asked = [prompt("q-2"), prompt("q-1"), prompt("q-3")]
+    responses = [
+        scored("\\boxed{8}", index, key=one.key, correct=one.key == "q-1") for one in asked for index in range(3)
+    ]
+    settings = recipe(tmp_path)
+    with open_log(settings, "a", model="m", step=5) as log:
+        log.append(evaluation_rows(asked, responses, step=5, pool=pool))
+        result = conclude(settings, "a", ["q-2", "q-1"], log, model="m", step=5)
+    assert (result.pass_at_1, result.num_prompts, len(result.runs)) == (0.5, 2, 2)
+    assert (result.model, result.step, result.seed) == ("m", 5, settings.evaluation.seed)
+    lines = [json.loads(line) for line in (tmp_path / "evaluation-a.rollouts.jsonl").read_text().splitlines()]
+    assert [(line["prompt_key"], line["sample_index"]) for line in lines] == [
+        ("q-2", 0), ("q-2", 1), ("q-1", 0), ("q-1", 1),
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "evaluation-a.json").read_text())["pass_at_1"] == 0.5
+    assert not (tmp_path / "evaluation-a.unfinished.jsonl").exists()
+
+
+def test_the_judge_decides_before_the_result_is_written(tmp_path, pool):
+    asked = prompt("q-1", answer="three", answer_type="exact")
+    with serving(lambda body: "Verdict: CORRECT") as (url, responder):
+        settings = recipe(tmp_path, judge_url=url, judge_model="j", runs=1)
+        with open_log(settings, "a", model="m", step=0) as log:
+            log.append(evaluation_rows([asked], [scored("\\boxed{3}")], step=0, pool=pool))
+            result = conclude(settings, "a", ["q-1"], log, model="m", step=0)
+    assert (result.pass_at_1, result.judged, len(responder.bodies)) == (1.0, 1, 1)
+    assert (tmp_path / "judge.jsonl").is_file()
+
+
+def test_a_log_belongs_to_all_settings_that_decide_its_rows(tmp_path):
+    settings = recipe(tmp_path)
+    with open_log(settings, "a", model="m", step=0):
+        pass
+    with open_log(settings.changed(evaluation=settings.evaluation.changed(runs=9)), "a", model="m", step=0):
+        pass  # more runs of the same
+    endpoint = {"endpoint_url": "http://a", "endpoint_model": "m"}
+    for changes in ({"temperature": 0.1}, {"top_p": 0.5}, {"seed": 9}, {"data": "other"}, endpoint):
+        other = settings.changed(evaluation=settings.evaluation.changed(**changes))
+        with pytest.raises(ValueError, match=f"evaluation.{next(iter(changes))} was"):
+            open_log(other, "a", model="m", step=0)
+    for model, step in (("n", 0), ("m", 1)):
+        with pytest.raises(ValueError, match="(model|step) was"):
+            open_log(settings, "a", model=model, step=step)
