@@ -60,7 +60,7 @@ def _with_progress(samples: Iterator[ShardSample], path: Path, verb: str) -> Ite
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    # A pass over the lines first: the bar needs their number, and reading them costs little beside the images.
+    # A pass over the lines first: the bar needs their number, and reading them costs little compared with the images.
     with path.open("rb") as file:
         total = sum(1 for line in file if line.strip())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

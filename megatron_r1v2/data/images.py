@@ -35,13 +35,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         name: its name in an error.
 
     Returns:
-        An RGB image. Transparency is dropped and no EXIF rotation is applied, as InternVL does.
+        An RGB image.
 
     Raises:
         SampleError: the file cannot be decoded to its end.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            # Transparency is dropped and EXIF rotation ignored, as in InternVL. `open` alone reads the header only.
             return image.convert("RGB")
     except _DECODE_ERRORS as error:
         raise SampleError(f"image {name}: cannot be decoded ({len(data)} bytes): {error}") from error
@@ -112,6 +113,8 @@ def choose_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> t
             "image tiling needs sizes of at least 1, got "
             f"width {width}, height {height}, tile_size {tile_size}, max_tiles {max_tiles}"
         )
+    # The order of the grids and both comparisons are those of InternVL: other grids would be other pixels than the
+    # model was trained on.
     aspect_ratio = width / height
     best, best_difference = (1, 1), float("inf")
     for columns, rows in _grids(max_tiles):
@@ -138,6 +141,7 @@ def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> torch.T
     """
     image = image.convert("RGB")
     columns, rows = choose_grid(image.width, image.height, tile_size=tile_size, max_tiles=max_tiles)
+    # The image is stretched to the grid, as in InternVL; the grid was chosen so that this distorts little.
     canvas = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(numpy.array(canvas))
     tiles_TCHW = (

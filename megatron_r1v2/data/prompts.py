@@ -78,6 +78,7 @@ class PromptBuilder:
             SampleError: placeholders and images differ in number, or a text contains a control token.
             ValueError: the prompt is longer than data.max_prompt_tokens.
         """
+        # Images share the tiles of a prompt, so that many images do not make it too long.
         limit = tile_limit(self._settings.max_tiles, max(1, len(images)))
         tiles = [tile_image(image, tile_size=self._tile_size, max_tiles=limit) for image in images]
         tiles_per_image = [image.shape[0] for image in tiles]

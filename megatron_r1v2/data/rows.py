@@ -1,6 +1,6 @@
 """Rows of JSONL with images beside them: the input of `r1v2 prepare`, read into checked samples.
 
-Three kinds of rows are told apart by their fields: our own, MMPR's and verl's.
+The fields of a row show its kind: our own, MMPR's or verl's.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def read_rows(
                     raise SampleError(f"key {sample.key!r} was used in line {lines_by_key[sample.key]} already")
             except SampleError as error:
                 message = f"{source}, line {number}: {error}"
+                # With `report`, all bad rows of a file are listed in one run.
                 if report is None:
                     raise SampleError(message) from error
                 report(message)

@@ -103,6 +103,7 @@ def encode_record(sample: ShardSample) -> bytes:
         "facts": dict(sample.facts),
         "images": list(sample.images),
     }
+    # Absent and empty fields are left out: a field that is added to the schema later does not change older files.
     for name in (*_OPTIONAL_TEXT, "margin"):
         value = getattr(sample, name)
         if value is not None:

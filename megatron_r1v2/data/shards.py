@@ -73,7 +73,8 @@ def _write_tars(samples: Iterable[ShardSample], folder: Path, samples_per_shard:
 
 def _prepare_for_energon(folder: Path) -> None:
     names = sorted(path.name for path in folder.glob("*.tar"))
-    with contextlib.redirect_stdout(io.StringIO()):  # energon reports each step there
+    # Energon prints each step to the standard output, where the command's own result belongs.
+    with contextlib.redirect_stdout(io.StringIO()):
         BaseWebdatasetFactory.prepare_dataset(
             folder, names, split_parts_patterns=[(SPLIT, r".*\.tar")], shuffle_seed=None, workers=1
         )
@@ -108,6 +109,7 @@ def check_shards(folder: str | Path) -> dict[str, int]:
         for path in (tar, index):
             if not path.is_file():
                 raise ValueError(f"{path} is missing; copy the data set again or run energon prepare on {root}")
+        # A copy that was cut off keeps its index. Comparing sizes finds it at once, not after hours of reading.
         expected, size = _indexed_size(index), tar.stat().st_size
         if size < expected:
             raise ValueError(f"{tar} is truncated: {size} bytes of at least {expected}; copy or make it again")

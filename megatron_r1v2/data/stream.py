@@ -111,6 +111,7 @@ class PromptStream:
             ValueError: too many samples are corrupt, a prompt is too long, or a shard cannot be read.
         """
         prompts: list[Prompt] = []
+        # Not before the first call: energon restores a position only into a loader that has not started.
         if self._iterator is None:
             self._iterator = iter(self._loader)
         while len(prompts) < count:
@@ -176,7 +177,7 @@ def read_shards(
 
     Raises:
         ValueError: the data set is incomplete, has too many corrupt samples or fewer than `count` good ones, or `build`
-            raises one that is no SampleError.
+            raises a ValueError that is not a SampleError.
     """
     root = Path(folder)
     check_shards(root)

@@ -119,11 +119,13 @@ class ChatTokenizer:
         tiles = iter(tiles_per_image)
         expanded = []
         for message in messages:
+            # A control token in a text would end the turn, or stand for an image that does not exist.
             self._refuse(message["content"], self.control_tokens, key)
             text, *rest = message["content"].split(IMAGE_PLACEHOLDER)
             for piece in rest:
                 text += IMAGE_START + IMAGE_CONTEXT * (next(tiles) * tokens_per_tile) + IMAGE_END + piece
             expanded.append({**message, "content": text})
+        # The template adds its special tokens as text, so encoding must not add others.
         prompt = self._tokenizer.apply_chat_template(expanded, tokenize=False, add_generation_prompt=True)
         ids = self._encode(prompt)
         if tiles_per_image:

@@ -142,6 +142,7 @@ class RolloutEngine:
                 for sample in range(num_responses)
             ]
 
+        # Response j of the prompt that was admitted as the i-th has the request id i * num_responses + j.
         with self.phase(sampling.max_response_tokens) as phase:
             num_finished = num_finished_tokens = 0
             unfinished: dict[int, int] = {}
@@ -194,6 +195,7 @@ class RolloutEngine:
             requests: the requests, whose images are encoded together.
             features: the features of images, filled as needed.
         """
+        # Once for each prompt: the responses to it share the embeddings.
         images = self._images(list({request.prompt.key: request.prompt for request in requests}.values()), features)
         for request in requests:
             phase.add(
@@ -226,6 +228,7 @@ class RolloutEngine:
         source = iter(prompts)
         exhausted = False
         limit = self.settings.max_requests
+        # From a shared queue, the first replica to arrive must not take everything.
         if isinstance(prompts, SharedPromptQueue):
             limit = min(limit, prompts.fair_share * num_responses)
         while True:
@@ -239,6 +242,7 @@ class RolloutEngine:
                 prompt = next(source, None)
                 exhausted = prompt is None
                 if prompt is not None:
+                    # Before the prompt enters the engine, which would fail later and name neither prompt nor setting.
                     self.check(prompt)
                     new.append(prompt)
             if not new and not phase.num_in_flight:

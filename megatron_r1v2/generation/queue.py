@@ -40,6 +40,7 @@ class SharedPromptQueue:
 
     def __iter__(self) -> Iterator[Prompt]:
         """Collective over `groups.mp` at each step: yield prompts until none is left."""
+        # Nobody to share with, so no question to the store.
         if self._context.data_size == 1:
             yield from self.prompts
             return
@@ -49,6 +50,7 @@ class SharedPromptQueue:
     def _take(self) -> int:
         """Collective over `groups.mp`: take the next index."""
         index = torch.zeros(1, dtype=torch.int64, device=self._context.device)
+        # `add` is atomic in the store: two replicas never get the same number. It returns the new value, from 1.
         if self._context.is_replica_leader:
             index.fill_(self._context.store.add(self._counter, 1) - 1)
         if self._context.tensor_size * self._context.pipeline_size > 1:

@@ -9,6 +9,7 @@ from typing import Literal
 PixelShuffle = Literal["v1", "v2"]
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
+# In the main module of sizes, because layers, checkpoints and conversion all need the same names.
 FUSED_NORM_NAMES: Mapping[str, str] = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

@@ -106,7 +106,7 @@ class SDPACoreAttention(MegatronModule):
 class PagedSelfAttention(SelfAttention):
     """megatron-core's SelfAttention, whose paged inference attention also runs without flash-attn.
 
-    It uses flash-attn wherever that is installed; there is no setting.
+    It uses flash-attn wherever that is installed, without a setting.
     """
 
     @override
@@ -137,8 +137,8 @@ class PagedSelfAttention(SelfAttention):
     ) -> torch.Tensor:
         """Attend over the paged key-value cache; see the base class for the arguments."""
         if self.config.softmax_scale is not None:
-            # megatron-core's decode kernel takes no scale of its own (attention.py: flash_attn_args), so the queries
-            # carry what differs from the usual one.
+            # megatron-core passes no scale to flash-attn in decode steps (attention.py: flash_attn_args), so the
+            # queries carry the ratio to the usual one.
             q = q * (self.config.softmax_scale * math.sqrt(q.shape[-1]))
         if paged_attention.is_flash_attention_usable(self.config.params_dtype):
             arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)

@@ -1,1 +1,1 @@
-"""Process groups, devices, and what lets megatron-core run without CUDA."""
+"""Process groups and devices, collectives of objects, and megatron-core on machines without CUDA."""

@@ -10,14 +10,14 @@ from tests.tiny import tiny_png
 
 def test_images_go_where_the_text_has_them():
     first, second = tiny_png(1), tiny_png(2)
-    found = openai_messages(
+    results = openai_messages(
         [{"role": "user", "content": "a <image> b <image>"}, {"role": "assistant", "content": "c"}], [first, second]
     )
-    assert [part["type"] for part in found[0]["content"]] == ["text", "image_url", "text", "image_url"]
-    assert [part["text"] for part in found[0]["content"] if part["type"] == "text"] == ["a ", " b "]
-    urls = [part["image_url"]["url"] for part in found[0]["content"] if part["type"] == "image_url"]
+    assert [part["type"] for part in results[0]["content"]] == ["text", "image_url", "text", "image_url"]
+    assert [part["text"] for part in results[0]["content"] if part["type"] == "text"] == ["a ", " b "]
+    urls = [part["image_url"]["url"] for part in results[0]["content"] if part["type"] == "image_url"]
     assert [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in urls] == [first, second]
-    assert found[1] == {"role": "assistant", "content": "c"}
+    assert results[1] == {"role": "assistant", "content": "c"}
 
 
 def test_missing_images_and_unknown_formats_are_refused():

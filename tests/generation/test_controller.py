@@ -70,8 +70,8 @@ def test_images_are_looked_at(one_rank, expected):
     others = make_prompts(model, 6, seed=0)
     for prompt in others:
         prompt.tiles_TCHW.mul_(3).add_(17)
-    found = generate(make_engine(model, context), others, FeatureCache(10**9))
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+    results = generate(make_engine(model, context), others, FeatureCache(10**9))
+    for number, (one, other) in enumerate(zip(results, expected, strict=True)):
         same = one.rollout_log_probs[0] == other.rollout_log_probs[0]
         assert same == (number // 2 % 3 == 2), "text-only prompts stay, the others change"
 
@@ -104,9 +104,9 @@ def test_a_generated_image_token_is_a_token_like_any_other(one_rank):
 def test_top_p_narrows_what_is_drawn(one_rank):
     model, context = one_rank
     arguments = {"top_p": 1e-6, "num_responses": 2}
-    found = generate(make_engine(model, context), make_prompts(model, 2), FeatureCache(10**9), **arguments)
+    results = generate(make_engine(model, context), make_prompts(model, 2), FeatureCache(10**9), **arguments)
     greedy = generate(make_engine(model, context), make_prompts(model, 2), FeatureCache(10**9), temperature=0.0)
-    assert_same_rollouts(found, greedy)
+    assert_same_rollouts(results, greedy)
 
 
 def test_alternatives_are_the_most_probable_tokens(one_rank):
@@ -120,8 +120,8 @@ def test_alternatives_are_the_most_probable_tokens(one_rank):
             assert values == sorted(values, reverse=True)
             if values:
                 assert token.log_prob <= values[0]
-                told = dict(token.alternatives)
-                assert told.get(token.token_id, token.log_prob) == token.log_prob
-                assert max(told) < VOCABULARY
+                log_probs_by_token = dict(token.alternatives)
+                assert log_probs_by_token.get(token.token_id, token.log_prob) == token.log_prob
+                assert max(log_probs_by_token) < VOCABULARY
             if values and request.draw.top_p < 0.1:
                 assert token.token_id == token.alternatives[0][0]

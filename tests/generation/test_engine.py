@@ -51,18 +51,18 @@ def test_eviction_does_not_change_rollouts(one_rank):
     plenty = generate(roomy, prompts, FeatureCache(10**9), **arguments)
     tight = make_engine(model, context, kv_cache_gib=0.001)
     tight.stop_ids = roomy.stop_ids
-    found = generate(tight, prompts, FeatureCache(10**9), **arguments)
+    results = generate(tight, prompts, FeatureCache(10**9), **arguments)
     assert roomy.num_evictions == 0
     assert tight.num_evictions > 0
-    assert_same_rollouts(found, plenty)
-    assert all(len(rollout.token_ids) == len(rollout.rollout_log_probs) for rollout in found)
+    assert_same_rollouts(results, plenty)
+    assert all(len(rollout.token_ids) == len(rollout.rollout_log_probs) for rollout in results)
 
 
 def test_a_response_does_not_depend_on_its_batch(one_rank, expected):
     model, context = one_rank
     prompts = make_prompts(model, 6)
-    found = generate(make_engine(model, context), prompts[3:4], FeatureCache(0))
-    assert_same_rollouts(found, expected[6:8])
+    results = generate(make_engine(model, context), prompts[3:4], FeatureCache(0))
+    assert_same_rollouts(results, expected[6:8])
 
 
 def test_phases_before_and_after_a_training_step_are_equal(one_rank, expected):
@@ -123,9 +123,9 @@ def test_prompts_are_taken_as_there_is_room(one_rank):
 def test_more_responses_than_requests_at_once(one_rank, expected):
     model, context = one_rank
     engine = make_engine(model, context, max_requests=4)
-    found = generate(engine, make_prompts(model, 2), FeatureCache(10**9), num_responses=7)
-    assert len(found) == 14
-    assert_same_rollouts([found[0], found[1], found[7], found[8]], expected[:4])
+    results = generate(engine, make_prompts(model, 2), FeatureCache(10**9), num_responses=7)
+    assert len(results) == 14
+    assert_same_rollouts([results[0], results[1], results[7], results[8]], expected[:4])
 
 
 def test_bad_prompts_and_settings_are_named(one_rank):

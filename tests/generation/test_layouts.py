@@ -53,17 +53,17 @@ def rollouts_of(name: str, model, context) -> dict:
 
 
 def two_ranks(folder: str) -> dict[str, dict]:
-    found = {}
+    results = {}
     for name, parallel in LAYOUTS.items():
         model, context = start(folder, parallel)
-        found[name] = rollouts_of(name, model, context)
+        results[name] = rollouts_of(name, model, context)
         if parallel.sequence:
-            found["step after rollout"] = train(model)
-    found["stale weights"] = weights_after_overlapped_step(model, context)
+            results["step after rollout"] = train(model)
+    results["stale weights"] = weights_after_overlapped_step(model, context)
     for name, fp8 in FP8_STEPS:
         model, context = start(folder, LAYOUTS[name], fp8=fp8)
-        found[f"{name}, {fp8.value}"] = padded_rollouts(model, context)
-    return found
+        results[f"{name}, {fp8.value}"] = padded_rollouts(model, context)
+    return results
 
 
 def padded_rollouts(model, context) -> dict:
@@ -113,14 +113,14 @@ def one_rank_rollouts(folder: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(model_folder) -> tuple[dict, list[dict]]:
+def results(model_folder) -> tuple[dict, list[dict]]:
     return run_ranks(1, one_rank_rollouts, model_folder)[0], run_ranks(2, two_ranks, model_folder)
 
 
 @pytest.mark.parametrize("memory", ["roomy", "tight"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_rollouts_are_those_of_one_rank(found, name, memory):
-    one, two = found
+def test_rollouts_are_those_of_one_rank(results, name, memory):
+    one, two = results
     parts = [rank[name][memory] for rank in two]
     if name == "DP2":
         prompts = [{rollout.prompt_key for rollout in part} for part in parts]
@@ -138,36 +138,36 @@ def test_rollouts_are_those_of_one_rank(found, name, memory):
         )
 
 
-def test_a_replica_begins_with_no_more_than_its_share(found):
-    one, two = found
+def test_a_replica_begins_with_no_more_than_its_share(results):
+    one, two = results
     assert one["taken"][0] == PROMPTS, "there is room for all"
     # Which replica is first is chance, and so is whether a late one finds anything left.
     starts = [rank["DP2"]["taken"][0] for rank in two if rank["DP2"]["taken"]]
     assert max(starts) == 4
 
 
-def test_memory_was_tight_enough_to_evict(found):
-    one, two = found
+def test_memory_was_tight_enough_to_evict(results):
+    one, two = results
     assert one["evictions"] > 0
     assert two[0]["TP2"]["evictions"] > 0
     assert two[0]["PP2"]["evictions"] > 0
 
 
-def test_training_follows_a_rollout_under_sequence_parallelism(found):
-    assert all(rank["step after rollout"] for rank in found[1])
+def test_training_follows_a_rollout_under_sequence_parallelism(results):
+    assert all(rank["step after rollout"] for rank in results[1])
 
 
-def test_overlapped_parameter_gather_needs_a_sync_before_generation(found):
+def test_overlapped_parameter_gather_needs_a_sync_before_generation(results):
     """What RolloutEngine's docstring warns of is real, and the call it names heals it."""
-    for rank in found[1]:
+    for rank in results[1]:
         assert rank["stale weights"]["before"] > 1e-3
         assert rank["stale weights"]["after"] == 0
 
 
 @pytest.mark.parametrize(("name", "fp8"), FP8_STEPS, ids=lambda value: getattr(value, "value", value))
-def test_steps_of_any_batch_have_the_lengths_that_fp8_needs(found, name, fp8):
+def test_steps_of_any_batch_have_the_lengths_that_fp8_needs(results, name, fp8):
     """So no linear is wrapped for inference; megatron-core zeroes the padding on every stage, which changes nothing."""
-    one, two = found
+    one, two = results
     for rank in two:
         result = rank[f"{name}, {fp8.value}"]
         ranks = 2 if LAYOUTS[name].sequence else 1

@@ -11,12 +11,12 @@ from megatron_r1v2.generation.features import FeatureCache
 from tests.generation.worlds import generate, make_engine, make_prompts, make_requests, run
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(results, expected):
+    assert results.keys() == expected.keys()
     for request_id, tokens in expected.items():
-        assert [token.token_id for token in found[request_id]] == [token.token_id for token in tokens]
-        assert [token.is_last for token in found[request_id]] == [False] * (len(tokens) - 1) + [True]
-        for token, other in zip(found[request_id], tokens, strict=True):
+        assert [token.token_id for token in results[request_id]] == [token.token_id for token in tokens]
+        assert [token.is_last for token in results[request_id]] == [False] * (len(tokens) - 1) + [True]
+        for token, other in zip(results[request_id], tokens, strict=True):
             assert token.log_prob == pytest.approx(other.log_prob, abs=2e-5)
             assert [alternative for alternative, _ in token.alternatives] == [
                 alternative for alternative, _ in other.alternatives
@@ -28,10 +28,10 @@ def alone(one_rank) -> dict[int, list]:
     """Return the tokens of each request when nothing else is there."""
     model, context = one_rank
     engine = make_engine(model, context)
-    found = {}
+    results = {}
     for request in make_requests(model, 8):
-        found |= run(engine, {0: [request]})
-    return found
+        results |= run(engine, {0: [request]})
+    return results
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_cancelled_requests_leave_and_the_others_do_not_notice(one_rank, alone, 
     model, context = one_rank
     requests = make_requests(model, 6)
     gone = [requests[index].request_id for index in (0, 1, 3, 5)]
-    found = run(make_engine(model, context, **settings), {0: requests}, cancel={step: gone})
+    results = run(make_engine(model, context, **settings), {0: requests}, cancel={step: gone})
     assert_same(
-        {request: tokens for request, tokens in found.items() if request not in gone},
+        {request: tokens for request, tokens in results.items() if request not in gone},
         {request.request_id: alone[request.request_id] for request in requests if request.request_id not in gone},
     )
     for request_id in gone:
-        assert len(found.get(request_id, [])) <= step
-        assert not any(token.is_last for token in found.get(request_id, [])) or len(alone[request_id]) <= step
+        assert len(results.get(request_id, [])) <= step
+        assert not any(token.is_last for token in results.get(request_id, [])) or len(alone[request_id]) <= step
 
 
 def test_a_cancelled_request_makes_room_at_once(one_rank):
@@ -75,9 +75,9 @@ def test_a_cancelled_request_makes_room_at_once(one_rank):
     engine = make_engine(model, context, max_requests=2)
     engine.stop_ids = frozenset({100})
     first, second, third = make_requests(model, 3, tokens=40)
-    found = run(engine, {0: [first, second], 1: [third]}, cancel={5: [first.request_id]}, longest=40)
-    assert len(found[first.request_id]) == 5
-    assert found[third.request_id][-1].is_last
+    results = run(engine, {0: [first, second], 1: [third]}, cancel={5: [first.request_id]}, longest=40)
+    assert len(results[first.request_id]) == 5
+    assert results[third.request_id][-1].is_last
     with engine.phase(40) as phase:
         engine.add(phase, [first, second, third], FeatureCache(0))
         for _ in range(5):
@@ -100,9 +100,9 @@ def test_cancelling_goes_with_evictions(one_rank):
     roomy.stop_ids = tight.stop_ids
     expected = run(roomy, {0: kept}, longest=150)
     gone = {step: [requests[3 + step // 6].request_id] for step in range(0, 126, 6)}
-    found = run(tight, {0: requests}, cancel=gone, longest=150)
+    results = run(tight, {0: requests}, cancel=gone, longest=150)
     assert tight.num_evictions > 0
-    assert_same({request.request_id: found[request.request_id] for request in kept}, expected)
+    assert_same({request.request_id: results[request.request_id] for request in kept}, expected)
 
 
 def test_an_idle_phase_can_be_asked_again(one_rank, alone):

@@ -73,15 +73,15 @@ def frequencies(logits: torch.Tensor, **arguments) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0])
 def test_frequencies_are_the_tempered_softmax_and_padding_is_never_drawn(temperature):
     logits = torch.tensor([1.0, -1.0, 0.3, 2.0, 50.0])
-    found = frequencies(logits, temperature=temperature, top_p=1.0, vocab_size=4)
+    results = frequencies(logits, temperature=temperature, top_p=1.0, vocab_size=4)
     expected = torch.softmax(logits[:4] / temperature, dim=0)
-    torch.testing.assert_close(found, torch.cat([expected, torch.zeros(1)]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(results, torch.cat([expected, torch.zeros(1)]), atol=2e-4, rtol=0)
 
 
 def test_top_p_keeps_the_smallest_set_with_the_mass():
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    found = frequencies(logits, temperature=1.0, top_p=0.7, vocab_size=4)
-    torch.testing.assert_close(found, torch.tensor([0.0, 2 / 3, 0.0, 1 / 3]), atol=2e-4, rtol=0)
+    results = frequencies(logits, temperature=1.0, top_p=0.7, vocab_size=4)
+    torch.testing.assert_close(results, torch.tensor([0.0, 2 / 3, 0.0, 1 / 3]), atol=2e-4, rtol=0)
     only_best = frequencies(logits, temperature=1.0, top_p=0.3, vocab_size=4)
     assert only_best.tolist() == [0, 1, 0, 0]
 
@@ -139,5 +139,5 @@ def test_a_row_that_is_not_cut_stays_so_beside_one_that_is():
     numbers = torch.full((4000,), 1 - 2.0**-53, dtype=torch.float64)
     arguments = {"temperatures_R": torch.ones(4000), "vocab_size": 400}
     expected, _ = draw(logits, numbers, top_ps_R=torch.ones(4000), **arguments)
-    found, _ = draw(logits, numbers, top_ps_R=torch.tensor([0.5] + [1.0] * 3999), **arguments)
-    assert found[1:].equal(expected[1:])
+    results, _ = draw(logits, numbers, top_ps_R=torch.tensor([0.5] + [1.0] * 3999), **arguments)
+    assert results[1:].equal(expected[1:])

@@ -85,12 +85,12 @@ def generate(engine: RolloutEngine, prompts, features, *, progress=None, **sampl
     return engine.generate(prompts, Sampling(**(defaults | sampling)), features=features, progress=progress)
 
 
-def assert_same_rollouts(found, expected, atol=1e-5):
-    assert [(r.prompt_key, r.sample_index, r.finish_reason) for r in found] == [
+def assert_same_rollouts(results, expected, atol=1e-5):
+    assert [(r.prompt_key, r.sample_index, r.finish_reason) for r in results] == [
         (r.prompt_key, r.sample_index, r.finish_reason) for r in expected
     ]
-    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
-    for one, other in zip(found, expected, strict=True):
+    assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+    for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(
             torch.tensor(one.rollout_log_probs), torch.tensor(other.rollout_log_probs), atol=atol, rtol=0
         )
@@ -116,7 +116,7 @@ def run(engine, arrivals, *, cancel=None, longest=24) -> dict[int, list]:
         arrivals: by step.
         cancel: request ids by step.
     """
-    found: dict[int, list] = {}
+    results: dict[int, list] = {}
     with engine.phase(longest) as phase:
         step = 0
         while step <= max(arrivals) or phase.num_in_flight:
@@ -124,6 +124,6 @@ def run(engine, arrivals, *, cancel=None, longest=24) -> dict[int, list]:
             for request_id in (cancel or {}).get(step, []):
                 phase.cancel(request_id)
             for token in phase.step() if phase.num_in_flight else []:
-                found.setdefault(token.request_id, []).append(token)
+                results.setdefault(token.request_id, []).append(token)
             step += 1
-    return found
+    return results

@@ -45,7 +45,7 @@ def gradient_differences(ours: R1V2Model, theirs: Any, parts: Iterable[str]) -> 
     """Compare the gradients that both models hold, by transformers' names; those of other parts must be absent."""
     mine = {name: parameter.grad for name, parameter in ours.named_parameters()}
     yours = {canonical_hf_name(name): parameter.grad for name, parameter in theirs.named_parameters()}
-    found = {}
+    results = {}
     for mapped in parameter_map(ours.architecture):
         if not mapped.exported:
             continue
@@ -55,5 +55,5 @@ def gradient_differences(ours: R1V2Model, theirs: Any, parts: Iterable[str]) -> 
         for name, gradient in mapped.to_hf([mine[mapped.ours]]).items():
             if "vision" in name and name.endswith("k_proj.bias"):
                 continue  # softmax does not see it: its gradient is 0 but for rounding
-            found[name] = difference(gradient, yours[name])
-    return found
+            results[name] = difference(gradient, yours[name])
+    return results

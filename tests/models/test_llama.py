@@ -173,19 +173,19 @@ def test_a_llama_is_spliced_into_a_model_that_transformers_loads(tmp_path, tied)
     assert (architecture.language.model_type, architecture.language.rope_type) == ("llama", "llama3")
     whole, info = InternVLForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
-    found = whole.state_dict()
+    results = whole.state_dict()
     for name, value in language.items():
         inside = name if name.startswith("lm_head") else name.replace("model.", "model.language_model.", 1)
-        assert torch.equal(found[inside], value), name
+        assert torch.equal(results[inside], value), name
 
 
 def test_rope_of_older_files_is_read():
     """transformers 4 wrote `rope_scaling` beside `rope_theta`, as Llama 3.1's config.json has it."""
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     hf = {**llama().to_dict(), "rope_parameters": None, "rope_scaling": scaling, "rope_theta": 5e5}
-    found = language_architecture(hf)
-    assert (found.rope_theta, found.rope_type, found.qkv_bias, found.qk_norm) == (5e5, "llama3", False, False)
-    assert dict(found.rope_parameters)["factor"] == 8.0
+    results = language_architecture(hf)
+    assert (results.rope_theta, results.rope_type, results.qkv_bias, results.qk_norm) == (5e5, "llama3", False, False)
+    assert dict(results.rope_parameters)["factor"] == 8.0
 
 
 @pytest.mark.parametrize(

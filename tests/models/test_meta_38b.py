@@ -124,11 +124,11 @@ def _rows() -> tuple[MappedParameter, ...]:
 
 
 def counts(model: R1V2Model) -> dict[str, int]:
-    found: Counter[str] = Counter()
+    results: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         assert parameter.is_meta
-        found[name.split(".")[0]] += parameter.numel()
-    return dict(found)
+        results[name.split(".")[0]] += parameter.numel()
+    return dict(results)
 
 
 def language_layers(model: R1V2Model) -> list[int]:
@@ -155,8 +155,8 @@ def replicated(part: str) -> int:
     """Return the parameters of a part that every tensor-parallel rank holds whole, from the name table's operations."""
     model = build(ParallelConfig(), world_size=1, rank=0)
     whole = {row.ours for row in _rows() if isinstance(row.operation, Replicated)}
-    found = {name: weight.numel() for name, weight in model.named_parameters() if name in whole}
-    return sum(size for name, size in found.items() if name.startswith(f"{part}."))
+    results = {name: weight.numel() for name, weight in model.named_parameters() if name in whole}
+    return sum(size for name, size in results.items() if name.startswith(f"{part}."))
 
 
 @pytest.mark.parametrize(("tensor", "heads"), [(2, 26), (4, 28), (8, 32)])
@@ -191,7 +191,7 @@ def test_stages_hold_their_layers_and_the_first_one_vision_and_adapter(first, la
     alone = counts(build(ParallelConfig(tensor=8, sequence=True), world_size=8, rank=0))
     stages = [build(parallel, world_size=16, rank=rank) for rank in (0, 8)]
     numbers = [language_layers(stage) for stage in stages]
-    assert [len(found) for found in numbers] == layers
+    assert [len(results) for results in numbers] == layers
     assert numbers[0] + numbers[1] == list(range(64))
     held = [counts(stage) for stage in stages]
     assert held[1].keys() == {"language"}

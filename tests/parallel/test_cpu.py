@@ -210,9 +210,9 @@ def test_transformers_loads_models_as_without_the_replacements(tmp_path):
     # What torch notes at the first use of a device context is noted once a process, so this needs a fresh one.
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         loaded = process.submit(buffers_of_loaded_models, [tmp_path / name for name in made]).result()
-    for model, found in zip(made.values(), loaded, strict=True):
+    for model, results in zip(made.values(), loaded, strict=True):
         expected = dict(model.named_buffers())
         assert any("inv_freq" in name for name in expected)
-        assert found.keys() == expected.keys()
+        assert results.keys() == expected.keys()
         for name, buffer in expected.items():
-            assert torch.equal(found[name], buffer), name
+            assert torch.equal(results[name], buffer), name

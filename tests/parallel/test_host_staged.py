@@ -37,36 +37,36 @@ def collectives() -> dict[str, torch.Tensor]:
     start()
     rank = dist.get_rank()
     mine = torch.arange(4.0) + 10 * rank
-    found = {"all_reduce": mine.clone(), "broadcast": mine.clone()}
-    dist.all_reduce(found["all_reduce"])
-    dist.broadcast(found["broadcast"], src=1)
-    found["all_gather_into_tensor"] = torch.zeros(8)
-    dist.all_gather_into_tensor(found["all_gather_into_tensor"], mine)
-    found["reduce_scatter_tensor"] = torch.zeros(2)
-    dist.reduce_scatter_tensor(found["reduce_scatter_tensor"], mine)
+    results = {"all_reduce": mine.clone(), "broadcast": mine.clone()}
+    dist.all_reduce(results["all_reduce"])
+    dist.broadcast(results["broadcast"], src=1)
+    results["all_gather_into_tensor"] = torch.zeros(8)
+    dist.all_gather_into_tensor(results["all_gather_into_tensor"], mine)
+    results["reduce_scatter_tensor"] = torch.zeros(2)
+    dist.reduce_scatter_tensor(results["reduce_scatter_tensor"], mine)
     # As the distributed optimizer does: what comes out is a part of what goes in.
     both = torch.cat([mine, mine])
     dist.all_gather_into_tensor(both, both[4 * rank :][:4])
-    found["in place"] = both
-    found["all_to_all_single"] = torch.zeros(4)
-    dist.all_to_all_single(found["all_to_all_single"], mine)
+    results["in place"] = both
+    results["all_to_all_single"] = torch.zeros(4)
+    dist.all_to_all_single(results["all_to_all_single"], mine)
     received = torch.zeros(4)
     works = [dist.isend(mine, dst=1 - rank), dist.irecv(received, src=1 - rank)]
     for work in works:
         work.wait()
-    found["isend and irecv"] = received
+    results["isend and irecv"] = received
     gathered: list = [None, None]
     dist.all_gather_object(gathered, {"rank": rank})
     assert gathered == [{"rank": 0}, {"rank": 1}]
     dist.barrier()
     assert dist.get_backend() == host_staged.NAME
-    return found
+    return results
 
 
 def test_collectives_give_what_gloo_gives():
     first, second = run_ranks(2, collectives)
     zero, one = torch.arange(4.0), torch.arange(4.0) + 10
-    for rank, found in enumerate((first, second)):
+    for rank, results in enumerate((first, second)):
         expected = {
             "all_reduce": zero + one,
             "broadcast": one,
@@ -76,7 +76,9 @@ def test_collectives_give_what_gloo_gives():
             "all_to_all_single": torch.cat([zero[2 * rank :][:2], one[2 * rank :][:2]]),
             "isend and irecv": one if rank == 0 else zero,
         }
-        assert {name: found[name].tolist() for name in found} == {n: value.tolist() for n, value in expected.items()}
+        assert {name: results[name].tolist() for name in results} == {
+            n: value.tolist() for n, value in expected.items()
+        }
 
 
 def take_steps(folder: str, material: Material) -> dict[str, Outcome]:
