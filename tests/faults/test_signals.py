@@ -73,7 +73,7 @@ def test_a_step_is_kept_when_its_validation_is_abandoned(root: Path, tmp_path: P
     recipe = recipe_for(root, tmp_path / "run", (*SETTINGS, *validation, f"data.validation={root / 'data'}"))
     ranks = Ranks(recipe, 2)
     ranks.wait_until((tmp_path / "run" / "checkpoints" / "step-00000001").is_dir, 240)
-    ranks.wait_until(lambda: all("evaluate" in ranks.where(rank) for rank in range(2)), 240)
+    ranks.wait_until(lambda: all("evaluate" in ranks.phase_of(rank) for rank in range(2)), 240)
     asked = time.monotonic()
     for process in ranks.processes:
         os.killpg(process.pid, signal.SIGTERM)

@@ -232,10 +232,10 @@ class Ranks:
         assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.log.read_text()}"
         return self.log.read_text()
 
-    def where(self, rank: int) -> str:
+    def phase_of(self, rank: int) -> str:
         """Return what a rank has last told the others that it is doing; there must be others."""
         store = TCPStore("127.0.0.1", self._port, is_master=False, timeout=timedelta(seconds=60))
-        return json.loads(store.get(f"default_pg/0//watch/rank-{rank}"))["where"]
+        return json.loads(store.get(f"default_pg/0//watch/rank-{rank}"))["phase"]
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait for something while the run goes on; the test fails when it ends, or after so many seconds."""
