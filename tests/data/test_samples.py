@@ -81,3 +81,10 @@ def test_missing_json_lists_what_is_there() -> None:
 def test_keys_that_cannot_name_files(key: str) -> None:
     with pytest.raises(SampleError, match="sample key"):
         encode_record(tiny_sample(1, key=key))
+
+
+def test_equal_samples_give_equal_bytes_whatever_the_order_of_their_fields() -> None:
+    one = tiny_sample(1, facts={"left": "1", "right": "0"})
+    other = tiny_sample(1, facts={"right": "0", "left": "1"})
+    assert one == other
+    assert encode_record(one) == encode_record(other)
