@@ -126,6 +126,7 @@ class Session:
             replay: what this data-parallel rank holds of the buffer.
             pass_at_1: of this step, where it was validated.
         """
+        # What earlier stages have changed goes along: it is not in the HF folder either.
         own = {*self.parts, *self.loaded.changed_parts}
         snapshot = Snapshot(
             step=self.step,
@@ -161,13 +162,13 @@ class Session:
 def open_session(
     recipe: TrainingRecipe, *, stage: str, shown: Sequence[str], keep_reference: bool = False
 ) -> Iterator[Session]:
-    """Start a stage, resumed from its newest checkpoint when there is one; everything ends with the block.
+    """Collective over the world: start a stage, resumed from its newest checkpoint; everything ends with the block.
 
     Args:
         recipe: the settings.
         stage: for the progress display.
         shown: metrics for the progress display.
-        keep_reference: keep a copy of the weights that the stage starts from.
+        keep_reference: whether to keep a copy of the weights that the stage starts from.
     """
     run_dir = Path(recipe.run.output_dir)
     with (
@@ -178,12 +179,15 @@ def open_session(
         # Before a checkpoint of this stage is loaded: the reference is what the stage starts from.
         reference = ReferenceWeights(loaded.model) if keep_reference else None
         policy = _build_policy(loaded, recipe, run_dir)
+        # The hooks hold the model and the threads of its groups in a cycle that Python does not collect.
         at_the_end.callback(release_grad_hooks, loaded.model)
         stream = loaded.training_stream()
         checkpoints = _open_checkpoints(recipe.checkpoint, loaded.context, run_dir)
         newest = _checkpoint_to_resume(checkpoints, allowed=recipe.checkpoint.resume)
         restored = resume(newest, policy, stream, checkpoints, recipe.train)
-        with _supervised(recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step) as (
+        with _open_supervision(
+            recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step
+        ) as (
             recorder,
             preemption,
         ):
@@ -192,6 +196,7 @@ def open_session(
             if loaded.context.is_main:
                 write_file(run_dir / RECIPE_FILE, recipe_yaml(recipe))
             verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
+            # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
             verifier.verify_weights(restored.checksums, newest)
             session = Session(
                 recipe=recipe,
@@ -210,11 +215,12 @@ def open_session(
                 yield session
             except StepAbandoned:
                 preemption.log_step_abandoned(session.step)
+            # Also after a step that was given up: the checkpoint of the step before may not be written yet.
             preemption.publish(blocking=True)
 
 
 @contextmanager
-def _supervised(
+def _open_supervision(
     recipe: TrainingRecipe,
     context: ParallelContext,
     checkpoints: CheckpointStore,
@@ -223,7 +229,7 @@ def _supervised(
     shown: Sequence[str],
     first_step: int,
 ) -> Iterator[tuple[Recorder, PreemptionHandler]]:
-    """Listen for signals, record, and watch the other ranks, while the block runs."""
+    """Listen for signals, open the recorder, and watch the other ranks, while the block runs."""
     run_dir = Path(recipe.run.output_dir)
     with (
         StopSignals(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_signals,
@@ -270,7 +276,7 @@ def _checkpoint_to_resume(checkpoints: CheckpointStore, *, allowed: bool) -> Pat
 
 
 def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) -> Policy:
-    """Give a model, frozen but for what trains, its optimizer."""
+    """Wrap a model whose other parts are frozen, and build its optimizer."""
     model, context = loaded.model, loaded.context
     ddp = wrap_with_ddp(model, context)
     optimizer, scheduler = build_optimizer(ddp, recipe.train)
@@ -282,6 +288,7 @@ def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) ->
         context=context,
         temperature=recipe.generation.temperature,
         vocab_size=loaded.sampled_vocab_size,
+        # A tower that trains has other features after every update.
         features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
         packed=recipe.train.packing is not Packing.none,
         length_multiple=loaded.length_multiple,

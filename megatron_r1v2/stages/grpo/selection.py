@@ -90,6 +90,7 @@ def select(
         everything, prompts, recipe.generation.responses_per_prompt, recipe.algorithm.advantage_epsilon, step
     )
     trainable = [item.entry for item in records.values() if trains_text or item.entry.modality == "image"]
+    # Dynamic sampling may have found more effective groups than the step trains on.
     eligible = trainable
     if recipe.algorithm.dynamic_sampling_rounds > 1:
         eligible = first_effective_groups(trainable, recipe.train.prompts_per_step)
@@ -107,6 +108,7 @@ def select(
     if buffer is not None:
         lengths |= {name: buffer.entry(name).response_length for name in plan.replayed}
     updates = _split_updates(computed, recipe.train.updates_per_step)
+    # Each update by itself, so that every rank has about the same work in every one of them.
     trainer: dict[str, int] = {}
     for update in updates:
         trainer |= assign({name: lengths[name] for name in update}, context.data_size)

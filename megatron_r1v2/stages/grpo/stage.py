@@ -99,6 +99,7 @@ class GrpoStage:
     def step(self) -> None:
         """Collective over the world: do one step of the paper: rollouts, rewards, advantages and buffer, update."""
         session, timed = self.session, self.session.recorder.timed
+        # A validation after the last step may have lowered the reward model's weight.
         self.buffer.invalidate(self.calibrator.value)
         prompts, scored = self.rollouts.generate_and_score()
         session.preemption.poll_between_phases()
@@ -108,10 +109,12 @@ class GrpoStage:
             samples, sample_prompts = self.buffer.exchange_samples(selection, fresh, prompts)
         with timed("log_probs"):
             trained = self.updates.add_old_log_probs(samples, sample_prompts)
+        # The last moment to give the step up: what follows changes the weights.
         session.preemption.poll_between_phases()
         if trained is not None:
             with timed("update"):
                 self.updates.take_updates(selection, trained, sample_prompts, filler=prompts[0])
+            # With the old log-probs of this step: a later ratio is taken against the policy that sampled.
             self.buffer.add(selection, trained, sample_prompts, step=session.step)
         self.log_rollouts(selection, prompts, scored)
         speed = selection.num_generated_tokens / session.recorder.seconds("generate")
