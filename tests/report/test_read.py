@@ -78,6 +78,8 @@ def test_prompts_evaluated_before_and_after_are_paired(tmp_path):
     for pair in run.pairs:
         assert pair.before["prompt_key"] == pair.after["prompt_key"]
         assert (pair.before["name"], pair.after["name"]) == ("before", "after")
+        kind = int(str(pair.before["prompt_key"])[0])
+        assert pair.change == ("stayed wrong", "turned right", "turned wrong", "stayed right")[kind]
 
 
 def test_an_evaluation_that_is_damaged_is_noted(tmp_path):
