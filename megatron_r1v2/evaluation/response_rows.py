@@ -20,9 +20,9 @@ from megatron_r1v2.evaluation.response_log import ResponseLog, ResponseRow
 from megatron_r1v2.evaluation.rollout_records import rollout_record, write_rollouts
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.resilience.fingerprint import Fingerprint
-from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.rewards.answer import last_boxed, type_of_alternative
 from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, within_call
-from megatron_r1v2.types import AnswerType, Prompt, ScoredRollout
+from megatron_r1v2.types import Prompt, ScoredRollout
 
 JUDGE_CACHE = "judge.jsonl"
 
@@ -105,16 +105,13 @@ def _accept_others(rows: Sequence[ResponseRow], pool: VerifierPool) -> list[Resp
 
 def _other_calls(row: ResponseRow) -> list[Call[bool]]:
     """Return the further checks that may find a response right: alternative answers, numbers within the tolerances."""
-    calls = [answer_call(row["text"], answer, _type_of_other(row, answer)) for answer in row["alternatives"]]
+    calls = [
+        answer_call(row["text"], answer, type_of_alternative(answer, row["answer_type"]))
+        for answer in row["alternatives"]
+    ]
     if row["tolerances"]:
         calls.append(within_call(row["text"], row["answer"], row["tolerances"]))
     return calls
-
-
-def _type_of_other(row: ResponseRow, answer: str) -> AnswerType:
-    """Return how an alternative is compared: the text of an option is no letter, whatever it begins with."""
-    is_letter = len(answer.strip()) == 1
-    return "math" if row["answer_type"] == "choice" and not is_letter else row["answer_type"]
 
 
 def conclude(

@@ -17,7 +17,7 @@ from megatron_r1v2.rewards.answers.structure import split_approximation, split_n
 if TYPE_CHECKING:  # the workers must start without torch, which types.py imports
     from megatron_r1v2.types import AnswerType
 
-__all__ = ["ANSWER_TYPES", "NUMERIC_TOLERANCE", "answer_is_correct", "last_boxed", "plain_text"]
+__all__ = ["ANSWER_TYPES", "NUMERIC_TOLERANCE", "answer_is_correct", "last_boxed", "plain_text", "type_of_alternative"]
 
 ANSWER_TYPES = ("numeric", "choice", "exact", "math")
 # The default of `reward.numeric_tolerance`, for callers without settings.
@@ -97,6 +97,17 @@ def answer_is_correct(
     if answer_type == "choice":
         return _choices_agree(given, reference)
     return answers_agree(given, reference)
+
+
+def type_of_alternative(alternative: str, answer_type: AnswerType) -> AnswerType:
+    """Return how a further right answer is compared: the text of an option is no letter, whatever it begins with.
+
+    Args:
+        alternative: another right answer of a row.
+        answer_type: of the row.
+    """
+    is_letter = len(alternative.strip()) == 1
+    return "math" if answer_type == "choice" and not is_letter else answer_type
 
 
 def _numbers_agree(given: str, reference: str, tolerance: float) -> bool:

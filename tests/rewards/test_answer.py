@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1v2.rewards.answer import answer_is_correct, last_boxed
+from megatron_r1v2.rewards.answer import answer_is_correct, last_boxed, type_of_alternative
 
 
 def _boxed(content):
@@ -377,6 +377,14 @@ def test_choices_in_other_spellings(content, answer, correct):
 )
 def test_exact_in_other_spellings(content, answer, correct):
     assert answer_is_correct(_boxed(content), answer, "exact") is correct
+
+
+@pytest.mark.parametrize(
+    ("alternative", "answer_type", "compared"),
+    [("12 cm", "choice", "math"), ("B", "choice", "choice"), (" b ", "choice", "choice"), ("8", "numeric", "numeric")],
+)
+def test_how_an_alternative_is_compared(alternative, answer_type, compared):
+    assert type_of_alternative(alternative, answer_type) == compared
 
 
 def test_a_missing_answer_is_never_right():

@@ -130,7 +130,7 @@ def parse(text: str) -> sympy.Basic | sympy.MatrixBase | None:
     if len(text) > MAX_EXPRESSION_CHARACTERS:
         return None
     text = _REPEATING.sub(_repeating, _spell_in_latex(text))
-    if _DOUBLE_POWER.search(text):
+    if _DOUBLE_POWER.search(text) or re.search(r"\d'", text):
         return None
     text = _EXPONENT.sub(r"\\times 10^{\1}", text)
     text = _INDEX.sub(_plain_index, text)

@@ -62,7 +62,10 @@ _OPERATORS = re.compile(r"[\d+*/^=<>|_\\]")
 _FIGURE = re.compile(
     r"\\(?:angle|triangle|odot|overline|overrightarrow|overleftrightarrow|widehat|square|Box|parallelogram|arc)\s*\{?[A-Z][A-Za-z]*'*\}?"
 )
-_PROOF = re.compile(r"\\(?:parallel|perp|sim|cong|Rightarrow|Leftrightarrow|therefore|because)(?![a-z])")
+# Statements about figures, steps of a proof, reactions of substances.
+_PROOF = re.compile(
+    r"\\(?:parallel|perp|sim|cong|Rightarrow|Leftrightarrow|therefore|because)(?![a-z])|^[^\\]*[A-Z]\S*\s?\\to(?![a-z])"
+)
 _SYMBOLS = (
     "He Li Be Ne Na Mg Al Si Cl Ar Ca Sc Ti Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Zr Nb Mo Ag Cd Sn Sb Te Xe Cs "
     "Ba Pt Au Hg Pb Bi Rn Ra Th Pu H B C N O F P S K V Y I W U"
@@ -74,6 +77,10 @@ _FORMULA = re.compile(r"(?:[A-Z][a-z]?\d*)+(?:\^\d*[+-])?")
 
 # "(C) 12 cm" and "C. x=42"; "E. coli" is a name.
 _OPTION = re.compile(r"\([A-Z]\) ?[^\s(,A-Z].*|[A-Z][.)](?! ?[a-z]{3}| ?[A-Z]\b).+", re.DOTALL)
+
+
+_LABEL = r"\((?:[A-Z]|\d{1,2})\)"
+_SEVERAL = re.compile(rf"{_LABEL}(?:,? ?(?:and ?)?{_LABEL})+")
 
 
 def kind_of(reference: str) -> Kind:
@@ -145,7 +152,7 @@ def is_choice(text: str) -> bool:
         return text.strip("().").isupper()
     if _OPTION.fullmatch(text):
         return True
-    return re.fullmatch(r"\([A-Z]\)(?:(?:,| |, and| and|, ?and ?| and ?)?\([A-Z]\))+", text) is not None
+    return _SEVERAL.fullmatch(text) is not None
 
 
 def read_numeral(text: str) -> tuple[str, str] | None:

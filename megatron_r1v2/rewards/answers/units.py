@@ -70,7 +70,7 @@ _PREFIXED = (
     ("magnetic field", "1", "T"),
 )
 _NAMED = (
-    ("one", "1", "unit units"),
+    ("one", "1", "unit units AD CE"),
     ("length", "1e-3", "millimeter millimetre millimeters millimetres \u6beb\u7c73"),
     ("length", "1e-2", "cm centimeter centimetre centimeters centimetres \u5398\u7c73"),
     ("length", "1e-1", "dm decimeter decimetre decimeters decimetres \u5206\u7c73"),
@@ -158,6 +158,10 @@ _PIECE = re.compile(
 )
 
 
+# "8 or whatever" and "8 maybe" hedge (rule 17).
+_NO_NOUNS = frozenset(
+    ("or", "and", "not", "maybe", "perhaps", "possibly", "probably", "but", "if", "is", "are", "wrong")
+)
 _UNIT_FRACTION = re.compile(r"\\frac\{([A-Za-z][^{}]*(?:\{-?\d\})?)\}\{([A-Za-z][^{}]*(?:\{-?\d\})?)\}")
 # "3 men" are counted, "3 xyz" and "3 abc" are products.
 _NOUN = re.compile(r"[A-Za-z]{4,}|[A-Za-z](?=[a-z]?[aeiouAEIOU])[A-Za-z]{2}")
@@ -170,9 +174,16 @@ def read_unit(text: str) -> Unit | None:
         text: what stands behind (or, for money, before) a number, from `normalise`.
     """
     pieces = _pieces(text)
-    if not pieces:
+    if not pieces or any(name.lower() in _NO_NOUNS for name, _ in pieces):
         return None
     known = [_find(name) for name, _ in pieces]
+    is_rate = any(known) and any(power < 0 for _, power in pieces)
+    if is_rate:
+        # "rev/min" and "apples per day" count a noun.
+        known = [
+            unit or (Unit({_noun(name): 1}) if _NOUN.fullmatch(name) else None)
+            for unit, (name, _) in zip(known, pieces, strict=True)
+        ]
     if not any(known):
         # Only words are nouns: "5 x" and "3 ab" are products.
         words = [name for name, _ in pieces]
@@ -217,6 +228,7 @@ def _letters(text: str) -> str:
 def _pieces(text: str) -> list[tuple[str, int]] | None:
     """Return the names in a unit with their powers, None where something else stands between them."""
     text = _UNIT_FRACTION.sub(r" \1/\2", text.strip().replace("per cent", "percent"))
+    text = re.sub(r"(percent(?:age)?) points?", r"\1", text)
     if not text or len(text) > _MAX_UNIT_CHARACTERS:
         return None
     text = re.sub(r"/\s*\(([^()]*)\)$", r"/\1", text)

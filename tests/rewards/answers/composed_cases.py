@@ -2,6 +2,10 @@
 
 COMPOSED = {
     "TUPLE": [
+        ("(P, Q)", "(Q, P)", False),
+        (r"\langle1,2\rangle", "(1,2)", True),
+        ("(1;2)", "(1,2)", True),
+        ("]1,2[", "(1,2)", False),
         ("x>5", r"(5,\infty)", True),
         (r"r=3, \theta=\frac{\pi}{2}", r"\left( 3, \frac{\pi}{2} \right)", True),
         (r"(3, \pi/2)", r"\left( 3, \frac{\pi}{2} \right)", True),
@@ -31,6 +35,9 @@ COMPOSED = {
         (r"(3,+\infty)", r"(3,\infty)", True),
     ],
     "LIST": [
+        (r"\pm i", "i,-i", True),
+        ("[1,2,3]", "1,2,3", True),
+        (r"(1,2)\cup(3,4)", "(1,2),(3,4)", False),
         (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}", True),
         ("13, 10", "10,13", True),
         ("-2, 1", "1,-2", True),
@@ -82,6 +89,13 @@ COMPOSED = {
         (r"\{3,3,5\}", r"\{3,5\}", True),
     ],
     "INTERVAL": [
+        ("A>B>C", "C<B<A", True),
+        ("(1,2,3)", "[1,2,3]", False),
+        ("1,2,3", "[1,2,3]", False),
+        (r"1\le x\le 2", "[1,2]", True),
+        ("[1;2]", "[1,2]", True),
+        (r"x\in(1,2)\cup(3,4)", r"1<x<2 \text{ or } 3<x<4", True),
+        (r"x \ne 0", r"(-\infty,0)\cup(0,\infty)", False),
         (r"x \in [-2,7]", "[-2,7]", True),
         ("(3,4]", "(3,4]", True),
         (r"3<x\le4", "(3,4]", True),
@@ -123,6 +137,8 @@ COMPOSED = {
         (r"-2 \le x \le 7", r"x \in [-2,7]", True),
     ],
     "MATRIX": [
+        (r"A=\begin{pmatrix}1&0\\0&1\end{pmatrix}", r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", True),
+        ("(1,0)", r"\begin{pmatrix}1\\0\end{pmatrix}", False),
         (
             r"\begin{pmatrix} -\frac{1}{3} \\ \frac{2}{3} \\ \frac{5}{3} \end{pmatrix}",
             r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}",
@@ -132,6 +148,7 @@ COMPOSED = {
         (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}2&1\end{pmatrix}", False),
     ],
     "RATIO": [
+        (r"\sqrt2:1", r"1:\sqrt2", False),
         ("1:2:3", "2:4:6", True),
         ("1:2:3", "1:2:4", False),
         ("7/3", "7:3", True),
