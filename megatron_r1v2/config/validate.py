@@ -105,21 +105,15 @@ def check_model_fits(recipe: Recipe, hf_config: Mapping[str, Any]) -> None:
 
     Args:
         recipe: the settings.
-        hf_config: the model's config.json; a `text_config` inside it is the language model.
+        hf_config: the model's config.json, in either layout, or a language model's own.
 
     Raises:
         ValueError: a size that `parallel.tensor` or `parallel.pipeline` does not divide, or too many positions.
     """
-    if "llm_config" in hf_config:
-        raise ValueError(
-            f"model.hf_path={recipe.model.hf_path!r} has the layout of InternVL's chat models (llm_config); training "
-            f"reads transformers': python -m checkpoint_tools.hf_to_hf --hf {recipe.model.hf_path} --output FOLDER, "
-            "then set model.hf_path to FOLDER"
-        )
-    text = hf_config.get("text_config", hf_config)
-    missing = [key for key in _LANGUAGE_SIZES if key not in text]
-    if missing:
-        raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {', '.join(missing)}")
+    text = hf_config.get("text_config") or hf_config.get("llm_config") or hf_config
+    # A size that is left out has its class's default, which only transformers knows: the model is checked as built.
+    if not isinstance(text, Mapping) or any(key not in text for key in _LANGUAGE_SIZES):
+        return
     heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
     kv_heads, ffn = int(text.get("num_key_value_heads") or heads), int(text["intermediate_size"])
     check_layout(

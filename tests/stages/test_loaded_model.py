@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.types import Rollout
+from tests.checkpoint.chat_reference import image_embeddings, write_chat_folder
 from tests.stages.runs import recipe_for, run_stage
 
 
@@ -62,3 +64,16 @@ def test_the_leader_of_a_replica_has_verifiers_and_the_engine_answers(root: Path
             features=loaded.feature_cache(),
         )
         assert [rollout.prompt_key for rollout in longer] == [prompt.key for prompt in prompts]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_folder_of_the_chat_layout_is_loaded_as_it_is(root: Path, tmp_path: Path, version: str) -> None:
+    """The first pixel shuffle cannot be written in transformers' layout at all."""
+    tensors = write_chat_folder(tmp_path / "chat", family="6b", version=version)
+    recipe = recipe_for(root, tmp_path / "run", (f"model.hf_path={tmp_path / 'chat'}",))
+    tiles_TCHW = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = image_embeddings(tensors, (tiles_TCHW / 255 - mean) / std, family="6b", version=version)
+    with open_model(recipe) as loaded, torch.no_grad():
+        got = loaded.model.adapt(loaded.model.encode_tiles(tiles_TCHW))
+    assert float((got.reshape(expected.shape) - expected).abs().max() / expected.abs().max()) < 1e-5

@@ -178,7 +178,7 @@ def _check_names(
     model: R1V2Model, stored: set[str], local: dict[str, torch.nn.Parameter], hf_path: Path | str, layout: Layout
 ) -> None:
     unused, missing = hf_leftovers(model.architecture, stored, layout)
-    unfilled = sorted(set(local) - {mapped.ours for mapped in parameter_map(model.architecture)})
+    unfilled = sorted(set(local) - {mapped.ours for mapped in parameter_map(model.architecture, layout)})
     problems = [
         f"{count} {what}: {', '.join(names[:8])}{', ...' if count > 8 else ''}"
         for what, names in (
