@@ -1,4 +1,4 @@
-"""Whether one checkpoint is undamaged, and whether two of any kind hold the same model, tensor by tensor."""
+"""Checks that one checkpoint is undamaged, and that two of any kind hold the same model, tensor by tensor."""
 
 from __future__ import annotations
 

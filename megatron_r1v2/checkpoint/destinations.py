@@ -74,7 +74,7 @@ class HfConversion:
             digests = write_safetensors_file(folder / file.name, file.tensors, tensors, wrote=wrote)
         return {"tensors": {name: tensor_entry(info, digests[name]) for name, info in file.tensors}}
 
-    def read_back(self, file: OutputFile, folder: Path, record: FileRecord) -> Iterator[tuple[str, torch.Tensor]]:
+    def read_back(self, file: OutputFile, folder: Path, record: FileRecord) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
         """Read a written file again."""
         yield from map_safetensors_file(folder / file.name).items()
 

@@ -1,4 +1,4 @@
-"""Which model it is: one SHA-256 of the parameters, whatever they are stored as.
+"""The identity of a model: one SHA-256 of the parameters, whatever they are stored as.
 
 Cryptographic, as it is compared between people: exported parts name the base that they belong to by it.
 """

@@ -232,7 +232,7 @@ class HfSource(TableSource):
             if set(self._manifest.tensors) != set(self._folder.names()):
                 raise ValueError(f"{self._manifest.path} lists other tensors than the folder has; copy it again")
 
-    def _folder_of(self, ours: str) -> Path:
+    def _folder_of(self, ours: str) -> Path:  # noqa: ARG002
         return self._folder.folder
 
     def _meta(self, name: str) -> torch.Tensor:

@@ -214,7 +214,7 @@ class _Draft:
         error: ValidationError,
         origins: Mapping[str, str],
     ) -> None:
-        """Tell of each setting of a section that is not accepted, once."""
+        """Report each setting of a section that is not accepted, once."""
         found: dict[str, str] = {}
         for detail in error.errors(include_url=False, include_input=False, include_context=False):
             key = str(detail["loc"][0])
@@ -236,7 +236,7 @@ def _merged(before: object, value: object) -> object:
     return {**before, **{key: _merged(before.get(key), item) for key, item in value.items()}}
 
 
-def _unknown_section(name: str, settings: object, kind: type[Recipe], sections: Mapping[str, type[Section]]) -> str:
+def _unknown_section(name: str, settings: object, kind: type[Recipe], sections: Mapping[str, type[Section]]) -> str:  # noqa: ARG001
     """Return why a section is refused."""
     if name in every_section():
         return (

@@ -1,4 +1,4 @@
-"""What a setting accepts, and why a value is refused, in words."""
+"""The words for what a setting accepts, and for why a value is refused."""
 
 from __future__ import annotations
 

@@ -86,9 +86,9 @@ class HostStagedGroup(dist.ProcessGroup):
         """
         super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks the constructor of subclasses
         self._on_host = dist.ProcessGroup(store, rank, size)
-        self._on_host._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._on_host._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # noqa: SLF001
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-        self._on_host._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._on_host._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # noqa: SLF001
 
     @override
     def barrier(self, *args: object, **kwargs: object) -> Work:
@@ -96,7 +96,7 @@ class HostStagedGroup(dist.ProcessGroup):
         # The options name the GPU to wait on, which gloo does not accept.
         return self._on_host.barrier()
 
-    def getBackendName(self) -> str:
+    def getBackendName(self) -> str:  # noqa: N802
         """Return the backend's name."""
         return NAME
 

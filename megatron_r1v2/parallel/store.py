@@ -41,7 +41,7 @@ class GroupStore:
 
     def __init__(self, store: KeyValueStore | None = None) -> None:
         """Take a store, by default that of the process groups, which must be up."""
-        self._store = store or cast(KeyValueStore, dist.distributed_c10d._get_default_store())
+        self._store = store or cast(KeyValueStore, dist.distributed_c10d._get_default_store())  # noqa: SLF001
         self._questions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None

@@ -44,11 +44,11 @@ def _answer(response: Response, settings: RewardConfig) -> Call[bool]:
     return answer_call(response.text, prompt.answer, prompt.answer_type, settings.numeric_tolerance)
 
 
-def _format(response: Response, settings: RewardConfig) -> float:
+def _format(response: Response, settings: RewardConfig) -> float:  # noqa: ARG001
     return format_score(response.text)
 
 
-def _consistency(response: Response, settings: RewardConfig) -> float | None:
+def _consistency(response: Response, settings: RewardConfig) -> float | None:  # noqa: ARG001
     return consistency_score(response.claims, response.prompt.facts) if response.prompt.facts else None
 
 

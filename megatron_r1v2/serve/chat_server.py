@@ -36,7 +36,7 @@ class ChatServer:
     def __init__(
         self, loaded: LoadedModel, engine: RolloutEngine, service: Service, options: ChatOptions, key: str
     ) -> None:
-        """Hold no request yet.
+        """Start without a request.
 
         Args:
             loaded: the model.
@@ -71,13 +71,13 @@ class ChatServer:
         card = {"id": self._options.name, "object": "model", "created": 0, "owned_by": "megatron_r1v2"}
         return JSONResponse({"object": "list", "data": [card]})
 
-    async def health(self, request: Request) -> Response:
-        """Say whether requests are taken."""
+    async def health(self, request: Request) -> Response:  # noqa: ARG002
+        """Answer whether requests are taken."""
         if self._service.closed_because:
             return JSONResponse({"status": self._service.closed_because}, 503)
         return JSONResponse({"status": "ok", "model": self._options.name})
 
-    async def metrics(self, request: Request) -> Response:
+    async def metrics(self, request: Request) -> Response:  # noqa: ARG002
         """Return the counters, and the responses under way or waiting, in Prometheus' text format."""
         counts = {**self._service.counts, "open_responses": self._service.num_open}
         return PlainTextResponse("".join(f"r1v2_{name} {count}\n" for name, count in counts.items()))

@@ -99,7 +99,7 @@ def run_leader(
 
 def run_follower(engine: RolloutEngine, *, max_response_tokens: int, control: dist.ProcessGroup) -> None:
     """Collective over `control`: run the engine on another rank, step by step with rank 0, until that stops."""
-    _run(engine, max_response_tokens, lambda is_idle: objects.broadcast_from_first(None, control), lambda tokens: None)
+    _run(engine, max_response_tokens, lambda is_idle: objects.broadcast_from_first(None, control), lambda tokens: None)  # noqa: ARG005
 
 
 def _run(

@@ -101,7 +101,7 @@ class Ending:
         if not self._service.num_open or waited > self._grace_seconds or len(self._asked_at) > 1:
             self._queue.put(stop=True)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._asked_at.append(time.monotonic())
 
 

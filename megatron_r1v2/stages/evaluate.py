@@ -78,5 +78,5 @@ def _respond(
                 log.append(evaluation_rows(part, scored, step=loaded.version, pool=pool))
 
 
-def _show(show: Callable[[int], None], before: int, responses: int, tokens: int) -> None:
+def _show(show: Callable[[int], None], before: int, responses: int, tokens: int) -> None:  # noqa: ARG001
     show(before + responses)

@@ -83,7 +83,7 @@ class PreemptionHandler:
         self.publish(blocking=False)
         self.stop_signals.abandon_step_if_asked()
 
-    def poll_between_engine_steps(self, responses: int, tokens: int) -> None:
+    def poll_between_engine_steps(self, responses: int, tokens: int) -> None:  # noqa: ARG002
         """Collective over the replica: do the same now and then while it generates.
 
         Args:

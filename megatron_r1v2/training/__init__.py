@@ -1,1 +1,1 @@
-"""How one update is made and kept: batches, forward passes, optimizer steps, checkpoints, verified weights."""
+"""One update, made and kept: batches, forward passes, optimizer steps, checkpoints, verified weights."""

@@ -41,7 +41,7 @@ class Forward:
         """Return the module that the schedule runs."""
         return self.model
 
-    def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Turn the output of the last stage into one number for each token: here the scores as they are.
 
         Args:

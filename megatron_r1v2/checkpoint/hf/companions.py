@@ -1,4 +1,4 @@
-"""What lies beside the weights of a whole model: config.json, tokenizer and processor, made from components' or copied.
+"""The files beside the weights of a whole model: config.json, tokenizer and processor, made from components or copied.
 
 The weights themselves are spliced by `checkpoint_tools`, one tensor at a time.
 """

@@ -47,7 +47,7 @@ class Operation(Protocol):
 class Replicated:
     """Every rank holds the whole tensor."""
 
-    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+    def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:  # noqa: ARG002
         """Return the tensor itself."""
         (tensor,) = tensors
         return tensor

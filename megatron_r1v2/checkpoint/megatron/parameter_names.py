@@ -1,4 +1,4 @@
-"""Where a parameter of the whole model is in a torch_dist checkpoint: megatron-core's names for our names."""
+"""The place of each parameter in a torch_dist checkpoint: megatron-core's names for our names."""
 
 from __future__ import annotations
 

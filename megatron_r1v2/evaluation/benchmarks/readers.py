@@ -52,7 +52,7 @@ Reader = Callable[[RowOfFile, Path], Question | None]
 """(row, folder of images beside the data) -> its question, or None: not part of the evaluation."""
 
 
-def aime_2024(row: RowOfFile, images: Path) -> Question:
+def aime_2024(row: RowOfFile, images: Path) -> Question:  # noqa: ARG001
     """AIME 2024: id, problem, solution, answer, or the same with capitals; the answer is a whole number to 999.
 
     Sources: HuggingFaceH4/aime_2024 (id, problem, solution, answer, url, year), Maxwell-Jia/AIME_2024 (ID, Problem,

@@ -1,4 +1,4 @@
-"""What kind of answer a reference is: decided from the reference alone, before anything is compared (rule 3).
+"""The kind of a reference: decided from the reference alone, before anything is compared (rule 3).
 
 Standard library only: the verifier workers import this.
 """

@@ -1,4 +1,4 @@
-r"""How an answer is put together: lists, brackets, names before an equals sign, conditions, matrices, plus-minus.
+r"""The structure of answers: lists, brackets, names before an equals sign, conditions, matrices, plus-minus.
 
 Everything works on text from `normalise`, at the top level only: commas inside brackets belong to what is inside.
 Standard library only: the verifier workers import this.
