@@ -1,4 +1,4 @@
-"""The needs of sections, of themselves and of each other, beyond the bounds of single settings; one sentence a mistake."""
+"""The needs of sections, of themselves and of each other, beyond the bounds of single settings, a sentence each."""
 
 from __future__ import annotations
 

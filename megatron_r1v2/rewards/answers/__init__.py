@@ -1,1 +1,1 @@
-"""The meaning of answers: read by the kind of its reference, then compared by the rule of that kind (docs/rewards.md)."""
+"""The meaning of answers: read by the kind of its reference, compared by the rule of that kind (docs/rewards.md)."""
