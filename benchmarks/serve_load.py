@@ -48,21 +48,21 @@ BAD = (
 
 @dataclass
 class Tally:
-    """What one round saw."""
+    """The counts of one round."""
 
     seconds: float = 0.0
     tokens: int = 0
     answered: int = 0
     refused: int = 0
-    """Told 503 and asked again."""
+    """Answered with 503 and asked again."""
     bad_answered_so: int = 0
     """Bad requests that got their 4xx."""
     lost: int = 0
-    """Anything else than an answer."""
+    """Requests without an answer, or with a wrong one."""
     first_token_seconds: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
-        """Return what is written."""
+        """Return the figures of the round as they are written."""
         first = sorted(self.first_token_seconds)
         return {
             "seconds": round(self.seconds, 3),
@@ -79,10 +79,10 @@ class Tally:
 
 
 class Load:
-    """Clients that ask one after the other until a round's requests are used up."""
+    """Clients that ask until a round's requests are used up, each its questions one after the other."""
 
     def __init__(self, arguments: argparse.Namespace, model: str) -> None:
-        """Prepare the questions.
+        """Keep the questions; nothing is asked yet.
 
         Args:
             arguments: of the command line.
@@ -188,7 +188,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     listed.raise_for_status()
     load = Load(arguments, listed.json()["data"][0]["id"])
-    asyncio.run(load.round(1, 1))  # the first request of a server pays for what is made once
+    # The first request of a server pays for what is made once.
+    asyncio.run(load.round(1, 1))
     ones, manies = [], []
     for _ in range(arguments.rounds):
         ones.append(asyncio.run(load.round(1, arguments.requests_of_one)))
