@@ -78,7 +78,7 @@ def _evaluate(arguments: Sequence[str]) -> int | None:
     try:
         with tell_bad_input():
             if recipe.evaluation.endpoint_url:
-                from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
+                from megatron_r1v2.evaluation.endpoint_evaluation import run_endpoint_evaluation
 
                 result: EvaluationResult | None = run_endpoint_evaluation(recipe, name)
             else:
@@ -124,7 +124,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command("measure Pass@1 of a checkpoint or of a served model", _evaluate),
     "filter-prompts": Command(
         "keep the prompts that a model answers sometimes rightly, sometimes wrongly",
-        partial(_main_of, "evaluation.command"),
+        partial(_main_of, "evaluation.filter_prompts_command"),
     ),
     "prepare": Command("turn JSONL and images into checked shards", partial(_main_of, "data.command")),
     "benchmarks": Command(
@@ -135,7 +135,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "report": Command("write the page of a run, or of evaluations", partial(_main_of, "report.command")),
     "serve": Command("serve a checkpoint to OpenAI clients", partial(_main_of, "serve.command")),
-    "serve-reward-model": Command("serve the scores of Skywork-VL-Reward", partial(_main_of, "serve.reward_model")),
+    "serve-reward-model": Command("serve the scores of Skywork-VL-Reward", partial(_main_of, "serve.reward_command")),
 }
 """By the name on the command line, in the order of the list."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.evaluation.command import main
+from megatron_r1v2.evaluation.filter_prompts_command import main
 from tests.tiny import tiny_shards
 
 # Of the prompts 0 to 4, right responses of four; nothing of prompt 5.

@@ -13,7 +13,7 @@ from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, RunConfi
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
-from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
+from megatron_r1v2.evaluation.endpoint_evaluation import run_endpoint_evaluation
 from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
 from tests.evaluation.responder import completion, serving
 

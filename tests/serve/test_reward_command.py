@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from megatron_r1v2.serve.reward_model import main
+from megatron_r1v2.serve.reward_command import main
 
 
 def told_by(capsys, *argv: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_r1v2.evaluation.command import main
+from megatron_r1v2.evaluation.filter_prompts_command import main
 
 
 def test_help_teaches(capsys):
