@@ -76,7 +76,7 @@ _FORMULA = re.compile(r"(?:[A-Z][a-z]?\d*)+(?:\^\d*[+-])?")
 
 
 # "(C) 12 cm" and "C. x=42"; "E. coli" is a name.
-_OPTION = re.compile(r"\([A-Z]\) ?[^\s(,A-Z].*|[A-Z][.)](?! ?[a-z]{3}| ?[A-Z]\b).+", re.DOTALL)
+_OPTION = re.compile(r"\([A-Z]\) ?(?:[^\s(,A-Z]|[A-Z][a-z]).*|[A-Z][.)](?! ?[a-z]{3}| ?[A-Z]\b).+", re.DOTALL)
 
 
 _LABEL = r"\((?:[A-Z]|\d{1,2})\)"
