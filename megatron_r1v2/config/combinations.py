@@ -1,4 +1,4 @@
-"""The needs of sections, of themselves and of each other, beyond the bounds of single settings, a sentence each."""
+"""Checks of sections and of their combinations, beyond the bounds of single settings; one sentence for each mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words for what a setting accepts, and for why a value is refused."""
+"""Words for the values that a setting accepts, and for the refusal of others."""
 
 from __future__ import annotations
 
