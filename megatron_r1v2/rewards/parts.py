@@ -46,7 +46,7 @@ Part = Callable[[Response, RewardConfig], float | Call[bool] | Call[float] | Non
 None where the part does not apply to the prompt."""
 
 
-def _answer(response: Response, settings: RewardConfig) -> Call[bool]:
+def _answer(response: Response, settings: RewardConfig) -> Call[bool]:  # noqa: ARG001
     prompt = response.prompt
     if prompt.answer is None or prompt.answer_type is None:
         raise ValueError(f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type")
@@ -61,15 +61,15 @@ def _consistency(response: Response, settings: RewardConfig) -> float | None:  #
     return consistency_score(response.claims, response.prompt.facts) if response.prompt.facts else None
 
 
-def _steps(response: Response, settings: RewardConfig) -> Call[float]:
+def _steps(response: Response, settings: RewardConfig) -> Call[float]:  # noqa: ARG001
     return steps_call(response.text, wanted=WANTED_STEPS, conclusion=CONCLUSION_STEPS)
 
 
-def _repetition(response: Response, settings: RewardConfig) -> Call[float]:
+def _repetition(response: Response, settings: RewardConfig) -> Call[float]:  # noqa: ARG001
     return repetition_call(response.rollout.token_ids, tokens=REPEATED_TOKENS)
 
 
-def _overlong(response: Response, settings: RewardConfig) -> float:
+def _overlong(response: Response, settings: RewardConfig) -> float:  # noqa: ARG001
     return overlong_score(
         len(response.rollout.token_ids),
         response.rollout.finish_reason,
