@@ -59,8 +59,9 @@ def add_hf_arguments(parser: argparse.ArgumentParser, *, default: str | None) ->
         "--layout",
         choices=LAYOUTS,
         default=default,
-        help="transformers: loaded by transformers without remote code; chat: the keys of OpenGVLab's InternVL and "
-        f"Skywork's R1V, as vLLM's SkyworkR1VChatModel reads them (default: {default or 'that of --base'})",
+        help="transformers: loaded by transformers 4.57 and 5 and by vLLM, without remote code; chat: the keys of "
+        "OpenGVLab's InternVL and Skywork's R1V, which their publishers' remote code reads, and neither transformers' "
+        f"own classes nor vLLM 0.32 (default: {default or 'that of --base'})",
     )
     parser.add_argument(
         "--shard-size", type=byte_count, default=DEFAULT_SHARD_BYTES, help="of a safetensors file (default: 5GB)"

@@ -18,6 +18,7 @@ from megatron_r1v2.checkpoint.manifest import TensorEntry, entry_info, file_entr
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, TENSORS, save_state
 from megatron_r1v2.checkpoint.megatron.torch_dist import Record, read_records, write_index, write_records
+from megatron_r1v2.checkpoint.model_card import CARD
 from megatron_r1v2.checkpoint.sources import ALL_PARTS, SourceSpec, exported_rows
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.architecture import R1V2Architecture
@@ -192,11 +193,14 @@ class TorchDistCompanions:
         write_manifest(folder, file_entries(folder), tensors)
 
 
-def write_hf(conversion: HfConversion, output: Path, *, companions: Path, options: RunOptions) -> None:
+def write_hf(
+    conversion: HfConversion, output: Path, *, companions: Path, options: RunOptions, card: str | None = None
+) -> None:
     """Write a Hugging Face folder that is complete: weights, config.json, tokenizer, processor, checksums.
 
     Args:
         companions: folder with config.json, tokenizer and processor, in either layout.
+        card: text of README.md; None: no such file.
 
     Raises:
         ValueError: see `check_companions` and `convert`.
@@ -205,6 +209,8 @@ def write_hf(conversion: HfConversion, output: Path, *, companions: Path, option
 
     def write(folder: Path, dtypes: set[torch.dtype]) -> None:
         make_companions(companions, folder, conversion.form.layout, dtypes)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
 
     convert(conversion, output, options, HfCompanions(write))
 

@@ -11,6 +11,7 @@ from megatron_r1v2.checkpoint.hf.config import folder_layout
 from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES
 from megatron_r1v2.checkpoint.hf.mapping import Layout
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, resolve_checkpoint
+from megatron_r1v2.checkpoint.model_card import model_card
 from megatron_r1v2.checkpoint.sources import CheckpointSpec
 
 
@@ -46,11 +47,12 @@ def export_checkpoint(
     companions = base or checkpoint / HF_IN_CHECKPOINT
     spec = CheckpointSpec(checkpoint, base)
     with spec.open() as source:  # names what is missing before config.json is looked at
-        state = source.state
+        state, tokens_per_tile = source.state, source.architecture.tokens_per_tile
     if base is not None:
         check_base(base, checkpoint, state, workers=options.workers or 2)
     form = HfFormat(layout or folder_layout(companions), dtype, max_shard_bytes)
     conversion = HfConversion(spec, (checkpoint, *([base] if base else [])), form)
-    write_hf(conversion, output, companions=companions, options=options)
+    card = model_card(checkpoint, state, base=base, layout=form.layout, tokens_per_tile=tokens_per_tile)
+    write_hf(conversion, output, companions=companions, options=options, card=card)
     rest = f", the rest from {base}" if base else ""
     return f"{', '.join(state['parts'])} from {checkpoint}{rest}"

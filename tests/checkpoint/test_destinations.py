@@ -85,6 +85,7 @@ def test_what_megatron_core_saved_at_any_layout_comes_back_bit_for_bit(converted
     assert_same_weights(root / variant, tmp_path / "out")
     names = {path.name for path in (root / variant).iterdir()} | {"checkpoint_manifest.json"}
     names |= {"processor_config.json", "video_preprocessor_config.json"}  # which the model came without
+    names |= {"README.md"}  # the card of an export
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer
 
-from megatron_r1v2.checkpoint.hf.architecture import language_architecture, r1v2_architecture
+from megatron_r1v2.checkpoint.hf.architecture import Config, language_architecture, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.chat_template import give_image_parts
 from megatron_r1v2.checkpoint.hf.config import (
     CHAT_TYPES,
@@ -165,6 +165,7 @@ def make_components_companions(
     """
     copy_companions(components.language, folder)
     _add_image_tokens(components.language, folder)
+    _write_portable_tokenizer(folder)
     give_image_parts(folder)
     if layout == "chat":
         whole = chat_config(config, max_tiles=components.max_tiles)
@@ -191,22 +192,40 @@ def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: I
     stated = stated_processor(source)
     if layout in (None, found):
         if found == "transformers":
-            processed = (
-                read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
-            )
-            # transformers 5 may have the image processor in there.
-            if "image_processor" not in processed:
-                write_processor(folder, config, max_tiles=DEFAULT_MAX_TILES, stated=stated, replace=False)
+            # transformers 5 may have the image processor in processor_config.json alone, where 4.57 does not look.
+            write_processor(folder, config, max_tiles=_max_tiles(stated), stated=stated, replace=False)
         config = read_json(source / "config.json")
     elif layout == "chat":
-        max_patches = stated.get("max_patches")
-        config = chat_config(config, max_tiles=max_patches if isinstance(max_patches, int) else None)
+        config = chat_config(config, max_tiles=_max_tiles(stated))
     else:
         _add_image_tokens(source, folder)
         give_image_parts(folder)
         max_tiles = read_json(source / "config.json").get("max_dynamic_patch", DEFAULT_MAX_TILES)
         write_processor(folder, config, max_tiles=max_tiles, stated=stated)
+    if layout is not None:
+        _write_portable_tokenizer(folder)
     write_json(folder / "config.json", with_dtype(config, dtypes))
+
+
+def _max_tiles(stated: Config) -> int:
+    value = stated.get("max_patches")
+    return value if isinstance(value, int) else DEFAULT_MAX_TILES
+
+
+def _write_portable_tokenizer(folder: Path) -> None:
+    """Write tokenizer_config.json so that transformers 4.57 loads it too: 5 has other names for the same things."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    settings.pop("backend", None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = settings.pop("extra_special_tokens", None)
+    if isinstance(extra, list) and extra:
+        settings["additional_special_tokens"] = extra
+    # Both versions give each of these to the tokenizer as an attribute, which InternVLProcessor reads.
+    roles = {role: settings[role] for role in _IMAGE_TOKENS if role in settings}
+    named = {**(extra if isinstance(extra, dict) else {}), **roles}
+    write_json(path, {**settings, **({"extra_special_tokens": named} if named else {})})
 
 
 def _pixel_shuffle_of(adapter: Path | None) -> PixelShuffle:

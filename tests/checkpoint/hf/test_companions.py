@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
 from tests.checkpoint.chat_reference import SIDE, write_chat_folder
 from tests.checkpoint.hf.test_config import convert
 
@@ -86,3 +86,42 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys, layout):
         convert(tmp_path / "full", tmp_path / "out", layout)
     assert "has no tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["<extra>"], {"other_token": "<extra>"}])
+def test_the_tokenizer_is_written_as_both_versions_of_transformers_read_it(tmp_path, extra):
+    """4.57 knows no class TokenizersBackend, and takes a mapping where 5 writes a list."""
+    write_chat_folder(tmp_path / "chat", family="6b", version="v2")
+    path = tmp_path / "chat" / "tokenizer_config.json"
+    settings = read_json(path)
+    write_json(path, {**settings, "tokenizer_class": "TokenizersBackend", "extra_special_tokens": extra})
+    for layout in ("transformers", "chat"):
+        convert(tmp_path / "chat", tmp_path / f"out-{layout}", layout)
+        got = read_json(tmp_path / f"out-{layout}" / "tokenizer_config.json")
+        assert got["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert "backend" not in got
+        assert isinstance(got.get("extra_special_tokens", {}), dict)
+        assert got.get("additional_special_tokens", []) == (extra if isinstance(extra, list) else [])
+        assert ("other_token" in got.get("extra_special_tokens", {})) == isinstance(extra, dict)
+    roles = read_json(tmp_path / "out-transformers" / "tokenizer_config.json")["extra_special_tokens"]
+    assert roles["context_image_token"] == "<IMG_CONTEXT>"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out-transformers")
+    assert tokenizer.context_image_token == "<IMG_CONTEXT>"
+    before = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    text = "<|im_start|>user\n<img><IMG_CONTEXT></img>what?<|im_end|>"
+    assert tokenizer.encode(text) == before.encode(text)
+
+
+def test_an_image_processor_that_stands_elsewhere_is_written_where_older_versions_look(tmp_path):
+    write_chat_folder(tmp_path / "chat", family="6b", version="v2")
+    convert(tmp_path / "chat", tmp_path / "full", "transformers")
+    folder = tmp_path / "full"
+    (folder / "checkpoint_manifest.json").unlink()
+    stated = read_json(folder / "preprocessor_config.json") | {"image_mean": [0.5, 0.4, 0.3], "max_patches": 3}
+    (folder / "preprocessor_config.json").unlink()
+    processor = read_json(folder / "processor_config.json")
+    write_json(folder / "processor_config.json", {**processor, "image_processor": stated})
+    convert(folder, tmp_path / "out", "transformers")
+    written = read_json(tmp_path / "out" / "preprocessor_config.json")
+    assert (written["image_mean"], written["max_patches"]) == ([0.5, 0.4, 0.3], 3)
+    assert "image_processor" in read_json(tmp_path / "out" / "processor_config.json")
