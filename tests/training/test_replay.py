@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.config.schema import ParallelConfig
@@ -83,6 +83,7 @@ def test_another_number_of_ranks_shares_everything_out(data_size):
 lengths = st.dictionaries(st.text("abcd", min_size=1, max_size=4), st.integers(1, 100), max_size=20)
 
 
+@settings(deadline=None)
 @given(lengths=lengths, data_size=st.integers(1, 5))
 def test_every_sample_gets_a_trainer_and_tokens_are_balanced(lengths, data_size):
     owner = assign(lengths, data_size)
