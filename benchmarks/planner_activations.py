@@ -210,7 +210,7 @@ def _policy(case: Case, context: groups.ParallelContext) -> Policy:
         scheduler=scheduler,
         context=context,
         temperature=0.7,
-        skipped=SkippedUpdates(Path("skipped"), max_gradient_norm=0.0, max_in_a_row=3, context=context),
+        skipped=SkippedUpdates(Path("skipped"), max_gradient_norm=0.0, context=context),
         vocab_size=case.architecture.language.vocab_size,
         packed=case.packed,
         features=None if "vision" in case.parts else FeatureCache(2**40),

@@ -30,8 +30,9 @@ class Command:
 
 def _train(stage: str, module: str, arguments: Sequence[str]) -> None:
     """Run a training stage, the `run_STAGE` of a module below stages/, and write its report."""
+    from megatron_r1v2.config.choices import StageName
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
-    from megatron_r1v2.config.recipes import STAGES, StageName
+    from megatron_r1v2.config.recipes import STAGES
 
     recipe = parse_command_line(arguments, STAGES[StageName(stage)])
     quiet_libraries()

@@ -63,13 +63,13 @@ SFT = "preference.preference_weight=0", "preference.quality_weight=0", "preferen
 ARMS = (
     Arm("mpo", "MPO", ("rollouts", "stages", "threshold", "parts"), MPO, "mpo", START),
     Arm("ssb", "MPO, then GRPO with SSB (adapter only)", ("rollouts", "stages", "parts")),
-    Arm("plain", "GRPO without SSB", ("rollouts",), ("buffer.enabled=false",)),
+    Arm("plain", "GRPO without SSB", ("rollouts",), ("buffer.capacity=0",)),
     Arm(
         "dynamic",
         "GRPO with dynamic sampling (DAPO)",
         ("rollouts",),
         (
-            "buffer.enabled=false",
+            "buffer.capacity=0",
             f"algorithm.dynamic_sampling_rounds={DYNAMIC_ROUNDS}",
             # A step generates up to as much as that many steps of the others.
             f"train.steps={STEPS * 2 // 5}",

@@ -75,7 +75,7 @@ def pairs_stage(paths: Paths, seed: int) -> Stage:
         f"model.hf_path={paths.base}",
         f"model.checkpoint={paths.align}",
         f"data.train={paths.shards / 'prefer'}",
-        f"pairs.output={paths.pairs}",
+        f"run.output_dir={paths.pairs}",
     )
     command = ("megatron_r1v2", "pairs", str(RECIPES / "pairs.yaml"), *settings)
     return Stage("pairs", "make preference pairs of the model's own responses", command)

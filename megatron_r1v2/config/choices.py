@@ -69,16 +69,9 @@ class Packing(str, Enum):
     nemo = "nemo"
 
 
-class ScoreEndpoint(str, Enum):
-    """Where a served reward model gives its scores."""
+class Tracker(str, Enum):
+    """A place for metrics beside the run's own folder."""
 
-    pooling = "pooling"
-    classify = "classify"
-
-
-class WandbMode(str, Enum):
-    """How Weights & Biases is used."""
-
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
+    wandb = "wandb"
+    wandb_offline = "wandb_offline"
+    tensorboard = "tensorboard"

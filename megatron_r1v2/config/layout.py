@@ -1,24 +1,35 @@
-"""Does a language model's size fit a layout? Plain numbers in, an error that names the setting out."""
+"""Checks of a language model's sizes against a layout: plain numbers in, an error that names the setting out."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from megatron_r1v2.config.choices import Fp8
 
 
-def check_fp8_shapes(
-    *, fp8: Fp8, tensor: int, sequence: bool, heads: int, kv_heads: int, head_size: int, hidden: int, ffn: int
-) -> None:
+@dataclass(frozen=True)
+class LanguageSizes:
+    """The sizes of a language model that a layout must fit."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    """Channels of a head."""
+    hidden: int
+    """Channels."""
+    ffn: int
+    """Feed-forward channels."""
+    layers: int
+
+
+def check_fp8_shapes(sizes: LanguageSizes, *, fp8: Fp8, tensor: int, sequence: bool) -> None:
     """Check TransformerEngine's constraints on the products of one rank before anything is built.
 
     Args:
+        sizes: of the language model.
         fp8: `model.fp8`.
         tensor: `parallel.tensor`.
         sequence: `parallel.sequence`.
-        heads: attention heads of the language model.
-        kv_heads: key-value heads.
-        head_size: channels of a head.
-        hidden: channels.
-        ffn: feed-forward channels.
 
     Raises:
         ValueError: naming the dimension that does not fit.
@@ -27,10 +38,10 @@ def check_fp8_shapes(
         return
     multiple = 128 if fp8 is Fp8.blockwise and sequence else 16
     for what, size in (
-        ("channels (hidden_size)", hidden),
-        ("feed-forward channels of a rank (intermediate_size / parallel.tensor)", ffn // tensor),
-        ("query channels of a rank (heads x head size / parallel.tensor)", heads * head_size // tensor),
-        ("query, key and value channels of a rank", (heads + 2 * kv_heads) * head_size // tensor),
+        ("channels (hidden_size)", sizes.hidden),
+        ("feed-forward channels of a rank (intermediate_size / parallel.tensor)", sizes.ffn // tensor),
+        ("query channels of a rank (heads x head size / parallel.tensor)", sizes.heads * sizes.head_size // tensor),
+        ("query, key and value channels of a rank", (sizes.heads + 2 * sizes.kv_heads) * sizes.head_size // tensor),
     ):
         if size % multiple:
             raise ValueError(
@@ -39,49 +50,35 @@ def check_fp8_shapes(
             )
 
 
-def check_layout(
-    *,
-    tensor: int,
-    pipeline: int,
-    first_stage_layers: int,
-    heads: int,
-    kv_heads: int,
-    hidden: int,
-    ffn: int,
-    layers: int,
-) -> None:
+def check_layout(sizes: LanguageSizes, *, tensor: int, pipeline: int, first_stage_layers: int) -> None:
     """Check that a layout divides the sizes of a language model.
 
     Args:
+        sizes: of the language model.
         tensor: `parallel.tensor`.
         pipeline: `parallel.pipeline`.
         first_stage_layers: `parallel.first_stage_layers`.
-        heads: attention heads.
-        kv_heads: key-value heads.
-        hidden: channels.
-        ffn: feed-forward channels.
-        layers: layers.
 
     Raises:
         ValueError: naming the setting and the size that it does not divide.
     """
     for what, size in (
-        ("attention heads (num_attention_heads)", heads),
-        ("channels (hidden_size)", hidden),
-        ("feed-forward channels (intermediate_size)", ffn),
+        ("attention heads (num_attention_heads)", sizes.heads),
+        ("channels (hidden_size)", sizes.hidden),
+        ("feed-forward channels (intermediate_size)", sizes.ffn),
     ):
         if size % tensor:
-            fitting = [n for n in range(1, heads + 1) if all(s % n == 0 for s in (heads, size))]
+            fitting = [n for n in range(1, sizes.heads + 1) if all(s % n == 0 for s in (sizes.heads, size))]
             raise ValueError(
                 f"parallel.tensor={tensor} does not divide the language model's {size} {what}; "
                 f"values that do: {', '.join(map(str, fitting))}"
             )
-    if kv_heads % tensor and tensor % kv_heads:
+    if sizes.kv_heads % tensor and tensor % sizes.kv_heads:
         raise ValueError(
-            f"parallel.tensor={tensor} and the language model's {kv_heads} key-value heads (num_key_value_heads) do "
-            "not divide each other; choose a divisor or a multiple of the heads"
+            f"parallel.tensor={tensor} and the language model's {sizes.kv_heads} key-value heads (num_key_value_heads) "
+            "do not divide each other; choose a divisor or a multiple of the heads"
         )
-    _check_pipeline(pipeline, first_stage_layers, layers)
+    _check_pipeline(pipeline, first_stage_layers, sizes.layers)
 
 
 def _check_pipeline(stages: int, first: int, layers: int) -> None:

@@ -20,7 +20,7 @@ SCHEMA_KEY = "schema"
 SCHEMA = 1
 """Of the settings, in recipes that are saved; raised with each line of `RENAMES`."""
 RENAMES: Mapping[int, Mapping[str, str]] = {}
-"""By the schema that changed them: section.key of the schema before -> section.key."""
+"""By the schema that changed them: section.key of the schema before -> section.key, or "" where it is gone."""
 
 Values = dict[str, dict[str, object]]
 """Section -> key -> value."""
@@ -285,10 +285,12 @@ def _renamed(path: Path, values: dict[str, object], *, saved: bool) -> dict[str,
             section, _, key = before.partition(".")
             settings = values.get(section)
             if is_mapping(settings) and key in settings:
-                new_section, _, new_key = after.partition(".")
-                target = values.setdefault(new_section, {})
-                assert is_mapping(target)
-                target[new_key] = settings.pop(key)
+                value = settings.pop(key)
+                if after:
+                    new_section, _, new_key = after.partition(".")
+                    target = values.setdefault(new_section, {})
+                    assert is_mapping(target)
+                    target[new_key] = value
                 if not settings:
                     del values[section]
     return values

@@ -15,8 +15,6 @@ from megatron_r1v2.config.combinations import (
     compute_mistakes,
     endpoint_mistakes,
     group_mistakes,
-    logging_mistakes,
-    overlong_mistakes,
     score_source_mistakes,
     training_mistakes,
     validation_mistakes,
@@ -30,6 +28,7 @@ from megatron_r1v2.config.schema import (
     GenerationConfig,
     HallucinationConfig,
     LoggingConfig,
+    LossConfig,
     ModelConfig,
     PairsConfig,
     ParallelConfig,
@@ -101,7 +100,6 @@ class TrainingRecipe(Recipe):
         yield from super().mistakes()
         yield from training_mistakes(self.train, self.model)
         yield from validation_mistakes(self.evaluation, self.data)
-        yield from logging_mistakes(self.logging)
         parts = [part.value for part in self.train.parts]
         if self.stage is StageName.reward_model:
             if Part.score not in self.train.parts:
@@ -140,20 +138,20 @@ class PairsRecipe(Recipe):
 
     Rows of data.train need messages, an answer and its answer_type; images and facts where there are any.
 
-    The shards in pairs.output are what data.train of the mpo stage reads: image, question, answer and facts as they
+    The shards in run.output_dir are what data.train of the mpo stage reads: image, question, answer and facts as they
     were, with chosen, rejected, margin and source. pairs.json in that folder counts the pairs, and what made none by
     reason. Started again with the same settings after an interruption, the command goes on from the last finished
     round.
 
     Iterative MPO builds new pairs with the model of the round before:
-      python -m megatron_r1v2 pairs pairs.yaml pairs.output=pairs/1
+      python -m megatron_r1v2 pairs pairs.yaml run.output_dir=pairs/1
       python -m megatron_r1v2 mpo   mpo.yaml   data.train=pairs/1 run.output_dir=runs/mpo-1
-      python -m megatron_r1v2 pairs pairs.yaml pairs.output=pairs/2 model.checkpoint=runs/mpo-1
+      python -m megatron_r1v2 pairs pairs.yaml run.output_dir=pairs/2 model.checkpoint=runs/mpo-1
       python -m megatron_r1v2 mpo   mpo.yaml   data.train=pairs/2 model.checkpoint=runs/mpo-1 run.output_dir=runs/mpo-2
     """
 
     stage: ClassVar[StageName | None] = StageName.pairs
-    needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "data.train", "pairs.output")
+    needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "data.train")
 
     reward: RewardConfig = Field(default_factory=RewardConfig)
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
@@ -165,7 +163,6 @@ class PairsRecipe(Recipe):
         yield from super().mistakes()
         yield from training_mistakes(self.train, self.model)
         yield from claim_mistakes(self.reward)
-        yield from overlong_mistakes(self.reward, self.generation)
         yield from score_source_mistakes(self.reward, self.reward_model)
         if self.pairs.max_pairs_per_prompt and self.generation.responses_per_prompt < 2:
             yield (
@@ -192,6 +189,7 @@ class MpoRecipe(TrainingRecipe):
 
     reward: RewardConfig = Field(default_factory=RewardConfig)
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
     hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
 
     def mistakes(self) -> Iterator[str]:
@@ -249,6 +247,7 @@ class GrpoRecipe(TrainingRecipe):
     reward: RewardConfig = Field(default_factory=RewardConfig)
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
     buffer: BufferConfig = Field(default_factory=BufferConfig)
     hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
 
@@ -256,7 +255,6 @@ class GrpoRecipe(TrainingRecipe):
         """Yield what is wrong with settings that are right one by one."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
-        yield from overlong_mistakes(self.reward, self.generation)
         yield from score_source_mistakes(self.reward, self.reward_model)
         yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
         yield from group_mistakes(self.generation, self.train)
@@ -264,11 +262,10 @@ class GrpoRecipe(TrainingRecipe):
         if not any(weights.values()):
             names = ", ".join(f"{part}_weight" for part in weights)
             yield f"every weight in the reward section is 0 ({names}): nothing to learn; raise one"
-        if held.target_rate and self.reward.model_weight <= held.min_model_weight:
+        if held.target_rate and self.reward.model_weight == 0:
             yield (
-                f"hallucination.target_rate={held.target_rate} lowers reward.model_weight, but it is "
-                f"{self.reward.model_weight} and hallucination.min_model_weight={held.min_model_weight}; raise the "
-                "first, or set hallucination.target_rate=0"
+                f"hallucination.target_rate={held.target_rate} lowers reward.model_weight, but it is 0; raise it, "
+                "or set hallucination.target_rate=0"
             )
 
 

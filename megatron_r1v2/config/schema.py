@@ -6,6 +6,7 @@ configuration; `model.transformer_config` passes anything else through to megatr
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,9 +19,8 @@ from megatron_r1v2.config.choices import (
     Part,
     Precision,
     Recompute,
-    ScoreEndpoint,
     StageName,
-    WandbMode,
+    Tracker,
 )
 
 
@@ -44,16 +44,20 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """What this run is called and where it writes."""
+    """What this run is and where it writes."""
 
     stage: StageName | None = Field(None, strict=False)
     """What the recipe is for; each recipe says it."""
-    name: str = Field("r1v2", pattern=r"\S")
-    """Shown in the report and in wandb."""
     output_dir: str = Field("runs/r1v2", pattern=r"\S")
-    """Everything the run writes goes below this folder."""
+    """Everything the run writes goes below this folder, whose name is that of the run in the report and in wandb. The
+    shards of the pairs stage are the folder itself, which must not exist yet."""
     seed: int = Field(1234, ge=0, le=2**31 - 1)
     """Seeds data order, sampling and buffer draws."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run: that of its folder."""
+        return Path(self.output_dir).name
 
 
 class ModelConfig(Section):
@@ -117,8 +121,6 @@ class GenerationConfig(Section):
     """A response that reaches this is cut and marked "length"."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits; training uses the same."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus; GRPO refuses anything below 1."""
     stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("<|im_end|>",), strict=False, min_length=1)
     """Tokens, as text, that end a response."""
     kv_cache_gib: float = Field(20.0, gt=0)
@@ -156,26 +158,12 @@ class RewardConfig(Section):
     """1 for a response that ends in time, 0 for one that is cut."""
     model_weight: float = Field(0.0, ge=0)
     """The score of a reward model, squashed."""
-    numeric_tolerance: float = Field(1e-6, ge=0, le=1)
-    """Numeric answers may differ by this part of the right one; whole numbers may not differ from whole numbers."""
     claim_pattern: str = ""
     """Regular expression with groups `name` and `value` that finds visual claims; empty: none are looked for."""
-    steps_wanted: int = Field(3, ge=1)
-    """Distinct steps (lines, sentences, clauses) of a reasoning that is complete; fewer get their share."""
-    steps_conclusion: int = Field(2, ge=1)
-    """The boxed answer must stand in one of the last so many steps."""
-    repetition_tokens: int = Field(8, ge=1)
-    """So many tokens in a row that have been there before are a repetition."""
-    overlong_buffer_tokens: int = Field(1024, ge=0)
-    """The overlong part falls from 1 to 0 over the last so many of generation.max_response_tokens; 0: a step."""
     model_centre: float = Field(-3.5, ge=-1000, le=1000)
     """The raw score of the reward model that counts 1/2; -3.5 and 4 spread the -15 to 8 of Skywork-VL-Reward."""
     model_scale: float = Field(4.0, gt=0)
     """Raw score above the centre that counts 0.73; smaller: a steeper logistic."""
-    verifier_workers: int = Field(2, ge=1)
-    """Processes that check answers, on each data-parallel rank."""
-    verifier_timeout_seconds: float = Field(5.0, gt=0)
-    """A check that takes longer scores 0 and is counted."""
     shuffle: bool = False
     """Control experiment: rewards are dealt to the wrong responses."""
 
@@ -189,25 +177,22 @@ class RewardModelConfig(Section):
     """Where the scores for `reward.model_weight` come from, and how the reward_model stage trains."""
 
     checkpoint: str = ""
-    """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout."""
-    hf_path: str = ""
-    """The model that the checkpoint was made from; empty: `model.hf_path`. Its tokenizer must be the policy's."""
+    """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout. Its
+    tokenizer must be the policy's."""
     url: str = ""
-    """A server that scores, e.g. http://127.0.0.1:8001 (vLLM, or `r1v2 serve-reward-model`)."""
-    endpoint: ScoreEndpoint = Field(ScoreEndpoint.pooling, strict=False)
-    """What is asked below `url`: pooling or classify, both as vLLM has them, with chat messages."""
-    served_name: str = ""
-    """`model` in the requests; empty: left out."""
-    api_key_variable: str = ""
-    """Environment variable that holds the server's API key; empty: none is sent."""
-    timeout_seconds: float = Field(120.0, gt=0)
-    """For one answer, from first to last byte."""
-    attempts: int = Field(5, ge=1)
-    """How often a request is made before the run ends; the pause doubles from one second to at most 30."""
-    concurrency: int = Field(16, ge=1)
-    """Requests under way at once, from each model replica."""
+    """A server that scores chat messages, e.g. http://127.0.0.1:8001/pooling or /classify, both as vLLM has them (vLLM,
+    or `r1v2 serve-reward-model`); pooling where neither is named. Its API key, if it has one, is read from the
+    environment variable R1V2_REWARD_MODEL_API_KEY."""
     centring_weight: float = Field(0.0, ge=0)
     """In training: weight of (chosen score + rejected score)^2, which holds scores near zero."""
+
+
+class LossConfig(Section):
+    """How the losses of tokens become one number."""
+
+    aggregation: LossAggregation = Field(LossAggregation.sequence, strict=False)
+    """sequence: the mean of per-response means, equation 8 of GRPO and equation 5 of the generation term of MPO; token:
+    the mean over all tokens."""
 
 
 class AlgorithmConfig(Section):
@@ -219,10 +204,6 @@ class AlgorithmConfig(Section):
     """Ratios above 1 + clip_high are clipped."""
     kl_coefficient: float = Field(0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference)."""
-    loss_aggregation: LossAggregation = Field(LossAggregation.sequence, strict=False)
-    """sequence (eq. 8) or token."""
-    advantage_epsilon: float = Field(1e-6, ge=0)
-    """Added to the standard deviation of a group."""
     importance_cap: float = Field(0.0, ge=0)
     """Truncated importance sampling between engine and training forward: the largest weight; 0: off."""
     dynamic_sampling_rounds: int = Field(1, ge=1)
@@ -246,11 +227,6 @@ class PreferenceConfig(Section):
     """Weight of the generation term: the likelihood of the chosen response."""
     beta: float = Field(0.1, gt=0)
     """Reward of a response = beta x (its log-prob - that of the model the stage started from), summed over tokens."""
-    generation_aggregation: LossAggregation = Field(LossAggregation.sequence, strict=False)
-    """Of the generation term. sequence: the mean of per-response means (eq. 5); token: the mean over all tokens."""
-    delta_momentum: float = Field(0.0, ge=0, lt=1)
-    """delta of the quality term, from the rewards of earlier steps: 0: their mean; else the part of the old value that
-    stays in a moving average."""
     min_margin: float = Field(0.0, ge=-1e6, le=1e6)
     """tau: pairs with a smaller margin (reward of chosen - rejected) are left out; one without a margin counts as 0."""
     reference_dir: str = ""
@@ -261,18 +237,14 @@ class PreferenceConfig(Section):
 class BufferConfig(Section):
     """The Selective Sample Buffer."""
 
-    enabled: bool = True
-    """Keep effective responses and replay them; false: plain GRPO."""
-    capacity: int = Field(4096, ge=1)
-    """Responses kept over all ranks."""
+    capacity: int = Field(4096, ge=0)
+    """Effective responses kept over all ranks, and replayed; 0: none, plain GRPO."""
     max_age: int = Field(20, ge=1)
     """Responses generated more than this many steps ago are dropped."""
     priority_exponent: float = Field(1.0, ge=0)
     """alpha in p ~ |advantage|^alpha."""
     target_effective_fraction: float = Field(0.6, ge=0, le=1)
     """Fresh effective responses are topped up to this part of the batch."""
-    balance_modalities: bool = True
-    """Draw image and text responses in the proportion in which fresh ones were generated."""
 
 
 class TrainConfig(Section):
@@ -301,17 +273,13 @@ class TrainConfig(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the gradient average."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
-    """Decay of the squared-gradient average."""
+    """Decay of AdamW's squared-gradient average; that of the gradient average is 0.9."""
     clip_grad: float = Field(1.0, ge=0)
     """Norm to which gradients are clipped; 0: not."""
     skip_above_grad_norm: float = Field(0.0, ge=0)
     """An update whose gradient norm (before clipping) is above this is skipped, as one that is not finite always is;
     0: no bound."""
-    max_skipped_updates: int = Field(3, ge=1)
-    """The run stops when so many updates in a row are skipped; what they were made of is in run.output_dir/skipped."""
     recompute: Recompute = Field(Recompute.none, strict=False)
     """What the backward pass computes again to save memory: none, selective (core attention) or full (whole layers)."""
 
@@ -331,45 +299,26 @@ class EvaluationConfig(Section):
     """Divides the logits; 0: greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus; 1 samples from the whole distribution."""
-    seed: int = Field(0, ge=0, le=2**31 - 1)
-    """Evaluations with the same seed see the same random numbers."""
     stop_at_pass_at_1: float = Field(0.0, ge=0, le=1)
     """A stage ends when validation Pass@1 reaches this; 0: never."""
-    save_every_prompts: int = Field(64, ge=1)
-    """The evaluate command keeps responses on disk after so many prompts; an interrupted one goes on from there. Each
-    time it waits for the longest response: more is faster."""
     endpoint_url: str = ""
-    """Evaluate what an OpenAI-compatible server serves, such as http://127.0.0.1:8000/v1, instead of a checkpoint."""
+    """Evaluate what an OpenAI-compatible server serves, such as http://127.0.0.1:8000/v1, instead of a checkpoint. Its
+    API key, if it has one, is read from the environment variable R1V2_ENDPOINT_API_KEY."""
     endpoint_model: str = ""
     """The model's name at the endpoint."""
-    endpoint_key_variable: str = ""
-    """Environment variable that holds the endpoint's API key; empty: no key is sent."""
     judge_url: str = ""
-    """OpenAI-compatible server of a judge for answers that the rules find wrong; empty: the rules alone decide."""
+    """OpenAI-compatible server of a judge for answers that the rules find wrong; empty: the rules alone decide.
+    Its API key, if it has one, is read from the environment variable R1V2_JUDGE_API_KEY."""
     judge_model: str = ""
     """The judge's name at its endpoint."""
-    judge_key_variable: str = ""
-    """Environment variable that holds the API key of the judge's endpoint; empty: no key is sent."""
-    judge_max_tokens: int = Field(8192, ge=1)
-    """The judge's longest answer, its reasoning included; one that is cut off gives no verdict."""
-    concurrency: int = Field(32, ge=1, le=1024)
-    """Requests in flight at once at an endpoint."""
-    timeout_seconds: float = Field(3600.0, gt=0)
-    """An endpoint's whole answer must be there by then; long reasoning takes long."""
-    attempts: int = Field(6, ge=1)
-    """Times a request is sent while the server is busy, down or too slow, with pauses of 1, 2, 4 ... 30 seconds; then
-    the evaluation ends, and the same command goes on with it."""
 
 
 class LoggingConfig(Section):
     """Where metrics go; `run.output_dir`/metrics.jsonl is always written."""
 
-    wandb: WandbMode = Field(WandbMode.disabled, strict=False)
-    """disabled, offline (to be synchronised later) or online."""
-    wandb_project: str = "megatron_r1v2"
-    """The project that wandb files the run under."""
-    tensorboard: bool = False
-    """Also write TensorBoard events below `run.output_dir`."""
+    trackers: tuple[Annotated[Tracker, Field(strict=False)], ...] = Field((), strict=False)
+    """Where else: wandb; wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`. The project of
+    wandb is that of its environment variable WANDB_PROJECT, or megatron_r1v2."""
     sample_rollouts: int = Field(8, ge=0)
     """Rollouts per step kept for the report."""
 
@@ -385,9 +334,6 @@ class CheckpointConfig(Section):
     """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
     asynchronous: bool = True
     """Write in the background."""
-    resume: bool = True
-    """Continue from the newest checkpoint in the folder that is not damaged, if there is one. At the same layout with
-    the same bits; at another number of replicas, TP or PP with the same data order and buffer, equal to rounding."""
     keep_rollouts: bool = True
     """Keep the finished rollouts of a step on disk until a checkpoint holds the step: one that is interrupted does not
     generate them again. They are the same tokens; the engine's log-probs of the rest may differ in the last bits, since
@@ -407,37 +353,15 @@ class HallucinationConfig(Section):
 
     target_rate: float = Field(0.0, ge=0, le=1)
     """The rate of contradicted claims to stay below; 0: off."""
-    every_steps: int = Field(0, ge=0)
-    """Steps from one measurement to the next; 0: at the evaluations of evaluation.every_steps alone."""
-    min_coverage: float = Field(0.5, ge=0, le=1)
-    """Fewer responses with claims than this are as bad as a rate above the target: silence is no cure."""
-    slack: float = Field(0.2, ge=0, le=1)
-    """The brake is let go only while the rate is below (1 - slack) x target_rate."""
-    patience: int = Field(2, ge=1)
-    """Measurements in a row that must be so before the brake is let go."""
-    tighten: float = Field(0.5, ge=0, le=1)
-    """Each violation pulls the brake by this part of what is left of it."""
-    loosen: float = Field(0.05, ge=0, le=1)
-    """Each calm measurement lets it go by this part of the whole."""
     max_margin: float = Field(1.0, ge=0)
     """tau when the brake is pulled all the way; without it tau is preference.min_margin."""
-    min_model_weight: float = Field(0.0, ge=0)
-    """Weight of the reward model when the brake is pulled all the way; without it it is reward.model_weight."""
 
 
 class PairsConfig(Section):
     """How the pairs command makes preference pairs of the model's own responses to the prompts of `data.train`."""
 
-    output: str = ""
-    """Folder of preference shards to write; it must not exist yet."""
-    prompts: int = Field(0, ge=0)
-    """How many prompts, from the start of the shards; 0: all."""
     max_pairs_per_prompt: int = Field(4, ge=0)
     """Pairs of the responses to one prompt, a DropoutNTP pair not counted."""
-    min_margin: float = Field(0.0, ge=0)
-    """Total reward of the chosen response minus that of the rejected one: at least this, and always above 0."""
-    reject_ill_formed: bool = False
-    """Cut and ill-formed responses may be the rejected one (they are never chosen); false: they are left out."""
     dropout_ntp_fraction: float = Field(0.25, ge=0, le=1)
     """For this part of the prompts with an image and a response fit to be chosen there is one more pair: the rejected
     response is the first half of the chosen one, continued without the image."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.config.choices import Layers
-from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
+from megatron_r1v2.config.layout import LanguageSizes, check_fp8_shapes, check_layout
 from megatron_r1v2.config.recipes import EvaluateRecipe, PairsRecipe, Recipe
-from megatron_r1v2.config.schema import EvaluationConfig
 
 _FOLDERS = (
     "model.hf_path",
@@ -20,7 +17,6 @@ _FOLDERS = (
     "data.train",
     "data.validation",
     "evaluation.data",
-    "reward_model.hf_path",
     "reward_model.checkpoint",
 )
 
@@ -42,13 +38,11 @@ def check_start(recipe: Recipe) -> None:
         path = None if at_endpoint and name.startswith("model.") else _get(recipe, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
-    if isinstance(recipe, EvaluateRecipe):
-        _check_keys(recipe.evaluation)
     if at_endpoint:
         return
-    if isinstance(recipe, PairsRecipe) and Path(recipe.pairs.output).exists():
+    if isinstance(recipe, PairsRecipe) and Path(recipe.run.output_dir).exists():
         raise ValueError(
-            f"pairs.output={recipe.pairs.output!r} exists already; choose another folder or delete it first"
+            f"run.output_dir={recipe.run.output_dir!r} exists already; choose another folder or delete it first"
         )
     if recipe.model.layers is Layers.te and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
@@ -60,16 +54,6 @@ def check_start(recipe: Recipe) -> None:
     check_model_fits(recipe, read_hf_config(recipe.model.hf_path))
 
 
-def _check_keys(settings: EvaluationConfig) -> None:
-    for kind in ("endpoint", "judge"):
-        variable = getattr(settings, f"{kind}_key_variable")
-        if getattr(settings, f"{kind}_url") and variable and not os.environ.get(variable):
-            raise ValueError(
-                f"evaluation.{kind}_key_variable={variable!r} but there is no such environment variable, or it is "
-                "empty; export it, or leave the setting empty for a server without a key"
-            )
-
-
 def _check_cuda_graphs() -> None:
     from torch import cuda  # takes seconds, and the planner reads recipes without it
 
@@ -79,7 +63,7 @@ def _check_cuda_graphs() -> None:
         )
 
 
-def read_hf_config(hf_path: Path | str) -> dict[str, Any]:
+def read_hf_config(hf_path: Path | str) -> dict[str, object]:
     """Read config.json of an HF model folder.
 
     Raises:
@@ -87,7 +71,7 @@ def read_hf_config(hf_path: Path | str) -> dict[str, Any]:
     """
     path = Path(hf_path) / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
             f"model.hf_path={str(hf_path)!r} has no config.json; give the folder of a whole model, "
@@ -98,7 +82,7 @@ def read_hf_config(hf_path: Path | str) -> dict[str, Any]:
     return config
 
 
-def check_model_fits(recipe: Recipe, hf_config: Mapping[str, Any]) -> None:
+def check_model_fits(recipe: Recipe, hf_config: Mapping[str, object]) -> None:
     """Check the layout and the lengths against the sizes of the language model.
 
     The vision tower pads its heads, so it fits any tensor-parallel size.
@@ -117,31 +101,26 @@ def check_model_fits(recipe: Recipe, hf_config: Mapping[str, Any]) -> None:
             "then set model.hf_path to FOLDER"
         )
     text = hf_config.get("text_config", hf_config)
-    missing = [key for key in _LANGUAGE_SIZES if key not in text]
-    if missing:
-        raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {', '.join(missing)}")
+    if not isinstance(text, Mapping) or (missing := [key for key in _LANGUAGE_SIZES if key not in text]):
+        lacking = ", ".join(missing) if isinstance(text, Mapping) else "text_config"
+        raise ValueError(f"config.json of model.hf_path={recipe.model.hf_path!r} lacks {lacking}")
     heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
-    kv_heads, ffn = int(text.get("num_key_value_heads") or heads), int(text["intermediate_size"])
-    check_layout(
-        tensor=recipe.parallel.tensor,
-        pipeline=recipe.parallel.pipeline,
-        first_stage_layers=recipe.parallel.first_stage_layers,
+    sizes = LanguageSizes(
         heads=heads,
-        kv_heads=kv_heads,
-        hidden=hidden,
-        ffn=ffn,
-        layers=int(text["num_hidden_layers"]),
-    )
-    check_fp8_shapes(
-        fp8=recipe.model.fp8,
-        tensor=recipe.parallel.tensor,
-        sequence=recipe.parallel.sequence,
-        heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=int(text.get("num_key_value_heads") or heads),
         head_size=int(text.get("head_dim") or hidden // heads),
         hidden=hidden,
-        ffn=ffn,
+        ffn=int(text["intermediate_size"]),
+        layers=int(text["num_hidden_layers"]),
     )
+    parallel = recipe.parallel
+    check_layout(
+        sizes,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        first_stage_layers=parallel.first_stage_layers,
+    )
+    check_fp8_shapes(sizes, fp8=recipe.model.fp8, tensor=parallel.tensor, sequence=parallel.sequence)
     positions = int(text["max_position_embeddings"])
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     if longest > positions:

@@ -21,6 +21,13 @@ _REASONING_ENDS = "</think>"
 Kind = Literal["endpoint", "judge"]
 Task = TypeVar("Task")
 
+# Six tries, with pauses of up to half a minute, survive a server that starts again; long reasoning takes an hour.
+PATIENCE = Patience(timeout_seconds=3600.0, attempts=6, concurrency=32, max_answer_bytes=_MAX_ANSWER_BYTES)
+JUDGE_MAX_TOKENS = 8192
+"""The longest answer of a judge, its reasoning included; one that is cut off gives no verdict."""
+KEY_VARIABLES: Mapping[Kind, str] = {"endpoint": "R1V2_ENDPOINT_API_KEY", "judge": "R1V2_JUDGE_API_KEY"}
+"""The environment variables of the API keys."""
+
 
 class EndpointFailed(ServerFailed):
     """An endpoint gives no answer, or refuses the question."""
@@ -100,14 +107,8 @@ class ChatEndpoint:
             kind=kind,
             url=settings.judge_url if is_judge else settings.endpoint_url,
             model=settings.judge_model if is_judge else settings.endpoint_model,
-            key_variable=settings.judge_key_variable if is_judge else settings.endpoint_key_variable,
-            patience=Patience(
-                timeout_seconds=settings.timeout_seconds,
-                timeout_setting="evaluation.timeout_seconds",
-                attempts=settings.attempts,
-                concurrency=settings.concurrency,
-                max_answer_bytes=_MAX_ANSWER_BYTES,
-            ),
+            key_variable=KEY_VARIABLES[kind],
+            patience=PATIENCE,
         )
 
     def ask_all(
@@ -156,8 +157,7 @@ class ChatEndpoint:
                 raise EndpointFailed(
                     f"evaluation.{self.kind}_url={self.url!r} gave no answer in {error.attempts} attempts over "
                     f"{error.seconds:.0f} s; the last one: {error}. Start the server again and then the same "
-                    "command: it goes on with what is missing. evaluation.attempts and evaluation.timeout_seconds give "
-                    "it more time"
+                    "command: it goes on with what is missing"
                 ) from error
 
     def _without_refused(self, body: Mapping[str, object]) -> dict[str, object]:
@@ -185,14 +185,15 @@ class ChatEndpoint:
 
     def _refusal(self, url: str, about: str, error: Refused) -> str:
         limit = (
-            "evaluation.judge_max_tokens"
+            f"the {JUDGE_MAX_TOKENS} tokens of a verdict"
             if self.kind == "judge"
             else ("generation.max_response_tokens, evaluation.temperature")
         )
         question = f" about {about!r}" if about else ""
         return (
             f"{url} refuses a request{question} with {error}; check evaluation.{self.kind}_url, "
-            f"evaluation.{self.kind}_model, evaluation.{self.kind}_key_variable, {limit} and the question. "
+            f"evaluation.{self.kind}_model, the environment variable {KEY_VARIABLES[self.kind]}, {limit} and the "
+            "question. "
             "What was answered before is kept"
         )
 

@@ -14,13 +14,13 @@ from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
-from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
+from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED, EvaluationResult, evaluation_path
 from megatron_r1v2.evaluation.response_log import ResponseRow
 from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
 from megatron_r1v2.evaluation.rollout_records import images_base64
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.rewards.score import score_rollouts
-from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.rewards.verifiers import TIMEOUT_SECONDS, VerifierPool, worker_count
 from megatron_r1v2.types import Prompt, Rollout
 
 Place = tuple[ShardSample, int]
@@ -49,7 +49,7 @@ def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResu
     reward = recipe.reward
     with (
         open_log(recipe, name, model=endpoint.model, step=0) as log,
-        VerifierPool(reward.verifier_workers, reward.verifier_timeout_seconds) as pool,
+        VerifierPool(worker_count(), TIMEOUT_SECONDS) as pool,
     ):
         places = [(sample, index) for sample in samples for index in range(settings.runs)]
         missing = [(sample, index) for sample, index in places if (sample.key, index) not in log.places]
@@ -66,12 +66,12 @@ def chat_request(place: Place, recipe: EvaluateRecipe) -> dict[str, object]:
     """Return the body of the request for one response, less the model's name.
 
     Args:
-        place: sample and run; they and `evaluation.seed` decide the request's seed.
+        place: sample and run; they and `EVALUATION_SEED` decide the request's seed.
         recipe: the settings.
     """
     sample, index = place
     settings = recipe.evaluation
-    seed = hashlib.sha256(f"{settings.seed}/{sample.key}/{index}".encode()).digest()
+    seed = hashlib.sha256(f"{EVALUATION_SEED}/{sample.key}/{index}".encode()).digest()
     return {
         "messages": openai_messages(sample.messages, list(sample.images.values())),
         "temperature": settings.temperature,
@@ -102,7 +102,6 @@ def _row(place: Place, completion: Completion, reward: RewardConfig, pool: Verif
         answer_weight=reward.answer_weight,
         format_weight=reward.format_weight,
         claim_pattern=reward.claim_pattern,
-        numeric_tolerance=reward.numeric_tolerance,
     )
     scored, _ = score_rollouts(
         {sample.key: prompt},

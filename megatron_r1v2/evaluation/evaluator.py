@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
-from megatron_r1v2.evaluation.pass_at_1 import Conditions, EvaluationResult, evaluate_outcomes
+from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED, Conditions, EvaluationResult, evaluate_outcomes
 from megatron_r1v2.evaluation.response_rows import evaluation_rows, outcome_of
 from megatron_r1v2.generation.engine import Progress, RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
@@ -62,7 +62,7 @@ class Evaluator:
             name,
             [prompt.key for prompt in prompts],
             objects.all_gather(outcomes)[0] or [],
-            Conditions(self.settings.temperature, self.settings.top_p, self.settings.seed, step),
+            Conditions(self.settings.temperature, self.settings.top_p, EVALUATION_SEED, step),
         )
 
     def respond(
@@ -88,7 +88,7 @@ class Evaluator:
                 temperature=self.settings.temperature,
                 top_p=self.settings.top_p,
                 max_response_tokens=self.max_response_tokens,
-                seed=self.settings.seed,
+                seed=EVALUATION_SEED,
             ),
             features=self.features,
             progress=progress or self.progress,

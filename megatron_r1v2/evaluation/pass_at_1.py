@@ -15,6 +15,9 @@ from megatron_r1v2.evaluation.estimates import budgets, confidence_interval, maj
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.rewards.claims import Claim, hallucination_counts
 
+EVALUATION_SEED = 0
+"""Of every evaluation, so that two of them see the same random numbers."""
+
 
 @dataclass(frozen=True)
 class Outcome:

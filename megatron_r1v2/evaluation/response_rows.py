@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_r1v2.config.recipes import EvaluateRecipe
-from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint
+from megatron_r1v2.evaluation.chat_endpoint import JUDGE_MAX_TOKENS, ChatEndpoint
 from megatron_r1v2.evaluation.judge import judge_rows, needs_judge
 from megatron_r1v2.evaluation.pass_at_1 import (
+    EVALUATION_SEED,
     Conditions,
     EvaluationResult,
     Outcome,
@@ -48,7 +49,7 @@ def open_log(recipe: EvaluateRecipe, name: str, *, model: str, step: int) -> Res
             "endpoint_url": evaluation.endpoint_url,
             "temperature": evaluation.temperature,
             "top_p": evaluation.top_p,
-            "seed": evaluation.seed,
+            "seed": EVALUATION_SEED,
         },
         generation={"max_response_tokens": recipe.generation.max_response_tokens},
         reward={"claim_pattern": recipe.reward.claim_pattern},
@@ -141,13 +142,12 @@ def conclude(
     if evaluation.judge_url:
         judge = ChatEndpoint.from_settings(evaluation, "judge")
         with progress_bar("judge", sum(needs_judge(row) for row in rows), shown=True) as show:
-            limit = evaluation.judge_max_tokens
-            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, max_tokens=limit, progress=show)
+            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, max_tokens=JUDGE_MAX_TOKENS, progress=show)
     result = evaluate_outcomes(
         name,
         keys,
         [outcome_of(row) for row in rows],
-        Conditions(evaluation.temperature, evaluation.top_p, evaluation.seed, step, model),
+        Conditions(evaluation.temperature, evaluation.top_p, EVALUATION_SEED, step, model),
     )
     write_rollouts(evaluation_path(folder, name).with_suffix(".rollouts.jsonl"), rows)
     write_evaluation(folder, result)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_r1v2.config.layout import LanguageSizes
+
 PixelShuffle = Literal["v1", "v2"]
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
@@ -69,6 +71,13 @@ class LanguageArchitecture:
     """The kind of stretching of the rotations, beyond the length that the model was pretrained with."""
     rope_parameters: tuple[tuple[str, float | bool], ...] = ()
     """Settings of `rope_type` under transformers' names, such as (("factor", 4.0),)."""
+
+    @property
+    def sizes(self) -> LanguageSizes:
+        """Return the sizes that a layout must fit."""
+        return LanguageSizes(
+            self.num_heads, self.num_kv_heads, self.head_size, self.hidden_size, self.ffn_size, self.num_layers
+        )
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,10 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         ValueError: the layout does not divide heads, MLP or layers; or `model.transformer_config` is refused.
     """
     check_layout(
+        architecture.sizes,
         tensor=settings.tensor,
         pipeline=settings.pipeline,
         first_stage_layers=settings.first_stage_layers,
-        heads=architecture.num_heads,
-        kv_heads=architecture.num_kv_heads,
-        hidden=architecture.hidden_size,
-        ffn=architecture.ffn_size,
-        layers=architecture.num_layers,
     )
     arguments: dict[str, object] = {
         "num_layers": architecture.num_layers,

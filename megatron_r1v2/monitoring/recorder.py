@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_r1v2.config.choices import WandbMode
+from megatron_r1v2.config.choices import Tracker
 from megatron_r1v2.config.schema import LoggingConfig
 from megatron_r1v2.monitoring.metrics import console_name
 from megatron_r1v2.resilience.files import write_file
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 
+_WANDB_PROJECT = "megatron_r1v2"
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -196,18 +198,18 @@ class Recorder:
 
     def _open_services(self, name: str, settings: LoggingConfig) -> None:
         # Both take seconds to import and are seldom on.
-        if settings.wandb is not WandbMode.disabled:
+        if {Tracker.wandb, Tracker.wandb_offline} & set(settings.trackers):
             import wandb
 
             self._wandb = wandb.init(
-                project=settings.wandb_project,
+                project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
                 name=name,
                 id=_stable_id(self.run_dir),
                 resume="allow",
-                mode=settings.wandb.value,
+                mode="online" if Tracker.wandb in settings.trackers else "offline",
                 dir=str(self.run_dir),
             )
-        if settings.tensorboard:
+        if Tracker.tensorboard in settings.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"))

@@ -113,7 +113,7 @@ class Workload:
             max_requests=generation.max_requests,
             max_tokens_per_step=generation.max_tokens_per_step,
             feature_cache_gib=generation.feature_cache_gib,
-            buffer_capacity=buffer.capacity if buffer.enabled and is_grpo else 0,
+            buffer_capacity=buffer.capacity if is_grpo else 0,
             target_effective_fraction=buffer.target_effective_fraction,
             has_reference=is_grpo and algorithm.kl_coefficient > 0,
         )

@@ -35,14 +35,10 @@ class Layout:
         """Raise ValueError, naming the setting and the size, where the layout does not divide the language model."""
         language = architecture.language
         check_layout(
+            language.sizes,
             tensor=self.tensor,
             pipeline=self.pipeline,
             first_stage_layers=self.first_stage_layers,
-            heads=language.num_heads,
-            kv_heads=language.num_kv_heads,
-            hidden=language.hidden_size,
-            ffn=language.ffn_size,
-            layers=language.num_layers,
         )
 
     def layers_of_stage(self, architecture: R1V2Architecture, stage: int) -> int:

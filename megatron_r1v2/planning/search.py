@@ -131,14 +131,10 @@ def _fp8_choices(work: Workload, hardware: Hardware) -> tuple[Fp8, ...]:
 def _check_fp8(architecture: R1V2Architecture, layout: Layout, fp8: Fp8) -> None:
     language = architecture.language
     check_fp8_shapes(
+        language.sizes,
         fp8=fp8,
         tensor=layout.tensor,
         sequence=layout.sequence,
-        heads=language.num_heads,
-        kv_heads=language.num_kv_heads,
-        head_size=language.head_size,
-        hidden=language.hidden_size,
-        ffn=language.ffn_size,
     )
 
 

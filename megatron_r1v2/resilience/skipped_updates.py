@@ -13,23 +13,23 @@ from megatron_r1v2.resilience.files import atomic_file
 from megatron_r1v2.types import TrainingBatch
 
 FOLDER = "skipped"
+MAX_IN_A_ROW = 3
+"""So many skipped updates in a row end the run: by then it is the weights or the data, not chance."""
 
 
 class SkippedUpdates:
     """Keeps the batches of skipped updates, and ends the run when too many in a row are skipped."""
 
-    def __init__(self, folder: Path, *, max_gradient_norm: float, max_in_a_row: int, context: ParallelContext) -> None:
+    def __init__(self, folder: Path, *, max_gradient_norm: float, context: ParallelContext) -> None:
         """Set the bounds; nothing is written yet.
 
         Args:
             folder: where the batches go.
             max_gradient_norm: above which an update is skipped; 0: no bound (train.skip_above_grad_norm).
-            max_in_a_row: so many end the run (train.max_skipped_updates).
             context: the leader of each replica writes.
         """
         self.folder = folder
         self.max_gradient_norm = max_gradient_norm
-        self.max_in_a_row = max_in_a_row
         self.context = context
         self.in_a_row = 0
 
@@ -67,11 +67,10 @@ class SkippedUpdates:
                     {"reason": reason, "version": version, "batches": [_loadable(batch) for batch in batches]}, file
                 )
         dist.barrier()  # a rank that ends the run must not take the others' files with it
-        bound = self.max_in_a_row
-        if self.in_a_row >= bound:
+        if self.in_a_row >= MAX_IN_A_ROW:
             raise RuntimeError(
-                f"update {version + 1} was skipped, since {reason}; with it train.max_skipped_updates={bound} in a row "
-                f"are. The weights are as they were before the first, and what they were made of is in {self.folder}. "
+                f"update {version + 1} was skipped, since {reason}; with it {MAX_IN_A_ROW} in a row are. "
+                f" The weights are as they were before the first, and what they were made of is in {self.folder}. "
                 "Lower train.learning_rate or set train.clip_grad, and start again; if the update before them broke "
                 "the weights, delete the newest checkpoint, so that the one before is used"
             )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # the workers must start without torch, which types.py import
 __all__ = ["ANSWER_TYPES", "NUMERIC_TOLERANCE", "answer_is_correct", "last_boxed", "plain_text", "type_of_alternative"]
 
 ANSWER_TYPES = ("numeric", "choice", "exact", "math")
-# The default of `reward.numeric_tolerance`, for callers without settings.
 NUMERIC_TOLERANCE = 1e-6
+"""Numeric answers may differ by this part of the right one: the rounding of a correct calculation."""
 
 _BOX = re.compile(r"\\boxed\s*\{")
 # A backslash takes the next character with it: "\{" and "\}" are printed braces and do not open or close anything.
@@ -75,7 +75,7 @@ def answer_is_correct(
         answer_type: "numeric": equal as numbers, whole numbers exactly, others to the tolerance; "choice": the same
             option letters, or the same text where the reference is none; "exact": equal as text; "math": right by the
             rule of the reference's kind.
-        numeric_tolerance: `reward.numeric_tolerance`, relative to the reference.
+        numeric_tolerance: accepted difference, relative to the reference.
 
     Raises:
         ValueError: an unknown answer type.

@@ -64,8 +64,6 @@ class Patience:
 
     timeout_seconds: float
     """For a whole answer."""
-    timeout_setting: str
-    """The setting it comes from, for messages."""
     attempts: int
     """To get one answer."""
     concurrency: int
@@ -110,7 +108,7 @@ class JsonClient:
         """
         patience = self._patience
         deadline = time.monotonic() + patience.timeout_seconds
-        too_late = TryAgain(f"no complete answer in {patience.timeout_setting}={patience.timeout_seconds:g}")
+        too_late = TryAgain(f"no complete answer in {patience.timeout_seconds:g} s")
         answer = bytearray()
         try:
             # Not httpx's own JSON: it fails on half of a surrogate pair, which a text may hold.

@@ -16,6 +16,15 @@ from megatron_r1v2.rewards.reasoning import overlong_score
 from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, repetition_call, steps_call
 from megatron_r1v2.types import Prompt, Rollout
 
+WANTED_STEPS = 3
+"""Distinct steps (lines, sentences, clauses) of a complete reasoning; fewer get their share."""
+CONCLUSION_STEPS = 2
+"""The boxed answer must stand in one of the last so many steps."""
+REPEATED_TOKENS = 8
+"""So many tokens in a row that occurred before are a repetition."""
+OVERLONG_SHARE = 1 / 8
+"""The overlong part falls from 1 to 0 over this last part of the longest response."""
+
 
 @dataclass(frozen=True)
 class Response:
@@ -41,7 +50,7 @@ def _answer(response: Response, settings: RewardConfig) -> Call[bool]:
     prompt = response.prompt
     if prompt.answer is None or prompt.answer_type is None:
         raise ValueError(f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type")
-    return answer_call(response.text, prompt.answer, prompt.answer_type, settings.numeric_tolerance)
+    return answer_call(response.text, prompt.answer, prompt.answer_type)
 
 
 def _format(response: Response, settings: RewardConfig) -> float:
@@ -53,11 +62,11 @@ def _consistency(response: Response, settings: RewardConfig) -> float | None:
 
 
 def _steps(response: Response, settings: RewardConfig) -> Call[float]:
-    return steps_call(response.text, wanted=settings.steps_wanted, conclusion=settings.steps_conclusion)
+    return steps_call(response.text, wanted=WANTED_STEPS, conclusion=CONCLUSION_STEPS)
 
 
 def _repetition(response: Response, settings: RewardConfig) -> Call[float]:
-    return repetition_call(response.rollout.token_ids, tokens=settings.repetition_tokens)
+    return repetition_call(response.rollout.token_ids, tokens=REPEATED_TOKENS)
 
 
 def _overlong(response: Response, settings: RewardConfig) -> float:
@@ -65,7 +74,7 @@ def _overlong(response: Response, settings: RewardConfig) -> float:
         len(response.rollout.token_ids),
         response.rollout.finish_reason,
         longest=response.max_response_tokens,
-        buffer=settings.overlong_buffer_tokens,
+        buffer=int(response.max_response_tokens * OVERLONG_SHARE),
     )
 
 

@@ -28,8 +28,8 @@ def steps_score(text: str, wanted: int, conclusion: int) -> float:
 
     Args:
         text: the response.
-        wanted: `reward.steps_wanted`, at least 1.
-        conclusion: `reward.steps_conclusion`, at least 1.
+        wanted: distinct steps of a complete reasoning, at least 1.
+        conclusion: so many last steps may hold the answer, at least 1.
     """
     reasoning, _, rest = text.partition(_CLOSE)
     answer = _normal(last_boxed(rest) or "")
@@ -45,7 +45,7 @@ def repetition_score(token_ids: Sequence[int], tokens: int) -> float:
 
     Args:
         token_ids: of the response; fewer than `tokens` repeat nothing.
-        tokens: n, `reward.repetition_tokens`, at least 1.
+        tokens: n, at least 1.
     """
     # Of tokens and not of words, which a loop without spaces, or in a script without them, does not have.
     count = len(token_ids) - tokens + 1
@@ -63,7 +63,7 @@ def overlong_score(length: int, finish_reason: FinishReason, *, longest: int, bu
         length: tokens of the response, the stop token included.
         finish_reason: "length" for a response that was cut.
         longest: `generation.max_response_tokens`.
-        buffer: `reward.overlong_buffer_tokens`, at most `longest`.
+        buffer: tokens over which it falls, at most `longest`.
     """
     if finish_reason == "length" or length > longest:
         return 0.0

@@ -6,8 +6,8 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from enum import Enum
 
-from megatron_r1v2.config.choices import ScoreEndpoint
 from megatron_r1v2.config.schema import RewardModelConfig
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.parallel import objects
@@ -19,6 +19,16 @@ from megatron_r1v2.types import Prompt
 _LARGEST_SCORE = 1e30
 _MAX_ANSWER_BYTES = 2**20
 
+PATIENCE = Patience(timeout_seconds=120.0, attempts=5, concurrency=16, max_answer_bytes=_MAX_ANSWER_BYTES)
+KEY_VARIABLE = "R1V2_REWARD_MODEL_API_KEY"
+
+
+class ScoreEndpoint(str, Enum):
+    """Where a served reward model gives its scores."""
+
+    pooling = "pooling"
+    classify = "classify"
+
 
 class ScoringFailed(ServerFailed):
     """The server gives no score for a response."""
@@ -28,30 +38,21 @@ class ServedRewardModel:
     """Asks a server on the leader of a replica and tells the other ranks; a `rewards.model.RewardModel`."""
 
     def __init__(
-        self, settings: RewardModelConfig, context: ParallelContext, *, first_pause_seconds: float = 1.0
+        self,
+        settings: RewardModelConfig,
+        context: ParallelContext,
+        patience: Patience = PATIENCE,
     ) -> None:
         """Ask nothing yet.
 
         Args:
             settings: the `reward_model` section.
             context: decides who asks.
-            first_pause_seconds: before the second attempt; doubles with each.
-
-        Raises:
-            ValueError: the variable for the API key is not set.
+            patience: the bounds on asking.
         """
-        self.settings = settings
         self.context = context
-        self._url = f"{settings.url.rstrip('/')}/{settings.endpoint.value}"
-        patience = Patience(
-            timeout_seconds=settings.timeout_seconds,
-            timeout_setting="reward_model.timeout_seconds",
-            attempts=settings.attempts,
-            concurrency=settings.concurrency,
-            max_answer_bytes=_MAX_ANSWER_BYTES,
-            first_pause_seconds=first_pause_seconds,
-        )
-        self._client = JsonClient(patience, headers=authorization(settings.api_key_variable))
+        self._url, self._endpoint = split_url(settings.url)
+        self._client = JsonClient(patience, headers=authorization())
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Collective over the model-parallel group: score responses; see `RewardModel.score`.
@@ -91,57 +92,50 @@ class ServedRewardModel:
         return [scores[index] for index in range(len(texts))], ""
 
     def _score(self, prompt: Prompt, text: str, stop: threading.Event) -> float:
-        body = score_request(prompt, text, self.settings)
+        body = score_request(prompt, text, self._endpoint)
         try:
-            return self._client.ask(self._url, body, lambda answer: read_score(answer, self.settings.endpoint), stop)
+            return self._client.ask(self._url, body, lambda answer: read_score(answer, self._endpoint), stop)
         except Refused as error:
             raise ScoringFailed(
-                f"the reward model at {self._url} refuses the request with {error}; check reward_model.url, "
-                "reward_model.endpoint, reward_model.served_name and reward_model.api_key_variable"
+                f"the reward model at {self._url} refuses the request with {error}; check reward_model.url "
+                f"and the environment variable {KEY_VARIABLE}"
             ) from error
         except NoAnswer as error:
             raise ScoringFailed(
                 f"the reward model at {self._url} gave no score for {prompt.key!r} in {error.attempts} attempts over "
                 f"{error.seconds:.1f} s; the last one: {error}. Start the server again and then "
-                "the run, which goes on from its newest checkpoint; or raise reward_model.attempts or "
-                "reward_model.timeout_seconds"
+                "the run, which goes on from its newest checkpoint"
             ) from error
 
 
-def authorization(variable: str) -> dict[str, str]:
-    """Return the header with the API key.
-
-    Args:
-        variable: environment variable that holds the key; empty: no key.
-
-    Raises:
-        ValueError: the variable is not set.
-    """
-    if not variable:
-        return {}
-    key = os.environ.get(variable, "")
-    if not key:
-        raise ValueError(
-            f"reward_model.api_key_variable={variable!r} but there is no such environment variable, or it is empty; "
-            "export it on every node, or leave the setting empty for a server without a key"
-        )
-    return {"Authorization": f"Bearer {key}"}
+def split_url(url: str) -> tuple[str, ScoreEndpoint]:
+    """Return the address that is asked, and what it understands: pooling where the address names neither."""
+    for endpoint in ScoreEndpoint:
+        if url.rstrip("/").endswith(f"/{endpoint.value}"):
+            return url.rstrip("/"), endpoint
+    return f"{url.rstrip('/')}/{ScoreEndpoint.pooling.value}", ScoreEndpoint.pooling
 
 
-def score_request(prompt: Prompt, text: str, settings: RewardModelConfig) -> dict[str, object]:
+def authorization() -> dict[str, str]:
+    """Return the header with the API key, where the environment has one."""
+    key = os.environ.get(KEY_VARIABLE, "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def score_request(prompt: Prompt, text: str, endpoint: ScoreEndpoint) -> dict[str, object]:
     """Return the body of a request: the conversation as chat messages, the response as the assistant's turn.
 
     Args:
         prompt: with its encoded images.
         text: the response.
-        settings: the `reward_model` section.
+        endpoint: what the server understands.
     """
     messages = [*openai_messages(prompt.messages, prompt.images), {"role": "assistant", "content": text}]
     # Raw scores: vLLM would put a single logit through a sigmoid.
     body: dict[str, object] = {"messages": messages, "use_activation": False}
-    if settings.endpoint is ScoreEndpoint.pooling:
+    if endpoint is ScoreEndpoint.pooling:
         body["task"] = "classify"
-    return body | ({"model": settings.served_name} if settings.served_name else {})
+    return body
 
 
 def read_score(answer: object, endpoint: ScoreEndpoint) -> float:

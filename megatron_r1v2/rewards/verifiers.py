@@ -35,6 +35,10 @@ _MAX_FAILED_STARTS = 3
 # A worker that failed to start exits by itself; its exit code and message say why.
 _EXIT_SECONDS = 1.0
 
+TIMEOUT_SECONDS = 5.0
+"""A check that takes longer scores 0 and is counted."""
+MOST_WORKERS = 8
+
 
 @dataclass(frozen=True)
 class Call(Generic[ResultT]):
@@ -61,7 +65,7 @@ def answer_call(
         text: the response.
         answer: the reference answer.
         answer_type: how the two are compared.
-        numeric_tolerance: `reward.numeric_tolerance`.
+        numeric_tolerance: accepted difference, relative to the reference.
 
     Raises:
         ValueError: an unknown answer type.
@@ -100,6 +104,12 @@ def repetition_call(token_ids: Sequence[int], *, tokens: int) -> Call[float]:
     return Call("megatron_r1v2.rewards.reasoning", "repetition_score", (token_ids, tokens))
 
 
+def worker_count() -> int:
+    """Return how many checks a rank can run beside its own work: half of its share of the cores, at most 8."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // (2 * ranks)))
+
+
 class VerifierPool:
     """Worker processes that check answers, replaced when a check hangs or kills one.
 
@@ -108,8 +118,8 @@ class VerifierPool:
     one thread at a time. Workers end with the pool, or with its process however that ends.
 
     Args:
-        workers: number of processes (`reward.verifier_workers`).
-        timeout_seconds: wall-clock limit of one check (`reward.verifier_timeout_seconds`).
+        workers: number of processes.
+        timeout_seconds: wall-clock limit of one check.
 
     Raises:
         ValueError: no worker, or no time.
@@ -122,9 +132,9 @@ class VerifierPool:
 
     def __init__(self, workers: int, timeout_seconds: float) -> None:
         if workers < 1:
-            raise ValueError(f"reward.verifier_workers={workers} checks nothing; set it to 1 or more")
+            raise ValueError(f"workers={workers} check nothing; give 1 or more")
         if not 0 < timeout_seconds < float("inf"):
-            raise ValueError(f"reward.verifier_timeout_seconds={timeout_seconds} must be a number above 0")
+            raise ValueError(f"timeout_seconds={timeout_seconds} must be a number above 0")
         self.timeouts = 0
         self.crashes = 0
         self._timeout_seconds = timeout_seconds

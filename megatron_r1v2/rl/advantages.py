@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+ADVANTAGE_EPSILON = 1e-6
+"""Keeps a group of nearly equal rewards from being divided by nothing; far below any difference of rewards."""
+
 
 def group_advantages(rewards_R: torch.Tensor, group_size: int, epsilon: float) -> torch.Tensor:
     """Compute the advantage of each response over its group, in standard deviations of the group.

@@ -138,7 +138,7 @@ def served_request(name: str, settings: GenerationConfig, *, max_choices: int) -
         max_tokens=(int, Field(most, ge=1, le=most, description=_INTEGER)),
         max_completion_tokens=(int | None, Field(None, ge=1, le=most, description=_INTEGER)),
         temperature=(float, Field(settings.temperature, ge=0, le=MAX_TEMPERATURE, description=_NUMBER)),
-        top_p=(float, Field(settings.top_p, ge=0, le=1, description=_NUMBER)),
+        top_p=(float, Field(1.0, ge=0, le=1, description=_NUMBER)),
         n=(int, Field(1, ge=1, le=max_choices, description=_INTEGER)),
     )
 

@@ -14,7 +14,7 @@ settings that matter here
   data.max_prompt_tokens           the longest prompt; data.max_tiles: tiles of its images
   generation.kv_cache_gib          memory for keys and values, held as long as the server runs
   generation.max_requests          responses under way at once; --max-queue more may wait, then clients are told 503
-  generation.temperature, top_p    for requests that do not say
+  generation.temperature           for requests that do not say
   parallel.tensor, .pipeline       the layout, which need not be that of the training
 
 examples

@@ -27,7 +27,7 @@ def run_align(recipe: AlignRecipe) -> Path:
     Returns:
         The run's folder.
     """
-    with open_session(recipe, stage="align", shown=SHOWN) as session, session.loaded.verifiers(recipe.reward) as pool:
+    with open_session(recipe, stage="align", shown=SHOWN) as session, session.loaded.verifiers() as pool:
         evaluator = session.loaded.evaluator(
             session.loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward
         )

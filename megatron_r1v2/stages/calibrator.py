@@ -11,6 +11,17 @@ from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.rl.calibration import Calibration, CalibrationSettings, calibrate, interpolate
 from megatron_r1v2.types import Prompt
 
+MIN_COVERAGE = 0.5
+"""Fewer responses with claims than this are as bad as a rate above the target: silence is no cure."""
+_SLACK = 0.2
+"""The brake is released only while the rate is below (1 - slack) x target: at the target itself it would swing."""
+_PATIENCE = 2
+"""Measurements in a row below that, before the brake is released."""
+_TIGHTEN = 0.5
+"""Each violation pulls the brake by this part of its remaining way."""
+_RELAX = 0.05
+"""Each measurement after the patience releases it by this part of the whole way."""
+
 
 class Calibrator:
     """Moves one value between the recipe's and a bound, by measured hallucination rates."""
@@ -81,11 +92,11 @@ class Calibrator:
             return
         limits = CalibrationSettings(
             target=settings.target_rate,
-            min_coverage=settings.min_coverage,
-            slack=settings.slack,
-            tighten=settings.tighten,
-            relax=settings.loosen,
-            patience=settings.patience,
+            min_coverage=MIN_COVERAGE,
+            slack=_SLACK,
+            tighten=_TIGHTEN,
+            relax=_RELAX,
+            patience=_PATIENCE,
         )
         self.state, decision = calibrate(self.state, limits, rate=rate, coverage=coverage)
         self.recorder.note({"hallucination/decision": int(decision)})

@@ -16,6 +16,10 @@ from megatron_r1v2.parallel import objects
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.types import Prompt
 
+SAVE_EVERY_PROMPTS = 64
+"""After so many the responses are on disk, and an interrupted evaluation goes on from there. Each time all wait for the
+longest response: more is faster."""
+
 
 def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None:
     """Evaluate the weights in `model.checkpoint` (or `model.hf_path`) on `evaluation.data`.
@@ -58,12 +62,12 @@ def _respond(
     wanted = set(objects.all_gather(todo)[0])
     missing = [prompt for prompt in prompts if prompt.key in wanted]
     with (
-        loaded.verifiers(recipe.reward) as pool,
+        loaded.verifiers() as pool,
         progress_bar("evaluate", len(prompts) * settings.runs, shown=loaded.context.is_main) as show,
     ):
         evaluator = loaded.evaluator(loaded.engine(), pool, settings=settings, reward=recipe.reward)
-        for start in range(0, len(missing), settings.save_every_prompts):
-            part = missing[start : start + settings.save_every_prompts]
+        for start in range(0, len(missing), SAVE_EVERY_PROMPTS):
+            part = missing[start : start + SAVE_EVERY_PROMPTS]
             before = (len(prompts) - len(missing) + start) * settings.runs
             # Of this replica: another one's responses are shown when the part is done.
             scored = evaluator.respond(

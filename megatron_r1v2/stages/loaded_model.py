@@ -23,6 +23,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.training.batches import RowFormat, length_multiple
 from megatron_r1v2.training.microbatches import Microbatcher
@@ -101,11 +102,11 @@ class LoadedModel:
             max_response_tokens=self.recipe.generation.max_response_tokens,
         )
 
-    def verifiers(self, reward: RewardConfig) -> AbstractContextManager[VerifierPool | None]:
+    def verifiers(self) -> AbstractContextManager[VerifierPool | None]:
         """Return a context manager that gives a VerifierPool on the leader of each replica, None elsewhere."""
         if not self.context.is_replica_leader:
             return nullcontext(None)
-        return VerifierPool(reward.verifier_workers, reward.verifier_timeout_seconds)
+        return VerifierPool(verifiers.worker_count(), verifiers.TIMEOUT_SECONDS)
 
     @property
     def prompt_builder(self) -> PromptBuilder:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, resolve_checkpoint
 from megatron_r1v2.config.choices import Packing, Part
+from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, Recipe
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.parallel import objects
@@ -109,11 +111,10 @@ def load_reward_model(policy: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
 
 
 def _with_reward_model(recipe: GrpoRecipe | PairsRecipe) -> Recipe:
-    """Return the recipe with the reward model's weights in place of the policy's."""
-    source = recipe.reward_model
-    return recipe.changed(
-        model=recipe.model.changed(hf_path=source.hf_path or recipe.model.hf_path, checkpoint=source.checkpoint)
-    )
+    """Return the recipe with the reward model's weights in place of the policy's, on their own base."""
+    checkpoint = resolve_checkpoint(recipe.reward_model.checkpoint)
+    trained = load_recipe(checkpoint / RECIPE_FILE, saved=True)
+    return recipe.changed(model=recipe.model.changed(hf_path=trained.model.hf_path, checkpoint=str(checkpoint)))
 
 
 def _check_same_inputs(policy: LoadedModel, loaded: LoadedModel) -> None:
@@ -129,7 +130,7 @@ def _check_same_inputs(policy: LoadedModel, loaded: LoadedModel) -> None:
     ]
     if different:
         raise ValueError(
-            f"reward_model.hf_path={loaded.recipe.model.hf_path!r} and model.hf_path={policy.recipe.model.hf_path!r} "
-            f"differ in {', '.join(different)}: prompts of one are not prompts of the other; serve the reward model by "
-            "itself and set reward_model.url"
+            f"the base of reward_model.checkpoint, {loaded.recipe.model.hf_path!r}, and model.hf_path="
+            f"{policy.recipe.model.hf_path!r} differ in {', '.join(different)}: prompts of one are not prompts of the "
+            "other; serve the reward model by itself and set reward_model.url"
         )

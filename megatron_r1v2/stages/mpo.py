@@ -35,6 +35,8 @@ from megatron_r1v2.stages.validation import Validation
 from megatron_r1v2.types import Prompt, TrainingBatch
 
 SHOWN = ("actor/loss", "rewards/margins", "rewards/accuracies", "validation/pass_at_1")
+# The mean of the rewards of all earlier steps, as in TRL.
+_DELTA_MOMENTUM = 0.0
 
 
 def run_mpo(recipe: MpoRecipe) -> Path:
@@ -47,7 +49,7 @@ def run_mpo(recipe: MpoRecipe) -> Path:
         The run's folder.
     """
     check_margins(recipe)
-    with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.loaded.verifiers(recipe.reward) as pool:
+    with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.loaded.verifiers() as pool:
         stage = MpoStage(session, recipe)
         evaluator = session.loaded.evaluator(
             session.loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward
@@ -93,7 +95,7 @@ class MpoStage:
             recipe: its settings.
         """
         self.session = session
-        self.settings = recipe.preference
+        self.settings, self.aggregation = recipe.preference, recipe.loss.aggregation
         self._reference_dir = recipe.preference.reference_dir or f"{recipe.run.output_dir}/reference"
         self.source = PairSource("mpo", f"data.train={session.recipe.data.train!r}")
         self.calibrator = Calibrator(
@@ -174,11 +176,12 @@ class MpoStage:
         batches = [self._with_reference(part.batch, part.names) for part in microbatches]
         batches = batches or [self._filler(prompts[0])]
         denominator = len(prompts)
-        if settings.generation_aggregation is LossAggregation.token:
+        if self.aggregation is LossAggregation.token:
             denominator = sum(samples[names[0]].response_length for names in units.values())
         loss = partial(
             batch_loss,
             settings=settings,
+            aggregation=self.aggregation.value,
             delta=self.delta.value,
             num_pairs=len(prompts),
             generation_denominator=denominator,
@@ -187,7 +190,7 @@ class MpoStage:
         # A skipped update moves nothing, so its rewards do not move delta either.
         if self.needs_reference and result.applied:
             mean = (result.metrics["rewards/chosen"] + result.metrics["rewards/rejected"]) / 2
-            self.delta = self.delta.update(mean, 2 * len(prompts), momentum=settings.delta_momentum)
+            self.delta = self.delta.update(mean, 2 * len(prompts), momentum=_DELTA_MOMENTUM)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed stage must know: delta, tau, and the fingerprint of the reference log-probs."""
@@ -225,6 +228,7 @@ def batch_loss(
     batch: TrainingBatch,
     *,
     settings: PreferenceConfig,
+    aggregation: str,
     delta: float,
     num_pairs: int,
     generation_denominator: float,
@@ -235,6 +239,7 @@ def batch_loss(
         log_probs_BS: float32 [B, S] of the policy in training.
         batch: the microbatch; without reference log-probs its rows are chosen responses alone.
         settings: weights of the terms, beta.
+        aggregation: of the generation term.
         delta: shift of the quality term.
         num_pairs: of the step over all ranks.
         generation_denominator: pairs or chosen tokens of the step over all ranks.
@@ -242,7 +247,6 @@ def batch_loss(
     Returns:
         This microbatch's part of the loss, and metrics as (sum, count) pairs.
     """
-    aggregation = settings.generation_aggregation.value
     if batch.reference_sums_B is None:
         loss, metrics = generation_loss(
             log_probs_BS,

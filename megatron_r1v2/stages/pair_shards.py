@@ -28,7 +28,7 @@ _SETTINGS_FILE = "settings.json"
 # Layout and memory may change from one attempt to the next; what decides the responses and the pairs may not.
 _FREE = {
     "generation": {"kv_cache_gib", "max_requests", "max_tokens_per_step", "feature_cache_gib"},
-    "reward_model": {"timeout_seconds", "attempts", "concurrency", "api_key_variable", "centring_weight"},
+    "reward_model": {"centring_weight"},
 }
 _DECIDING = ("model", "generation", "reward", "reward_model", "pairs")
 _MAX_KEY = 80
@@ -99,7 +99,7 @@ def count_pairs(found: Iterable[PromptPairs], *, responses: int, right: int, ver
 
 
 class UnfinishedPairs:
-    """The folder beside `pairs.output` that keeps finished rounds, so that an interrupted command goes on from there.
+    """The folder beside `run.output_dir` that keeps finished rounds, so that an interrupted command goes on from there.
 
     Args:
         recipe: the settings.
@@ -109,7 +109,7 @@ class UnfinishedPairs:
     """
 
     def __init__(self, recipe: PairsRecipe) -> None:
-        self.output = Path(recipe.pairs.output)
+        self.output = Path(recipe.run.output_dir)
         self.folder = self.output.with_name(f".{self.output.name}.unfinished")
         self._fingerprint = _pairs_fingerprint(recipe)
         kept = self.folder / _SETTINGS_FILE
@@ -134,7 +134,7 @@ class UnfinishedPairs:
         _write_json(self._round(number), record)
 
     def finish(self, source: str, remark: Mapping[str, Any]) -> PairCounts:
-        """Write the shards and their counts, move them to `pairs.output`, and delete the rounds.
+        """Write the shards and their counts, move them to `run.output_dir`, and delete the rounds.
 
         Args:
             source: the data set that the prompts came from.
@@ -239,7 +239,7 @@ def _check_same(now: Fingerprint, kept: Fingerprint, folder: Path) -> None:
     for change in now.changes_since(kept):
         raise ValueError(
             f"{change.setting} is {change.new!r} but {folder} holds rounds made with {change.old!r}; put it back to go "
-            "on from there, delete that folder to start again, or choose another pairs.output"
+            "on from there, delete that folder to start again, or choose another run.output_dir"
         )
 
 

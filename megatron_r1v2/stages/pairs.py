@@ -36,22 +36,27 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 Value = TypeVar("Value")
 
+# Every pair whose chosen response is better: preference.min_margin of the mpo stage leaves out those of small margin.
+_MIN_MARGIN = 0.0
+# A response that was cut teaches length, one without its form teaches form: the pairs are to teach reasoning.
+_REJECT_ILL_FORMED = False
+
 
 def run_pairs(recipe: PairsRecipe, *, reward_model: RewardModel | None = None) -> Path:
-    """Write preference pairs made of responses to the prompts of `data.train` to `pairs.output`.
+    """Write preference pairs made of responses to the prompts of `data.train` to `run.output_dir`.
 
     Args:
         recipe: the settings.
         reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
 
     Returns:
-        `pairs.output`.
+        `run.output_dir`.
 
     Raises:
         ValueError: rounds kept from an earlier attempt were made with other settings, or there is no pair.
     """
     unfinished = UnfinishedPairs(recipe)
-    with open_model(recipe) as loaded, loaded.verifiers(recipe.reward) as pool:
+    with open_model(recipe) as loaded, loaded.verifiers() as pool:
         is_main, version = loaded.context.is_main, loaded.version
         _generate(PairMaker(loaded, recipe, pool, reward_model), unfinished)
     # The process groups are gone: other ranks need not wait for the files.
@@ -70,8 +75,8 @@ def _generate(maker: PairMaker, unfinished: UnfinishedPairs) -> None:
     # The main rank's word counts: another one may see the file system later.
     finished = set(objects.all_gather(unfinished.rounds())[0])
     available = sum(check_shards(recipe.data.train).values())
-    total = min(recipe.pairs.prompts or available, available) * num_responses
-    prompts = islice(loaded.read_prompts(recipe.data.train), recipe.pairs.prompts or None)
+    total = available * num_responses
+    prompts = loaded.read_prompts(recipe.data.train)
     with progress_bar("pairs", total, shown=is_main) as show:
         for number, of_round in enumerate(_in_groups(prompts, per_round)):
             done = number * per_round * num_responses
@@ -136,8 +141,8 @@ class PairMaker:
             mine[key] = choose_pairs(
                 candidates,
                 max_pairs=pairs.max_pairs_per_prompt,
-                min_margin=pairs.min_margin,
-                reject_ill_formed=pairs.reject_ill_formed,
+                min_margin=_MIN_MARGIN,
+                reject_ill_formed=_REJECT_ILL_FORMED,
             )
             best = best_chosen(candidates) if self._is_drawn(by_key[key]) else None
             if best is not None:
@@ -145,7 +150,7 @@ class PairMaker:
         continued = self._continue_without_images(by_key, {key: half for key, (_, half) in to_continue.items()}, name)
         for key, (chosen, _) in to_continue.items():
             pair, dropped = dropout_ntp_pair(
-                chosen, continued[key], min_margin=pairs.min_margin, reject_ill_formed=pairs.reject_ill_formed
+                chosen, continued[key], min_margin=_MIN_MARGIN, reject_ill_formed=_REJECT_ILL_FORMED
             )
             mine[key] = ([*mine[key][0], *([pair] if pair else [])], mine[key][1] + dropped)
         world = self._gather(mine)
@@ -165,7 +170,6 @@ class PairMaker:
                 num_responses=generation.responses_per_prompt,
                 policy_version=self.loaded.version,
                 temperature=generation.temperature,
-                top_p=generation.top_p,
                 max_response_tokens=generation.max_response_tokens,
             ),
             features=self.features,
@@ -201,7 +205,6 @@ class PairMaker:
                 num_responses=1,
                 policy_version=self.loaded.version,
                 temperature=generation.temperature,
-                top_p=generation.top_p,
                 max_response_tokens=generation.max_response_tokens - self.prefix_tokens,
             ),
             features=self.features,

@@ -22,7 +22,6 @@ _SCHEDULE = (
     "min_learning_rate",
     "warmup_steps",
     "weight_decay",
-    "adam_beta1",
     "adam_beta2",
 )
 

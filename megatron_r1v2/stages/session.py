@@ -183,7 +183,7 @@ def open_session(
         at_the_end.callback(release_grad_hooks, loaded.model)
         stream = loaded.training_stream()
         checkpoints = _open_checkpoints(recipe.checkpoint, loaded.context, run_dir)
-        newest = _checkpoint_to_resume(checkpoints, allowed=recipe.checkpoint.resume)
+        newest = checkpoints.agree_on_newest_undamaged()
         restored = resume(newest, policy, stream, checkpoints, recipe.train)
         with _open_supervision(
             recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step
@@ -264,17 +264,6 @@ def _open_checkpoints(settings: CheckpointConfig, context: ParallelContext, run_
     )
 
 
-def _checkpoint_to_resume(checkpoints: CheckpointStore, *, allowed: bool) -> Path | None:
-    """Collective over the world: choose the checkpoint to go on from; refuse one where none is wanted."""
-    newest = checkpoints.agree_on_newest_undamaged()
-    if newest is not None and not allowed:
-        raise ValueError(
-            f"checkpoint.resume=false but there is {newest}, which a new run would replace; set run.output_dir to "
-            "a new folder, delete this one, or set checkpoint.resume=true to go on from it"
-        )
-    return newest
-
-
 def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) -> Policy:
     """Wrap a model whose other parts are frozen, and build its optimizer."""
     model, context = loaded.model, loaded.context
@@ -295,7 +284,6 @@ def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) ->
         skipped=SkippedUpdates(
             run_dir / SKIPPED_FOLDER,
             max_gradient_norm=recipe.train.skip_above_grad_norm,
-            max_in_a_row=recipe.train.max_skipped_updates,
             context=context,
         ),
     )

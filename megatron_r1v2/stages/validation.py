@@ -37,21 +37,17 @@ class Validation:
             evaluator, progress=preemption.poll_between_engine_steps, wait_for_all=preemption.wait_for_all
         )
         self.calibrator = calibrator
-        intervals = [settings.every_steps]
-        if calibrator is not None and calibrator.is_on:
-            intervals.append(calibrator.settings.every_steps)
-        self.intervals = [steps for steps in intervals if steps and session.recipe.data.validation]
-        self.goal = settings.stop_at_pass_at_1
         folder = session.recipe.data.validation
-        self.prompts = list(session.loaded.read_prompts(folder, settings.prompts)) if self.intervals else []
+        self.every_steps = settings.every_steps if folder else 0
+        self.goal = settings.stop_at_pass_at_1
+        self.prompts = list(session.loaded.read_prompts(folder, settings.prompts)) if self.every_steps else []
         if calibrator is not None:
             calibrator.check(self.prompts, folder)
 
     def validate_if_due(self) -> ValidationResult | None:
         """Collective over the world: evaluate when it is time, and let the calibrator decide; None: it is not time."""
         session = self.session
-        # Without an interval, `all` of nothing is true: never due.
-        if all(session.step % steps for steps in self.intervals):
+        if not self.every_steps or session.step % self.every_steps:
             return None
         with session.recorder.timed("evaluate"):
             # The tower may have been trained since the last time.

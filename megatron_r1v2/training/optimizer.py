@@ -14,6 +14,8 @@ from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
+_ADAM_BETA1 = 0.9
+
 
 def wrap_with_ddp(model: R1V2Model, context: ParallelContext) -> DistributedDataParallel:
     """Wrap a model so that the parameters that train get gradient buffers; call after freezing.
@@ -58,7 +60,7 @@ def build_optimizer(
             lr=settings.learning_rate,
             min_lr=settings.min_learning_rate,
             weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
+            adam_beta1=_ADAM_BETA1,
             adam_beta2=settings.adam_beta2,
             clip_grad=settings.clip_grad,
             bf16=model.config.bf16,

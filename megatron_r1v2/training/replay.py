@@ -120,7 +120,7 @@ def send_to_trainers(
     if lost:
         raise RuntimeError(
             f"no rank holds {len(lost)} samples of the batch, {lost[0]!r} the first: the buffer's index "
-            "and its samples disagree; resume from an older checkpoint or set buffer.enabled=false"
+            "and its samples disagree; resume from an older checkpoint or set buffer.capacity=0"
         )
     return dict(sorted(mine.items())), my_prompts
 

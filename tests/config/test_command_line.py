@@ -56,7 +56,7 @@ def test_an_evaluation_needs_no_recipe(tmp_path):
         (["nowhere.yaml"], "'nowhere.yaml' is not a file"),
         (["RECIPE", "train.stepz=3"], "did you mean 'train.steps'?"),
         (["RECIPE", "parallel.tensor=3"], "values that do: 1, 2, 4"),
-        (["RECIPE", "generation.top_p=0.5"], "generation.top_p=0.5"),
+        (["RECIPE", "generation.responses_per_prompt=1"], "generation.responses_per_prompt=1"),
     ],
 )
 def test_bad_input_ends_with_advice(recipe_path, capsys, arguments, message):
@@ -111,7 +111,7 @@ def test_help_says_what_a_stage_does_and_shows_its_own_settings_alone(capsys, ki
 def test_help_shows_what_is_accepted_and_the_default():
     lines = describe_settings(GrpoRecipe).splitlines()
     assert "  train.parts  <a list, each one of vision, adapter, language, score>  default: [adapter]" in lines
-    assert "  buffer.enabled  <true or false>  default: true" in lines
+    assert "  checkpoint.asynchronous  <true or false>  default: true" in lines
     assert "  train.steps  <a whole number, 1 or more>  default: 100" in lines
     assert "  run.output_dir  <text>  default: 'runs/r1v2'" in lines
     assert "  model.layers  <one of local, te>  default: local" in lines

@@ -1,13 +1,15 @@
 """Which sizes of a language model a layout divides; plain numbers, so that each rule is met alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_r1v2.config.choices import Fp8
-from megatron_r1v2.config.layout import check_fp8_shapes, check_layout
+from megatron_r1v2.config.layout import LanguageSizes, check_fp8_shapes, check_layout
 
-SIZES = {"heads": 8, "kv_heads": 2, "hidden": 64, "ffn": 96, "layers": 6}
+SIZES = LanguageSizes(heads=8, kv_heads=2, head_size=8, hidden=64, ffn=96, layers=6)
 LAYOUT = {"tensor": 1, "pipeline": 1, "first_stage_layers": 0}
-SHAPES = {"heads": 8, "kv_heads": 2, "head_size": 16, "hidden": 128, "ffn": 256}
+SHAPES = LanguageSizes(heads=8, kv_heads=2, head_size=16, hidden=128, ffn=256, layers=6)
 
 
 @pytest.mark.parametrize(
@@ -28,11 +30,13 @@ SHAPES = {"heads": 8, "kv_heads": 2, "head_size": 16, "hidden": 128, "ffn": 256}
     ],
 )
 def test_a_layout_divides_the_model_or_names_what_it_does_not(changes, message):
+    layout = {name: changes.get(name, value) for name, value in LAYOUT.items()}
+    sizes = replace(SIZES, **{name: value for name, value in changes.items() if name not in LAYOUT})
     if message is None:
-        check_layout(**LAYOUT | SIZES | changes)
+        check_layout(sizes, **layout)
         return
     with pytest.raises(ValueError, match=message):
-        check_layout(**LAYOUT | SIZES | changes)
+        check_layout(sizes, **layout)
 
 
 @pytest.mark.parametrize(
@@ -49,9 +53,9 @@ def test_a_layout_divides_the_model_or_names_what_it_does_not(changes, message):
     ],
 )
 def test_fp8_wants_multiples(fp8, sequence, changes, message):
-    sizes = {"fp8": fp8, "tensor": 2, "sequence": sequence, **SHAPES, **changes}
+    sizes = replace(SHAPES, **changes)
     if message is None:
-        check_fp8_shapes(**sizes)
+        check_fp8_shapes(sizes, fp8=fp8, tensor=2, sequence=sequence)
         return
     with pytest.raises(ValueError, match=message):
-        check_fp8_shapes(**sizes)
+        check_fp8_shapes(sizes, fp8=fp8, tensor=2, sequence=sequence)

@@ -29,7 +29,8 @@ from megatron_r1v2.config.schema import (
 EVERYWHERE = {"run", "model", "parallel", "data", "generation"}
 TRAINING = EVERYWHERE | {"train", "checkpoint", "evaluation", "logging"}
 HELD = {
-    "hallucination": HallucinationConfig(target_rate=0.2, every_steps=5, min_model_weight=0.1, max_margin=0.6),
+    "hallucination": HallucinationConfig(target_rate=0.2, max_margin=0.6),
+    "evaluation": EvaluationConfig(every_steps=5),
     "data": {"validation": "shards"},
 }
 PATTERN = r"(?P<name>left) (?P<value>\d)"
@@ -40,9 +41,9 @@ PATTERN = r"(?P<name>left) (?P<value>\d)"
     [
         (AlignRecipe, TRAINING | {"reward"}),
         (PairsRecipe, EVERYWHERE | {"train", "reward", "reward_model", "pairs"}),
-        (MpoRecipe, TRAINING | {"reward", "preference", "hallucination"}),
+        (MpoRecipe, TRAINING | {"reward", "preference", "loss", "hallucination"}),
         (RewardModelRecipe, TRAINING | {"reward_model"}),
-        (GrpoRecipe, TRAINING | {"reward", "reward_model", "algorithm", "buffer", "hallucination"}),
+        (GrpoRecipe, TRAINING | {"reward", "reward_model", "algorithm", "loss", "buffer", "hallucination"}),
         (EvaluateRecipe, EVERYWHERE | {"reward", "evaluation"}),
         (ServeRecipe, EVERYWHERE),
     ],
@@ -110,16 +111,16 @@ def test_holding_the_hallucination_rate_needs_something_to_move():
     source = {"reward_model": {"checkpoint": "a"}}
     GrpoRecipe(**HELD, **source, reward=RewardConfig(model_weight=0.11, claim_pattern=PATTERN))
     MpoRecipe(**HELD, reward=RewardConfig(claim_pattern=PATTERN), preference=PreferenceConfig(min_margin=0.59))
-    with pytest.raises(ValueError, match="lowers reward.model_weight, but it is 0.1 and"):
-        GrpoRecipe(**HELD, **source, reward=RewardConfig(model_weight=0.1, claim_pattern=PATTERN))
+    with pytest.raises(ValueError, match="lowers reward.model_weight, but it is 0; raise it"):
+        GrpoRecipe(**HELD, reward=RewardConfig(claim_pattern=PATTERN))
     with pytest.raises(ValueError, match="raises preference.min_margin, but it is 0.6 and"):
         MpoRecipe(**HELD, reward=RewardConfig(claim_pattern=PATTERN), preference=PreferenceConfig(min_margin=0.6))
 
 
 def test_all_that_does_not_fit_is_told_at_once():
     with pytest.raises(ValidationError) as caught:
-        GrpoRecipe(train=TrainConfig(warmup_steps=200, parts=()), generation=GenerationConfig(top_p=0.5))
+        GrpoRecipe(train=TrainConfig(warmup_steps=200, parts=()), generation=GenerationConfig(responses_per_prompt=1))
     told = str(caught.value)
     assert "train.parts is empty" in told
     assert "train.warmup_steps=200 is more" in told
-    assert "generation.top_p=0.5 cuts" in told
+    assert "generation.responses_per_prompt=1 leaves" in told

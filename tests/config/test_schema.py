@@ -9,7 +9,7 @@ from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.config.recipes import every_section
 from megatron_r1v2.config.schema import GenerationConfig, ModelConfig, RewardConfig, RunConfig, TrainConfig
 
-MOST_SETTINGS = 145
+MOST_SETTINGS = 100
 SETTINGS = [
     pytest.param(section, key, id=f"{name}.{key}")
     for name, section in every_section().items()
@@ -39,7 +39,7 @@ def test_a_setting_cannot_be_changed_afterwards(section, key):
 
 def test_values_are_not_bent_into_shape():
     for section, settings in (
-        (RunConfig, {"name": 3}),
+        (RunConfig, {"output_dir": 3}),
         (RunConfig, {"seed": "3"}),
         (TrainConfig, {"steps": True}),
         (TrainConfig, {"steps": 2.0}),

@@ -62,24 +62,11 @@ def test_each_stage_needs_its_files(tmp_path):
 def test_pairs_need_a_place_that_is_free(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"text_config": QWQ}), encoding="utf-8")
     recipe = recipe_with(
-        PairsRecipe, model__hf_path=str(tmp_path), data__train=str(tmp_path), pairs__output=str(tmp_path / "new")
+        PairsRecipe, model__hf_path=str(tmp_path), data__train=str(tmp_path), run__output_dir=str(tmp_path / "new")
     )
     check_start(recipe)
     with pytest.raises(ValueError, match="exists already; choose another folder or delete it first"):
-        check_start(recipe.changed(pairs=recipe.pairs.changed(output=str(tmp_path))))
-    with pytest.raises(ValueError, match="pairs.output is not set; the pairs stage needs it"):
-        check_start(recipe.changed(pairs=recipe.pairs.changed(output="")))
-
-
-@pytest.mark.parametrize("kind", ["endpoint", "judge"])
-def test_a_key_that_is_named_must_be_there(tmp_path, monkeypatch, kind):
-    served = {f"{kind}_url": "http://127.0.0.1/v1", f"{kind}_model": "m", f"{kind}_key_variable": "MY_KEY"}
-    other = {"endpoint_url": "http://127.0.0.1/v1", "endpoint_model": "m"}
-    recipe = EvaluateRecipe(evaluation=EvaluationConfig(**other | served, data=str(tmp_path)))
-    with pytest.raises(ValueError, match=f"evaluation.{kind}_key_variable='MY_KEY' but there is no such environment"):
-        check_start(recipe)
-    monkeypatch.setenv("MY_KEY", "secret")
-    check_start(recipe)
+        check_start(recipe.changed(run=recipe.run.changed(output_dir=str(tmp_path))))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

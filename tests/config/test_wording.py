@@ -14,8 +14,8 @@ from megatron_r1v2.config.wording import range_text, refusal, shorten, type_name
         (TrainConfig, "learning_rate", "a number"),
         (TrainConfig, "recompute", "one of none, selective, full"),
         (TrainConfig, "parts", "a list, each one of vision, adapter, language, score"),
-        (BufferConfig, "enabled", "true or false"),
-        (RunConfig, "name", "text"),
+        (ModelConfig, "fp8_weights", "true or false"),
+        (RunConfig, "output_dir", "text"),
         (RunConfig, "stage", "one of align, pairs, mpo, reward_model, grpo"),
         (ModelConfig, "transformer_config", "a mapping"),
     ],
@@ -66,7 +66,7 @@ def test_refusals(key, value, kind, message):
 
 
 def test_an_empty_text_and_a_long_value():
-    told = refusal("run.name", " ", RunConfig.model_fields["name"], "string_pattern_mismatch")
-    assert told == "run.name is empty; give a value"
+    told = refusal("run.output_dir", " ", RunConfig.model_fields["output_dir"], "string_pattern_mismatch")
+    assert told == "run.output_dir is empty; give a value"
     assert shorten("x" * 500) == "'" + "x" * 199 + "..."
     assert shorten("x" * 198) == repr("x" * 198)

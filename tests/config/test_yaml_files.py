@@ -1,7 +1,7 @@
 """YAML as recipes are written in it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.config.yaml_files import parse_yaml, read_yaml_mapping, to_yaml
@@ -37,6 +37,7 @@ def test_values(text, value):
     assert type(parse_yaml(text)) is type(value)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=6), VALUES, max_size=4))
 def test_what_is_written_is_read_back(values):
     assert parse_yaml(to_yaml(values)) == values

@@ -255,7 +255,7 @@ def make_policy(
         scheduler=scheduler,
         context=context,
         temperature=TEMPERATURE,
-        skipped=SkippedUpdates(Path("skipped"), max_gradient_norm=0.0, max_in_a_row=3, context=context),
+        skipped=SkippedUpdates(Path("skipped"), max_gradient_norm=0.0, context=context),
         vocab_size=VOCABULARY,
     )
 

@@ -22,7 +22,7 @@ SETTINGS = (
     "train.learning_rate=0.002",
     "train.parts=[adapter, language]",
 )
-FEW = ("preference.min_margin=0.9", "preference.generation_aggregation=token")
+FEW = ("preference.min_margin=0.9", "loss.aggregation=token")
 ONE_RANK: dict[str, tuple[str, ...]] = {"all": (), "few": FEW}
 TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tp2": ("all", ("parallel.tensor=2", "parallel.sequence=true")),

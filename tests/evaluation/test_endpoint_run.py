@@ -12,10 +12,18 @@ from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, RunConfig
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.evaluation import chat_endpoint
 from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
 from megatron_r1v2.evaluation.endpoint_run import run_endpoint_evaluation
 from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
 from tests.evaluation.responder import completion, serving
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Keep tests from waiting as long as an evaluation does."""
+    short = replace(chat_endpoint.PATIENCE, attempts=1, concurrency=3, timeout_seconds=20.0)
+    monkeypatch.setattr(chat_endpoint, "PATIENCE", short)
 
 
 def picture(color):
@@ -45,10 +53,10 @@ def shards(tmp_path_factory):
 
 
 def recipe(shards, output, url, **evaluation):
-    settings = {"runs": 2, "attempts": 1, "concurrency": 3, "timeout_seconds": 20.0, **evaluation}
+    settings = {"runs": 2, **evaluation}
     return EvaluateRecipe(
         run=RunConfig(output_dir=str(output)),
-        reward=RewardConfig(verifier_workers=1, claim_pattern=r"(?P<name>left) (?P<value>\d)"),
+        reward=RewardConfig(claim_pattern=r"(?P<name>left) (?P<value>\d)"),
         evaluation=EvaluationConfig(data=str(shards), endpoint_url=url, endpoint_model="served", **settings),
     )
 
@@ -158,23 +166,25 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(shards, 
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_number_within_the_tolerance_is_right_before_a_judge_is_asked(tmp_path):
+def test_a_number_within_the_tolerance_is_right_before_a_judge_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_endpoint, "PATIENCE", replace(chat_endpoint.PATIENCE, concurrency=1))  # in their order
     write_shards([replace(sample(1, tolerances=(0.1,)), answer_type="math")], tmp_path / "shards")
     replies = [r"\boxed{1.05\text{ m}}", r"\boxed{1.2}"]
     with serving(lambda body: replies.pop(0)) as (url, _), serving(judge) as (judge_url, judged):
-        settings = recipe(tmp_path / "shards", tmp_path, url, judge_url=judge_url, judge_model="judge", concurrency=1)
+        settings = recipe(tmp_path / "shards", tmp_path, url, judge_url=judge_url, judge_model="judge")
         assert run_endpoint_evaluation(settings, "evaluation").runs == (1.0, 0.0)
     (body,) = judged.bodies
     assert "missed by at most 0.1" in body["messages"][0]["content"]
     assert [row["tolerances"] for row in rows_of(tmp_path)] == [[0.1], [0.1]]
 
 
-def test_the_text_of_an_option_is_compared_as_text_and_told_to_the_judge(tmp_path):
+def test_the_text_of_an_option_is_compared_as_text_and_told_to_the_judge(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_endpoint, "PATIENCE", replace(chat_endpoint.PATIENCE, concurrency=1))  # in their order
     asked = replace(sample(1, alternatives=("A. thaliana",)), answer="C", answer_type="choice")
     write_shards([asked], tmp_path / "shards")
     replies = ["\\boxed{A}", "\\boxed{A. thaliana}", "\\boxed{c}", "\\boxed{thale cress}"]
     with serving(lambda body: replies.pop(0)) as (url, _), serving(judge) as (judge_url, judged):
-        settings = {"judge_url": judge_url, "judge_model": "judge", "concurrency": 1, "runs": 4}
+        settings = {"judge_url": judge_url, "judge_model": "judge", "runs": 4}
         result = run_endpoint_evaluation(recipe(tmp_path / "shards", tmp_path, url, **settings), "evaluation")
     assert result.runs == (0.0, 1.0, 1.0, 0.0)
     (body,) = judged.bodies

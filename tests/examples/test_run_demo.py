@@ -52,7 +52,7 @@ def test_recipes_point_to_where_the_demo_writes_by_default():
     assert grpo.model.checkpoint == str(paths.mpo)
     assert (align.data.train, grpo.data.train) == (str(paths.shards / "align"), str(paths.shards / "grpo"))
     assert pairs.data.train == str(paths.shards / "prefer")
-    assert pairs.pairs.output == mpo.data.train == str(paths.pairs)
+    assert pairs.run.output_dir == mpo.data.train == str(paths.pairs)
     assert align.data.validation == str(paths.shards / "validation")
     assert grpo.evaluation.data == str(paths.shards / "heldout")
 

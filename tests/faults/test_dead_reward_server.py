@@ -17,12 +17,11 @@ def test_a_dead_server_costs_no_rollouts(root: Path, tmp_path: Path, capfd: pyte
         "train.steps=2",
         "reward.model_weight=0.5",
         f"reward_model.url={server.address}/ok",
-        "reward_model.attempts=2",
     )
     recipe = recipe_for(root, tmp_path / "run", settings)
     server.process.kill()
     server.process.wait()
-    with pytest.raises(ScoringFailed, match=r"2 attempts.*refused.*; 0 of 24 responses"):
+    with pytest.raises(ScoringFailed, match=r"5 attempts.*refused.*; 0 of 24 responses"):
         run_stage(recipe)
     assert len(list((tmp_path / "run" / "unfinished" / "step-00000000").glob("*.pt"))) == 6
     (tmp_path / "again").mkdir()

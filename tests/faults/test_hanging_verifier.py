@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.rewards.answer import last_boxed
 from tests.stages.runs import last_checkpoint, read_metrics, read_rollouts, recipe_for, run_stage
 
@@ -13,7 +16,10 @@ HANGS = "9^{9^{9}}"
 """math-verify computes it."""
 
 
-def test_a_hanging_check_is_a_wrong_answer_and_no_more(root: Path, tmp_path: Path) -> None:
+def test_a_hanging_check_is_a_wrong_answer_and_no_more(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifiers, "TIMEOUT_SECONDS", 1.0)
     answers = [("math", HANGS), *[("exact", str(index % 2)) for index in range(5)]]
     samples = [
         ShardSample(
@@ -25,7 +31,6 @@ def test_a_hanging_check_is_a_wrong_answer_and_no_more(root: Path, tmp_path: Pat
     settings = (
         "train.steps=2",
         f"data.train={tmp_path / 'data'}",
-        "reward.verifier_timeout_seconds=1",
         "logging.sample_rollouts=24",
     )
     run = run_stage(recipe_for(root, tmp_path / "run", settings))

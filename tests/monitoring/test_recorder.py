@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.schema import LoggingConfig, WandbMode
+from megatron_r1v2.config.choices import Tracker
+from megatron_r1v2.config.schema import LoggingConfig
 from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
 from tests.stages.runs import read_metrics, read_rollouts
 
@@ -116,7 +117,7 @@ def test_time_counts_also_when_the_block_fails(tmp_path: Path) -> None:
 
 def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with recorder(tmp_path, tensorboard=True) as opened:
+    with recorder(tmp_path, trackers=(Tracker.tensorboard,)) as opened:
         opened.note({"actor/loss": 1.0})
         opened.end_step(1)
     assert list((tmp_path / "tensorboard").glob("events*"))
@@ -128,7 +129,7 @@ def test_wandb_keeps_its_id_over_a_resume(tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "run"
     ids = []
     for first_step in (0, 1):
-        with recorder(run, first_step=first_step, wandb=WandbMode.offline) as opened:
+        with recorder(run, first_step=first_step, trackers=(Tracker.wandb_offline,)) as opened:
             opened.note({"actor/loss": 1.0})
             opened.end_step(first_step + 1)
         ids.append((run / "wandb_id").read_text())

@@ -25,7 +25,7 @@ PROMPTS, RESPONSES = 6, 4
 def rollouts_of_first_step(root: Path, run: Path, overrides: tuple[str, ...] = ()) -> dict[tuple[str, int], Rollout]:
     """Generate and score, or take up, the first step of a run, and leave it there."""
     recipe = recipe_for(root, run, overrides)
-    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers(recipe.reward) as pool:
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
         _, scored = GrpoStage(session, recipe, pool).rollouts.generate_and_score()
     assert len(scored) == PROMPTS * RESPONSES
     return {(each.rollout.prompt_key, each.rollout.sample_index): each.rollout for each in scored}

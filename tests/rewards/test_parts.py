@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.config.schema import RewardConfig
+from megatron_r1v2.rewards import parts
 from megatron_r1v2.rewards.parts import PARTS, Response, score_parts, weighted_total
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout
 
-EVERY_PART = RewardConfig(**{f"{name}_weight": 1.0 for name in PARTS}, repetition_tokens=2, overlong_buffer_tokens=4)
+EVERY_PART = RewardConfig(**{f"{name}_weight": 1.0 for name in PARTS})
 GOOD = r"left 3, right 5, 3+5=8</think>\boxed{8}"
 
 
@@ -40,7 +41,9 @@ def test_every_part_has_a_weight_of_its_name():
     assert used == {"answer", "format"}
 
 
-def test_each_part_of_three_responses(pool):
+def test_each_part_of_three_responses(pool, monkeypatch):
+    monkeypatch.setattr(parts, "REPEATED_TOKENS", 2)
+    monkeypatch.setattr(parts, "OVERLONG_SHARE", 0.4)
     responses = [
         _response(),
         _response(
@@ -67,12 +70,12 @@ def test_parts_without_a_weight_are_left_out(pool):
     assert rewards == {"answer": 1, "format": 1, "model": 0.5}
 
 
-def test_a_part_that_hangs_in_its_worker_is_0_and_counted():
+def test_a_part_that_hangs_in_its_worker_is_0_and_counted(monkeypatch):
+    monkeypatch.setattr(parts, "REPEATED_TOKENS", 400_000)
     with VerifierPool(1, 0.2) as pool:
         looping = dataclasses.replace(_response(), rollout=dataclasses.replace(_response().rollout, token_ids=(7,)))
         long = dataclasses.replace(looping, rollout=dataclasses.replace(looping.rollout, token_ids=(7,) * 1_000_000))
-        hungry = EVERY_PART.changed(repetition_tokens=400_000)
-        found, checked = score_parts([long, _response()], settings=hungry, pool=pool)
+        found, checked = score_parts([long, _response()], settings=EVERY_PART, pool=pool)
         assert found[0]["repetition"] == 0.0
         assert found[1]["repetition"] == 1.0
         assert checked == [False, True]

@@ -114,14 +114,6 @@ def test_a_reward_model_without_scores_is_an_error_and_not_a_zero(pool):
     assert reward_metrics(counts)["reward/model/mean"] == 0.5
 
 
-def test_the_numeric_tolerance_is_a_setting(pool):
-    texts = [r"x</think>\boxed{8.2}", r"x</think>\boxed{8.5}"]
-    for tolerance, right in ((1e-6, [False, False]), (0.05, [True, False]), (0.1, [True, True])):
-        settings = SETTINGS.changed(numeric_tolerance=tolerance)
-        scored, _ = _score(pool, texts, [_prompt("a")] * 2, settings)
-        assert [response.rule_correct for response in scored] == right
-
-
 def test_counts_of_two_ranks_add_up_to_the_metrics_of_one(pool):
     prompts = [_prompt(key) for key in "abcde"]
     texts = [GOOD, GOOD, "left 9", "", r"left 3</think>\boxed{7}"]

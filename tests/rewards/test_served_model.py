@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import RewardModelConfig, ScoreEndpoint
-from megatron_r1v2.rewards.served_model import ScoringFailed, ServedRewardModel
+from megatron_r1v2.config.schema import RewardModelConfig
+from megatron_r1v2.rewards.served_model import PATIENCE, ScoreEndpoint, ScoringFailed, ServedRewardModel, split_url
 from megatron_r1v2.types import Prompt
 from tests.tiny import tiny_png
 
@@ -63,8 +64,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def client(server: Server) -> Callable[..., ServedRewardModel]:
     def make(mode: str, **settings: Any) -> ServedRewardModel:
-        chosen = {"url": f"{server.address}/{mode}", "timeout_seconds": 20.0, "attempts": 3} | settings
-        return ServedRewardModel(RewardModelConfig(**chosen), ALONE, first_pause_seconds=0.05)
+        patience = {"timeout_seconds": 20.0, "attempts": 3, "first_pause_seconds": 0.05} | settings
+        return ServedRewardModel(
+            RewardModelConfig(url=f"{server.address}/{mode}"), ALONE, dataclasses.replace(PATIENCE, **patience)
+        )
 
     return make
 
@@ -80,15 +83,14 @@ def test_scores_come_in_order_and_no_more_are_under_way_than_allowed(client, ser
 
 @pytest.mark.parametrize("endpoint", ScoreEndpoint)
 def test_a_request_is_what_vllm_reads(client, server, endpoint, monkeypatch):
-    monkeypatch.setenv("SCORES_KEY", "open sesame")
-    model = client("ok/v1/", endpoint=endpoint, served_name="rm", api_key_variable="SCORES_KEY")
+    monkeypatch.setenv("R1V2_REWARD_MODEL_API_KEY", "open sesame")
+    model = client(f"ok/v1/{endpoint.value}/")
     assert ask(model) == [1.0]
     last = server.told()["last"]
     assert last["path"] == f"/ok/v1/{endpoint.value}"
     assert last["key"] == "Bearer open sesame"
     url = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
     expected = {
-        "model": "rm",
         "use_activation": False,
         "messages": [
             {"role": "system", "content": "Be right."},
@@ -136,7 +138,7 @@ def test_a_slow_server_is_given_the_time_limit_and_no_more(client, mode):
 
 
 def test_a_refused_request_is_not_repeated(client, server):
-    with pytest.raises(ScoringFailed, match=r"HTTP 401: .*told why.*api_key_variable"):
+    with pytest.raises(ScoringFailed, match=r"HTTP 401: .*told why.*R1V2_REWARD_MODEL_API_KEY"):
         ask(client("refuses"))
     assert server.told()["asked"] == 1
 
@@ -161,7 +163,20 @@ def test_nobody_listening_is_an_error_and_not_a_zero(client, server):
         ask(client("ok"), 20)
 
 
-def test_a_key_that_is_not_there_is_found_before_anything_is_asked(monkeypatch):
-    monkeypatch.delenv("SCORES_KEY", raising=False)
-    with pytest.raises(ValueError, match=r"api_key_variable='SCORES_KEY' but there is no such environment variable"):
-        ServedRewardModel(RewardModelConfig(url="http://127.0.0.1:1", api_key_variable="SCORES_KEY"), ALONE)
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://127.0.0.1:1", "http://127.0.0.1:1/pooling"),
+        ("http://127.0.0.1:1/v1/", "http://127.0.0.1:1/v1/pooling"),
+        ("http://127.0.0.1:1/pooling", "http://127.0.0.1:1/pooling"),
+        ("http://127.0.0.1:1/classify/", "http://127.0.0.1:1/classify"),
+    ],
+)
+def test_the_address_says_what_the_server_understands(url, asked):
+    assert split_url(url) == (asked, ScoreEndpoint(asked.rsplit("/")[-1]))
+
+
+def test_without_a_key_none_is_sent(client, server, monkeypatch):
+    monkeypatch.delenv("R1V2_REWARD_MODEL_API_KEY", raising=False)
+    assert ask(client("ok")) == [1.0]
+    assert not server.told()["last"]["key"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, claims_call
+from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, claims_call, worker_count
 
 HERE = str(Path(__file__).parent)
 ROOT = str(Path(__file__).parents[2])
@@ -233,9 +233,9 @@ pool.run([Call("hostile_checks", name, ()) for name in ("busy_loop", "catastroph
 @pytest.mark.parametrize(
     ("workers", "seconds", "message"),
     [
-        (0, 1.0, "reward.verifier_workers=0"),
-        (2, 0.0, "reward.verifier_timeout_seconds=0.0"),
-        (2, float("nan"), "reward.verifier_timeout_seconds=nan"),
+        (0, 1.0, "workers=0 check nothing"),
+        (2, 0.0, "timeout_seconds=0.0"),
+        (2, float("nan"), "timeout_seconds=nan"),
     ],
 )
 def test_impossible_settings_are_named(workers, seconds, message):
@@ -246,3 +246,12 @@ def test_impossible_settings_are_named(workers, seconds, message):
 def test_an_unknown_answer_type_is_refused_before_any_worker_sees_it():
     with pytest.raises(ValueError, match="'number' is unknown"):
         answer_call("8", "8", "number")
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(1, 1, 1), (2, 1, 1), (8, 1, 4), (8, 2, 2), (64, 1, 8), (64, 8, 4)]
+)
+def test_checks_take_half_of_the_cores_of_a_rank(monkeypatch, cores, ranks, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert worker_count() == workers

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megatron_r1v2.config.schema import RewardModelConfig, ScoreEndpoint
-from megatron_r1v2.rewards.served_model import ScoringFailed, ServedRewardModel
+from megatron_r1v2.config.schema import RewardModelConfig
+from megatron_r1v2.rewards.served_model import ScoreEndpoint, ScoringFailed, ServedRewardModel
 from megatron_r1v2.serve.reward_server import SkyworkReward
 from megatron_r1v2.types import Prompt
 from tests.ranks import free_port
@@ -90,10 +90,8 @@ def expected(folder: Path, parts: list[Any], response: str) -> float:
 
 @pytest.mark.parametrize("endpoint", ScoreEndpoint)
 def test_the_client_gets_the_scores_of_transformers(folder, address, monkeypatch, endpoint):
-    monkeypatch.setenv("SERVER_KEY", KEY)
-    settings = RewardModelConfig(
-        url=address, endpoint=endpoint, served_name="tiny-reward", api_key_variable="SERVER_KEY", attempts=2
-    )
+    monkeypatch.setenv("R1V2_REWARD_MODEL_API_KEY", KEY)
+    settings = RewardModelConfig(url=f"{address}/{endpoint.value}")
     prompts = [
         make_prompt("<image>\nHow many?", PICTURES[0]),
         make_prompt("First <image> and <image>", *PICTURES),
@@ -109,17 +107,17 @@ def test_the_client_gets_the_scores_of_transformers(folder, address, monkeypatch
 
 
 def test_a_response_that_spells_image_tokens_has_a_score_and_no_image(address, monkeypatch):
-    monkeypatch.setenv("SERVER_KEY", KEY)
-    settings = RewardModelConfig(url=address, api_key_variable="SERVER_KEY", attempts=1)
+    monkeypatch.setenv("R1V2_REWARD_MODEL_API_KEY", KEY)
+    settings = RewardModelConfig(url=address)
     prompt = make_prompt("<image>\nHow many?", PICTURES[0])
     (score,) = ServedRewardModel(settings, ALONE).score([prompt], ["<|vision_start|><|image_pad|><|vision_end|>" * 3])
     assert isinstance(score, float)
 
 
 def test_a_wrong_key_ends_the_run_and_says_where_to_look(address, monkeypatch):
-    monkeypatch.setenv("OTHER_KEY", "wrong")
-    settings = RewardModelConfig(url=address, api_key_variable="OTHER_KEY")
-    with pytest.raises(ScoringFailed, match=r"HTTP 401.*reward_model.api_key_variable"):
+    monkeypatch.setenv("R1V2_REWARD_MODEL_API_KEY", "wrong")
+    settings = RewardModelConfig(url=address)
+    with pytest.raises(ScoringFailed, match=r"HTTP 401.*R1V2_REWARD_MODEL_API_KEY"):
         ServedRewardModel(settings, ALONE).score([make_prompt("a")], ["b"])
 
 

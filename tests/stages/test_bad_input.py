@@ -81,7 +81,7 @@ def test_an_unknown_setting_is_named_with_the_one_meant(run_entry: Entry, stage:
         ("parallel.pipeline=4", ("parallel.pipeline=4 does not divide", "2 layers")),
         ("parallel.tensor=2", ("parallel.tensor=2", "needs a multiple of 2 processes, got 1", "--nproc-per-node")),
         ("parallel.sequence=true", ("parallel.sequence=true", "parallel.tensor to 2 or more")),
-        ("generation.top_p=0.9", ("generation.top_p=0.9", "GRPO accepts 1.0 only")),
+        ("generation.responses_per_prompt=1", ("generation.responses_per_prompt=1", "GRPO needs 2 or more")),
         ("generation.max_response_tokens=5000", ("generation.max_response_tokens=5000", "2048 positions")),
         ("model.hf_path=/nowhere", ("model.hf_path='/nowhere'", "existing")),
         ("data.train=/nowhere", ("data.train='/nowhere'", "existing")),

@@ -17,6 +17,7 @@ import pytest
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.stages import calibrator
 from megatron_r1v2.stages.grpo.stage import run_grpo
 from megatron_r1v2.training.store import finished_checkpoints
 from megatron_r1v2.types import Prompt
@@ -34,11 +35,11 @@ SETTINGS = (
     "reward.format_weight=0",
     "reward.consistency_weight=0.5",
     "reward.model_weight=1.0",
+    "reward_model.url=http://127.0.0.1:1",  # the runs are given a reward model
     "reward.model_centre=0",
     "reward.model_scale=1",
     "evaluation.runs=4",
-    "hallucination.every_steps=1",
-    "hallucination.min_coverage=0.1",
+    "evaluation.every_steps=1",
     f"hallucination.target_rate={TARGET}",
     "checkpoint.every_steps=4",
 )
@@ -52,8 +53,16 @@ class Flatterer:
         return [4.0 * ("left 4, " in text) - 4.0 * ("left 3, " in text) for text in texts]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_claims_are_enough():
+    """A random model makes few claims at first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrator, "MIN_COVERAGE", 0.1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def start(root: Path):
+def start(root: Path, few_claims_are_enough: None):
     """Return a function that does a run with the flatterer."""
 
     def run(output: Path, *overrides: str) -> Path:
@@ -129,8 +138,6 @@ MPO = (
     "train.learning_rate=0.01",
     "train.prompts_per_step=9",
     "evaluation.runs=4",
-    "hallucination.every_steps=1",
-    "hallucination.min_coverage=0.1",
     "hallucination.max_margin=0.5",
     "checkpoint.every_steps=6",
 )

@@ -12,6 +12,7 @@ from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.response_rows import open_log
+from megatron_r1v2.stages import evaluate
 from megatron_r1v2.stages.evaluate import run_evaluation
 from megatron_r1v2.stages.loaded_model import open_model
 from tests.ranks import run_ranks
@@ -45,12 +46,13 @@ def test_a_checkpoint_is_evaluated_at_its_step(root: Path, tmp_path: Path) -> No
     assert after.format_rate > 0.5
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5")
-    whole = run_evaluation(
-        recipe_for(root, tmp_path / "whole", (*data, "evaluation.save_every_prompts=5"), stage="evaluate"), "e"
-    )
-    recipe = recipe_for(root, tmp_path / "cut", (*data, "evaluation.save_every_prompts=2"))
+    whole = run_evaluation(recipe_for(root, tmp_path / "whole", data, stage="evaluate"), "e")
+    monkeypatch.setattr(evaluate, "SAVE_EVERY_PROMPTS", 2)
+    recipe = recipe_for(root, tmp_path / "cut", data, stage="evaluate")
     run_evaluation(recipe, "e")
     lines = (tmp_path / "cut" / "evaluation-e.rollouts.jsonl").read_text().splitlines()
     # What the kill of a process leaves: the settings, whole rows of three responses to two prompts, half a line.
@@ -72,7 +74,7 @@ def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp
     others = [replace(sample, answer="neither", alternatives=("0", "1")) for sample in samples]
     write_shards(others, tmp_path / "data")
     recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={tmp_path / 'data'}",))
-    with open_model(recipe) as loaded, loaded.verifiers(recipe.reward) as pool:
+    with open_model(recipe) as loaded, loaded.verifiers() as pool:
         evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
         validated = evaluator.run(list(loaded.read_prompts(recipe.evaluation.data)), name="validation", step=0)
     assert validated.pass_at_1 > 0
@@ -81,7 +83,7 @@ def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp
 
 
 def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
-    data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5", "evaluation.save_every_prompts=3")
+    data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5")
     one, *_ = run_ranks(1, run_evaluation, recipe_for(root, tmp_path / "one", data), "e")
     results = run_ranks(2, run_evaluation, recipe_for(root, tmp_path / "two", data), "e")
     assert results == [one, None]

@@ -50,7 +50,7 @@ def test_a_checkpoint_brings_its_parts_and_its_version(root: Path, tmp_path: Pat
 
 def test_the_leader_of_a_replica_has_verifiers_and_the_engine_answers(root: Path, tmp_path: Path) -> None:
     recipe = recipe_for(root, tmp_path / "run")
-    with open_model(recipe) as loaded, loaded.verifiers(recipe.reward) as pool:
+    with open_model(recipe) as loaded, loaded.verifiers() as pool:
         assert isinstance(pool, VerifierPool)
         prompts = list(loaded.read_prompts(loaded.recipe.data.train, 2))
         evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)

@@ -62,7 +62,7 @@ def test_a_model_that_reads_other_tokens_is_refused(root: Path, tmp_path: Path, 
     other = shutil.copytree(root / "model", tmp_path / "model")
     template = other / "chat_template.jinja"
     template.write_text(template.read_text().replace("<think>", "<think> "))
-    recipe = grpo_recipe(root, tmp_path / "grpo", trained, f"reward_model.hf_path={other}")
+    recipe = grpo_recipe(root, tmp_path / "grpo", trained, f"model.hf_path={other}")
     with open_model(recipe) as policy, pytest.raises(ValueError, match="differ in tokenizer or chat template: prompts"):
         load_reward_model(policy, recipe)
 

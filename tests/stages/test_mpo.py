@@ -83,13 +83,13 @@ def test_dpo_and_supervised_training_are_settings(run: Run, tmp_path: Path) -> N
 def test_supervised_training_on_pairs_is_the_align_stage(run: Run, root: Path, tmp_path: Path) -> None:
     """The data has each chosen response as reference response too."""
     steps = ("train.steps=2", "train.micro_batch_size=4")
-    ours = end(run(*steps, *SFT, "preference.generation_aggregation=token"))
+    ours = end(run(*steps, *SFT, "loss.aggregation=token"))
     theirs = end(run_stage(settings(root, tmp_path / "align", *steps, stage="align")))
     assert differences(ours["tensors"], theirs["tensors"]) == []
 
 
 def test_a_resumed_stage_ends_with_the_same_bits(run: Run, root: Path, tmp_path: Path) -> None:
-    overrides = ("train.steps=4", "checkpoint.every_steps=2", "train.warmup_steps=1", "preference.delta_momentum=0.9")
+    overrides = ("train.steps=4", "checkpoint.every_steps=2", "train.warmup_steps=1")
     folder = run(*overrides)
     again = tmp_path / "again"
     shutil.copytree(folder, again)

@@ -14,7 +14,7 @@ from transformers import InternVLForConditionalGeneration, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
-from megatron_r1v2.config.schema import LossAggregation, ParallelConfig, PreferenceConfig, Recompute
+from megatron_r1v2.config.schema import ParallelConfig, PreferenceConfig, Recompute
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.mpo import batch_loss
@@ -107,7 +107,9 @@ def test_loss_gradients_and_metrics_are_those_of_trl(
     folders: tuple[Path, Path], theirs: dict[str, Any], pairs_together: int
 ) -> None:
     material = material_of(theirs["rows"])
-    settings = PreferenceConfig(*WEIGHTS, beta=BETA, generation_aggregation=LossAggregation.token)
+    settings = PreferenceConfig(
+        preference_weight=WEIGHTS[0], quality_weight=WEIGHTS[1], generation_weight=WEIGHTS[2], beta=BETA
+    )
     tokens = sum(sample.response_length for name, sample in material.samples.items() if name.endswith("chosen"))
     parallel = ParallelConfig()
     context = groups.initialize(parallel, seed=1)
@@ -126,7 +128,14 @@ def test_loss_gradients_and_metrics_are_those_of_trl(
                     replace(batch, reference_sums_B=response_log_probs(log_probs_BS, batch.response_mask_BS))
                     for batch, log_probs_BS in zip(batches, policy.compute_log_probs(batches), strict=True)
                 ]
-        loss = partial(batch_loss, settings=settings, delta=0.0, num_pairs=len(PAIRS), generation_denominator=tokens)
+        loss = partial(
+            batch_loss,
+            settings=settings,
+            aggregation="token",
+            delta=0.0,
+            num_pairs=len(PAIRS),
+            generation_denominator=tokens,
+        )
         metrics = policy.update(batches, loss).logged()
         gradients = gather_gradients(policy, context)
     finally:

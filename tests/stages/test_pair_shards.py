@@ -28,7 +28,7 @@ GOOD = Preference("good", "bad", 0.5, "margin")
 
 
 def recipe(root: Path, folder: Path, *overrides: str) -> PairsRecipe:
-    return recipe_for(root, folder / "run", (f"pairs.output={folder / 'pairs'}", *overrides), stage="pairs")
+    return recipe_for(root, folder / "pairs", overrides, stage="pairs")
 
 
 def test_counts_of_rounds_add_up() -> None:
@@ -58,8 +58,8 @@ def test_rounds_of_other_settings_are_refused(root: Path, tmp_path: Path) -> Non
     kept = UnfinishedPairs(recipe(root, tmp_path))
     kept.write_round(0, [], PairCounts())
     UnfinishedPairs(recipe(root, tmp_path, "generation.max_requests=2", "generation.kv_cache_gib=0.1"))
-    with pytest.raises(ValueError, match=r"pairs.min_margin is 0.5 but .*unfinished holds rounds made with 0.0"):
-        UnfinishedPairs(recipe(root, tmp_path, "pairs.min_margin=0.5"))
+    with pytest.raises(ValueError, match=r"pairs.max_pairs_per_prompt is 3 but .*unfinished holds rounds made with 4"):
+        UnfinishedPairs(recipe(root, tmp_path, "pairs.max_pairs_per_prompt=3"))
 
 
 def test_no_pair_at_all_is_an_error_that_says_why(root: Path, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def made(root: Path, tmp_path_factory) -> Path:
 def recipe(root: Path, folder: Path, *overrides: str) -> PairsRecipe:
     return recipe_for(
         root,
-        folder / "run",
-        (*SETTINGS, f"model.checkpoint={root / 'aligned'}", f"pairs.output={folder / 'pairs'}", *overrides),
+        folder / "pairs",
+        (*SETTINGS, f"model.checkpoint={root / 'aligned'}", *overrides),
         stage="pairs",
     )
 
@@ -81,7 +81,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
 ) -> None:
     settings = recipe(root, tmp_path)
     kept = UnfinishedPairs(settings)
-    run_pairs(recipe(root, tmp_path, f"pairs.output={tmp_path / 'other'}"))
+    run_pairs(recipe(root, tmp_path, f"run.output_dir={tmp_path / 'other'}"))
     assert "response/duplicate" in capsys.readouterr().out
     # A round on disk is not done again: this one says that its prompts gave one pair that nothing else would give.
     first = [PromptPairs("sample-000", [Preference("good", "bad", 0.5, "correctness")], {})]

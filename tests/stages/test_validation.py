@@ -33,9 +33,7 @@ def test_a_rate_without_a_denominator_is_left_out() -> None:
 class Recording:
     """A calibrator that only remembers."""
 
-    def __init__(self, every_steps: int) -> None:
-        self.is_on = every_steps > 0
-        self.settings = SimpleNamespace(every_steps=every_steps)
+    def __init__(self) -> None:
         self.checked = 0
         self.observed: list[Any] = []
 
@@ -48,7 +46,7 @@ class Recording:
 
 def make_validation(session: Session, calibrator: Any = None, *, pass_at_1: float = 0.4) -> Validation:
     recipe, loaded = session.recipe, session.loaded
-    with loaded.verifiers(recipe.reward) as pool:
+    with loaded.verifiers() as pool:
         evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
         validation = Validation(session, evaluator, calibrator)
     result = result_of(pass_at_1, hallucination_rate=0.25, claim_coverage=0.5)
@@ -68,20 +66,19 @@ def due(validation: Validation) -> list[int]:
     return found
 
 
-def test_it_is_due_when_evaluation_or_calibrator_want_it(root: Path, tmp_path: Path) -> None:
+def test_it_is_due_every_few_steps_and_tells_the_calibrator(root: Path, tmp_path: Path) -> None:
     settings = (f"data.validation={root / 'data'}", "evaluation.every_steps=3", "evaluation.prompts=2")
     with open_session(recipe_for(root, tmp_path / "run", settings), stage="align", shown=()) as session:
         assert due(make_validation(session)) == [3, 6]
-        calibrator = Recording(every_steps=2)
-        assert due(make_validation(session, calibrator)) == [2, 3, 4, 6]
+        calibrator = Recording()
+        assert due(make_validation(session, calibrator)) == [3, 6]
         assert calibrator.checked == 2
-        assert calibrator.observed == [(0.25, 0.5)] * 4
-        assert due(make_validation(session, Recording(every_steps=0))) == [3, 6]
+        assert calibrator.observed == [(0.25, 0.5)] * 2
 
 
 def test_without_a_split_it_is_never_due(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="align", shown=()) as session:
-        assert due(make_validation(session, Recording(every_steps=1))) == []
+        assert due(make_validation(session, Recording())) == []
 
 
 @pytest.mark.parametrize(("pass_at_1", "reached"), [(0.49, False), (0.5, True)])
@@ -104,7 +101,7 @@ def test_the_goal_is_reached_by_pass_at_1(root: Path, tmp_path: Path, capfd, pas
 def test_it_polls_for_signals_while_it_generates(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="align", shown=()) as session:
         recipe, loaded = session.recipe, session.loaded
-        with loaded.verifiers(recipe.reward) as pool:
+        with loaded.verifiers() as pool:
             evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
         polling = Validation(session, evaluator).evaluator
         assert polling == replace(

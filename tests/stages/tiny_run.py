@@ -84,7 +84,7 @@ def tiny_recipe(root: Path, *, parts: tuple[str, ...] = ("adapter",), steps: int
         write_model(root / "model")
         write_data(root / "data")
     sections = {
-        "run": {"name": "tiny", "output_dir": str(root / "run"), "seed": 7},
+        "run": {"output_dir": str(root / "run"), "seed": 7},
         "model": {"hf_path": str(root / "model"), "precision": "fp32"},
         "data": {"train": str(root / "data"), "max_prompt_tokens": 200, "max_tiles": 2},
         "generation": {
@@ -95,7 +95,7 @@ def tiny_recipe(root: Path, *, parts: tuple[str, ...] = ("adapter",), steps: int
             "max_tokens_per_step": 512,
             "feature_cache_gib": 0.1,
         },
-        "reward": {"claim_pattern": r"(?P<name>left) (?P<value>\d)", "verifier_workers": 1},
+        "reward": {"claim_pattern": r"(?P<name>left) (?P<value>\d)"},
         "train": {
             "parts": parts,
             "steps": steps,

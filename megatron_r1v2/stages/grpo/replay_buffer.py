@@ -15,7 +15,7 @@ from megatron_r1v2.types import Prompt, Sample
 
 
 class ReplayBuffer:
-    """The effective responses of earlier steps; empty with `buffer.enabled=false`, where samples only change ranks."""
+    """The effective responses of earlier steps; empty with `buffer.capacity=0`, where samples only change ranks."""
 
     def __init__(
         self, settings: BufferConfig, context: ParallelContext, *, model_weight: float, restored: Restored
@@ -32,10 +32,10 @@ class ReplayBuffer:
         self.samples = ReplayStore()
         self.index: SampleBuffer | None = None
         self.model_weight = restored.state.get("buffer_weight", model_weight)
-        if not settings.enabled:
+        if not settings.capacity:
             return
         self.index = SampleBuffer(
-            settings.capacity, settings.max_age, settings.priority_exponent, settings.balance_modalities
+            settings.capacity, settings.max_age, settings.priority_exponent, balance_modalities=True
         )
         if "buffer" in restored.state:
             self.index.load_state_dict(restored.state["buffer"])

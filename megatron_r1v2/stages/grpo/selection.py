@@ -12,7 +12,7 @@ from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.score import shuffle_rewards
-from megatron_r1v2.rl.advantages import effective_mask, group_advantages
+from megatron_r1v2.rl.advantages import ADVANTAGE_EPSILON, effective_mask, group_advantages
 from megatron_r1v2.rl.sample_buffer import BatchPlan, BufferEntry, SampleBuffer, compose_batch
 from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.replay import assign
@@ -86,9 +86,7 @@ def select(
     if recipe.reward.shuffle:
         rewarded = shuffle_rewards([response for response, _ in everything], seed=recipe.run.seed + step)
         everything = [(response, length) for response, (_, length) in zip(rewarded, everything, strict=True)]
-    records = _make_records(
-        everything, prompts, recipe.generation.responses_per_prompt, recipe.algorithm.advantage_epsilon, step
-    )
+    records = _make_records(everything, prompts, recipe.generation.responses_per_prompt, step)
     trainable = [item.entry for item in records.values() if trains_text or item.entry.modality == "image"]
     # Dynamic sampling may have found more effective groups than the step trains on.
     eligible = trainable
@@ -112,7 +110,7 @@ def select(
     trainer: dict[str, int] = {}
     for update in updates:
         trainer |= assign({name: lengths[name] for name in update}, context.data_size)
-    by_tokens = recipe.algorithm.loss_aggregation is LossAggregation.token
+    by_tokens = recipe.loss.aggregation is LossAggregation.token
     total = plan.num_tokens if by_tokens else plan.num_sequences
     return Selection(
         records=records,
@@ -225,12 +223,11 @@ def _make_records(
     everything: Sequence[tuple[ScoredRollout, int]],
     prompts: Sequence[Prompt],
     group_size: int,
-    epsilon: float,
     step: int,
 ) -> dict[str, SampleRecord]:
     # In float64, as the rewards are: the buffer draws by these advantages.
     rewards_R = torch.tensor([response.total for response, _ in everything], dtype=torch.float64)
-    advantages = group_advantages(rewards_R, group_size, epsilon).tolist()
+    advantages = group_advantages(rewards_R, group_size, ADVANTAGE_EPSILON).tolist()
     correct_R = torch.tensor([response.rule_correct for response, _ in everything])
     effective = effective_mask(correct_R, group_size).tolist()
     modality = {prompt.key: prompt.modality for prompt in prompts}

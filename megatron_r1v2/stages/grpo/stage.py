@@ -37,7 +37,7 @@ def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> 
     keep_reference = recipe.algorithm.kl_coefficient > 0
     with (
         open_session(recipe, stage="grpo", shown=SHOWN, keep_reference=keep_reference) as session,
-        session.loaded.verifiers(recipe.reward) as pool,
+        session.loaded.verifiers() as pool,
     ):
         stage = GrpoStage(session, recipe, pool, reward_model)
         evaluator = session.loaded.evaluator(
@@ -74,7 +74,7 @@ class GrpoStage:
             session.recorder,
             name="model_weight",
             configured=recipe.reward.model_weight,
-            bound=recipe.hallucination.min_model_weight,
+            bound=0.0,
             restored=session.restored.state,
         )
         self.buffer = ReplayBuffer(
@@ -92,6 +92,7 @@ class GrpoStage:
             session.policy,
             session.microbatcher,
             settings=recipe.algorithm,
+            aggregation=recipe.loss.aggregation,
             reference=session.reference,
             recorder=session.recorder,
         )

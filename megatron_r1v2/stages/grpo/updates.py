@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from megatron_r1v2.config.choices import LossAggregation
 from megatron_r1v2.config.schema import AlgorithmConfig
 from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.rl.grpo import GrpoInputs, GrpoSettings, grpo_loss
@@ -31,6 +32,7 @@ class UpdatePhase:
         microbatcher: Microbatcher,
         *,
         settings: AlgorithmConfig,
+        aggregation: LossAggregation,
         reference: ReferenceWeights | None,
         recorder: Recorder,
     ) -> None:
@@ -40,12 +42,14 @@ class UpdatePhase:
             policy: in training.
             microbatcher: makes its batches.
             settings: of the loss, and the bound on the mismatch of engine and training.
+            aggregation: of the losses of tokens.
             reference: where the loss has a KL term.
             recorder: gets the metrics.
         """
         self.policy = policy
         self.microbatcher = microbatcher
         self.settings = settings
+        self.aggregation = aggregation
         self.reference = reference
         self.recorder = recorder
 
@@ -96,7 +100,12 @@ class UpdatePhase:
         """
         # Before the updates: afterwards the optimizer has the rate of the next step.
         learning_rate = current_learning_rate(self.policy.optimizer)
-        loss = partial(batch_loss, algorithm=self.settings, denominator=selection.denominator)
+        loss = partial(
+            batch_loss,
+            algorithm=self.settings,
+            aggregation=self.aggregation.value,
+            denominator=selection.denominator,
+        )
         results: list[UpdateResult] = []
         for update in selection.updates:
             mine = {name: samples[name] for name in update if name in samples}
@@ -138,14 +147,20 @@ def mean_of_updates(of_updates: Sequence[Mapping[str, float]]) -> dict[str, floa
 
 
 def batch_loss(
-    log_probs_BS: torch.Tensor, batch: TrainingBatch, *, algorithm: AlgorithmConfig, denominator: float
+    log_probs_BS: torch.Tensor,
+    batch: TrainingBatch,
+    *,
+    algorithm: AlgorithmConfig,
+    aggregation: str,
+    denominator: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the GRPO loss of a microbatch.
 
     Args:
         log_probs_BS: float32 [B, S] of the policy in training.
         batch: the microbatch.
-        algorithm: clip ranges, KL coefficient, aggregation.
+        algorithm: clip ranges, KL coefficient.
+        aggregation: of the losses of tokens.
         denominator: of the whole batch over all ranks.
 
     Returns:
@@ -169,7 +184,7 @@ def batch_loss(
     settings = GrpoSettings(
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
-        aggregation=algorithm.loss_aggregation.value,
+        aggregation=aggregation,
         kl_coefficient=algorithm.kl_coefficient,
     )
     return grpo_loss(inputs, settings, denominator=denominator)

@@ -26,7 +26,7 @@ def session(root: Path, tmp_path: Path) -> Iterator[Session]:
 @pytest.fixture
 def phase(session: Session) -> Iterator[RolloutPhase]:
     recipe = session.recipe
-    with session.loaded.verifiers(recipe.reward) as pool:
+    with session.loaded.verifiers() as pool:
         yield GrpoStage(session, recipe, pool).rollouts
 
 
@@ -45,7 +45,7 @@ def test_every_prompt_has_its_responses_in_order(session: Session, phase: Rollou
 
 def test_features_of_a_tower_that_trains_are_not_held_during_the_update(root: Path, tmp_path: Path) -> None:
     recipe = recipe_for(root, tmp_path / "run", ("train.parts=[vision]",))
-    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers(recipe.reward) as pool:
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
         phase = GrpoStage(session, recipe, pool).rollouts
         phase.generate_and_score()
         assert session.policy.features is None

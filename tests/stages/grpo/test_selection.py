@@ -14,6 +14,7 @@ from megatron_r1v2.config.schema import (
     BufferConfig,
     GenerationConfig,
     LossAggregation,
+    LossConfig,
     ParallelConfig,
     RewardConfig,
     TrainConfig,
@@ -110,7 +111,8 @@ RECIPES: dict[str, Callable[[], GrpoRecipe]] = {
     "usual": recipe,
     "two updates of tokens, rewards shuffled": lambda: recipe(
         train=TrainConfig(updates_per_step=2),
-        algorithm=AlgorithmConfig(loss_aggregation=LossAggregation.token, kl_coefficient=0.1),
+        algorithm=AlgorithmConfig(kl_coefficient=0.1),
+        loss=LossConfig(aggregation=LossAggregation.token),
         reward=RewardConfig(shuffle=True),
     ),
 }
@@ -196,10 +198,11 @@ def test_advantages_and_effectiveness_by_hand(context):
         replace(response, total=total, rule_correct=total > 1)
         for response, total in zip(step_responses([prompt], 0), (2.0, 0.0, 0.0, 2.0), strict=True)
     ]
-    settings = recipe(algorithm=AlgorithmConfig(advantage_epsilon=0.5))
-    selection = select(settings, None, [prompt], responses, step=4, trains_text=True, context=context)
+    selection = select(recipe(), None, [prompt], responses, step=4, trains_text=True, context=context)
     records = [selection.records[f"p/4/{index}"] for index in range(GROUP)]
-    assert [item.advantage for item in records] == pytest.approx([1 / 1.5, -1 / 1.5, -1 / 1.5, 1 / 1.5])
+    assert [item.advantage for item in records] == pytest.approx(
+        [1 / (1 + 1e-6), -1 / (1 + 1e-6), -1 / (1 + 1e-6), 1 / (1 + 1e-6)], rel=1e-9
+    )
     assert all(item.entry.effective for item in records)
     assert selection.denominator == 4
     sample = fresh_sample(responses[1], prompt, records[1])
@@ -259,7 +262,8 @@ def test_samples_without_advantage_are_in_the_denominator_and_computed_only_for_
         for index, response in enumerate(step_responses(prompts, 0))
     ]
     settings = recipe(
-        algorithm=AlgorithmConfig(loss_aggregation=aggregation, kl_coefficient=kl_coefficient),
+        algorithm=AlgorithmConfig(kl_coefficient=kl_coefficient),
+        loss=LossConfig(aggregation=aggregation),
         train=TrainConfig(updates_per_step=2),
     )
     selection = select(settings, None, prompts, responses, step=0, trains_text=True, context=context)

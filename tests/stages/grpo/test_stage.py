@@ -129,13 +129,13 @@ def test_the_buffer_fills_the_batch_to_its_target(run: Run) -> None:
 
 
 def test_without_a_buffer_nothing_is_replayed(run: Run) -> None:
-    folder = run("train.steps=3", "buffer.enabled=false")
+    folder = run("train.steps=3", "buffer.capacity=0")
     assert [line["ssb/replayed"] for line in read_metrics(folder)] == [0, 0, 0]
     assert "buffer" not in end(folder)["state.pt"]
 
 
 def test_dynamic_sampling_generates_until_enough_groups_are_effective(run: Run) -> None:
-    settings = ("train.steps=2", "train.prompts_per_step=4", "buffer.enabled=false", "train.parts=[language]")
+    settings = ("train.steps=2", "train.prompts_per_step=4", "buffer.capacity=0", "train.parts=[language]")
     plain = read_metrics(run(*settings, name="plain"))
     lines = read_metrics(run(*settings, "algorithm.dynamic_sampling_rounds=3", name="dynamic"))
     assert [line["rollout/responses"] for line in plain] == [16, 16]
@@ -182,7 +182,7 @@ def test_shuffled_rewards_teach_the_wrong_responses(run: Run) -> None:
 def test_every_rule_of_the_hybrid_reward_is_weighed_logged_and_shown(run: Run) -> None:
     rules = {"answer": 1.0, "format": 0.2, "consistency": 0.1, "steps": 0.1, "repetition": 0.1, "overlong": 0.1}
     weights = [f"reward.{name}_weight={weight}" for name, weight in rules.items()]
-    folder = run("train.steps=1", "logging.sample_rollouts=100", "reward.overlong_buffer_tokens=2", *weights)
+    folder = run("train.steps=1", "logging.sample_rollouts=100", *weights)
     [line] = read_metrics(folder)
     assert {f"reward/{name}/mean" for name in rules} == {name for name in line if name.startswith("reward/")}
     rollouts = read_rollouts(folder)
@@ -209,7 +209,7 @@ def test_microbatches_and_recomputation_do_not_change_the_gradient(run: Run, one
 
 
 def test_token_aggregation_weighs_long_responses_more(run: Run, one_step: Path) -> None:
-    other = run("train.steps=1", ALL_PARTS, "algorithm.loss_aggregation=token")
+    other = run("train.steps=1", ALL_PARTS, "loss.aggregation=token")
     assert relative_difference(gradients(other), gradients(one_step)) > 1e-3
     ours, theirs = read_metrics(other)[0], read_metrics(one_step)[0]
     assert ours["reward/answer/mean"] == theirs["reward/answer/mean"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_r1v2.config.choices import LossAggregation
 from megatron_r1v2.config.schema import AlgorithmConfig
 from megatron_r1v2.stages.grpo.updates import UpdatePhase, batch_loss, mean_of_updates
 from megatron_r1v2.stages.session import Session, open_session
@@ -36,6 +37,7 @@ def phase_of(session: Session) -> UpdatePhase:
         session.policy,
         session.microbatcher,
         settings=session.recipe.algorithm,
+        aggregation=LossAggregation.sequence,
         reference=session.reference,
         recorder=session.recorder,
     )
