@@ -1,1 +1,1 @@
-"""The settings of a run: dataclasses, YAML loading, dotted overrides."""
+"""The settings of a run: sections, a recipe for each stage, YAML and overrides, help."""

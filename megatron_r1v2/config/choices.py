@@ -16,14 +16,14 @@ class StageName(str, Enum):
 
 
 class Layers(str, Enum):
-    """Which layer implementation megatron-core builds."""
+    """The implementation of the layers that megatron-core builds."""
 
     local = "local"
     te = "te"
 
 
 class Fp8(str, Enum):
-    """How the matrix products of the language model are scaled to 8 bits; the vision tower stays in bf16."""
+    """The scaling of the language model's matrix products to 8 bits; the vision tower stays in bf16."""
 
     none = "none"
     tensorwise = "tensorwise"
@@ -47,14 +47,14 @@ class Part(str, Enum):
 
 
 class LossAggregation(str, Enum):
-    """How token losses become one number: the mean of per-response means (eq. 8), or one mean over all tokens."""
+    """The way from token losses to one number: the mean of per-response means (eq. 8), or one mean over all tokens."""
 
     sequence = "sequence"
     token = "token"
 
 
 class Recompute(str, Enum):
-    """What the backward pass computes again instead of keeping."""
+    """The activations that the backward pass computes again instead of keeping."""
 
     none = "none"
     selective = "selective"
@@ -62,7 +62,7 @@ class Recompute(str, Enum):
 
 
 class Packing(str, Enum):
-    """How sequences of different lengths share a microbatch."""
+    """The way in which sequences of different lengths share a microbatch."""
 
     none = "none"
     first_fit_decreasing = "first_fit_decreasing"

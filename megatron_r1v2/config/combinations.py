@@ -1,4 +1,4 @@
-"""What sections need of themselves and of each other, beyond the bounds of single settings; one sentence a mistake."""
+"""Checks of sections and of their combinations, beyond the bounds of single settings; one sentence for each mistake."""
 
 from __future__ import annotations
 

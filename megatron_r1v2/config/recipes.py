@@ -56,7 +56,7 @@ class Recipe(Section):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from compute_mistakes(self.model, self.parallel, self.generation)
 
     @model_validator(mode="after")
@@ -96,7 +96,7 @@ class TrainingRecipe(Recipe):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from training_mistakes(self.train, self.model)
         yield from validation_mistakes(self.evaluation, self.data)
@@ -124,7 +124,7 @@ class AlignRecipe(TrainingRecipe):
     reward: RewardConfig = Field(default_factory=RewardConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
 
@@ -159,7 +159,7 @@ class PairsRecipe(Recipe):
     train: TrainConfig = Field(default_factory=TrainConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from training_mistakes(self.train, self.model)
         yield from claim_mistakes(self.reward)
@@ -193,7 +193,7 @@ class MpoRecipe(TrainingRecipe):
     hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
         yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
@@ -224,7 +224,7 @@ class RewardModelRecipe(TrainingRecipe):
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         if self.evaluation.stop_at_pass_at_1:
             yield (
@@ -252,7 +252,7 @@ class GrpoRecipe(TrainingRecipe):
     hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
         yield from score_source_mistakes(self.reward, self.reward_model)
@@ -286,7 +286,7 @@ class EvaluateRecipe(Recipe):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     def mistakes(self) -> Iterator[str]:
-        """Yield what is wrong with settings that are right one by one."""
+        """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
         yield from endpoint_mistakes(self.evaluation)

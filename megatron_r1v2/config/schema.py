@@ -1,6 +1,6 @@
 """The sections of a recipe: every setting with its default, its bounds, and its meaning below it.
 
-Which sections a stage reads is in `config/recipes.py`. Megatron's own sizes are derived from the model's HF
+The sections that each stage reads are in `config/recipes.py`. Megatron's own sizes are derived from the model's HF
 configuration; `model.transformer_config` passes anything else through to megatron-core verbatim.
 """
 
@@ -27,7 +27,8 @@ from megatron_r1v2.config.choices import (
 class Section(BaseModel):
     """Settings that belong together: immutable, and checked when they are made.
 
-    Strict: 1 is no text and true is no number. Choices and lists, which YAML has as text and lists, are `strict=False`.
+    Strict: a number is not taken for text, nor true for a number. Choices are text and tuples are lists in YAML, so
+    their fields are `strict=False`.
     """
 
     model_config = ConfigDict(
@@ -44,10 +45,10 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """What this run is and where it writes."""
+    """The stage of the run and its folder."""
 
     stage: StageName | None = Field(None, strict=False)
-    """What the recipe is for; each recipe says it."""
+    """The stage that the recipe is for; each recipe names it."""
     output_dir: str = Field("runs/r1v2", pattern=r"\S")
     """Everything the run writes goes below this folder, whose name is that of the run in the report and in wandb. The
     shards of the pairs stage are the folder itself, which must not exist yet."""
@@ -61,7 +62,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which weights to start from and how to compute with them."""
+    """The weights to start from, and the way to compute with them."""
 
     hf_path: str = ""
     """Folder of the whole model in the layout of transformers' InternVL (see checkpoint_tools/reassemble.py)."""
@@ -81,7 +82,7 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is split over processes; data parallelism takes the rest of the world size."""
+    """The split of the model over processes; data parallelism takes the rest of the world size."""
 
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks."""
@@ -92,11 +93,11 @@ class ParallelConfig(Section):
     first_stage_layers: int = Field(0, ge=0)
     """Language layers on the first stage, which also has the vision tower; 0: even split."""
     timeout_minutes: float = Field(60.0, gt=0)
-    """How long a collective may wait before the run is ended."""
+    """A collective that waits longer ends the run."""
 
 
 class DataConfig(Section):
-    """Where prompts come from."""
+    """The prompts and how they are read."""
 
     train: str = ""
     """Folder of WebDataset shards made by `r1v2 prepare`."""
@@ -113,7 +114,7 @@ class DataConfig(Section):
 
 
 class GenerationConfig(Section):
-    """How responses are sampled."""
+    """The sampling of responses."""
 
     responses_per_prompt: int = Field(8, ge=1)
     """N of GRPO."""
@@ -138,7 +139,7 @@ class GenerationConfig(Section):
 
 
 class RewardConfig(Section):
-    """How a response is scored: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
+    """The score of a response: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
 
     A part whose weight is 0 is not computed, but for answer and format. One that does not apply to a prompt hands its
     weight to the others.
@@ -174,7 +175,7 @@ class RewardConfig(Section):
 
 
 class RewardModelConfig(Section):
-    """Where the scores for `reward.model_weight` come from, and how the reward_model stage trains."""
+    """The source of the scores that `reward.model_weight` weighs, and the training of the reward_model stage."""
 
     checkpoint: str = ""
     """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout. Its
@@ -188,7 +189,7 @@ class RewardModelConfig(Section):
 
 
 class LossConfig(Section):
-    """How the losses of tokens become one number."""
+    """The way from token losses to one number."""
 
     aggregation: LossAggregation = Field(LossAggregation.sequence, strict=False)
     """sequence: the mean of per-response means, equation 8 of GRPO and equation 5 of the generation term of MPO; token:
@@ -230,7 +231,7 @@ class PreferenceConfig(Section):
     min_margin: float = Field(0.0, ge=-1e6, le=1e6)
     """tau: pairs with a smaller margin (reward of chosen - rejected) are left out; one without a margin counts as 0."""
     reference_dir: str = ""
-    """Where log-probs under the model that the stage starts from are kept, for all runs on the same pairs and model;
+    """Folder for the log-probs under the model that the stage starts from, for all runs on the same pairs and model;
     empty: `run.output_dir`/reference."""
 
 
@@ -251,7 +252,7 @@ class TrainConfig(Section):
     """The update."""
 
     parts: tuple[Annotated[Part, Field(strict=False)], ...] = Field((Part.adapter,), strict=False)
-    """Which parts train: any of vision, adapter, language; the reward_model stage also trains score, its new head."""
+    """The parts that train: any of vision, adapter, language; in the reward_model stage also score, its new head."""
     steps: int = Field(100, ge=1)
     """Steps of this stage."""
     prompts_per_step: int = Field(64, ge=1)
@@ -268,7 +269,7 @@ class TrainConfig(Section):
     learning_rate: float = Field(1e-6, ge=0)
     """The highest rate, reached after the warm-up."""
     min_learning_rate: float = Field(0.0, ge=0)
-    """Where the cosine decay ends."""
+    """The rate at the end of the cosine decay."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.0, ge=0)
@@ -281,7 +282,7 @@ class TrainConfig(Section):
     """An update whose gradient norm (before clipping) is above this is skipped, as one that is not finite always is;
     0: no bound."""
     recompute: Recompute = Field(Recompute.none, strict=False)
-    """What the backward pass computes again to save memory: none, selective (core attention) or full (whole layers)."""
+    """Activations that the backward pass computes again: none, selective (core attention) or full (whole layers)."""
 
 
 class EvaluationConfig(Section):
@@ -292,7 +293,7 @@ class EvaluationConfig(Section):
     every_steps: int = Field(0, ge=0)
     """During training, by the rules alone: no judge is asked; 0: never."""
     prompts: int = Field(0, ge=0)
-    """How many prompts, from the start of the shards; 0: all."""
+    """So many prompts, from the start of the shards; 0: all."""
     runs: int = Field(5, ge=1)
     """Sampled responses per prompt."""
     temperature: float = Field(1.0, ge=0)
@@ -314,11 +315,11 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where metrics go; `run.output_dir`/metrics.jsonl is always written."""
+    """The places for metrics; `run.output_dir`/metrics.jsonl is always written."""
 
     trackers: tuple[Annotated[Tracker, Field(strict=False)], ...] = Field((), strict=False)
-    """Where else: wandb; wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`. The project of
-    wandb is that of its environment variable WANDB_PROJECT, or megatron_r1v2."""
+    """Further places: wandb; wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`. wandb's
+    project is that of its environment variable WANDB_PROJECT, or megatron_r1v2."""
     sample_rollouts: int = Field(8, ge=0)
     """Rollouts per step kept for the report."""
 
@@ -358,7 +359,7 @@ class HallucinationConfig(Section):
 
 
 class PairsConfig(Section):
-    """How the pairs command makes preference pairs of the model's own responses to the prompts of `data.train`."""
+    """The choice of preference pairs among the model's own responses to the prompts of `data.train`."""
 
     max_pairs_per_prompt: int = Field(4, ge=0)
     """Pairs of the responses to one prompt, a DropoutNTP pair not counted."""

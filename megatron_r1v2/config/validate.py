@@ -1,4 +1,4 @@
-"""What is checked when a command starts: files that must be there, libraries, devices, and sizes that must divide."""
+"""Checks at the start of a command: files that must exist, libraries, devices, and sizes that must divide."""
 
 from __future__ import annotations
 

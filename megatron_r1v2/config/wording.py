@@ -1,4 +1,4 @@
-"""What a setting accepts, and why a value is refused, in words."""
+"""Words for the values that a setting accepts, and for the refusal of others."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def read_yaml_mapping(path: Path, *, what: str) -> dict[str, object]:
 
     Args:
         path: the file.
-        what: the mapping is, for errors.
+        what: "names to values", in the words of the error.
 
     Raises:
         ValueError: it is not there, not valid YAML, or not a mapping.
