@@ -107,7 +107,7 @@ def test_a_sample_that_nobody_holds_is_an_error_with_its_name():
         mine, prompts = send_to_trainers(held, PROMPTS, {"p2/0": 0, "p0/0": 0}, **arguments)
         assert list(mine) == ["p0/0", "p2/0"]
         assert set(prompts) == {"p0", "p2"}
-        with pytest.raises(RuntimeError, match=r"1 samples.*'p2/9'.*buffer\.enabled=false"):
+        with pytest.raises(RuntimeError, match=r"1 samples.*'p2/9'.*buffer\.capacity=0"):
             send_to_trainers(held, PROMPTS, {"p2/0": 0, "p2/9": 0}, **arguments)
     finally:
         groups.shut_down()
