@@ -180,7 +180,11 @@ def _measure(case: Case, peak: Callable[[Callable[[], Any]], int]) -> dict[str, 
 
     def update() -> Any:
         loss = lambda log_probs_BS, batch: batch_loss(  # noqa: E731
-            log_probs_BS, batch, algorithm=AlgorithmConfig(), denominator=float(case.rows * case.microbatches)
+            log_probs_BS,
+            batch,
+            algorithm=AlgorithmConfig(),
+            aggregation="sequence",
+            denominator=float(case.rows * case.microbatches),
         )
         return policy.update(batches, loss).logged()
 

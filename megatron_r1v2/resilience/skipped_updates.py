@@ -70,7 +70,7 @@ class SkippedUpdates:
         if self.in_a_row >= MAX_IN_A_ROW:
             raise RuntimeError(
                 f"update {version + 1} was skipped, since {reason}; with it {MAX_IN_A_ROW} in a row are. "
-                f" The weights are as they were before the first, and what they were made of is in {self.folder}. "
+                f"The weights are as they were before the first, and what they were made of is in {self.folder}. "
                 "Lower train.learning_rate or set train.clip_grad, and start again; if the update before them broke "
                 "the weights, delete the newest checkpoint, so that the one before is used"
             )

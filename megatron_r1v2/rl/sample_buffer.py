@@ -196,7 +196,7 @@ class SampleBuffer:
             if count is None or set(values) != names:
                 raise ValueError(
                     f"a saved buffer entry has the fields {sorted(saved)}, expected {sorted([*names, 'reuse'])}: "
-                    "the checkpoint is of another version; continue without it by setting buffer.enabled=false"
+                    "the checkpoint is of another version; continue without it by setting buffer.capacity=0"
                 )
             entry = BufferEntry(**values)
             entries[entry.sample_id], reuse[entry.sample_id] = entry, int(count)

@@ -198,6 +198,7 @@ def run_step(
     loss = partial(
         batch_loss,
         algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP),
+        aggregation="sequence",
         denominator=len(material.samples) + LEFT_OUT,
     )
     result = policy.update(batches, loss)

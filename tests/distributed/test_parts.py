@@ -139,7 +139,12 @@ def step(policy: Policy, material: Material) -> dict[str, float]:
     """Take one step on the same samples at every layout; data-parallel ranks have one microbatch each."""
     size, rank = policy.context.data_size, policy.context.data_rank
     batches = [collate_microbatch(material, names, policy.model, policy.context) for names in MICROBATCHES[rank::size]]
-    loss = partial(batch_loss, algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP), denominator=4)
+    loss = partial(
+        batch_loss,
+        algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP),
+        aggregation="sequence",
+        denominator=4,
+    )
     return policy.update(batches, loss).logged()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from megatron_r1v2.config.schema import EvaluationConfig, ParallelConfig, RewardConfig
 from megatron_r1v2.evaluation.evaluator import Evaluator
+from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout
@@ -52,7 +53,7 @@ def evaluate() -> dict[str, Any]:
     evaluator = Evaluator(
         engine=engine,
         features=SimpleNamespace(),
-        settings=EvaluationConfig(runs=RUNS, temperature=0.6, top_p=0.9, seed=4),
+        settings=EvaluationConfig(runs=RUNS, temperature=0.6, top_p=0.9),
         # Without a reward model its weight must not count.
         reward=RewardConfig(model_weight=0.5),
         pool=pool,
@@ -81,12 +82,12 @@ def test_two_replicas_share_the_prompts_and_agree_on_the_result():
     # 8 by the answer in run 0, "nine" as an alternative in run 1, nothing in run 2; for three of five prompts.
     assert result.runs == (0.6, 0.6, 0.0)
     assert (result.num_prompts, result.step, result.mean_response_tokens) == (5, 12, 2.0)
-    assert (result.temperature, result.top_p, result.seed, result.judged) == (0.6, 0.9, 4, 0)
+    assert (result.temperature, result.top_p, result.seed, result.judged) == (0.6, 0.9, EVALUATION_SEED, 0)
     assert sorted(first["seen"] + second["seen"]) == sorted(KEYS + KEYS[:2]), "each prompt by one replica"
     expected = [(key, run) for key in KEYS[:2] for run in range(RUNS)]
     assert first["order"] == second["order"] == expected
     assert first["waited"] == ["evaluated-after-12", "evaluated-more-12"]
     assert sum(first["told"] + second["told"]) == RUNS * 7
     sampling = first["asked"][0]
-    assert (sampling.num_responses, sampling.policy_version, sampling.seed) == (RUNS, 0, 4)
+    assert (sampling.num_responses, sampling.policy_version, sampling.seed) == (RUNS, 0, EVALUATION_SEED)
     assert (sampling.temperature, sampling.top_p, sampling.max_response_tokens) == (0.6, 0.9, 7)

@@ -7,6 +7,7 @@ import torch
 
 from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.config.schema import EvaluationConfig, RunConfig
+from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED
 from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log, outcome_of
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
@@ -79,7 +80,7 @@ def test_an_outcome_is_what_counts_of_a_row(pool):
 
 
 def recipe(tmp_path, **evaluation):
-    settings = {"data": str(tmp_path / "data"), "runs": 2, "attempts": 1} | evaluation
+    settings = {"data": str(tmp_path / "data"), "runs": 2} | evaluation
     return EvaluateRecipe(run=RunConfig(output_dir=str(tmp_path)), evaluation=EvaluationConfig(**settings))
 
 
@@ -93,7 +94,7 @@ def test_rows_beyond_the_prompts_and_runs_that_are_asked_for_do_not_count(tmp_pa
         log.append(evaluation_rows(asked, responses, step=5, pool=pool))
         result = conclude(settings, "a", ["q-2", "q-1"], log, model="m", step=5)
     assert (result.pass_at_1, result.num_prompts, len(result.runs)) == (0.5, 2, 2)
-    assert (result.model, result.step, result.seed) == ("m", 5, settings.evaluation.seed)
+    assert (result.model, result.step, result.seed) == ("m", 5, EVALUATION_SEED)
     lines = [json.loads(line) for line in (tmp_path / "evaluation-a.rollouts.jsonl").read_text().splitlines()]
     assert [(line["prompt_key"], line["sample_index"]) for line in lines] == [
         ("q-2", 0), ("q-2", 1), ("q-1", 0), ("q-1", 1),
@@ -120,7 +121,7 @@ def test_a_log_belongs_to_all_settings_that_decide_its_rows(tmp_path):
     with open_log(settings.changed(evaluation=settings.evaluation.changed(runs=9)), "a", model="m", step=0):
         pass  # more runs of the same
     endpoint = {"endpoint_url": "http://a", "endpoint_model": "m"}
-    for changes in ({"temperature": 0.1}, {"top_p": 0.5}, {"seed": 9}, {"data": "other"}, endpoint):
+    for changes in ({"temperature": 0.1}, {"top_p": 0.5}, {"data": "other"}, endpoint):
         other = settings.changed(evaluation=settings.evaluation.changed(**changes))
         with pytest.raises(ValueError, match=f"evaluation.{next(iter(changes))} was"):
             open_log(other, "a", model="m", step=0)

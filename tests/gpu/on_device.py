@@ -152,7 +152,12 @@ def _measured_step(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     batches = [collate_microbatch(material, names, policy.model, context)]
-    loss = partial(batch_loss, algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP), denominator=3)
+    loss = partial(
+        batch_loss,
+        algorithm=AlgorithmConfig(clip_low=CLIP, clip_high=CLIP),
+        aggregation="sequence",
+        denominator=3,
+    )
     metrics = policy.update(batches, loss).logged()
     del batches
     return metrics | {"bytes held": held, "peak bytes": torch.cuda.max_memory_allocated() - held if on_gpu else 0}

@@ -16,7 +16,7 @@ from megatron_r1v2.serve.chat_request import read_chat_request, served_request
 from megatron_r1v2.serve.web import RequestError, error_body
 from tests.tiny import tiny_png
 
-SETTINGS = GenerationConfig(max_response_tokens=65536, temperature=0.6, top_p=0.95)
+SETTINGS = GenerationConfig(max_response_tokens=65536, temperature=0.6)
 SERVED = served_request("tiny", SETTINGS, max_choices=8)
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -32,7 +32,7 @@ def image_part(data: bytes = b"", kind: str = "png") -> dict:
 
 def test_what_is_not_said_is_the_servers_default():
     asked = read()
-    assert (asked.response_tokens, asked.temperature, asked.top_p, asked.n) == (65536, 0.6, 0.95, 1)
+    assert (asked.response_tokens, asked.temperature, asked.top_p, asked.n) == (65536, 0.6, 1.0, 1)
     assert (asked.stop, asked.stream, asked.stream_options.include_usage, asked.seed, asked.logprobs) == (
         (),
         False,

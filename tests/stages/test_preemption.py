@@ -53,7 +53,7 @@ class Scripted:
 
     def receive(self, number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while number not in self.stop_signals._received and time.monotonic() < deadline:
             time.sleep(0.01)
 

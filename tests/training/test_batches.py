@@ -27,6 +27,7 @@ def as_units(lengths):
     return {name: [length] for name, length in lengths.items()}
 
 
+@settings(deadline=None)
 @given(
     lengths=st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(1, 50), max_size=12),
     size=st.integers(1, 5),

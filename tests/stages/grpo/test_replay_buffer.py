@@ -27,7 +27,7 @@ def context() -> Iterator[ParallelContext]:
 
 
 def buffer_of(context: ParallelContext, *, enabled: bool = True, restored: Restored | None = None) -> ReplayBuffer:
-    settings = BufferConfig(enabled=enabled, capacity=10)
+    settings = BufferConfig(capacity=10 if enabled else 0)
     return ReplayBuffer(settings, context, model_weight=1.0, restored=restored or Restored())
 
 

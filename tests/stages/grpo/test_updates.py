@@ -126,7 +126,9 @@ def test_the_loss_of_a_row_by_hand(cap: float, factor: float) -> None:
     targets = RLTargets((-1.0, -2.0), 3.0, 1.0, 0, group_effective=True, old_log_probs=(-1.0, -2.0))
     batch = batch_of(response_sample(PROMPT, (5, 6), rl=targets))
     log_probs_BS = batch.old_log_probs_BS.clone().requires_grad_()
-    loss, _ = batch_loss(log_probs_BS, batch, algorithm=AlgorithmConfig(importance_cap=cap), denominator=4.0)
+    loss, _ = batch_loss(
+        log_probs_BS, batch, algorithm=AlgorithmConfig(importance_cap=cap), aggregation="sequence", denominator=4.0
+    )
     assert loss.item() == pytest.approx(-3.0 * factor / 4)
     loss.backward()
     gradient_BS = log_probs_BS.grad
@@ -137,5 +139,7 @@ def test_the_loss_of_a_row_by_hand(cap: float, factor: float) -> None:
 
 def test_a_filler_has_no_loss() -> None:
     batch = replace(batch_of(make_sample(PROMPT)), weights_B=torch.zeros(1))
-    loss, _ = batch_loss(batch.old_log_probs_BS, batch, algorithm=AlgorithmConfig(), denominator=4.0)
+    loss, _ = batch_loss(
+        batch.old_log_probs_BS, batch, algorithm=AlgorithmConfig(), aggregation="sequence", denominator=4.0
+    )
     assert loss.item() == 0.0
