@@ -40,9 +40,7 @@ def check_base(base: Path, checkpoint: Path, state: Mapping[str, Any], *, worker
 
     Args:
         base: a Hugging Face folder of a whole model.
-        checkpoint: of the run.
         state: of the run (`load_state`).
-        workers: threads that read the base.
 
     Raises:
         ValueError: the run's record of its base (architecture, checksums of what was not trained) is of another model;

@@ -22,13 +22,7 @@ _UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 
 
 def tool_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """Return the parser of one tool.
-
-    Args:
-        name: of its module.
-        description: its docstring.
-        epilog: an example, and notes.
-    """
+    """Return the parser of one tool."""
     return argparse.ArgumentParser(
         prog=f"python -m checkpoint_tools.{name}",
         description=description,

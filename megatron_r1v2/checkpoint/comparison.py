@@ -124,7 +124,6 @@ def verify(path: Path, base: Path | None, *, workers: int) -> Verification:
 
     Args:
         path: see `open_checkpoint`, as `base`.
-        workers: threads.
 
     Raises:
         ValueError: something is damaged.
@@ -143,7 +142,6 @@ def compare(first: SourceSpec, second: SourceSpec, *, workers: int, logits: bool
     """Compare two checkpoints, parameter by parameter, in our names.
 
     Args:
-        workers: threads.
         logits: also compute both models' logits.
     """
     with first.open() as a, second.open() as b:

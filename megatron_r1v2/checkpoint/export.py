@@ -29,12 +29,9 @@ def export_checkpoint(
 
     Args:
         path: a run (its newest checkpoint) or a checkpoint.
-        output: the folder to make.
         base: Hugging Face folder that the run started from; None: the one that its recipe names, where it exists.
         layout: of the output; None: that of the base.
         dtype: a key of DTYPES; empty: that of the checkpoint.
-        max_shard_bytes: size of a safetensors file.
-        options: the way that the conversion is run.
 
     Returns:
         A sentence part that says which parts came from where.

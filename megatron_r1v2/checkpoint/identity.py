@@ -44,11 +44,7 @@ def combined_digest(identities: Mapping[str, TensorIdentity]) -> str:
 
 
 def model_digest(source: Source, *, parts: tuple[str, ...], workers: int) -> str:
-    """Return one SHA-256 of a model's architecture and the parameters of some parts.
-
-    Args:
-        workers: threads that read and hash.
-    """
+    """Return one SHA-256 of a model's architecture and the parameters of some parts."""
     names = [name for name in source.names() if name.split(".")[0] in parts]
     identities = in_threads(lambda ours: tensor_identity(source.parameter(ours)), names, workers=workers)
     described = f"{architecture_json(source.architecture)}\n{combined_digest(identities)}"

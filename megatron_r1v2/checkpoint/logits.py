@@ -17,10 +17,6 @@ _TEXT_TOKENS = 16
 def logits_of_both(first: SourceSpec, second: SourceSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Build each model on one rank in fp32 and run it on the same random tokens and the same random tile.
 
-    Args:
-        first: how to open one.
-        second: how to open the other; has the same sizes.
-
     Returns:
         Logits [1, S, V] of each.
 

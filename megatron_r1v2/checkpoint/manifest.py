@@ -126,7 +126,6 @@ class Manifest:
         """Return how a file differs from the manifest; None: it does not.
 
         Args:
-            name: of a file in the manifest.
             read: compare its checksum, not only its size.
         """
         path, entry = self.path.parent / name, self.files[name]

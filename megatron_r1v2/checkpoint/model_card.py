@@ -55,11 +55,8 @@ def model_card(
     """Return the card of an exported checkpoint.
 
     Args:
-        checkpoint: that was exported.
         state: of its run (`load_state`).
         base: Hugging Face folder that the run started from; None: the checkpoint is a converted folder.
-        layout: of the export.
-        tokens_per_tile: image tokens that a tile becomes.
     """
     trained = ", ".join(state["trained"] or state["parts"])
     origin = f"the {trained} weights of `{checkpoint}` after step {state['step']}"

@@ -91,7 +91,6 @@ class OpenSource:
     """A source that closes what it has opened."""
 
     def __init__(self) -> None:
-        """Begin with nothing open."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -110,7 +109,6 @@ class TableSource(OpenSource):
     architecture: R1V2Architecture
 
     def __init__(self) -> None:
-        """Begin with nothing open and no rows."""
         super().__init__()
         self._rows: dict[str, MappedParameter] = {}
 

@@ -49,14 +49,7 @@ def reassemble(
     The embedding grows only when the image tokens do not fit into it; new rows are the mean of the others.
 
     Args:
-        components: the folders to splice, and how.
-        output: the new folder.
-        layout: of the new folder.
-        max_shard_bytes: size of a safetensors file.
         options: the way that the conversion is run; None: quietly.
-
-    Returns:
-        The sizes of the result.
 
     Raises:
         ValueError: a component is missing something, has something else, or does not fit the others.

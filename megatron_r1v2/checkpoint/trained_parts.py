@@ -66,10 +66,8 @@ def export_parts(
 
     Args:
         path: a run (its newest checkpoint) or a checkpoint.
-        output: the folder to make.
         base: the model that the run started from; None: the one that its recipe names.
         dtype: a key of DTYPES; empty: that of the checkpoint.
-        options: the way that the conversion is run.
 
     Returns:
         The description that was written, and the base.
@@ -103,10 +101,7 @@ def apply_parts(folder: Path, output: Path, *, base: Path, form: HfFormat, optio
 
     Args:
         folder: that `export_parts` made.
-        output: the folder to make.
         base: a Hugging Face folder of a whole model.
-        form: of the output.
-        options: the way that the conversion is run.
 
     Raises:
         ValueError: the parts were trained on another model.

@@ -159,8 +159,6 @@ def make_components_companions(
     Args:
         components: tokenizer and statistics of the pixels come from them.
         config: of `components_config`.
-        folder: of the whole model.
-        layout: of the folder.
         dtypes: of the weights.
     """
     copy_companions(components.language, folder)
@@ -179,7 +177,6 @@ def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: I
     """Write config.json, tokenizer and processor of a model from those of a folder in either layout.
 
     Args:
-        source: the folder that has them.
         folder: where they go.
         layout: of the new folder; None: that of the source.
         dtypes: of the weights.
@@ -284,11 +281,8 @@ def write_processor(
     """Write the processor files that transformers' InternVLProcessor reads.
 
     Args:
-        folder: of the whole model.
         config: in transformers' layout, with `image_seq_length`.
-        max_tiles: tiles that an image is cut into at most.
         stated: preprocessor_config.json of the tower's own folder; empty: ImageNet's statistics.
-        replace: write over files that are there.
     """
     architecture = r1v2_architecture(config)
     vision = architecture.vision

@@ -183,7 +183,6 @@ def are_tied(folder: SafetensorsFolder, stored: Mapping[str, str]) -> bool:
     """Return whether embedding and output matrix are one, where the configuration means them to be.
 
     Args:
-        folder: with the weights.
         stored: the name of a tensor in the folder by the table's name of it.
     """
     if not {HF_OUTPUT, HF_EMBEDDING} <= stored.keys():
@@ -252,10 +251,6 @@ def transformers_vision_config(chat: Config) -> dict[str, object]:
 
 def transformers_config(chat: Config, *, image_token_id: int) -> dict[str, object]:
     """Translate a config.json of the chat layout to transformers' InternVL.
-
-    Args:
-        chat: the content of config.json.
-        image_token_id: of `<IMG_CONTEXT>`.
 
     Raises:
         ValueError: a part is missing, or something is configured that the model does not compute.

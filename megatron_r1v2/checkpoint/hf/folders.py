@@ -165,11 +165,6 @@ def write_json(path: Path | str, content: Mapping[str, object]) -> None:
 def check_output(output: Path | str, *, sources: Iterable[Path | str], overwrite: bool) -> None:
     """Refuse an output folder that would destroy something; call before any work is done.
 
-    Args:
-        output: the folder to be written.
-        sources: folders that are read.
-        overwrite: whether an existing `output` may be replaced.
-
     Raises:
         ValueError: `output` is a source, inside one or around one, or exists without `overwrite`.
     """
@@ -251,11 +246,8 @@ def write_hf_folder(
     """Write a Hugging Face folder whose configuration, tokenizer and processor are those of `base`.
 
     Args:
-        output: the new folder.
         base: the folder that the model was read from.
         tensors: name and tensor, in the layout that the config.json of `base` describes.
-        overwrite: whether an existing `output` is replaced.
-        max_shard_bytes: size of a safetensors file.
 
     Raises:
         ValueError: `output` is refused (`check_output`), or `base` has no config.json.

@@ -41,8 +41,6 @@ class MappedParameter:
 
         Args:
             tensors: at least the tensors named in `hf`.
-            tensor_rank: which shard.
-            tensor_size: how many shards there are.
 
         Raises:
             ValueError: a tensor has not the shape that config.json implies.
@@ -82,10 +80,6 @@ class MappedParameter:
 
 def parameter_map(architecture: R1V2Architecture, layout: Layout = "transformers") -> tuple[MappedParameter, ...]:
     """Return the table's rows for an architecture, layers written out.
-
-    Args:
-        architecture: sizes and variants; decides which rows exist.
-        layout: the Hugging Face side.
 
     Raises:
         ValueError: the layout cannot hold this model.
@@ -159,9 +153,7 @@ def hf_leftovers(
     """Compare a checkpoint's tensors with the table.
 
     Args:
-        architecture: of the model.
         hf_names: canonical names of the tensors that the checkpoint has.
-        layout: of the checkpoint.
 
     Returns:
         The names that no row reads, and the names that are read but not there. The output matrix of a model with tied

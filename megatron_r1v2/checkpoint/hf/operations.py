@@ -21,8 +21,6 @@ class Operation(Protocol):
 
         Args:
             tensors: the Hugging Face tensors, in the order of the table.
-            tensor_rank: which shard.
-            tensor_size: how many shards there are.
         """
         ...
 

@@ -71,7 +71,6 @@ def write_safetensors_file(
     """Write a file whose tensors are made one after the other: no more than one of them is in memory.
 
     Args:
-        path: of the file to make.
         tensors: name, shape and dtype of each, known beforehand.
         read: the tensors in the same order, on the CPU.
         wrote: called with the number of bytes after each tensor.

@@ -41,9 +41,6 @@ def load_hf_weights(
 
     Args:
         model: unwrapped (no DDP around it).
-        hf_path: folder of the whole model.
-        context: decides the tensor-parallel shard.
-        layout: of the folder.
         cast: whether the folder's dtype may be rounded to the model's. A wider model dtype is always fine.
 
     Raises:
@@ -86,7 +83,6 @@ def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tu
 
     Args:
         model: unwrapped.
-        context: the layout.
 
     Yields:
         Name and whole tensor; the tensor is None anywhere but on the main rank.
@@ -120,10 +116,7 @@ def save_hf(
 
     Args:
         model: unwrapped.
-        output: the new folder.
         base: the folder the model was first read from, for config.json, tokenizer and processor.
-        context: the layout.
-        overwrite: whether an existing `output` is replaced.
 
     Raises:
         ValueError: on every rank, when `output` is refused (see `check_output`).

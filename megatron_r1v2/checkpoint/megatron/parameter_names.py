@@ -25,7 +25,6 @@ def dist_entry(ours: str, architecture: R1V2Architecture) -> DistEntry:
 
     Args:
         ours: our name in the whole model, of the table in `mapping.py`.
-        architecture: how many layers there are.
     """
     match = _LAYER.fullmatch(ours)
     if match is None:

@@ -99,7 +99,6 @@ class TorchDist:
         """Read one parameter, put together from its parts.
 
         Args:
-            entry: the parameter.
             check_crc: whether the CRC-32 of each record is checked; not needed where a digest is.
 
         Raises:
@@ -171,8 +170,6 @@ def write_records(
     """Write a file of records, holding one tensor at a time.
 
     Args:
-        path: the file to make.
-        parameters: place, shape and dtype of each tensor.
         read: the tensors in the same order, each as blocks of its rows.
         wrote: called with the number of bytes after each tensor.
 

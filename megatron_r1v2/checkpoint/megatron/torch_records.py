@@ -46,8 +46,6 @@ def write_record(file: BinaryIO, info: TensorInfo, blocks: Sequence[torch.Tensor
     """Append a record to a file.
 
     Args:
-        file: open for writing.
-        info: shape and dtype of the tensor.
         blocks: its rows, from the first to the last, in one tensor or several, on the CPU.
 
     Returns:
@@ -76,9 +74,6 @@ def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, 
     """Read a record.
 
     Args:
-        file: open for reading.
-        start: position of the record in the file.
-        length: of the record.
         mapped: the whole file, in memory; the tensor lies there, or is a copy where that is not aligned.
         check_crc: whether the CRC-32 of the storage is checked.
 
