@@ -86,9 +86,7 @@ class ChatEndpoint:
         Args:
             kind: the settings are `evaluation.KIND_url` and so on.
             url: up to /v1.
-            model: its name in requests.
             key_variable: environment variable with the API key; empty: no key.
-            patience: the bounds on asking.
             sleep: waits between attempts; None: until another request fails.
         """
         self.kind = kind
@@ -121,7 +119,6 @@ class ChatEndpoint:
         """Ask about many things at once.
 
         Args:
-            tasks: one request each.
             body: makes the request of a task, less the model's name; called in a thread of its own.
             about: names a task in an error.
 

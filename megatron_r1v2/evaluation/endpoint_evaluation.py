@@ -31,11 +31,7 @@ def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResu
     """Evaluate `evaluation.endpoint_model` on `evaluation.data`, or go on with an evaluation that was interrupted.
 
     Args:
-        recipe: the settings.
         name: of the evaluation; `evaluation-NAME.json` and its responses go to `run.output_dir`.
-
-    Returns:
-        The result.
 
     Raises:
         EndpointFailed: the endpoint or the judge gives no answer; what was answered before is kept.
@@ -67,7 +63,6 @@ def chat_request(place: Place, recipe: EvaluateRecipe) -> dict[str, object]:
 
     Args:
         place: sample and run; they and `EVALUATION_SEED` decide the request's seed.
-        recipe: the settings.
     """
     sample, index = place
     settings = recipe.evaluation

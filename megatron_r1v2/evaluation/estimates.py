@@ -22,11 +22,6 @@ def pass_at_k(num_responses: int, num_correct: int, k: int) -> float:
 
     The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1; k = 1 gives c / n.
 
-    Args:
-        num_responses: n, to one prompt.
-        num_correct: c of them.
-        k: at most n.
-
     Raises:
         ValueError: not 1 <= k <= n, or not 0 <= c <= n.
     """
@@ -43,8 +38,6 @@ def majority_at_k(votes: Sequence[str | None], right: frozenset[str], k: int) ->
 
     Args:
         votes: the answer of each response; None: it has none. Equal answers are equal text.
-        right: the answers that are right.
-        k: at most n.
 
     Raises:
         ValueError: not 1 <= k <= n.
@@ -97,10 +90,6 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def budgets(num_responses: int) -> list[int]:
-    """Return the k that Pass@k and maj@k are told for: powers of two above 1, and all responses.
-
-    Args:
-        num_responses: to each prompt.
-    """
+    """Return the k that Pass@k and maj@k are told for: powers of two above 1, and all responses."""
     powers = [2**exponent for exponent in range(1, num_responses.bit_length()) if 2**exponent < num_responses]
     return [*powers, num_responses] if num_responses > 1 else []

@@ -46,7 +46,6 @@ class Evaluator:
 
         Args:
             prompts: the same on every rank.
-            name: of the evaluation.
             step: training steps behind the weights.
 
         Returns:

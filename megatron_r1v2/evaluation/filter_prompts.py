@@ -27,9 +27,6 @@ def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
     Args:
         files: `evaluation-NAME.rollouts.jsonl` of one model, different ones.
 
-    Returns:
-        The results of each prompt.
-
     Raises:
         ValueError: a file is missing, given twice, damaged, or of something else than an evaluation.
     """
@@ -56,13 +53,8 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
     """Write the prompts that are worth training on, in the order of their data set.
 
     Args:
-        results: of each prompt.
         data: shards that hold the prompts.
-        output: folder of shards to make.
         most: keep so many, the most telling; 0: all.
-
-    Returns:
-        What pool.json holds.
 
     Raises:
         ValueError: the output exists, a prompt is not in the data set, or none is worth training on.

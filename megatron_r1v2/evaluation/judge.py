@@ -38,9 +38,6 @@ def needs_judge(row: ResponseRow) -> bool:
     """Return whether the judge may be asked: there is an answer, and the rules did not find it right.
 
     A wrong option letter is wrong beyond doubt.
-
-    Args:
-        row: a scored response.
     """
     answer = last_boxed(row["text"])
     if row["rule_correct"] or answer is None or not answer.strip():
@@ -63,7 +60,6 @@ def judge_rows(
 
     Args:
         rows: scored responses.
-        judge: whom to ask.
         cache: JSON lines; made when it is not there.
         max_tokens: of the judge's answer, its reasoning included.
         progress: told how many verdicts are there.
@@ -120,11 +116,7 @@ def judge_prompt(row: ResponseRow) -> str:
 
 
 def read_verdict(completion: Completion) -> bool | None:
-    """Return the last verdict behind the judge's reasoning; None without one, or where the judge was cut off.
-
-    Args:
-        completion: of the judge.
-    """
+    """Return the last verdict behind the judge's reasoning; None without one, or where the judge was cut off."""
     found = _VERDICT.findall(completion.answer) if completion.finish_reason == "stop" else []
     return found[-1].upper() == "CORRECT" if found else None
 

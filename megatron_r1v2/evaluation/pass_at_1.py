@@ -111,7 +111,6 @@ def evaluate_outcomes(
         name: "before", "after", ...
         keys: of the prompts, each once.
         outcomes: in any order, equally many for each prompt.
-        conditions: of the sampling and the weights.
 
     Raises:
         ValueError: no prompts, a prompt twice, a response to another prompt, or a prompt without every run.
@@ -190,7 +189,6 @@ def evaluation_path(folder: Path, name: str) -> Path:
     """Return where the evaluation `name` of a run is kept.
 
     Args:
-        folder: the run's output folder.
         name: letters, digits, "-" and "_".
 
     Raises:
@@ -206,7 +204,6 @@ def write_evaluation(folder: Path, result: EvaluationResult) -> Path:
 
     Args:
         folder: the run's output folder; made when it is not there.
-        result: what to write.
     """
     path = evaluation_path(folder, result.name)
     write_file(path, json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) + "\n")
@@ -215,9 +212,6 @@ def write_evaluation(folder: Path, result: EvaluationResult) -> Path:
 
 def read_evaluation(path: Path) -> EvaluationResult:
     """Read what `write_evaluation` wrote.
-
-    Args:
-        path: an `evaluation-NAME.json`.
 
     Raises:
         ValueError: not JSON, a field that `EvaluationResult` does not know, or one without a default is missing.
@@ -246,9 +240,6 @@ def read_evaluation(path: Path) -> EvaluationResult:
 
 def comparison_table(results: Sequence[EvaluationResult]) -> Table:
     """Return a table with one column for each evaluation, as in `before | after`.
-
-    Args:
-        results: evaluations of the same prompts, seeds and temperature.
 
     Raises:
         ValueError: they differ in prompts, runs, seed, temperature or top-p, so comparing them means nothing.

@@ -33,7 +33,6 @@ def open_log(recipe: EvaluateRecipe, name: str, *, model: str, step: int) -> Res
 
     Args:
         recipe: the settings; `evaluation.runs` and `evaluation.prompts` may differ from those of the interrupted one.
-        name: of the evaluation.
         model: the evaluated folder, or an endpoint's model.
         step: optimizer steps behind its weights.
 
@@ -72,10 +71,7 @@ def evaluation_rows(
 
     Args:
         prompts: of the responses, each once.
-        scored: the responses.
         step: optimizer steps behind the weights.
-        pool: where answers are checked.
-        pictures: False: leave them out.
     """
     by_key = {prompt.key: prompt for prompt in prompts}
     rows = []
@@ -121,15 +117,10 @@ def conclude(
     """Have the judge decide what the rules could not, write the result and all rows, and delete the log.
 
     Args:
-        recipe: the settings.
-        name: of the evaluation.
         keys: of the prompts, in order.
         log: holds every row.
         model: the evaluated folder, or an endpoint's model.
         step: optimizer steps behind its weights.
-
-    Returns:
-        The result.
 
     Raises:
         EndpointFailed: the judge gives no answer; responses and verdicts so far are kept.

@@ -51,10 +51,7 @@ def rollout_record(
 
     Args:
         step: the training step, or that of the evaluated weights.
-        prompt: the question.
-        scored: the response.
         advantage: as trained with; 0 in an evaluation.
-        picture: put the prompt's picture in.
     """
     assert prompt.answer is not None, "a scored response was compared with an answer"
     verdicts = judge_claims(scored.claims, prompt.facts)
@@ -81,18 +78,13 @@ def write_rollouts(path: Path, records: Iterable[Mapping[str, object]]) -> None:
 
     Args:
         path: for example `RUN/evaluation-after.rollouts.jsonl`; its folder is made when it is not there.
-        records: from `rollout_record`.
     """
     with atomic_file(path) as file:
         file.writelines(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
 
 
 def question(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the text of the last user message, without image marks.
-
-    Args:
-        messages: the prompt's chat messages.
-    """
+    """Return the text of the last user message, without image marks."""
     contents = [message["content"] for message in messages if message["role"] == "user"]
     return contents[-1].replace("<image>", "").strip() if contents else ""
 

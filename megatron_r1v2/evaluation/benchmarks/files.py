@@ -89,7 +89,6 @@ def image_bytes(value: object, folder: Path) -> bytes | None:
 
     Args:
         value: {"bytes": ..., "path": ...} as parquet holds it, a path below the folder, or None.
-        folder: where images beside the data are.
 
     Returns:
         None: there is no image.

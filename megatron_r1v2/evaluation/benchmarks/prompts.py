@@ -46,7 +46,6 @@ def place_images(text: str, numbers: Sequence[int]) -> tuple[str, list[int]]:
 
     Args:
         text: with marks such as "<image 1>".
-        numbers: of the images.
 
     Returns:
         The text, and the numbers of the images in the order of its placeholders.

@@ -228,11 +228,7 @@ READERS: Mapping[str, tuple[str, Reader]] = {
 
 
 def shown_options(question: Question) -> str:
-    """Return the question with its options below it.
-
-    Args:
-        question: any.
-    """
+    """Return the question with its options below it."""
     return f"{question.text}\n{options_text(question.options)}" if question.options else question.text
 
 

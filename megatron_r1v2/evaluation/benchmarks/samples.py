@@ -56,7 +56,6 @@ def to_sample(name: str, title: str, question: Question) -> ShardSample:
     Args:
         name: of `READERS`; begins the key.
         title: of the benchmark in tables.
-        question: from a reader.
     """
     text, order = place_images(shown_options(question), list(question.images))
     instruction = CHOICE_INSTRUCTION if question.answer_type == "choice" else OPEN_INSTRUCTION

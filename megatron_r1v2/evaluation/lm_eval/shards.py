@@ -45,11 +45,7 @@ def load(shards: str = "", **_: object) -> dict[str, Dataset]:
 
 
 def images(row: Row) -> list[Image.Image]:
-    """Return the pictures of a row.
-
-    Args:
-        row: of `load`.
-    """
+    """Return the pictures of a row."""
     found = []
     for path, offset, length in row["images"]:
         with open(path, "rb") as file:
