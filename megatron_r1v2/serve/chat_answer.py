@@ -30,11 +30,6 @@ class TextDecoder:
     """Decodes token by token; the parts put together are the text of all tokens."""
 
     def __init__(self, decode: Decode) -> None:
-        """Start with no token.
-
-        Args:
-            decode: of the tokenizer.
-        """
         self._decode = decode
         self._tokens: list[int] = []
         """The newest; with those before them they decode as they would without."""
@@ -79,8 +74,6 @@ class ChoiceText:
         """Start an empty response.
 
         Args:
-            decode: of the tokenizer.
-            stop_ids: tokens that end a response.
             stop: texts that end it; they are left out of it.
         """
         self.finish_reason: str | None = None
@@ -167,12 +160,7 @@ class ReasoningSplit:
 
 
 def length_of_beginning(text: str, sought: Sequence[str]) -> int:
-    """Return the length of the longest end of a text that begins one of the sought texts, and is not all of it.
-
-    Args:
-        text: so far.
-        sought: what may follow.
-    """
+    """Return the length of the longest end of a text that begins one of the sought texts, and is not all of it."""
     longest = max((len(one) for one in sought), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(one.startswith(text[-length:]) for one in sought):
@@ -201,9 +189,7 @@ class ChatAnswer:
 
         Args:
             request: how many, where they stop, and whether log-probs are wanted.
-            decode: of the tokenizer.
             prompt_tokens: of the prompt, image tokens included.
-            stop_ids: tokens that end a response.
             reasoning_ends: text between reasoning and answer, where they are sent apart; empty: they are not.
         """
         self.choices = [ChoiceText(decode, stop_ids=stop_ids, stop=request.stop) for _ in range(request.n)]

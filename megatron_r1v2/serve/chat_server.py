@@ -39,10 +39,7 @@ class ChatServer:
         """Start without a request.
 
         Args:
-            loaded: the model.
             engine: checks prompts; its steps are run elsewhere.
-            service: the way to the engine.
-            options: of the server.
             key: that clients must send; empty: none.
         """
         self._loaded = loaded

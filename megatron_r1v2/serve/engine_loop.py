@@ -79,9 +79,6 @@ def run_leader(
     """Collective over `control`: run the engine on rank 0 until the queue says stop.
 
     Args:
-        engine: of this rank.
-        queue: the commands.
-        max_response_tokens: the longest response.
         deliver: takes the tokens of each step.
         each_turn: called before each step, and now and then while there is nothing to do.
         control: group of the replica's ranks; None for a rank alone.

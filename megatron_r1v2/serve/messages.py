@@ -81,7 +81,6 @@ def read_fields(model: type[Fields], content: Mapping[str, object], place: str =
 
     Args:
         model: its fields; a refusal quotes their bounds and descriptions.
-        content: the object.
         place: begins the names of its fields in a refusal, such as "messages[0]."; a field of the request itself is
             named as `param` too.
 

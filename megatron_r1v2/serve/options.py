@@ -48,11 +48,7 @@ class RewardOptions(ServerOptions):
 def parse_options(
     model: type[Options], parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, Options]:
-    """Add an option for each field of a model and parse the arguments; exit 2 on bad ones.
-
-    Returns:
-        All arguments, and the options.
-    """
+    """Add an option for each field of a model and parse the arguments; exit 2 on bad ones."""
     for name, field in model.model_fields.items():
         default = "" if field.default == "" else f" (default: {field.default})"
         text, choices = f"{field.description}{default}", get_args(field.annotation) or None

@@ -36,8 +36,6 @@ class SkyworkReward:
         """Load the folder; safetensors only, and no code that it brings along.
 
         Args:
-            folder: of the released checkpoint.
-            device: as torch names it.
             dtype: of the model; the head computes in float32.
 
         Raises:
@@ -69,9 +67,6 @@ class SkyworkReward:
     @torch.inference_mode()
     def score(self, turns: Sequence[Turn]) -> tuple[float, int]:
         """Score the last turn of a conversation.
-
-        Args:
-            turns: the conversation, ending with the assistant's response.
 
         Returns:
             The raw score, and the tokens that were read.
@@ -136,8 +131,6 @@ def reward_app(scorer: SkyworkReward, *, max_body_mib: float, api_key: str = "")
     """Return the ASGI application.
 
     Args:
-        scorer: the model.
-        max_body_mib: largest request.
         api_key: that clients must send; empty: none.
     """
     name = scorer.folder.name

@@ -34,8 +34,6 @@ def serve(recipe: ServeRecipe, options: ChatOptions, key: str, listener: socket.
     """Collective over all ranks: load the model and serve it until the process is asked to end.
 
     Args:
-        recipe: the settings.
-        options: of the server.
         key: that clients must send; empty: none.
         listener: bound, on rank 0; None on the others.
     """

@@ -70,9 +70,7 @@ class Service:
         """Open it, with nothing under way.
 
         Args:
-            queue: of the engine.
             capacity: responses that may be under way or wait.
-            stop_ids: tokens that end a response.
         """
         self.counts: Counter[str] = Counter()
         """Since the start, for Prometheus; a label stands in the name: `requests_total{status="200"}`."""

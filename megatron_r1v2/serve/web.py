@@ -45,7 +45,6 @@ def uvicorn_config(app: ASGIApp, *, connections: int, graceful_seconds: int | No
     """Return how uvicorn runs a server.
 
     Args:
-        app: the application.
         connections: beyond so many uvicorn itself answers 503, to /health too.
         graceful_seconds: for answers under way at the end; None: as long as they take.
     """
