@@ -139,11 +139,7 @@ def verify(path: Path, base: Path | None, *, workers: int) -> Verification:
 
 
 def compare(first: SourceSpec, second: SourceSpec, *, workers: int, logits: bool = False) -> Comparison:
-    """Compare two checkpoints, parameter by parameter, in our names.
-
-    Args:
-        logits: also compute both models' logits.
-    """
+    """Compare two checkpoints, parameter by parameter, in our names."""
     with first.open() as a, second.open() as b:
         names = [set(source.names()) for source in (a, b)]
 

@@ -218,9 +218,6 @@ def write_hf(
 def write_checkpoint(conversion: TorchDistConversion, output: Path, *, companions: Path, options: RunOptions) -> None:
     """Write a torch_dist checkpoint of all parts, with config.json, tokenizer and processor beside it.
 
-    Args:
-        companions: folder with config.json, tokenizer and processor.
-
     Raises:
         ValueError: see `check_companions` and `convert`.
     """

@@ -100,7 +100,6 @@ def apply_parts(folder: Path, output: Path, *, base: Path, form: HfFormat, optio
     """Write a whole model, exported parts over the base that they were trained on, and return their description.
 
     Args:
-        folder: that `export_parts` made.
         base: a Hugging Face folder of a whole model.
 
     Raises:

@@ -158,8 +158,6 @@ def make_components_companions(
 
     Args:
         components: tokenizer and statistics of the pixels come from them.
-        config: of `components_config`.
-        dtypes: of the weights.
     """
     copy_companions(components.language, folder)
     _add_image_tokens(components.language, folder)
@@ -177,9 +175,7 @@ def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: I
     """Write config.json, tokenizer and processor of a model from those of a folder in either layout.
 
     Args:
-        folder: where they go.
         layout: of the new folder; None: that of the source.
-        dtypes: of the weights.
 
     Raises:
         ValueError: `source` lacks something.

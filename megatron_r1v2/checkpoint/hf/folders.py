@@ -189,7 +189,6 @@ def write_safetensors(
     Args:
         folder: an empty folder.
         tensors: name and tensor, on any device.
-        max_shard_bytes: a shard is closed before it would grow beyond this.
 
     Raises:
         ValueError: a name comes twice, or there are no tensors.
@@ -246,7 +245,6 @@ def write_hf_folder(
     """Write a Hugging Face folder whose configuration, tokenizer and processor are those of `base`.
 
     Args:
-        base: the folder that the model was read from.
         tensors: name and tensor, in the layout that the config.json of `base` describes.
 
     Raises:

@@ -52,9 +52,6 @@ class MappedParameter:
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return the whole parameter as blocks of its rows, without a copy.
 
-        Args:
-            tensors: at least the tensors named in `hf`.
-
         Raises:
             ValueError: a tensor has not the shape that config.json implies.
         """
@@ -70,11 +67,7 @@ class MappedParameter:
             raise ValueError(f"{shapes}: {error}; the weights do not belong to this config.json") from error
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the Hugging Face tensors by name.
-
-        Args:
-            shards: those of all tensor-parallel ranks, in rank order.
-        """
+        """Return the Hugging Face tensors by name."""
         return dict(zip(self.hf, self.operation.to_hf(shards), strict=True))
 
 

@@ -25,11 +25,7 @@ class Operation(Protocol):
         ...
 
     def blocks(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the whole parameter as blocks of its rows, from the first to the last: views, no copies.
-
-        Args:
-            tensors: the Hugging Face tensors, in the order of the table.
-        """
+        """Return the whole parameter as blocks of its rows, from the first to the last: views, no copies."""
         ...
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

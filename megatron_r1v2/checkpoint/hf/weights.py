@@ -68,7 +68,6 @@ def fill_whole(model: R1V2Model, read: Callable[[str], torch.Tensor]) -> None:
     """Fill a model that is on one rank alone.
 
     Args:
-        model: unwrapped.
         read: returns a whole parameter by our name.
     """
     with torch.no_grad():
@@ -80,9 +79,6 @@ def export_hf_weights(model: R1V2Model, context: ParallelContext) -> Iterator[tu
     """Yield every Hugging Face tensor of the model, one parameter at a time; a score head has none.
 
     All ranks must run through it in step: shards travel to the first stage, then to its first rank.
-
-    Args:
-        model: unwrapped.
 
     Yields:
         Name and whole tensor; the tensor is None anywhere but on the main rank.
@@ -115,7 +111,6 @@ def save_hf(
     """Write the model as a Hugging Face folder; all ranks call it, the main rank writes.
 
     Args:
-        model: unwrapped.
         base: the folder the model was first read from, for config.json, tokenizer and processor.
 
     Raises:

@@ -170,6 +170,7 @@ def write_records(
     """Write a file of records, holding one tensor at a time.
 
     Args:
+        parameters: place, shape and dtype of each tensor.
         read: the tensors in the same order, each as blocks of its rows.
         wrote: called with the number of bytes after each tensor.
 
