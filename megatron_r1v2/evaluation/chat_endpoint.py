@@ -135,7 +135,6 @@ class ChatEndpoint:
 
         Args:
             body: of the request, less the model's name.
-            stop: set when the answer is no longer wanted.
             about: names the question in an error.
 
         Raises:

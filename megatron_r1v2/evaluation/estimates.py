@@ -22,6 +22,10 @@ def pass_at_k(num_responses: int, num_correct: int, k: int) -> float:
 
     The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1; k = 1 gives c / n.
 
+    Args:
+        num_responses: n, to one prompt.
+        num_correct: c of them.
+
     Raises:
         ValueError: not 1 <= k <= n, or not 0 <= c <= n.
     """

@@ -72,7 +72,6 @@ class Evaluator:
         Args:
             prompts: the same on every rank.
             name: never used before at this step.
-            step: training steps behind the weights.
             progress: told (responses finished, tokens in them) of this replica after every engine step.
 
         Returns:

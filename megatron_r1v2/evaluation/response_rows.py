@@ -71,7 +71,6 @@ def evaluation_rows(
 
     Args:
         prompts: of the responses, each once.
-        step: optimizer steps behind the weights.
     """
     by_key = {prompt.key: prompt for prompt in prompts}
     rows = []
@@ -119,8 +118,6 @@ def conclude(
     Args:
         keys: of the prompts, in order.
         log: holds every row.
-        model: the evaluated folder, or an endpoint's model.
-        step: optimizer steps behind its weights.
 
     Raises:
         EndpointFailed: the judge gives no answer; responses and verdicts so far are kept.
