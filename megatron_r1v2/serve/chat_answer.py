@@ -188,7 +188,6 @@ class ChatAnswer:
         """Begin with empty responses.
 
         Args:
-            request: how many, where they stop, and whether log-probs are wanted.
             prompt_tokens: of the prompt, image tokens included.
             reasoning_ends: text between reasoning and answer, where they are sent apart; empty: they are not.
         """

@@ -127,8 +127,6 @@ def served_request(name: str, settings: GenerationConfig, *, max_choices: int) -
 
     Args:
         name: of the model.
-        settings: the longest response, and the defaults of the sampling.
-        max_choices: responses to one request.
     """
     most = settings.max_response_tokens
     return create_model(
@@ -148,7 +146,6 @@ def read_chat_request(content: Mapping[str, object], model: type[ChatRequest]) -
 
     Args:
         content: the JSON object; null is as good as nothing.
-        model: from `served_request`.
 
     Raises:
         RequestError: naming the field, the value and what is accepted.

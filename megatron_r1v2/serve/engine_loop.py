@@ -79,7 +79,6 @@ def run_leader(
     """Collective over `control`: run the engine on rank 0 until the queue says stop.
 
     Args:
-        deliver: takes the tokens of each step.
         each_turn: called before each step, and now and then while there is nothing to do.
         control: group of the replica's ranks; None for a rank alone.
         heartbeat_seconds: the longest that the other ranks wait for a command.
