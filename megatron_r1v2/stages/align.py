@@ -21,9 +21,6 @@ SHOWN = ("actor/nll", "actor/grad_norm", "validation/pass_at_1")
 def run_align(recipe: AlignRecipe) -> Path:
     """Run the stage until its last step or until validation Pass@1 is high enough.
 
-    Args:
-        recipe: the settings.
-
     Returns:
         The run's folder.
     """
@@ -37,11 +34,7 @@ def run_align(recipe: AlignRecipe) -> Path:
 
 
 def supervised_step(session: Session) -> None:
-    """Collective over the world: take one optimizer step on reference responses.
-
-    Args:
-        session: the running stage.
-    """
+    """Collective over the world: take one optimizer step on reference responses."""
     prompts, microbatcher = session.next_prompts(), session.microbatcher
     encoder, folder = session.response_encoder, session.recipe.data.train
     samples = {prompt.key: supervised_sample(prompt, encoder, folder) for prompt in prompts}
@@ -59,8 +52,6 @@ def supervised_sample(prompt: Prompt, encoder: ResponseEncoder, folder: str) -> 
     """Turn a prompt with a reference response into a sample.
 
     Args:
-        prompt: from a supervised data set.
-        encoder: of the model in training.
         folder: of the data set.
 
     Raises:

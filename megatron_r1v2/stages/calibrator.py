@@ -39,8 +39,6 @@ class Calibrator:
         """Go on from a checkpoint, where the stage was resumed.
 
         Args:
-            settings: the rate to hold, and how.
-            recorder: gets the value and the decisions.
             name: of the value in the metrics: `hallucination/NAME`.
             configured: the value in the recipe.
             bound: the value at which the brake is pulled all the way.
@@ -65,10 +63,6 @@ class Calibrator:
 
     def check(self, prompts: Sequence[Prompt], folder: str) -> None:
         """Refuse validation prompts that no rate can be measured on.
-
-        Args:
-            prompts: of the validation split.
-            folder: that they were read from.
 
         Raises:
             ValueError: none has facts.

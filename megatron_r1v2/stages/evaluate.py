@@ -27,7 +27,6 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
     An evaluation that was interrupted goes on with the prompts that lack a response.
 
     Args:
-        recipe: the settings.
         name: of the evaluation; `evaluation-NAME.json` and its responses go to `run.output_dir`.
 
     Returns:

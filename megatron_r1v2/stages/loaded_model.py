@@ -122,7 +122,6 @@ class LoadedModel:
         """Read a data set in its order, a prompt at a time.
 
         Args:
-            folder: of the data set.
             count: how many prompts, from the start; 0: all.
         """
         fraction = self.recipe.data.max_corrupt_fraction
@@ -141,9 +140,7 @@ def open_model(
     """Collective over the world: start the process groups and load a model; everything ends with the block.
 
     Args:
-        recipe: the settings.
         score_head: whether it is a reward model.
-        recompute: in backward passes, if there will be any.
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
@@ -158,10 +155,7 @@ def load_model(
     """Collective over the world: build the model, fill it from `model.hf_path`, then from `model.checkpoint`.
 
     Args:
-        recipe: the settings.
-        context: process groups.
         score_head: whether it is a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
-        recompute: in backward passes, if there will be any.
     """
     hf_path = Path(recipe.model.hf_path)
     architecture, layout = read_hf_architecture(hf_path)

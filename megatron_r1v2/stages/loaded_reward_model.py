@@ -27,7 +27,6 @@ def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
 
     Args:
         loaded: the policy.
-        recipe: the settings.
     """
     if recipe.reward.model_weight == 0:
         return None
@@ -52,7 +51,6 @@ class LoadedRewardModel:
 
         Args:
             prompts: of each response.
-            texts: the responses.
 
         Returns:
             Raw scores, on every rank of the replica.
@@ -81,7 +79,6 @@ def load_reward_model(policy: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
 
     Args:
         policy: whose prompts and responses it will score, so tokens and tiles must be the same.
-        recipe: the settings.
 
     Raises:
         ValueError: the checkpoint has no score head, or its model reads tokens or images in another way.

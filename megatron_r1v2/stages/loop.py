@@ -22,7 +22,6 @@ def run_steps(
     """Collective over the world: do steps until the last, the goal, or a request to stop; save as configured.
 
     Args:
-        session: the running stage.
         step: does one step and counts it in `session.step`.
         state: gives what the stage itself must restore when it goes on; the same on every rank.
         replay: gives what this data-parallel rank holds of the buffer.

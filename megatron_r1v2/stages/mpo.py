@@ -42,9 +42,6 @@ _DELTA_MOMENTUM = 0.0
 def run_mpo(recipe: MpoRecipe) -> Path:
     """Run the stage until its last step or until validation Pass@1 is high enough.
 
-    Args:
-        recipe: the settings.
-
     Returns:
         The run's folder.
     """
@@ -62,9 +59,6 @@ def run_mpo(recipe: MpoRecipe) -> Path:
 
 def check_margins(recipe: MpoRecipe) -> None:
     """Refuse a tau that no pair reaches, before anything is computed.
-
-    Args:
-        recipe: the settings.
 
     Raises:
         ValueError: no margin is as large as `preference.min_margin`, or as the calibrator may make it.
@@ -88,12 +82,7 @@ class MpoStage:
     """The steps of a run, and what they carry from one to the next: delta, and tau when it is calibrated."""
 
     def __init__(self, session: Session, recipe: MpoRecipe) -> None:
-        """Set up the stage, delta restored when the session was resumed.
-
-        Args:
-            session: the running stage.
-            recipe: its settings.
-        """
+        """Set up the stage, delta restored when the session was resumed."""
         self.session = session
         self.settings, self.aggregation = recipe.preference, recipe.loss.aggregation
         self._reference_dir = recipe.preference.reference_dir or f"{recipe.run.output_dir}/reference"
@@ -238,7 +227,6 @@ def batch_loss(
     Args:
         log_probs_BS: float32 [B, S] of the policy in training.
         batch: the microbatch; without reference log-probs its rows are chosen responses alone.
-        settings: weights of the terms, beta.
         aggregation: of the generation term.
         delta: shift of the quality term.
         num_pairs: of the step over all ranks.

@@ -78,9 +78,6 @@ def count_pairs(found: Iterable[PromptPairs], *, responses: int, right: int, ver
     """Count pairs, and what was dropped by reason.
 
     Args:
-        found: of each prompt.
-        responses: to all of them.
-        right: of the responses.
         verifier_failures: checks that timed out or crashed.
     """
     each = list(found)
@@ -100,9 +97,6 @@ def count_pairs(found: Iterable[PromptPairs], *, responses: int, right: int, ver
 
 class UnfinishedPairs:
     """The folder beside `run.output_dir` that keeps finished rounds, so that an interrupted command goes on from there.
-
-    Args:
-        recipe: the settings.
 
     Raises:
         ValueError: it holds rounds of other settings.
@@ -124,9 +118,7 @@ class UnfinishedPairs:
         """Keep a finished round.
 
         Args:
-            number: of the round.
             found: of each of its prompts, in the order of the data set.
-            counts: of the round.
         """
         if not (self.folder / _SETTINGS_FILE).is_file():
             _write_json(self.folder / _SETTINGS_FILE, self._fingerprint.values)
@@ -174,9 +166,6 @@ def expand_pairs(samples: Iterable[ShardSample], found: Iterable[PromptPairs]) -
     Args:
         samples: of the prompts, and others between them.
         found: in the same order.
-
-    Yields:
-        A sample for each pair.
     """
     rest = iter(samples)
     for prompt in found:
@@ -188,12 +177,7 @@ def expand_pairs(samples: Iterable[ShardSample], found: Iterable[PromptPairs]) -
 
 
 def pair_key(key: str, number: int) -> str:
-    """Return the key of a prompt's pair; a key that would be too long ends in a hash of itself.
-
-    Args:
-        key: of the prompt.
-        number: of the pair.
-    """
+    """Return the key of a prompt's pair; a key that would be too long ends in a hash of itself."""
     suffix = f"-pair{number}"
     if len(key) + len(suffix) > _MAX_KEY:
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()

@@ -46,11 +46,7 @@ def run_pairs(recipe: PairsRecipe, *, reward_model: RewardModel | None = None) -
     """Write preference pairs made of responses to the prompts of `data.train` to `run.output_dir`.
 
     Args:
-        recipe: the settings.
         reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
-
-    Returns:
-        `run.output_dir`.
 
     Raises:
         ValueError: rounds kept from an earlier attempt were made with other settings, or there is no pair.
@@ -100,8 +96,6 @@ class PairMaker:
         """Make the engines.
 
         Args:
-            loaded: the model.
-            recipe: the settings.
             pool: answer checkers, on the leader of each replica.
             reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """

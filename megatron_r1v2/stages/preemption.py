@@ -37,12 +37,8 @@ class PreemptionHandler:
 
         Args:
             stop_signals: already listening.
-            rollouts: of unfinished steps.
-            checkpoints: published as soon as they are written.
             lead_seconds: how long before the end SIGUSR1 comes; 0: unknown.
-            recorder: gets the messages.
             watch: must hear that generation goes on.
-            context: process groups.
         """
         self.watch = watch
         self.stop_signals = stop_signals
@@ -68,11 +64,7 @@ class PreemptionHandler:
         return True
 
     def publish(self, *, blocking: bool) -> None:
-        """Collective over the world: publish written checkpoints, and drop the rollouts of the steps that they hold.
-
-        Args:
-            blocking: wait for what is still being written.
-        """
+        """Collective over the world: publish written checkpoints, and drop the rollouts of the steps that they hold."""
         self.checkpoints.finish_pending(blocking=blocking)
         # Only now: until a checkpoint holds their step, its rollouts are what a restart goes on with.
         if self.context.is_main:
@@ -84,12 +76,7 @@ class PreemptionHandler:
         self.stop_signals.abandon_step_if_asked()
 
     def poll_between_engine_steps(self, responses: int, tokens: int) -> None:  # noqa: ARG002
-        """Collective over the replica: do the same now and then while it generates.
-
-        Args:
-            responses: finished so far.
-            tokens: in them.
-        """
+        """Collective over the replica: do the same now and then while it generates."""
         self.watch.tick()
         self._engine_steps += 1
         if self._engine_steps % _ENGINE_STEPS_BETWEEN_LOOKS == 0:
@@ -145,7 +132,6 @@ class PreemptionHandler:
         Args:
             step: steps done.
             found: prompts whose rollouts were kept.
-            total: prompts.
         """
         if found:
             self.recorder.log(f"step {step + 1}: rollouts of {found} of {total} prompts are there from before")

@@ -69,9 +69,7 @@ def load_or_compute_log_probs(
 
     Args:
         session: the running stage, before its first step if there is something to compute.
-        source: of the pairs.
         fingerprint: from `compute_reference_fingerprint`.
-        folder: of the files.
 
     Returns:
         The summed log-prob of each response of the data set by sample id; None when the run was asked to stop. The

@@ -60,9 +60,6 @@ def resume(
     Args:
         folder: a finished checkpoint; None: there is none, and nothing is done.
         policy: its weights, optimizer and schedule are overwritten.
-        stream: goes on where it was.
-        checkpoints: the run's.
-        settings: of now.
 
     Raises:
         ValueError: settings that live on in the optimizer's state have changed.

@@ -25,9 +25,6 @@ SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "v
 def run_reward_model(recipe: RewardModelRecipe) -> Path:
     """Run the stage to its end, resumed where it was interrupted.
 
-    Args:
-        recipe: the settings.
-
     Returns:
         The run's folder.
     """
@@ -50,7 +47,6 @@ def preference_step(session: Session, *, centring_weight: float) -> None:
     """Collective over the world: take one optimizer step on the next pairs.
 
     Args:
-        session: the running stage.
         centring_weight: of (chosen score + rejected score)^2.
     """
     prompts = session.next_prompts()
@@ -65,7 +61,6 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
     """Collective over the world: note how well the model ranks pairs that it does not train on.
 
     Args:
-        session: the running stage.
         prompts: with preferences, the same on every rank.
     """
     parts: list[Metrics] = []
@@ -87,7 +82,6 @@ def pair_batches(session: Session, prompts: Sequence[Prompt], *, setting: str) -
     """Make the microbatches of this data-parallel rank; the rows of a pair are neighbours, the chosen one first.
 
     Args:
-        session: the running stage.
         prompts: with preferences, of all ranks.
         setting: that named the data set, for the error.
 
@@ -108,9 +102,7 @@ def pair_loss(
 
     Args:
         values_BS: float32 [B, S]: scores of all tokens; rows are pairs, the chosen response first.
-        batch: the microbatch.
         denominator: pairs of the whole batch over all ranks.
-        centring_weight: of the centring term.
 
     Returns:
         This microbatch's part of the loss, and metrics as (sum, count) pairs.

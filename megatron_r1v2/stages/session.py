@@ -151,7 +151,6 @@ class Session:
         """Return whether the step just done is one to save.
 
         Args:
-            last: the run ends with it.
             pass_at_1: of this step, where it was validated.
         """
         every = self.recipe.checkpoint.every_steps
@@ -165,7 +164,6 @@ def open_session(
     """Collective over the world: start a stage, resumed from its newest checkpoint; everything ends with the block.
 
     Args:
-        recipe: the settings.
         stage: for the progress display.
         shown: metrics for the progress display.
         keep_reference: whether to keep a copy of the weights that the stage starts from.

@@ -13,7 +13,6 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
 
     Args:
         stream: endless.
-        count: how many.
         besides: prompts that the step has already.
 
     Raises:

@@ -32,8 +32,6 @@ class ResponseEncoder:
         """Return a prompt and a response to it as a sample.
 
         Args:
-            prompt: the prompt.
-            response: as text.
             index: which of the responses to the prompt this is.
         """
         token_ids = self.tokenizer.encode_response(response, self.end, key=prompt.key)
@@ -73,9 +71,6 @@ def pair_samples(
     """Turn pairs into samples.
 
     Args:
-        prompts: from a preference data set.
-        source: of the prompts.
-        encoder: of the model in training.
         sides: which of the two are wanted.
 
     Returns:
@@ -107,10 +102,7 @@ def shard_samples(
 
     Args:
         samples: of all ranks, by id.
-        prompts: theirs.
         units: ids of samples that stay together, by the name of the unit; None: each by itself.
-        microbatcher: makes them.
-        context: process groups.
     """
     units = units or {name: (name,) for name in samples}
     lengths = {unit: sum(len(samples[name].token_ids) for name in names) for unit, names in units.items()}
@@ -130,10 +122,7 @@ def take_update(
     """Collective over the world: take one optimizer step and note its metrics.
 
     Args:
-        policy: in training.
         batches: of this rank; at least one.
-        loss: of a microbatch.
-        recorder: gets the metrics.
     """
     # Before the step: afterwards the optimizer has the rate of the next one.
     recorder.note({"actor/lr": current_learning_rate(policy.optimizer)})

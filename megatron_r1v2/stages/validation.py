@@ -26,8 +26,6 @@ class Validation:
         """Read the validation split, when there is one.
 
         Args:
-            session: the running stage.
-            evaluator: on the model in training.
             calibrator: gets the hallucination rate whenever it is measured.
         """
         settings = session.recipe.evaluation

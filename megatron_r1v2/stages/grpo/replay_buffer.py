@@ -23,8 +23,6 @@ class ReplayBuffer:
         """Make the buffer, filled from a checkpoint where the stage was resumed.
 
         Args:
-            settings: the `buffer` section.
-            context: process groups.
             model_weight: of the reward model in the rewards to come.
             restored: the checkpoint; empty for a run that starts.
         """
@@ -42,11 +40,7 @@ class ReplayBuffer:
             self.samples.load_state_dicts(restored.replay, data_rank=context.data_rank, data_size=context.data_size)
 
     def invalidate(self, model_weight: float) -> None:
-        """Empty the buffer when the reward model's weight has fallen: the advantages in it rest on more.
-
-        Args:
-            model_weight: of the rewards to come.
-        """
+        """Empty the buffer when the reward model's weight has fallen: the advantages in it rest on more."""
         if self.index is not None and model_weight < self.model_weight:
             self.samples.drop(self.index.clear())
         self.model_weight = model_weight
@@ -57,7 +51,6 @@ class ReplayBuffer:
         """Collective over the data-parallel ranks: send samples from where they are to where they are trained.
 
         Args:
-            selection: says who trains what.
             fresh: this rank's fresh samples by id.
             prompts: theirs.
 

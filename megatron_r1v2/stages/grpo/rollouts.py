@@ -39,12 +39,9 @@ class RolloutPhase:
         """Put the parts together.
 
         Args:
-            session: the running stage.
             engine: on the weights in training.
-            recipe: the settings.
             pool: answer checkers, on the leader of each replica.
             reward_model: weighed by `reward.model_weight`; None: there is none.
-            calibrator: gives that weight.
         """
         self.session, self.recipe = session, recipe
         self.engine = engine
@@ -114,7 +111,6 @@ class RolloutPhase:
 
         Args:
             prompts: of the round, the same on every rank.
-            round_number: of the step.
 
         Returns:
             This replica's rollouts: of the prompts that it took from the shared queue, and its share of those kept.
@@ -144,10 +140,6 @@ class RolloutPhase:
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
         """Collective over the world: score this replica's rollouts.
 
-        Args:
-            prompts: of the round.
-            rollouts: this replica's.
-
         Returns:
             The scored rollouts of this replica, and the reward sums of all.
         """
@@ -171,7 +163,6 @@ class RolloutPhase:
         """Collective over the data-parallel ranks: count the groups of all replicas that can teach something.
 
         Args:
-            prompts: of the step.
             scored: this replica's responses.
         """
         session = self.session

@@ -71,13 +71,11 @@ def select(
     """Collective over the data-parallel ranks: decide what the step trains on, from what every replica generated.
 
     Args:
-        recipe: the settings.
         buffer: drawn from; None: no replay.
         prompts: of the step, the same on every rank.
         scored: this replica's responses.
         step: steps done before this one.
         trains_text: whether a text-only prompt has a gradient; if not, its responses are left out and counted.
-        context: process groups.
 
     Returns:
         The selection, the same on every rank and for every number of data-parallel ranks.
@@ -133,7 +131,6 @@ def count_effective_groups(scored: Sequence[ScoredRollout], prompts: Sequence[Pr
 
     Args:
         scored: this replica's responses, all of a prompt's.
-        prompts: of the step.
         trains_text: whether a text-only prompt has a gradient; if not, it counts for nothing.
     """
     outcomes: dict[str, set[bool]] = {}
@@ -149,7 +146,6 @@ def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[B
 
     Args:
         entries: responses in the order of their prompts.
-        count: groups.
     """
     keys = dict.fromkeys(entry.prompt_key for entry in entries if entry.effective)
     kept = set(list(keys)[:count])
@@ -162,9 +158,6 @@ def fresh_samples(
     """Make samples of this replica's responses that are trained somewhere; their old log-probs are not known yet.
 
     Args:
-        selection: of the step.
-        scored: this replica's responses.
-        prompts: of the step.
         step: steps done before this one.
 
     Returns:
@@ -184,8 +177,6 @@ def fresh_sample(response: ScoredRollout, prompt: Prompt, record: SampleRecord) 
 
     Args:
         response: with its tokens.
-        prompt: of the response.
-        record: of the response.
     """
     rollout = response.rollout
     targets = RLTargets(

@@ -28,7 +28,6 @@ def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> 
     """Run the stage to its end, from where it stopped when it was interrupted.
 
     Args:
-        recipe: the settings.
         reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
 
     Returns:
@@ -63,8 +62,6 @@ class GrpoStage:
         """Set up the stage, its buffer restored when the session was resumed.
 
         Args:
-            session: the running stage.
-            recipe: its settings.
             pool: answer checkers, on the leader of each replica.
             reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
@@ -126,7 +123,6 @@ class GrpoStage:
         """Collective over the data-parallel ranks: compute advantages, top effective samples up from the buffer.
 
         Args:
-            prompts: of the step.
             scored: this replica's responses.
         """
         session = self.session
@@ -143,13 +139,7 @@ class GrpoStage:
         return selection
 
     def log_rollouts(self, selection: Selection, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> None:
-        """Write some of the main rank's rollouts for the report.
-
-        Args:
-            selection: has their advantages.
-            prompts: of the step.
-            scored: this replica's responses.
-        """
+        """Write some of the main rank's rollouts for the report."""
         session = self.session
         if not session.context.is_main:
             return

@@ -39,12 +39,7 @@ class UpdatePhase:
         """Put the parts together.
 
         Args:
-            policy: in training.
-            microbatcher: makes its batches.
-            settings: of the loss, and the bound on the mismatch of engine and training.
-            aggregation: of the losses of tokens.
             reference: where the loss has a KL term.
-            recorder: gets the metrics.
         """
         self.policy = policy
         self.microbatcher = microbatcher
@@ -134,11 +129,7 @@ class UpdatePhase:
 
 
 def mean_of_updates(of_updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average the metrics of a step's optimizer steps; a metric that some lack is averaged over those that have it.
-
-    Args:
-        of_updates: metrics by name, of each optimizer step.
-    """
+    """Average the metrics of a step's optimizer steps; a metric that some lack is averaged over those that have it."""
     found: dict[str, list[float]] = {}
     for metrics in of_updates:
         for name, value in metrics.items():
@@ -158,9 +149,6 @@ def batch_loss(
 
     Args:
         log_probs_BS: float32 [B, S] of the policy in training.
-        batch: the microbatch.
-        algorithm: clip ranges, KL coefficient.
-        aggregation: of the losses of tokens.
         denominator: of the whole batch over all ranks.
 
     Returns:
