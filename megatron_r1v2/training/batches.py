@@ -24,7 +24,6 @@ def split_into_microbatches(
 
     Args:
         lengths: tokens of each row by unit, of one update on this rank; all units have equally many rows.
-        settings: the `train` section.
         length_multiple: packed sequences are padded to a multiple of this.
 
     Returns:
@@ -73,7 +72,6 @@ def collate(
     Args:
         samples: its rows; at least one.
         prompts: by key, to find tiles.
-        rows: their format.
         replayed: for each row, whether it comes from the buffer; None: no row does.
         weights: per row; None: 1.
 
@@ -125,10 +123,6 @@ def length_multiple(fp8: Fp8, parallel: ParallelConfig) -> int:
 
     TransformerEngine's FP8 products want 8 tokens on a rank; with blockwise scales, sequence parallelism gathers whole
     blocks of 128 tokens of each rank.
-
-    Args:
-        fp8: which products are in 8 bits.
-        parallel: the layout.
     """
     if fp8 is Fp8.none:
         return LENGTH_MULTIPLE
@@ -140,8 +134,6 @@ def response_sample(prompt: Prompt, response: Sequence[int], *, index: int = 0, 
     """Put a response behind its prompt.
 
     Args:
-        prompt: the prompt.
-        response: token ids.
         index: which of the responses to the prompt this is.
         rl: where it was sampled for reinforcement learning.
     """
@@ -159,7 +151,6 @@ def with_old_log_probs(sample: Sample, log_probs_S: torch.Tensor) -> Sample:
     """Return a fresh sample with its old log-probs.
 
     Args:
-        sample: for reinforcement learning.
         log_probs_S: float32 [S], by the training forward with the weights that sampled.
     """
     if sample.rl is None:

@@ -15,10 +15,5 @@ def loss_scale(*, num_microbatches: int, data_size: int) -> float:
     microbatches (`forward_step_calc_loss`), and DDP by the number of data-parallel ranks (its gradient scaling factor
     when `calculate_per_token_loss` is off). Multiplying by both makes the gradient that of L whatever the number of
     microbatches on each rank, and also when a rank has nothing and runs one microbatch of zero weight.
-
-    Args:
-        num_microbatches: on this rank, for this update.
-        data_size: data-parallel ranks.
-
     """
     return float(num_microbatches * data_size)

@@ -45,7 +45,6 @@ class Forward:
         """Turn the output of the last stage into one number for each token: here the scores as they are.
 
         Args:
-            output: of the last stage.
             labels_BS: int64 [B, S].
 
         Returns:
@@ -81,7 +80,6 @@ class Forward:
         Args:
             batches: at least one.
             finish: called on the last stage.
-            forward_only: no backward pass.
 
         Returns:
             The second value of `finish` for each microbatch, on the last stage; empty on the others.

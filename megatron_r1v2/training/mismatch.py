@@ -21,7 +21,6 @@ def compute_mismatch(
     Args:
         batches: this replica's microbatches of fresh samples.
         log_probs: float32 [B, S] for each, by the training forward with the weights that sampled.
-        context: process groups.
 
     Returns:
         Metrics by name, on every rank; empty when no rank has a sample.

@@ -18,15 +18,7 @@ _ADAM_BETA1 = 0.9
 
 
 def wrap_with_ddp(model: R1V2Model, context: ParallelContext) -> DistributedDataParallel:
-    """Wrap a model so that the parameters that train get gradient buffers; call after freezing.
-
-    Args:
-        model: this rank's part.
-        context: process groups.
-
-    Returns:
-        The wrapper that schedules run.
-    """
+    """Wrap a model so that the parameters that train get gradient buffers; call after freezing."""
     # Overlap would need every bucket's gradient in every microbatch, which a text-only one does not give
     # (an assertion in megatron-core's param_and_grad_buffer), so gradients are reduced after the last microbatch.
     config = DistributedDataParallelConfig(
@@ -48,7 +40,6 @@ def build_optimizer(
 
     Args:
         ddp: from `wrap_with_ddp`.
-        settings: learning rates, decay, clipping.
 
     Returns:
         The optimizer and the scheduler; `step(increment=1)` after each optimizer step.
@@ -98,9 +89,6 @@ def release_grad_hooks(model: R1V2Model) -> None:
 
     The cycle through them runs over gradient hooks, which Python's collector does not see: a process that runs several
     stages (a test) would keep every model, and the threads of every gloo group, which never cease to poll.
-
-    Args:
-        model: that `wrap_with_ddp` and `build_optimizer` were given.
     """
     model.config.grad_scale_func = None
     model.config.finalize_model_grads_func = None
@@ -116,9 +104,6 @@ def trains_here(optimizer: MegatronOptimizer) -> bool:
 
     Where it has none, megatron-core still builds an optimizer, of empty groups, as other stages have some. It has no
     state to describe or load (without TransformerEngine or apex, an assertion about its step count fails).
-
-    Args:
-        optimizer: from `build_optimizer`.
     """
     return any(part.buffers for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
 
@@ -133,7 +118,6 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, obje
 
     Args:
         optimizer: from `build_optimizer`, with one distributed optimizer in it.
-        loaded: its sharded state, loaded.
     """
     (part,) = optimizer.chained_optimizers
     rest = dict(loaded)

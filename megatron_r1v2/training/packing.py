@@ -48,11 +48,7 @@ def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGT
 
     Args:
         batch: padded on the right.
-        tensor_size: TP ranks.
         length_multiple: sequences are padded to a multiple of this; FP8 wants more than bf16.
-
-    Returns:
-        The packed batch.
     """
     multiple = math.lcm(length_multiple, tensor_size)
     columns_per_row = batch.token_ids_BS.shape[1]

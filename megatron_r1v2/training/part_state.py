@@ -35,7 +35,6 @@ def fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:
     """Put loaded parts into the model.
 
     Args:
-        model: this rank's part.
         loaded: tensors by name.
         folder: the checkpoint, for the message.
 

@@ -45,7 +45,6 @@ class ReplayStore:
 
         Args:
             shards: of every data-parallel rank of the saved run.
-            data_rank: this rank.
             data_size: data-parallel ranks now.
         """
         prompts = {key: Prompt(**value) for shard in shards for key, value in shard["prompts"].items()}
@@ -66,7 +65,6 @@ def assign(lengths: Mapping[str, int], data_size: int) -> dict[str, int]:
 
     Args:
         lengths: tokens by sample id.
-        data_size: ranks.
 
     Returns:
         Rank by sample id; the same on every rank.
@@ -95,7 +93,6 @@ def send_to_trainers(
         held: samples on this rank, by id; those without a trainer stay.
         prompts: of the held samples.
         trainer: from `assign`.
-        group: the data-parallel ranks.
         device: where the backend wants its tensors.
 
     Returns:

@@ -17,7 +17,6 @@ def append_pad_token(sample: Sample, pad_id: int) -> Sample:
 
     Args:
         sample: ends with the end-of-turn token.
-        pad_id: the new last token.
     """
     return replace(sample, token_ids=(*sample.token_ids, pad_id))
 

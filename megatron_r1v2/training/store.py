@@ -100,10 +100,7 @@ class CheckpointStore:
         """Collective over the world: open the folder.
 
         Args:
-            folder: where the checkpoints are.
             keep_last: older ones are deleted after each save, but for the best.
-            asynchronous: write in the background.
-            context: process groups.
         """
         self.folder = folder
         self.keep_last = keep_last
@@ -170,11 +167,6 @@ class CheckpointStore:
     def save(self, model: R1V2Model, optimizer: MegatronOptimizer, snapshot: Snapshot) -> Path:
         """Collective over the world: save everything that a run needs to go on.
 
-        Args:
-            model: this rank's part.
-            optimizer: of the trained parts.
-            snapshot: the rest.
-
         Returns:
             The folder that the checkpoint will have when `finish_pending` finds it finished.
         """
@@ -222,11 +214,7 @@ class CheckpointStore:
         return None
 
     def finish_pending(self, *, blocking: bool) -> None:
-        """Collective over the world: give checkpoints that are written their final name.
-
-        Args:
-            blocking: wait for what is still being written in the background.
-        """
+        """Collective over the world: give checkpoints that are written their final name."""
         with _explain_write_errors(self.folder):
             self._queue.maybe_finalize_async_calls(blocking=blocking)
             if self._written is not None:
@@ -240,8 +228,6 @@ class CheckpointStore:
 
         Args:
             folder: a finished checkpoint.
-            model: this rank's part.
-            optimizer: of the trained parts.
             trained: the parts that the run trains; must be those of the checkpoint.
 
         Returns:
@@ -322,9 +308,7 @@ def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, pa
     """Collective over the world: save parts of a model, without optimizer, beside and renamed.
 
     Args:
-        model: this rank's part.
         folder: the checkpoint to make; must not exist.
-        context: process groups.
         parts: what to save, of those that the model has.
 
     Raises:
@@ -350,11 +334,7 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
     """Collective over the world: load the parts that a checkpoint holds; the rest of the model stays as it is.
 
     Args:
-        model: this rank's part.
         folder: a finished checkpoint.
-
-    Returns:
-        The parts that were loaded.
 
     Raises:
         ValueError: the checkpoint is of a reward model and the model is none, or of a model of other sizes.

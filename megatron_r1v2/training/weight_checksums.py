@@ -23,13 +23,7 @@ from megatron_r1v2.training.part_state import part_state
 
 
 def compute_checksums(model: R1V2Model, parts: Iterable[Part], context: ParallelContext) -> dict[str, int]:
-    """Collective over the replica: compute the checksum of each part.
-
-    Args:
-        model: this rank's part.
-        parts: which to look at.
-        context: process groups.
-    """
+    """Collective over the replica: compute the checksum of each part."""
     names = sorted(Part(part).value for part in parts)
     sums = torch.zeros(len(names), dtype=torch.int64, device=context.device)
     for entry in part_state(model, parts).values():
@@ -42,10 +36,6 @@ def compute_checksums(model: R1V2Model, parts: Iterable[Part], context: Parallel
 
 def check_replicas(checksums: Mapping[str, int], context: ParallelContext) -> None:
     """Collective over the data-parallel ranks: check that every replica has the same weights.
-
-    Args:
-        checksums: of this replica.
-        context: process groups.
 
     Raises:
         RuntimeError: on every rank, when they differ.
@@ -65,7 +55,6 @@ def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source:
     """Check that what was loaded is what was saved.
 
     Args:
-        checksums: of the weights now.
         saved: those of when they were saved, by part; a part that it does not name is not compared.
         source: the checkpoint, for the message.
 
@@ -84,7 +73,6 @@ def check_unchanged(checksums: Mapping[str, int], before: Mapping[str, int]) -> 
     """Check that parts that do not train are as they were.
 
     Args:
-        checksums: of the weights now, by part.
         before: of the same parts when the run started.
 
     Raises:

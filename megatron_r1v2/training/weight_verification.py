@@ -26,13 +26,7 @@ class WeightVerifier:
     """Compares checksums of the weights; frozen parts must keep those that they had at first."""
 
     def __init__(self, model: R1V2Model, trained: Iterable[Part], context: ParallelContext) -> None:
-        """Note which parts are frozen.
-
-        Args:
-            model: this rank's part.
-            trained: parts that change.
-            context: process groups.
-        """
+        """Note which parts are frozen."""
         self.model = model
         self.frozen = sorted(set(model.parts) - set(trained))
         self.context = context
@@ -68,7 +62,6 @@ class WeightVerifier:
 
         Args:
             saved: by part; empty: nothing to compare with.
-            source: the checkpoint.
 
         Returns:
             The checksums.
@@ -102,11 +95,7 @@ def check_engine(
     generation and one forward pass.
 
     Args:
-        engine: that is about to generate.
         prompts: of the step; the first of each modality is used, by every replica.
-        features: of their images.
-        policy: the training model.
-        microbatcher: makes its batches.
         generation: how the phase is going to sample.
         settings: `gate_tokens` (0: nothing is compared) and `max_log_prob_difference`.
 
