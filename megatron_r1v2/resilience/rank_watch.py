@@ -40,7 +40,6 @@ class RankWatch:
         """Prepare the thread, which the block starts.
 
         Args:
-            store: of the process groups.
             current_phase: returns what this rank is doing, such as "step 12, generate".
             limit_seconds: without any change, after which a rank is lost.
         """

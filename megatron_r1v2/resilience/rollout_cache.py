@@ -39,8 +39,6 @@ def rollout_fingerprint(
     """Return the fingerprint of everything that decides which tokens are drawn for a prompt.
 
     Args:
-        seed: of the run.
-        version: of the policy.
         generation: settings of the sampling; those of memory and speed decide nothing.
         weights: checksums by part.
     """
@@ -63,7 +61,6 @@ class RolloutCache:
         """Name the folder; writes nothing.
 
         Args:
-            run_dir: of the run.
             context: the leader of each replica writes.
             enabled: False: nothing is saved, nothing loaded.
         """

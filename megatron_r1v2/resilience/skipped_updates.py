@@ -24,7 +24,6 @@ class SkippedUpdates:
         """Set the bounds; nothing is written yet.
 
         Args:
-            folder: where the batches go.
             max_gradient_norm: above which an update is skipped; 0: no bound (train.skip_above_grad_norm).
             context: the leader of each replica writes.
         """
@@ -54,7 +53,6 @@ class SkippedUpdates:
         Args:
             batches: of this replica.
             version: optimizer steps before it.
-            reason: from `reason`, or another.
 
         Raises:
             RuntimeError: as many in a row are skipped as the bound.
