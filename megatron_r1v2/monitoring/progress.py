@@ -14,8 +14,6 @@ def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[i
     """Show the progress of a command on a terminal; show nothing in a log.
 
     Args:
-        title: before the bar.
-        total: how much there is to do.
         shown: True on one rank only.
 
     Yields:

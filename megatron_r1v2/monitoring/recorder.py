@@ -51,9 +51,6 @@ class Recorder:
         """Open the files; lines of steps that will be done again after a resume are cut off.
 
         Args:
-            run_dir: where the files go.
-            info: for the displays.
-            settings: which services to write to.
             is_main: whether this rank writes.
         """
         self.run_dir = run_dir
