@@ -43,8 +43,6 @@ def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
     """Draw one chart.
 
     Args:
-        chart: what to draw.
-        run: where the values come from.
         target: a height to mark with a dashed line.
 
     Returns:

@@ -52,9 +52,6 @@ def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | No
         folders: of runs, one evaluation or more in each.
         output: the page; None: `evaluation.html` in the first folder.
 
-    Returns:
-        The page's path.
-
     Raises:
         ValueError: a folder does not exist, or no evaluation is there.
     """

@@ -59,7 +59,6 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
     """Read every finished evaluation in run folders.
 
     Args:
-        folders: of runs.
         notes: gets a line for each file that cannot be read.
 
     Returns:

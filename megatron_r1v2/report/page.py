@@ -43,9 +43,6 @@ CONDITIONS = ("num_prompts", "temperature", "top_p", "seed")
 def write_report(run_dir: Path | str) -> Path:
     """Write the report of a run, finished or still going.
 
-    Args:
-        run_dir: the run's folder.
-
     Returns:
         The path of report.html in that folder.
 

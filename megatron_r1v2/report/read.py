@@ -169,12 +169,7 @@ def _first_by_prompt(path: Path, notes: list[str]) -> dict[str, tuple[bool, int]
 
 
 def each_line(path: Path, notes: list[str]) -> Iterator[tuple[int, Json]]:
-    """Yield (byte offset, object) of each line; a half-written last line is expected, a damaged one is noted.
-
-    Args:
-        path: of JSON lines.
-        notes: gets a line where some are damaged.
-    """
+    """Yield (byte offset, object) of each line; a half-written last line is expected, a damaged one is noted."""
     damaged, offset = 0, 0
     with path.open("rb") as file:
         for raw in file:
