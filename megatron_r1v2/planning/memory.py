@@ -80,8 +80,6 @@ class Workload:
         """Derive the workload of a recipe.
 
         Args:
-            recipe: the settings.
-            architecture: the sizes.
             stage: the stage as which it is planned; None: its own. Align trains on one given response a prompt, mpo
                 and reward_model on two; all without a buffer.
             tiles: tiles of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.

@@ -13,7 +13,6 @@ def training_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int,
     """Compute the peak of forward and backward passes under the 1F1B schedule.
 
     Args:
-        model: sizes, layout and numerics.
         batch: the largest microbatch.
         stage: pipeline stage, from 0.
         microbatches: number of microbatches of one update on this rank.
@@ -58,7 +57,6 @@ def vision_peak(model: ActivationModel, tiles: int) -> int:
     """Compute the peak of the vision tower without a graph, its output features included.
 
     Args:
-        model: sizes, layout and numerics.
         tiles: number of tiles of one call; a frozen tower encodes at most `TILES_PER_PASS` of them at once.
     """
     if not tiles:

@@ -69,8 +69,6 @@ def make_plan(
 
     Args:
         recipe: the settings; paths in it need not exist.
-        hf_config: the model's config.json.
-        cluster: the GPUs.
         stage: the stage as which it is planned; None: its own.
         tiles: tiles of a prompt; 0: the most that the recipe allows.
         mean_response: tokens of a response on average, for the times; 0: half of the longest response.

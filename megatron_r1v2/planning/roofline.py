@@ -124,10 +124,6 @@ def step_time(
     Every response is counted, though a real step leaves those without advantage out.
 
     Args:
-        architecture: the sizes.
-        layout: of the run.
-        work: the demands of the run.
-        hardware: of every rank.
         mean_response: tokens of a response on average.
 
     Raises:

@@ -78,9 +78,7 @@ def propose_layout(
     """Find the layout with the shortest step among those that fit.
 
     Args:
-        architecture: the sizes.
         work: the demands of the run; its recompute setting is varied, and FP8 where the GPU has it.
-        hardware: of every rank.
         gpus: all of them are used.
         gpus_per_node: bound of the TP size, since tensor parallelism stays within one node.
         limit: bytes of a rank.

@@ -50,10 +50,7 @@ def model_state(
     """Compute the exact bytes of model, gradients and optimizer state on a rank.
 
     Args:
-        architecture: the sizes.
-        layout: of the run.
         stage: pipeline stage, from 0.
-        parts: the parts that train.
         element_bytes: 2 for bf16, 4 for fp32.
         data_rank: data-parallel rank, which decides the share of the optimizer state.
     """
