@@ -31,7 +31,6 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode an image to its end, so that a truncated file is an error here.
 
     Args:
-        data: the encoded file.
         name: its name in an error.
 
     Returns:
@@ -52,7 +51,6 @@ def storable_image(data: bytes, name: str) -> tuple[str, bytes]:
     """Check an encoded image, and encode it as PNG unless it is PNG, JPEG or WebP.
 
     Args:
-        data: the encoded file.
         name: its name in an error.
 
     Returns:
@@ -97,9 +95,6 @@ def choose_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> t
     only if the image has more than half of its pixels.
 
     Args:
-        width: the image's width in pixels.
-        height: the image's height in pixels.
-        tile_size: the pixels along each side of a tile.
         max_tiles: the most tiles, thumbnail not counted.
 
     Returns:
@@ -129,7 +124,6 @@ def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> torch.T
     """Cut an image into tiles.
 
     Args:
-        image: an image of any size.
         tile_size: the pixels along each side of a tile: the model's image size.
         max_tiles: the most tiles, thumbnail not counted.
 

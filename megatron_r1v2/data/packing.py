@@ -14,9 +14,6 @@ def first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list
     Args:
         lengths: the tokens of each sequence, by name.
         capacity: the tokens of a row; a longer sequence gets a row of its own.
-
-    Returns:
-        The names in each row.
     """
     rows: list[list[str]] = []
     room: list[int] = []
@@ -37,9 +34,6 @@ def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list
     Args:
         lengths: the tokens of each sequence, by name.
         capacity: the tokens of a row, at least those of the longest sequence.
-
-    Returns:
-        The names in each row.
 
     Raises:
         ValueError: a sequence is longer than a row, which NeMo does not check.

@@ -19,10 +19,7 @@ class PromptBuilder:
     """Builder of prompts for one model.
 
     Args:
-        settings: the limits on tiles and prompt tokens.
-        tokenizer: the model's tokenizer.
         tile_size: the pixels along each side of a tile: the model's image size.
-        tokens_per_tile: the image tokens of one tile.
     """
 
     def __init__(self, *, settings: DataConfig, tokenizer: ChatTokenizer, tile_size: int, tokens_per_tile: int) -> None:
@@ -35,7 +32,6 @@ class PromptBuilder:
         """Check, decode, tile, template and tokenize one sample.
 
         Args:
-            key: the key of the sample.
             parts: the contents of its files by name without the key.
 
         Raises:
@@ -97,11 +93,6 @@ class PromptBuilder:
 
 def without_images(prompt: Prompt, tokenizer: ChatTokenizer, *, prefix: Sequence[int]) -> Prompt:
     """Return a prompt without its images that ends with the beginning of a response.
-
-    Args:
-        prompt: the prompt with images.
-        tokenizer: the model's tokenizer.
-        prefix: the first tokens of the response.
 
     Returns:
         A prompt with a key of its own, so that its responses are sampled independently.

@@ -46,9 +46,6 @@ def read_rows(
         answer_type: the answer type of rows that do not state one (verl, MMPR).
         report: called with the message of each bad row, which is then left out; None: the first bad row is an error.
 
-    Yields:
-        Checked samples.
-
     Raises:
         ValueError: the file cannot be read as JSONL, or a row is bad and `report` is None; the message has its line.
     """

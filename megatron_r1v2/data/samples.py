@@ -123,7 +123,6 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> ShardSample:
     """Make a sample of the files that a shard holds under its key.
 
     Args:
-        key: the key of the sample.
         parts: the contents of the files by name without the key: "json" and the images that it names.
 
     Returns:

@@ -26,9 +26,7 @@ def write_shards(samples: Iterable[ShardSample], folder: str | Path, samples_per
     """Write a data set and return its number of samples; equal samples give equal tar files.
 
     Args:
-        samples: checked samples with different keys.
         folder: a new folder, which appears when all of it is written.
-        samples_per_shard: the samples of one tar file.
 
     Raises:
         ValueError: the folder exists, `samples_per_shard` is below one, or `samples` is empty.

@@ -71,9 +71,6 @@ class PromptStream:
 
     Args:
         folder: a folder of `r1v2 prepare`.
-        builder: the builder of the prompts.
-        settings: the order, and the part of samples that may be corrupt.
-        seed: the seed of the order.
 
     Raises:
         ValueError: the data set is incomplete.
@@ -169,7 +166,6 @@ def read_shards(
         folder: a folder of `r1v2 prepare`.
         build: makes an item from a key and the files of its sample: `PromptBuilder.build` for the prompts of a model,
             or `parse_sample` for the samples themselves.
-        max_corrupt_fraction: the part of the samples that may be corrupt.
         count: the number of items, from the start; 0: all.
 
     Yields:

@@ -18,9 +18,6 @@ IMAGE_END = "</img>"
 class ChatTokenizer:
     """A tokenizer with a chat template, from a local HF folder.
 
-    Args:
-        hf_path: the folder with tokenizer.json and a chat template.
-
     Raises:
         ValueError: the folder, its tokenizer or its chat template is missing.
     """
@@ -98,13 +95,9 @@ class ChatTokenizer:
         Each `<image>` becomes `<img>`, `<IMG_CONTEXT>` x tiles x tokens_per_tile, `</img>`.
 
         Args:
-            messages: chat messages.
             tiles_per_image: the tiles of each image, thumbnail included, in order of appearance.
             tokens_per_tile: the image tokens of one tile (256 for 448 pixels).
             key: the sample's key, for errors.
-
-        Returns:
-            Token ids.
 
         Raises:
             SampleError: placeholders and images differ in number, or a text contains a control token.
