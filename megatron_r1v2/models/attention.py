@@ -60,11 +60,9 @@ class SDPACoreAttention(MegatronModule):
         Args:
             query: [S, B, heads, D], or [tokens, heads, D] when packed.
             key: [S, B, kv heads, D], or [tokens, kv heads, D]; as is `value`.
-            value: see `key`.
             attention_mask: must be None; the mask type decides.
             attn_mask_type: causal or no_mask; None: the mask type of the layer.
             attention_bias: must be None.
-            packed_seq_params: the bounds of the sequences in a packed row.
 
         Returns:
             [S, B, heads * D], or [tokens, heads, D] when packed.

@@ -84,10 +84,7 @@ def build_language_model(
     """Build this pipeline stage's part of the decoder.
 
     Args:
-        architecture: the sizes.
         config: from `language_transformer_config`.
-        layers: the implementation of the layers.
-        groups: process groups.
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the output layer.
         output_layer: False makes the last stage return the hidden states after the final norm.

@@ -36,9 +36,6 @@ def language_block_spec(
     """Return the specs of the decoder's layers on this pipeline stage, and of its final norm.
 
     Args:
-        architecture: the sizes.
-        config: megatron-core's.
-        layers: the implementation of the layers.
         groups: process groups; pp decides how many layers this stage has.
     """
     if layers is Layers.te:

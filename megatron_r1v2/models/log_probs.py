@@ -22,7 +22,6 @@ def token_log_probs(
         labels_BS: int64 [B, S], the token that each position predicts.
         temperature: the temperature of sampling; rollouts and training must use the same.
         vocab_size: the size of the tokenizer; ids from here on are padding.
-        groups: tp holds the other parts of the vocabulary.
 
     Returns:
         float32 [B, S], differentiable.

@@ -60,7 +60,6 @@ def flash_decode_and_prefill(
     Args:
         q: [tokens, 1, heads, D]: the queries of all requests, concatenated, then padding.
         k: [blocks, block size, kv heads, D]: the cache of this layer, including the new tokens; as is `v`.
-        v: see `k`.
         max_seqlen_q: Q.
         max_seqlen_k: L, in tokens.
         cu_seqlens_q: int32 [R + 1]: the start of each request's queries.

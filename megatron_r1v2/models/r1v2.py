@@ -39,9 +39,6 @@ class R1V2Model(MegatronModule):
         """Build this rank's part, with random weights.
 
         Args:
-            architecture: the sizes.
-            settings: layout and numerics.
-            groups: process groups.
             pre_process: this stage holds vision tower, adapter and embedding.
             post_process: this stage holds the output layer or the score head.
             score_seed: the seed of a reward model's head; None: a language model with its output layer.
@@ -228,10 +225,7 @@ def build_r1v2(
     """Build this rank's part of the model on its device and in its dtype, with random weights.
 
     Args:
-        architecture: the sizes.
-        settings: layout and numerics.
         groups: process groups; pp decides which layers this stage holds.
-        device: the device of the weights.
         score_seed: the seed of a reward model's head; None: a language model with its output layer.
 
     Returns:
@@ -255,10 +249,6 @@ def freeze_all_but(model: R1V2Model, parts: Iterable[Part]) -> list[str]:
     """Freeze all parameters but those of the parts that train.
 
     Call it before megatron-core's DDP and optimizer, which allocate gradients and states for all that is not frozen.
-
-    Args:
-        model: this rank's part.
-        parts: the parts that train.
 
     Returns:
         The names of the parameters on this rank that train.

@@ -23,7 +23,6 @@ class StretchedRotaryEmbedding(RotaryEmbedding):
         """Build the embedding that replaces a plain one.
 
         Args:
-            architecture: the sizes, and the kind of stretching.
             plain: the embedding that megatron-core built for the same heads.
         """
         device = plain.inv_freq.device

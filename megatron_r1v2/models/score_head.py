@@ -21,9 +21,6 @@ class ScoreHead(nn.Module):
         """Draw the weight: variance 1 / hidden size, so that scores start at about one.
 
         Args:
-            config: megatron-core's, of the language model.
-            hidden_size: H.
-            groups: process groups; tp holds the parts of the sequence.
             seed: the seed of the weight, which is the same in every layout.
         """
         super().__init__()

@@ -57,7 +57,6 @@ class VisionTower(MegatronModule):
 
         Args:
             config: from `vision_transformer_config`.
-            architecture: the sizes.
             groups: process groups; tp splits heads and MLP.
         """
         super().__init__(config=config)

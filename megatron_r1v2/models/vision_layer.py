@@ -50,10 +50,7 @@ class JointHeadRMSNorm(nn.Module):
         Args:
             config: megatron-core's; gives the dtype.
             local_heads: the heads on this rank, padding included.
-            head_size: the channels of one head.
             width: the channels of all true heads on all ranks: the divisor of the mean.
-            eps: the summand of the mean square.
-            tp_group: the ranks that hold the other heads.
         """
         super().__init__()
         self.width = width
