@@ -29,12 +29,7 @@ class BlockwiseContext(DynamicInferenceContext):
 
 
 def context_kind(config: TransformerConfig, *, cuda_graphs: bool) -> type[DynamicInferenceContext]:
-    """Return the class of the context, which decides the padding of a step.
-
-    Args:
-        config: the language model's.
-        cuda_graphs: whether graphs of the layers are captured.
-    """
+    """Return the class of the context, which decides the padding of a step."""
     # Steps are padded here, so that the products in FP8 get the shapes they need. The alternative, megatron-core's
     # `prepare_model_for_fp8_inference`, replaces the forward of the linears for good, also in training.
     if config.fp8 and config.fp8_recipe == "blockwise":
@@ -50,9 +45,6 @@ def make_context(
     """Allocate the cache of a phase.
 
     Args:
-        model: this rank's part.
-        parallel: this rank's place in the layout.
-        settings: the bounds of memory and batch.
         max_sequence_tokens: the longest prompt and response together.
 
     Raises:

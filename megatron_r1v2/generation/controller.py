@@ -46,10 +46,7 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
         """Wrap the language model.
 
         Args:
-            model: this rank's part.
             config: the sizes and dtype for communication between pipeline stages.
-            inference_context: the tokens and requests of a step.
-            parallel: process groups.
         """
         super().__init__(model.language, config, inference_context, parallel.groups)
         self.images: dict[int, PromptImages] = {}
@@ -150,13 +147,6 @@ class RolloutController(TextGenerationController):
     """Sampling once per replica, with log-probs of the sampling distribution and sets of stop tokens."""
 
     def __init__(self, model: ImageInferenceWrapper, parallel: ParallelContext, vocabulary: Vocabulary) -> None:
-        """Make the controller.
-
-        Args:
-            model: the wrapped model.
-            parallel: process groups.
-            vocabulary: the tokens to draw from, and the stop tokens.
-        """
         super().__init__(model, _NoTokenizer(), pp_group=parallel.groups.pp)
         self.draws: dict[int, Draw] = {}
         """By request id."""

@@ -24,9 +24,6 @@ from megatron_r1v2.parallel.groups import ParallelContext
 def check_cuda_graphs(parallel: ParallelContext) -> None:
     """Check that graphs can be captured in this layout.
 
-    Args:
-        parallel: device and groups of this rank.
-
     Raises:
         ValueError: the device is no GPU, or tensor-parallel ranks communicate over gloo.
     """

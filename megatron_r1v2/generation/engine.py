@@ -80,12 +80,7 @@ class RolloutEngine:
         Args:
             model: this rank's part, not wrapped in DDP. With megatron-core's `overlap_param_gather` its weights are
                 stale after an optimizer step until `start_param_sync(force_sync=True)`.
-            context: this rank's place in the layout.
-            settings: the bounds of memory and batch.
-            stop_ids: the tokens that end a response.
             vocab_size: the size of the tokenizer; ids from here on are padding and never drawn.
-            max_prompt_tokens: the longest accepted prompt.
-            seed: the seed of the sampling.
 
         Raises:
             ValueError: `generation.max_tokens_per_step` is below `generation.max_requests`.
@@ -118,7 +113,6 @@ class RolloutEngine:
 
         Args:
             prompts: taken one by one as there is room; the same on all ranks of the replica.
-            sampling: the responses to each prompt.
             features: the features of images, filled as needed.
             progress: called after every step.
             on_finished: called as soon as all responses to a prompt have ended.
@@ -166,9 +160,6 @@ class RolloutEngine:
     def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:
         """Open a generation phase for prompts of up to `max_prompt_tokens`; free its cache after the block.
 
-        Args:
-            max_response_tokens: the longest response.
-
         Raises:
             ValueError: the cache holds no sequence.
         """
@@ -191,7 +182,6 @@ class RolloutEngine:
         """Collective over the replica: queue requests in a phase, with the embeddings of their images.
 
         Args:
-            phase: an open phase.
             requests: the requests, whose images are encoded together.
             features: the features of images, filled as needed.
         """
@@ -251,9 +241,6 @@ class RolloutEngine:
 
     def check(self, prompt: Prompt) -> None:
         """Check that the engine can take a prompt.
-
-        Args:
-            prompt: a templated, tokenized and tiled prompt.
 
         Raises:
             ValueError: the prompt is too long, or its image tokens do not match its tiles.

@@ -22,7 +22,6 @@ class FeatureCache:
 
         Args:
             limit_bytes: the limit of the kept features on each rank of the first pipeline stage.
-            tiles_per_pass: the most tiles in one forward pass of the vision tower.
         """
         self.limit_bytes = limit_bytes
         self.tiles_per_pass = tiles_per_pass

@@ -45,9 +45,6 @@ class GenerationPhase:
 
         Args:
             model: this rank's part, in eval mode.
-            parallel: this rank's place in the layout.
-            settings: the bounds of memory and batch.
-            vocabulary: the tokens to draw from, and the stop tokens.
             max_sequence_tokens: the longest prompt and response together.
 
         Raises:
@@ -107,9 +104,7 @@ class GenerationPhase:
         Args:
             request_id: an id that is unique in the phase.
             token_ids: the prompt.
-            draw: the sampling of its tokens.
             images: None for a text-only prompt, and on all stages but the first.
-            max_response_tokens: the length at which the response is cut.
         """
         self._controller.draws[request_id] = draw
         if images is not None:

@@ -23,8 +23,6 @@ class SharedPromptQueue:
         """Make the queue.
 
         Args:
-            prompts: the prompts, the same on all ranks.
-            context: this rank's place in the layout.
             name: the counter's name, such as "step-12": the same on all ranks, and never used before in this run.
         """
         self.prompts = prompts

@@ -36,10 +36,7 @@ def response_key(seed: int, policy_version: int, prompt_key: str, sample_index: 
     """Return 64 bits (signed) that name one response.
 
     Args:
-        seed: the seed of the run or the evaluation.
         policy_version: the number of optimizer steps behind the weights.
-        prompt_key: `Prompt.key`.
-        sample_index: the index of the response among those to this prompt.
     """
     name = f"{seed}|{policy_version}|{sample_index}|{prompt_key}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
