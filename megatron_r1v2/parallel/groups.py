@@ -83,7 +83,6 @@ def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
     """Collective over all ranks: start the process groups, over NCCL if each rank has its own GPU, else over gloo.
 
     Args:
-        settings: the layout.
         seed: the seed of megatron-core's random-number trackers (weight initialisation, dropout).
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -76,14 +76,7 @@ class HostStagedGroup(dist.ProcessGroup):
     """A process group that passes host copies of its tensors to gloo."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        """Connect to the other ranks of the group; torch.distributed calls this.
-
-        Args:
-            store: the store through which the ranks find each other.
-            rank: this process's rank in the group.
-            size: the number of ranks in the group.
-            timeout: the time limit of a collective.
-        """
+        """Connect to the other ranks of the group; torch.distributed calls this."""
         super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks the constructor of subclasses
         self._on_host = dist.ProcessGroup(store, rank, size)
         self._on_host._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # noqa: SLF001

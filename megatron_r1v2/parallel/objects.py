@@ -31,8 +31,6 @@ def exchange(outgoing: Sequence[Item], group: dist.ProcessGroup, device: torch.d
     """Collective over `group`: send item i of `outgoing` to rank i, and return the items of all ranks in rank order.
 
     Args:
-        outgoing: one item for each rank.
-        group: the ranks.
         device: the device that the group's backend sends from.
     """
     if group.size() == 1:
