@@ -70,7 +70,6 @@ def answer_is_correct(
     An empty box is always wrong. Hostile text can make "math" run for ever: call this through a `VerifierPool`.
 
     Args:
-        text: the response.
         answer: the reference answer, without a box.
         answer_type: "numeric": equal as numbers, whole numbers exactly, others to the tolerance; "choice": the same
             option letters, or the same text where the reference is none; "exact": equal as text; "math": right by the
@@ -100,12 +99,7 @@ def answer_is_correct(
 
 
 def type_of_alternative(alternative: str, answer_type: AnswerType) -> AnswerType:
-    """Return how a further right answer is compared: the text of an option is no letter, whatever it begins with.
-
-    Args:
-        alternative: another right answer of a row.
-        answer_type: of the row.
-    """
+    """Return how a further right answer is compared: the text of an option is no letter, whatever it begins with."""
     is_letter = len(alternative.strip()) == 1
     return "math" if answer_type == "choice" and not is_letter else answer_type
 

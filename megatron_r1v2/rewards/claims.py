@@ -74,7 +74,6 @@ def find_claims(text: str, pattern: str) -> tuple[Claim, ...]:
     A careless pattern can take exponential time on hostile text: `score_rollouts` calls this in a verifier worker.
 
     Args:
-        text: the response.
         pattern: `reward.claim_pattern`; "" finds nothing.
 
     Raises:
@@ -94,10 +93,6 @@ def find_claims(text: str, pattern: str) -> tuple[Claim, ...]:
 def judge_claims(claims: Iterable[Claim], facts: Mapping[str, str]) -> tuple[bool | None, ...]:
     """Compare claims with the facts; outer spaces and upper or lower case do not matter.
 
-    Args:
-        claims: (name, value) pairs.
-        facts: the true value of each name.
-
     Returns:
         For each claim True (agrees), False (contradicts: a hallucination) or None (the facts lack its name).
     """
@@ -109,7 +104,6 @@ def consistency_score(claims: Iterable[Claim], facts: Mapping[str, str]) -> floa
     """Return 1 when a response makes a claim that can be judged and none that the facts contradict, else 0.
 
     Args:
-        claims: (name, value) pairs of a response.
         facts: the true value of each name, of at least one.
     """
     # Silence gets 0 as a contradiction does, so a policy gains nothing by it; and true claims do not make up for a
@@ -122,7 +116,6 @@ def hallucination_counts(claims: Sequence[Iterable[Claim]], facts: Sequence[Mapp
     """Count the claims of many responses; a response to a prompt without facts counts nowhere but in `unknown`.
 
     Args:
-        claims: the claims of each response.
         facts: the facts of each response's prompt, in the same order.
     """
     judged = [(judge_claims(of_response, known), bool(known)) for of_response, known in zip(claims, facts, strict=True)]

@@ -86,8 +86,6 @@ class JsonClient:
         """Open no connection yet.
 
         Args:
-            patience: the bounds.
-            headers: sent with every request.
             sleep: waits between attempts; None: until the pause is over or another question has failed.
         """
         self._patience = patience
@@ -139,8 +137,6 @@ class JsonClient:
         """Send an object until there is an answer.
 
         Args:
-            url: full address.
-            body: a JSON object.
             read: takes the result out of the answer's JSON; raises TryAgain where there is none.
             stop: set when the answer is no longer wanted.
 
@@ -171,7 +167,6 @@ class JsonClient:
         """Ask about many things at once.
 
         Args:
-            tasks: what to ask about.
             ask: calls `ask` of this client with the event, and turns its errors into ServerFailed.
 
         Yields:

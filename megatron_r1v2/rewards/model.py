@@ -23,9 +23,6 @@ class RewardModel(Protocol):
             prompts: the prompt of each response, with its image tiles.
             texts: the responses, special tokens included, the stop token left out; at least one.
 
-        Returns:
-            A score for each response, in their order.
-
         Raises:
             RuntimeError: the model gives no scores, even after its retries.
         """
@@ -45,12 +42,6 @@ def check_scores(scores: Sequence[float], count: int) -> None:
 
 
 def squash(score: float, *, centre: float, scale: float) -> float:
-    """Return the logistic 1 / (1 + exp(-(score - centre) / scale)), in [0, 1].
-
-    Args:
-        score: raw.
-        centre: `reward.model_centre`, the score that becomes 1/2.
-        scale: `reward.model_scale`.
-    """
+    """Return the logistic 1 / (1 + exp(-(score - centre) / scale)), in [0, 1]."""
     # The same function by way of tanh, which does not overflow.
     return 0.5 * (1.0 + math.tanh(0.5 * (score - centre) / scale))

@@ -104,8 +104,6 @@ def score_parts(
     """Compute the parts of each response that have a weight, and those that are always computed.
 
     Args:
-        responses: the inputs of the parts.
-        settings: the `reward` section.
         pool: the workers that run the calls; one that hangs or crashes gives 0.
 
     Returns:

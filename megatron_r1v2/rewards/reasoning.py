@@ -27,7 +27,6 @@ def steps_score(text: str, wanted: int, conclusion: int) -> float:
     contains, as a word of its own, the content of the last `\boxed{}` after `</think>`.
 
     Args:
-        text: the response.
         wanted: distinct steps of a complete reasoning, at least 1.
         conclusion: so many last steps may hold the answer, at least 1.
     """

@@ -35,7 +35,6 @@ class ReplicaScorer:
         """Collective over the model-parallel group: score a replica's rollouts, as `score_rollouts`.
 
         Args:
-            prompts: by key.
             rollouts: the same on every rank of the replica.
 
         Returns:

@@ -27,12 +27,7 @@ def score_rollouts(
     """Score responses: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
 
     Args:
-        prompts: by key, with the prompt of every rollout.
-        rollouts: the responses.
         texts: each response as text, without its stop token.
-        settings: the `reward` section.
-        pool: the workers that check answers and find claims.
-        max_response_tokens: the length at which responses are cut.
         model_scores: raw scores of a reward model in the order of `rollouts`; None without a reward model.
 
     Returns:
@@ -89,10 +84,6 @@ def prompts_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt]) -> li
 
 def check_model_has_scores(settings: RewardConfig, *, has_scores: bool) -> None:
     """Refuse a weight for the scores of a reward model where there are none.
-
-    Args:
-        settings: the `reward` section.
-        has_scores: whether a reward model gives scores.
 
     Raises:
         ValueError: the part "model" has a weight, but nothing to weigh.

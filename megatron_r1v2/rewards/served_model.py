@@ -46,9 +46,7 @@ class ServedRewardModel:
         """Ask nothing yet.
 
         Args:
-            settings: the `reward_model` section.
             context: decides who asks.
-            patience: the bounds on asking.
         """
         self.context = context
         self._url, self._endpoint = split_url(settings.url)
@@ -59,10 +57,6 @@ class ServedRewardModel:
 
         Args:
             prompts: of each response, with the encoded images.
-            texts: the responses.
-
-        Returns:
-            Raw scores, on every rank of the replica.
 
         Raises:
             ScoringFailed: the server gives no score for one of them, on every rank of the replica.
@@ -127,8 +121,6 @@ def score_request(prompt: Prompt, text: str, endpoint: ScoreEndpoint) -> dict[st
 
     Args:
         prompt: with its encoded images.
-        text: the response.
-        endpoint: what the server understands.
     """
     messages = [*openai_messages(prompt.messages, prompt.images), {"role": "assistant", "content": text}]
     # Raw scores: vLLM would put a single logit through a sigmoid.
@@ -143,10 +135,6 @@ def read_score(answer: object, endpoint: ScoreEndpoint) -> float:
 
     pooling: {"data": [{"data": [score]}]}, or a list for each token, of which the last counts; classify:
     {"data": [{"probs": [score]}]}.
-
-    Args:
-        answer: JSON.
-        endpoint: which of the two.
 
     Raises:
         TryAgain: anything else, or a number that is not finite.

@@ -49,7 +49,6 @@ def serve(connection: socket.socket, *, parent: int, timeout_seconds: float) -> 
     Args:
         connection: the worker's end of the socket pair.
         parent: process id of the pool.
-        timeout_seconds: the limit of one check.
     """
     waiting = select.poll()  # select.select refuses the high file descriptors that a process with many groups has
     waiting.register(connection, select.POLLIN)

@@ -62,9 +62,6 @@ def answer_call(
     """Return the call that checks whether a response's last boxed answer is right.
 
     Args:
-        text: the response.
-        answer: the reference answer.
-        answer_type: how the two are compared.
         numeric_tolerance: accepted difference, relative to the reference.
 
     Raises:
@@ -81,8 +78,6 @@ def within_call(text: str, answer: str, tolerances: Sequence[float]) -> Call[boo
     """Return the call that checks whether the numbers in a response's last box are near enough.
 
     Args:
-        text: the response.
-        answer: the reference answer.
         tolerances: absolute; one for all parts of the reference, or one for each.
     """
     module = "megatron_r1v2.rewards.math_answer"
@@ -118,7 +113,6 @@ class VerifierPool:
     one thread at a time. Workers end with the pool, or with its process however that ends.
 
     Args:
-        workers: number of processes.
         timeout_seconds: wall-clock limit of one check.
 
     Raises:
@@ -162,7 +156,6 @@ class VerifierPool:
         """Run functions in the workers.
 
         Args:
-            calls: any number.
             failed: the result of a call that hangs or crashes.
 
         Returns:

@@ -1,6 +1,6 @@
 r"""Option letters: `C`, `(C)`, `C. 12 cm`, `Option C`, `A, C`; a hedge (`A or B`) chooses nothing (rules 16, 17).
 
-Standard library only: the verifier workers import this.
+Standard library only: the verifier workers import this. Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,7 @@ _NEXT_LABEL = re.compile(r"(?:^|[\s,;])\(?[b-zB-Z]\)\s*\S")
 
 
 def read_choice(text: str) -> frozenset[str] | None:
-    """Return the option letters (or numbers) that a text chooses, or None where it chooses none or hedges.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return the option letters (or numbers) that a text chooses, or None where it chooses none or hedges."""
     if not text or len(text) > _MAX_CHOICE_CHARACTERS:
         return None
     text = _SUFFIX.sub("", _without_prefix(text))
@@ -53,11 +49,7 @@ def read_choice(text: str) -> frozenset[str] | None:
 
 
 def is_label(text: str) -> bool:
-    """Return whether a text is one option letter, in parentheses or not: the kind of reference that chooses.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return whether a text is one option letter, in parentheses or not: the kind of reference that chooses."""
     return _LETTER_ALONE.fullmatch(text) is not None
 
 

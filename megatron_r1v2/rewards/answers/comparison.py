@@ -1,6 +1,7 @@
 """The comparison of an answer with a reference: one function a kind, each the rule of docs/rewards.md that it names.
 
 Standard library only, but for expressions: math-verify is imported when the first one is compared.
+Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -38,12 +39,7 @@ _FUNCTION_NAMES = re.compile(r"y|[fgh]\(x\)")
 
 
 def answers_agree(given: str, reference: str) -> bool:
-    """Return whether an answer is right by the rule of the reference's kind.
-
-    Args:
-        given: of the response, from `normalise`.
-        reference: the right one, from `normalise`.
-    """
+    """Return whether an answer is right by the rule of the reference's kind."""
     if given == reference:
         return True
     given, reference = without_domain(given), without_domain(reference)
@@ -53,12 +49,7 @@ def answers_agree(given: str, reference: str) -> bool:
 
 
 def texts_equal(given: str, reference: str) -> bool:
-    """Return whether two texts are the same words in the same order, in either case (rule 18).
-
-    Args:
-        given: from `normalise`.
-        reference: from `normalise`.
-    """
+    """Return whether two texts are the same words in the same order, in either case (rule 18)."""
     return _folded(given) == _folded(reference)
 
 

@@ -1,6 +1,6 @@
 """Dates, times of day and ranges of numbers, each in one spelling (rule 15).
 
-Standard library only: the verifier workers import this.
+Standard library only: the verifier workers import this. Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ def read_date(text: str) -> str | None:
 
     `7-8` is a range, and never the difference of two numbers that nobody would leave unevaluated. Day and month of
     `1/5/1999` cannot be told apart, so they stay in their order.
-
-    Args:
-        text: from `normalise`.
     """
     for pattern, spell in _READERS:
         if match := pattern.fullmatch(text):

@@ -2,7 +2,7 @@ r"""Are two expressions equal? math-verify parses and judges them; what is const
 
 The one module that imports math-verify (half a second); loaded when first needed. Its own time limits are off: they use
 SIGALRM, which works in a main thread only and cannot stop a computation inside C. `VerifierPool` holds the limit from
-outside.
+outside. Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ def expressions_agree(given: str, reference: str) -> bool:
 
     Args:
         given: of the response, LaTeX or plain, from `normalise`.
-        reference: the right one.
     """
     left, right = parse(given), parse(reference)
     if left is None or right is None:
@@ -83,34 +82,20 @@ def expressions_agree(given: str, reference: str) -> bool:
 
 
 def equations_agree(given: tuple[str, str], reference: tuple[str, str]) -> bool:
-    """Return whether two equations are the same up to a constant factor (rule 11).
-
-    Args:
-        given: both sides.
-        reference: both sides of the right one.
-    """
+    """Return whether two equations are the same up to a constant factor (rule 11)."""
     left, right = _difference(given), _difference(reference)
     return left is not None and right is not None and _factor(left, right) is not None
 
 
 def inequalities_agree(given: tuple[str, str], reference: tuple[str, str]) -> bool:
-    """Return whether two inequalities with the same sign are the same up to a positive factor (rule 11).
-
-    Args:
-        given: both sides.
-        reference: both sides of the right one.
-    """
+    """Return whether two inequalities with the same sign are the same up to a positive factor (rule 11)."""
     left, right = _difference(given), _difference(reference)
     factor = _factor(left, right) if left is not None and right is not None else None
     return factor is not None and bool(factor > 0)
 
 
 def value_of(text: str) -> float | None:
-    """Return the real value of an expression without variables, or None.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return the real value of an expression without variables, or None."""
     parsed = parse(text)
     if not isinstance(parsed, sympy.Expr) or _variables(parsed):
         return None
@@ -122,11 +107,7 @@ def value_of(text: str) -> float | None:
 
 
 def parse(text: str) -> sympy.Basic | sympy.MatrixBase | None:
-    """Return what math-verify's parser reads, all of the text and not its last number; None where it cannot.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return what math-verify's parser reads, all of the text and not its last number; None where it cannot."""
     if len(text) > MAX_EXPRESSION_CHARACTERS:
         return None
     text = _REPEATING.sub(_repeating, _spell_in_latex(text))

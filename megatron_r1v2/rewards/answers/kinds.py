@@ -1,6 +1,6 @@
 """The kind of a reference: decided from the reference alone, before anything is compared (rule 3).
 
-Standard library only: the verifier workers import this.
+Standard library only: the verifier workers import this. Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -143,11 +143,7 @@ def _kind_of_brackets(opening: str, closing: str) -> Kind:
 
 
 def is_choice(text: str) -> bool:
-    """Return whether a text is one option letter, or several in parentheses each.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return whether a text is one option letter, or several in parentheses each."""
     if is_label(text):
         return text.strip("().").isupper()
     if _OPTION.fullmatch(text):
@@ -156,21 +152,13 @@ def is_choice(text: str) -> bool:
 
 
 def read_numeral(text: str) -> tuple[str, str] | None:
-    """Return the digits and the base of `10101_2`, or None for anything else.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return the digits and the base of `10101_2`, or None for anything else."""
     match = _NUMERAL.fullmatch(text)
     return None if match is None else (match[1].upper().lstrip("0") or "0", _BASES.get(match[2], match[2]))
 
 
 def is_text(text: str) -> bool:
-    """Return whether a text is words, letters in a row, points, or the formula of a substance (rule 18).
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return whether a text is words, letters in a row, points, or the formula of a substance (rule 18)."""
     if _FIGURE.fullmatch(text) or _PROOF.search(text) or _is_substance(text):
         return True
     bare = _COMMAND.sub(" ", text)

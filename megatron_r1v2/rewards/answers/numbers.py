@@ -1,6 +1,6 @@
 r"""Numbers as people write them, read to the exact value: 8, -1,234.5, 1e-3, 1.6\times10^{-19}, 3/4, 2\frac{1}{2}.
 
-Standard library only: the verifier workers import this.
+Standard library only: the verifier workers import this. Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,7 @@ class Number(NamedTuple):
 
 
 def read_number(text: str) -> Number | None:
-    """Return the number that a text is, or None for anything else, a division by zero among it.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return the number that a text is, or None for anything else, a division by zero among it."""
     if len(text) > MAX_NUMBER_CHARACTERS:
         return None
     text = text.strip()
@@ -77,8 +73,6 @@ def numbers_equal(given: Number, reference: Number, tolerance: float = 0.0) -> b
     """Return whether two numbers are the same by rule 9: whole numbers exactly, others to the tolerance.
 
     Args:
-        given: of the response.
-        reference: the right one.
         tolerance: relative to the reference. 0: exactly, except that a decimal of six digits or more equals the
             fraction that it is cut or rounded from.
     """
@@ -99,7 +93,6 @@ def is_rounded(decimal: Number, exact: Fraction, *, endless: bool) -> bool:
     """Return whether a decimal of six digits or more is a value with endless decimals, cut or rounded (rule 9).
 
     Args:
-        decimal: as written.
         exact: the value, or one that is exact to far more digits.
         endless: whether the value has endless decimals; a decimal near one that has not is another value.
     """
@@ -157,11 +150,7 @@ def _signed(match: re.Match[str], value: Fraction) -> Fraction:
 
 
 def has_endless_decimals(value: Fraction) -> bool:
-    """Return whether a fraction has decimals without end, as 1/3 has and 1/4 has not.
-
-    Args:
-        value: a number.
-    """
+    """Return whether a fraction has decimals without end, as 1/3 has and 1/4 has not."""
     denominator = value.denominator
     for factor in (2, 5):
         while denominator % factor == 0:

@@ -1,6 +1,6 @@
 r"""Numbers with or without a unit: `8`, `8 cm`, `\$8`, `60^\circ`, `30%`, `5 million` (rules 4 to 9).
 
-Standard library only: the verifier workers import this.
+Standard library only: the verifier workers import this. Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def read_quantity(text: str, *, attached: bool = False) -> Quantity | None:
     """Return the number with its unit that a text is, or None for anything else.
 
     Args:
-        text: from `normalise`.
         attached: whether one letter directly behind a digit may be a unit (rule 5): true of a response's answer, false
             of a reference, where `2m` is two times m.
     """
@@ -76,8 +75,6 @@ def quantities_equal(given: Quantity, reference: Quantity, tolerance: float = 0.
     """Return whether two quantities are the same: rule 6 for units, 8 for percent, 9 for numbers.
 
     Args:
-        given: of the response.
-        reference: the right one.
         tolerance: relative, for the numbers.
     """
     left, right = given.unit, reference.unit

@@ -55,12 +55,7 @@ class Interval(NamedTuple):
 
 
 def split_top(text: str, separators: str) -> list[str]:
-    """Split a text at single characters outside all brackets; one piece where brackets do not match.
-
-    Args:
-        text: from `normalise`.
-        separators: the characters.
-    """
+    """Split a text at single characters outside all brackets; one piece where brackets do not match."""
     pieces, start = [], 0
     for position in _top_level(text, separators):
         pieces.append(text[start:position].strip())
@@ -69,11 +64,7 @@ def split_top(text: str, separators: str) -> list[str]:
 
 
 def split_list(text: str) -> list[str]:
-    """Split a list at commas, semicolons, "and" and "or" outside brackets.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Split a list at commas, semicolons, "and" and "or" outside brackets."""
     if match := _CASES.fullmatch(text):
         text = match[1]
     if r"\begin" not in text:
@@ -83,11 +74,7 @@ def split_list(text: str) -> list[str]:
 
 
 def without_domain(text: str) -> str:
-    r"""Return `2k\pi` of `2k\pi, k\in\mathbb{Z}`: what a parameter may be goes without saying (rule 10).
-
-    Args:
-        text: from `normalise`.
-    """
+    r"""Return `2k\pi` of `2k\pi, k\in\mathbb{Z}`: what a parameter may be goes without saying (rule 10)."""
     return _DOMAIN.sub("", text)
 
 
@@ -114,9 +101,6 @@ def split_name(text: str) -> tuple[str | None, str]:
     r"""Return the name that a value is given (None where it has none) and the value.
 
     `x = 8` and `8 = x` name x; `m+n = 33` names m+n; `x^2 + y^2 = 1` and `2x + 3y = 6` are equations.
-
-    Args:
-        text: from `normalise`.
     """
     sides = _sides(text)
     if len(sides) < 2:
@@ -129,29 +113,17 @@ def split_name(text: str) -> tuple[str | None, str]:
 
 
 def is_name(text: str) -> bool:
-    """Return whether a text names a quantity, as what stands before the equals sign of an answer does.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return whether a text names a quantity, as what stands before the equals sign of an answer does."""
     return len(text) <= 60 and (_NAME.fullmatch(text) is not None or _POINT.fullmatch(text) is not None)
 
 
 def split_equation(text: str) -> list[str]:
-    """Split at the equals signs outside brackets.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Split at the equals signs outside brackets."""
     return _sides(text)
 
 
 def split_approximation(text: str) -> str:
-    r"""Return the exact value of `\frac{1}{3} \approx 0.33`, or the text without the sign before a value alone.
-
-    Args:
-        text: from `normalise`.
-    """
+    r"""Return the exact value of `\frac{1}{3} \approx 0.33`, or the text without the sign before a value alone."""
     exact, sign, rounded = text.partition(r"\approx")
     if not sign:
         return text
@@ -159,11 +131,7 @@ def split_approximation(text: str) -> str:
 
 
 def split_plus_minus(text: str) -> list[str]:
-    r"""Return the two values of `1\pm\sqrt{5}`, or the text alone where there is no `\pm`.
-
-    Args:
-        text: from `normalise`.
-    """
+    r"""Return the two values of `1\pm\sqrt{5}`, or the text alone where there is no `\pm`."""
     signs = re.findall(r"\\pm|\\mp", text)
     if not signs or len(signs) > 4:
         return [text]
@@ -173,11 +141,7 @@ def split_plus_minus(text: str) -> list[str]:
 
 
 def split_relations(text: str) -> list[str]:
-    r"""Split at <, >, \le, \ge, \ne and \in outside brackets: values at even places, signs at odd ones.
-
-    Args:
-        text: from `normalise`.
-    """
+    r"""Split at <, >, \le, \ge, \ne and \in outside brackets: values at even places, signs at odd ones."""
     pieces, depth, start = [], 0, 0
     for match in _RELATION.finditer(text):
         depth = _depth(text[start : match.start()])
@@ -189,11 +153,7 @@ def split_relations(text: str) -> list[str]:
 
 
 def read_interval(text: str) -> Interval | None:
-    r"""Return the interval of `(1, 2]`, `1 < x \le 2`, `x > 2`, `x \in [1, 2]` or `\{x | x > 2\}`, or None.
-
-    Args:
-        text: from `normalise`.
-    """
+    r"""Return the interval of `(1, 2]`, `1 < x \le 2`, `x > 2`, `x \in [1, 2]` or `\{x | x > 2\}`, or None."""
     if text in (r"\mathbb{R}", r"\Re"):
         return Interval(r"-\infty", r"\infty", False, False)
     brackets = read_brackets(text)
@@ -221,20 +181,12 @@ def read_interval(text: str) -> Interval | None:
 
 
 def split_union(text: str) -> list[str]:
-    r"""Split at `\cup` outside brackets.
-
-    Args:
-        text: from `normalise`.
-    """
+    r"""Split at `\cup` outside brackets."""
     return split_top(text.replace(r"\cup", "\x1f"), "\x1f") if r"\cup" in text else [text]
 
 
 def read_matrix(text: str) -> list[list[str]] | None:
-    r"""Return the rows of a `\begin{pmatrix}...` of any kind of bracket, or None for anything else.
-
-    Args:
-        text: from `normalise`.
-    """
+    r"""Return the rows of a `\begin{pmatrix}...` of any kind of bracket, or None for anything else."""
     text = re.sub(r"^[(\[|]?\s*|\s*[)\]|]?$", "", text) if _BEGIN.search(text[:24]) else text
     match = _BEGIN.match(text)
     if match is None or match[1] not in _MATRICES:

@@ -1,6 +1,6 @@
 r"""Units of measure: a number's unit is read, and two units are the same, convertible or different (rules 5 to 7).
 
-Standard library only: the verifier workers import this.
+Standard library only: the verifier workers import this. Texts are from `normalise`.
 """
 
 from __future__ import annotations
@@ -203,21 +203,13 @@ def read_unit(text: str) -> Unit | None:
 
 
 def is_attached_unit(text: str) -> bool:
-    """Return whether a text is a unit even directly behind a digit, where a letter would be a variable.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return whether a text is a unit even directly behind a digit, where a letter would be a variable."""
     name = _letters(text)
     return not name or name in _ATTACHED or (len(name) > 2 and _find(name) is not None)
 
 
 def is_symbol(text: str) -> bool:
-    """Return whether a text begins with the symbol of a unit.
-
-    Args:
-        text: from `normalise`.
-    """
+    """Return whether a text begins with the symbol of a unit."""
     return _letters(text) in UNITS
 
 
