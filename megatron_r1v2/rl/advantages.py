@@ -15,7 +15,6 @@ def group_advantages(rewards_R: torch.Tensor, group_size: int, epsilon: float) -
 
     Args:
         rewards_R: total rewards, finite; the responses to one prompt are neighbours.
-        group_size: responses to each prompt, N.
         epsilon: added to the standard deviation, in units of the reward.
 
     Returns:
@@ -43,7 +42,6 @@ def effective_mask(rule_correct_R: torch.Tensor, group_size: int) -> torch.Tenso
 
     Args:
         rule_correct_R: whether the answer rule found each response right; the responses to one prompt are neighbours.
-        group_size: responses to each prompt, N.
 
     Raises:
         ValueError: When R is not a multiple of the group size.

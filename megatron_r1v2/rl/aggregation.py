@@ -19,7 +19,6 @@ def token_weights(
 
     Args:
         response_mask_BS: non-zero where a token is trained.
-        aggregation: "sequence" or "token".
         weights_B: weight of each row, 0 for one that only fills a microbatch; None: all 1.
 
     Returns:

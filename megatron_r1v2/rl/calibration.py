@@ -58,8 +58,6 @@ def calibrate(
     """Update the brake by one measurement.
 
     Args:
-        state: after the measurement before.
-        settings: target and speed.
         rate: contradicted claims over claims; None: no claim was made.
         coverage: responses with claims over responses; None: no prompt has facts.
 

@@ -82,7 +82,6 @@ def split_by_margin(prompts: Iterable[Prompt], min_margin: float) -> tuple[list[
     """Split pairs into those whose margin is at least tau and those below it.
 
     Args:
-        prompts: each with a preference.
         min_margin: tau, the calibrated threshold.
     """
     kept: list[Prompt] = []

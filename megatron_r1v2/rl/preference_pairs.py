@@ -59,7 +59,6 @@ def choose_pairs(
 
     Args:
         candidates: the responses, in the order of their sample index.
-        max_pairs: pairs kept at most.
         min_margin: least difference of the total rewards; it must be above 0 in any case.
         reject_ill_formed: whether cut and ill-formed responses may be rejected ones, rather than left out.
 
@@ -91,7 +90,6 @@ def usable_candidates(
     """Leave out responses that no pair may hold: empty, not encodable, unchecked, duplicate, cut, ill-formed.
 
     Args:
-        candidates: the responses to one prompt.
         reject_ill_formed: keep cut and ill-formed ones, which then can be rejected but never chosen.
 
     Returns:
@@ -132,7 +130,6 @@ def dropout_ntp_pair(
 
     Args:
         chosen: a response for which `can_be_chosen` holds.
-        continued: the same beginning, continued.
         min_margin: least difference of the total rewards; it must be above 0 in any case.
         reject_ill_formed: whether a cut or ill-formed continuation may be rejected, rather than left out.
 

@@ -31,7 +31,6 @@ def filtered_prompt_pool(
 
     Args:
         prompt_keys: prompt of each rollout; the rollouts of one prompt need not be neighbours.
-        rule_correct: whether the answer rule found each rollout right.
         priority_exponent: alpha; 0 weighs all effective prompts alike.
 
     Returns:

@@ -89,7 +89,6 @@ class SampleBuffer:
 
         Args:
             entries: new entries in any order; ineffective and zero-advantage ones are not added.
-            step: the current step.
 
         Returns:
             The ids that are not held after the call, sorted: not added, expired or evicted.
@@ -135,7 +134,6 @@ class SampleBuffer:
         Args:
             step: the current step; entries generated in it, or more than `max_age` steps before it, are not drawn.
             count: entries to draw; all when there are fewer.
-            seed: the seed of the run.
             fresh_modality_counts: fresh responses of each modality, for the balance; None: no balance. Where one
                 modality has too few entries, the other fills in.
 
@@ -286,8 +284,6 @@ def compose_batch(
     Args:
         generated: all samples of this step over all ranks, in any order.
         buffer: to draw from, which counts reuses; the fresh samples are not added to it. None: no replay.
-        step: the current step.
-        seed: the seed of the run.
         batch_size: prompts_per_step x responses_per_prompt; samples in the batch at most.
         target_effective_fraction: in [0, 1].
 
