@@ -27,9 +27,6 @@ def parse_command_line(argv: Sequence[str], kind: type[AnyRecipe]) -> AnyRecipe:
             one: the settings are the defaults then.
         kind: of the recipe; decides what is read, and which files must exist.
 
-    Returns:
-        The settings.
-
     Raises:
         SystemExit: 0 after `--help`; 2 after bad input, with one message on standard error.
     """
@@ -58,9 +55,7 @@ def command_parser(name: str, description: str, *, epilog: str = "") -> argparse
     """Return the argument parser of a command that takes more than a recipe.
 
     Args:
-        name: of the command.
         description: shown by `--help` as it stands.
-        epilog: shown below the options.
     """
     return argparse.ArgumentParser(
         prog=f"python -m megatron_r1v2 {name}",
@@ -102,7 +97,6 @@ def stage_help(kind: type[Recipe], word: str = "") -> str:
     """Return what a stage does and the settings that it reads.
 
     Args:
-        kind: its recipe.
         word: show only the settings that have it in their name or meaning; "": all, and what the stage does.
     """
     settings = describe_settings(kind, word)
@@ -117,7 +111,6 @@ def describe_settings(kind: type[Recipe], word: str = "") -> str:
     """Return settings as text: section.key, what is accepted, the default, and the meaning.
 
     Args:
-        kind: of the recipe.
         word: only the settings that have it in their name or meaning; "": all.
     """
     from megatron_r1v2.config.load import own_defaults

@@ -25,12 +25,6 @@ class LanguageSizes:
 def check_fp8_shapes(sizes: LanguageSizes, *, fp8: Fp8, tensor: int, sequence: bool) -> None:
     """Check TransformerEngine's constraints on the products of one rank before anything is built.
 
-    Args:
-        sizes: of the language model.
-        fp8: `model.fp8`.
-        tensor: `parallel.tensor`.
-        sequence: `parallel.sequence`.
-
     Raises:
         ValueError: naming the dimension that does not fit.
     """
@@ -52,12 +46,6 @@ def check_fp8_shapes(sizes: LanguageSizes, *, fp8: Fp8, tensor: int, sequence: b
 
 def check_layout(sizes: LanguageSizes, *, tensor: int, pipeline: int, first_stage_layers: int) -> None:
     """Check that a layout divides the sizes of a language model.
-
-    Args:
-        sizes: of the language model.
-        tensor: `parallel.tensor`.
-        pipeline: `parallel.pipeline`.
-        first_stage_layers: `parallel.first_stage_layers`.
 
     Raises:
         ValueError: naming the setting and the size that it does not divide.

@@ -36,7 +36,6 @@ def load_recipe(
     that one which this stage does not read are left out.
 
     Args:
-        path: the YAML file.
         overrides: `section.key=value`; the value of a text setting is taken as it stands, any other is read as YAML.
         saved: the file holds what `recipe_yaml` gave.
 
@@ -96,9 +95,7 @@ class _Draft:
         """Take what was read.
 
         Args:
-            path: of the recipe.
             sources: name of a file or override, sections in it, and whether they are inherited; later ones win.
-            mistakes: found so far.
         """
         self._path, self._sources, self.mistakes = path, sources, mistakes
 
@@ -141,7 +138,6 @@ class _Draft:
         """Return a recipe.
 
         Args:
-            kind: of the recipe.
             also: another kind, whose sections may be mentioned too.
 
         Raises:

@@ -88,7 +88,6 @@ def check_model_fits(recipe: Recipe, hf_config: Mapping[str, object]) -> None:
     The vision tower pads its heads, so it fits any tensor-parallel size.
 
     Args:
-        recipe: the settings.
         hf_config: the model's config.json, in either layout, or a language model's own.
 
     Raises:

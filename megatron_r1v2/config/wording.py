@@ -19,8 +19,6 @@ def refusal(name: str, value: object, field: FieldInfo, kind: str) -> str:
 
     Args:
         name: of the setting, section.key.
-        value: what was given.
-        field: of the setting.
         kind: pydantic's name of the error.
     """
     expected = type_name(field.annotation)

@@ -56,7 +56,6 @@ def read_yaml_mapping(path: Path, *, what: str) -> dict[str, object]:
     """Read a file that maps names to values; an empty one is an empty mapping.
 
     Args:
-        path: the file.
         what: "names to values", in the words of the error.
 
     Raises:
