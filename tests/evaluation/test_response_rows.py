@@ -120,7 +120,7 @@ def test_a_log_belongs_to_all_settings_that_decide_its_rows(tmp_path):
         pass
     with open_log(settings.changed(evaluation=settings.evaluation.changed(runs=9)), "a", model="m", step=0):
         pass  # more runs of the same
-    endpoint = {"endpoint_url": "http://a", "endpoint_model": "m"}
+    endpoint = {"endpoint_url": "http://127.0.0.1:1", "endpoint_model": "m"}
     for changes in ({"temperature": 0.1}, {"top_p": 0.5}, {"data": "other"}, endpoint):
         other = settings.changed(evaluation=settings.evaluation.changed(**changes))
         with pytest.raises(ValueError, match=f"evaluation.{next(iter(changes))} was"):

@@ -69,7 +69,7 @@ def test_recipes_point_to_where_the_example_writes_by_default():
         assert recipe.model.hf_path == str(paths.base)
         assert recipe.run.output_dir == str(folder)
         assert recipe.data.train == str(paths.shards / folder.name)
-        assert recipe.train.parts == [Part.adapter]
+        assert recipe.train.parts == (Part.adapter,)
     assert grpo.model.checkpoint == str(paths.align)
     assert grpo.evaluation.data == str(paths.shards / "heldout")
 

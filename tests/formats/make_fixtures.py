@@ -32,6 +32,8 @@ def keep_unfinished(run: Path, output: Path) -> None:
     shutil.copytree(before, output / "checkpoints" / before.name)
     assert last.name > before.name
     shutil.copy(run / "recipe.yaml", output)
+    if (run / "reference").is_dir():
+        shutil.copytree(run / "reference", output / "reference")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (output / "metrics.jsonl").write_text("".join(lines[: STEPS - 1]))
 

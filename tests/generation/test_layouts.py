@@ -45,7 +45,7 @@ def rollouts_of(name: str, model, context) -> dict:
     queue = CountingQueue(prompts, context=context, name=name)
     taken: list[int] = []
     roomy = generate(engine, queue, FeatureCache(10**9), progress=lambda *_: taken.append(queue.taken))
-    engine.settings = replace(engine.settings, **TIGHT)
+    engine.settings = engine.settings.changed(**TIGHT)
     engine.stop_ids = frozenset({100})
     queue = SharedPromptQueue(prompts, context=context, name=f"{name} tight")
     tight = generate(engine, queue, FeatureCache(0), max_response_tokens=100)

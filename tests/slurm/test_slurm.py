@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_r1v2.training.store import finished_checkpoints
-from tests.checkpoint.test_conversion import assert_same_weights
+from tests.checkpoint.test_destinations import assert_same_weights
 from tests.slurm.cluster import NODES, Cluster, why_not
 from tests.stages.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for
 from tests.stages.tiny_run import tiny_recipe

@@ -14,7 +14,7 @@ from tests.stages.runs import recipe_for
 
 def test_the_reference_takes_the_place_of_what_trains_and_gives_it_back(root: Path, tmp_path: Path) -> None:
     recipe = recipe_for(root, tmp_path / "run", ("algorithm.kl_coefficient=0.1", "train.parts=[adapter, language]"))
-    with open_session(recipe, stage="grpo", shown=()) as session:
+    with open_session(recipe, stage="grpo", shown=(), keep_reference=True) as session:
         model, reference = session.policy.model, session.reference
         assert reference is not None
         start = {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -96,10 +96,7 @@ def _expression_is(given: str, reference: str) -> bool:
     expected, right_unit = _without_unit(reference)
     has_units = unit is not None and right_unit is not None and unit.dimensions and right_unit.dimensions
     # 2\sqrt{3} cm and 0.02\sqrt{3} m: nobody converts the units of what is left unevaluated.
-    if has_units and unit != right_unit:
-        return False
-    # 0.64N is 0.64 N, though its N could be a variable.
-    return _ask(body, expected) or (unit is not None and right_unit is None and _ask(given, reference))
+    return not (has_units and unit != right_unit) and _ask(body, expected)
 
 
 def _expressions(given: str, reference: str) -> bool:
