@@ -18,11 +18,12 @@ from megatron_r1v2.checkpoint.sources import HfSpec
 
 EXAMPLE = f"""example:
   python -m checkpoint_tools.hf_to_hf --hf Skywork-R1V2-38B --layout transformers --output r1v2-38b
-  python -m checkpoint_tools.hf_to_hf --hf r1v2-38b --layout chat --dtype bf16 --output for-vllm
+  python -m checkpoint_tools.hf_to_hf --hf r1v2-38b --layout chat --dtype bf16 --output as-published
 
 Skywork's and OpenGVLab's folders come with code that transformers would have to run; no code of a folder is run here,
 and the result in the layout of transformers needs none. A model of the first pixel shuffle (ps_version v1) can be held
-by the layout chat only.
+by the layout chat only. vLLM and transformers read the layout of transformers as it is written; the layout chat is for
+tools that run the publishers' own code.
 {INTERRUPTED}"""
 
 

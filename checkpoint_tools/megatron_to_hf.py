@@ -17,7 +17,7 @@ from megatron_r1v2.checkpoint.export import export_checkpoint
 
 EXAMPLE = f"""example:
   python -m checkpoint_tools.megatron_to_hf --checkpoint runs/digits-grpo --base base-model --output export
-  python -m checkpoint_tools.megatron_to_hf --checkpoint runs/r1v2 --base r1v2-38b --layout chat --output for-vllm
+  python -m checkpoint_tools.megatron_to_hf --checkpoint runs/r1v2 --base r1v2-38b --layout transformers --output vllm
 
 A checkpoint of a run holds the parts that were trained. The others, config.json, tokenizer and processor come from
 --base: the folder that the run started from; default: model.hf_path of its recipe, where that folder is there. A

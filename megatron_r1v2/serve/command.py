@@ -2,7 +2,7 @@
 
 Serve a Megatron checkpoint by OpenAI's chat completions API, images as base64 data URLs, without an export: for
 evaluating and trying a model. Requests are batched by the engine that makes the rollouts. To serve in production,
-export the model (python -m checkpoint_tools.megatron_to_hf --layout chat) and run vLLM on the export.
+export the model (python -m checkpoint_tools.megatron_to_hf --layout transformers) and run vLLM on the export.
 
 CHECKPOINT is one of
   a folder of a run, or one of its checkpoints   the settings are those of the run, the base is its model.hf_path

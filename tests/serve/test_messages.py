@@ -81,7 +81,11 @@ def test_images_of_three_formats_and_both_shapes_of_their_address(kind, name):
         (user([{"type": "image_url", "image_url": {"url": 5}}]), 400, r"content\[0\]: accepted are"),
         (user("\ud800"), 400, r"messages\[0\].content has half of a surrogate pair"),
         (user([{"type": "text", "text": "\udc00"}]), 400, r"messages\[0\].content has half of a surrogate pair"),
-        (user([{"type": "image_url", "image_url": "http://example.com/b.png"}]), 400, r"content\[0\]: got 'http://example.com/b.png'; acc"),
+        (
+            user([{"type": "image_url", "image_url": "http://example.com/b.png"}]),
+            400,
+            r"content\[0\]: got 'http://example.com/b.png'; acc",
+        ),
         (user([picture(head="data:image/gif;base64,")]), 400, "This server fetches nothing"),
         (user([{"type": "image_url", "image_url": PNG + "!!!"}]), 400, r"content\[0\]: not base64"),
         (user([picture(b"GIF89a")]), 400, r"content\[0\]: no PNG, JPEG or WebP image \(6 bytes\)"),
