@@ -100,6 +100,12 @@ class TrainingRecipe(Recipe):
         yield from super().mistakes()
         yield from training_mistakes(self.train, self.model)
         yield from validation_mistakes(self.evaluation, self.data)
+        if self.stage is not StageName.grpo and self.train.updates_per_step != 1:
+            # The schedule counts them, and would be stretched by updates that are never made.
+            yield (
+                f"train.updates_per_step={self.train.updates_per_step}: only grpo splits the batch of a step into "
+                "several updates; remove the line"
+            )
         parts = [part.value for part in self.train.parts]
         if self.stage is StageName.reward_model:
             if Part.score not in self.train.parts:

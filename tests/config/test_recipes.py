@@ -124,3 +124,11 @@ def test_all_that_does_not_fit_is_told_at_once():
     assert "train.parts is empty" in told
     assert "train.warmup_steps=200 is more" in told
     assert "generation.responses_per_prompt=1 leaves" in told
+
+
+@pytest.mark.parametrize("recipe", [AlignRecipe, MpoRecipe])
+def test_only_grpo_takes_several_updates_a_step(recipe):
+    """The learning-rate schedule counts them."""
+    with pytest.raises(ValueError, match="train.updates_per_step=4: only grpo splits"):
+        recipe(train=TrainConfig(updates_per_step=4))
+    GrpoRecipe(train=TrainConfig(updates_per_step=4))

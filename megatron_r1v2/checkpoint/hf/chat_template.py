@@ -1,4 +1,7 @@
-"""A chat template that knows text alone takes contents that are lists of texts and images, as processors pass them."""
+"""Image parts for chat templates that know plain text only.
+
+Afterwards a message's content may be a list of texts and images, as processors pass it.
+"""
 
 from __future__ import annotations
 
