@@ -232,7 +232,7 @@ def _merged(before: object, value: object) -> object:
     return {**before, **{key: _merged(before.get(key), item) for key, item in value.items()}}
 
 
-def _unknown_section(name: str, settings: object, kind: type[Recipe], sections: Mapping[str, type[Section]]) -> str:  # noqa: ARG001
+def _unknown_section(name: str, settings: object, kind: type[Recipe], sections: Mapping[str, type[Section]]) -> str:
     """Return why a section is refused."""
     if name in every_section():
         return (
@@ -240,6 +240,9 @@ def _unknown_section(name: str, settings: object, kind: type[Recipe], sections: 
             "remove it"
         )
     close = difflib.get_close_matches(name, sections, n=1)
+    if close and is_mapping(settings):
+        inside = difflib.get_close_matches(str(next(iter(settings), "")), sections[close[0]].model_fields, n=1)
+        close = [f"{close[0]}.{key}" for key in inside] or close
     if not close:
         close = [f"{section}.{name}" for section, settings in sections.items() if name in settings.model_fields]
     advice = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(sections)}"

@@ -121,7 +121,7 @@ def test_recipes_that_start_from_each_other_are_refused(tmp_path):
     ("text", "overrides", "message"),
     [
         ("train: {learning_rat: 1}", [], r"unknown setting 'train.learning_rat'; did you mean 'train.learning_rate'\?"),
-        ("trian: {steps: 1}", [], r"unknown setting 'trian'; did you mean 'train'\?"),
+        ("trian: {steps: 1}", [], r"unknown setting 'trian'; did you mean 'train.steps'\?"),
         ("learning_rate: 1", [], r"unknown setting 'learning_rate'; did you mean 'train.learning_rate'\?"),
         ("buffer: {zzz: 1}", [], "unknown setting 'buffer.zzz'; accepted: capacity, max_age"),
         ("zzz: {a: 1}", [], "unknown setting 'zzz'; accepted: run, model"),
