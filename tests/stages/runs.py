@@ -53,7 +53,9 @@ def recipe_for(root: Path, output: Path, overrides: tuple[str, ...] = (), *, sta
         stage: that it is for; or "evaluate", with the recipe of grpo.
     """
     recipe = tiny_recipe(root, stage="grpo" if stage == "evaluate" else stage)
-    file = output.with_name(output.name + ".yaml")
+    # Ranks of one test would write the same file at the same time.
+    rank = os.environ.get("RANK", "0")
+    file = output.with_name(f"{output.name}.yaml" if rank == "0" else f"{output.name}-{rank}.yaml")
     write_file(file, recipe_yaml(recipe.changed(run=recipe.run.changed(output_dir=str(output)))))
     return load_recipe_as(EvaluateRecipe, file, overrides) if stage == "evaluate" else load_recipe(file, overrides)
 
