@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import http.client
 import io
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,12 +125,13 @@ def test_a_wrong_key_ends_the_run_and_says_where_to_look(address, monkeypatch):
 
 def post(address: str, content: Any, path: str = "/pooling") -> tuple[int, str]:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    headers = {"Authorization": f"Bearer {KEY}"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address + path, body, headers), timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["message"]
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    with suppress(BrokenPipeError):  # a body that is too large is refused while it is sent
+        connection.request("POST", path, body, {"Authorization": f"Bearer {KEY}"})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text if answer.status == 200 else json.loads(text)["error"]["message"]
 
 
 def asking(*parts: Any) -> dict[str, Any]:

@@ -88,8 +88,10 @@ def test_connections_that_wait_shut_nobody_out_up_to_the_limit(address, sent):
     time.sleep(0.1)
     assert httpx.get(url(address, "/health")).json() == {"status": "ok"}
     more = [connect(address, sent) for _ in range(10)]
-    time.sleep(0.1)
-    assert httpx.get(url(address, "/health")).status_code == 503
+    deadline = time.monotonic() + 10
+    while httpx.get(url(address, "/health")).status_code != 503:
+        assert time.monotonic() < deadline
+        more.append(connect(address, sent))  # one that met the limit was answered, and does not wait
     for connection in waiting + more:
         connection.close()
     deadline = time.monotonic() + 10
@@ -148,6 +150,8 @@ def test_a_body_may_come_in_parts_but_not_too_slowly(address, monkeypatch):
     with connect(address, POST % 8 + b'{"a"') as connection:
         told = connection.recv(65536)
         assert told.startswith(b"HTTP/1.1 408 ")
+        # The headers may come by themselves.
+        told += b"" if b"0.3 s" in told else connection.recv(65536)
         assert b"did not arrive within 0.3 s" in told
 
 
