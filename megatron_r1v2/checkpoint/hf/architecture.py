@@ -7,7 +7,7 @@ folder means here what it means there. What they let pass and the model does not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeVar, get_args
 
 from huggingface_hub.errors import StrictDataclassError
@@ -158,12 +158,11 @@ def vision_architecture(hf: Config) -> VisionArchitecture:
     )
 
 
-def language_architecture(hf: Config, *, tied: bool | None = None) -> LanguageArchitecture:
+def language_architecture(hf: Config) -> LanguageArchitecture:
     """Read the language model's sizes from its HF configuration.
 
     Args:
         hf: `text_config` of a whole model, or the config.json of a language model alone.
-        tied: what the whole model says of its embeddings; None: the language model's own setting.
 
     Raises:
         ValueError: a family or a setting that the language model does not compute.
@@ -180,7 +179,6 @@ def language_architecture(hf: Config, *, tied: bool | None = None) -> LanguageAr
     language = _check(_Language, completed, "text_config")
     rope_type, theta, parameters = _rotations(completed, language.max_position_embeddings)
     heads = language.num_attention_heads
-    own_tie = completed.get("tie_word_embeddings") is True
     return LanguageArchitecture(
         model_type=str(hf["model_type"]),
         hidden_size=language.hidden_size,
@@ -195,7 +193,7 @@ def language_architecture(hf: Config, *, tied: bool | None = None) -> LanguageAr
         norm_epsilon=language.rms_norm_eps,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        tied_embeddings=own_tie if tied is None else tied,
+        tied_embeddings=completed.get("tie_word_embeddings") is True,
         rope_type=rope_type,
         rope_parameters=tuple(sorted(parameters.items())),
     )
@@ -217,7 +215,7 @@ def r1v2_architecture(hf: Config) -> R1V2Architecture:
     vision = {"model_type": "internvl_vision", "hidden_act": "gelu", **_mapping(hf.get("vision_config"))}
     # The parts are read first: their complaints name the part.
     vision_sizes = vision_architecture(vision)
-    language_architecture(text)
+    language = language_architecture(text)
     completed = {
         **_complete(InternVLConfig, hf, "config.json"),
         **{key: hf[key] for key in ("ps_version",) if key in hf},
@@ -227,7 +225,7 @@ def r1v2_architecture(hf: Config) -> R1V2Architecture:
     _require(completed, "vision_feature_select_strategy", ("default",), "the model")
     _require({"ps_version": "v2", **completed}, "ps_version", get_args(PixelShuffle), "the model")
     whole = _check(_Whole, completed, "config.json")
-    language = language_architecture(text, tied=whole.tie_word_embeddings)
+    language = replace(language, tied_embeddings=whole.tie_word_embeddings)
     if whole.image_token_id >= language.vocab_size:
         raise ValueError(
             f"image_token_id={whole.image_token_id} is outside the vocabulary of text_config.vocab_size="
