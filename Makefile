@@ -39,8 +39,9 @@ real-weights: install
 		-r examples/real_weights/requirements.txt
 	$(BIN)/python -m examples.real_weights.run_example
 
+# The same generated examples every time: a change is judged by itself. make test-full looks for new ones.
 test: install
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --hypothesis-profile=ci
 
 test-full: install
 	$(PYTEST) -m "not gpu" --timeout 3600
