@@ -61,10 +61,9 @@ class Prompt:
     facts: Mapping[str, str] = field(default_factory=dict)
     """Facts about the images, by name; a claim that contradicts one is a hallucination."""
     alternatives: tuple[str, ...] = ()
-    """Further answers that are as right as `answer`; the evaluation accepts them."""
+    """Further answers that are as right as `answer`."""
     tolerances: tuple[float, ...] = ()
-    """How far from `answer` a number may be, absolute: one for all of its parts or one for each (separated by ", ");
-    the evaluation accepts them."""
+    """How far from `answer` a number may be, absolute: one for all of its parts or one for each (separated by ", ")."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Names that an evaluation is broken down by, such as {"benchmark": "MMMU", "subject": "Art"}."""
     response: str | None = None

@@ -106,7 +106,7 @@ def _row(place: Place, completion: Completion, reward: RewardConfig, pool: Verif
         pool=pool,
         max_response_tokens=1,  # of no part that is scored here
     )
-    (row,) = evaluation_rows([prompt], scored, step=0, pool=pool)
+    (row,) = evaluation_rows([prompt], scored, step=0)
     row |= {"finish_reason": completion.finish_reason, "response_tokens": completion.tokens}
     return row | {"image_png": _picture(sample) if index == 0 else None}
 

@@ -54,8 +54,7 @@ class Evaluator:
         scored = self.respond(prompts, name=name, step=step)
         outcomes = None
         if self.context.is_main:
-            assert self.pool is not None, "the first rank leads its replica and has a VerifierPool"
-            rows = evaluation_rows(prompts, scored, step=step, pool=self.pool, pictures=False)
+            rows = evaluation_rows(prompts, scored, step=step, pictures=False)
             outcomes = [outcome_of(row) for row in rows]
         return evaluate_outcomes(
             name,

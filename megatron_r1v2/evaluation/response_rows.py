@@ -21,8 +21,7 @@ from megatron_r1v2.evaluation.response_log import ResponseLog, ResponseRow
 from megatron_r1v2.evaluation.rollout_records import rollout_record, write_rollouts
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.resilience.fingerprint import Fingerprint
-from megatron_r1v2.rewards.answer import last_boxed, type_of_alternative
-from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, within_call
+from megatron_r1v2.rewards.answer import last_boxed
 from megatron_r1v2.types import Prompt, ScoredRollout
 
 JUDGE_CACHE = "judge.jsonl"
@@ -62,10 +61,9 @@ def evaluation_rows(
     scored: Sequence[ScoredRollout],
     *,
     step: int,
-    pool: VerifierPool,
     pictures: bool = True,
 ) -> list[ResponseRow]:
-    """Return the rows of scored responses; one that equals an alternative answer or is near enough is right.
+    """Return the rows of scored responses.
 
     The picture of a prompt is in the row of its first response only.
 
@@ -89,25 +87,7 @@ def evaluation_rows(
             "judge": None,
         }
         rows.append(row)
-    return _accept_others(rows, pool)
-
-
-def _accept_others(rows: Sequence[ResponseRow], pool: VerifierPool) -> list[ResponseRow]:
-    asked = [(index, call) for index, row in enumerate(rows) if not row["rule_correct"] for call in _other_calls(row)]
-    verdicts = pool.run([call for _, call in asked], failed=False)
-    right = {index for (index, _), verdict in zip(asked, verdicts, strict=True) if verdict is True}
-    return [{**row, "rule_correct": True, "correct": True} if index in right else row for index, row in enumerate(rows)]
-
-
-def _other_calls(row: ResponseRow) -> list[Call[bool]]:
-    """Return the further checks that may find a response right: alternative answers, numbers within the tolerances."""
-    calls = [
-        answer_call(row["text"], answer, type_of_alternative(answer, row["answer_type"]))
-        for answer in row["alternatives"]
-    ]
-    if row["tolerances"]:
-        calls.append(within_call(row["text"], row["answer"], row["tolerances"]))
-    return calls
+    return rows
 
 
 def conclude(

@@ -13,7 +13,7 @@ from megatron_r1v2.rewards.claims import Claim, consistency_score
 from megatron_r1v2.rewards.format import format_score
 from megatron_r1v2.rewards.model import squash
 from megatron_r1v2.rewards.reasoning import overlong_score
-from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call, repetition_call, steps_call
+from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_calls, repetition_call, steps_call
 from megatron_r1v2.types import Prompt, Rollout
 
 WANTED_STEPS = 3
@@ -41,16 +41,19 @@ class Response:
     """Raw score of the reward model; None where there is no model."""
 
 
-Part = Callable[[Response, RewardConfig], float | Call[bool] | Call[float] | None]
-"""Return a score; or the call that computes it from hostile text in a verifier worker, where a hang or crash is a 0; or
-None where the part does not apply to the prompt."""
+Calls = Sequence[Call[bool]] | Sequence[Call[float]]
+Part = Callable[[Response, RewardConfig], float | Calls | None]
+"""Return a score; or the calls that compute it from hostile text in the verifier workers, of which the best counts and
+a hang or crash is a 0; or None where the part does not apply to the prompt."""
 
 
-def _answer(response: Response, settings: RewardConfig) -> Call[bool]:  # noqa: ARG001
+def _answer(response: Response, settings: RewardConfig) -> Calls:  # noqa: ARG001
     prompt = response.prompt
     if prompt.answer is None or prompt.answer_type is None:
         raise ValueError(f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type")
-    return answer_call(response.text, prompt.answer, prompt.answer_type)
+    return answer_calls(
+        response.text, prompt.answer, prompt.answer_type, alternatives=prompt.alternatives, tolerances=prompt.tolerances
+    )
 
 
 def _format(response: Response, settings: RewardConfig) -> float:  # noqa: ARG001
@@ -61,12 +64,12 @@ def _consistency(response: Response, settings: RewardConfig) -> float | None:  #
     return consistency_score(response.claims, response.prompt.facts) if response.prompt.facts else None
 
 
-def _steps(response: Response, settings: RewardConfig) -> Call[float]:  # noqa: ARG001
-    return steps_call(response.text, wanted=WANTED_STEPS, conclusion=CONCLUSION_STEPS)
+def _steps(response: Response, settings: RewardConfig) -> Calls:  # noqa: ARG001
+    return [steps_call(response.text, wanted=WANTED_STEPS, conclusion=CONCLUSION_STEPS)]
 
 
-def _repetition(response: Response, settings: RewardConfig) -> Call[float]:  # noqa: ARG001
-    return repetition_call(response.rollout.token_ids, tokens=REPEATED_TOKENS)
+def _repetition(response: Response, settings: RewardConfig) -> Calls:  # noqa: ARG001
+    return [repetition_call(response.rollout.token_ids, tokens=REPEATED_TOKENS)]
 
 
 def _overlong(response: Response, settings: RewardConfig) -> float:  # noqa: ARG001
@@ -113,16 +116,18 @@ def score_parts(
     names = [name for name in PARTS if name in _ALWAYS_COMPUTED or weights[name] > 0]
     parts = [(row, name, PARTS[name](response, settings)) for row, response in enumerate(responses) for name in names]
     # All calls in one run, so that no worker idles while a part of another kind is being checked.
-    calls: list[Call[float]] = [value for _, _, value in parts if isinstance(value, Call)]
+    calls: list[Call[float]] = [call for _, _, value in parts if isinstance(value, Sequence) for call in value]
     results = iter(pool.run(calls, failed=None))
     rewards: list[dict[str, float]] = [{} for _ in responses]
     checked = [True] * len(responses)
     for row, name, value in parts:
         if value is None:
             continue
-        score = next(results) if isinstance(value, Call) else value
-        checked[row] &= score is not None
-        rewards[row][name] = float(score or 0.0)
+        scores = [next(results) for _ in value] if isinstance(value, Sequence) else [value]
+        best = max(float(score or 0.0) for score in scores)
+        # A check that did not end leaves no doubt where another one found the response right.
+        checked[row] &= best == 1.0 or None not in scores
+        rewards[row][name] = best
     return rewards, checked
 
 

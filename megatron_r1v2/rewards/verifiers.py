@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from megatron_r1v2.rewards.answer import ANSWER_TYPES, NUMERIC_TOLERANCE
+from megatron_r1v2.rewards.answer import ANSWER_TYPES, NUMERIC_TOLERANCE, type_of_alternative
 from megatron_r1v2.rewards.verifier_worker import LENGTH, STARTED, read_exactly
 
 if TYPE_CHECKING:
@@ -72,6 +72,15 @@ def answer_call(
     imports = ("megatron_r1v2.rewards.math_answer",) if answer_type == "math" else ()
     arguments = (text, answer, answer_type, numeric_tolerance)
     return Call("megatron_r1v2.rewards.answer", "answer_is_correct", arguments, imports)
+
+
+def answer_calls(
+    text: str, answer: str, answer_type: AnswerType, *, alternatives: Sequence[str], tolerances: Sequence[float]
+) -> list[Call[bool]]:
+    """Return the calls of which one finds a right response right: by the answer, an alternative, or the tolerances."""
+    others = [answer_call(text, other, type_of_alternative(other, answer_type)) for other in alternatives]
+    near = [within_call(text, answer, tolerances)] if tolerances else []
+    return [answer_call(text, answer, answer_type), *others, *near]
 
 
 def within_call(text: str, answer: str, tolerances: Sequence[float]) -> Call[bool]:

@@ -77,8 +77,8 @@ def _respond(
             )
             show(before + len(scored))
             evaluator.features.clear()
-            if log is not None and pool is not None:  # the main rank leads its replica, so it has both
-                log.append(evaluation_rows(part, scored, step=loaded.version, pool=pool))
+            if log is not None:
+                log.append(evaluation_rows(part, scored, step=loaded.version))
 
 
 def _show(show: Callable[[int], None], before: int, responses: int, tokens: int) -> None:  # noqa: ARG001

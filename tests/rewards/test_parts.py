@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1v2.config.schema import RewardConfig
-from megatron_r1v2.rewards import parts
+from megatron_r1v2.rewards import parts, verifiers
 from megatron_r1v2.rewards.parts import PARTS, Response, score_parts, weighted_total
-from megatron_r1v2.rewards.verifiers import VerifierPool
+from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_call
 from megatron_r1v2.types import Prompt, Rollout
 
 EVERY_PART = RewardConfig(**{f"{name}_weight": 1.0 for name in PARTS})
@@ -80,6 +80,41 @@ def test_a_part_that_hangs_in_its_worker_is_0_and_counted(monkeypatch):
         assert found[1]["repetition"] == 1.0
         assert checked == [False, True]
         assert pool.timeouts + pool.crashes == 1
+
+
+def _answers(pool, boxes, **fields):
+    """Return the answer part of a box each, and whether all of its checks ended."""
+    response = _response()
+    asked = dataclasses.replace(response.prompt, **fields)
+    responses = [dataclasses.replace(response, prompt=asked, text=f"x</think>\\boxed{{{box}}}") for box in boxes]
+    rewards, checked = score_parts(responses, settings=RewardConfig(), pool=pool)
+    return [part["answer"] for part in rewards], checked
+
+
+def test_alternatives_and_tolerances_are_right_too(pool):
+    asked = {"answer": "1.2", "answer_type": "math", "alternatives": ("six fifths",), "tolerances": (0.05,)}
+    boxes = ("1.24", "1.3", "six fifths", "7/5", "Six  Fifths")
+    assert _answers(pool, boxes, **asked) == ([1, 0, 1, 0, 1], [True] * 5)
+
+
+def test_the_text_of_an_option_is_no_letter(pool):
+    boxes = ("A", "A. thaliana", "C", "B")
+    asked = {"answer": "C", "answer_type": "choice", "alternatives": ("A. thaliana", "c")}
+    assert _answers(pool, boxes, **asked)[0] == [0, 1, 1, 0]
+
+
+def test_a_check_that_crashes_leaves_a_doubt_unless_another_one_says_right(pool, monkeypatch):
+    def crash_on(reference):
+        def call(text, answer, answer_type, numeric_tolerance=1e-6):
+            if answer == reference:
+                return Call("os", "abort", ())
+            return answer_call(text, answer, answer_type, numeric_tolerance)
+
+        return call
+
+    monkeypatch.setattr(verifiers, "answer_call", crash_on("five"))
+    asked = {"answer": "8", "answer_type": "exact", "alternatives": ("five", "eight")}
+    assert _answers(pool, ("8", "eight", "9"), **asked) == ([1, 1, 0], [True, True, False])
 
 
 def test_the_weighted_sum():
