@@ -178,14 +178,14 @@ def language_architecture(hf: Config) -> LanguageArchitecture:
     _require(completed, "hidden_act", ("silu",), "the language model")
     language = _check(_Language, completed, "text_config")
     rope_type, theta, parameters = _rotations(completed, language.max_position_embeddings)
-    heads = language.num_attention_heads
+    heads, kv_heads, head_size = _attention_heads(language)
     return LanguageArchitecture(
         model_type=str(hf["model_type"]),
         hidden_size=language.hidden_size,
         num_layers=language.num_hidden_layers,
         num_heads=heads,
-        num_kv_heads=language.num_key_value_heads or heads,
-        head_size=language.head_dim or language.hidden_size // heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
         ffn_size=language.intermediate_size,
         vocab_size=language.vocab_size,
         max_positions=language.max_position_embeddings,
@@ -197,6 +197,25 @@ def language_architecture(hf: Config) -> LanguageArchitecture:
         rope_type=rope_type,
         rope_parameters=tuple(sorted(parameters.items())),
     )
+
+
+def _attention_heads(language: _Language) -> tuple[int, int, int]:
+    """Return the numbers of query and key heads and the size of a head."""
+    heads = language.num_attention_heads
+    kv_heads = language.num_key_value_heads or heads
+    head_size = language.head_dim or language.hidden_size // heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"text_config.num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}; copy the "
+            "folder's config.json again"
+        )
+    # Rotations turn pairs of channels.
+    if head_size < 2 or head_size % 2:
+        raise ValueError(
+            f"text_config gives a head {head_size} channels (head_dim, or hidden_size={language.hidden_size} / "
+            f"num_attention_heads={heads}); accepted: an even number; copy the folder's config.json again"
+        )
+    return heads, kv_heads, head_size
 
 
 def r1v2_architecture(hf: Config) -> R1V2Architecture:
