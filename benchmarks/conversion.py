@@ -40,10 +40,11 @@ from transformers import (
 )
 
 from megatron_r1v2.checkpoint.hf.config import IMAGE_TOKEN
-from megatron_r1v2.checkpoint.hf.folders import INDEX_NAME, write_json
+from megatron_r1v2.checkpoint.hf.folders import INDEX_NAME
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.checkpoint.hf.safetensors_files import write_safetensors_file
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo
+from megatron_r1v2.resilience.files import write_json
 
 GB = 1000**3
 _SHARD_BYTES = 2 * GB

@@ -15,13 +15,14 @@ from typing import Any
 import gguf
 import numpy
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples import making
 from examples.real_weights.packages import LANGUAGE_MODEL, find_weights
-from megatron_r1v2.checkpoint.hf.folders import with_dtype, write_json, write_safetensors
-from megatron_r1v2.resilience.files import atomic_folder
+from megatron_r1v2.checkpoint.hf.folders import SINGLE_NAME, with_dtype
+from megatron_r1v2.resilience.files import atomic_folder, write_json
 
 _SIZES: Mapping[str, str] = {
     "hidden_size": "llama.embedding_length",
@@ -202,7 +203,7 @@ def convert(path: Path, output: Path) -> LlamaConfig:
     model = GgufModel(path)
     config = model.config()
     with atomic_folder(output, replace=True) as folder:
-        write_safetensors(folder, model.weights(config))
+        save_file(dict(model.weights(config)), folder / SINGLE_NAME, metadata={"format": "pt"})
         model.tokenizer().save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         write_json(folder / "config.json", with_dtype(config.to_dict(), {torch.float32}))

@@ -19,13 +19,14 @@ import numpy
 import onnx
 import torch
 from google.protobuf.message import DecodeError
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import InternVLVisionConfig
 
 from examples import making
 from examples.real_weights.packages import VISION_TOWER, find_weights
-from megatron_r1v2.checkpoint.hf.folders import with_dtype, write_json, write_safetensors
-from megatron_r1v2.resilience.files import atomic_folder
+from megatron_r1v2.checkpoint.hf.folders import SINGLE_NAME, with_dtype
+from megatron_r1v2.resilience.files import atomic_folder, write_json
 
 TILE = 112
 """Pixels on each side of a tile: 8 x 8 patches, which are 16 image tokens, few enough for a CPU."""
@@ -218,9 +219,13 @@ def convert(path: Path, output: Path, *, tile: int) -> InternVLVisionConfig:
     """
     backbone = read_backbone(path)
     config = vision_config(backbone, tile)
-    weights = tower_weights(backbone, config)
+    weights = {name: tensor.contiguous() for name, tensor in tower_weights(backbone, config).items()}
     with atomic_folder(output, replace=True) as folder:
-        write_safetensors(folder, weights.items())
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            folder / SINGLE_NAME,
+            metadata={"format": "pt"},
+        )
         write_json(folder / "config.json", with_dtype(config.to_dict(), {torch.float32}))
     return config
 

@@ -20,12 +20,13 @@ from typing import Any
 import numpy
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, InternVLVisionModel, PreTrainedTokenizerFast
 
 from examples import making
 from megatron_r1v2.checkpoint.hf.architecture import vision_architecture
-from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, write_safetensors
+from megatron_r1v2.checkpoint.hf.folders import SINGLE_NAME, SafetensorsFolder
 from megatron_r1v2.models.vision import pixel_shuffle
 from megatron_r1v2.resilience.files import atomic_folder
 
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [json.loads(line) for line in lines]
     adapter = make_adapter(options.vision, options.language, rows, options.rows.parent / "images", seed=options.seed)
     with atomic_folder(options.output, replace=True) as folder:
-        write_safetensors(folder, adapter.items())
+        save_file(adapter, folder / SINGLE_NAME, metadata={"format": "pt"})
     print(f"adapter: {options.output}: fitted to {len(rows)} pictures")
 
 

@@ -21,10 +21,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_r1v2.checkpoint.hf.folders import check_output, read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import check_output, read_json
 from megatron_r1v2.checkpoint.manifest import PROGRESS, TensorEntry
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, in_threads
-from megatron_r1v2.resilience.files import only_writer, partial_path, publish_folder, restore_replaced, write_file
+from megatron_r1v2.resilience.files import (
+    only_writer,
+    partial_path,
+    publish_folder,
+    restore_replaced,
+    write_file,
+    write_json,
+)
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 
 _SPARE_BYTES = 64 * 1000**2

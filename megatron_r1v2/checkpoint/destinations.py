@@ -11,7 +11,7 @@ import torch
 
 from megatron_r1v2.checkpoint.conversion import FileRecord, OutputFile, RunOptions, convert
 from megatron_r1v2.checkpoint.hf.companions import check_companions, make_companions
-from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME, write_json
+from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME
 from megatron_r1v2.checkpoint.hf.mapping import Layout
 from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file, write_safetensors_file
 from megatron_r1v2.checkpoint.manifest import TensorEntry, entry_info, file_entries, tensor_entry, write_manifest
@@ -22,6 +22,7 @@ from megatron_r1v2.checkpoint.model_card import CARD
 from megatron_r1v2.checkpoint.sources import ALL_PARTS, SourceSpec, exported_rows
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.resilience.files import write_file, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_DIST_FILE_BYTES = 2 * 1000**3
@@ -210,7 +211,7 @@ def write_hf(
     def write(folder: Path, dtypes: set[torch.dtype]) -> None:
         make_companions(companions, folder, conversion.form.layout, dtypes)
         if card is not None:
-            (folder / CARD).write_text(card, encoding="utf-8")
+            write_file(folder / CARD, card)
 
     convert(conversion, output, options, HfCompanions(write))
 

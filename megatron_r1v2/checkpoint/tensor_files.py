@@ -12,8 +12,6 @@ from typing import TypeVar
 import torch
 import xxhash
 
-DIGEST = "xxh3_128"
-"""It finds damage as surely as SHA-256 and costs a tenth of it; only against forgery it is of no use."""
 _BLOCK_BYTES = 1024**2
 """What stays in a core's cache between hashing and writing."""
 _Result = TypeVar("_Result")

@@ -11,11 +11,12 @@ from megatron_r1v2.checkpoint.base_model import check_base, recipe_base
 from megatron_r1v2.checkpoint.conversion import RunOptions, convert
 from megatron_r1v2.checkpoint.destinations import HfCompanions, HfConversion, HfFormat, write_hf
 from megatron_r1v2.checkpoint.hf.config import folder_layout
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.mapping import LAYOUTS, Layout
 from megatron_r1v2.checkpoint.identity import model_digest
 from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
 from megatron_r1v2.checkpoint.sources import ALL_PARTS, CheckpointSpec, HfSpec, OverlaySpec
+from megatron_r1v2.resilience.files import write_json
 
 PARTS_FILE = "parts.json"
 _VERSION = 2

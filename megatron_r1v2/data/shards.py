@@ -13,7 +13,7 @@ from megatron.energon import BaseWebdatasetFactory
 from webdataset import ShardWriter
 
 from megatron_r1v2.data.samples import SampleError, ShardSample, encode_record
-from megatron_r1v2.resilience.files import atomic_folder
+from megatron_r1v2.resilience.files import atomic_folder, write_file
 
 SPLIT = "train"
 _META = ".nv-meta"
@@ -76,7 +76,7 @@ def _prepare_for_energon(folder: Path) -> None:
         BaseWebdatasetFactory.prepare_dataset(
             folder, names, split_parts_patterns=[(SPLIT, r".*\.tar")], shuffle_seed=None, workers=1
         )
-    (folder / _META / "dataset.yaml").write_text(_DATASET_YAML)
+    write_file(folder / _META / "dataset.yaml", _DATASET_YAML)
 
 
 def check_shards(folder: str | Path) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.benchmarks.files import read_rows
-from megatron_r1v2.resilience.files import atomic_folder
+from megatron_r1v2.resilience.files import atomic_folder, write_json
 from megatron_r1v2.rl.prompt_pool import PoolPrompt, filtered_prompt_pool
 
 POOL_FILE = "pool.json"
@@ -88,7 +87,7 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
                 "set that was evaluated (evaluation.data)"
             )
         record = _record(results, kept, len(effective), absent=len(found - results.keys()))
-        (shards / POOL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(shards / POOL_FILE, record)
     return record
 
 

@@ -414,24 +414,3 @@ def console_name(name: str) -> str:
         # `reward/answer/mean` and `reward/format/mean` differ in the middle.
         return name.removesuffix("/mean").rpartition("/")[2]
     return metric.short
-
-
-def metrics_markdown() -> str:
-    """Return docs/metrics.md."""
-    lines = [
-        "# Metrics",
-        "",
-        "Each step is a line of `metrics.jsonl` in the run's folder; wandb and TensorBoard get the same names. A",
-        "metric that has no value in a step is not in its line. `*` stands for a name; (`_image`, `_text`) means that",
-        "the metric exists for prompts with and without images too. Made from `megatron_r1v2/monitoring/metrics.py`.",
-    ]
-    for title, metrics in (
-        *((section.title, [m for chart in section.charts for m in chart.metrics]) for section in SECTIONS),
-        ("Without a chart", NOT_CHARTED),
-    ):
-        lines += ["", f"## {title}", "", "| metric | unit | meaning |", "| --- | --- | --- |"]
-        for metric in metrics:
-            suffixes = ", ".join(f"`{suffix}`" for suffix in metric.suffixes if suffix)
-            meaning = metric.meaning.replace("|", "\\|")
-            lines.append(f"| `{metric.name}`{f' ({suffixes})' if suffixes else ''} | {metric.unit} | {meaning} |")
-    return "\n".join(lines) + "\n"

@@ -238,5 +238,5 @@ def _stable_id(run_dir: Path) -> str:
     file = run_dir / "wandb_id"
     if not file.is_file():
         # The time, since runs in different places can have the same name.
-        file.write_text(f"{run_dir.name}-{time.time_ns():x}")
+        write_file(file, f"{run_dir.name}-{time.time_ns():x}")
     return file.read_text()

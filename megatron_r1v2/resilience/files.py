@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -53,6 +54,11 @@ def write_file(path: Path | str, content: str | bytes) -> None:
     with atomic_file(path) as file:
         # In binary: text mode would leave the encoding to the machine's locale.
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path | str, content: Mapping[str, object]) -> None:
+    """Write a JSON object through `atomic_file`, readable and with a final newline."""
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.resilience.files import atomic_folder, write_file
+from megatron_r1v2.resilience.files import atomic_folder, write_json
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.training.store import resolve_checkpoint
 from megatron_r1v2.types import Preference
@@ -121,9 +121,9 @@ class UnfinishedPairs:
             found: of each of its prompts, in the order of the data set.
         """
         if not (self.folder / _SETTINGS_FILE).is_file():
-            _write_json(self.folder / _SETTINGS_FILE, self._fingerprint.values)
+            write_json(self.folder / _SETTINGS_FILE, self._fingerprint.values)
         record = {"counts": dataclasses.asdict(counts), "prompts": [dataclasses.asdict(prompt) for prompt in found]}
-        _write_json(self._round(number), record)
+        write_json(self._round(number), record)
 
     def finish(self, source: str, remark: Mapping[str, Any]) -> PairCounts:
         """Write the shards and their counts, move them to `run.output_dir`, and delete the rounds.
@@ -139,7 +139,7 @@ class UnfinishedPairs:
         counts = sum((PairCounts(**self._read(number)["counts"]) for number in numbers), PairCounts())
         record = {**dataclasses.asdict(counts), **remark}
         if not counts.pairs:
-            _write_json(self.folder / COUNTS_FILE, record)
+            write_json(self.folder / COUNTS_FILE, record)
             raise ValueError(
                 f"no preference pair came of {counts.responses} responses to {counts.prompts} prompts "
                 f"({_reasons(counts.dropped)}); change the pairs, generation or reward section, and delete "
@@ -148,7 +148,7 @@ class UnfinishedPairs:
         found = (_prompt_pairs(row) for number in numbers for row in self._read(number)["prompts"])
         with atomic_folder(self.output) as shards:
             fill_shards(shards, expand_pairs(read_shards(source, parse_sample), found))
-            _write_json(shards / COUNTS_FILE, record)
+            write_json(shards / COUNTS_FILE, record)
         shutil.rmtree(self.folder)
         return counts
 
@@ -229,7 +229,3 @@ def _check_same(now: Fingerprint, kept: Fingerprint, folder: Path) -> None:
 
 def _reasons(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(dropped.items())) or "nothing dropped"
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    write_file(path, json.dumps(record, indent=2) + "\n")

@@ -304,32 +304,6 @@ def _read_best(folder: Path) -> tuple[Path, float] | None:
     return (checkpoint, content["pass_at_1"]) if checkpoint.is_dir() else None
 
 
-def save_weights(model: R1V2Model, folder: Path, context: ParallelContext, *, parts: Iterable[Part]) -> None:
-    """Collective over the world: save parts of a model, without optimizer, beside and renamed.
-
-    Args:
-        folder: the checkpoint to make; must not exist.
-        parts: what to save, of those that the model has.
-
-    Raises:
-        ValueError: the folder exists.
-    """
-    if folder.exists():
-        raise ValueError(f"output {folder} exists; name a new folder or delete it")
-    partial = partial_path(folder)
-    if context.is_main:
-        start_folder(folder)
-        (partial / TENSORS).mkdir()
-        names = part_names(set(parts) & set(model.parts))
-        save_state(partial, {"step": 0, "version": 0, "parts": names, "trained": []})
-    dist.barrier()
-    dist_checkpointing.save({"model": part_state(model, parts)}, str(partial / TENSORS))
-    dist.barrier()
-    if context.is_main:
-        publish_folder(folder)
-    dist.barrier()
-
-
 def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
     """Collective over the world: load the parts that a checkpoint holds; the rest of the model stays as it is.
 

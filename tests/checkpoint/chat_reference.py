@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from megatron_r1v2.checkpoint.hf.folders import write_json
+from megatron_r1v2.resilience.files import write_json
 from tests.tiny_hf import tiny_byte_tokenizer, tiny_text_config
 
 WIDTH, HEADS, LAYERS, FFN, SIDE, PATCH, TEXT = 64, 4, 2, 128, 32, 4, 96

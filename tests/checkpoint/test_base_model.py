@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_hf, megatron_to_hf, parts
 from megatron_r1v2.checkpoint.base_model import check_base
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
+from megatron_r1v2.resilience.files import write_json
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for, run_stage
 from tests.stages.tiny_run import tiny_recipe

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from checkpoint_tools import hf_to_hf, hf_to_megatron, megatron_to_hf
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
-from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights
+from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.torch_dist import TorchDist
 from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec, exported_rows
@@ -23,10 +23,11 @@ from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.training.part_state import part_state
-from megatron_r1v2.training.store import load_weights, save_weights
+from megatron_r1v2.training.store import load_weights
 from tests.checkpoint.hf.test_mapping import VARIANTS
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model
+from tests.whole_weights import gather_hf_weights, save_weights
 
 LAYOUTS = [(2, 1), (1, 2)]
 CHOSEN = ("6b-odd", "300m-tied")
@@ -52,7 +53,7 @@ def load_and_save(root: str, layouts: list[tuple[int, int]]) -> list[str]:
                 parameter.data.fill_(float("nan"))
             parts = load_weights(model, Path(root) / f"{variant}-megatron")
             assert parts == [Part.adapter, Part.language, Part.vision]
-            exported = dict(export_hf_weights(model, context))
+            exported = gather_hf_weights(model, context)
             where = f"{variant} {tensor}x{pipeline}"
             if context.is_main:
                 wrong += [f"{where}: {name}" for name in exported.keys() ^ expected.keys()]

@@ -12,8 +12,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from megatron_r1v2.checkpoint.conversion import RunOptions
 from megatron_r1v2.checkpoint.hf.companions import Components
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.splicing import reassemble as splice
+from megatron_r1v2.resilience.files import write_json
 from tests.tiny_hf import InternVLForConditionalGeneration, tiny_hf_language, tiny_hf_model, tiny_hf_vision
 
 

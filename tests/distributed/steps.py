@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
-from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights
+from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
@@ -30,6 +30,7 @@ from megatron_r1v2.training.batches import RowFormat, collate, filler_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy, UpdateResult
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
+from tests.whole_weights import gather_hf_weights
 
 TEMPERATURE = 0.7
 VOCABULARY = 265
@@ -387,5 +388,4 @@ def gather_gradients(policy: Policy, context: ParallelContext) -> dict[str, torc
     for parameter in policy.model.parameters():
         gradient = parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
         parameter.data = gradient.detach().clone()
-    exported = export_hf_weights(policy.model, context)
-    return {name: tensor.clone() for name, tensor in exported if tensor is not None and tensor.any()}
+    return {name: tensor for name, tensor in gather_hf_weights(policy.model, context).items() if tensor.any()}

@@ -12,13 +12,14 @@ from megatron.core.transformer.identity_op import IdentityOp
 from safetensors.torch import load_file
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
-from megatron_r1v2.checkpoint.hf.weights import export_hf_weights, load_hf_weights
-from megatron_r1v2.config.schema import Fp8, Part
+from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
+from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.training.part_state import part_state
 from tests.models.test_llama import qwen3
 from tests.tiny_hf import tiny_hf_model
+from tests.whole_weights import gather_hf_weights
 
 
 def with_names_of_transformer_engine(model: R1V2Model) -> R1V2Model:
@@ -51,7 +52,7 @@ def test_both_load_and_export_the_same_hf_weights(models, context):
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))
         load_hf_weights(model, folder, context)
-        exported = dict(export_hf_weights(model, context))
+        exported = gather_hf_weights(model, context)
         assert exported.keys() == stored.keys()
         assert [name for name in stored if not torch.equal(stored[name], exported[name])] == []
 
@@ -64,11 +65,3 @@ def test_both_write_the_same_checkpoint_entries(models):
     ]
     assert entries[0] == entries[1]
     assert any(key.endswith("self_attention.linear_qkv.layer_norm_weight") for key, *_ in entries[0])
-
-
-def test_weights_that_were_rounded_to_8_bits_are_not_exported(tmp_path, context):
-    tiny_hf_model(tmp_path)
-    settings = ComputeSettings(dtype=torch.bfloat16, fp8=Fp8.tensorwise, fp8_weights=True)
-    model = build_r1v2(read_hf_architecture(tmp_path)[0], settings, groups=context.groups, device=context.device)
-    with pytest.raises(ValueError, match="model.fp8_weights=true keeps the language model's weights rounded"):
-        list(export_hf_weights(model, context))

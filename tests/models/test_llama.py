@@ -14,9 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_r1v2.checkpoint.hf.architecture import language_architecture, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.companions import Components
 from megatron_r1v2.checkpoint.hf.folders import read_json
-from megatron_r1v2.checkpoint.hf.mapping import hf_from_shards, hf_leftovers, parameter_map, shards_from_hf
+from megatron_r1v2.checkpoint.hf.mapping import hf_leftovers, parameter_map
 from megatron_r1v2.checkpoint.splicing import reassemble
 from megatron_r1v2.config.schema import ParallelConfig
+from tests.checkpoint.hf.test_mapping import hf_from_shards, shards_from_hf
 from tests.distributed.steps import Material, Outcome, make_material, run_step
 from tests.distributed.test_step import TOGETHER, check_gradients
 from tests.models.parity import MEAN, STD, difference, gradient_differences, model_pair, random_tiles

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from megatron_r1v2.checkpoint.hf.config import IMAGE_TOKEN
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.resilience.files import write_file, write_json
 
 _KEY = "chat_template"
 # In front of a template: each content that is a list becomes one text, and the template sees texts alone. The last
@@ -38,7 +39,7 @@ def give_image_parts(folder: Path) -> None:
         ValueError: a template is no text.
     """
     for path in sorted(folder.glob("chat_template*.jinja")):
-        path.write_text(with_image_parts(path.read_text(encoding="utf-8")), encoding="utf-8")
+        write_file(path, with_image_parts(path.read_text(encoding="utf-8")))
     for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
         content = read_json(path) if path.is_file() else {}
         if content.get(_KEY):

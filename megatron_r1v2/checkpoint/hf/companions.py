@@ -31,11 +31,11 @@ from megatron_r1v2.checkpoint.hf.folders import (
     copy_companions,
     read_json,
     with_dtype,
-    write_json,
 )
 from megatron_r1v2.checkpoint.hf.mapping import Layout
 from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder
 from megatron_r1v2.models.architecture import PixelShuffle
+from megatron_r1v2.resilience.files import write_json
 
 # Roles that transformers' InternVLProcessor looks for in the tokenizer, and the token of each.
 _IMAGE_TOKENS: Mapping[str, str] = {

@@ -1,4 +1,4 @@
-"""Hugging Face folders on disk: safetensors read lazily, and written so that a broken export never looks finished.
+"""Hugging Face folders on disk: safetensors read lazily, JSON, and the files beside the weights.
 
 Only safetensors and JSON are read: no pickle, and no code that a folder brings along.
 """
@@ -6,17 +6,15 @@ Only safetensors and JSON are read: no pickle, and no code that a folder brings 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file, write_safetensors_file
+from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
-from megatron_r1v2.resilience.files import atomic_folder
 
 JsonObject = dict[str, Any]
 """A JSON object of others: its values may be anything until they are checked."""
@@ -157,11 +155,6 @@ def read_json(path: Path | str) -> JsonObject:
     return content
 
 
-def write_json(path: Path | str, content: Mapping[str, object]) -> None:
-    """Write a JSON object, readable and with a final newline."""
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def check_output(output: Path | str, *, sources: Iterable[Path | str], overwrite: bool) -> None:
     """Refuse an output folder that would destroy something; call before any work is done.
 
@@ -181,47 +174,6 @@ def check_output(output: Path | str, *, sources: Iterable[Path | str], overwrite
         raise ValueError(f"output {output} exists already; choose another folder, or pass --overwrite to replace it")
 
 
-def write_safetensors(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> None:
-    """Write tensors as they come, holding no more than one shard in memory, then the index if there are several.
-
-    Args:
-        folder: an empty folder.
-        tensors: name and tensor, on any device.
-
-    Raises:
-        ValueError: a name comes twice, or there are no tensors.
-    """
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    seen: set[str] = set()
-    total = size = 0
-
-    def flush() -> None:
-        infos = [(name, tensor_info(tensor)) for name, tensor in pending.items()]
-        write_safetensors_file(folder / f"unnumbered-{len(shards)}", infos, pending.values())
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if name in seen:
-            raise ValueError(f"tensor {name!r} is written twice")
-        seen.add(name)
-        bytes_more = tensor.numel() * tensor.element_size()
-        if pending and size + bytes_more > max_shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor.detach().cpu()
-        size += bytes_more
-        total += bytes_more
-    if pending:
-        flush()
-    if not shards:
-        raise ValueError(f"no tensors to write to {folder}")
-    _number_shards(folder, shards, total)
-
-
 def companion_files(source: Path | str) -> list[Path]:
     """Return the files of tokenizer, processor, generation settings and chat template of a folder."""
     found = [path for pattern in _COMPANIONS for path in sorted(Path(source).glob(pattern))]
@@ -232,37 +184,6 @@ def copy_companions(source: Path | str, folder: Path) -> None:
     """Copy tokenizer, processor, generation settings and chat template from one folder to another."""
     for path in companion_files(source):
         shutil.copyfile(path, folder / path.name)
-
-
-def write_hf_folder(
-    output: Path | str,
-    *,
-    base: Path | str,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    overwrite: bool = False,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
-    """Write a Hugging Face folder whose configuration, tokenizer and processor are those of `base`.
-
-    Args:
-        tensors: name and tensor, in the layout that the config.json of `base` describes.
-
-    Raises:
-        ValueError: `output` is refused (`check_output`), or `base` has no config.json.
-    """
-    check_output(output, sources=[base], overwrite=overwrite)
-    config = read_json(Path(base) / "config.json")
-    dtypes: set[torch.dtype] = set()
-
-    def watched() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors:
-            dtypes.add(tensor.dtype)
-            yield name, tensor
-
-    with atomic_folder(output, replace=True) as folder:
-        write_safetensors(folder, watched(), max_shard_bytes=max_shard_bytes)
-        copy_companions(base, folder)
-        write_json(folder / "config.json", with_dtype(config, dtypes))
 
 
 def with_dtype(config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> JsonObject:
@@ -277,18 +198,6 @@ def with_dtype(config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> J
         if isinstance(nested, Mapping):
             changed[part] = {key: value for key, value in nested.items() if key not in ("torch_dtype", "dtype")}
     return changed
-
-
-def _number_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
-        os.rename(folder / "unnumbered-0", folder / SINGLE_NAME)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / f"unnumbered-{number}", folder / final)
-        weight_map.update(dict.fromkeys(names, final))
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _read_index(path: Path) -> dict[str, str]:

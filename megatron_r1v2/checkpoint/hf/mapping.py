@@ -98,27 +98,6 @@ def parameter_map(architecture: R1V2Architecture, layout: Layout = "transformers
     return tuple(mapped)
 
 
-def shards_from_hf(
-    parameters: Iterable[MappedParameter], tensors: Mapping[str, torch.Tensor], *, tensor_rank: int, tensor_size: int
-) -> dict[str, torch.Tensor]:
-    """Return all that one tensor-parallel rank holds, by our names; arithmetic only."""
-    return {
-        parameter.ours: parameter.to_shard(tensors, tensor_rank=tensor_rank, tensor_size=tensor_size)
-        for parameter in parameters
-    }
-
-
-def hf_from_shards(
-    parameters: Iterable[MappedParameter], shards: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """Return all Hugging Face tensors from what the tensor-parallel ranks hold, in rank order; arithmetic only."""
-    tensors: dict[str, torch.Tensor] = {}
-    for parameter in parameters:
-        if parameter.exported:
-            tensors.update(parameter.to_hf([shard[parameter.ours] for shard in shards]))
-    return tensors
-
-
 def canonical_hf_name(name: str) -> str:
     """Return a tensor's name as transformers saves it, from that or from the name inside the model.
 
@@ -259,7 +238,6 @@ def _qkv(pattern: str) -> tuple[str, ...]:
 
 HF_EMBEDDING = "language_model.model.embed_tokens.weight"
 HF_OUTPUT = "language_model.lm_head.weight"
-OUTPUT_LAYER = "language.output_layer.weight"
 # The one parameter without a Hugging Face name: the layout of transformers has no reward model.
 SCORE_HEAD = "score.weight"
 

@@ -25,7 +25,7 @@ from megatron_r1v2.checkpoint.megatron.parameter_names import DistEntry
 from megatron_r1v2.checkpoint.megatron.torch_internals import METADATA_NAMES, StorageInfo
 from megatron_r1v2.checkpoint.megatron.torch_records import UNPICKLING_ERRORS, read_record, write_record
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, mapped_file
-from megatron_r1v2.resilience.files import synced_file
+from megatron_r1v2.resilience.files import synced_file, write_file
 
 METADATA = ".metadata"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -217,10 +217,10 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
         storage[MetadataIndex(entry.key, offsets)] = StorageInfo(
             files.setdefault(record.file, record.file), record.offset, record.length
         )
-    with (folder / METADATA).open("wb") as file:
-        pickle.dump(Metadata(state_dict_metadata=dict(arrays), storage_data=storage), file)
+    metadata = Metadata(state_dict_metadata=dict(arrays), storage_data=storage)
+    write_file(folder / METADATA, pickle.dumps(metadata))
     torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps({**_FORMAT, **_COMMON}), encoding="utf-8")
+    write_file(folder / "metadata.json", json.dumps({**_FORMAT, **_COMMON}))
 
 
 class _MetadataUnpickler(pickle.Unpickler):

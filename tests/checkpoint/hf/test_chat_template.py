@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_r1v2.checkpoint.hf.chat_template import give_image_parts, with_image_parts
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.resilience.files import write_json
 from tests.tiny_hf import CHAT_TEMPLATE, tiny_byte_tokenizer
 
 # Each reads the messages in its own way, as the templates of Llama, ChatML and QwQ do.

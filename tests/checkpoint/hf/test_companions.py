@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.resilience.files import write_json
 from tests.checkpoint.chat_reference import SIDE, write_chat_folder
 from tests.checkpoint.hf.test_config import convert
 

@@ -13,11 +13,12 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from checkpoint_tools import hf_to_hf, reassemble
 from megatron_r1v2.checkpoint.hf.config import chat_config, image_token_id, layout_of, transformers_config
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.weights import fill_whole
 from megatron_r1v2.checkpoint.sources import HfSpec
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.resilience.files import write_json
 from tests.checkpoint.chat_reference import SIDE, image_embeddings, write_chat_folder
 from tests.tiny_hf import tiny_hf_language
 

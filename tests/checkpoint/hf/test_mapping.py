@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,7 @@ import torch
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
-from megatron_r1v2.checkpoint.hf.mapping import (
-    canonical_hf_name,
-    hf_from_shards,
-    hf_leftovers,
-    parameter_map,
-    shards_from_hf,
-)
+from megatron_r1v2.checkpoint.hf.mapping import MappedParameter, canonical_hf_name, hf_leftovers, parameter_map
 from megatron_r1v2.models.architecture import R1V2Architecture
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
@@ -32,6 +27,27 @@ VARIANTS = {
     },
     "300m-odd": {"family": "300m", "vision": tiny_vision_config("300m", heads=5)},
 }
+
+
+def shards_from_hf(
+    parameters: Iterable[MappedParameter], tensors: Mapping[str, torch.Tensor], *, tensor_rank: int, tensor_size: int
+) -> dict[str, torch.Tensor]:
+    """Return all that one tensor-parallel rank holds, by our names."""
+    return {
+        parameter.ours: parameter.to_shard(tensors, tensor_rank=tensor_rank, tensor_size=tensor_size)
+        for parameter in parameters
+    }
+
+
+def hf_from_shards(
+    parameters: Iterable[MappedParameter], shards: Sequence[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return all Hugging Face tensors from what the tensor-parallel ranks hold, in rank order."""
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter in parameters:
+        if parameter.exported:
+            tensors |= parameter.to_hf([shard[parameter.ours] for shard in shards])
+    return tensors
 
 
 @pytest.fixture(scope="module", params=sorted(VARIANTS))

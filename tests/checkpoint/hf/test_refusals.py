@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_hf, inspect, reassemble, verify
-from megatron_r1v2.checkpoint.hf.folders import read_json, write_json
+from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder, check_tensor_names
+from megatron_r1v2.resilience.files import write_json
 from tests.checkpoint.damage import run
 
 
