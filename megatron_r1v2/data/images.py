@@ -12,6 +12,7 @@ import numpy
 import torch
 from PIL import Image
 
+from megatron_r1v2.data.pixels import describe_other_content, is_plain, to_rgb
 from megatron_r1v2.data.samples import SampleError, image_name
 
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -28,7 +29,7 @@ _DECODE_ERRORS = (
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image to its end, so that a truncated file is an error here.
+    """Decode an image to its end, so that a truncated file is an error here, by the rule of `pixels.to_rgb`.
 
     Args:
         name: its name in an error.
@@ -39,16 +40,17 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         SampleError: the file cannot be decoded to its end.
     """
+    if other := describe_other_content(data):
+        raise SampleError(f"image {name} {other} ({len(data)} bytes)")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            # Transparency is dropped and EXIF rotation ignored, as in InternVL. `open` alone reads the header only.
-            return image.convert("RGB")
+            return to_rgb(image)
     except _DECODE_ERRORS as error:
         raise SampleError(f"image {name}: cannot be decoded ({len(data)} bytes): {error}") from error
 
 
 def storable_image(data: bytes, name: str) -> tuple[str, bytes]:
-    """Check an encoded image, and encode it as PNG unless it is PNG, JPEG or WebP.
+    """Check an encoded image, and encode it as PNG unless it is a PNG, JPEG or WebP that all readers show alike.
 
     Args:
         name: its name in an error.
@@ -61,7 +63,8 @@ def storable_image(data: bytes, name: str) -> tuple[str, bytes]:
     """
     image = decode_image(data, name)
     with Image.open(io.BytesIO(data)) as encoded:
-        extension = _EXTENSIONS.get(encoded.format or "")
+        # Servers and judges get the stored bytes: what is transparent, turned or of 16 bits would differ from here.
+        extension = _EXTENSIONS.get(encoded.format or "") if is_plain(encoded) else None
     if extension:
         return extension, data
     buffer = io.BytesIO()
