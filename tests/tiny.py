@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def tiny_tokenizer(folder: str | Path, *, chat_template: str = CHAT_TEMPLATE) ->
     )
     wrapped.save_pretrained(str(folder))
     return Path(folder)
+
+
+def name_qwen_tokenizer(folder: Path) -> None:
+    """Name the class of Qwen's folders in a folder's tokenizer_config.json: one that can do without tokenizer.json."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    path.write_text(json.dumps(settings))
+
+
+def split_tokenizer_json(folder: Path) -> None:
+    """Replace tokenizer.json by vocab.json, merges.txt and added_tokens.json, as older folders have it."""
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    merges = "".join(f"{first} {second}\n" for first, second in whole["model"]["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    path = folder / "tokenizer_config.json"
+    decoder = {str(token.pop("id")): token for token in (dict(token) for token in whole["added_tokens"])}
+    settings = json.loads(path.read_text()) | {"added_tokens_decoder": decoder}
+    path.write_text(json.dumps(settings))
+    added = {token["content"]: int(number) for number, token in decoder.items()}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
 
 
 def tiny_png(seed: int, *, width: int = 64, height: int = 32) -> bytes:

@@ -15,6 +15,7 @@ from megatron_r1v2.checkpoint.hf.companions import (
     check_companions,
     components_config,
     make_components_companions,
+    tokenizer_files,
 )
 from megatron_r1v2.checkpoint.hf.config import CHAT_TYPES, VISION_TYPES_OF_CHAT
 from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, JsonObject, SafetensorsFolder, read_json
@@ -85,7 +86,7 @@ class ComponentsSpec:
 
     def files(self) -> list[Path]:
         """Return the files that are read, tokenizer included."""
-        found = [self.components.language / "tokenizer.json"]
+        found = tokenizer_files(self.components.language)
         for folder in self.folders():
             with SafetensorsFolder(folder) as opened:
                 found += opened.paths()

@@ -122,8 +122,9 @@ class GenerationConfig(Section):
     """A response that reaches this is cut and marked "length"."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits; training uses the same."""
-    stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("<|im_end|>",), strict=False, min_length=1)
-    """Tokens, as text, that end a response."""
+    stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    """Tokens, as text, that end a response beside those of the model's generation_config.json; the first also ends the
+    responses of SFT and of pairs."""
     kv_cache_gib: float = Field(20.0, gt=0)
     """Memory for keys and values of a generation phase, given back afterwards."""
     max_requests: int = Field(256, ge=1)

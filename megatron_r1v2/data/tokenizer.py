@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, SampleError, count_placeholders
@@ -13,6 +16,8 @@ from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, SampleError, count_pla
 IMAGE_START = "<img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_END = "</img>"
+# Answers are made of them, so they stay text even where a tokenizer marks them as special.
+_REASONING = ("<think>", "</think>")
 
 
 class ChatTokenizer:
@@ -57,11 +62,52 @@ class ChatTokenizer:
     def control_tokens(self) -> tuple[str, ...]:
         """Return the tokens that no text may contain: of images, and of the beginnings and ends of turns and texts."""
         # A model may have more special tokens, such as "<ref>" and "<box>" of its training data. These are plain text.
-        template = str(self._tokenizer.chat_template)
-        ends = (self._tokenizer.bos_token, self._tokenizer.eos_token, self._tokenizer.pad_token)
-        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        marks = [token for token in special if token in template or token in ends]
+        template, turns = str(self._tokenizer.chat_template), self._written_turns()
+        ends = {self._tokenizer.bos_token, self._tokenizer.eos_token, self._tokenizer.pad_token}
+        ends.update(self._tokenizer.convert_ids_to_tokens(list(self.end_ids)))
+        marks = []
+        for token in self._tokenizer.added_tokens_decoder.values():
+            text = str(token)
+            # DeepSeek's marks of a turn are added tokens with special=false: a turn has them, whatever is said in it.
+            of_turn = not text.isspace() and not text[:1].isalnum() and text in turns
+            if of_turn or (token.special and (text in template or text in ends)):
+                marks.append(text)
+        marks = [text for text in marks if text not in _REASONING]
         return tuple(dict.fromkeys((IMAGE_START, IMAGE_CONTEXT, IMAGE_END, *marks)))
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Return the ids of control tokens and of all others that the tokenizer marks as special."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(number for number, token in added if token.special or str(token) in self.control_tokens)
+
+    def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
+        """Return the ids of those texts that are special tokens."""
+        added = self._tokenizer.added_tokens_decoder
+        return frozenset(number for number in self.special_ids if str(added[number]) in texts)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a response by generation_config.json; where it names none, the tokenizer's own end.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._folder / "generation_config.json"
+        try:
+            stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(stated, dict):
+            raise ValueError(f"{path} is not valid JSON: it holds a {type(stated).__name__}, not an object")
+        named = stated.get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(number) is int and number >= 0 for number in ids):
+            raise ValueError(f"{path} has eos_token_id={str(named)[:200]}; accepted: a token's id, or a list of them")
+        own = self._tokenizer.eos_token_id
+        # Ids beyond the tokenizer are never drawn.
+        known = [number for number in ids if number < self.vocab_size]
+        return tuple(known or ([] if own is None else [int(own)]))
 
     def token_id(self, text: str) -> int:
         """Return the id of a text that is one token, such as "<|im_end|>".
@@ -75,12 +121,42 @@ class ChatTokenizer:
         return ids[0]
 
     def stop_ids(self, texts: Sequence[str]) -> list[int]:
-        """Return the ids of the tokens that end a response (generation.stop_tokens), in the same order.
+        """Return the ids of the tokens that end a response: those given, then those of the model's folder.
+
+        Args:
+            texts: `generation.stop_tokens`.
 
         Raises:
-            ValueError: a text is not exactly one token.
+            ValueError: a text is not exactly one token, or there is no token at all.
         """
-        return [self.token_id(text) for text in texts]
+        try:
+            ids = [self.token_id(text) for text in texts]
+        except ValueError as error:
+            raise ValueError(f"generation.stop_tokens={list(texts)}: {error}") from error
+        if not (ids := list(dict.fromkeys((*ids, *self.end_ids)))):
+            raise ValueError(
+                f"generation.stop_tokens is empty, and neither generation_config.json nor the tokenizer of "
+                f"{self._folder} names a token that ends a response; name one, such as '<|im_end|>'"
+            )
+        return ids
+
+    def turn_end(self, texts: Sequence[str]) -> str:
+        """Return the token that a given response is taught to end with.
+
+        Args:
+            texts: `generation.stop_tokens`, whose first is taken; none: the tokenizer's own end where that ends a
+                response, else the first token that does.
+        """
+        own, ids = self._tokenizer.eos_token_id, self.stop_ids(texts)
+        end = own if own in ids and not texts else ids[0]
+        return str(self._tokenizer.convert_ids_to_tokens(end))
+
+    def describe_ends(self, ids: Sequence[int]) -> str:
+        """Return a sentence about the tokens that end a response."""
+        named = ", ".join(f"{self._tokenizer.convert_ids_to_tokens(number)} ({number})" for number in ids)
+        own, number = self._tokenizer.eos_token, self._tokenizer.eos_token_id
+        advice = f"; {own} ({number}) does not, unless generation.stop_tokens names it"
+        return f"a response ends with {named}{'' if number is None or number in ids else advice}"
 
     def encode_prompt(
         self,
@@ -154,6 +230,13 @@ class ChatTokenizer:
         # Control tokens are allowed here and become one token each, as the model sampled them.
         return self._encode(text)
 
+    def without_control(self, text: str) -> str:
+        """Return a text without control tokens, and without those that taking one out puts together."""
+        while found := [token for token in self.control_tokens if token in text]:
+            for token in found:
+                text = text.replace(token, "")
+        return text
+
     def is_same_as(self, other: ChatTokenizer) -> bool:
         """Return whether two tokenizers have the same vocabulary, special tokens and chat template."""
         return all(
@@ -164,6 +247,16 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], keep_special: bool = True) -> str:
         """Decode token ids to text, with or without the special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+    def _written_turns(self) -> str:
+        """Return plain turns as the chat template writes them."""
+        system, user, answer = ({"role": role, "content": "a"} for role in ("system", "user", "assistant"))
+        written = ""
+        for messages in ([user, answer, user], [system, user]):
+            # A template may refuse a role or an order; the prompts of a run have those that it takes.
+            with suppress(TemplateError):
+                written += str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        return written
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

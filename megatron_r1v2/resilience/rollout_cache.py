@@ -34,12 +34,13 @@ _CHECKSUM_BYTES = 4
 
 
 def rollout_fingerprint(
-    seed: int, version: int, generation: GenerationConfig, weights: Mapping[str, int]
+    seed: int, version: int, generation: GenerationConfig, stop_ids: Sequence[int], weights: Mapping[str, int]
 ) -> Fingerprint:
     """Return the fingerprint of everything that decides which tokens are drawn for a prompt.
 
     Args:
         generation: settings of the sampling; those of memory and speed decide nothing.
+        stop_ids: of the settings and of the model's folder.
         weights: checksums by part.
     """
     return Fingerprint.of(
@@ -49,7 +50,7 @@ def rollout_fingerprint(
             "responses_per_prompt": generation.responses_per_prompt,
             "max_response_tokens": generation.max_response_tokens,
             "temperature": generation.temperature,
-            "stop_tokens": list(generation.stop_tokens),
+            "stop_ids": sorted(stop_ids),
         },
     )
 

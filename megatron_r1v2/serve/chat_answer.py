@@ -70,11 +70,19 @@ class TextPiece:
 class ChoiceText:
     """The text of one response, and when and why it ends."""
 
-    def __init__(self, decode: Decode, *, stop_ids: frozenset[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        *,
+        stop_ids: frozenset[int],
+        stop: Sequence[str],
+        hidden_ids: frozenset[int] = frozenset(),
+    ) -> None:
         """Start an empty response.
 
         Args:
             stop: texts that end it; they are left out of it.
+            hidden_ids: tokens without a text.
         """
         self.finish_reason: str | None = None
         """"stop" or "length" once the response has ended; after a stop string the engine must be told to cancel."""
@@ -82,6 +90,7 @@ class ChoiceText:
         """Generated so far, a stop token included."""
         self._decoder = TextDecoder(decode)
         self._stop_ids = stop_ids
+        self._hidden_ids = hidden_ids
         self._stop = tuple(stop)
         self._held = ""
         """Not released yet, since it may be the beginning of a stop string."""
@@ -100,15 +109,16 @@ class ChoiceText:
         is_stop = token.token_id in self._stop_ids
         if not is_stop:
             self._waiting.append((self._released + len(self._held), token))
-            self._held += self._decoder.push(token.token_id)
-        if token.is_last:
+            if token.token_id not in self._hidden_ids:
+                self._held += self._decoder.push(token.token_id)
+        if token.is_last or is_stop:
             self._held += self._decoder.finish()
         if (cut := self._first_stop()) is not None:
             self._held = self._held[:cut]
             self.finish_reason = "stop"
             end = self._released + cut
             self._waiting = [(start, waiting) for start, waiting in self._waiting if start < end]
-        elif token.is_last:
+        elif token.is_last or is_stop:
             self.finish_reason = "stop" if is_stop else "length"
         return self._release()
 
@@ -183,15 +193,19 @@ class ChatAnswer:
         decode: Decode,
         prompt_tokens: int,
         stop_ids: frozenset[int],
+        hidden_ids: frozenset[int] = frozenset(),
         reasoning_ends: str = "",
     ) -> None:
         """Begin with empty responses.
 
         Args:
             prompt_tokens: of the prompt, image tokens included.
+            hidden_ids: tokens without a text, but for their log-probs.
             reasoning_ends: text between reasoning and answer, where they are sent apart; empty: they are not.
         """
-        self.choices = [ChoiceText(decode, stop_ids=stop_ids, stop=request.stop) for _ in range(request.n)]
+        self.choices = [
+            ChoiceText(decode, stop_ids=stop_ids, stop=request.stop, hidden_ids=hidden_ids) for _ in range(request.n)
+        ]
         self.includes_usage = request.stream_options.include_usage
         """Whether a stream ends with the token counts."""
         self._splits = [ReasoningSplit(reasoning_ends) for _ in range(request.n)]

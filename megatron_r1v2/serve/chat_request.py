@@ -28,7 +28,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("tools", "functions"), ([],)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("reasoning_effort", "verbosity"), ("medium",)),
-    **dict.fromkeys(("include_reasoning", "skip_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("include_reasoning", "add_generation_prompt"), (True,)),
     "chat_template_kwargs": ({}, {"enable_thinking": True}),
     "ignore_eos": (False,),
     "logit_bias": ({},),
@@ -67,6 +67,7 @@ class ChatRequest(WireModel):
     """None: the server draws one."""
     logprobs: bool = Field(False, description=_FLAG)
     top_logprobs: int = Field(0, ge=0, le=MAX_ALTERNATIVES, description=_INTEGER)
+    skip_special_tokens: bool = Field(True, description=_FLAG)
 
     @property
     def messages(self) -> tuple[Mapping[str, str], ...]:
@@ -86,7 +87,7 @@ class ChatRequest(WireModel):
     @field_validator("turns", mode="before")
     @classmethod
     def _read_turns(cls, value: object) -> tuple[Turn, ...]:
-        turns = read_messages(value)
+        turns = [_without_placeholder(turn) if turn.role == "assistant" else turn for turn in read_messages(value)]
         for index, turn in enumerate(turns):
             if any(IMAGE_PLACEHOLDER in part for part in turn.parts if isinstance(part, str)):
                 refusal = (
@@ -171,6 +172,12 @@ def _check_names(content: Mapping[str, object]) -> None:
             accepted = " or ".join(repr(neutral) for neutral in NEUTRAL[name])
             refusal = f"{name}={content[name]!r} is not supported; accepted: {accepted}, or leave it out"
             raise RequestError(refusal, param=name)
+
+
+def _without_placeholder(turn: Turn) -> Turn:
+    """Return a turn without the placeholder of images in its texts, which a model may have written."""
+    texts = (part.replace(IMAGE_PLACEHOLDER, "") if isinstance(part, str) else part for part in turn.parts)
+    return Turn(turn.role, tuple(texts))
 
 
 def _join(parts: Sequence[str | Image.Image]) -> str:

@@ -102,12 +102,16 @@ class ChatServer:
             content = await web.read_json(request)
             asked, prompt = await anyio.to_thread.run_sync(self._prepare, content, limiter=self._preparing)
         responses = self._service.submit(prompt, self._draws(asked, prompt), asked.response_tokens)
+        tokenizer, ends = self._loaded.tokenizer, self._options.reasoning_ends
+        hidden_ids = tokenizer.special_ids - tokenizer.special_ids_of([ends])
         answer = ChatAnswer(
             asked,
-            decode=self._loaded.tokenizer.decode,
+            decode=tokenizer.decode,
             prompt_tokens=len(prompt.token_ids),
-            stop_ids=self._service.stop_ids,
-            reasoning_ends=self._options.reasoning_ends,
+            # The text, which is searched for stop strings, may lack the special tokens among them.
+            stop_ids=self._service.stop_ids | tokenizer.special_ids_of(asked.stop),
+            hidden_ids=hidden_ids if asked.skip_special_tokens else frozenset(),
+            reasoning_ends=ends,
         )
         if asked.stream:
             return _EventStream(self._stream(answer, responses), responses)
@@ -121,7 +125,12 @@ class ChatServer:
         """Check a request, and template, tile and tokenize its prompt; runs in a thread of its own."""
         asked = read_chat_request(content, self._request)
         try:
-            messages = asked.messages
+            # What the model itself has said is taken back, whatever it has said.
+            own = self._loaded.tokenizer.without_control
+            messages = tuple(
+                {**message, "content": own(message["content"])} if message["role"] == "assistant" else message
+                for message in asked.messages
+            )
             token_ids, tiles_TCHW = self._loaded.prompt_builder.encode("request", messages, asked.images)
             # The same question has the same name, so that a seed gives the same response again.
             name = hashlib.blake2b(digest_size=16)

@@ -44,6 +44,8 @@ class LoadedModel:
     """Parts whose weights are not those in `model.hf_path`."""
     version: int
     """Optimizer steps behind `model.checkpoint`."""
+    stop_ids: tuple[int, ...]
+    """The tokens that end a response."""
 
     @property
     def sampled_vocab_size(self) -> int:
@@ -77,7 +79,7 @@ class LoadedModel:
             self.model,
             context=self.context,
             settings=generation,
-            stop_ids=frozenset(self.tokenizer.stop_ids(generation.stop_tokens)),
+            stop_ids=frozenset(self.stop_ids),
             vocab_size=self.sampled_vocab_size,
             max_prompt_tokens=self.recipe.data.max_prompt_tokens + prefix_tokens,
             seed=self.recipe.run.seed,
@@ -144,7 +146,10 @@ def open_model(
     """
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
-        yield load_model(recipe, context, score_head=score_head, recompute=recompute)
+        loaded = load_model(recipe, context, score_head=score_head, recompute=recompute)
+        if context.is_main:
+            print(loaded.tokenizer.describe_ends(loaded.stop_ids), flush=True)
+        yield loaded
     finally:
         groups.shut_down()
 
@@ -166,6 +171,7 @@ def load_model(
             f"{hf_path}: <IMG_CONTEXT> is token {tokenizer.image_token_id} of the tokenizer but config.json says "
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
+    stop_ids = tokenizer.stop_ids(recipe.generation.stop_tokens)
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recompute)
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
@@ -183,4 +189,5 @@ def load_model(
         recipe=recipe,
         changed_parts=changed,
         version=version,
+        stop_ids=tuple(stop_ids),
     )

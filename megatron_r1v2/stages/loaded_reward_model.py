@@ -102,7 +102,7 @@ def load_reward_model(policy: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
         ),
         microbatcher=loaded.microbatcher(recipe.train),
         tokenizer=loaded.tokenizer,
-        end_id=loaded.tokenizer.token_id(recipe.generation.stop_tokens[0]),
+        end_id=loaded.tokenizer.token_id(loaded.tokenizer.turn_end(recipe.generation.stop_tokens)),
         context=policy.context,
     )
 

@@ -239,8 +239,9 @@ class PairMaker:
         )
 
     def _is_encodable(self, text: str) -> bool:
+        tokenizer = self.loaded.tokenizer
         try:
-            self.loaded.tokenizer.encode_response(text, self.recipe.generation.stop_tokens[0])
+            tokenizer.encode_response(text, tokenizer.turn_end(self.recipe.generation.stop_tokens))
         except SampleError:
             return False
         return True

@@ -51,7 +51,7 @@ def compute_reference_fingerprint(session: Session) -> Fingerprint:
         "fp8": [recipe.model.fp8.value, recipe.model.fp8_weights],
         "transformer_config": recipe.model.transformer_config,
         "temperature": recipe.generation.temperature,
-        "end": recipe.generation.stop_tokens[0],
+        "end": session.response_encoder.end,
         "max_tiles": recipe.data.max_tiles,
         "text_only": session.trains_text,
     }

@@ -83,7 +83,7 @@ class Session:
     @property
     def response_encoder(self) -> ResponseEncoder:
         """Return what makes samples of given responses for this model."""
-        return ResponseEncoder(self.tokenizer, self.recipe.generation.stop_tokens[0])
+        return ResponseEncoder(self.tokenizer, self.tokenizer.turn_end(self.recipe.generation.stop_tokens))
 
     @property
     def trains_text(self) -> bool:

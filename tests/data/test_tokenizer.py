@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from transformers import AutoTokenizer
 
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.tokenizer import ChatTokenizer
-from tests.tiny import CHAT_TEMPLATE, CONTROL_TOKENS, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, CONTROL_TOKENS, name_qwen_tokenizer, split_tokenizer_json, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,117 @@ def test_tokens_of_reasoning_and_of_grounding_are_text(tmp_path: Path) -> None:
     for text in ("<ref>a", "8</think>8", "<think>", "<|im_end", "a <| b |>"):
         assert text in tokenizer.decode(tokenizer.encode_prompt([user(text)], [], 4))
     assert set(tokenizer.control_tokens) == set(CONTROL_TOKENS)
+
+
+# DeepSeek-R1's own, less its tools: a refused system message stands for templates that know no such role.
+DEEPSEEK_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '<\uff5cUser\uff5c>' + message['content'] }}{% else %}"
+    "{{ '<\uff5cAssistant\uff5c>' + message['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c><think>\\n' }}{% endif %}"
+)
+
+
+def test_marks_of_a_turn_are_found_in_the_template_though_the_tokenizer_does_not_mark_them(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path, chat_template=DEEPSEEK_TEMPLATE)
+    raw = AutoTokenizer.from_pretrained(folder)
+    marks = ["<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"]
+    raw.add_tokens([*marks, "  ", "<tool_call>"])
+    raw.save_pretrained(folder)
+    tokenizer = ChatTokenizer(folder)
+    assert set(tokenizer.control_tokens) >= set(marks)
+    for mark in marks:
+        with pytest.raises(SampleError, match=mark):
+            tokenizer.encode_prompt([user(f"a{mark}b")], [], 4)
+        assert tokenizer.token_id(mark) in tokenizer.special_ids
+    for text in ("a  b", "<think>", "</think>", "<tool_call>"):
+        assert text in tokenizer.decode(tokenizer.encode_prompt([user(text)], [], 4))
+    said = f"3{marks[0][:4]}{marks[1]}{marks[0][4:]}4</think>"
+    assert tokenizer.without_control(said) == "34</think>"
+
+
+def test_a_reasoning_token_is_text_whatever_template_and_tokenizer_say(tmp_path: Path) -> None:
+    always = CHAT_TEMPLATE.replace("{{ message['content'] }}", "<think></think>{{ message['content'] }}")
+    folder = tiny_tokenizer(tmp_path, chat_template=always)
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    for token in settings["added_tokens"]:
+        token["special"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    assert set(ChatTokenizer(folder).control_tokens) == set(CONTROL_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("stated", "ends"),
+    [
+        ({"eos_token_id": ["<|endoftext|>", "<|im_end|>"]}, ["<|endoftext|>", "<|im_end|>"]),
+        ({"eos_token_id": "<|endoftext|>"}, ["<|endoftext|>"]),
+        ({"eos_token_id": []}, ["<|im_end|>"]),
+        ({"temperature": 0.6}, ["<|im_end|>"]),
+        (None, ["<|im_end|>"]),
+    ],
+)
+def test_the_folder_says_which_tokens_end_a_response(tmp_path: Path, stated: dict | None, ends: list[str]) -> None:
+    tokenizer = ChatTokenizer(tiny_tokenizer(tmp_path))
+    if stated is not None:
+        named = stated.get("eos_token_id")
+        ids = [tokenizer.token_id(text) for text in named] if isinstance(named, list) else named
+        ids = tokenizer.token_id(ids) if isinstance(ids, str) else ids
+        (tmp_path / "generation_config.json").write_text(json.dumps(stated | ({"eos_token_id": ids} if named else {})))
+    assert [tokenizer.decode([number]) for number in tokenizer.stop_ids([])] == ends
+    assert tokenizer.turn_end([]) == ("<|im_end|>" if "<|im_end|>" in ends else ends[0])
+    added = tokenizer.stop_ids(["</think>"])
+    assert [tokenizer.decode([number]) for number in added] == ["</think>", *ends]
+    assert tokenizer.turn_end(["</think>"]) == "</think>"
+    told = tokenizer.describe_ends(added)
+    assert f"</think> ({added[0]}), {ends[0]} ({added[1]})" in told
+    assert ("<|im_end|> (257) does not" in told.replace(str(tokenizer.stop_ids(["<|im_end|>"])[0]), "257")) == (
+        "<|im_end|>" not in ends
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ['{"eos_token_id": "x"}', '{"eos_token_id": [true]}', "{", "[]", '{"eos_token_id": -1}', "7"]
+)
+def test_a_damaged_generation_config_is_named(tmp_path: Path, content: str) -> None:
+    tokenizer = ChatTokenizer(tiny_tokenizer(tmp_path))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config.json (has eos_token_id=|is not valid JSON)"):
+        tokenizer.stop_ids([])
+
+
+def test_ends_beyond_the_tokenizer_are_never_drawn(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(tiny_tokenizer(tmp_path))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [99999]}')
+    assert tokenizer.stop_ids([]) == [tokenizer.token_id("<|im_end|>")]
+
+
+def test_an_error_about_an_end_names_the_setting(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"generation.stop_tokens=\['abc'\]: .*'abc' must be one token"):
+        ChatTokenizer(folder).stop_ids(["abc"])
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"generation.stop_tokens is empty, and neither generation_config.json"):
+        ChatTokenizer(folder).stop_ids([])
+
+
+def test_special_tokens_among_texts_are_found(tokenizer: ChatTokenizer) -> None:
+    found = tokenizer.special_ids_of(["<|im_start|>", "</think>", "8", "<|im_end"])
+    assert found == {tokenizer.token_id("<|im_start|>")}
+    assert tokenizer.token_id("</think>") not in tokenizer.special_ids
+
+
+def test_a_folder_with_vocab_and_merges_alone_is_the_same_tokenizer(tmp_path: Path) -> None:
+    whole = tiny_tokenizer(tmp_path / "whole")
+    name_qwen_tokenizer(whole)
+    shutil.copytree(whole, tmp_path / "old")
+    split_tokenizer_json(tmp_path / "old")
+    one, other = ChatTokenizer(whole), ChatTokenizer(tmp_path / "old")
+    text = "left 3, na\u00efve <think>8</think>"
+    assert one.encode_text(text) == other.encode_text(text)
+    assert one.control_tokens == other.control_tokens
+    assert one.image_token_id == other.image_token_id
 
 
 def test_an_end_token_inside_a_response_is_refused(tokenizer: ChatTokenizer) -> None:

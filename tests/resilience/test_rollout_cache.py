@@ -106,8 +106,8 @@ def rollouts(number: int) -> list[Rollout]:
     return [Rollout(f"digits-{number}", index, (5, 6), (-0.5, -0.25), 0, "stop") for index in range(2)]
 
 
-def fingerprint(*, version: int = 3, weights: int = 7, **settings):
-    return rollout_fingerprint(1, version, GenerationConfig(**settings), {"adapter": weights})
+def fingerprint(*, version: int = 3, weights: int = 7, stop_ids: tuple[int, ...] = (9, 8), **settings):
+    return rollout_fingerprint(1, version, GenerationConfig(**settings), stop_ids, {"adapter": weights})
 
 
 def share_out(run: str) -> tuple[dict[str, list[Rollout]], list[str], list[str]]:
@@ -140,7 +140,12 @@ def test_what_does_not_belong_to_the_step_is_generated_again(tmp_path: Path) -> 
     cache.save(prompt(0), rollouts(0))
     assert cache.load([prompt(0)]) == ({"digits-0": rollouts(0)}, [])
     assert cache.load([prompt(0, tile=1)])[0] == {}, "another picture is another prompt"
-    for other in (fingerprint(version=4), fingerprint(weights=8), fingerprint(temperature=0.5)):
+    for other in (
+        fingerprint(version=4),
+        fingerprint(weights=8),
+        fingerprint(temperature=0.5),
+        fingerprint(stop_ids=(9,)),
+    ):
         cache.begin_step(4, other)
         assert cache.load([prompt(0)])[0] == {}
     cache.begin_step(4, fingerprint(max_requests=3))

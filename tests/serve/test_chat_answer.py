@@ -136,6 +136,25 @@ def test_a_token_without_text_at_the_end_is_told_too():
     assert [token.token_id for piece in pieces for token in piece.tokens] == [1, 2]
 
 
+def special(name: str) -> int:
+    return int(TOKENIZER.convert_tokens_to_ids(name))
+
+
+def test_hidden_tokens_have_no_text_but_are_counted_and_told():
+    hidden = frozenset({special("<|im_start|>")})
+    ids = [*encode("a"), special("<|im_start|>"), *encode("b"), END]
+    choice = ChoiceText(decode, stop_ids=frozenset({END}), stop=["<|im"], hidden_ids=hidden)
+    pieces = [choice.push(DrawnToken(0, token, 0.0, is_last=token == END)) for token in ids]
+    assert (text_of(pieces), choice.num_tokens, choice.finish_reason) == ("ab", 4, "stop")
+    assert [token.token_id for piece in pieces for token in piece.tokens] == ids[:3]
+
+
+def test_a_stop_token_of_the_request_ends_a_response_that_the_engine_goes_on_with():
+    choice = ChoiceText(decode, stop_ids=frozenset({END, special("<|im_start|>")}), stop=())
+    pieces = [choice.push(DrawnToken(0, token, 0.0)) for token in (*encode("a\u20ac")[:2], special("<|im_start|>"))]
+    assert (text_of(pieces), choice.finish_reason) == ("a\ufffd", "stop")
+
+
 THINK_END = "</t>"
 
 

@@ -173,6 +173,18 @@ def test_developer_is_system_and_an_assistant_may_have_said_nothing():
     )
 
 
+def test_special_tokens_are_left_out_unless_they_are_asked_for():
+    assert read().skip_special_tokens is True
+    assert read(skip_special_tokens=False).skip_special_tokens is False
+    with pytest.raises(RequestError, match="skip_special_tokens='no'; accepted: true or false"):
+        read(skip_special_tokens="no")
+
+
+def test_the_models_own_words_are_no_image():
+    said = [*MESSAGES, {"role": "assistant", "content": "an <image> of"}, *MESSAGES]
+    assert read(messages=said).messages[1]["content"] == "an  of"
+
+
 def test_other_models_and_too_many_images_are_refused():
     with pytest.raises(RequestError, match="model='gpt' is not served here; accepted: 'tiny'") as caught:
         read(model="gpt")

@@ -96,6 +96,34 @@ def test_stop_strings_end_a_response_and_are_not_in_it(client):
     assert (texts[0], reasons[0]) == (expected, "stop")
 
 
+MARKS = ("<|im_start|>", "<|endoftext|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+
+
+def test_special_tokens_are_served_when_they_are_asked_for_and_an_answer_is_taken_back(client):
+    def answers(**extra) -> list[str]:
+        asked = ask(client, n=24, temperature=1.5, seed=3, extra_body=extra)
+        return [choice.message.content for choice in asked.choices]
+
+    plain, shown = answers(), answers(skip_special_tokens=False)
+    assert not [mark for text in plain for mark in MARKS if mark in text]
+    marked = [text for text in shown if any(mark in text for mark in MARKS)]
+    assert marked, "a model that writes no special token shows nothing"
+    assert answers(skip_special_tokens=True) == plain
+    for text in (plain[0], marked[0]):
+        assert ask(client, [*QUESTION, {"role": "assistant", "content": text}, *QUESTION], max_tokens=1).choices
+    with pytest.raises(openai.BadRequestError, match="control tokens"):
+        ask(client, [{"role": "user", "content": marked[0]}])
+
+
+def test_a_special_token_is_a_stop_string_too(client):
+    whole = ask(client, n=24, temperature=1.5, seed=3, extra_body={"skip_special_tokens": False})
+    index, text = next((c.index, c.message.content) for c in whole.choices if "<|im_start|>" in c.message.content)
+    for extra in ({}, {"skip_special_tokens": False}):
+        cut = ask(client, n=24, temperature=1.5, seed=3, stop="<|im_start|>", extra_body=extra).choices[index]
+        assert cut.finish_reason == "stop"
+        assert not extra or cut.message.content == text.partition("<|im_start|>")[0]
+
+
 def test_limits_end_a_response(client):
     answer = ask(client, seed=1, temperature=1, max_completion_tokens=3, n=2)
     assert answer.usage.completion_tokens <= 6

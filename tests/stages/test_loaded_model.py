@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.loaded_model import open_model
@@ -64,6 +65,21 @@ def test_the_leader_of_a_replica_has_verifiers_and_the_engine_answers(root: Path
             features=loaded.feature_cache(),
         )
         assert [rollout.prompt_key for rollout in longer] == [prompt.key for prompt in prompts]
+
+
+def test_all_ends_of_the_folder_end_a_response_and_are_said_once(root: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(root / "model", folder)
+    tokenizer = ChatTokenizer(folder)
+    ends = tokenizer.stop_ids(["<|im_end|>", "<|endoftext|>"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    for given, expected in ((), ends), (("</think>",), [tokenizer.token_id("</think>"), *ends]):
+        settings = (f"model.hf_path={folder}", f"generation.stop_tokens={json.dumps(given)}")
+        with open_model(recipe_for(root, tmp_path / "run", settings)) as loaded:
+            assert loaded.engine().stop_ids == loaded.engine(prefix_tokens=3).stop_ids == frozenset(expected)
+        told = capsys.readouterr().out
+        assert told.count("a response ends with") == 1
+        assert all(f"({number})" in told for number in expected)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_r1v2.checkpoint.hf.architecture import Config, language_architecture, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.chat_template import give_image_parts
@@ -235,18 +236,39 @@ def _with_image_tokens(language: Path) -> tuple[Tokenizer, list[str], int, int]:
     Returns:
         The tokenizer, what was added, the id of `<IMG_CONTEXT>`, and how many rows the embedding needs.
     """
-    path = language / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{language} has no tokenizer.json; save its tokenizer there with "
-            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    # The file is edited, not saved by transformers: what a tokenizer class would change on the way stays as it is.
-    tokenizer = _load_tokenizer(path)
+    files = tokenizer_files(language)
+    # tokenizer.json is edited, not saved by transformers: what a tokenizer class would change on the way stays.
+    tokenizer = _load_tokenizer(files[0]) if len(files) == 1 else _build_tokenizer(language)
     missing = [token for token in _IMAGE_TOKENS.values() if tokenizer.token_to_id(token) is None]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return tokenizer, missing, vocabulary[_IMAGE_TOKENS["context_image_token"]], max(vocabulary.values()) + 1
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's tokenizer: tokenizer.json, or vocab.json and merges.txt of older folders.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+        if all((folder / name).is_file() for name in names):
+            return [folder / name for name in names]
+    raise ValueError(
+        f"{folder} has no tokenizer.json, nor vocab.json with merges.txt; save its tokenizer there with "
+        "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+def _build_tokenizer(folder: Path) -> Tokenizer:
+    """Build the tokenizer of a folder without tokenizer.json, as transformers does."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}; copy its files again") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: transformers has no fast tokenizer for it; save it there with a tokenizer.json")
+    return tokenizer.backend_tokenizer
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
@@ -259,7 +281,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 def _add_image_tokens(source: Path, folder: Path) -> None:
     """Write the tokenizer of `source`, with image tokens and their roles, into `folder`, which has a copy of it."""
     tokenizer, missing, _, _ = _with_image_tokens(source)
-    if missing:
+    if missing or not (folder / "tokenizer.json").exists():
         tokenizer.save(str(folder / "tokenizer.json"))
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path)

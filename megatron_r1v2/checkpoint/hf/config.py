@@ -8,7 +8,7 @@ Everything else in the package reads the one of transformers (`model_type: inter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,24 +205,34 @@ def image_token_id(folder: Path | str) -> int:
     Raises:
         ValueError: no file of the tokenizer has it.
     """
-    folder = Path(folder)
-    if (folder / "added_tokens.json").is_file():
-        added = read_json(folder / "added_tokens.json")
-        if IMAGE_TOKEN in added:
-            return int(added[IMAGE_TOKEN])
-    if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        for token_id, token in decoder.items():
-            if token.get("content") == IMAGE_TOKEN:
-                return int(token_id)
-    if (folder / "tokenizer.json").is_file():
-        for token in read_json(folder / "tokenizer.json").get("added_tokens") or []:
-            if token.get("content") == IMAGE_TOKEN:
-                return int(token["id"])
+    for text, number in _listed_tokens(Path(folder)):
+        if text == IMAGE_TOKEN and str(number).isdecimal():
+            return int(str(number))
     raise ValueError(
-        f"{folder}: no tokenizer file (added_tokens.json, tokenizer_config.json, tokenizer.json) has {IMAGE_TOKEN}, "
-        "whose id the chat layout leaves to the tokenizer; copy the tokenizer's files into the folder"
+        f"{folder}: no tokenizer file (added_tokens.json, vocab.json, tokenizer_config.json, tokenizer.json) has "
+        f"{IMAGE_TOKEN}, whose id the chat layout leaves to the tokenizer; copy the tokenizer's files into the folder"
     )
+
+
+def _listed_tokens(folder: Path) -> Iterator[tuple[object, object]]:
+    """Yield text and id of the tokens that a tokenizer's files list."""
+    read = {
+        name: read_json(folder / name)
+        for name in ("added_tokens.json", "vocab.json", "tokenizer_config.json", "tokenizer.json")
+        if (folder / name).is_file()
+    }
+    for name in ("added_tokens.json", "vocab.json"):
+        yield from read.get(name, {}).items()
+    decoder = read.get("tokenizer_config.json", {}).get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        yield _mapping(token).get("content"), number
+    added = read.get("tokenizer.json", {}).get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        yield _mapping(token).get("content"), _mapping(token).get("id")
+
+
+def _mapping(value: object) -> Config:
+    return value if isinstance(value, Mapping) else {}
 
 
 def transformers_vision_config(chat: Config) -> dict[str, object]:

@@ -103,7 +103,9 @@ class RolloutPhase:
         )
         session.preemption.rollouts.begin_step(
             session.step,
-            rollout_fingerprint(recipe.run.seed, session.policy.version, recipe.generation, weights),
+            rollout_fingerprint(
+                recipe.run.seed, session.policy.version, recipe.generation, session.loaded.stop_ids, weights
+            ),
         )
 
     def generate(self, prompts: Sequence[Prompt], *, round_number: int) -> list[Rollout]:

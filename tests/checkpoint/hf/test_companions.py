@@ -9,10 +9,14 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from checkpoint_tools import reassemble
 from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.resilience.files import write_json
 from tests.checkpoint.chat_reference import SIDE, write_chat_folder
+from tests.checkpoint.damage import run
 from tests.checkpoint.hf.test_config import convert
+from tests.tiny import name_qwen_tokenizer, split_tokenizer_json
+from tests.tiny_hf import tiny_hf_language, tiny_hf_vision
 
 
 def test_the_export_is_complete_for_transformers_without_another_step(tmp_path):
@@ -87,6 +91,36 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys, layout):
         convert(tmp_path / "full", tmp_path / "out", layout)
     assert "has no tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_older_folder_without_tokenizer_json_gets_one_where_it_is_changed(tmp_path):
+    write_chat_folder(tmp_path / "chat", family="300m", version="v2")
+    name_qwen_tokenizer(tmp_path / "chat")
+    convert(tmp_path / "chat", tmp_path / "new", "transformers")
+    split_tokenizer_json(tmp_path / "chat")
+    for layout in ("transformers", "chat"):
+        convert(tmp_path / "chat", tmp_path / f"out-{layout}", layout)
+        assert (tmp_path / f"out-{layout}" / "tokenizer.json").exists() == (layout == "transformers")
+        tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("chat", "new", f"out-{layout}")]
+        text = "<|im_start|>user\n<img><IMG_CONTEXT></img>left 3?<|im_end|><think>"
+        first, *others = [tokenizer.encode(text) for tokenizer in tokenizers]
+        assert others == [first, first]
+    config = read_json(tmp_path / "out-transformers" / "config.json")
+    assert config["image_token_id"] == tokenizers[0].convert_tokens_to_ids("<IMG_CONTEXT>")
+
+
+def test_a_language_model_without_tokenizer_json_gets_its_image_tokens(tmp_path, capsys):
+    tiny_hf_vision(tmp_path / "vision")
+    tiny_hf_language(tmp_path / "language")
+    name_qwen_tokenizer(tmp_path / "language")
+    split_tokenizer_json(tmp_path / "language")
+    arguments = ["--vision", tmp_path / "vision", "--language", tmp_path / "language", "--quiet"]
+    run(reassemble, *arguments, "--output", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.encode("<video>left 3") == [tokenizer.video_token_id, *tokenizer.encode("left 3")]
+    (tmp_path / "language" / "merges.txt").unlink()
+    run(reassemble, *arguments, "--output", tmp_path / "out2", code=1)
+    assert "no tokenizer.json, nor vocab.json with merges.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("extra", [[], ["<extra>"], {"other_token": "<extra>"}])
