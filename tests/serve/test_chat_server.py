@@ -83,16 +83,17 @@ def test_a_seed_gives_the_same_responses_again_and_each_choice_its_own(client):
 
 
 def test_stop_strings_end_a_response_and_are_not_in_it(client):
-    whole = ask(client, seed=3, temperature=1, max_tokens=30)
+    asked = {"seed": 3, "temperature": 1, "max_tokens": 30, "extra_body": {"skip_special_tokens": False}}
+    whole = ask(client, **asked)
     text = whole.choices[0].message.content
     stop = text[len(text) // 2 : len(text) // 2 + 5]
     expected = text[: text.index(stop)]
-    cut = ask(client, seed=3, temperature=1, max_tokens=30, stop=[stop, "never said"], logprobs=True)
+    cut = ask(client, **asked, stop=[stop, "never said"], logprobs=True)
     assert cut.choices[0].message.content == expected
     assert cut.choices[0].finish_reason == "stop"
     assert cut.usage.completion_tokens < whole.usage.completion_tokens
     assert "".join(token.token for token in cut.choices[0].logprobs.content).startswith(expected)
-    texts, reasons, _ = stream(client, seed=3, temperature=1, max_tokens=30, stop=stop)
+    texts, reasons, _ = stream(client, **asked, stop=stop)
     assert (texts[0], reasons[0]) == (expected, "stop")
 
 

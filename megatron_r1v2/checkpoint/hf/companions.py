@@ -268,7 +268,8 @@ def _build_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}; copy its files again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder}: transformers has no fast tokenizer for it; save it there with a tokenizer.json")
-    return tokenizer.backend_tokenizer
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    return backend
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
