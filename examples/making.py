@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from megatron_r1v2.data.rows import write_rows
 from megatron_r1v2.resilience.files import atomic_folder
+from megatron_r1v2.resilience.json_lines import append_json_lines
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -77,7 +77,7 @@ def write_sets(
         images = folder / "images"
         images.mkdir()
         for name, count in counts.items():
-            write_rows(folder / f"{name}.jsonl", make_rows(name, count, images))
+            append_json_lines(folder / f"{name}.jsonl", make_rows(name, count, images))
 
 
 def print_sets(output: Path, counts: Mapping[str, int]) -> None:

@@ -78,7 +78,7 @@ def _evaluate(arguments: Sequence[str]) -> int | None:
     try:
         with tell_bad_input():
             if recipe.evaluation.endpoint_url:
-                from megatron_r1v2.evaluation.endpoint_evaluation import run_endpoint_evaluation
+                from megatron_r1v2.stages.endpoint_evaluation import run_endpoint_evaluation
 
                 result: EvaluationResult | None = run_endpoint_evaluation(recipe, name)
             else:

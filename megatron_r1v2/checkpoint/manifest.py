@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
-import xxhash
 
 from megatron_r1v2.checkpoint.hf.folders import JsonObject, read_json
-from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, tensor_info
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, file_digest, tensor_info
 from megatron_r1v2.resilience.files import write_file
 
 MANIFEST = "checkpoint_manifest.json"
@@ -28,7 +27,6 @@ PROGRESS = ".progress"
 FORMAT = 3
 _SMALL_BYTES = 64 * 1000**2
 _WEIGHTS = (".safetensors", ".distcp")
-_BLOCK_BYTES = 2**24
 
 
 class TensorEntry(TypedDict):
@@ -176,15 +174,6 @@ def tensor_entry(info: TensorInfo, digest: str) -> TensorEntry:
 def entry_info(entry: TensorEntry) -> TensorInfo:
     """Return dtype and shape of an entry."""
     return TensorInfo(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
-
-
-def file_digest(path: Path) -> str:
-    """Return the XXH3-128 of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_large(path: Path) -> bool:

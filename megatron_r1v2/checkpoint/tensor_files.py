@@ -1,4 +1,4 @@
-"""The bytes of tensors in files: mapped where they are read, hashed as they are written."""
+"""The bytes of tensors and files: mapped where they are read, hashed as they are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 _BLOCK_BYTES = 1024**2
-"""What stays in a core's cache between hashing and writing."""
+"""So much stays in a core's cache between hashing and writing."""
 _Result = TypeVar("_Result")
 
 
@@ -74,6 +74,15 @@ def tensor_in(data: memoryview, dtype: torch.dtype, *, start: int) -> torch.Tens
 def digest_of(tensor: torch.Tensor) -> str:
     """Return the XXH3-128 of a CPU tensor's bytes."""
     return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))
+
+
+def file_digest(path: Path) -> str:
+    """Return the XXH3-128 of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_hashed(write: Callable[[memoryview], object], parts: Iterable[torch.Tensor]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_r1v2.data.images import name_images, storable_image
@@ -23,12 +23,6 @@ from megatron_r1v2.data.samples import (
 from megatron_r1v2.types import AnswerType
 
 Message = Mapping[str, str]
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write a JSONL file, one row in each line."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(

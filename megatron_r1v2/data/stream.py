@@ -28,6 +28,7 @@ from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.data.shards import SPLIT, check_shards
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.types import Prompt
 
 # Tar files held open at once; in shuffled order the next sample may be in any of them.
@@ -96,11 +97,6 @@ class PromptStream:
         """Return the number of corrupt samples among them; a sample counts again in every epoch."""
         return self._tally.corrupt
 
-    @property
-    def corrupt_keys(self) -> tuple[str, ...]:
-        """Return the keys of the first few corrupt samples."""
-        return tuple(self._tally.keys)
-
     def next(self, count: int) -> list[Prompt]:
         """Read the next `count` prompts, skipping corrupt samples.
 
@@ -135,15 +131,11 @@ class PromptStream:
         Raises:
             ValueError: the position is of other shards, another seed or another order.
         """
-        saved: Mapping[str, object] = {**state}
-        here = {"version": _STATE_VERSION, "shards": self._shards, "seed": self._seed, "shuffle": self._shuffle}
-        settings = {"seed": "run.seed", "shuffle": "data.shuffle"}
-        for name, value in here.items():
-            if saved[name] != value:
-                raise ValueError(
-                    f"the saved data position cannot be used with {self._folder}: {settings.get(name, name)} was "
-                    f"{saved[name]!r} when it was saved and is {value!r} now; put it back, or start a new run"
-                )
+        for change in _fingerprint(self.state_dict()).changes_since(_fingerprint(state)):
+            raise ValueError(
+                f"the saved data position cannot be used with {self._folder}: {change.setting} was {change.old!r} "
+                f"when it was saved and is {change.new!r} now; put it back, or start a new run"
+            )
         # Energon restores a loader only before its first sample.
         self._loader, self._iterator = self._new_loader(), None
         self._loader.restore_state_rank(pickle.loads(state["loader"]))
@@ -151,6 +143,17 @@ class PromptStream:
 
     def _new_loader(self) -> SavableDataLoader:
         return _loader(self._folder, shuffle=self._shuffle, repeat=True, seed=self._seed)
+
+
+def _fingerprint(state: StreamState) -> Fingerprint:
+    """Return the settings that a position depends on."""
+    return Fingerprint.of(
+        version=state["version"],
+        # As a list: all shards are one setting, of which a message shows both values.
+        shards=sorted(state["shards"].items()),
+        run={"seed": state["seed"]},
+        data={"shuffle": state["shuffle"]},
+    )
 
 
 def read_shards(

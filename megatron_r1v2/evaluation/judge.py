@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.response_log import JudgeVerdict, ResponseRow
+from megatron_r1v2.resilience.fingerprint import Fingerprint
+from megatron_r1v2.resilience.json_lines import append_json_lines, recover_json_lines
 from megatron_r1v2.rewards.answer import last_boxed
 
 JUDGE_PROMPT = """\
@@ -73,24 +73,21 @@ def judge_rows(
         ValueError: the cache is damaged.
     """
     prompts = {index: judge_prompt(row) for index, row in enumerate(rows) if needs_judge(row)}
-    hashes = {index: _hash(judge.model, prompt) for index, prompt in prompts.items()}
+    hashes = {index: Fingerprint.of(model=judge.model, prompt=prompt).digest for index, prompt in prompts.items()}
     questions = {key: rows[index]["prompt_key"] for index, key in hashes.items()}
     known = _read_cache(cache)
     # Equal questions are asked once: answers repeat over the runs of a prompt.
     asked = {hashes[index]: prompt for index, prompt in prompts.items() if hashes[index] not in known}
     done = len(set(hashes.values())) - len(asked)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with cache.open("a", encoding="utf-8") as file:
-        requests = {key: _request(prompt, max_tokens) for key, prompt in asked.items()}
-        for key, completion in judge.ask_all(list(asked), requests.__getitem__, about=questions.__getitem__):
-            known[key] = {"verdict": read_verdict(completion), "text": completion.text, "model": judge.model}
-            # No verdict is not kept: the judge may give one when it is asked again.
-            if known[key]["verdict"] is not None:
-                file.write(json.dumps({"hash": key, **known[key]}) + "\n")
-                file.flush()
-            done += 1
-            if progress is not None:
-                progress(done)
+    requests = {key: _request(prompt, max_tokens) for key, prompt in asked.items()}
+    for key, completion in judge.ask_all(list(asked), requests.__getitem__, about=questions.__getitem__):
+        known[key] = {"verdict": read_verdict(completion), "text": completion.text, "model": judge.model}
+        # No verdict is not kept: the judge may give one when it is asked again.
+        if known[key]["verdict"] is not None:
+            append_json_lines(cache, [{"hash": key, **known[key]}])
+        done += 1
+        if progress is not None:
+            progress(done)
     return [
         {**row, "judge": known[hashes[index]], "correct": known[hashes[index]]["verdict"] is True}
         if index in hashes
@@ -125,21 +122,10 @@ def _request(prompt: str, max_tokens: int) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": prompt}], "temperature": 0.0, "max_tokens": max_tokens}
 
 
-def _hash(model: str, prompt: str) -> str:
-    return hashlib.sha256(json.dumps([model, prompt]).encode()).hexdigest()
-
-
 def _read_cache(path: Path) -> dict[str, JudgeVerdict]:
-    """Return the verdicts by hash; a last line that was being written when an evaluation ended is taken off."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    # A line without its end was being written when the process ended; the next one must not be glued to it.
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    """Return the verdicts by hash."""
     known = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in recover_json_lines(path):
         try:
             entry = json.loads(line)
             if entry["verdict"] is not None:

@@ -1,11 +1,12 @@
-"""One row a response: made alike for a checkpoint and for an endpoint, judged, and turned into the result."""
+"""Rows of an evaluation, one a response: alike for a checkpoint and an endpoint, judged, and turned into a result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_r1v2.config.recipes import EvaluateRecipe
+from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
 from megatron_r1v2.evaluation.chat_endpoint import JUDGE_MAX_TOKENS, ChatEndpoint
 from megatron_r1v2.evaluation.judge import judge_rows, needs_judge
 from megatron_r1v2.evaluation.pass_at_1 import (
@@ -27,33 +28,71 @@ from megatron_r1v2.types import Prompt, ScoredRollout
 JUDGE_CACHE = "judge.jsonl"
 
 
-def open_log(recipe: EvaluateRecipe, name: str, *, model: str, step: int) -> ResponseLog:
-    """Open the log of an evaluation, with the rows of an interrupted one.
+@dataclass(frozen=True)
+class Evaluation:
+    """The settings of one evaluation, its log while it is under way, and its result."""
 
-    Args:
-        recipe: the settings; `evaluation.runs` and `evaluation.prompts` may differ from those of the interrupted one.
-        model: the evaluated folder, or an endpoint's model.
-        step: optimizer steps behind its weights.
+    name: str
+    folder: Path
+    """Folder of the result, `evaluation-NAME.json`."""
+    settings: EvaluationConfig
+    reward: RewardConfig
+    max_response_tokens: int
+    model: str
+    """The evaluated folder, or an endpoint's model."""
+    step: int
+    """Optimizer steps behind its weights."""
 
-    Raises:
-        ValueError: the interrupted evaluation had other settings.
-    """
-    evaluation = recipe.evaluation
-    fingerprint = Fingerprint.of(
-        model=model,
-        step=step,
-        evaluation={
-            "data": str(Path(evaluation.data).absolute()),
-            "endpoint_url": evaluation.endpoint_url,
-            "temperature": evaluation.temperature,
-            "top_p": evaluation.top_p,
-            "seed": EVALUATION_SEED,
-        },
-        generation={"max_response_tokens": recipe.generation.max_response_tokens},
-        reward={"claim_pattern": recipe.reward.claim_pattern},
-    )
-    path = evaluation_path(Path(recipe.run.output_dir), name)
-    return ResponseLog(path.with_suffix(".unfinished.jsonl"), fingerprint)
+    def open_log(self) -> ResponseLog:
+        """Open the log, with the rows of an interrupted evaluation, which may have had other prompts and runs.
+
+        Raises:
+            ValueError: the interrupted evaluation had other settings.
+        """
+        fingerprint = Fingerprint.of(
+            model=self.model,
+            step=self.step,
+            evaluation={
+                "data": str(Path(self.settings.data).absolute()),
+                "endpoint_url": self.settings.endpoint_url,
+                "temperature": self.settings.temperature,
+                "top_p": self.settings.top_p,
+                "seed": EVALUATION_SEED,
+            },
+            generation={"max_response_tokens": self.max_response_tokens},
+            reward={"claim_pattern": self.reward.claim_pattern},
+        )
+        return ResponseLog(evaluation_path(self.folder, self.name).with_suffix(".unfinished.jsonl"), fingerprint)
+
+    def conclude(self, keys: Sequence[str], log: ResponseLog) -> EvaluationResult:
+        """Have the judge decide what the rules could not, write the result and all rows, and delete the log.
+
+        Args:
+            keys: of the prompts, in order.
+            log: holds every row.
+
+        Raises:
+            EndpointFailed: the judge gives no answer; responses and verdicts so far are kept.
+        """
+        order = {key: index for index, key in enumerate(keys)}
+        # An interrupted evaluation may have had more prompts or runs than this one asks for.
+        rows = [row for row in log.rows if row["prompt_key"] in order and row["sample_index"] < self.settings.runs]
+        rows.sort(key=lambda row: (order[row["prompt_key"]], row["sample_index"]))
+        if self.settings.judge_url:
+            judge = ChatEndpoint.from_settings(self.settings, "judge")
+            with progress_bar("judge", sum(needs_judge(row) for row in rows), shown=True) as show:
+                rows = judge_rows(rows, judge, self.folder / JUDGE_CACHE, max_tokens=JUDGE_MAX_TOKENS, progress=show)
+        result = evaluate_outcomes(
+            self.name,
+            keys,
+            [outcome_of(row) for row in rows],
+            Conditions(self.settings.temperature, self.settings.top_p, EVALUATION_SEED, self.step, self.model),
+        )
+        write_rollouts(evaluation_path(self.folder, self.name).with_suffix(".rollouts.jsonl"), rows)
+        write_evaluation(self.folder, result)
+        # Last: an evaluation that is killed before goes on from its log.
+        log.discard()
+        return result
 
 
 def evaluation_rows(
@@ -88,40 +127,6 @@ def evaluation_rows(
         }
         rows.append(row)
     return rows
-
-
-def conclude(
-    recipe: EvaluateRecipe, name: str, keys: Sequence[str], log: ResponseLog, *, model: str, step: int
-) -> EvaluationResult:
-    """Have the judge decide what the rules could not, write the result and all rows, and delete the log.
-
-    Args:
-        keys: of the prompts, in order.
-        log: holds every row.
-
-    Raises:
-        EndpointFailed: the judge gives no answer; responses and verdicts so far are kept.
-    """
-    evaluation, folder = recipe.evaluation, Path(recipe.run.output_dir)
-    order = {key: index for index, key in enumerate(keys)}
-    # An interrupted evaluation may have had more prompts or runs than this one asks for.
-    rows = [row for row in log.rows if row["prompt_key"] in order and row["sample_index"] < evaluation.runs]
-    rows.sort(key=lambda row: (order[row["prompt_key"]], row["sample_index"]))
-    if evaluation.judge_url:
-        judge = ChatEndpoint.from_settings(evaluation, "judge")
-        with progress_bar("judge", sum(needs_judge(row) for row in rows), shown=True) as show:
-            rows = judge_rows(rows, judge, folder / JUDGE_CACHE, max_tokens=JUDGE_MAX_TOKENS, progress=show)
-    result = evaluate_outcomes(
-        name,
-        keys,
-        [outcome_of(row) for row in rows],
-        Conditions(evaluation.temperature, evaluation.top_p, EVALUATION_SEED, step, model),
-    )
-    write_rollouts(evaluation_path(folder, name).with_suffix(".rollouts.jsonl"), rows)
-    write_evaluation(folder, result)
-    # Last: an evaluation that is killed before goes on from its log.
-    log.discard()
-    return result
 
 
 def outcome_of(row: ResponseRow) -> Outcome:

@@ -19,6 +19,7 @@ from megatron_r1v2.config.choices import Tracker
 from megatron_r1v2.config.schema import LoggingConfig
 from megatron_r1v2.monitoring.metrics import console_name
 from megatron_r1v2.resilience.files import write_file
+from megatron_r1v2.resilience.json_lines import append_json_lines, recover_json_lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -156,7 +157,7 @@ class Recorder:
         self.steps_done = step
         if not self.is_main:
             return
-        _append(self.run_dir / METRICS_FILE, [{"step": step, **values}])
+        append_json_lines(self.run_dir / METRICS_FILE, [{"step": step, **values}])
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         if self._tensorboard is not None:
@@ -167,7 +168,7 @@ class Recorder:
     def write_rollouts(self, records: Sequence[Mapping[str, object]]) -> None:
         """Append sample rollouts for the report, on the main rank."""
         if self.is_main:
-            _append(self.run_dir / ROLLOUTS_FILE, records)
+            append_json_lines(self.run_dir / ROLLOUTS_FILE, records)
 
     def log(self, message: str) -> None:
         """Print a line on the main rank."""
@@ -212,25 +213,20 @@ class Recorder:
             self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"))
 
 
-def _append(path: Path, records: Sequence[Mapping[str, object]]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-
-
 def _cut_after(path: Path, step: int) -> None:
     """Drop lines of later steps (and a line cut in the middle): a resumed run writes them again."""
     if not path.is_file():
         return
     # Read as JSON, not cut by size: a killed run may have written half a line after the last whole step.
     kept = []
-    for line in path.read_text().splitlines():
+    for _, line in recover_json_lines(path):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         if record["step"] <= step:
-            kept.append(line + "\n")
-    write_file(path, "".join(kept))
+            kept.append(line + b"\n")
+    write_file(path, b"".join(kept))
 
 
 def _stable_id(run_dir: Path) -> str:

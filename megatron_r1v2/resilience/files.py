@@ -126,6 +126,13 @@ def delete_folder(path: Path | str) -> None:
     shutil.rmtree(partial)
 
 
+def put_aside(folder: Path, suffix: str) -> None:
+    """Rename a folder to NAME.SUFFIX, which is overwritten, so that nobody takes it for what its name says."""
+    aside = folder.with_name(f"{folder.name}.{suffix}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
     """Delete what killed processes left of folders in `folder` whose names match a glob pattern."""
     for leftover in folder.glob(f".{pattern}.partial"):

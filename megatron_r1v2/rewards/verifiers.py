@@ -156,11 +156,6 @@ class VerifierPool:
             worker.end()
         self._workers = []
 
-    @property
-    def process_ids(self) -> tuple[int, ...]:
-        """Return the process ids of the present workers."""
-        return tuple(worker.process.pid for worker in self._workers)
-
     def run(self, calls: Sequence[Call[ResultT]], *, failed: FailureT) -> list[ResultT | FailureT]:
         """Run functions in the workers.
 

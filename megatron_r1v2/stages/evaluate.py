@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
 from megatron_r1v2.evaluation.response_log import ResponseLog
-from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
+from megatron_r1v2.evaluation.response_rows import Evaluation, evaluation_rows
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
@@ -37,17 +36,20 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
         ValueError: bad data, or an interrupted evaluation with other settings.
     """
     evaluation_path(Path(recipe.run.output_dir), name)
-    model = recipe.model.checkpoint or recipe.model.hf_path
     with open_model(recipe) as loaded:
         prompts = list(loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts))
-        with ExitStack() as files:
-            log = None
-            if loaded.context.is_main:
-                log = files.enter_context(open_log(recipe, name, model=model, step=loaded.version))
-            _respond(loaded, recipe, prompts, log, name)
-            if log is None:
-                return None
-            return conclude(recipe, name, [prompt.key for prompt in prompts], log, model=model, step=loaded.version)
+        evaluation = Evaluation(
+            name,
+            Path(recipe.run.output_dir),
+            recipe.evaluation,
+            recipe.reward,
+            recipe.generation.max_response_tokens,
+            model=recipe.model.checkpoint or recipe.model.hf_path,
+            step=loaded.version,
+        )
+        log = evaluation.open_log() if loaded.context.is_main else None
+        _respond(loaded, recipe, prompts, log, name)
+        return evaluation.conclude([prompt.key for prompt in prompts], log) if log is not None else None
 
 
 def _respond(

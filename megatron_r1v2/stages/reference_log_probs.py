@@ -21,6 +21,7 @@ from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.fingerprint import Fingerprint
+from megatron_r1v2.resilience.json_lines import append_json_lines, recover_json_lines
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, sample_name, shard_samples
@@ -105,8 +106,6 @@ def _compute(session: Session, source: PairSource, sums: dict[str, float], unfin
     """Collective over the world: add missing pairs to `sums` and the file; return False when asked to stop."""
     folder = session.recipe.data.train
     done, total = 0, sum(check_shards(folder).values())
-    if session.context.is_main:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
     with session.recorder.progress("reference log-probs", total) as show:
         # The same chunks however often this is interrupted, so that the numbers are the same to the bit.
         for chunk in _chunks(session.loaded.read_prompts(folder), session.recipe.train.prompts_per_step):
@@ -116,8 +115,7 @@ def _compute(session: Session, source: PairSource, sums: dict[str, float], unfin
             if not all(sample_name(prompt.key, side) in sums for prompt in pairs for side in SIDES):
                 sums.update(_forward(session, source, pairs))
                 if session.context.is_main:
-                    with unfinished.open("a") as file:
-                        file.writelines(json.dumps(line) + "\n" for line in _lines([p.key for p in pairs], sums))
+                    append_json_lines(unfinished, _lines([pair.key for pair in pairs], sums))
             done += len(chunk)
             show(done)
     return True
@@ -163,11 +161,9 @@ def _read_finished(path: Path) -> dict[str, float] | None:
 
 
 def _read_lines(path: Path) -> dict[str, float]:
-    """Read the lines of a file, which may be missing; the last line of an interrupted run may be cut."""
+    """Read the lines of a file, which may be missing."""
     sums: dict[str, float] = {}
-    if not path.is_file():
-        return sums
-    for text in path.read_text().splitlines():
+    for _, text in recover_json_lines(path):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

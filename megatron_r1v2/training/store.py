@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +51,7 @@ from megatron_r1v2.resilience.files import (
     delete_folder,
     partial_path,
     publish_folder,
+    put_aside,
     remove_leftovers,
     start_folder,
     write_file,
@@ -150,9 +150,7 @@ class CheckpointStore:
         """Collective over the world: rename damaged checkpoints."""
         dist.barrier()
         for folder, damage in damaged if self.context.is_main else ():
-            aside = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
+            put_aside(folder, "damaged")
             logger.warning("checkpoint %s is damaged (%s): going on from %s", folder, damage, instead.name)
         dist.barrier()
 

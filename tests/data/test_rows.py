@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_r1v2.data import rows as rows_module
 from megatron_r1v2.data.rows import read_rows
 from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.resilience.json_lines import append_json_lines
 from tests.tiny import tiny_png
 
 OWN = {
@@ -112,7 +112,7 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, images: Path) -> None:
 
 def test_written_rows_are_read_back(tmp_path: Path, images: Path) -> None:
     rows = [{**OWN, "key": "one"}, {**OWN, "key": "two", "answer": "\u00fc\n8"}]
-    rows_module.write_rows(tmp_path / "rows.jsonl", rows)
+    append_json_lines(tmp_path / "rows.jsonl", rows)
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
     assert [(s.key, s.answer) for s in read_rows(tmp_path / "rows.jsonl", images)] == [
         ("one", "8"),

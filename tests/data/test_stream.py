@@ -201,7 +201,7 @@ def test_corrupt_samples_are_skipped_and_counted(
     source.next(29)
     assert source.corrupt in (2, 3)
     assert source.samples_read == 87 + source.corrupt
-    assert source.corrupt_keys == ("digits-0013",)
+    assert source.state_dict()["tally"]["keys"] == ["digits-0013"]
     assert len(read_prompts(folder, tokenizer, max_corrupt_fraction=0.05)) == 29
 
 

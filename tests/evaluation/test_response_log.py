@@ -16,34 +16,34 @@ def row(key, index, **more):
 
 def test_rows_are_there_again_in_order(tmp_path):
     path = tmp_path / "run" / "evaluation-a.unfinished.jsonl"
-    with ResponseLog(path, SETTINGS) as log:
-        assert (log.rows, log.places) == ([], set())
-        log.append([row("b", 1), row("a", 1)])
-        log.append([row("b", 0)])
-        log.append([])
-    with ResponseLog(path, SETTINGS) as log:
-        assert log.rows == [row("a", 1), row("b", 0), row("b", 1)]
-        assert log.places == {("a", 1), ("b", 0), ("b", 1)}
-        log.append([row("a", 1, again=True)])
-    with ResponseLog(path, SETTINGS) as log:
-        assert log.rows[0] == row("a", 1, again=True)
-        log.discard()
+    log = ResponseLog(path, SETTINGS)
+    assert (log.rows, log.places) == ([], set())
+    log.append([row("b", 1), row("a", 1)])
+    log.append([row("b", 0)])
+    log.append([])
+    log = ResponseLog(path, SETTINGS)
+    assert log.rows == [row("a", 1), row("b", 0), row("b", 1)]
+    assert log.places == {("a", 1), ("b", 0), ("b", 1)}
+    log.append([row("a", 1, again=True)])
+    log = ResponseLog(path, SETTINGS)
+    assert log.rows[0] == row("a", 1, again=True)
+    log.discard()
     assert not path.exists()
 
 
 @pytest.mark.parametrize("end", [b'{"prompt_key": "c", "samp', b'{"prompt_key": "c", "sample_index": 0}', b"{"])
 def test_a_line_without_an_end_is_taken_off_and_the_next_is_not_glued_to_it(tmp_path, end):
     path = tmp_path / "log"
-    with ResponseLog(path, SETTINGS) as log:
-        log.append([row("a", 0)])
+    log = ResponseLog(path, SETTINGS)
+    log.append([row("a", 0)])
     whole = path.read_bytes()
     path.write_bytes(whole + end)
-    with ResponseLog(path, SETTINGS) as log:
-        assert log.places == {("a", 0)}
-        assert path.read_bytes() == whole
-        log.append([row("c", 0)])
-    with ResponseLog(path, SETTINGS) as log:
-        assert log.places == {("a", 0), ("c", 0)}
+    log = ResponseLog(path, SETTINGS)
+    assert log.places == {("a", 0)}
+    assert path.read_bytes() == whole
+    log.append([row("c", 0)])
+    log = ResponseLog(path, SETTINGS)
+    assert log.places == {("a", 0), ("c", 0)}
 
 
 def test_a_row_is_on_disk_before_append_returns(tmp_path):
@@ -57,8 +57,8 @@ def test_a_row_is_on_disk_before_append_returns(tmp_path):
 @pytest.mark.parametrize("line", [b"nonsense\n", b"[]\n", b'{"sample_index": 0}\n', b"5\n"])
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "log"
-    with ResponseLog(path, SETTINGS) as log:
-        log.append([row("a", 0)])
+    log = ResponseLog(path, SETTINGS)
+    log.append([row("a", 0)])
     path.write_bytes(path.read_bytes() + line + json.dumps(row("b", 0)).encode() + b"\n")
     with pytest.raises(ValueError, match=rf"{path}, line 3 is damaged .*delete the line to generate that response"):
         ResponseLog(path, SETTINGS)
@@ -66,8 +66,8 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
 
 def test_other_settings_are_refused_with_what_changed(tmp_path):
     path = tmp_path / "log"
-    with ResponseLog(path, SETTINGS) as log:
-        log.append([row("a", 0)])
+    log = ResponseLog(path, SETTINGS)
+    log.append([row("a", 0)])
     other = Fingerprint.of(model="n", evaluation={"seed": 1, "temperature": 1.0})
     with pytest.raises(ValueError, match="unfinished evaluation with other settings") as caught:
         ResponseLog(path, other)
@@ -85,5 +85,6 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):
-    with ResponseLog(tmp_path / "log", SETTINGS) as log, pytest.raises(ValueError, match="JSON compliant"):
+    log = ResponseLog(tmp_path / "log", SETTINGS)
+    with pytest.raises(ValueError, match="JSON compliant"):
         log.append([row("a", 0, total=float("nan"))])

@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from megatron_r1v2.config.recipes import EvaluateRecipe
-from megatron_r1v2.config.schema import EvaluationConfig, RunConfig
+from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
 from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED
-from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log, outcome_of
+from megatron_r1v2.evaluation.response_rows import Evaluation, evaluation_rows, outcome_of
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 from tests.evaluation.responder import serving
 
@@ -58,9 +57,9 @@ def test_an_outcome_is_what_counts_of_a_row():
         assert (judged.judged, judged.unclear) == (True, unclear)
 
 
-def recipe(tmp_path, **evaluation):
-    settings = {"data": str(tmp_path / "data"), "runs": 2} | evaluation
-    return EvaluateRecipe(run=RunConfig(output_dir=str(tmp_path)), evaluation=EvaluationConfig(**settings))
+def evaluation(tmp_path, *, model="m", step=0, **changes):
+    settings = EvaluationConfig(**({"data": str(tmp_path / "data"), "runs": 2} | changes))
+    return Evaluation("a", tmp_path, settings, RewardConfig(), 64, model, step)
 
 
 def test_rows_beyond_the_prompts_and_runs_that_are_asked_for_do_not_count(tmp_path):
@@ -68,10 +67,10 @@ def test_rows_beyond_the_prompts_and_runs_that_are_asked_for_do_not_count(tmp_pa
     responses = [
         scored("\\boxed{8}", index, key=one.key, correct=one.key == "q-1") for one in asked for index in range(3)
     ]
-    settings = recipe(tmp_path)
-    with open_log(settings, "a", model="m", step=5) as log:
-        log.append(evaluation_rows(asked, responses, step=5))
-        result = conclude(settings, "a", ["q-2", "q-1"], log, model="m", step=5)
+    settings = evaluation(tmp_path, step=5)
+    log = settings.open_log()
+    log.append(evaluation_rows(asked, responses, step=5))
+    result = settings.conclude(["q-2", "q-1"], log)
     assert (result.pass_at_1, result.num_prompts, len(result.runs)) == (0.5, 2, 2)
     assert (result.model, result.step, result.seed) == ("m", 5, EVALUATION_SEED)
     lines = [json.loads(line) for line in (tmp_path / "evaluation-a.rollouts.jsonl").read_text().splitlines()]
@@ -85,25 +84,21 @@ def test_rows_beyond_the_prompts_and_runs_that_are_asked_for_do_not_count(tmp_pa
 def test_the_judge_decides_before_the_result_is_written(tmp_path):
     asked = prompt("q-1", answer="three", answer_type="exact")
     with serving(lambda body: "Verdict: CORRECT") as (url, responder):
-        settings = recipe(tmp_path, judge_url=url, judge_model="j", runs=1)
-        with open_log(settings, "a", model="m", step=0) as log:
-            log.append(evaluation_rows([asked], [scored("\\boxed{3}")], step=0))
-            result = conclude(settings, "a", ["q-1"], log, model="m", step=0)
+        settings = evaluation(tmp_path, judge_url=url, judge_model="j", runs=1)
+        log = settings.open_log()
+        log.append(evaluation_rows([asked], [scored("\\boxed{3}")], step=0))
+        result = settings.conclude(["q-1"], log)
     assert (result.pass_at_1, result.judged, len(responder.bodies)) == (1.0, 1, 1)
     assert (tmp_path / "judge.jsonl").is_file()
 
 
 def test_a_log_belongs_to_all_settings_that_decide_its_rows(tmp_path):
-    settings = recipe(tmp_path)
-    with open_log(settings, "a", model="m", step=0):
-        pass
-    with open_log(settings.changed(evaluation=settings.evaluation.changed(runs=9)), "a", model="m", step=0):
-        pass  # more runs of the same
+    evaluation(tmp_path).open_log()
+    evaluation(tmp_path, runs=9).open_log()  # more runs of the same
     endpoint = {"endpoint_url": "http://127.0.0.1:1", "endpoint_model": "m"}
     for changes in ({"temperature": 0.1}, {"top_p": 0.5}, {"data": "other"}, endpoint):
-        other = settings.changed(evaluation=settings.evaluation.changed(**changes))
         with pytest.raises(ValueError, match=f"evaluation.{next(iter(changes))} was"):
-            open_log(other, "a", model="m", step=0)
+            evaluation(tmp_path, **changes).open_log()
     for model, step in (("n", 0), ("m", 1)):
         with pytest.raises(ValueError, match="(model|step) was"):
-            open_log(settings, "a", model=model, step=step)
+            evaluation(tmp_path, model=model, step=step).open_log()

@@ -22,6 +22,10 @@ def _hostile(function, *arguments):
     return Call("hostile_checks", function, arguments)
 
 
+def process_ids(pool):
+    return [worker.process.pid for worker in pool._workers]
+
+
 def _is_alive(process_id):
     try:
         status = Path(f"/proc/{process_id}/stat").read_text()
@@ -63,15 +67,15 @@ def test_every_answer_type_and_claims_run_in_workers(pool):
 def test_a_hang_fails_one_check_and_the_others_go_on(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     with VerifierPool(3, TIMEOUT) as pool:
-        before = set(pool.process_ids)
+        before = set(process_ids(pool))
         hangs = [_hostile(name) for name in ("busy_loop", "catastrophic_regex", "huge_power", "stop_itself")]
         start = time.perf_counter()
         results = pool.run([_answer(8), *hangs, *[_answer(8)] * 20, hangs[0]], failed=False)
         assert results == [True, *[False] * 4, *[True] * 20, False]
         assert (pool.timeouts, pool.crashes) == (5, 0)
         assert time.perf_counter() - start < 10 * TIMEOUT
-        assert len(set(pool.process_ids)) == 3, "a worker that was ended must be replaced"
-        assert not any(_is_alive(process_id) for process_id in before - set(pool.process_ids))
+        assert len(set(process_ids(pool))) == 3, "a worker that was ended must be replaced"
+        assert not any(_is_alive(process_id) for process_id in before - set(process_ids(pool)))
         assert pool.run([_answer(8)] * 6, failed=False) == [True] * 6
 
 
@@ -124,7 +128,7 @@ def test_a_package_that_is_missing_is_an_error_and_not_a_wrong_answer(pool, capf
 
 def test_a_worker_that_died_while_idle_costs_no_check(pool):
     pool.run([_answer(8)] * 4, failed=None)
-    for process_id in pool.process_ids:
+    for process_id in process_ids(pool):
         os.kill(process_id, signal.SIGKILL)
     assert pool.run([_answer(8)] * 20, failed=False) == [True] * 20
     assert pool.crashes == 0
@@ -135,12 +139,12 @@ def test_signals_to_the_whole_job_do_not_reach_a_check(pool):
 
     def signal_workers():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            for process_id in pool.process_ids:
+            for process_id in process_ids(pool):
                 os.kill(process_id, number)
 
     timer = threading.Timer(0.2, signal_workers)
     timer.start()
-    before = pool.process_ids
+    before = process_ids(pool)
     assert set(pool.run([_hostile("sleep", 0.6)] * 2, failed=None)) == set(before)
     timer.join()
 
@@ -194,9 +198,9 @@ def test_a_process_with_over_a_thousand_open_files_can_check():
 
 def test_close_leaves_no_process():
     with VerifierPool(3, TIMEOUT) as pool:
-        process_ids = pool.process_ids
-        assert all(_is_alive(process_id) for process_id in process_ids)
-    assert not any(_is_alive(process_id) for process_id in process_ids)
+        workers = process_ids(pool)
+        assert all(_is_alive(process_id) for process_id in workers)
+    assert not any(_is_alive(process_id) for process_id in workers)
     with pytest.raises(RuntimeError, match="closed"):
         pool.run([_answer(8)], failed=False)
 
@@ -212,20 +216,20 @@ pool.run([Call("hostile_checks", "sleep", (0.1,))] * 3, failed=0)
 if os.fork() == 0:
     time.sleep(10)
     os._exit(0)
-print(*pool.process_ids, flush=True)
+print(*(worker.process.pid for worker in pool._workers), flush=True)
 pool.run([Call("hostile_checks", name, ()) for name in ("busy_loop", "catastrophic_regex")], failed=0)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([HERE, ROOT])}
     trainer = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
-    process_ids = [int(word) for word in trainer.stdout.readline().split()]
-    assert len(process_ids) == 3
+    workers = [int(word) for word in trainer.stdout.readline().split()]
+    assert len(workers) == 3
     time.sleep(0.3)
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
     deadline = time.monotonic() + 8
-    while any(_is_alive(process_id) for process_id in process_ids):
+    while any(_is_alive(process_id) for process_id in workers):
         assert time.monotonic() < deadline, "a worker outlived its trainer"
         time.sleep(0.05)
 

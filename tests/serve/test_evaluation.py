@@ -13,8 +13,8 @@ from megatron_r1v2.config.schema import EvaluationConfig, RunConfig
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.evaluation.endpoint_evaluation import run_endpoint_evaluation
 from megatron_r1v2.stages.align import run_align
+from megatron_r1v2.stages.endpoint_evaluation import run_endpoint_evaluation
 from megatron_r1v2.stages.evaluate import run_evaluation
 from tests.ranks import run_ranks
 from tests.serve.running import RESPONSE_TOKENS, ask, recipe_of, served

@@ -11,7 +11,7 @@ import pytest
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.evaluation.response_rows import open_log
+from megatron_r1v2.evaluation.response_rows import Evaluation
 from megatron_r1v2.stages import evaluate
 from megatron_r1v2.stages.evaluate import run_evaluation
 from megatron_r1v2.stages.loaded_model import open_model
@@ -56,8 +56,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(
     run_evaluation(recipe, "e")
     lines = (tmp_path / "cut" / "evaluation-e.rollouts.jsonl").read_text().splitlines()
     # What the kill of a process leaves: the settings, whole rows of three responses to two prompts, half a line.
-    with open_log(recipe, "e", model=recipe.model.hf_path, step=0) as log:
-        log.append([json.loads(line) for line in lines[:3]])
+    tokens, model = recipe.generation.max_response_tokens, recipe.model.hf_path
+    log = Evaluation("e", tmp_path / "cut", recipe.evaluation, recipe.reward, tokens, model, step=0).open_log()
+    log.append([json.loads(line) for line in lines[:3]])
     with log.path.open("a") as file:
         file.write(lines[3][:40])
     first = lines[0].replace('"text": "', '"text": "kept ')

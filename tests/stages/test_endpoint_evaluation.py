@@ -14,8 +14,8 @@ from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.evaluation import chat_endpoint
 from megatron_r1v2.evaluation.chat_endpoint import EndpointFailed
-from megatron_r1v2.evaluation.endpoint_evaluation import run_endpoint_evaluation
 from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
+from megatron_r1v2.stages.endpoint_evaluation import run_endpoint_evaluation
 from tests.evaluation.responder import completion, serving
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1v2.config.recipes import EvaluateRecipe
-from megatron_r1v2.config.schema import RewardConfig
+from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
 from megatron_r1v2.data.images import decode_image
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.data.samples import ShardSample, parse_sample
@@ -16,7 +16,7 @@ from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED, EvaluationResult, evaluation_path
 from megatron_r1v2.evaluation.response_log import ResponseRow
-from megatron_r1v2.evaluation.response_rows import conclude, evaluation_rows, open_log
+from megatron_r1v2.evaluation.response_rows import Evaluation, evaluation_rows
 from megatron_r1v2.evaluation.rollout_records import images_base64
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.rewards.score import score_rollouts
@@ -37,41 +37,41 @@ def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResu
         EndpointFailed: the endpoint or the judge gives no answer; what was answered before is kept.
         ValueError: bad data, or an interrupted evaluation with other settings.
     """
-    settings = recipe.evaluation
-    evaluation_path(Path(recipe.run.output_dir), name)
+    settings, reward = recipe.evaluation, recipe.reward
+    max_tokens = recipe.generation.max_response_tokens
+    evaluation_path(Path(recipe.run.output_dir), name)  # refuses a bad name before anything is read
     fraction = recipe.data.max_corrupt_fraction
     samples = list(read_shards(settings.data, parse_sample, max_corrupt_fraction=fraction, count=settings.prompts))
     endpoint = ChatEndpoint.from_settings(settings, "endpoint")
-    reward = recipe.reward
-    with (
-        open_log(recipe, name, model=endpoint.model, step=0) as log,
-        VerifierPool(worker_count(), TIMEOUT_SECONDS) as pool,
-    ):
+    evaluation = Evaluation(
+        name, Path(recipe.run.output_dir), settings, reward, max_tokens, model=endpoint.model, step=0
+    )
+    log = evaluation.open_log()
+    with VerifierPool(worker_count(), TIMEOUT_SECONDS) as pool:
         places = [(sample, index) for sample in samples for index in range(settings.runs)]
         missing = [(sample, index) for sample, index in places if (sample.key, index) not in log.places]
         with progress_bar("evaluate", len(places), shown=True) as show:
             show(len(places) - len(missing))
-            answers = endpoint.ask_all(missing, lambda place: chat_request(place, recipe), about=_about)
+            answers = endpoint.ask_all(missing, lambda place: chat_request(place, settings, max_tokens), about=_about)
             for done, (place, completion) in enumerate(answers, start=len(places) - len(missing) + 1):
                 log.append([_row(place, completion, reward, pool)])
                 show(done)
-        return conclude(recipe, name, [sample.key for sample in samples], log, model=endpoint.model, step=0)
+    return evaluation.conclude([sample.key for sample in samples], log)
 
 
-def chat_request(place: Place, recipe: EvaluateRecipe) -> dict[str, object]:
+def chat_request(place: Place, settings: EvaluationConfig, max_tokens: int) -> dict[str, object]:
     """Return the body of the request for one response, less the model's name.
 
     Args:
         place: sample and run; they and `EVALUATION_SEED` decide the request's seed.
     """
     sample, index = place
-    settings = recipe.evaluation
     seed = hashlib.sha256(f"{EVALUATION_SEED}/{sample.key}/{index}".encode()).digest()
     return {
         "messages": openai_messages(sample.messages, list(sample.images.values())),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
-        "max_tokens": recipe.generation.max_response_tokens,
+        "max_tokens": max_tokens,
         # Servers differ in the seeds they accept: 31 bits are accepted by all.
         "seed": int.from_bytes(seed[:4], "big") >> 1,
     }
