@@ -65,14 +65,26 @@ class Forward:
             return []
         with torch.no_grad():
             results = self.run(batches, _keep_values, forward_only=True)
+        return self.broadcast_from_last_stage(results, batches)
+
+    def broadcast_from_last_stage(
+        self, values: list[torch.Tensor], batches: Sequence[TrainingBatch]
+    ) -> list[torch.Tensor]:
+        """Collective over the pipeline stages: give every stage what the schedule leaves on the last one.
+
+        Args:
+            values: float32 [B, S] for each batch, on the last stage.
+
+        Returns:
+            The same on every stage: each keeps them with its samples.
+        """
         if self.context.pipeline_size == 1:
-            return results
-        # The schedule leaves the values on the last stage, but every rank keeps them with its samples.
+            return values
         if not self.context.is_last_stage:
-            results = [torch.empty_like(batch.response_mask_BS) for batch in batches]
-        for result in results:
-            dist.broadcast(result, src=self.context.last_stage_rank, group=self.context.groups.pp)
-        return results
+            values = [torch.empty_like(batch.response_mask_BS) for batch in batches]
+        for value_BS in values:
+            dist.broadcast(value_BS, src=self.context.last_stage_rank, group=self.context.groups.pp)
+        return values
 
     def run(self, batches: Sequence[TrainingBatch], finish: Finish[Result], *, forward_only: bool) -> list[Result]:
         """Collective over the replica: run microbatches through megatron-core's schedule.

@@ -19,7 +19,7 @@ def compute_mismatch(
     """Collective over the world: compare engine and training forward on fresh samples.
 
     Args:
-        batches: this replica's microbatches of fresh samples.
+        batches: this replica's microbatches; rows from the buffer do not count.
         log_probs: float32 [B, S] for each, by the training forward with the weights that sampled.
 
     Returns:
@@ -27,7 +27,12 @@ def compute_mismatch(
     """
     parts = [
         mismatch_sums(
-            log_probs_BS, batch.rollout_log_probs_BS, batch.response_mask_BS, batch.has_image_B, batch.weights_B
+            log_probs_BS,
+            batch.rollout_log_probs_BS,
+            batch.response_mask_BS,
+            batch.has_image_B,
+            # Other weights sampled what is replayed, so there the two differ rightly.
+            batch.weights_B * ~batch.replayed_B,
         )
         for batch, log_probs_BS in zip(batches, log_probs, strict=True)
     ]

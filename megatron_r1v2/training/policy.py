@@ -24,8 +24,11 @@ Metrics = dict[str, torch.Tensor]
 """Name to a tensor of shape [2]: a sum and a count, which add up over microbatches and ranks."""
 LossFunction = Callable[[torch.Tensor, TrainingBatch], tuple[torch.Tensor, Metrics]]
 """(log_probs_BS or scores_BS, batch) to the local sum divided by the global denominator, and metrics."""
+BeforeStep = Callable[[Sequence[torch.Tensor]], None]
+"""Looks at the log-probs of an update, float32 [B, S] for each microbatch, before the weights move; may raise."""
 
 _LOSS = "actor/loss"
+_LOG_PROB_NOT_FINITE = "a log-prob of the training forward is not finite"
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,12 @@ class UpdateResult:
     """Before clipping; 0 where the step was not taken."""
     log_probs: tuple[torch.Tensor, ...]
     """float32 [B, S] for each microbatch, zero outside the responses, by the weights before the step (a reward model's
-    scores likewise). The last pipeline stage has them; the others, which see no logits, get an empty tuple."""
+    scores likewise). The last pipeline stage has them; the others, which see no logits, get an empty tuple unless
+    `before_step` was given."""
     metrics: Mapping[str, float]
     """Of the loss function, over all ranks; empty where the step was not taken."""
+    finite: bool = True
+    """Whether the gradients were, and the log-probs where `before_step` was given."""
 
     @property
     def applied(self) -> bool:
@@ -108,12 +114,20 @@ class Policy(Forward):
         """
         return self.compute_values(batches)
 
-    def update(self, batches: Sequence[TrainingBatch], loss_function: LossFunction) -> UpdateResult:
+    def update(
+        self,
+        batches: Sequence[TrainingBatch],
+        loss_function: LossFunction,
+        *,
+        before_step: BeforeStep | None = None,
+    ) -> UpdateResult:
         """Collective over the world: take one optimizer step.
 
         Args:
             batches: this replica's microbatches; at least one (of weight zero where it has no sample).
             loss_function: its losses over all ranks and microbatches sum up to the loss.
+            before_step: called with the log-probs, on every rank, unless the step is skipped; log-probs that are not
+                finite then skip it too.
 
         Returns:
             The result; where it was not applied, weights, optimizer, schedule and version are as they were.
@@ -127,12 +141,20 @@ class Policy(Forward):
         self.optimizer.zero_grad()
         results = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
         sums = [metrics for metrics, _ in results]
-        log_probs = tuple(values_BS for _, values_BS in results)
+        log_probs = [values_BS for _, values_BS in results]
+        if before_step is not None:
+            log_probs = self.broadcast_from_last_stage(log_probs, batches)
         # Before the optimizer moves: a step on NaN would spoil weights and moments for good.
-        finite, norm = self._all_gradients_finite(), self._largest_gradient_norm()
-        if reason := self.skipped.reason(finite=finite, gradient_norm=norm):
+        reason: str | None = _LOG_PROB_NOT_FINITE
+        finite = before_step is None or self._all_finite(log_probs)
+        if finite:
+            finite = self._all_gradients_finite()
+            reason = self.skipped.reason(finite=finite, gradient_norm=self._largest_gradient_norm())
+        if reason is not None:
             self.skipped.add(batches, version=self.version, reason=reason)
-            return UpdateResult(reason, None, 0.0, log_probs, {})
+            return UpdateResult(reason, None, 0.0, tuple(log_probs), {}, finite)
+        if before_step is not None:
+            before_step(log_probs)
         self.skipped.end_row()
         _, gradient_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -140,7 +162,7 @@ class Policy(Forward):
         # Only the last stage has seen the loss.
         combined = combine(sums if self.context.is_last_stage else [], self.context)
         loss = float(combined.pop(_LOSS)[0])
-        return UpdateResult(None, loss, float(gradient_norm or 0.0), log_probs, mean_metrics(combined))
+        return UpdateResult(None, loss, float(gradient_norm or 0.0), tuple(log_probs), mean_metrics(combined))
 
     def skip_update_if_not_finite(self, batches: Sequence[TrainingBatch], log_probs: Sequence[torch.Tensor]) -> bool:
         """Collective over the world: skip the update that samples are meant for when a log-prob is not finite.
@@ -155,10 +177,14 @@ class Policy(Forward):
         Raises:
             RuntimeError: too many updates in a row are skipped.
         """
-        if all(objects.all_gather(all(bool(torch.isfinite(values_BS).all()) for values_BS in log_probs))):
+        if self._all_finite(log_probs):
             return False
-        self.skipped.add(batches, version=self.version, reason="a log-prob of the training forward is not finite")
+        self.skipped.add(batches, version=self.version, reason=_LOG_PROB_NOT_FINITE)
         return True
+
+    def _all_finite(self, log_probs: Sequence[torch.Tensor]) -> bool:
+        """Collective over the world: agree on whether the log-probs of all ranks are finite."""
+        return all(objects.all_gather(all(bool(torch.isfinite(values_BS).all()) for values_BS in log_probs)))
 
     def _all_gradients_finite(self) -> bool:
         """Collective over the world: agree on whether a step would leave the weights finite."""

@@ -50,6 +50,15 @@ def measure(microbatches: Sequence, context: ParallelContext) -> dict[str, float
     return compute_mismatch(batches, log_probs, context)
 
 
+def test_what_is_replayed_does_not_count(context):
+    rows = RowFormat(0, IMAGE_TOKEN, tensor_size=1, device=context.device)
+    fresh, replayed = make_sample(PROMPTS["p1"], length=3), make_sample(PROMPTS["p1"], 1, length=4)
+    batch = collate([fresh, replayed], PROMPTS, rows, replayed=[False, True])
+    log_probs_BS = batch.rollout_log_probs_BS + torch.tensor([[0.5], [9.0]])
+    metrics = compute_mismatch([batch], [log_probs_BS], context)
+    assert metrics["rollout_corr/log_prob_abs_diff"] == pytest.approx(0.5)
+
+
 def measure_on_two_ranks() -> dict[str, dict[str, float]]:
     results = {}
     for name, (parallel, by_rank) in LAYOUTS.items():
@@ -61,9 +70,14 @@ def measure_on_two_ranks() -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def one_rank():
-    yield measure(ALL, groups.initialize(ParallelConfig(), seed=1))
+def context():
+    yield groups.initialize(ParallelConfig(), seed=1)
     groups.shut_down()
+
+
+@pytest.fixture(scope="module")
+def one_rank(context):
+    return measure(ALL, context)
 
 
 def test_one_rank_by_hand(one_rank):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,9 +81,31 @@ def test_an_update_above_the_bound_is_not_applied(root: Path, tmp_path: Path) ->
         assert not result.applied
         assert "above train.skip_above_grad_norm" in (result.reason or "")
         assert (result.loss, result.logged(), session.policy.version) == (None, {}, 0)
+        assert result.finite, "too large, not broken: the log-probs are worth keeping"
         assert len(result.log_probs) == len(batches), "they were computed"
         assert all(torch.equal(weight, before[name]) for name, weight in weights_of(session).items())
         assert session.policy.skipped.in_a_row == 1
+
+
+def test_log_probs_are_looked_at_before_the_weights_move(session: Session) -> None:
+    before, batches = weights_of(session), batches_of(session)
+    expected = session.policy.compute_log_probs(batches)
+
+    def refuse(log_probs: Sequence[torch.Tensor]) -> None:
+        for ours, theirs in zip(log_probs, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        raise ValueError("seen")
+
+    with pytest.raises(ValueError, match="seen"):
+        session.policy.update(batches, negative_log_likelihood(batches), before_step=refuse)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(session).items())
+    assert (session.policy.version, session.policy.skipped.in_a_row) == (0, 0)
+    session.policy.temperature = float("nan")
+    result = session.policy.update(batches, negative_log_likelihood(batches), before_step=refuse)
+    assert (result.finite, result.reason) == (False, "a log-prob of the training forward is not finite")
+    assert session.policy.skipped.in_a_row == 1, "one record of a skip"
+    assert len(list(session.policy.skipped.folder.iterdir())) == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(session).items())
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -110,6 +132,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
     recipe = tiny_recipe(tmp_path)
     # The gate would find the NaN first.
     recipe = recipe.changed(algorithm=recipe.algorithm.changed(gate_tokens=0))
+    # With one update the log-probs would be looked at too.
+    recipe = recipe.changed(train=recipe.train.changed(updates_per_step=2))
     with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
         stage = GrpoStage(session, recipe, pool)
         stage.step()

@@ -14,7 +14,7 @@ from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.grpo.replay_buffer import ReplayBuffer
 from megatron_r1v2.stages.grpo.rollouts import RolloutPhase
 from megatron_r1v2.stages.grpo.selection import Selection, fresh_samples, sample_id, select
-from megatron_r1v2.stages.grpo.updates import UpdatePhase
+from megatron_r1v2.stages.grpo.updates import UpdatePhase, is_only_update
 from megatron_r1v2.stages.loaded_reward_model import open_reward_model
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
@@ -106,12 +106,15 @@ class GrpoStage:
             fresh = fresh_samples(selection, scored, prompts, step=session.step)
             samples, sample_prompts = self.buffer.exchange_samples(selection, fresh, prompts)
         with timed("log_probs"):
-            trained = self.updates.add_old_log_probs(samples, sample_prompts)
+            # The forward pass of an only update gives them.
+            needed = not is_only_update(selection)
+            trained = self.updates.add_old_log_probs(samples, sample_prompts) if needed else samples
         # The last moment to give the step up: what follows changes the weights.
         session.preemption.poll_between_phases()
         if trained is not None:
             with timed("update"):
-                self.updates.take_updates(selection, trained, sample_prompts, filler=prompts[0])
+                trained = self.updates.take_updates(selection, trained, sample_prompts, filler=prompts[0])
+        if trained is not None:
             # With the old log-probs of this step: a later ratio is taken against the policy that sampled.
             self.buffer.add(selection, trained, sample_prompts, step=session.step)
         self.log_rollouts(selection, prompts, scored)

@@ -15,7 +15,7 @@ from megatron_r1v2.rl.grpo import GrpoInputs, GrpoSettings, grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.stages.grpo.selection import Selection
 from megatron_r1v2.training.batches import with_old_log_probs
-from megatron_r1v2.training.microbatches import Microbatcher
+from megatron_r1v2.training.microbatches import Microbatch, Microbatcher
 from megatron_r1v2.training.mismatch import compute_mismatch
 from megatron_r1v2.training.optimizer import current_learning_rate
 from megatron_r1v2.training.policy import Policy, UpdateResult
@@ -72,26 +72,30 @@ class UpdatePhase:
         if self.policy.skip_update_if_not_finite(batches, log_probs):
             self.recorder.note({"actor/skipped_updates": 1.0})
             return None
-        result = dict(samples)
-        for part, log_probs_BS in zip(microbatches, log_probs, strict=True):
-            for row, name in enumerate(part.names):
-                result[name] = with_old_log_probs(fresh[name], log_probs_BS[row])
+        result = {**samples, **_with_log_probs(fresh, microbatches, log_probs)}
         # Only now, with the weights that sampled: after the first update engine and training differ rightly.
-        metrics = compute_mismatch(batches, log_probs, self.policy.context)
-        self.recorder.note(metrics)
-        check_mismatch(metrics, self.settings.max_log_prob_difference)
+        self._check_engine(batches, log_probs)
         return result
 
     def take_updates(
         self, selection: Selection, samples: Mapping[str, Sample], prompts: Mapping[str, Prompt], *, filler: Prompt
-    ) -> None:
+    ) -> dict[str, Sample] | None:
         """Collective over the world: take the optimizer steps of a step; none where no sample has an advantage.
+
+        A step of one update computes the old log-probs of its fresh samples on the way: its forward pass comes before
+        the weights move.
 
         Args:
             selection: the same on every rank.
             samples: those that this rank trains, by id.
             prompts: theirs, by key.
             filler: fills the microbatch of a rank that has no sample.
+
+        Returns:
+            The samples, all with old log-probs; None: the only update was skipped, since its numbers are not finite.
+
+        Raises:
+            ValueError: engine and training forward disagree by more than `algorithm.max_log_prob_difference`.
         """
         # Before the updates: afterwards the optimizer has the rate of the next step.
         learning_rate = current_learning_rate(self.policy.optimizer)
@@ -100,13 +104,19 @@ class UpdatePhase:
             algorithm=self.settings,
             aggregation=self.aggregation.value,
             denominator=selection.denominator,
+            is_only_update=is_only_update(selection),
         )
+        trained = dict(samples)
         results: list[UpdateResult] = []
         for update in selection.updates:
             mine = {name: samples[name] for name in update if name in samples}
             microbatches = self.microbatcher.split(mine, prompts, replayed=set(selection.plan.replayed))
             batches = [part.batch for part in microbatches] or [self.microbatcher.filler(filler)]
-            results.append(self.policy.update(self._with_reference(batches), loss))
+            check = partial(self._check_engine, batches) if is_only_update(selection) else None
+            result = self.policy.update(self._with_reference(batches), loss, before_step=check)
+            results.append(result)
+            if check is not None:
+                trained |= _with_log_probs(mine, microbatches, result.log_probs)
         self.recorder.note(
             {
                 "actor/lr": learning_rate,
@@ -115,6 +125,15 @@ class UpdatePhase:
                 **mean_of_updates([result.logged() for result in results]),
             }
         )
+        if is_only_update(selection) and not results[0].finite:
+            return None
+        return trained
+
+    def _check_engine(self, batches: Sequence[TrainingBatch], log_probs: Sequence[torch.Tensor]) -> None:
+        """Collective over the world: compare the engine's log-probs of fresh samples with the training forward's."""
+        metrics = compute_mismatch(batches, log_probs, self.policy.context)
+        self.recorder.note(metrics)
+        check_mismatch(metrics, self.settings.max_log_prob_difference)
 
     def _with_reference(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
         """Collective over the replica: add the reference's log-probs where the loss has a KL term."""
@@ -126,6 +145,28 @@ class UpdatePhase:
             replace(batch, reference_log_probs_BS=log_probs_BS)
             for batch, log_probs_BS in zip(batches, log_probs, strict=True)
         ]
+
+
+def is_only_update(selection: Selection) -> bool:
+    """Return whether a step has one update, whose own forward pass then gives the old log-probs of fresh samples."""
+    return len(selection.updates) == 1
+
+
+def _with_log_probs(
+    samples: Mapping[str, Sample], microbatches: Sequence[Microbatch], log_probs: Sequence[torch.Tensor]
+) -> dict[str, Sample]:
+    """Return the samples of the microbatches, those without old log-probs with these.
+
+    Args:
+        log_probs: float32 [B, S] for each microbatch.
+    """
+    # A rank without samples has the log-probs of a filler.
+    return {
+        name: with_old_log_probs(sample, log_probs_BS[row]) if sample.rl is not None and sample.rl.is_fresh else sample
+        for part, log_probs_BS in zip(microbatches, log_probs, strict=False)
+        for row, name in enumerate(part.names)
+        for sample in (samples[name],)
+    }
 
 
 def mean_of_updates(of_updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -144,24 +185,30 @@ def batch_loss(
     algorithm: AlgorithmConfig,
     aggregation: str,
     denominator: float,
+    is_only_update: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the GRPO loss of a microbatch.
 
     Args:
         log_probs_BS: float32 [B, S] of the policy in training.
         denominator: of the whole batch over all ranks.
+        is_only_update: whether the weights are those that sampled the fresh rows.
 
     Returns:
         This microbatch's part of the loss, and metrics as (sum, count) pairs.
     """
+    old_log_probs_BS = batch.old_log_probs_BS
+    if is_only_update:
+        # Their ratio is 1; only its gradient matters.
+        old_log_probs_BS = torch.where(batch.replayed_B[:, None], old_log_probs_BS, log_probs_BS.detach())
     importance_BS = None
     if algorithm.importance_cap > 0:
         importance_BS = truncated_importance_weights(
-            batch.old_log_probs_BS, batch.rollout_log_probs_BS, algorithm.importance_cap
+            old_log_probs_BS, batch.rollout_log_probs_BS, algorithm.importance_cap
         )
     inputs = GrpoInputs(
         log_probs_BS,
-        batch.old_log_probs_BS,
+        old_log_probs_BS,
         batch.advantages_B,
         batch.response_mask_BS,
         weights_B=batch.weights_B,

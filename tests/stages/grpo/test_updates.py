@@ -112,6 +112,64 @@ def test_each_part_of_the_selection_is_an_optimizer_step(
     assert values["actor/grad_norm"] > 0
 
 
+def only_update(*replayed: str) -> Any:
+    plan = SimpleNamespace(replayed=replayed)
+    return SimpleNamespace(updates=(("s0", "s1"),), plan=plan, denominator=2.0)
+
+
+def weights_of(session: Session) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in session.model.named_parameters()}
+
+
+def test_an_only_update_gives_the_old_log_probs_of_fresh_samples(session: Session) -> None:
+    samples, prompts = samples_of(session, old=(-1.0, -1.0))
+    phase, filler = phase_of(session), next(iter(prompts.values()))
+    expected = phase.add_old_log_probs(samples, prompts)
+    assert expected is not None
+    mismatch = session.recorder.values.pop("rollout_corr/log_prob_abs_diff")
+    trained = phase.take_updates(only_update("s1"), samples, prompts, filler=filler)
+    assert trained is not None
+    ours, theirs = trained["s0"].rl, expected["s0"].rl
+    assert ours is not None
+    assert theirs is not None
+    assert ours.old_log_probs == pytest.approx(theirs.old_log_probs, abs=1e-6), "by the weights before the step"
+    assert trained["s1"] == samples["s1"], "what is replayed keeps its own"
+    assert session.recorder.values["rollout_corr/log_prob_abs_diff"] == pytest.approx(mismatch, abs=1e-6)
+    assert session.recorder.values["actor/updates"] == 1
+
+
+def test_an_engine_that_computed_something_else_ends_the_only_update_before_the_step(session: Session) -> None:
+    samples, prompts = samples_of(session, old=(-1.0, -1.0))
+    rl = samples["s0"].rl
+    assert rl is not None
+    samples["s0"] = replace(samples["s0"], rl=replace(rl, rollout_log_probs=(-30.0, -30.0)))
+    before = weights_of(session)
+    phase, filler = phase_of(session), next(iter(prompts.values()))
+    with pytest.raises(ValueError, match="above algorithm.max_log_prob_difference"):
+        phase.take_updates(only_update("s1"), samples, prompts, filler=filler)
+    assert session.policy.version == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(session).items())
+
+
+def test_an_only_update_of_broken_numbers_gives_no_samples(session: Session) -> None:
+    samples, prompts = samples_of(session, old=(-1.0, -1.0))
+    session.policy.temperature = float("nan")
+    phase, filler = phase_of(session), next(iter(prompts.values()))
+    assert phase.take_updates(only_update("s1"), samples, prompts, filler=filler) is None
+    assert session.recorder.values["actor/skipped_updates"] == 1.0
+    assert (session.policy.version, session.policy.skipped.in_a_row) == (0, 1)
+
+
+def test_an_only_update_above_the_bound_gives_its_samples(session: Session) -> None:
+    samples, prompts = samples_of(session, old=(-1.0, -1.0))
+    session.policy.skipped.max_gradient_norm = 1e-9
+    phase, filler = phase_of(session), next(iter(prompts.values()))
+    trained = phase.take_updates(only_update("s1"), samples, prompts, filler=filler)
+    assert trained is not None
+    assert all(sample.rl is not None and not sample.rl.is_fresh for sample in trained.values())
+    assert session.policy.version == 0
+
+
 def batch_of(*samples: Sample) -> TrainingBatch:
     rows = RowFormat(99, IMAGE_TOKEN, tensor_size=1, device=torch.device("cpu"))
     return collate(samples, {PROMPT.key: PROMPT}, rows)
@@ -135,6 +193,24 @@ def test_the_loss_of_a_row_by_hand(cap: float, factor: float) -> None:
     assert gradient_BS is not None
     assert (gradient_BS[batch.response_mask_BS.bool()] < 0).all(), "a good response becomes likelier"
     assert not gradient_BS[~batch.response_mask_BS.bool()].any()
+
+
+def test_fresh_rows_of_an_only_update_have_a_ratio_of_one() -> None:
+    """Their old log-probs are their own; the replayed row keeps its stored ones, here e times less likely."""
+    targets = RLTargets((-1.0, -2.0), 3.0, 1.0, 0, group_effective=True, old_log_probs=(-1.0, -2.0))
+    fresh, replayed = (response_sample(PROMPT, (5, 6), index=i, rl=targets) for i in range(2))
+    batch = replace(batch_of(fresh, replayed), replayed_B=torch.tensor([False, True]))
+    log_probs_BS = (batch.old_log_probs_BS + batch.response_mask_BS).requires_grad_()
+    _, metrics = batch_loss(
+        log_probs_BS,
+        batch,
+        algorithm=AlgorithmConfig(),
+        aggregation="sequence",
+        denominator=4.0,
+        is_only_update=True,
+    )
+    assert metrics["actor/ratio_mean"].tolist() == pytest.approx([2 + 2 * 2.7182818, 4.0])
+    assert metrics["ssb/ratio_mean_replayed"].tolist() == pytest.approx([2 * 2.7182818, 2.0])
 
 
 def test_a_filler_has_no_loss() -> None:
