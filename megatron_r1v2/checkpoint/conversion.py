@@ -6,10 +6,12 @@ in `.progress/`; a run that finds a partial folder of the same conversion of the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_r1v2.checkpoint.hf.folders import check_output, read_json
 from megatron_r1v2.checkpoint.manifest import PROGRESS, TensorEntry
+from megatron_r1v2.checkpoint.sources import SourceSpec
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, in_threads
 from megatron_r1v2.resilience.files import (
     only_writer,
@@ -66,13 +69,19 @@ class FileRecord(TypedDict):
     file_bytes: NotRequired[int]
 
 
-class Conversion(Protocol):
+@dataclass(frozen=True)
+class Conversion(ABC):
     """A source, and the format that its parameters are written in."""
 
+    source: SourceSpec
+    folders: tuple[Path, ...]
+    """Folders that the source reads: none may be the output."""
+
+    @abstractmethod
     def output_files(self) -> list[OutputFile]:
         """Return the files, the same at every call, after checking everything that can be checked beforehand."""
-        ...
 
+    @abstractmethod
     def write(self, file: OutputFile, folder: Path, wrote: Callable[[int], None]) -> FileRecord:
         """Write one file and return its record.
 
@@ -81,27 +90,19 @@ class Conversion(Protocol):
         Args:
             wrote: called with numbers of bytes; raises when the conversion is given up.
         """
-        ...
 
+    @abstractmethod
     def read_back(self, file: OutputFile, folder: Path, record: FileRecord) -> Iterator[tuple[str, torch.Tensor]]:
         """Read a written file again: name, as in the record, and tensor, in whatever shape.
 
         Raises:
             ValueError: it is damaged.
         """
-        ...
 
-    def options(self) -> Mapping[str, str]:
+    def options(self) -> dict[str, str]:
         """Return the options: a partial output is continued by the same ones only."""
-        ...
-
-    def source_files(self) -> Sequence[Path]:
-        """Return the files that are read."""
-        ...
-
-    def source_folders(self) -> Sequence[Path]:
-        """Return the folders that are read: none may be the output."""
-        ...
+        fields = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"kind": type(self).__name__, **fields}
 
 
 class CompanionFiles(Protocol):
@@ -138,11 +139,11 @@ def convert(conversion: Conversion, output: Path, options: RunOptions, companion
     Raises:
         ValueError: the output is refused, a source is damaged or changes meanwhile, or the disk has not enough room.
     """
-    check_output(output, sources=conversion.source_folders(), overwrite=options.overwrite)
+    check_output(output, sources=conversion.folders, overwrite=options.overwrite)
     _check_links(conversion, output)
     # torch then takes huge pages for what it copies: ordinary ones cost five times the copy itself.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    sources = _stamps(conversion.source_files())  # before anything is concluded from their content
+    sources = _stamps(conversion.source.files())  # before anything is concluded from their content
     files = conversion.output_files()
     with only_writer(output):
         restore_replaced(output)
@@ -181,8 +182,8 @@ def _prepare(companions: CompanionFiles, partial: Path, files: Sequence[OutputFi
 
 def _check_links(conversion: Conversion, output: Path) -> None:
     """Refuse an output that files of a source lead to: replacing it would destroy them."""
-    inside = (path for folder in conversion.source_folders() for path in folder.glob("*"))
-    for path in (*conversion.source_files(), *inside):
+    inside = (path for folder in conversion.folders for path in folder.glob("*"))
+    for path in (*conversion.source.files(), *inside):
         if output.resolve() in path.resolve().parents:
             raise ValueError(f"{path} leads into the output {output}, which would be replaced; choose another output")
 
@@ -204,7 +205,7 @@ def _begin(
     conversion: Conversion, partial: Path, files: Sequence[OutputFile], sources: Sequence[_Stamp]
 ) -> dict[str, FileRecord]:
     """Make the partial folder, or take an interrupted one over: return the records of its finished files."""
-    fingerprint = Fingerprint.of(conversion=dict(conversion.options()), sources=sources)
+    fingerprint = Fingerprint.of(conversion=conversion.options(), sources=sources)
     kept = partial / PROGRESS / "conversion.json"
     if _read_record(kept) != fingerprint.values:
         shutil.rmtree(partial, ignore_errors=True)

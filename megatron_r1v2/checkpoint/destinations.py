@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_r1v2.checkpoint.conversion import FileRecord, OutputFile, RunOptions, convert
+from megatron_r1v2.checkpoint.conversion import Conversion, FileRecord, OutputFile, RunOptions, convert
 from megatron_r1v2.checkpoint.hf.companions import check_companions, make_companions
 from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME
 from megatron_r1v2.checkpoint.hf.mapping import Layout
@@ -19,7 +18,7 @@ from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, TENSORS, save_state
 from megatron_r1v2.checkpoint.megatron.torch_dist import Record, read_records, write_index, write_records
 from megatron_r1v2.checkpoint.model_card import CARD
-from megatron_r1v2.checkpoint.sources import ALL_PARTS, SourceSpec, exported_rows
+from megatron_r1v2.checkpoint.sources import ALL_PARTS, exported_rows
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.resilience.files import write_file, write_json
@@ -39,12 +38,9 @@ class HfFormat:
 
 
 @dataclass(frozen=True)
-class HfConversion:
+class HfConversion(Conversion):
     """A Hugging Face folder made from a source."""
 
-    source: SourceSpec
-    folders: tuple[Path, ...]
-    """Folders that the source reads."""
     form: HfFormat
     parts: tuple[str, ...] = ()
     """Only these parts; none: all."""
@@ -80,26 +76,11 @@ class HfConversion:
         """Read a written file again."""
         yield from map_safetensors_file(folder / file.name).items()
 
-    def options(self) -> Mapping[str, str]:
-        """Return the options."""
-        return _options_of(self)
-
-    def source_files(self) -> Sequence[Path]:
-        """Return the files that are read."""
-        return self.source.files()
-
-    def source_folders(self) -> Sequence[Path]:
-        """Return the folders that are read."""
-        return self.folders
-
 
 @dataclass(frozen=True)
-class TorchDistConversion:
+class TorchDistConversion(Conversion):
     """A torch_dist checkpoint of the weights made from a source; any layout loads it."""
 
-    source: SourceSpec
-    folders: tuple[Path, ...]
-    """Folders that the source reads."""
     dtype: str = ""
     """A key of DTYPES; empty: the source's."""
     max_file_bytes: int = _MAX_DIST_FILE_BYTES
@@ -133,18 +114,6 @@ class TorchDistConversion:
         """Read a written file again."""
         places = _places(record)
         yield from zip(places, read_records(folder / file.name, places.values()), strict=True)
-
-    def options(self) -> Mapping[str, str]:
-        """Return the options."""
-        return _options_of(self)
-
-    def source_files(self) -> Sequence[Path]:
-        """Return the files that are read."""
-        return self.source.files()
-
-    def source_folders(self) -> Sequence[Path]:
-        """Return the folders that are read."""
-        return self.folders
 
 
 @dataclass(frozen=True)
@@ -200,7 +169,6 @@ def write_hf(
     """Write a Hugging Face folder that is complete: weights, config.json, tokenizer, processor, checksums.
 
     Args:
-        companions: folder with config.json, tokenizer and processor, in either layout.
         card: text of README.md; None: no such file.
 
     Raises:
@@ -286,8 +254,3 @@ def _check_stacks(parameters: Mapping[str, TensorInfo], architecture: R1V2Archit
             raise ValueError(
                 f"{' and '.join(found)}: torch_dist keeps all layers in one array of one dtype and shape; give --dtype"
             )
-
-
-def _options_of(conversion: HfConversion | TorchDistConversion) -> dict[str, str]:
-    fields = {field.name: str(getattr(conversion, field.name)) for field in dataclasses.fields(conversion)}
-    return {"kind": type(conversion).__name__, **fields}

@@ -16,7 +16,6 @@ def open_checkpoint(path: Path, base: Path | None = None) -> tuple[str, SourceSp
     """Find out what kind of checkpoint a path names.
 
     Args:
-        path: a Hugging Face folder of a whole model in either layout, a run, a checkpoint, or exported parts.
         base: the model that it was made from, where that is needed; None: the one that a run's recipe names.
 
     Returns:

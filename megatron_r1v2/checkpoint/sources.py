@@ -6,6 +6,7 @@ so each converter is: for every row of the table, read from a source, write to a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,30 +37,35 @@ ALL_PARTS = ("adapter", "language", "vision")
 """Parts of a model that has a Hugging Face folder: all but the score head."""
 
 
-class Source(Protocol):
-    """An open source."""
+class Source(ABC):
+    """An open source, to be used as a context manager, which closes what it has opened."""
 
     architecture: R1V2Architecture
 
-    def __enter__(self) -> Self: ...
+    def __init__(self) -> None:
+        self._stack = ExitStack()
 
-    def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @abstractmethod
     def names(self) -> list[str]:
         """Return our names of the parameters that it has, sorted."""
-        ...
 
+    @abstractmethod
     def meta(self, ours: str) -> torch.Tensor:
         """Return a parameter without data: its shape and dtype."""
-        ...
 
+    @abstractmethod
     def parameter(self, ours: str) -> torch.Tensor:
         """Read one parameter.
 
         Raises:
             ValueError: it is damaged.
         """
-        ...
 
     def blocks(self, ours: str) -> list[torch.Tensor]:
         """Read one parameter as blocks of its rows, which saves the copy that puts them together.
@@ -67,7 +73,7 @@ class Source(Protocol):
         Raises:
             ValueError: it is damaged.
         """
-        ...
+        return [self.parameter(ours)]
 
 
 class SourceSpec(Protocol):
@@ -87,26 +93,11 @@ def exported_rows(architecture: R1V2Architecture, layout: Layout) -> list[Mapped
     return [row for row in parameter_map(architecture, layout) if row.exported]
 
 
-class OpenSource:
-    """A source that closes what it has opened."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-
-class TableSource(OpenSource):
+class TableSource(Source):
     """An open source whose parameters are put together from Hugging Face tensors, as the rows of the table say.
 
     A subclass sets `architecture` and `_rows`, opens folders through `_stack`, and reads the tensors by name.
     """
-
-    architecture: R1V2Architecture
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,17 +140,17 @@ class TableSource(OpenSource):
                     f"{list(shapes[ours])}; the weights do not belong to this config.json"
                 )
 
+    @abstractmethod
     def _meta(self, name: str) -> torch.Tensor:
         """Return a tensor without data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tensor(self, name: str) -> torch.Tensor:
         """Read a tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _folder_of(self, ours: str) -> Path:
         """Return the folder of a parameter, for errors."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -264,7 +255,7 @@ class CheckpointSpec:
         return [*own, self.folder / STATE_FILE, *(HfSpec(self.base).files() if self.base else [])]
 
 
-class CheckpointSource(OpenSource):
+class CheckpointSource(Source):
     """An open checkpoint."""
 
     def __init__(self, spec: CheckpointSpec) -> None:
@@ -345,10 +336,6 @@ class CheckpointSource(OpenSource):
             digests.check_tensor(ours, tensor)
         return self._unpadded(ours, tensor)
 
-    def blocks(self, ours: str) -> list[torch.Tensor]:
-        """Read one parameter as it lies, in one block."""
-        return [self.parameter(ours)]
-
     def _unpadded(self, ours: str, tensor: torch.Tensor) -> torch.Tensor:
         """Take zero heads and vocabulary padding off: through the Hugging Face tensors, which have neither."""
         row = self._rows[ours]
@@ -380,7 +367,7 @@ class OverlaySpec:
         return [*HfSpec(self.base).files(), *self.top.files()]
 
 
-class OverlaySource(OpenSource):
+class OverlaySource(Source):
     """Two open folders."""
 
     def __init__(self, spec: OverlaySpec) -> None:

@@ -69,7 +69,14 @@ class _Answer(BaseModel):
 
 
 class ChatEndpoint:
-    """The address of a chat server, and the patience with it."""
+    """The address of a chat server, and the patience with it.
+
+    Args:
+        kind: the settings are `evaluation.KIND_url` and so on.
+        url: up to /v1.
+        key_variable: environment variable with the API key; empty: no key.
+        sleep: waits between attempts; None: until another request fails.
+    """
 
     def __init__(
         self,
@@ -81,14 +88,6 @@ class ChatEndpoint:
         patience: Patience,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
-        """Ask nothing yet.
-
-        Args:
-            kind: the settings are `evaluation.KIND_url` and so on.
-            url: up to /v1.
-            key_variable: environment variable with the API key; empty: no key.
-            sleep: waits between attempts; None: until another request fails.
-        """
         self.kind = kind
         self.url = url
         self.model = model
@@ -132,10 +131,6 @@ class ChatEndpoint:
 
     def ask(self, body: Mapping[str, object], stop: threading.Event | None = None, *, about: str = "") -> Completion:
         """Ask until there is an answer.
-
-        Args:
-            body: of the request, less the model's name.
-            about: names the question in an error.
 
         Raises:
             EndpointFailed: no answer in all attempts, or the server refuses the request.

@@ -52,7 +52,6 @@ def write_pool(results: Mapping[str, Sequence[bool]], data: Path, output: Path, 
     """Write the prompts that are worth training on, in the order of their data set.
 
     Args:
-        data: shards that hold the prompts.
         most: keep so many, the most telling; 0: all.
 
     Raises:

@@ -59,7 +59,6 @@ def judge_rows(
     evaluation, or one that goes on after the judge was down, asks only what is new, and what had no verdict.
 
     Args:
-        rows: scored responses.
         cache: JSON lines; made when it is not there.
         max_tokens: of the judge's answer, its reasoning included.
         progress: told how many verdicts are there.
@@ -97,11 +96,7 @@ def judge_rows(
 
 
 def judge_prompt(row: ResponseRow) -> str:
-    """Return the question to the judge about a response: never its reasoning, which could talk the judge round.
-
-    Args:
-        row: a scored response with an answer.
-    """
+    """Return the question to the judge about a response: never its reasoning, which could talk the judge round."""
     reference = " or ".join([row["answer"], *row["alternatives"]])
     tolerance = " or ".join(f"{number:g}" for number in row["tolerances"])
     return JUDGE_PROMPT.format(

@@ -46,10 +46,6 @@ class ResponseLog:
     def __init__(self, path: Path, fingerprint: Fingerprint) -> None:
         """Read the rows of an interrupted evaluation, or begin a file.
 
-        Args:
-            path: of the unfinished evaluation; made when it is not there.
-            fingerprint: all that the rows depend on.
-
         Raises:
             ValueError: the file is of an evaluation with other settings, or damaged in the middle.
         """

@@ -105,9 +105,6 @@ def evaluation_rows(
     """Return the rows of scored responses.
 
     The picture of a prompt is in the row of its first response only.
-
-    Args:
-        prompts: of the responses, each once.
     """
     by_key = {prompt.key: prompt for prompt in prompts}
     rows = []

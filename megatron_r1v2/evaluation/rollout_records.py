@@ -90,11 +90,7 @@ def question(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def picture_base64(prompt: Prompt) -> str | None:
-    """Return the prompt's tiles put together, as a PNG in base64 of at most `MAX_PICTURE_SIDE`; None without tiles.
-
-    Args:
-        prompt: tiles_TCHW uint8 [T, 3, height, width].
-    """
+    """Return the prompt's tiles put together, as a PNG in base64 of at most `MAX_PICTURE_SIDE`; None without tiles."""
     if prompt.modality == "text":
         return None
     num_images = sum(message["content"].count("<image>") for message in prompt.messages)
@@ -103,11 +99,7 @@ def picture_base64(prompt: Prompt) -> str | None:
 
 
 def images_base64(images: Sequence[Image.Image]) -> str | None:
-    """Return images side by side, as a PNG in base64 of at most `MAX_PICTURE_SIDE`; None without images.
-
-    Args:
-        images: RGB, of any size.
-    """
+    """Return images side by side, as a PNG in base64 of at most `MAX_PICTURE_SIDE`; None without images."""
     if not images:
         return None
     for image in images:

@@ -34,7 +34,11 @@ class PromptImages:
 
 
 class ImageInferenceWrapper(GPTInferenceWrapper):
-    """The language model behind megatron-core's engine, with image embeddings in place of image tokens."""
+    """The language model behind megatron-core's engine, with image embeddings in place of image tokens.
+
+    Args:
+        config: the sizes and dtype for communication between pipeline stages.
+    """
 
     def __init__(
         self,
@@ -43,11 +47,6 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
         inference_context: DynamicInferenceContext,
         parallel: ParallelContext,
     ) -> None:
-        """Wrap the language model.
-
-        Args:
-            config: the sizes and dtype for communication between pipeline stages.
-        """
         super().__init__(model.language, config, inference_context, parallel.groups)
         self.images: dict[int, PromptImages] = {}
         """By request id; the requests of one prompt share one object."""

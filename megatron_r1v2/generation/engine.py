@@ -179,12 +179,7 @@ class RolloutEngine:
                 phase.close()
 
     def add(self, phase: GenerationPhase, requests: Sequence[Request], features: FeatureCache) -> None:
-        """Collective over the replica: queue requests in a phase, with the embeddings of their images.
-
-        Args:
-            requests: the requests, whose images are encoded together.
-            features: the features of images, filled as needed.
-        """
+        """Collective over the replica: queue requests in a phase, with the embeddings of their images."""
         # Once for each prompt: the responses to it share the embeddings.
         images = self._images(list({request.prompt.key: request.prompt for request in requests}.values()), features)
         for request in requests:

@@ -15,14 +15,12 @@ class FeatureCache:
 
     They are valid until the vision tower's weights change; call `clear` then. Features that exceed the limit are
     computed again at each request. The tensor-parallel ranks share the vision tower, so they must make the same calls.
+
+    Args:
+        limit_bytes: the limit of the kept features on each rank of the first pipeline stage.
     """
 
     def __init__(self, limit_bytes: int, *, tiles_per_pass: int = 32) -> None:
-        """Make an empty cache.
-
-        Args:
-            limit_bytes: the limit of the kept features on each rank of the first pipeline stage.
-        """
         self.limit_bytes = limit_bytes
         self.tiles_per_pass = tiles_per_pass
         self.bytes_used = 0

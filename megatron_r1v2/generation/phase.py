@@ -30,6 +30,13 @@ class GenerationPhase:
 
     Each phase has a new engine, which frees the cache at its end. megatron-core's `suspend()` and `resume()` are not an
     alternative: they leave the controller with the request metadata, and so the stop tokens, of the previous phase.
+
+    Args:
+        model: this rank's part, in eval mode.
+        max_sequence_tokens: the longest prompt and response together.
+
+    Raises:
+        ValueError: `generation.kv_cache_gib` does not hold one sequence, or graphs cannot be captured here.
     """
 
     def __init__(
@@ -41,15 +48,6 @@ class GenerationPhase:
         vocabulary: Vocabulary,
         max_sequence_tokens: int,
     ) -> None:
-        """Allocate the cache.
-
-        Args:
-            model: this rank's part, in eval mode.
-            max_sequence_tokens: the longest prompt and response together.
-
-        Raises:
-            ValueError: `generation.kv_cache_gib` does not hold one sequence, or graphs cannot be captured here.
-        """
         config = model.config
         if settings.cuda_graphs:
             check_cuda_graphs(parallel)

@@ -17,14 +17,12 @@ class SharedPromptQueue:
     Responses differ in length, so a fixed split would leave replicas idle. A counter in the store of the process group
     holds the next index; the leader of a replica takes it and broadcasts it to the ranks of its model-parallel group.
     Responses do not depend on the replica that generates them (see sampling.py).
+
+    Args:
+        name: the counter's name, such as "step-12": the same on all ranks, and never used before in this run.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, context: ParallelContext, name: str) -> None:
-        """Make the queue.
-
-        Args:
-            name: the counter's name, such as "step-12": the same on all ranks, and never used before in this run.
-        """
         self.prompts = prompts
         self._context = context
         self._counter = f"prompt-queue/{name}"

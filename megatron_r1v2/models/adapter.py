@@ -16,19 +16,17 @@ from megatron_r1v2.models.norms import LayerNorm
 
 
 class Adapter(MegatronModule):
-    """Projection of image tokens after pixel shuffle to embeddings of the language model."""
+    """Projection of image tokens after pixel shuffle to embeddings of the language model.
+
+    Args:
+        config: the vision tower's, without sequence parallelism: images go into the sequence before it is split.
+        input_size: K, channels after pixel shuffle.
+        output_size: H, hidden size of the language model.
+    """
 
     def __init__(
         self, config: TransformerConfig, *, input_size: int, output_size: int, groups: ProcessGroupCollection
     ) -> None:
-        """Build the adapter.
-
-        Args:
-            config: the vision tower's, without sequence parallelism: images go into the sequence before it is split.
-            input_size: K, channels after pixel shuffle.
-            output_size: H, hidden size of the language model.
-            groups: process groups; tp splits the hidden layer.
-        """
         super().__init__(config=config)
         # InternVL leaves the epsilon of this norm at torch's default; its checkpoints state none.
         self.norm = LayerNorm(config, input_size, eps=1e-5)

@@ -136,8 +136,6 @@ class R1V2Model(MegatronModule):
         """Embed tokens and put the image embeddings in; under sequence parallelism then split the sequence.
 
         Args:
-            token_ids_BS: int64 [B, S].
-            position_ids_BS: int64 [B, S].
             image_embeddings_FH: [image tokens of all rows, H] in row order; None without images.
             image_mask_BS: bool [B, S], the places of the embeddings; None: every `<IMG_CONTEXT>` token. A response may
                 contain that token too, as an ordinary word.
@@ -184,7 +182,6 @@ class R1V2Model(MegatronModule):
 
         Args:
             token_ids_BS: int64 [B, S], padded on the right.
-            position_ids_BS: int64 [B, S].
             tiles_TCHW: uint8 [T, 3, height, width]; read on the first stage if `features_TFK` is None.
             features_TFK: [T, F, K], the result of `encode_tiles` for these tiles.
             tile_index: see `adapt`.

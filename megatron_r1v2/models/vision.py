@@ -48,17 +48,16 @@ def vision_transformer_config(architecture: VisionArchitecture, settings: Comput
 
 
 class VisionTower(MegatronModule):
-    """Patch embedding, learned positions and transformer layers: tiles to patch features."""
+    """Patch embedding, learned positions and transformer layers: tiles to patch features.
+
+    Args:
+        config: from `vision_transformer_config`.
+        groups: process groups; tp splits heads and MLP.
+    """
 
     def __init__(
         self, config: TransformerConfig, architecture: VisionArchitecture, *, groups: ProcessGroupCollection
     ) -> None:
-        """Build the tower.
-
-        Args:
-            config: from `vision_transformer_config`.
-            groups: process groups; tp splits heads and MLP.
-        """
         super().__init__(config=config)
         self.architecture = architecture
         size = architecture.hidden_size

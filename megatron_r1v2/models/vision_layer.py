@@ -33,6 +33,11 @@ class JointHeadRMSNorm(nn.Module):
     """RMSNorm of queries or keys over the channels of all heads together, also when TP ranks split the heads.
 
     The 6B InternViT norms all 25 heads with one statistic.
+
+    Args:
+        config: megatron-core's; gives the dtype.
+        local_heads: the heads on this rank, padding included.
+        width: the channels of all true heads on all ranks: the divisor of the mean.
     """
 
     def __init__(
@@ -45,13 +50,6 @@ class JointHeadRMSNorm(nn.Module):
         eps: float,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
-        """Build the norm of this rank's heads.
-
-        Args:
-            config: megatron-core's; gives the dtype.
-            local_heads: the heads on this rank, padding included.
-            width: the channels of all true heads on all ranks: the divisor of the mean.
-        """
         super().__init__()
         self.width = width
         self.eps = eps

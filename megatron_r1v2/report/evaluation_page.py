@@ -49,7 +49,6 @@ def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | No
     """Write one page of all evaluations in run folders.
 
     Args:
-        folders: of runs, one evaluation or more in each.
         output: the page; None: `evaluation.html` in the first folder.
 
     Raises:

@@ -62,9 +62,6 @@ class Run:
 def read_run(path: Path | str) -> Run:
     """Read a run folder.
 
-    Args:
-        path: the folder with metrics.jsonl and its companions.
-
     Returns:
         Its contents; missing and damaged files are in its notes.
 

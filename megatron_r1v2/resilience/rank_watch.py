@@ -34,15 +34,14 @@ class _Beat(TypedDict):
 
 
 class RankWatch:
-    """The watch over the ranks of a run while its block runs; nothing for a rank alone."""
+    """The watch over the ranks of a run while its block runs; nothing for a rank alone.
+
+    Args:
+        current_phase: returns what this rank is doing, such as "step 12, generate".
+        limit_seconds: without any change, after which a rank is lost.
+    """
 
     def __init__(self, store: GroupStore, current_phase: Callable[[], str], *, limit_seconds: float) -> None:
-        """Prepare the thread, which the block starts.
-
-        Args:
-            current_phase: returns what this rank is doing, such as "step 12, generate".
-            limit_seconds: without any change, after which a rank is lost.
-        """
         self._store = store
         self._current_phase = current_phase
         self._limit_seconds = limit_seconds

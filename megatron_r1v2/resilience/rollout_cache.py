@@ -56,15 +56,14 @@ def rollout_fingerprint(
 
 
 class RolloutCache:
-    """The rollouts of steps that no checkpoint holds, on a disk that all ranks see."""
+    """The rollouts of steps that no checkpoint holds, on a disk that all ranks see.
+
+    Args:
+        context: the leader of each replica writes.
+        enabled: False: nothing is saved, nothing loaded.
+    """
 
     def __init__(self, run_dir: Path, context: ParallelContext, *, enabled: bool) -> None:
-        """Name the folder; writes nothing.
-
-        Args:
-            context: the leader of each replica writes.
-            enabled: False: nothing is saved, nothing loaded.
-        """
         self.folder = run_dir / FOLDER
         self.context = context
         self.enabled = enabled
@@ -76,7 +75,6 @@ class RolloutCache:
 
         Args:
             step: steps done before it.
-            fingerprint: from `rollout_fingerprint`.
         """
         self._step_folder = self.folder / f"step-{step:08d}"
         self._fingerprint = fingerprint.digest

@@ -34,15 +34,12 @@ class StopSignals:
     A thread hears them, since the main one may be in a collective, where Python runs no handler. The main thread has
     them blocked, and so have the processes that it starts (verifiers, the checkpoint writer and its manager): SLURM
     signals every process of a step, and those must outlive the signal to finish their work.
+
+    Args:
+        grace_seconds: after SIGTERM, until the process ends whatever it is doing.
     """
 
     def __init__(self, device: torch.device, *, grace_seconds: float = 25.0) -> None:
-        """Make a receiver that does not listen yet.
-
-        Args:
-            device: where the backend wants its tensors.
-            grace_seconds: after SIGTERM, until the process ends whatever it is doing.
-        """
         self._device = device
         self._grace_seconds = grace_seconds
         self._deadline: float | None = None

@@ -18,15 +18,14 @@ MAX_IN_A_ROW = 3
 
 
 class SkippedUpdates:
-    """Keeps the batches of skipped updates, and ends the run when too many in a row are skipped."""
+    """Keeps the batches of skipped updates, and ends the run when too many in a row are skipped.
+
+    Args:
+        max_gradient_norm: above which an update is skipped; 0: no bound (train.skip_above_grad_norm).
+        context: the leader of each replica writes.
+    """
 
     def __init__(self, folder: Path, *, max_gradient_norm: float, context: ParallelContext) -> None:
-        """Set the bounds; nothing is written yet.
-
-        Args:
-            max_gradient_norm: above which an update is skipped; 0: no bound (train.skip_above_grad_norm).
-            context: the leader of each replica writes.
-        """
         self.folder = folder
         self.max_gradient_norm = max_gradient_norm
         self.context = context

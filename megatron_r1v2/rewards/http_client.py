@@ -74,7 +74,11 @@ class Patience:
 
 
 class JsonClient:
-    """Posts JSON and reads JSON; threads may share it."""
+    """Posts JSON and reads JSON; threads may share it.
+
+    Args:
+        sleep: waits between attempts; None: until the pause is over or another question has failed.
+    """
 
     def __init__(
         self,
@@ -83,11 +87,6 @@ class JsonClient:
         headers: Mapping[str, str] | None = None,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
-        """Open no connection yet.
-
-        Args:
-            sleep: waits between attempts; None: until the pause is over or another question has failed.
-        """
         self._patience = patience
         self._sleep = sleep
         self._http = httpx.Client(

@@ -35,7 +35,11 @@ class ScoringFailed(ServerFailed):
 
 
 class ServedRewardModel:
-    """Asks a server on the leader of a replica and tells the other ranks; a `rewards.model.RewardModel`."""
+    """Asks a server on the leader of a replica and tells the other ranks; a `rewards.model.RewardModel`.
+
+    Args:
+        context: decides who asks.
+    """
 
     def __init__(
         self,
@@ -43,11 +47,6 @@ class ServedRewardModel:
         context: ParallelContext,
         patience: Patience = PATIENCE,
     ) -> None:
-        """Ask nothing yet.
-
-        Args:
-            context: decides who asks.
-        """
         self.context = context
         self._url, self._endpoint = split_url(settings.url)
         self._client = JsonClient(patience, headers=authorization())

@@ -72,8 +72,6 @@ def grpo_loss(
     arXiv 2503.14476. It is a sum: parts of one batch, on any rank, add up to the loss of the whole batch.
 
     Args:
-        inputs: the tensors of the microbatch.
-        settings: clip ranges, aggregation and KL coefficient.
         denominator: sequences ("sequence") or response tokens ("token") of the global batch, rows that need no compute
             because their advantage is zero included.
 

@@ -131,7 +131,6 @@ def generation_loss(
         chosen_log_probs_PS: float32.
         chosen_mask_PS: 1 at response tokens.
         denominator: pairs ("sequence") or chosen tokens ("token") of the global batch.
-        aggregation: "sequence" or "token".
         weights_P: 0 for a pair that only fills a microbatch; None: all 1.
 
     Returns:
@@ -155,8 +154,6 @@ def mpo_loss(
     sum, as `grpo.grpo_loss`: parts of one batch, on any rank, add up.
 
     Args:
-        inputs: the tensors of the microbatch.
-        settings: weights of the terms, beta, aggregation of the generation term.
         delta: shift of the quality term, see `RewardShift`.
         num_pairs: pairs of the global batch.
         generation_denominator: denominator of `generation_loss`.

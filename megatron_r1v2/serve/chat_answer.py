@@ -68,7 +68,12 @@ class TextPiece:
 
 
 class ChoiceText:
-    """The text of one response, and when and why it ends."""
+    """The text of one response, and when and why it ends.
+
+    Args:
+        stop: texts that end it; they are left out of it.
+        hidden_ids: tokens without a text.
+    """
 
     def __init__(
         self,
@@ -78,12 +83,6 @@ class ChoiceText:
         stop: Sequence[str],
         hidden_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """Start an empty response.
-
-        Args:
-            stop: texts that end it; they are left out of it.
-            hidden_ids: tokens without a text.
-        """
         self.finish_reason: str | None = None
         """"stop" or "length" once the response has ended; after a stop string the engine must be told to cancel."""
         self.num_tokens = 0
@@ -184,7 +183,13 @@ def event(content: Json) -> str:
 
 
 class ChatAnswer:
-    """The responses to one request as they grow, and the JSON that clients read of them."""
+    """The responses to one request as they grow, and the JSON that clients read of them.
+
+    Args:
+        prompt_tokens: of the prompt, image tokens included.
+        hidden_ids: tokens without a text, but for their log-probs.
+        reasoning_ends: text between reasoning and answer, where they are sent apart; empty: they are not.
+    """
 
     def __init__(
         self,
@@ -196,13 +201,6 @@ class ChatAnswer:
         hidden_ids: frozenset[int] = frozenset(),
         reasoning_ends: str = "",
     ) -> None:
-        """Begin with empty responses.
-
-        Args:
-            prompt_tokens: of the prompt, image tokens included.
-            hidden_ids: tokens without a text, but for their log-probs.
-            reasoning_ends: text between reasoning and answer, where they are sent apart; empty: they are not.
-        """
         self.choices = [
             ChoiceText(decode, stop_ids=stop_ids, stop=request.stop, hidden_ids=hidden_ids) for _ in range(request.n)
         ]

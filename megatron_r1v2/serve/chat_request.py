@@ -124,11 +124,7 @@ class ChatRequest(WireModel):
 
 
 def served_request(name: str, settings: GenerationConfig, *, max_choices: int) -> type[ChatRequest]:
-    """Return the request as a server accepts it: its limits and defaults stand at the fields, as the fixed ones do.
-
-    Args:
-        name: of the model.
-    """
+    """Return the request as a server accepts it: its limits and defaults stand at the fields, as the fixed ones do."""
     most = settings.max_response_tokens
     return create_model(
         "ServedRequest",

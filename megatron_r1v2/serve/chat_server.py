@@ -31,17 +31,15 @@ _MAX_CHOICES = 128
 
 
 class ChatServer:
-    """Handles requests, all in one event loop."""
+    """Handles requests, all in one event loop.
+
+    Args:
+        engine: checks prompts; its steps are run elsewhere.
+    """
 
     def __init__(
         self, loaded: LoadedModel, engine: RolloutEngine, service: Service, options: ChatOptions, key: str
     ) -> None:
-        """Start without a request.
-
-        Args:
-            engine: checks prompts; its steps are run elsewhere.
-            key: that clients must send; empty: none.
-        """
         self._loaded = loaded
         self._engine = engine
         self._service = service

@@ -73,16 +73,13 @@ def serve(recipe: ServeRecipe, options: ChatOptions, key: str, listener: socket.
 
 
 class Ending:
-    """The end by SIGTERM or SIGINT: no new requests; those under way may finish for a while, until a second signal."""
+    """The end by SIGTERM or SIGINT: no new requests; those under way may finish for a while, until a second signal.
+
+    Args:
+        grace_seconds: from the signal until what is under way is ended.
+    """
 
     def __init__(self, service: Service, queue: CommandQueue, grace_seconds: float) -> None:
-        """Handle the signals from here to the end of the process.
-
-        Args:
-            service: is closed.
-            queue: is asked to stop the engine.
-            grace_seconds: from the signal until what is under way is ended.
-        """
         self._service = service
         self._queue = queue
         self._grace_seconds = grace_seconds

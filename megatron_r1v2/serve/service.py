@@ -22,12 +22,6 @@ class PendingResponses:
     """The responses to one request, which the engine generates side by side."""
 
     def __init__(self, service: Service, request_ids: Sequence[int]) -> None:
-        """Open them.
-
-        Args:
-            service: to ask for the end of a response.
-            request_ids: of the engine, one for each response.
-        """
         self.arrived: asyncio.Queue[ChoiceToken | RequestError] = asyncio.Queue()
         self.open = dict(enumerate(request_ids))
         """Responses that have not ended, by number."""
@@ -64,14 +58,13 @@ class PendingResponses:
 
 
 class Service:
-    """Knows every response under way; the web server's event loop calls all but `deliver` and `give_up`."""
+    """Knows every response under way; the web server's event loop calls all but `deliver` and `give_up`.
+
+    Args:
+        capacity: responses that may be under way or wait.
+    """
 
     def __init__(self, queue: CommandQueue, *, capacity: int, stop_ids: frozenset[int]) -> None:
-        """Open it, with nothing under way.
-
-        Args:
-            capacity: responses that may be under way or wait.
-        """
         self.counts: Counter[str] = Counter()
         """Since the start, for Prometheus; a label stands in the name: `requests_total{status="200"}`."""
         self.stop_ids = stop_ids

@@ -51,9 +51,6 @@ def supervised_step(session: Session) -> None:
 def supervised_sample(prompt: Prompt, encoder: ResponseEncoder, folder: str) -> Sample:
     """Turn a prompt with a reference response into a sample.
 
-    Args:
-        folder: of the data set.
-
     Raises:
         ValueError: the prompt has no response.
     """

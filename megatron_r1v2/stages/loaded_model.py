@@ -139,11 +139,7 @@ class LoadedModel:
 def open_model(
     recipe: Recipe, *, score_head: bool = False, recompute: Recompute = Recompute.none
 ) -> Iterator[LoadedModel]:
-    """Collective over the world: start the process groups and load a model; everything ends with the block.
-
-    Args:
-        score_head: whether it is a reward model.
-    """
+    """Collective over the world: start the process groups and load a model; everything ends with the block."""
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
         loaded = load_model(recipe, context, score_head=score_head, recompute=recompute)

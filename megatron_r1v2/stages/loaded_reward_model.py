@@ -23,11 +23,7 @@ from megatron_r1v2.types import Prompt
 
 
 def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> RewardModel | None:
-    """Open the model that the `reward_model` section names; None when `reward.model_weight` is 0.
-
-    Args:
-        loaded: the policy.
-    """
+    """Open the model that the `reward_model` section names; None when `reward.model_weight` is 0."""
     if recipe.reward.model_weight == 0:
         return None
     if recipe.reward_model.url:
@@ -48,9 +44,6 @@ class LoadedRewardModel:
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Collective over the replica: score responses; see `RewardModel.score`.
-
-        Args:
-            prompts: of each response.
 
         Returns:
             Raw scores, on every rank of the replica.

@@ -129,7 +129,6 @@ class UnfinishedPairs:
         """Write the shards and their counts, move them to `run.output_dir`, and delete the rounds.
 
         Args:
-            source: the data set that the prompts came from.
             remark: also written into pairs.json.
 
         Raises:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +31,7 @@ from megatron_r1v2.stages.pair_shards import (
     count_pairs,
     counts_table,
 )
+from megatron_r1v2.stages.step_prompts import in_groups
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 Value = TypeVar("Value")
@@ -74,7 +74,7 @@ def _generate(maker: PairMaker, unfinished: UnfinishedPairs) -> None:
     total = available * num_responses
     prompts = loaded.read_prompts(recipe.data.train)
     with progress_bar("pairs", total, shown=is_main) as show:
-        for number, of_round in enumerate(_in_groups(prompts, per_round)):
+        for number, of_round in enumerate(in_groups(prompts, per_round)):
             done = number * per_round * num_responses
             if number not in finished:
                 found, counts = maker.make_pairs(of_round, name=str(number), progress=_counting_from(done, show))
@@ -88,17 +88,15 @@ def _counting_from(done: int, show: Callable[[int], None]) -> Callable[[int], No
 
 
 class PairMaker:
-    """Makes pairs of prompts: samples responses, scores them, chooses."""
+    """Makes pairs of prompts: samples responses, scores them, chooses.
+
+    Args:
+        pool: answer checkers, on the leader of each replica.
+    """
 
     def __init__(
         self, loaded: LoadedModel, recipe: PairsRecipe, pool: VerifierPool | None, reward_model: RewardModel | None
     ) -> None:
-        """Make the engines.
-
-        Args:
-            pool: answer checkers, on the leader of each replica.
-            reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
-        """
         self.loaded = loaded
         self.pool = pool
         self.reward_model = open_reward_model(loaded, recipe) if reward_model is None else reward_model
@@ -250,9 +248,3 @@ class PairMaker:
 def _first_half(rollout: Rollout) -> tuple[int, ...]:
     """Return the first half of the tokens of a response that ended by itself, its stop token not counted."""
     return rollout.token_ids[: (len(rollout.token_ids) - 1) // 2]
-
-
-def _in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
-    source = iter(prompts)
-    while group := list(islice(source, size)):
-        yield group

@@ -20,7 +20,13 @@ _ABANDON, _PUBLISH, _GO_ON = "abandon the step", "publish the checkpoint", "go o
 
 
 class PreemptionHandler:
-    """Polls for signals between the phases of a step and within them, and publishes checkpoints that are written."""
+    """Polls for signals between the phases of a step and within them, and publishes checkpoints that are written.
+
+    Args:
+        stop_signals: already listening.
+        lead_seconds: how long before the end SIGUSR1 comes; 0: unknown.
+        watch: must hear that generation goes on.
+    """
 
     def __init__(
         self,
@@ -33,13 +39,6 @@ class PreemptionHandler:
         watch: RankWatch,
         context: ParallelContext,
     ) -> None:
-        """Put the parts together.
-
-        Args:
-            stop_signals: already listening.
-            lead_seconds: how long before the end SIGUSR1 comes; 0: unknown.
-            watch: must hear that generation goes on.
-        """
         self.watch = watch
         self.stop_signals = stop_signals
         self.rollouts = rollouts
@@ -116,11 +115,7 @@ class PreemptionHandler:
         return command == _GO_ON
 
     def log_step_abandoned(self, step: int) -> None:
-        """Log that a step is given up, and what is kept of it.
-
-        Args:
-            step: steps done.
-        """
+        """Log that a step is given up, and what is kept of it."""
         kept = "; finished rollouts are kept" if self.rollouts.enabled else ""
         self.recorder.log(
             f"step {step + 1} is abandoned, as asked by {signal.SIGTERM.name}{kept}; start again to go on"
@@ -130,7 +125,6 @@ class PreemptionHandler:
         """Log how many rollouts of a step an interrupted run has left.
 
         Args:
-            step: steps done.
             found: prompts whose rollouts were kept.
         """
         if found:

@@ -8,7 +8,6 @@ ever read.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.resilience.json_lines import append_json_lines, recover_json_lines
 from megatron_r1v2.rl.mpo import response_log_probs
 from megatron_r1v2.stages.session import Session
+from megatron_r1v2.stages.step_prompts import in_groups
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, sample_name, shard_samples
 from megatron_r1v2.types import Prompt
 
@@ -70,7 +70,6 @@ def load_or_compute_log_probs(
 
     Args:
         session: the running stage, before its first step if there is something to compute.
-        fingerprint: from `compute_reference_fingerprint`.
 
     Returns:
         The summed log-prob of each response of the data set by sample id; None when the run was asked to stop. The
@@ -108,7 +107,7 @@ def _compute(session: Session, source: PairSource, sums: dict[str, float], unfin
     done, total = 0, sum(check_shards(folder).values())
     with session.recorder.progress("reference log-probs", total) as show:
         # The same chunks however often this is interrupted, so that the numbers are the same to the bit.
-        for chunk in _chunks(session.loaded.read_prompts(folder), session.recipe.train.prompts_per_step):
+        for chunk in in_groups(session.loaded.read_prompts(folder), session.recipe.train.prompts_per_step):
             if session.preemption.sync_stop_signal(session.step):
                 return False
             pairs = [prompt for prompt in chunk if session.trains(prompt)]
@@ -134,11 +133,6 @@ def _forward(session: Session, source: PairSource, prompts: Sequence[Prompt]) ->
         mine.update(zip(part.names, sums_B.tolist(), strict=True))
     world = objects.all_gather(mine, session.context.groups.dp)
     return {name: value for part in world for name, value in part.items()}
-
-
-def _chunks(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
-    while chunk := list(itertools.islice(prompts, size)):
-        yield chunk
 
 
 def _lines(keys: Sequence[str], sums: Mapping[str, float]) -> Iterator[dict[str, str | float]]:

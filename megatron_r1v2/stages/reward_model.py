@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.rl.reward_model import bradley_terry_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
+from megatron_r1v2.stages.step_prompts import in_groups
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, shard_samples, take_update
 from megatron_r1v2.training.policy import Metrics, add_pairs
 from megatron_r1v2.training.score_positions import append_pad_token, last_scores
@@ -65,7 +66,7 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
     """
     parts: list[Metrics] = []
     with session.recorder.timed("validate"):
-        for few in _chunks(prompts, session.recipe.train.prompts_per_step):
+        for few in in_groups(prompts, session.recipe.train.prompts_per_step):
             if session.policy.features is not None:
                 session.policy.features.clear()
             batches = pair_batches(session, few, setting=f"data.validation={session.recipe.data.validation!r}")
@@ -115,7 +116,3 @@ def pair_loss(
         centring_weight=centring_weight,
         weights_P=batch.weights_B[0::2],
     )
-
-
-def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    yield from (prompts[start : start + size] for start in range(0, len(prompts), size))

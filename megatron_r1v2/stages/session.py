@@ -148,11 +148,7 @@ class Session:
         self.checkpoints.save(self.policy.model, self.policy.optimizer, snapshot)
 
     def should_save(self, *, last: bool, pass_at_1: float | None = None) -> bool:
-        """Return whether the step just done is one to save.
-
-        Args:
-            pass_at_1: of this step, where it was validated.
-        """
+        """Return whether the step just done is one to save."""
         every = self.recipe.checkpoint.every_steps
         return last or (every > 0 and self.step % every == 0) or self.checkpoints.is_best(pass_at_1)
 

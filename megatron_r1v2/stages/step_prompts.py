@@ -1,11 +1,19 @@
-"""The prompts of a step, read from the endless stream."""
+"""The prompts of a step: of the endless stream, or of one pass over a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.types import Prompt
+
+
+def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Yield the prompts of one pass, so many at a time; the last group may be smaller."""
+    source = iter(prompts)
+    while group := list(islice(source, size)):
+        yield group
 
 
 def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:

@@ -29,11 +29,7 @@ class ResponseEncoder:
     """The end-of-turn token, which the texts do not have."""
 
     def sample(self, prompt: Prompt, response: str, *, index: int = 0) -> Sample:
-        """Return a prompt and a response to it as a sample.
-
-        Args:
-            index: which of the responses to the prompt this is.
-        """
+        """Return a prompt and a response to it as a sample."""
         token_ids = self.tokenizer.encode_response(response, self.end, key=prompt.key)
         return response_sample(prompt, token_ids, index=index)
 
@@ -69,9 +65,6 @@ def pair_samples(
     prompts: Sequence[Prompt], source: PairSource, encoder: ResponseEncoder, *, sides: Sequence[str] = SIDES
 ) -> tuple[dict[str, Sample], Units]:
     """Turn pairs into samples.
-
-    Args:
-        sides: which of the two are wanted.
 
     Returns:
         Samples by id, and the pairs.

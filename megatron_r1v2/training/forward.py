@@ -44,9 +44,6 @@ class Forward:
     def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Turn the output of the last stage into one number for each token: here the scores as they are.
 
-        Args:
-            labels_BS: int64 [B, S].
-
         Returns:
             float32 [B, S].
         """

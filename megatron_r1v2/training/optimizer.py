@@ -38,9 +38,6 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build the distributed Adam and its schedule: linear warm-up, then cosine to the minimum.
 
-    Args:
-        ddp: from `wrap_with_ddp`.
-
     Returns:
         The optimizer and the scheduler; `step(increment=1)` after each optimizer step.
     """

@@ -34,10 +34,6 @@ def part_names(parts: Iterable[Part]) -> list[str]:
 def fill(model: R1V2Model, loaded: Mapping[str, Any], folder: Path) -> None:
     """Put loaded parts into the model.
 
-    Args:
-        loaded: tensors by name.
-        folder: the checkpoint, for the message.
-
     Raises:
         ValueError: they are not those of the model.
     """

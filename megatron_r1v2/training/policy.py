@@ -88,7 +88,6 @@ class Policy(Forward):
 
         Args:
             output: of the last stage: logits [B, S, V / TP], or scores [B, S].
-            labels_BS: int64 [B, S].
 
         Returns:
             float32 [B, S].

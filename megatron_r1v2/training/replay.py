@@ -45,7 +45,6 @@ class ReplayStore:
 
         Args:
             shards: of every data-parallel rank of the saved run.
-            data_size: data-parallel ranks now.
         """
         prompts = {key: Prompt(**value) for shard in shards for key, value in shard["prompts"].items()}
         if len(shards) == data_size:
@@ -91,8 +90,6 @@ def send_to_trainers(
 
     Args:
         held: samples on this rank, by id; those without a trainer stay.
-        prompts: of the held samples.
-        trainer: from `assign`.
         device: where the backend wants its tensors.
 
     Returns:

@@ -305,9 +305,6 @@ def _read_best(folder: Path) -> tuple[Path, float] | None:
 def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
     """Collective over the world: load the parts that a checkpoint holds; the rest of the model stays as it is.
 
-    Args:
-        folder: a finished checkpoint.
-
     Raises:
         ValueError: the checkpoint is of a reward model and the model is none, or of a model of other sizes.
     """

@@ -56,7 +56,6 @@ def check_loaded(checksums: Mapping[str, int], saved: Mapping[str, int], source:
 
     Args:
         saved: those of when they were saved, by part; a part that it does not name is not compared.
-        source: the checkpoint, for the message.
 
     Raises:
         RuntimeError: they differ.

@@ -96,7 +96,6 @@ def check_engine(
 
     Args:
         prompts: of the step; the first of each modality is used, by every replica.
-        generation: how the phase is going to sample.
         settings: `gate_tokens` (0: nothing is compared) and `max_log_prob_difference`.
 
     Returns:

@@ -293,7 +293,7 @@ def test_another_conversion_does_not_go_on_with_the_files_of_the_first(folders, 
 
 def begun(job: HfConversion, partial: Path) -> dict:
     """The records that a run would take over."""
-    return conversion._begin(job, partial, job.output_files(), conversion._stamps(job.source_files()))
+    return conversion._begin(job, partial, job.output_files(), conversion._stamps(job.source.files()))
 
 
 def test_two_conversions_to_one_place_do_not_mix(folders, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.stages.step_prompts import next_distinct
+from megatron_r1v2.stages.step_prompts import in_groups, next_distinct
 from tests.stages.runs import recipe_for
 from tests.stages.scripted import make_prompt
 
@@ -51,3 +51,10 @@ def test_prompts_of_a_step_are_distinct_over_the_border_of_two_epochs(root: Path
         assert len(next_distinct(session.stream, 16)) == 16
         with pytest.raises(ValueError, match=r"only 16 distinct prompts but train.prompts_per_step=17"):
             next_distinct(session.stream, 17)
+
+
+def test_a_pass_in_groups_has_every_prompt_once_in_order() -> None:
+    prompts = [make_prompt(key, tiles=0) for key in "abcde"]
+    groups = list(in_groups(iter(prompts), 2))
+    assert [[prompt.key for prompt in group] for group in groups] == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(in_groups([], 2)) == []

@@ -131,9 +131,6 @@ def components_config(components: Components) -> JsonObject:
 def check_companions(source: Path) -> None:
     """Refuse what lies beside the weights if it is damaged, before the weights are looked at.
 
-    Args:
-        source: folder of a whole model, or of a language model.
-
     Raises:
         ValueError: a JSON file is none, or the tokenizer is missing or cannot be loaded.
     """
@@ -155,11 +152,7 @@ def check_companions(source: Path) -> None:
 def make_components_companions(
     components: Components, config: JsonObject, folder: Path, layout: Layout, dtypes: Iterable[torch.dtype]
 ) -> None:
-    """Write config.json, tokenizer and processor of a spliced model.
-
-    Args:
-        components: tokenizer and statistics of the pixels come from them.
-    """
+    """Write config.json, tokenizer and processor of a spliced model."""
     copy_companions(components.language, folder)
     _add_image_tokens(components.language, folder)
     _write_portable_tokenizer(folder)

@@ -17,8 +17,6 @@ def benchmark_samples(name: str, path: Path, images: Path, only: str = "*") -> I
     """Read a benchmark.
 
     Args:
-        name: of `READERS`.
-        path: file or folder as published.
         images: folder that image paths in the data are relative to.
         only: pattern of the names of the files to read.
 

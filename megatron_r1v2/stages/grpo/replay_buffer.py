@@ -52,7 +52,6 @@ class ReplayBuffer:
 
         Args:
             fresh: this rank's fresh samples by id.
-            prompts: theirs.
 
         Returns:
             The samples that this rank trains, and their prompts.
@@ -72,9 +71,7 @@ class ReplayBuffer:
         """Keep a step's effective samples; each stays on the rank that trained it.
 
         Args:
-            selection: of the step, the same on every rank.
             samples: those that this rank trained, with their old log-probs.
-            prompts: theirs, by key.
             step: steps done before it.
         """
         if self.index is None:

@@ -24,7 +24,13 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
 class RolloutPhase:
-    """Reads prompts, samples N responses to each and scores them."""
+    """Reads prompts, samples N responses to each and scores them.
+
+    Args:
+        engine: on the weights in training.
+        pool: answer checkers, on the leader of each replica.
+        reward_model: weighed by `reward.model_weight`; None: there is none.
+    """
 
     def __init__(
         self,
@@ -36,13 +42,6 @@ class RolloutPhase:
         reward_model: RewardModel | None,
         calibrator: Calibrator,
     ) -> None:
-        """Put the parts together.
-
-        Args:
-            engine: on the weights in training.
-            pool: answer checkers, on the leader of each replica.
-            reward_model: weighed by `reward.model_weight`; None: there is none.
-        """
         self.session, self.recipe = session, recipe
         self.engine = engine
         self.pool = pool
@@ -83,11 +82,7 @@ class RolloutPhase:
         return prompts, scored
 
     def verify_weights(self, prompts: Sequence[Prompt]) -> None:
-        """Collective over the world: check that all replicas sample from the same weights, and the engine from those.
-
-        Args:
-            prompts: of the step.
-        """
+        """Collective over the world: check that all replicas, and their engines, sample from the same weights."""
         session, recipe = self.session, self.recipe
         weights = session.verifier.verify_weights({}, None)
         session.recorder.note(

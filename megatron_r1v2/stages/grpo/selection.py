@@ -157,9 +157,6 @@ def fresh_samples(
 ) -> dict[str, Sample]:
     """Make samples of this replica's responses that are trained somewhere; their old log-probs are not known yet.
 
-    Args:
-        step: steps done before this one.
-
     Returns:
         The samples by id.
     """
@@ -173,11 +170,7 @@ def fresh_samples(
 
 
 def fresh_sample(response: ScoredRollout, prompt: Prompt, record: SampleRecord) -> Sample:
-    """Put a fresh response into the form that is trained.
-
-    Args:
-        response: with its tokens.
-    """
+    """Put a fresh response into the form that is trained."""
     rollout = response.rollout
     targets = RLTargets(
         rollout_log_probs=rollout.rollout_log_probs,

@@ -63,7 +63,6 @@ class GrpoStage:
 
         Args:
             pool: answer checkers, on the leader of each replica.
-            reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
         """
         self.session, self.recipe = session, recipe
         self.calibrator = Calibrator(

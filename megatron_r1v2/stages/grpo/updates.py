@@ -36,11 +36,6 @@ class UpdatePhase:
         reference: ReferenceWeights | None,
         recorder: Recorder,
     ) -> None:
-        """Put the parts together.
-
-        Args:
-            reference: where the loss has a KL term.
-        """
         self.policy = policy
         self.microbatcher = microbatcher
         self.settings = settings
@@ -57,7 +52,6 @@ class UpdatePhase:
 
         Args:
             samples: those that this rank trains, by id.
-            prompts: theirs, by key.
 
         Returns:
             The samples, all with old log-probs; None: some are not finite, and the update is skipped.
@@ -86,9 +80,7 @@ class UpdatePhase:
         the weights move.
 
         Args:
-            selection: the same on every rank.
             samples: those that this rank trains, by id.
-            prompts: theirs, by key.
             filler: fills the microbatch of a rank that has no sample.
 
         Returns:
