@@ -36,7 +36,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8,<3"],
     # The base package, for sequence packing alone.
     "nemo": ["nemo-toolkit>=2.7,<4"],
-    # Benchmarks that are published as parquet.
+    # Rows and benchmarks that are published as parquet.
     "evaluation": ["pyarrow>=18"],
     # examples/digits: its images, and the optimizer that pretrains its components.
     "demo": ["scikit-learn>=1.5", "torch>=2.9"],

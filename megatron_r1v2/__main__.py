@@ -126,7 +126,7 @@ COMMANDS: Mapping[str, Command] = {
         "keep the prompts that a model answers sometimes rightly, sometimes wrongly",
         partial(_main_of, "evaluation.filter_prompts_command"),
     ),
-    "prepare": Command("turn JSONL and images into checked shards", partial(_main_of, "data.command")),
+    "prepare": Command("turn rows and images into checked shards", partial(_main_of, "stages.prepare")),
     "benchmarks": Command(
         "turn the published files of a benchmark into shards", partial(_main_of, "evaluation.benchmarks.command")
     ),

@@ -7,15 +7,18 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import IO
 
 import numpy
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from megatron_r1v2.data.pixels import describe_other_content, is_plain, to_rgb
 from megatron_r1v2.data.samples import SampleError, image_name
 
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+# EXIF orientations that swap width and height.
+_LYING = (5, 6, 7, 8)
 # The errors that Pillow raises for broken files of these formats; any other error is a bug of ours and must surface.
 _DECODE_ERRORS = (
     OSError,
@@ -72,6 +75,20 @@ def storable_image(data: bytes, name: str) -> tuple[str, bytes]:
     return "png", buffer.getvalue()
 
 
+def image_size(file: IO[bytes], name: str) -> tuple[int, int]:
+    """Return the width and height of an upright image; of its file the beginning is read.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
+    try:
+        with Image.open(file) as image:
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
+            return (image.height, image.width) if lies else (image.width, image.height)
+    except _DECODE_ERRORS as error:
+        raise SampleError(f"image {name}: cannot be decoded: {error}") from error
+
+
 def name_images(encoded: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
     """Return images from `storable_image` by their names in a shard, in order of appearance."""
     return {image_name(index, extension): data for index, (extension, data) in enumerate(encoded)}
@@ -121,6 +138,12 @@ def choose_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> t
         if difference < best_difference or (difference == best_difference and enough_pixels):
             best, best_difference = (columns, rows), difference
     return best
+
+
+def count_tiles(size: tuple[int, int], *, tile_size: int, max_tiles: int) -> int:
+    """Return the number of tiles that an image is cut into, its thumbnail included."""
+    columns, rows = choose_grid(*size, tile_size=tile_size, max_tiles=max_tiles)
+    return columns * rows + (columns * rows > 1)
 
 
 def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> torch.Tensor:

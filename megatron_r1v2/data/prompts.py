@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 
 from megatron_r1v2.config.schema import DataConfig
-from megatron_r1v2.data.images import decode_image, tile_image, tile_limit
+from megatron_r1v2.data.images import count_tiles, decode_image, tile_image, tile_limit
 from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, ShardSample, parse_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Preference, Prompt
+
+
+@dataclass(frozen=True)
+class PromptLength:
+    """The length of a prompt, image tokens included."""
+
+    tokens: int
+    tiles: int
 
 
 class PromptBuilder:
@@ -86,6 +94,22 @@ class PromptBuilder:
                 "raise it, lower data.max_tiles, or take the sample out"
             )
         return tuple(token_ids), torch.cat(tiles) if tiles else self._no_tiles()
+
+    def measure(
+        self, key: str, messages: Sequence[Mapping[str, str]], sizes: Sequence[tuple[int, int]]
+    ) -> PromptLength:
+        """Return the length that a prompt will have.
+
+        Args:
+            sizes: width and height of each image.
+
+        Raises:
+            SampleError: placeholders and images differ in number, or a text contains a control token.
+        """
+        limit = tile_limit(self._settings.max_tiles, max(1, len(sizes)))
+        tiles = [count_tiles(size, tile_size=self._tile_size, max_tiles=limit) for size in sizes]
+        token_ids = self._tokenizer.encode_prompt(messages, tiles, self._tokens_per_tile, key=key)
+        return PromptLength(len(token_ids), sum(tiles))
 
     def _no_tiles(self) -> torch.Tensor:
         return torch.zeros(0, 3, self._tile_size, self._tile_size, dtype=torch.uint8)

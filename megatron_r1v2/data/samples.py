@@ -4,16 +4,17 @@
      "answer_type": "numeric", "facts": {"left": "3", "right": "5"}, "images": ["0.png"]}
 
 `facts` and `images` may be left out. `response` (supervised data), `chosen`, `rejected` and `margin` (preference data)
-and `source` are optional; `answer` may be empty only in a sample with a `response` or a `chosen`. For evaluation,
-`alternatives` lists further right answers, `tolerances` bounds the distance of numbers from the answer, and `metadata`
-(names to text) groups the results.
+and `source` are optional; `answer` may be empty only in a sample with a `response` or a `chosen`, or with an
+`answer_type` of null, which says that a reward of one's own judges without. `alternatives` lists further right answers,
+`tolerances` bounds the distance of numbers from the answer, and `metadata` (names to text) groups the results of an
+evaluation.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -51,7 +52,8 @@ class ShardSample:
     """Unique in the data set: letters, digits, "_" and "-", at most 80."""
     messages: tuple[Mapping[str, str], ...]
     answer: str
-    answer_type: AnswerType
+    answer_type: AnswerType | None
+    """None: there is no answer, and a reward of one's own judges without."""
     images: Mapping[str, bytes] = field(default_factory=dict)
     """Encoded images by name ("0.png"), in the order of the "<image>" placeholders."""
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -203,14 +205,15 @@ def _check_messages(messages: object, key: str) -> None:
 
 def _check_values(record: JsonObject, key: str) -> None:
     accepted = get_args(AnswerType)
-    if record["answer_type"] not in accepted:
+    unjudged = record["answer_type"] is None and record["answer"] == ""
+    if record["answer_type"] not in accepted and not unjudged:
         raise SampleError(
             f"sample {key!r}: answer_type is {record['answer_type']!r}, accepted are {', '.join(accepted)}"
         )
     for name in ("answer", *_OPTIONAL_TEXT):
         if name in record and not isinstance(record[name], str):
             raise SampleError(f"sample {key!r}: {name} must be text, got {record[name]!r}")
-    if not record["answer"].strip() and not (record.get("response") or record.get("chosen")):
+    if not record["answer"].strip() and not (unjudged or record.get("response") or record.get("chosen")):
         raise SampleError(
             f"sample {key!r}: answer is empty; only a sample with a 'response' or a 'chosen' may have none"
         )
@@ -218,7 +221,7 @@ def _check_values(record: JsonObject, key: str) -> None:
     if not _is_number(margin):
         raise SampleError(f"sample {key!r}: margin must be a number, got {margin!r}")
     tolerances = record.get("tolerances", [])
-    if not isinstance(tolerances, list) or not all(_is_number(t) and 0 <= t < math.inf for t in tolerances):
+    if not isinstance(tolerances, list) or not all(_is_number(t) and t >= 0 for t in tolerances):
         raise SampleError(f"sample {key!r}: tolerances must be a list of numbers from 0, got {tolerances!r}")
     for name in ("facts", "metadata"):
         mapping = record.get(name, {})
@@ -230,8 +233,8 @@ def _check_values(record: JsonObject, key: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    # A bool is an int in Python.
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # A bool is an int in Python, and an int may be too large for a float; NaN is smaller than nothing.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
 def _check_images(record: JsonObject, key: str) -> None:

@@ -12,6 +12,7 @@ from megatron_r1v2.report.read import Json, each_line, rows_at
 
 RESPONSES_SHOWN = 200
 BENCHMARK = "benchmark"
+_MOST_GROUPS = 60  # as many subjects as benchmarks have; a column with more names single rows
 KINDS = ("hallucinated", "judged", "cut", "wrong", "right")
 """Kinds of responses, the rarest first; one response can be of several."""
 
@@ -119,6 +120,7 @@ def _read_rows(evaluation: Evaluation, path: Path, notes: list[str]) -> None:
             group.correct += bool(row.get("correct"))
             group.responses += 1
             group.prompts.add(key)
+    evaluation.groups = {name: found for name, found in evaluation.groups.items() if len(found) <= _MOST_GROUPS}
     evaluation.responses = rows_at(path, _choice(offsets))
     for row in evaluation.responses:
         picture = pictures.get(str(row.get("prompt_key")))

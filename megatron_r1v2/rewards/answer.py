@@ -17,7 +17,15 @@ from megatron_r1v2.rewards.answers.structure import split_approximation, split_n
 if TYPE_CHECKING:  # the workers must start without torch, which types.py imports
     from megatron_r1v2.types import AnswerType
 
-__all__ = ["ANSWER_TYPES", "NUMERIC_TOLERANCE", "answer_is_correct", "last_boxed", "plain_text", "type_of_alternative"]
+__all__ = [
+    "ANSWER_TYPES",
+    "NUMERIC_TOLERANCE",
+    "answer_is_correct",
+    "describe_misfit",
+    "last_boxed",
+    "plain_text",
+    "type_of_alternative",
+]
 
 ANSWER_TYPES = ("numeric", "choice", "exact", "math")
 NUMERIC_TOLERANCE = 1e-6
@@ -102,6 +110,21 @@ def type_of_alternative(alternative: str, answer_type: AnswerType) -> AnswerType
     """Return how a further right answer is compared: the text of an option is no letter, whatever it begins with."""
     is_letter = len(alternative.strip()) == 1
     return "math" if answer_type == "choice" and not is_letter else answer_type
+
+
+def describe_misfit(answer: str, answer_type: AnswerType) -> str | None:
+    """Return why no response could ever equal a reference, such as "is no number"; None: one can."""
+    reference = normalise(answer)
+    if not reference:
+        return "has nothing in it to compare"
+    if answer_type == "numeric" and read_quantity(split_approximation(split_name(reference)[1])) is None:
+        return "is no number; use answer type math or exact"
+    # Options may be numbered, but not up to 12: that is an answer in the wrong column.
+    if answer_type == "choice" and not all(
+        label.isalpha() or len(label) == 1 for label in read_choice(reference) or ("??",)
+    ):
+        return "is no option letter; use answer type math or exact"
+    return None
 
 
 def _numbers_agree(given: str, reference: str, tolerance: float) -> bool:

@@ -12,7 +12,10 @@ from tests.tiny import tiny_png
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
+    return write_pictures(tmp_path / "images")
+
+
+def write_pictures(folder: Path) -> Path:
     folder.mkdir()
     (folder / "a.png").write_bytes(tiny_png(1))
     Image.new("RGB", (20, 10), (9, 8, 7)).save(folder / "b.jpg")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_r1v2.data.row_forms import RowForm
 from megatron_r1v2.data.rows import read_rows
 from megatron_r1v2.data.samples import SampleError
 from megatron_r1v2.resilience.json_lines import append_json_lines
@@ -55,7 +56,7 @@ def test_mmpr_rows_become_preference_pairs(tmp_path: Path, images: Path) -> None
 
 
 def test_verl_rows_become_prompts(tmp_path: Path, images: Path) -> None:
-    (sample,) = read_rows(write_rows(tmp_path, VERL), images, answer_type="numeric")
+    (sample,) = read_rows(write_rows(tmp_path, VERL), images, form=RowForm(answer_type="numeric"))
     assert sample.messages == tuple(VERL["prompt"])
     assert (sample.answer, sample.answer_type, sample.source) == ("42", "numeric", "geometry")
 

@@ -64,6 +64,12 @@ def test_fields_of_the_metadata_break_the_result_down(tmp_path):
     assert evaluation.counts == {"hallucinated": 0, "judged": 0, "cut": 0, "wrong": 4, "right": 2}
 
 
+def test_a_column_that_names_single_rows_is_no_breakdown(tmp_path):
+    write(tmp_path, "e", [row(number, metadata={"id": str(number), "level": "easy"}) for number in range(61)])
+    (evaluation,) = read_evaluations([tmp_path], [])
+    assert evaluation.groups.keys() == {"level"}
+
+
 def test_two_benchmarks_are_none(tmp_path):
     write(tmp_path, "both", [row(1, metadata={"benchmark": "MMMU"}), row(2, metadata={"benchmark": "AIME 2024"})])
     (evaluation,) = read_evaluations([tmp_path], [])

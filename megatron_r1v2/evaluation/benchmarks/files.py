@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_r1v2.data.row_files import parquet_rows
 from megatron_r1v2.data.samples import SampleError
 
 RowOfFile = Mapping[str, object]
 _SUFFIXES = (".parquet", ".jsonl", ".json")
-_ROWS_AT_ONCE = 32
 
 
 def find_files(path: Path) -> list[Path]:
@@ -47,7 +46,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
         ValueError: the file is damaged, or of another kind than its name says.
     """
     if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+        for number, row in enumerate(parquet_rows(path), start=1):
+            yield f"{path}, row {number}", row
         return
     try:
         # Some programs begin a file with a byte order mark, which JSON has no place for.
@@ -65,23 +65,6 @@ def read_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {name}: expected an object, got {type(row).__name__}")
         yield f"{path}, row {name}", row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install 'megatron_r1v2[evaluation]'")
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
-    number = 0
-    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
 
 
 def image_bytes(value: object, folder: Path) -> bytes | None:
