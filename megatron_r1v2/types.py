@@ -109,7 +109,7 @@ class ScoredRollout:
     total: float
     """The weighted sum that the advantages are computed from."""
     rule_correct: bool
-    """Whether the answer rule found the answer right; decides whether a group is effective."""
+    """Whether the answer rule found the answer right; False where the prompt has none."""
     claims: tuple[tuple[str, str], ...] = ()
     """Claims of the response about the images: (name, value)."""
     model_score: float | None = None
@@ -129,7 +129,7 @@ class RLTargets:
     policy_version: int
     """Optimizer steps that the weights which sampled the response had seen."""
     group_effective: bool
-    """Whether the rule correctness of its group was not uniform."""
+    """Whether something could be learned from its group (`buffer.effective_by`)."""
     old_log_probs: tuple[float, ...] | None = None
     """Log-probs of the response by the training forward when it was generated; the ratio is taken against these. None:
     the response is fresh, and they are not computed yet."""

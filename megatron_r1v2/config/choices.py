@@ -53,6 +53,13 @@ class LossAggregation(str, Enum):
     token = "token"
 
 
+class EffectiveBy(str, Enum):
+    """The difference within a group that something can be learned from."""
+
+    answer = "answer"
+    reward = "reward"
+
+
 class Recompute(str, Enum):
     """The activations that the backward pass computes again instead of keeping."""
 

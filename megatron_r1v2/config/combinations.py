@@ -107,6 +107,20 @@ def claim_mistakes(reward: RewardConfig) -> Iterator[str]:
         )
 
 
+def function_mistakes(reward: RewardConfig) -> Iterator[str]:
+    """Check the names and files of own reward functions."""
+    taken = set(RewardConfig().weights)
+    for place, function in enumerate(reward.functions):
+        setting = f"reward.functions[{place}]"
+        if not function.path.endswith(".py"):
+            yield f"{setting}.path={function.path!r} is no Python file; give the path of one, such as reward.py"
+        if not function.name.isidentifier():
+            yield f"{setting}.name={function.name!r} is no name of a function; give the name it has in its file"
+        if function.name in taken:
+            yield f"{setting}.name={function.name!r} is the name of another part of the reward; rename the function"
+        taken.add(function.name)
+
+
 def score_source_mistakes(reward: RewardConfig, source: RewardModelConfig) -> Iterator[str]:
     """Check that scores come from one place when they count, and from none when they do not."""
     weight = reward.model_weight

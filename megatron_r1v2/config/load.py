@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRecipe, every_section, stages_that_read
 from megatron_r1v2.config.schema import Section
-from megatron_r1v2.config.wording import refusal, shorten
+from megatron_r1v2.config.wording import refusal, shorten, type_name
 from megatron_r1v2.config.yaml_files import is_mapping, parse_yaml, read_yaml_mapping, to_yaml
 
 BASE_KEY = "defaults"
 SCHEMA_KEY = "schema"
-SCHEMA = 1
+SCHEMA = 2
 """Of the settings, in recipes that are saved; raised with each line of `RENAMES`."""
-RENAMES: Mapping[int, Mapping[str, str]] = {}
+RENAMES: Mapping[int, Mapping[str, str]] = {2: {"algorithm.gate_tokens": "", "buffer.priority_exponent": ""}}
 """By the schema that changed them: section.key of the schema before -> section.key, or "" where it is gone."""
 
 Values = dict[str, dict[str, object]]
@@ -213,8 +213,13 @@ class _Draft:
         """Report each setting of a section that is not accepted, once."""
         found: dict[str, str] = {}
         for detail in error.errors(include_url=False, include_input=False, include_context=False):
-            key = str(detail["loc"][0])
-            found.setdefault(key, refusal(f"{name}.{key}", given.get(key), section.model_fields[key], detail["type"]))
+            key, *inside = map(str, detail["loc"])
+            field = section.model_fields[key]
+            if len(inside) == 2:  # a setting of an item of a list
+                setting = f"{name}.{key}[{inside[0]}].{inside[1]}"
+                found.setdefault(key, f"{setting}: {detail['msg']}; expected {type_name(field.annotation)}")
+            else:
+                found.setdefault(key, refusal(f"{name}.{key}", given.get(key), field, detail["type"]))
         self.mistakes += [f"{origins.get(f'{name}.{key}', self._path)}: {text}" for key, text in found.items()]
 
 

@@ -14,6 +14,7 @@ from megatron_r1v2.config.combinations import (
     claim_mistakes,
     compute_mistakes,
     endpoint_mistakes,
+    function_mistakes,
     group_mistakes,
     score_source_mistakes,
     training_mistakes,
@@ -133,6 +134,7 @@ class AlignRecipe(TrainingRecipe):
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
+        yield from function_mistakes(self.reward)
 
 
 class PairsRecipe(Recipe):
@@ -142,7 +144,8 @@ class PairsRecipe(Recipe):
     lower reward ("margin"); for a part of the prompts it is also chosen over its own first half continued without the
     image ("dropout_ntp"). Settings: section pairs.
 
-    Rows of data.train need messages, an answer and its answer_type; images and facts where there are any.
+    Rows of data.train need messages, an answer and its answer_type (without one, reward.functions decide: all pairs are
+    by margin then); images and facts where there are any.
 
     The shards in run.output_dir are what data.train of the mpo stage reads: image, question, answer and facts as they
     were, with chosen, rejected, margin and source. pairs.json in that folder counts the pairs, and what made none by
@@ -169,6 +172,7 @@ class PairsRecipe(Recipe):
         yield from super().mistakes()
         yield from training_mistakes(self.train, self.model)
         yield from claim_mistakes(self.reward)
+        yield from function_mistakes(self.reward)
         yield from score_source_mistakes(self.reward, self.reward_model)
         if self.pairs.max_pairs_per_prompt and self.generation.responses_per_prompt < 2:
             yield (
@@ -202,6 +206,7 @@ class MpoRecipe(TrainingRecipe):
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
+        yield from function_mistakes(self.reward)
         yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
         preference, held = self.preference, self.hallucination
         if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
@@ -245,7 +250,8 @@ class GrpoRecipe(TrainingRecipe):
     Buffer.
 
     Rows of data.train need messages, an answer and its answer_type; images where there are any, and facts where claims
-    are judged. So do rows of data.validation.
+    are judged. So do rows of data.validation. Rows of data.train without an answer need reward.functions that judge
+    responses, and buffer.effective_by=reward.
     """
 
     stage: ClassVar[StageName | None] = StageName.grpo
@@ -261,12 +267,13 @@ class GrpoRecipe(TrainingRecipe):
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
+        yield from function_mistakes(self.reward)
         yield from score_source_mistakes(self.reward, self.reward_model)
         yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
         yield from group_mistakes(self.generation, self.train)
         weights, held = self.reward.weights, self.hallucination
         if not any(weights.values()):
-            names = ", ".join(f"{part}_weight" for part in weights)
+            names = ", ".join(name for name in type(self.reward).model_fields if name.endswith("_weight"))
             yield f"every weight in the reward section is 0 ({names}): nothing to learn; raise one"
         if held.target_rate and self.reward.model_weight == 0:
             yield (
@@ -295,6 +302,7 @@ class EvaluateRecipe(Recipe):
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from claim_mistakes(self.reward)
+        yield from function_mistakes(self.reward)
         yield from endpoint_mistakes(self.evaluation)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_r1v2.config.choices import (
+    EffectiveBy,
     Fp8,
     Layers,
     LossAggregation,
@@ -139,6 +140,17 @@ class GenerationConfig(Section):
     each generation phase, so no graph outlives an update."""
 
 
+class RewardFunction(Section):
+    """A Python function that scores responses (docs/rewards.md)."""
+
+    path: str
+    """Its file."""
+    name: str
+    """Its name in the file, and that of its part of the reward."""
+    weight: float = Field(1.0, ge=0)
+    """At 0 it is called and shown all the same."""
+
+
 class RewardConfig(Section):
     """The score of a response: total = sum of weight x part, each part in [0, 1] (`rewards/parts.py`).
 
@@ -162,6 +174,9 @@ class RewardConfig(Section):
     """The score of a reward model, squashed."""
     claim_pattern: str = ""
     """Regular expression with groups `name` and `value` that finds visual claims; empty: none are looked for."""
+    functions: tuple[Annotated[RewardFunction, Field(strict=False)], ...] = Field((), strict=False)
+    """Functions of your own, each {path, name, weight}: a Python file, the function in it, which returns a number from
+    0 to 1 or a dict of such numbers, and its weight, 1 if left out."""
     model_centre: float = Field(-3.5, ge=-1000, le=1000)
     """The raw score of the reward model that counts 1/2; -3.5 and 4 spread the -15 to 8 of Skywork-VL-Reward."""
     model_scale: float = Field(4.0, gt=0)
@@ -171,8 +186,9 @@ class RewardConfig(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Return the weight of each part by its name."""
-        return {name.removesuffix("_weight"): weight for name, weight in self if name.endswith("_weight")}
+        """Return the weight of each part by its name, own functions included."""
+        ours = {name.removesuffix("_weight"): weight for name, weight in self if name.endswith("_weight")}
+        return ours | {function.name: function.weight for function in self.functions}
 
 
 class RewardModelConfig(Section):
@@ -213,9 +229,6 @@ class AlgorithmConfig(Section):
     are generated from, up to this many rounds in all; only effective groups are trained on. 1: off."""
     max_log_prob_difference: float = Field(0.5, gt=0)
     """The run stops when the mean |engine - training| log-prob exceeds this: of a step, or of the gate before it."""
-    gate_tokens: int = Field(8, ge=0)
-    """Before each generation phase the engine generates so many tokens to one prompt of each modality, and the training
-    forward's log-probs of them are compared; 0: it is not done."""
 
 
 class PreferenceConfig(Section):
@@ -243,8 +256,9 @@ class BufferConfig(Section):
     """Effective responses kept over all ranks, and replayed; 0: none, plain GRPO."""
     max_age: int = Field(20, ge=1)
     """Responses generated more than this many steps ago are dropped."""
-    priority_exponent: float = Field(1.0, ge=0)
-    """alpha in p ~ |advantage|^alpha."""
+    effective_by: EffectiveBy = Field(EffectiveBy.answer, strict=False)
+    """A group is effective when some of its answers are right and some wrong (answer), or when its total rewards differ
+    by more than 0.01 (reward), for prompts without answers. Dynamic sampling counts groups in the same way."""
     target_effective_fraction: float = Field(0.6, ge=0, le=1)
     """Fresh effective responses are topped up to this part of the batch."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.layout import LanguageSizes, check_fp8_shapes, check_layout
 from megatron_r1v2.config.recipes import EvaluateRecipe, PairsRecipe, Recipe
+from megatron_r1v2.config.schema import RewardConfig
 
 _FOLDERS = (
     "model.hf_path",
@@ -40,6 +41,12 @@ def check_start(recipe: Recipe) -> None:
             raise ValueError(f"{name}={path!r} is not a folder; give the path of an existing one")
     if at_endpoint:
         return
+    reward = dict(recipe).get("reward")
+    for place, function in enumerate(reward.functions if isinstance(reward, RewardConfig) else ()):
+        if not Path(function.path).is_file():
+            raise ValueError(
+                f"reward.functions[{place}].path={function.path!r} is not a file; give the path of an existing one"
+            )
     if isinstance(recipe, PairsRecipe) and Path(recipe.run.output_dir).exists():
         raise ValueError(
             f"run.output_dir={recipe.run.output_dir!r} exists already; choose another folder or delete it first"

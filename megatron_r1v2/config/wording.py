@@ -8,6 +8,7 @@ from enum import Enum
 from types import NoneType
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 _LONGEST_VALUE = 200
@@ -50,6 +51,8 @@ def type_name(expected: object) -> str:
         return "a mapping"
     if NoneType in arguments:
         return type_name(next(argument for argument in arguments if argument is not NoneType))
+    if isinstance(expected, type) and issubclass(expected, BaseModel):
+        return "{" + ", ".join(expected.model_fields) + "}"
     if isinstance(expected, type) and issubclass(expected, Enum):
         return "one of " + ", ".join(member.name for member in expected)
     return _NAMES[expected]

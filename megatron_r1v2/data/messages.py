@@ -51,7 +51,16 @@ def data_url(image: bytes) -> str:
     Raises:
         ValueError: the image has another format.
     """
+    return f"data:image/{image_format(image)};base64,{base64.b64encode(image).decode()}"
+
+
+def image_format(image: bytes) -> str:
+    """Return the format of an encoded image: png, jpeg or webp.
+
+    Raises:
+        ValueError: the image has another format.
+    """
     for signature, name in _SIGNATURES:
         if image.startswith(signature):
-            return f"data:image/{name};base64,{base64.b64encode(image).decode()}"
+            return name
     raise ValueError(f"an image of {len(image)} bytes is neither PNG, JPEG nor WebP: it begins with {image[:8]!r}")

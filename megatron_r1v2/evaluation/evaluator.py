@@ -75,7 +75,12 @@ class Evaluator:
 
         Returns:
             `evaluation.runs` responses to each prompt, on every rank, ordered by prompt and run.
+
+        Raises:
+            ValueError: a prompt has no answer.
         """
+        if missing := [prompt.key for prompt in prompts if not prompt.answer]:
+            raise ValueError(f"prompt {missing[0]!r} has no answer, which an evaluation compares; take it out")
         queue = SharedPromptQueue(prompts, context=self.context, name=f"evaluate-{name}-{step}")
         rollouts = self.engine.generate(
             queue,

@@ -23,6 +23,7 @@ from megatron_r1v2.evaluation.rollout_records import rollout_record, write_rollo
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.rewards.functions import describe_functions
 from megatron_r1v2.types import Prompt, ScoredRollout
 
 JUDGE_CACHE = "judge.jsonl"
@@ -49,6 +50,8 @@ class Evaluation:
         Raises:
             ValueError: the interrupted evaluation had other settings.
         """
+        # Left out where there are none: logs of earlier versions know nothing of them.
+        functions = {"functions": describe_functions(own)} if (own := self.reward.functions) else {}
         fingerprint = Fingerprint.of(
             model=self.model,
             step=self.step,
@@ -60,7 +63,7 @@ class Evaluation:
                 "seed": EVALUATION_SEED,
             },
             generation={"max_response_tokens": self.max_response_tokens},
-            reward={"claim_pattern": self.reward.claim_pattern},
+            reward={"claim_pattern": self.reward.claim_pattern, **functions},
         )
         return ResponseLog(evaluation_path(self.folder, self.name).with_suffix(".unfinished.jsonl"), fingerprint)
 

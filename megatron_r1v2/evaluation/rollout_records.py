@@ -28,7 +28,7 @@ class RolloutRecord(TypedDict):
     prompt_key: str
     question: str
     answer: str
-    """The reference."""
+    """The reference; empty where own functions judge without one."""
     text: str
     rewards: dict[str, float]
     total: float
@@ -53,13 +53,12 @@ def rollout_record(
         step: the training step, or that of the evaluated weights.
         advantage: as trained with; 0 in an evaluation.
     """
-    assert prompt.answer is not None, "a scored response was compared with an answer"
     verdicts = judge_claims(scored.claims, prompt.facts)
     return {
         "step": step,
         "prompt_key": prompt.key,
         "question": question(prompt.messages),
-        "answer": prompt.answer,
+        "answer": prompt.answer or "",
         "text": scored.text,
         "rewards": dict(scored.rewards),
         "total": scored.total,

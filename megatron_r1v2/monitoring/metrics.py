@@ -69,7 +69,11 @@ _REWARD = Section(
             "which it applies.",
             (
                 Metric("critic/rewards/mean", "reward", "Total reward of the fresh responses.", short="reward"),
-                Metric("reward/*/mean", "0 to 1", "One part of the reward, over the responses to which it applies."),
+                Metric(
+                    "reward/*/mean",
+                    "0 to 1",
+                    "One part of the reward, ours or of reward.functions, over the responses to which it applies.",
+                ),
             ),
         ),
         Chart(
@@ -191,7 +195,7 @@ _BUFFER = Section(
     (
         Chart(
             "Effective responses",
-            "Responses from groups that are neither all right nor all wrong: among those just generated, and among "
+            "Responses from groups whose answers (or rewards: buffer.effective_by) differ: those just generated, and "
             "those trained on after the buffer topped them up.",
             (
                 Metric(
@@ -345,7 +349,7 @@ _TIME = Section(
             "Checks that timed out or crashed, samples that could not be read or were left out.",
             (
                 Metric("verifier/timeouts", "checks", "Checks of a response that ran out of time; each scores 0."),
-                Metric("verifier/crashes", "checks", "Checks of a response that crashed; each scores 0."),
+                Metric("verifier/crashes", "checks", "Checks of a response that failed; each scores 0."),
                 Metric("data/corrupt_samples", "samples", "Samples that could not be read, since the start."),
                 Metric("data/text_only_left_out", "prompts", "Left out, since no trained part sees them."),
             ),

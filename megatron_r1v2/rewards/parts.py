@@ -1,6 +1,7 @@
 """The parts of the reward, each in [0, 1], and their weighted sum.
 
-To add a part: a row in `PARTS`, and its weight `NAME_weight` in `RewardConfig`. Everything else goes by name.
+To add a part: a row in `PARTS`, and its weight `NAME_weight` in `RewardConfig`. Everything else goes by name. The
+functions of `reward.functions` are parts too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from megatron_r1v2.config.schema import RewardConfig
 from megatron_r1v2.rewards.claims import Claim, consistency_score
 from megatron_r1v2.rewards.format import format_score
+from megatron_r1v2.rewards.functions import score_by_functions
 from megatron_r1v2.rewards.model import squash
 from megatron_r1v2.rewards.reasoning import overlong_score
 from megatron_r1v2.rewards.verifiers import Call, VerifierPool, answer_calls, repetition_call, steps_call
@@ -47,10 +49,15 @@ Part = Callable[[Response, RewardConfig], float | Calls | None]
 a hang or crash is a 0; or None where the part does not apply to the prompt."""
 
 
-def _answer(response: Response, settings: RewardConfig) -> Calls:  # noqa: ARG001
+def _answer(response: Response, settings: RewardConfig) -> Calls | None:
     prompt = response.prompt
-    if prompt.answer is None or prompt.answer_type is None:
-        raise ValueError(f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type")
+    if not prompt.answer or prompt.answer_type is None:
+        if settings.functions:
+            return None
+        raise ValueError(
+            f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type, or reward.functions "
+            "that judge without"
+        )
     return answer_calls(
         response.text, prompt.answer, prompt.answer_type, alternatives=prompt.alternatives, tolerances=prompt.tolerances
     )
@@ -128,6 +135,11 @@ def score_parts(
         # A check that did not end leaves no doubt where another one found the response right.
         checked[row] &= best == 1.0 or None not in scores
         rewards[row][name] = best
+    if settings.functions:
+        prompts, texts = [response.prompt for response in responses], [response.text for response in responses]
+        own_rewards, ended = score_by_functions(settings.functions, prompts, texts, pool)
+        rewards = [ours | own for ours, own in zip(rewards, own_rewards, strict=True)]
+        checked = [ours and own for ours, own in zip(checked, ended, strict=True)]
     return rewards, checked
 
 

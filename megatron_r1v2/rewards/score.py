@@ -13,6 +13,8 @@ from megatron_r1v2.rewards.parts import PARTS, Response, score_parts, weighted_t
 from megatron_r1v2.rewards.verifiers import VerifierPool, claims_call
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
+_PART_SUM, _PART_RESPONSES = "part/", "responses/"
+
 
 def score_rollouts(
     prompts: Mapping[str, Prompt],
@@ -62,7 +64,7 @@ def score_rollouts(
             response.text,
             rewards,
             total=weighted_total(rewards, settings.weights),
-            rule_correct=rewards["answer"] == 1,
+            rule_correct=rewards.get("answer") == 1,
             claims=response.claims,
             model_score=response.model_score,
             checked=checked,
@@ -99,7 +101,7 @@ def reward_counts(scored: Sequence[ScoredRollout], prompts: Mapping[str, Prompt]
     """Return the sums over the responses from which the reward metrics are computed.
 
     Args:
-        scored: the responses; the names of the sums do not depend on them, so that ranks can add theirs.
+        scored: the responses; only the names of functions' parts depend on them.
         prompts: by key, for their facts.
     """
     counts = {
@@ -107,9 +109,9 @@ def reward_counts(scored: Sequence[ScoredRollout], prompts: Mapping[str, Prompt]
         "reward_total": sum(response.total for response in scored),
         "model_score": sum(response.model_score or 0.0 for response in scored),
     }
-    for name in PARTS:
+    for name in dict.fromkeys([*PARTS, *(name for response in scored for name in response.rewards)]):
         values = [response.rewards[name] for response in scored if name in response.rewards]
-        counts |= {f"part_{name}": sum(values), f"part_{name}_responses": float(len(values))}
+        counts |= {f"{_PART_SUM}{name}": sum(values), f"{_PART_RESPONSES}{name}": float(len(values))}
     hallucination = count_hallucinations(scored, prompts)
     return counts | {f"claims_{name}": float(count) for name, count in dataclasses.asdict(hallucination).items()}
 
@@ -129,11 +131,14 @@ def reward_metrics(counts: Mapping[str, float]) -> dict[str, float]:
     metrics = {"verifier/timeouts": counts["verifier_timeouts"], "verifier/crashes": counts["verifier_crashes"]}
     if counts["responses"]:
         metrics["critic/rewards/mean"] = counts["reward_total"] / counts["responses"]
-    for name in PARTS:
-        if counts[f"part_{name}_responses"]:
-            metrics[f"reward/{name}/mean"] = counts[f"part_{name}"] / counts[f"part_{name}_responses"]
-    if counts["part_model_responses"]:
-        metrics["reward_model/score/mean"] = counts["model_score"] / counts["part_model_responses"]
+    applied = {
+        key.removeprefix(_PART_RESPONSES): count for key, count in counts.items() if key.startswith(_PART_RESPONSES)
+    }
+    for name, count in applied.items():
+        if count:
+            metrics[f"reward/{name}/mean"] = counts[f"{_PART_SUM}{name}"] / count
+    if applied["model"]:
+        metrics["reward_model/score/mean"] = counts["model_score"] / applied["model"]
     hallucination = HallucinationCounts(
         **{field.name: int(counts[f"claims_{field.name}"]) for field in dataclasses.fields(HallucinationCounts)}
     )

@@ -18,6 +18,8 @@ import socket
 import struct
 import sys
 
+from megatron_r1v2.rewards.function_file import load_file
+
 STARTED = b"S"
 LENGTH = struct.Struct("!Q")
 
@@ -63,7 +65,10 @@ def serve(connection: socket.socket, *, parent: int, timeout_seconds: float) -> 
             return
         module, function, arguments, imports = json.loads(body)
         for name in imports:
-            importlib.import_module(name)
+            if name.endswith(".py"):
+                load_file(name)
+            else:
+                importlib.import_module(name)
         check = getattr(importlib.import_module(module), function)
         connection.sendall(STARTED)
         # The default action of SIGALRM ends the process even inside a C function that never returns.

@@ -53,7 +53,7 @@ class Call(Generic[ResultT]):
     arguments: tuple[object, ...]
     """Passed as JSON, as the result is: tuples arrive as lists."""
     imports: tuple[str, ...] = ()
-    """Further modules to import before the time limit of the call begins."""
+    """Further modules, or Python files by their path, to import before the time limit of the call begins."""
 
 
 def answer_call(
@@ -131,7 +131,7 @@ class VerifierPool:
     timeouts: int
     """Checks that ran past the limit, since the pool was made."""
     crashes: int
-    """Checks that ended their worker."""
+    """Checks that ended their worker, and those of `count_crashes`."""
 
     def __init__(self, workers: int, timeout_seconds: float) -> None:
         if workers < 1:
@@ -142,6 +142,7 @@ class VerifierPool:
         self.crashes = 0
         self._timeout_seconds = timeout_seconds
         self._failed_starts = 0
+        self._pinned: dict[str, str] = {}
         self._workers = [_Worker(timeout_seconds) for _ in range(workers)]
 
     def __enter__(self) -> VerifierPool:
@@ -155,6 +156,22 @@ class VerifierPool:
         for worker in self._workers:
             worker.end()
         self._workers = []
+
+    def count_crashes(self, count: int) -> None:
+        """Count checks that failed without ending their worker."""
+        self.crashes += count
+
+    def pin(self, path: str, digest: str) -> None:
+        """Check that a file has not changed since it was pinned first: the next new worker would import another one.
+
+        Raises:
+            RuntimeError: it has changed.
+        """
+        if self._pinned.setdefault(path, digest) != digest:
+            raise RuntimeError(
+                f"{path} has changed since the run began, and would score responses in another way; put it back, or "
+                "start the run again, which goes on from its newest checkpoint with the file as it is then"
+            )
 
     def run(self, calls: Sequence[Call[ResultT]], *, failed: FailureT) -> list[ResultT | FailureT]:
         """Run functions in the workers.

@@ -6,6 +6,8 @@ import torch
 
 ADVANTAGE_EPSILON = 1e-6
 """Keeps a group of nearly equal rewards from being divided by nothing; far below any difference of rewards."""
+REWARD_TOLERANCE = 0.01
+"""Rewards of a group that differ by no more teach nothing: with a continuous score no group is ever exactly uniform."""
 
 
 def group_advantages(rewards_R: torch.Tensor, group_size: int, epsilon: float) -> torch.Tensor:
@@ -37,20 +39,19 @@ def group_advantages(rewards_R: torch.Tensor, group_size: int, epsilon: float) -
     return advantages_RG.masked_fill(uniform_R1, 0.0).flatten().to(rewards_R.dtype)
 
 
-def effective_mask(rule_correct_R: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return a bool [R] that marks the responses of groups with both right and wrong answers.
+def effective_mask(values_R: torch.Tensor, group_size: int, tolerance: float = 0.0) -> torch.Tensor:
+    """Return a bool [R] that marks the responses of groups whose values differ by more than the tolerance.
 
     Args:
-        rule_correct_R: whether the answer rule found each response right; the responses to one prompt are neighbours.
+        values_R: rule correctness, or total rewards; the responses to one prompt are neighbours.
+        tolerance: `REWARD_TOLERANCE` for rewards.
 
     Raises:
         ValueError: When R is not a multiple of the group size.
     """
-    # Correctness decides, not the total reward: with a continuous reward-model score no group is ever exactly uniform
-    # in the total, though nothing about right and wrong can be learned from it.
-    groups_RG = _as_groups(rule_correct_R.bool(), group_size)
-    mixed_R1 = groups_RG.any(dim=1, keepdim=True) & ~groups_RG.all(dim=1, keepdim=True)
-    return mixed_R1.expand_as(groups_RG).flatten()
+    groups_RG = _as_groups(values_R.double(), group_size)
+    spread_R1 = groups_RG.amax(dim=1, keepdim=True) - groups_RG.amin(dim=1, keepdim=True)
+    return (spread_R1 > tolerance).expand_as(groups_RG).flatten()
 
 
 def _as_groups(values_R: torch.Tensor, group_size: int) -> torch.Tensor:

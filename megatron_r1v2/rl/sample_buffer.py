@@ -16,6 +16,8 @@ from typing import Any
 from megatron_r1v2.types import Modality
 
 MODALITIES: tuple[Modality, ...] = ("image", "text")
+PRIORITY_EXPONENT = 1.0
+"""alpha in p ~ |advantage|^alpha, of a running stage."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class BufferEntry:
     response_length: int
     """Tokens of the response."""
     effective: bool = True
-    """Whether the rule correctness of its group was not uniform."""
+    """Whether something could be learned from its group (`buffer.effective_by`)."""
 
 
 class SampleBuffer:

@@ -24,6 +24,7 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards import verifiers
+from megatron_r1v2.rewards.functions import check_functions
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.training.batches import RowFormat, length_multiple
 from megatron_r1v2.training.microbatches import Microbatcher
@@ -139,7 +140,14 @@ class LoadedModel:
 def open_model(
     recipe: Recipe, *, score_head: bool = False, recompute: Recompute = Recompute.none
 ) -> Iterator[LoadedModel]:
-    """Collective over the world: start the process groups and load a model; everything ends with the block."""
+    """Collective over the world: start the process groups and load a model; everything ends with the block.
+
+    Raises:
+        ValueError: among others, a function of `reward.functions` that cannot be called.
+    """
+    # Before the weights are read, which takes minutes.
+    if isinstance(reward := dict(recipe).get("reward"), RewardConfig):
+        check_functions(reward.functions)
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
         loaded = load_model(recipe, context, score_head=score_head, recompute=recompute)

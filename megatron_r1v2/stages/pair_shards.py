@@ -20,6 +20,7 @@ from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.resilience.files import atomic_folder, write_json
 from megatron_r1v2.resilience.fingerprint import Fingerprint
+from megatron_r1v2.rewards.functions import describe_functions
 from megatron_r1v2.training.store import resolve_checkpoint
 from megatron_r1v2.types import Preference
 
@@ -212,6 +213,8 @@ def _pairs_fingerprint(recipe: PairsRecipe) -> Fingerprint:
     sections["run"] = {"seed": recipe.run.seed}
     sections["data"] = {"train": recipe.data.train, "max_tiles": recipe.data.max_tiles}
     sections["train"] = {"prompts_per_step": recipe.train.prompts_per_step}
+    if recipe.reward.functions:
+        sections["reward"]["functions"] = describe_functions(recipe.reward.functions)
     for section in ("model", "reward_model"):
         if sections[section]["checkpoint"]:
             sections[section]["checkpoint"] = str(resolve_checkpoint(sections[section]["checkpoint"]))

@@ -129,7 +129,7 @@ class PairMaker:
         # Each replica has whole groups: pairs are chosen where the responses are.
         mine, to_continue = {}, {}
         for key, group in groups.items():
-            candidates = [self._candidate(response) for response in group]
+            candidates = [self._candidate(response, by_key[key]) for response in group]
             mine[key] = choose_pairs(
                 candidates,
                 max_pairs=pairs.max_pairs_per_prompt,
@@ -206,7 +206,8 @@ class PairMaker:
             key = begun[rollout.prompt_key]
             whole.append(replace(rollout, prompt_key=key, token_ids=(*world[key], *rollout.token_ids)))
         scored, _ = self._score(prompts, whole)
-        return self._gather({response.rollout.prompt_key: self._candidate(response) for response in scored})
+        mine = {(key := response.rollout.prompt_key): self._candidate(response, prompts[key]) for response in scored}
+        return self._gather(mine)
 
     def _gather(self, mine: Mapping[str, Value]) -> dict[str, Value]:
         """Collective over the data-parallel ranks: return the values of all of them."""
@@ -225,11 +226,12 @@ class PairMaker:
         scored, counts = scorer.score(prompts, rollouts)
         return scored, int(counts["verifier_timeouts"] + counts["verifier_crashes"])
 
-    def _candidate(self, scored: ScoredRollout) -> Candidate:
+    def _candidate(self, scored: ScoredRollout, prompt: Prompt) -> Candidate:
         return Candidate(
             text=scored.text,
             total=scored.total,
-            correct=scored.rule_correct,
+            # Nothing is wrong where there is no answer: the totals alone tell which response is better.
+            correct=scored.rule_correct or not prompt.answer,
             finished=scored.rollout.finish_reason == "stop",
             well_formed=format_score(scored.text) == 1.0,
             encodable=self._is_encodable(scored.text),

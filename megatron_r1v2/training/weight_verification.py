@@ -21,6 +21,9 @@ from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, check_unchanged, compute_checksums
 from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample
 
+GATE_TOKENS = 8
+"""The engine generates so many tokens to one prompt of each modality, which the training forward is compared on."""
+
 
 class WeightVerifier:
     """Compares checksums of the weights; frozen parts must keep those that they had at first."""
@@ -96,16 +99,14 @@ def check_engine(
 
     Args:
         prompts: of the step; the first of each modality is used, by every replica.
-        settings: `gate_tokens` (0: nothing is compared) and `max_log_prob_difference`.
+        settings: `max_log_prob_difference`.
 
     Returns:
-        `gate/log_prob_abs_diff`; empty when nothing was compared.
+        `gate/log_prob_abs_diff`.
 
     Raises:
         ValueError: the mean difference is above `algorithm.max_log_prob_difference`.
     """
-    if not settings.gate_tokens:
-        return {}
     # One prompt of each modality: images and text take different ways through the engine.
     chosen = list({prompt.modality: prompt for prompt in reversed(prompts)}.values())
     rollouts = engine.generate(
@@ -115,7 +116,7 @@ def check_engine(
             policy_version=policy.version,
             # The engine's own setting, not the policy's: a training forward with another one must be noticed.
             temperature=generation.temperature,
-            max_response_tokens=min(settings.gate_tokens, generation.max_response_tokens),
+            max_response_tokens=min(GATE_TOKENS, generation.max_response_tokens),
         ),
         features=features,
     )

@@ -10,6 +10,7 @@ from megatron_r1v2.config.combinations import (
     claim_mistakes,
     compute_mistakes,
     endpoint_mistakes,
+    function_mistakes,
     group_mistakes,
     score_source_mistakes,
     training_mistakes,
@@ -46,6 +47,10 @@ def compute(model=None, parallel=None, generation=None):
 
 def training(train, model=None):
     return training_mistakes(TrainConfig(**train), ModelConfig(**(model or {})))
+
+
+def own_function(*before, path="reward.py", name="f"):
+    return function_mistakes(RewardConfig(functions=[*before, {"path": path, "name": name}]))
 
 
 def held(data="shards", reward=PATTERN, evaluation=None, settings=HELD):
@@ -95,6 +100,10 @@ def group(generation=None, train=None):
         (claim_mistakes(RewardConfig(claim_pattern="(?P<name>a)")), "has no group value"),
         (claim_mistakes(RewardConfig(claim_pattern="a")), "has no group name and value"),
         (claim_mistakes(RewardConfig(claim_pattern="(?P<name>")), "is not a regular expression"),
+        (own_function(path="reward.txt"), r"reward.functions\[0\].path='reward.txt' is no Python file"),
+        (own_function(name="f()"), r"reward.functions\[0\].name='f\(\)' is no name of a function"),
+        (own_function(name="format"), r"reward.functions\[0\].name='format' is the name of another part of the reward"),
+        (own_function({"path": "a.py", "name": "f"}), r"reward.functions\[1\].name='f' is the name of another part"),
         (
             score_source(0.5),
             "reward.model_weight=0.5 needs one source of scores, got none; set reward_model.checkpoint",
@@ -141,6 +150,7 @@ def test_a_mistake_is_told_in_one_sentence(mistakes, message):
         training({"packing": Packing.nemo, "tokens_per_microbatch": 512}),
         validation_mistakes(EvaluationConfig(every_steps=5, stop_at_pass_at_1=0.5), DataConfig(validation="v")),
         claim_mistakes(RewardConfig(consistency_weight=0.5, claim_pattern=PATTERN.claim_pattern)),
+        own_function({"path": "reward.py", "name": "g"}),
         score_source(0.0),
         score_source(0.5, checkpoint="a"),
         score_source(0.5, url="https://127.0.0.1:8001/v1"),

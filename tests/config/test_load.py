@@ -126,6 +126,21 @@ def test_recipes_that_start_from_each_other_are_refused(tmp_path):
         ("buffer: {zzz: 1}", [], "unknown setting 'buffer.zzz'; accepted: capacity, max_age"),
         ("zzz: {a: 1}", [], "unknown setting 'zzz'; accepted: run, model"),
         ("preference: {beta: 1}", [], "section preference is not read by the grpo stage, only by mpo; remove it"),
+        (
+            "reward: {functions: [{path: a.py}]}",
+            [],
+            r"reward.functions\[0\].name: Field required; expected a list, each \{path, name, weight\}",
+        ),
+        (
+            "reward: {functions: [{path: a.py, name: f, weight: -1}]}",
+            [],
+            r"reward.functions\[0\].weight: Input should be greater than or equal to 0; expected a list",
+        ),
+        (
+            "reward: {functions: [a.py]}",
+            [],
+            r"reward.functions=\['a.py'\] is not accepted; expected a list, each \{path",
+        ),
         ("train: 5", [], r"train=5 is a section; it needs settings below it: parts, steps"),
         ("train:", [], r"train=None is a section; it needs settings below it: parts, steps"),
         ("train: {steps: many}", [], r"recipe.yaml: train.steps='many' is not accepted; expected a whole number"),
@@ -248,9 +263,9 @@ def test_a_saved_recipe_of_an_earlier_commit_is_refused_in_one_sentence(tmp_path
         load_recipe(path, saved=True)
 
 
-@pytest.mark.parametrize("schema", ["0", "2", "one"])
+@pytest.mark.parametrize("schema", ["0", "3", "one"])
 def test_a_schema_of_another_version_is_refused(tmp_path, schema):
-    with pytest.raises(ValueError, match=rf"has schema='?{schema}'?; this version reads 1 to 1"):
+    with pytest.raises(ValueError, match=rf"has schema='?{schema}'?; this version reads 1 to 2"):
         load_recipe(write(tmp_path, f"schema: {schema}\n"))
 
 
@@ -374,3 +389,13 @@ def test_4000_random_recipes_end_with_settings_or_with_advice(tmp_path, seed):
             (tmp_path / "saved.yaml").write_text(recipe_yaml(recipe))
             assert load_recipe_as(type(recipe), tmp_path / "saved.yaml", saved=True) == recipe
     assert accepted > 5
+
+
+def test_own_reward_functions_are_read_and_saved(tmp_path):
+    text = "reward:\n  functions:\n  - {path: reward.py, name: near, weight: 2}\n  - {path: reward.py, name: short}\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert [(own.path, own.name, own.weight) for own in recipe.reward.functions] == [
+        ("reward.py", "near", 2.0), ("reward.py", "short", 1.0),
+    ]  # fmt: skip
+    assert load_recipe(write(tmp_path, recipe_yaml(recipe)), saved=True) == recipe
+    assert load_recipe(write(tmp_path, text), ["reward.functions=[]"]).reward.functions == ()

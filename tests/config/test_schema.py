@@ -72,3 +72,12 @@ def test_weights_are_named_after_their_parts():
     weights = RewardConfig(steps_weight=0.5).weights
     assert weights["steps"] == 0.5
     assert set(weights) == {"answer", "format", "consistency", "steps", "repetition", "overlong", "model"}
+
+
+def test_own_functions_have_weights_by_their_names():
+    reward = RewardConfig(functions=[{"path": "a.py", "name": "near", "weight": 2}, {"path": "a.py", "name": "short"}])
+    assert (reward.weights["near"], reward.weights["short"], reward.weights["answer"]) == (2.0, 1.0, 1.0)
+    assert reward.functions[0].path == "a.py"
+    for wrong in ({"path": "a.py"}, {"path": "a.py", "name": "f", "weight": -1}, {"path": 1, "name": "f"}, "a.py"):
+        with pytest.raises(ValidationError):
+            RewardConfig(functions=[wrong])

@@ -176,3 +176,17 @@ def test_an_fp8_dimension_that_does_not_fit_is_named():
     narrow = {**QWQ, "intermediate_size": 8 * 100}
     with pytest.raises(ValueError, match=r"multiple of 16, but the language model has 100 feed-forward channels"):
         check_model_fits(recipe, {"text_config": narrow})
+
+
+def test_own_reward_functions_need_their_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": QWQ}), encoding="utf-8")
+    path = tmp_path / "reward.py"
+    recipe = recipe_with(
+        model__hf_path=str(tmp_path),
+        data__train=str(tmp_path),
+        reward__functions=[{"path": str(path), "name": "f"}],
+    )
+    with pytest.raises(ValueError, match=r"reward.functions\[0\].path='.*reward.py' is not a file"):
+        check_start(recipe)
+    path.touch()
+    check_start(recipe)

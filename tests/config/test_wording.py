@@ -3,7 +3,15 @@
 import pytest
 
 from megatron_r1v2.config.recipes import every_section
-from megatron_r1v2.config.schema import BufferConfig, DataConfig, EvaluationConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_r1v2.config.schema import (
+    BufferConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_r1v2.config.wording import range_text, refusal, shorten, type_name
 
 
@@ -18,6 +26,7 @@ from megatron_r1v2.config.wording import range_text, refusal, shorten, type_name
         (RunConfig, "output_dir", "text"),
         (RunConfig, "stage", "one of align, pairs, mpo, reward_model, grpo"),
         (ModelConfig, "transformer_config", "a mapping"),
+        (RewardConfig, "functions", "a list, each {path, name, weight}"),
     ],
 )
 def test_types(section, key, words):

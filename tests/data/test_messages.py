@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from megatron_r1v2.data.messages import data_url, openai_messages
+from megatron_r1v2.data.messages import data_url, image_format, openai_messages
 from tests.tiny import tiny_png
 
 
@@ -23,5 +23,10 @@ def test_images_go_where_the_text_has_them():
 def test_missing_images_and_unknown_formats_are_refused():
     with pytest.raises(ValueError, match=r"1 <image> and there are 0 encoded images"):
         openai_messages([{"role": "user", "content": "<image>"}], [])
+    assert [image_format(data) for data in (tiny_png(1), b"\xff\xd8\xff\xe0", b"RIFF0000WEBP")] == [
+        "png",
+        "jpeg",
+        "webp",
+    ]
     with pytest.raises(ValueError, match="neither PNG, JPEG nor WebP"):
         data_url(b"GIF89a")

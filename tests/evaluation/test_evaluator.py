@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_r1v2.config.schema import EvaluationConfig, ParallelConfig, RewardConfig
@@ -91,3 +93,12 @@ def test_two_replicas_share_the_prompts_and_agree_on_the_result():
     sampling = first["asked"][0]
     assert (sampling.num_responses, sampling.policy_version, sampling.seed) == (RUNS, 0, EVALUATION_SEED)
     assert (sampling.temperature, sampling.top_p, sampling.max_response_tokens) == (0.6, 0.9, 7)
+
+
+def test_a_prompt_without_an_answer_is_refused_before_anything_is_generated():
+    evaluator = Evaluator(
+        engine=None, features=None, settings=EvaluationConfig(), reward=RewardConfig(), pool=None,
+        decode=str, context=SimpleNamespace(), max_response_tokens=7,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="prompt 'q-2' has no answer, which an evaluation compares"):
+        evaluator.respond([prompt("q-1"), replace(prompt("q-2"), answer="")], name="a", step=0)

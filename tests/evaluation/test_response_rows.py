@@ -1,6 +1,7 @@
 """Rows of responses: what is right besides the answer, which rows count, and what is left on disk."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_a_log_belongs_to_all_settings_that_decide_its_rows(tmp_path):
     for changes in ({"temperature": 0.1}, {"top_p": 0.5}, {"data": "other"}, endpoint):
         with pytest.raises(ValueError, match=f"evaluation.{next(iter(changes))} was"):
             evaluation(tmp_path, **changes).open_log()
+    own = tmp_path / "reward.py"
+    own.write_text("def f(**_): return 1")
+    first = evaluation(tmp_path)
+    reward = first.reward.changed(functions=[{"path": str(own), "name": "f"}])
+    with pytest.raises(ValueError, match="reward.functions was"):
+        replace(first, reward=reward).open_log()
+    replace(first, name="b", reward=reward).open_log()
+    own.write_text("def f(**_): return 0")
+    with pytest.raises(ValueError, match="reward.functions was"):
+        replace(first, name="b", reward=reward).open_log()
     for model, step in (("n", 0), ("m", 1)):
         with pytest.raises(ValueError, match="(model|step) was"):
             evaluation(tmp_path, model=model, step=step).open_log()

@@ -141,3 +141,11 @@ def test_serving_stops_in_the_middle_of_a_message():
     ours.close()
     with theirs:
         verifier_worker.serve(theirs, parent=os.getppid(), timeout_seconds=1.0)
+
+
+def test_a_file_is_imported_before_the_time_limit_begins(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(1.5)\ndef f(**_): return 0.5\n")
+    with worker(limit=0.5) as (_, ours):
+        ask(ours, "megatron_r1v2.rewards.function_file", "score_response", str(path), "f", {}, imports=[str(path)])
+        assert answer_of(ours) == [{"": 0.5}, ""]

@@ -259,3 +259,16 @@ def test_checks_take_half_of_the_cores_of_a_rank(monkeypatch, cores, ranks, work
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert worker_count() == workers
+
+
+def test_crashes_that_end_no_worker_are_counted_too(pool):
+    pool.count_crashes(3)
+    assert (pool.timeouts, pool.crashes) == (0, 3)
+
+
+def test_a_pinned_file_may_not_change(pool):
+    pool.pin("a.py", "1")
+    pool.pin("b.py", "2")
+    pool.pin("a.py", "1")
+    with pytest.raises(RuntimeError, match=r"a.py has changed since the run began"):
+        pool.pin("a.py", "2")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1v2.rl.advantages import effective_mask, group_advantages
+from megatron_r1v2.rl.advantages import REWARD_TOLERANCE, effective_mask, group_advantages
 
 
 def test_values_by_hand():
@@ -40,6 +40,13 @@ def test_effective_groups_are_those_with_both_right_and_wrong():
     correct = torch.tensor([True, True, False, False, True, False, False, True])
     assert effective_mask(correct, 2).tolist() == [False, False, False, False, True, True, True, True]
     assert effective_mask(correct[:1], 1).tolist() == [False]
+
+
+def test_effective_groups_by_reward_are_those_that_differ_by_more_than_the_tolerance():
+    rewards = torch.tensor([0.5, 0.5 + 2**-7, 0.5, 0.52, 0.1, 0.1], dtype=torch.float64)
+    assert effective_mask(rewards, 2, REWARD_TOLERANCE).tolist() == [False, False, True, True, False, False]
+    assert effective_mask(rewards, 2).tolist() == [True, True, True, True, False, False]
+    assert effective_mask(rewards, 6, REWARD_TOLERANCE).all()
 
 
 def test_no_responses():

@@ -93,3 +93,14 @@ def test_a_folder_of_the_chat_layout_is_loaded_as_it_is(root: Path, tmp_path: Pa
     with open_model(recipe) as loaded, torch.no_grad():
         got = loaded.model.adapt(loaded.model.encode_tiles(tiles_TCHW))
     assert float((got.reshape(expected.shape) - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_a_reward_function_is_checked_before_the_model_is_read(root: Path, tmp_path: Path) -> None:
+    own = tmp_path / "reward.py"
+    own.write_text("def near(response, answer): return 1\n")
+    settings = (f"reward.functions=[{{path: {own}, name: near}}]", f"model.hf_path={tmp_path / 'nowhere'}")
+    with (
+        pytest.raises(ValueError, match=r"reward.functions: .*reward.py: near\(response, answer\) is called with"),
+        open_model(recipe_for(root, tmp_path / "run", settings)),
+    ):
+        pass

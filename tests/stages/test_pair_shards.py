@@ -62,6 +62,17 @@ def test_rounds_of_other_settings_are_refused(root: Path, tmp_path: Path) -> Non
         UnfinishedPairs(recipe(root, tmp_path, "pairs.max_pairs_per_prompt=3"))
 
 
+def test_rounds_of_another_reward_function_are_refused(root: Path, tmp_path: Path) -> None:
+    own = tmp_path / "reward.py"
+    own.write_text("def f(**_): return 1")
+    settings = recipe(root, tmp_path, f"reward.functions=[{{path: {own}, name: f}}]")
+    UnfinishedPairs(settings).write_round(0, [], PairCounts())
+    UnfinishedPairs(settings)
+    own.write_text("def f(**_): return 0")
+    with pytest.raises(ValueError, match=r"reward.functions is .*unfinished holds rounds made with"):
+        UnfinishedPairs(settings)
+
+
 def test_no_pair_at_all_is_an_error_that_says_why(root: Path, tmp_path: Path) -> None:
     kept = UnfinishedPairs(recipe(root, tmp_path))
     counts = PairCounts(prompts=1, responses=4, dropped={"prompt/all_wrong": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.config.validate import check_start
 from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.stages.pair_shards import PairCounts, PromptPairs, UnfinishedPairs
@@ -124,3 +126,16 @@ def test_pairs_are_built_again_from_the_model_that_learnt_from_them(root: Path, 
     )
     references = [{path.name for path in (run / "reference").glob("*.jsonl")} for run in (first, second)]
     assert references[0].isdisjoint(references[1])
+
+
+@pytest.mark.usefixtures("made")
+def test_pairs_without_answers_are_by_the_margin_of_own_functions(root: Path, tmp_path: Path) -> None:
+    samples = [replace(sample, answer="") for sample in read_shards(root / "data", parse_sample)]
+    write_shards(samples, tmp_path / "data")
+    own = tmp_path / "reward.py"
+    own.write_text("def one(response, **_): return float(response.endswith('{1}'))\n")
+    settings = (f"data.train={tmp_path / 'data'}", f"reward.functions=[{{path: {own}, name: one}}]")
+    run_pairs(recipe(root, tmp_path, *settings, "pairs.dropout_ntp_fraction=0"))
+    pairs = list(read_shards(tmp_path / "pairs", parse_sample))
+    assert {pair.source for pair in pairs} == {"margin"}
+    assert all(pair.chosen.endswith("{1}") and not pair.rejected.endswith("{1}") for pair in pairs)

@@ -10,6 +10,7 @@ import torch
 
 from megatron_r1v2.resilience.skipped_updates import MAX_IN_A_ROW
 from megatron_r1v2.rl.supervised import supervised_loss
+from megatron_r1v2.stages.grpo import rollouts
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.training.batches import with_old_log_probs
@@ -128,10 +129,10 @@ def take_steps(stage: GrpoStage, count: int) -> None:
         stage.step()
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path):
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = tiny_recipe(tmp_path)
-    # The gate would find the NaN first.
-    recipe = recipe.changed(algorithm=recipe.algorithm.changed(gate_tokens=0))
+    # It would find the NaN first.
+    monkeypatch.setattr(rollouts, "check_engine", lambda *_, **__: {})
     # With one update the log-probs would be looked at too.
     recipe = recipe.changed(train=recipe.train.changed(updates_per_step=2))
     with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:

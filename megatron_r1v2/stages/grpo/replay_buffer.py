@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_r1v2.config.schema import BufferConfig
+from megatron_r1v2.config.schema import BufferConfig, RewardConfig
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.rl.sample_buffer import SampleBuffer
+from megatron_r1v2.rewards.functions import describe_functions
+from megatron_r1v2.rl.sample_buffer import PRIORITY_EXPONENT, SampleBuffer
 from megatron_r1v2.stages.grpo.selection import Selection
 from megatron_r1v2.stages.resume import Restored
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from megatron_r1v2.types import Prompt, Sample
+
+logger = logging.getLogger(__name__)
 
 
 class ReplayBuffer:
     """The effective responses of earlier steps; empty with `buffer.capacity=0`, where samples only change ranks."""
 
     def __init__(
-        self, settings: BufferConfig, context: ParallelContext, *, model_weight: float, restored: Restored
+        self,
+        settings: BufferConfig,
+        context: ParallelContext,
+        *,
+        reward: RewardConfig,
+        model_weight: float,
+        restored: Restored,
     ) -> None:
         """Make the buffer, filled from a checkpoint where the stage was resumed.
 
+        It begins empty where own reward functions, or their files, have changed: the old advantages rest on them.
+
         Args:
+            reward: for its functions.
             model_weight: of the reward model in the rewards to come.
             restored: the checkpoint; empty for a run that starts.
         """
+        self.functions = describe_functions(reward.functions)
         self.context = context
         self.samples = ReplayStore()
         self.index: SampleBuffer | None = None
         self.model_weight = restored.state.get("buffer_weight", model_weight)
         if not settings.capacity:
             return
-        self.index = SampleBuffer(
-            settings.capacity, settings.max_age, settings.priority_exponent, balance_modalities=True
-        )
-        if "buffer" in restored.state:
+        self.index = SampleBuffer(settings.capacity, settings.max_age, PRIORITY_EXPONENT, balance_modalities=True)
+        if "buffer" not in restored.state:
+            return
+        if restored.state.get("buffer_functions", []) != self.functions:
+            logger.warning("reward.functions have changed since the checkpoint: the buffer begins empty")
+        else:
             self.index.load_state_dict(restored.state["buffer"])
             self.samples.load_state_dicts(restored.replay, data_rank=context.data_rank, data_size=context.data_size)
 
@@ -86,4 +102,8 @@ class ReplayBuffer:
         """Return the index, the same on every rank; what a rank holds is `samples.state_dict()`."""
         if self.index is None:
             return {}
-        return {"buffer": self.index.state_dict(), "buffer_weight": self.model_weight}
+        return {
+            "buffer": self.index.state_dict(),
+            "buffer_weight": self.model_weight,
+            "buffer_functions": self.functions,
+        }

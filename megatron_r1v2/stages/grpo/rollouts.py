@@ -16,7 +16,7 @@ from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.calibrator import Calibrator
-from megatron_r1v2.stages.grpo.selection import count_effective_groups
+from megatron_r1v2.stages.grpo.selection import check_answers, count_effective_groups
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.step_prompts import next_distinct
 from megatron_r1v2.training.weight_verification import check_engine
@@ -64,6 +64,7 @@ class RolloutPhase:
         self.features.clear()
         for done in range(1, rounds + 1):
             more = next_distinct(session.stream, wanted, besides=prompts)
+            check_answers(more, self.recipe.buffer.effective_by)
             if done == 1:
                 with timed("gate"):
                     self.verify_weights(more)
@@ -163,5 +164,11 @@ class RolloutPhase:
             scored: this replica's responses.
         """
         session = self.session
-        mine = count_effective_groups(scored, prompts, trains_text=session.trains_text)
+        mine = count_effective_groups(
+            scored,
+            prompts,
+            effective_by=self.recipe.buffer.effective_by,
+            group_size=self.recipe.generation.responses_per_prompt,
+            trains_text=session.trains_text,
+        )
         return sum(objects.all_gather(mine, session.context.groups.dp))

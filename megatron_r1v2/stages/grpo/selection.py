@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_r1v2.config.choices import LossAggregation
+from megatron_r1v2.config.choices import EffectiveBy, LossAggregation
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.score import shuffle_rewards
-from megatron_r1v2.rl.advantages import ADVANTAGE_EPSILON, effective_mask, group_advantages
+from megatron_r1v2.rl.advantages import ADVANTAGE_EPSILON, REWARD_TOLERANCE, effective_mask, group_advantages
 from megatron_r1v2.rl.sample_buffer import BatchPlan, BufferEntry, SampleBuffer, compose_batch
 from megatron_r1v2.training.batches import response_sample
 from megatron_r1v2.training.replay import assign
@@ -84,7 +84,7 @@ def select(
     if recipe.reward.shuffle:
         rewarded = shuffle_rewards([response for response, _ in everything], seed=recipe.run.seed + step)
         everything = [(response, length) for response, (_, length) in zip(rewarded, everything, strict=True)]
-    records = _make_records(everything, prompts, recipe.generation.responses_per_prompt, step)
+    records = _make_records(everything, prompts, recipe, step)
     trainable = [item.entry for item in records.values() if trains_text or item.entry.modality == "image"]
     # Dynamic sampling may have found more effective groups than the step trains on.
     eligible = trainable
@@ -126,19 +126,48 @@ def select(
     )
 
 
-def count_effective_groups(scored: Sequence[ScoredRollout], prompts: Sequence[Prompt], *, trains_text: bool) -> int:
-    """Count the prompts of this replica that some responses answered right and some wrong.
+def check_answers(prompts: Sequence[Prompt], effective_by: EffectiveBy) -> None:
+    """Raise ValueError where answers decide which groups can teach something, and a prompt has none."""
+    missing = [prompt.key for prompt in prompts if not prompt.answer]
+    if missing and effective_by is EffectiveBy.answer:
+        raise ValueError(
+            f"prompt {missing[0]!r} has no answer, and buffer.effective_by=answer compares answers to find the groups "
+            "that can teach something; set buffer.effective_by=reward"
+        )
+
+
+def effective_responses(scored: Sequence[ScoredRollout], effective_by: EffectiveBy, group_size: int) -> list[bool]:
+    """Return for each response whether something can be learned from its group: its answers or rewards differ.
 
     Args:
-        scored: this replica's responses, all of a prompt's.
+        scored: whole groups; the responses to one prompt are neighbours.
+    """
+    if effective_by is EffectiveBy.reward:
+        rewards_R = torch.tensor([response.total for response in scored], dtype=torch.float64)
+        effective_R = effective_mask(rewards_R, group_size, REWARD_TOLERANCE)
+    else:
+        effective_R = effective_mask(torch.tensor([response.rule_correct for response in scored]), group_size)
+    effective: list[bool] = effective_R.tolist()
+    return effective
+
+
+def count_effective_groups(
+    scored: Sequence[ScoredRollout],
+    prompts: Sequence[Prompt],
+    *,
+    effective_by: EffectiveBy,
+    group_size: int,
+    trains_text: bool,
+) -> int:
+    """Count the prompts of this replica that something can be learned from.
+
+    Args:
+        scored: this replica's responses, as `effective_responses` takes them.
         trains_text: whether a text-only prompt has a gradient; if not, it counts for nothing.
     """
-    outcomes: dict[str, set[bool]] = {}
-    for response in scored:
-        outcomes.setdefault(response.rollout.prompt_key, set()).add(response.rule_correct)
-    return sum(
-        len(outcomes.get(prompt.key, ())) == 2 for prompt in prompts if trains_text or prompt.modality == "image"
-    )
+    effective = effective_responses(scored, effective_by, group_size)
+    keys = {response.rollout.prompt_key for response, counts in zip(scored, effective, strict=True) if counts}
+    return sum(prompt.key in keys for prompt in prompts if trains_text or prompt.modality == "image")
 
 
 def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[BufferEntry]:
@@ -206,14 +235,14 @@ def _gather_responses(
 def _make_records(
     everything: Sequence[tuple[ScoredRollout, int]],
     prompts: Sequence[Prompt],
-    group_size: int,
+    recipe: GrpoRecipe,
     step: int,
 ) -> dict[str, SampleRecord]:
     # In float64, as the rewards are: the buffer draws by these advantages.
     rewards_R = torch.tensor([response.total for response, _ in everything], dtype=torch.float64)
+    group_size = recipe.generation.responses_per_prompt
     advantages = group_advantages(rewards_R, group_size, ADVANTAGE_EPSILON).tolist()
-    correct_R = torch.tensor([response.rule_correct for response, _ in everything])
-    effective = effective_mask(correct_R, group_size).tolist()
+    effective = effective_responses([response for response, _ in everything], recipe.buffer.effective_by, group_size)
     modality = {prompt.key: prompt.modality for prompt in prompts}
     records = {}
     for (response, length), advantage, is_effective in zip(everything, advantages, effective, strict=True):

@@ -34,8 +34,9 @@ def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> 
         The run's folder.
     """
     keep_reference = recipe.algorithm.kl_coefficient > 0
+    shown = (*SHOWN, *(f"reward/{function.name}/mean" for function in recipe.reward.functions))
     with (
-        open_session(recipe, stage="grpo", shown=SHOWN, keep_reference=keep_reference) as session,
+        open_session(recipe, stage="grpo", shown=shown, keep_reference=keep_reference) as session,
         session.loaded.verifiers() as pool,
     ):
         stage = GrpoStage(session, recipe, pool, reward_model)
@@ -74,7 +75,11 @@ class GrpoStage:
             restored=session.restored.state,
         )
         self.buffer = ReplayBuffer(
-            recipe.buffer, session.context, model_weight=self.calibrator.value, restored=session.restored
+            recipe.buffer,
+            session.context,
+            reward=recipe.reward,
+            model_weight=self.calibrator.value,
+            restored=session.restored,
         )
         self.rollouts = RolloutPhase(
             session,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_r1v2.config.schema import BufferConfig, ParallelConfig
+from megatron_r1v2.config.schema import BufferConfig, ParallelConfig, RewardConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.sample_buffer import BufferEntry
@@ -26,9 +28,17 @@ def context() -> Iterator[ParallelContext]:
     groups.shut_down()
 
 
-def buffer_of(context: ParallelContext, *, enabled: bool = True, restored: Restored | None = None) -> ReplayBuffer:
+def buffer_of(
+    context: ParallelContext,
+    *,
+    enabled: bool = True,
+    restored: Restored | None = None,
+    reward: RewardConfig | None = None,
+) -> ReplayBuffer:
     settings = BufferConfig(capacity=10 if enabled else 0)
-    return ReplayBuffer(settings, context, model_weight=1.0, restored=restored or Restored())
+    return ReplayBuffer(
+        settings, context, reward=reward or RewardConfig(), model_weight=1.0, restored=restored or Restored()
+    )
 
 
 def selection_of(*fresh: str, trainer: tuple[str, ...] = ()) -> Any:
@@ -96,3 +106,24 @@ def test_switched_off_it_stays_empty_but_still_brings_samples(context: ParallelC
     buffer.invalidate(0.0)
     samples, _ = buffer.exchange_samples(selection_of(trainer=("p0/0/0",)), SAMPLES, PROMPTS)
     assert samples == {"p0/0/0": SAMPLES["p0/0/0"]}
+
+
+def test_another_reward_function_empties_it(context: ParallelContext, tmp_path: Path) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text("def f(**_): return 1")
+    reward = RewardConfig(functions=[{"path": str(path), "name": "f"}])
+    for before, now, file, held in (
+        (None, None, None, 2),
+        (reward, reward, None, 2),
+        (None, reward, None, 0),
+        (reward, None, None, 0),
+        (reward, reward.changed(functions=[{"path": str(path), "name": "f", "weight": 0.5}]), None, 0),
+        (reward, reward, "def f(**_): return 0", 0),
+    ):
+        buffer = filled(context, reward=before)
+        saved = Restored(json.loads(json.dumps(buffer.state_dict())), [buffer.samples.state_dict()])
+        if file is not None:
+            path.write_text(file)
+        again = buffer_of(context, restored=saved, reward=now)
+        assert again.index is not None
+        assert len(again.index) == len(again.samples.samples) == held

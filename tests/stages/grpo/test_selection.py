@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_r1v2.config.choices import EffectiveBy
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.config.schema import (
     AlgorithmConfig,
@@ -22,7 +23,7 @@ from megatron_r1v2.config.schema import (
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rl.sample_buffer import SampleBuffer
-from megatron_r1v2.stages.grpo.selection import count_effective_groups, fresh_sample, sample_id, select
+from megatron_r1v2.stages.grpo.selection import check_answers, count_effective_groups, fresh_sample, sample_id, select
 from megatron_r1v2.training.batches import with_old_log_probs
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from tests.ranks import run_ranks
@@ -307,9 +308,10 @@ def test_dynamic_sampling_trains_on_the_first_effective_groups_alone(context) ->
         by_key.setdefault(response.rollout.prompt_key, set()).add(response.rule_correct)
     effective = [prompt.key for prompt in prompts if len(by_key[prompt.key]) == 2]
     assert len(effective) > 3
-    assert count_effective_groups(scored, prompts, trains_text=True) == len(effective)
+    counted = {"effective_by": EffectiveBy.answer, "group_size": GROUP}
+    assert count_effective_groups(scored, prompts, **counted, trains_text=True) == len(effective)
     with_image = [prompt.key for prompt in prompts if prompt.modality == "image" and prompt.key in effective]
-    assert count_effective_groups(scored, prompts, trains_text=False) == len(with_image) < len(effective)
+    assert count_effective_groups(scored, prompts, **counted, trains_text=False) == len(with_image) < len(effective)
     settings = recipe(algorithm=AlgorithmConfig(dynamic_sampling_rounds=2), train=TrainConfig(prompts_per_step=3))
     selection = select(settings, None, prompts, scored, step=0, trains_text=True, context=context)
     assert {name.split("/")[0] for name in selection.plan.fresh} == set(effective[:3])
@@ -318,3 +320,40 @@ def test_dynamic_sampling_trains_on_the_first_effective_groups_alone(context) ->
     assert selection.metrics["ssb/fresh_effective_fraction"] == len(effective) / len(prompts)
     assert selection.metrics["rollout/responses"] == len(scored)
     assert selection.metrics["rollout/responses_filtered"] == len(scored) - 3 * GROUP
+
+
+def test_groups_without_answers_are_effective_by_their_rewards(context):
+    prompts = [replace(prompt, answer=None, answer_type=None) for prompt in step_prompts(0, 12)]
+    scored = [replace(response, rule_correct=False) for response in step_responses(prompts, 0)]
+    totals: dict[str, list[float]] = {}
+    for response in scored:
+        totals.setdefault(response.rollout.prompt_key, []).append(response.total)
+    effective = [key for key, values in totals.items() if max(values) > min(values)]
+    assert 3 < len(effective) < 12
+    counted = {"group_size": GROUP, "trains_text": True}
+    assert count_effective_groups(scored, prompts, effective_by=EffectiveBy.reward, **counted) == len(effective)
+    assert count_effective_groups(scored, prompts, effective_by=EffectiveBy.answer, **counted) == 0
+    for rounds, chosen in ((1, effective), (2, effective[:3])):
+        settings = recipe(
+            buffer=BufferConfig(effective_by=EffectiveBy.reward),
+            algorithm=AlgorithmConfig(dynamic_sampling_rounds=rounds),
+            train=TrainConfig(prompts_per_step=3),
+        )
+        selection = select(settings, None, prompts, scored, step=0, trains_text=True, context=context)
+        assert {entry.prompt_key for entry in selection.fresh_entries if entry.effective} == set(chosen)
+        assert selection.metrics["ssb/fresh_effective_fraction"] == len(effective) / len(prompts)
+    # The rewards of such a group teach too, however near to each other they are; the buffer does not keep them.
+    near = [replace(response, total=0.5 + 0.001 * response.rollout.sample_index) for response in scored]
+    settings = recipe(buffer=BufferConfig(effective_by=EffectiveBy.reward))
+    selection = select(settings, None, prompts, near, step=0, trains_text=True, context=context)
+    assert not any(entry.effective for entry in selection.fresh_entries)
+    assert len(selection.fresh_entries) == len(near)
+
+
+def test_answers_are_missed_before_anything_is_generated():
+    prompts = step_prompts(0)
+    check_answers(prompts, EffectiveBy.answer)
+    without = [prompts[0], replace(prompts[1], answer="")]
+    check_answers(without, EffectiveBy.reward)
+    with pytest.raises(ValueError, match=r"prompt 'p0-1' has no answer, .*set buffer.effective_by=reward"):
+        check_answers(without, EffectiveBy.answer)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
 
+from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
     checkpoint_contents,
@@ -268,3 +272,37 @@ def test_reaching_the_validation_goal_ends_the_stage_for_good(run: Run, root: Pa
 def test_a_run_stops_when_engine_and_training_disagree(run: Run) -> None:
     with pytest.raises(Exception, match="algorithm.max_log_prob_difference"):
         run("train.steps=1", "algorithm.max_log_prob_difference=1e-9")
+
+
+def test_own_functions_train_without_answers(run: Run, root: Path, tmp_path: Path) -> None:
+    samples = [replace(sample, answer="") for sample in read_shards(root / "data", parse_sample)]
+    write_shards(samples, tmp_path / "data")
+    own = tmp_path / "reward.py"
+    own.write_text(
+        "def digit(response, **_):\n"
+        "    one, think = response.endswith('</think>\\\\boxed{1}'), response.startswith('</think>')\n"
+        "    return {'one': float(one), 'think': float(think)}\n"
+    )
+    settings = (
+        f"data.train={tmp_path / 'data'}",
+        f"reward.functions=[{{path: {own}, name: digit}}]",
+        "reward.format_weight=0",
+        "buffer.target_effective_fraction=1",
+        "train.steps=3",
+        "train.learning_rate=0.01",
+        "logging.sample_rollouts=100",
+    )
+    with pytest.raises(ValueError, match="has no answer, and buffer.effective_by=answer compares answers"):
+        run(*settings, name="by-answer")
+    folder = run(*settings, "buffer.effective_by=reward")
+    lines = read_metrics(folder)
+    names = {"reward/digit/mean", "reward/digit/one/mean", "reward/digit/think/mean", "reward/format/mean"}
+    assert all({name for name in line if name.startswith("reward/")} == names for line in lines)
+    assert all(line["ssb/fresh_effective_fraction"] > 0 for line in lines)
+    assert any(line["ssb/replayed"] > 0 for line in lines)
+    for rollout in read_rollouts(folder):
+        parts = rollout["rewards"]
+        assert parts["digit"] == (parts["digit/one"] + parts["digit/think"]) / 2
+        # The answer has no part in it: its weight of 1 goes to the function's, which is 1 too.
+        assert rollout["total"] == 2 * parts["digit"]
+        assert (rollout["answer"], rollout["correct"]) == ("", False)
