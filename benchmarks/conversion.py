@@ -1,4 +1,4 @@
-"""Measures the conversion of a checkpoint of real widths, each way, beside `cp` of the same bytes.
+"""The speed of a conversion of a checkpoint of real widths, each way, beside `cp` of the same bytes.
 
     python -m benchmarks.conversion --work /scratch/space --output benchmarks/results/conversion_cpu.json
 
@@ -52,7 +52,7 @@ _SHARD_BYTES = 2 * GB
 
 @dataclass(frozen=True)
 class Size:
-    """What the checkpoint consists of."""
+    """Sizes of the checkpoint."""
 
     vision_layers: int = 7
     language_layers: int = 5

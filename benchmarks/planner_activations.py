@@ -1,4 +1,4 @@
-"""Measures what a training step really allocates on a CPU, beside what the planner says.
+"""The bytes that a training step really allocates on a CPU, beside those of the planner.
 
     python -m benchmarks.planner_activations benchmarks/results/planner_activations_cpu.json
 

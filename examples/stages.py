@@ -1,4 +1,4 @@
-"""Runs an example's stages as processes: several at a time where they may, each with a log and a line of progress."""
+"""The stages of an example as processes: several at a time where they may, each with a log and a line of progress."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Running:
 
 
 class StageRunner:
-    """Runs stages below one folder and remembers which are done.
+    """A runner of stages below one folder, which remembers the finished ones.
 
     A finished stage leaves `stages/NAME.json` with its command and its seconds. The same command is not run again;
     another command under the same name is an error, because later stages were made from the old result.

@@ -17,7 +17,7 @@ _NAME_OPTION = "--name"
 
 @dataclass(frozen=True)
 class Command:
-    """What can be run.
+    """A command of the list.
 
     Example: Command("write the report of a run", lambda arguments: print("report.html")).
     """

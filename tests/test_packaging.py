@@ -1,4 +1,4 @@
-"""What is installed, what is shipped, and what the launch files promise."""
+"""The installed packages, the shipped files, and the promises of the launch files."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What crosses a boundary: which columns are a response's, and what says that a sample is fresh."""
+"""The types at a boundary: the columns of a response, and the mark of a fresh sample."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Pretrain the demo's vision tower, a small InternViT, on single handwritten digits.
+"""The pretraining of the demo's vision tower, a small InternViT, on single handwritten digits.
 
 The result is an ordinary HF folder (`internvl_vision`) of the 300M family: LayerNorm, qkv bias, no QK norm. Every
 patch learns to name the digit it is part of, on augmented tiles of the training split and on thumbnails of two of

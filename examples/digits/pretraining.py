@@ -1,4 +1,4 @@
-"""The optimizers, schedule and progress line with which the demo's two components are pretrained."""
+"""The optimizers, schedule and progress line of the demo's two pretrained components."""
 
 from __future__ import annotations
 

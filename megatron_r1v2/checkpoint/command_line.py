@@ -73,7 +73,7 @@ def byte_count(text: str) -> int:
     """Read a size such as 5GB.
 
     Raises:
-        argparse.ArgumentTypeError: the text is no size.
+        argparse.ArgumentTypeError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
     unit = match[2] if match else "?"

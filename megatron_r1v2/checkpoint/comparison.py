@@ -1,4 +1,4 @@
-"""Checks that one checkpoint is undamaged, and that two of any kind hold the same model, tensor by tensor."""
+"""The verification of one checkpoint, and the comparison of two of any kind, tensor by tensor."""
 
 from __future__ import annotations
 

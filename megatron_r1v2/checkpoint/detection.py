@@ -13,7 +13,7 @@ from megatron_r1v2.checkpoint.trained_parts import PARTS_FILE, read_parts
 
 
 def open_checkpoint(path: Path, base: Path | None = None) -> tuple[str, SourceSpec]:
-    """Find out what kind of checkpoint a path names.
+    """Determine the kind of checkpoint that a path names.
 
     Args:
         base: the model that it was made from, where that is needed; None: the one that a run's recipe names.

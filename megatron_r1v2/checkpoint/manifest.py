@@ -86,7 +86,7 @@ class Manifest:
 
     @classmethod
     def of(cls, folder: Path) -> Manifest | None:
-        """Return the manifest of a folder; None: it has none."""
+        """Return the manifest of a folder, or None where there is no such file."""
         return cls(folder) if (folder / MANIFEST).is_file() else None
 
     def check_tensor(self, name: str, tensor: torch.Tensor) -> None:
@@ -111,7 +111,7 @@ class Manifest:
             weights: also read the large ones.
 
         Raises:
-            ValueError: one is missing or another.
+            ValueError: a file is missing, or differs.
         """
         for name in self.files:
             if self.find_damage(name, read=weights or not _is_large(self.path.parent / name)):

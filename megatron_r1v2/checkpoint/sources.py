@@ -77,7 +77,7 @@ class Source(ABC):
 
 
 class SourceSpec(Protocol):
-    """How to open a source, in any process."""
+    """The description of a source, by which any thread can open it."""
 
     def open(self) -> Source:
         """Open it; whatever is wrong with names, shapes and headers is found here."""

@@ -1,4 +1,4 @@
-"""The trained parts of a run alone, as a folder of their own, and put over the model that they were trained on."""
+"""The trained parts of a run as a folder of their own, and the whole model made of them and their base."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_parts(folder: Path) -> TrainedParts:
     """Read the description that `export_parts` wrote.
 
     Raises:
-        ValueError: the folder is not of `parts export`, or of one of another version.
+        ValueError: `parts export` did not write the folder, or wrote it in another version.
     """
     path = folder / PARTS_FILE
     if not path.is_file():

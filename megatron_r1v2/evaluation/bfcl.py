@@ -19,7 +19,7 @@ _REASONING_ENDS = "</think>"
 
 
 class ServedHandler(OpenAICompletionsHandler):
-    """Asks the server in OPENAI_BASE_URL and parts reasoning from answer."""
+    """A handler that asks the server in OPENAI_BASE_URL and separates reasoning from answer."""
 
     def _parse_query_response_prompting(self, api_response: object) -> dict[str, object]:
         parsed: dict[str, object] = super()._parse_query_response_prompting(api_response)

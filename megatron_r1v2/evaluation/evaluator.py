@@ -1,4 +1,4 @@
-"""Generates and scores responses to an evaluation set, over all replicas."""
+"""The responses of a model to an evaluation set, generated and scored over all replicas."""
 
 from __future__ import annotations
 

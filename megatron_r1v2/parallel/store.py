@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 
 
 class KeyValueStore(Protocol):
-    """What is used of torch's stores, whose stubs know only some of it."""
+    """The interface of torch's stores, as far as it is used: their stubs lack parts of it."""
 
     timeout: timedelta
 

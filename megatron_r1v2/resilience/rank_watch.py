@@ -157,7 +157,7 @@ class RankWatch:
 
 
 class _Changes:
-    """When the work of each rank last changed, as seen from here."""
+    """The time of each rank's last change of work, as seen from here."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[tuple[str, int] | None, float]] = {}

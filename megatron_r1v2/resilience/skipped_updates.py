@@ -18,7 +18,7 @@ MAX_IN_A_ROW = 3
 
 
 class SkippedUpdates:
-    """Keeps the batches of skipped updates, and ends the run when too many in a row are skipped.
+    """A store of the batches of skipped updates, which ends the run when too many in a row are skipped.
 
     Args:
         max_gradient_norm: above which an update is skipped; 0: no bound (train.skip_above_grad_norm).

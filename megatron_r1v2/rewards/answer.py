@@ -1,4 +1,4 @@
-r"""Is the answer in the last `\boxed{}` of a response right?
+r"""The verdict on the answer in the last `\boxed{}` of a response.
 
 Standard library only: the verifier workers import this.
 """

@@ -74,7 +74,7 @@ class Patience:
 
 
 class JsonClient:
-    """Posts JSON and reads JSON; threads may share it.
+    """A client that posts JSON and reads JSON; threads may share it.
 
     Args:
         sleep: waits between attempts; None: until the pause is over or another question has failed.

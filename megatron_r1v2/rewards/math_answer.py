@@ -1,4 +1,4 @@
-"""Are the numbers in a response's box near enough to those of the reference?
+"""The distance of the numbers in a response's box from those of the reference.
 
 Imports math-verify by way of `answers.expressions`; calls of verifier workers name this module to load it beforehand.
 """

@@ -24,7 +24,7 @@ KEY_VARIABLE = "R1V2_REWARD_MODEL_API_KEY"
 
 
 class ScoreEndpoint(str, Enum):
-    """Where a served reward model gives its scores."""
+    """The endpoint that a served reward model gives its scores at."""
 
     pooling = "pooling"
     classify = "classify"
@@ -35,7 +35,7 @@ class ScoringFailed(ServerFailed):
 
 
 class ServedRewardModel:
-    """Asks a server on the leader of a replica and tells the other ranks; a `rewards.model.RewardModel`.
+    """A `rewards.model.RewardModel` on a server, which the leader of a replica asks for all of its ranks.
 
     Args:
         context: decides who asks.

@@ -27,7 +27,7 @@ _KEPT = 8
 
 
 class TextDecoder:
-    """Decodes token by token; the parts put together are the text of all tokens."""
+    """A decoder token by token: the parts put together are the text of all tokens."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode

@@ -31,7 +31,7 @@ _MAX_CHOICES = 128
 
 
 class ChatServer:
-    """Handles requests, all in one event loop.
+    """The handlers of requests, all in one event loop.
 
     Args:
         engine: checks prompts; its steps are run elsewhere.

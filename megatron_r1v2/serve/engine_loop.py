@@ -33,7 +33,7 @@ class Command:
 
 
 class CommandQueue:
-    """Wishes of the web server's thread, until the engine's thread takes all of them as one command."""
+    """The requests of the web server's thread, until the engine's thread takes all of them as one command."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

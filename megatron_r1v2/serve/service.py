@@ -58,7 +58,7 @@ class PendingResponses:
 
 
 class Service:
-    """Knows every response under way; the web server's event loop calls all but `deliver` and `give_up`.
+    """The responses under way; the web server's event loop calls all but `deliver` and `give_up`.
 
     Args:
         capacity: responses that may be under way or wait.

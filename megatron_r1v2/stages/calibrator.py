@@ -24,7 +24,7 @@ _RELAX = 0.05
 
 
 class Calibrator:
-    """Moves one value between the recipe's and a bound, by measured hallucination rates."""
+    """A value that moves between the recipe's and a bound, by measured hallucination rates."""
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ def _counting_from(done: int, show: Callable[[int], None]) -> Callable[[int], No
 
 
 class PairMaker:
-    """Makes pairs of prompts: samples responses, scores them, chooses.
+    """A maker of preference pairs: it samples responses to prompts, scores them, and chooses.
 
     Args:
         pool: answer checkers, on the leader of each replica.

@@ -20,7 +20,7 @@ _ABANDON, _PUBLISH, _GO_ON = "abandon the step", "publish the checkpoint", "go o
 
 
 class PreemptionHandler:
-    """Polls for signals between the phases of a step and within them, and publishes checkpoints that are written.
+    """The poll for signals between and within the phases of a step, and the publication of written checkpoints.
 
     Args:
         stop_signals: already listening.

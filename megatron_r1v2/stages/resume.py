@@ -58,7 +58,7 @@ def resume(
     """Collective over the world: restore policy and stream.
 
     Args:
-        folder: a finished checkpoint; None: there is none, and nothing is done.
+        folder: a finished checkpoint; None: nothing is done.
         policy: its weights, optimizer and schedule are overwritten.
 
     Raises:

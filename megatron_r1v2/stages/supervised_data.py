@@ -22,7 +22,7 @@ Units = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class ResponseEncoder:
-    """Turns responses that are given as text into samples."""
+    """An encoder of responses that are given as text."""
 
     tokenizer: ChatTokenizer
     end: str

@@ -20,7 +20,7 @@ class ValidationResult:
 
 
 class Validation:
-    """Evaluates every few steps, feeds the calibrator, and checks the goal of the stage."""
+    """An evaluation every few steps, which feeds the calibrator and checks the goal of the stage."""
 
     def __init__(self, session: Session, evaluator: Evaluator, calibrator: Calibrator | None = None) -> None:
         """Read the validation split, when there is one.

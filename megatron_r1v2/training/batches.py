@@ -1,4 +1,4 @@
-"""Samples to padded microbatches."""
+"""The way from samples to padded microbatches."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def split_into_microbatches(
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How samples are laid out as the rows of a batch."""
+    """The layout of samples as rows of a batch."""
 
     pad_id: int
     """The token that fills rows."""

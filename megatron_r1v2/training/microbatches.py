@@ -21,7 +21,7 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Microbatcher:
-    """Makes microbatches of samples for one model and layout."""
+    """A maker of microbatches for one model and layout."""
 
     settings: TrainConfig
     rows: RowFormat

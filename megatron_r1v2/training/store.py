@@ -306,7 +306,7 @@ def load_weights(model: R1V2Model, folder: Path) -> list[Part]:
     """Collective over the world: load the parts that a checkpoint holds; the rest of the model stays as it is.
 
     Raises:
-        ValueError: the checkpoint is of a reward model and the model is none, or of a model of other sizes.
+        ValueError: the checkpoint is of a reward model and the model is a policy, or the sizes differ.
     """
     parts = [Part(name) for name in load_state(folder)["parts"]]
     if Part.score in parts and not model.is_reward_model:

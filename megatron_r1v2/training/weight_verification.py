@@ -26,7 +26,7 @@ GATE_TOKENS = 8
 
 
 class WeightVerifier:
-    """Compares checksums of the weights; frozen parts must keep those that they had at first."""
+    """A check of weights by their checksums; frozen parts must keep those that they had at first."""
 
     def __init__(self, model: R1V2Model, trained: Iterable[Part], context: ParallelContext) -> None:
         """Note which parts are frozen."""

@@ -1,4 +1,4 @@
-"""What a conversion does when sources, disk and what it has written already are not as they should be."""
+"""Conversions whose sources, disk or earlier output are not as they should be."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_a_source_is_never_the_output(converted, tool, capsys):
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_names_and_shapes_are_those_of_megatron_core(context, tmp_path, variant):
-    """What the model itself would save, key for key."""
+    """The keys are those that the model itself would save."""
     tiny_hf_model(tmp_path / "hf", dtype=torch.bfloat16, **VARIANTS[variant])
     model, ranks = build(str(tmp_path / "hf"), tensor=1, pipeline=1)
     load_hf_weights(model, tmp_path / "hf", ranks)

@@ -1,4 +1,4 @@
-"""Which sizes of a language model a layout divides; plain numbers, so that each rule is met alone."""
+"""The sizes of a language model that a layout divides; plain numbers, so that each rule is met alone."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What each stage reads, needs and refuses."""
+"""The settings that each stage reads, needs and refuses."""
 
 import pytest
 from pydantic import ValidationError

@@ -1,4 +1,4 @@
-"""What is checked when a command starts: files, libraries, devices, and sizes that must fit the model."""
+"""The checks at the start of a command: files, libraries, devices, and sizes that must fit the model."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What is accepted and why a value is refused, in words."""
+"""The words for accepted values, and for refused ones."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What becomes of a sample, and of a prompt whose images are taken away."""
+"""Samples as prompts, and prompts whose images are taken away."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gave; gradients and log-probs on the main rank and empty elsewhere."""
+    """The result of a step; gradients and log-probs on the main rank and empty elsewhere."""
 
     metrics: dict[str, float]
     gradients: dict[str, torch.Tensor]

@@ -55,7 +55,7 @@ TWO_RANKS = {
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds, counted in elements."""
+    """The state on one rank, counted in elements."""
 
     parameters: dict[str, int]
     """By part."""

@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Expected:
-    """What autograd gave."""
+    """The results of autograd."""
 
     loss: float
     scores: dict[str, float]

@@ -177,7 +177,7 @@ def trained_gradients(material: Material, parts: tuple[str, ...]) -> dict[str, t
 
 
 def check_gradients(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Hold every gradient against the expected one, within 1e-5 of its largest entry."""
+    """Compare every gradient with the expected one, within 1e-5 of its largest entry."""
     assert got.keys() == expected.keys()
     wrong = {}
     for name, gradient in expected.items():

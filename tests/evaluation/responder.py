@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Responder:
-    """What the server does and what it was asked.
+    """A server with a script, and the requests that it got.
 
     Args:
         answer: body -> text, dict (a whole answer), int (an HTTP status), (status, what is told), or bytes (sent as

@@ -28,7 +28,7 @@ def prompt(key: str) -> Prompt:
 
 
 class ScriptedEngine:
-    """Answers "8" in run 0 and "nine" in run 1, for odd prompts; takes prompts from the queue it is given."""
+    """An engine that answers "8" in run 0 and "nine" in run 1, for odd prompts of the queue that it is given."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []

@@ -1,4 +1,4 @@
-"""What a judge is asked and told, and how its words are read."""
+"""The questions to a judge, and the reading of its words."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the makers share: options from settings, sets of rows, an output that is left alone."""
+"""The common part of the makers: options from settings, sets of rows, an output that is left alone."""
 
 from __future__ import annotations
 

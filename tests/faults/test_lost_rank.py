@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def test_a_lost_rank_is_named_with_what_it_was_doing(
     root: Path, tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
-    """Where it is the first one, which has the store that the others would read, the other says what it does itself."""
+    """The first rank has the store that the others would read: without it, the other reports its own work."""
     ranks = Ranks(recipe_for(root, tmp_path / "run", SETTINGS), 2)
     kept = tmp_path / "run" / "unfinished"
     # Both generate step 2 then: they share its prompts, and the first is done.

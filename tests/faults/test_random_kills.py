@@ -40,7 +40,7 @@ KINDS = ("line", "generation", "rollout", "save", "manifest", "published")
 
 @dataclass(frozen=True)
 class Point:
-    """When to kill: `delay` seconds after something of a step is seen on the disk."""
+    """A time to kill: `delay` seconds after something of a step is seen on the disk."""
 
     kind: str
     step: int

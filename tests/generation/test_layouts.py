@@ -29,7 +29,7 @@ TIGHT = {"max_tokens_per_step": 64, "max_requests": 8, "kv_cache_gib": 0.0003}
 
 
 class CountingQueue(SharedPromptQueue):
-    """Counts what this replica has taken."""
+    """A queue that counts the prompts that this replica has taken."""
 
     taken = 0
 
@@ -158,7 +158,7 @@ def test_training_follows_a_rollout_under_sequence_parallelism(results):
 
 
 def test_overlapped_parameter_gather_needs_a_sync_before_generation(results):
-    """What RolloutEngine's docstring warns of is real, and the call it names heals it."""
+    """The warning in RolloutEngine's docstring is real, and the call that it names is the remedy."""
     for rank in results[1]:
         assert rank["stale weights"]["before"] > 1e-3
         assert rank["stale weights"]["after"] == 0

@@ -1,4 +1,4 @@
-"""What the tests of generation/ share: a small model whose weights do not depend on the layout, and prompts for it."""
+"""The common part of tests/generation/: a small model whose weights do not depend on the layout, and prompts for it."""
 
 from __future__ import annotations
 

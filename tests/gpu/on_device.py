@@ -1,4 +1,4 @@
-"""What the GPU tests run in processes of their own; every tensor comes back on the CPU."""
+"""The functions that the GPU tests run in processes of their own; every tensor comes back on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the planner says of activations beside what the GPU's allocator saw."""
+"""The planner's activations beside those that the GPU's allocator saw."""
 
 from __future__ import annotations
 

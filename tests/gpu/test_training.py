@@ -54,7 +54,7 @@ def test_a_step_in_fp32_is_that_of_the_cpu(name, inputs):
 
 @pytest.fixture(scope="module")
 def noise(inputs) -> dict[str, float]:
-    """How far bf16 is from fp32 on the CPU, in transformers."""
+    """Return the distance of bf16 from fp32 on the CPU, in transformers."""
     return errors(transformers_in_bf16(*inputs), inputs[1])
 
 

@@ -1,4 +1,4 @@
-"""What a run writes: lines that survive a kill, and services that are on only when they are asked for."""
+"""The files of a run: lines that survive a kill, and services that are on only when they are asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the planner share: the 38B recipe on its cluster, and a model small enough to count by hand."""
+"""The common part of tests/planning/: the 38B recipe on its cluster, and a model small enough to count by hand."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Where the sizes of a plan come from: known models, files, folders, and words for what is missing."""
+"""The origin of the sizes of a plan: known models, files, folders, and words for what is missing."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a chart draws, read back from its SVG."""
+"""The curves of a chart, read back from its SVG."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_a_long_run_is_thinned_to_the_width_of_the_picture():
 
 
 def test_the_phases_of_the_report_add_up_to_the_step(monkeypatch):
-    """What preemption leaves is no phase: it may be hundreds of seconds, and below zero."""
+    """The lead that preemption leaves is not a phase: it may be hundreds of seconds, and below zero."""
     (chart,) = (chart for section in SECTIONS for chart in section.charts if chart.stacked)
     stacked = {}
 

@@ -27,7 +27,7 @@ from megatron_r1v2.resilience.files import (
 
 
 class Killed(BaseException):
-    """What stands for SIGKILL where the process shall go on: nothing catches it."""
+    """A stand-in for SIGKILL where the process must go on: nothing catches it."""
 
 
 def write_half(path: Path) -> None:

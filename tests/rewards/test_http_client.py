@@ -1,4 +1,4 @@
-"""What a server does in the middle of an answer, and what the client makes of it."""
+"""Servers that fail in the middle of an answer, and the client's response."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""Who is asked what in a replica of two ranks: a reward model on both, the workers on the leader."""
+"""The division of work in a replica of two ranks: a reward model on both, the workers on the leader."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which responses become pairs: worked out by hand, and what holds whatever the responses are."""
+"""The choice of pairs: worked out by hand, and properties that hold for any responses."""
 
 from __future__ import annotations
 

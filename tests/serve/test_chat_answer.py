@@ -1,4 +1,4 @@
-"""What is sent of a response: whole characters, nothing of a stop string, each token's log-prob once; and the JSON."""
+"""The text sent of a response: whole characters, nothing of a stop string, each token's log-prob once; and the JSON."""
 
 from __future__ import annotations
 

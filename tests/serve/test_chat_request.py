@@ -1,4 +1,4 @@
-"""Which requests are taken, and what is told of those that are not."""
+"""Accepted requests, and the messages for refused ones."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 
 class CountingEngine:
-    """Gives each request as many tokens as it asks for, one a step; keeps what it was told."""
+    """An engine that gives each request as many tokens as it asks for, one a step, and keeps its commands."""
 
     def __init__(self) -> None:
         self.told: list[tuple] = []

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: settings, a process to run in or to kill, and everything a checkpoint holds."""
+"""The common part of tests of whole runs: settings, a process to run in or to kill, and the content of checkpoints."""
 
 from __future__ import annotations
 

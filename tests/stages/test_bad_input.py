@@ -1,4 +1,4 @@
-"""What a user may get wrong ends each entry point with one message and code 2, and changes nothing on disk."""
+"""A user's mistake ends each entry point with one message and code 2, and changes nothing on disk."""
 
 from __future__ import annotations
 

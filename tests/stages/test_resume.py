@@ -50,7 +50,7 @@ ONE_RANK = (*SETTINGS, *BF16)
 
 
 def assert_is_worth_comparing(run: Path) -> None:
-    """Hold that the weights moved, and that replayed samples took part before and after the kills."""
+    """Check that the weights moved, and that replayed samples took part before and after the kills."""
     metrics = read_metrics(run)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert metrics[2]["ssb/replayed"] > 0
@@ -62,7 +62,7 @@ def assert_is_worth_comparing(run: Path) -> None:
 
 
 class Restarts:
-    """Starts a run again and again, and holds that it goes on from the newest checkpoint."""
+    """Repeated starts of a run, with a check that each goes on from the newest checkpoint."""
 
     def __init__(self, recipe: GrpoRecipe, world_size: int) -> None:
         self.recipe = recipe

@@ -27,7 +27,7 @@ Config = Mapping[str, object]
 
 @dataclass(frozen=True)
 class _Family:
-    """What the HF configuration of a family implies without saying it."""
+    """The facts of a family of language models that its HF configuration leaves out."""
 
     config: type[PreTrainedConfig]
     qkv_bias: bool = False

@@ -28,15 +28,15 @@ _AS_TEXT = (
 
 
 def with_image_parts(template: str) -> str:
-    """Return a chat template that writes `<IMG_CONTEXT>` for an image in a message; one that does so as it is."""
+    """Return a chat template that writes `<IMG_CONTEXT>` for an image, unchanged where it already does."""
     return template if IMAGE_TOKEN in template else _AS_TEXT + template
 
 
 def give_image_parts(folder: Path) -> None:
-    """Change every chat template of a folder, in whichever file it is, to one that takes images.
+    """Change every chat template of a folder, in whichever file, to one that takes images.
 
     Raises:
-        ValueError: a template is no text.
+        ValueError: a template is not a text.
     """
     for path in sorted(folder.glob("chat_template*.jinja")):
         write_file(path, with_image_parts(path.read_text(encoding="utf-8")))

@@ -52,7 +52,7 @@ _TOKENIZERS = frozenset(("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 @dataclass(frozen=True)
 class Components:
-    """What the whole model is spliced from, and how."""
+    """The parts that a whole model is spliced from, and the choices of the splicing."""
 
     vision: Path
     """Folder of an InternViT as transformers saves it (`internvl_vision`) or as OpenGVLab published it
@@ -132,7 +132,7 @@ def check_companions(source: Path) -> None:
     """Refuse what lies beside the weights if it is damaged, before the weights are looked at.
 
     Raises:
-        ValueError: a JSON file is none, or the tokenizer is missing or cannot be loaded.
+        ValueError: a file is not valid JSON, or the tokenizer is missing or cannot be loaded.
     """
     check_folder(source)
     files = companion_files(source)

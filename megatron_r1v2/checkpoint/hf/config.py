@@ -68,10 +68,10 @@ _DEFAULT_MAX_TILES = 12
 
 
 def layout_of(config: Config) -> Layout:
-    """Return which layout a config.json belongs to.
+    """Return the layout of a config.json.
 
     Raises:
-        ValueError: to neither.
+        ValueError: it has neither.
     """
     model_type = config.get("model_type")
     if model_type == "internvl":

@@ -77,7 +77,7 @@ class SafetensorsFolder:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Release the mapped files."""
         self._tensors.clear()
 
     def names(self) -> list[str]:
@@ -88,7 +88,7 @@ class SafetensorsFolder:
         """Read one tensor.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no tensor of this name.
         """
         if name not in self._tensors:
             raise ValueError(f"{self.folder} has no tensor {name!r}")
@@ -98,7 +98,7 @@ class SafetensorsFolder:
         """Return shape and dtype of one tensor, without reading it.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no tensor of this name.
         """
         return tensor_info(self.tensor(name))
 

@@ -14,7 +14,7 @@ import torch
 
 
 class Operation(Protocol):
-    """How one of our parameters and its Hugging Face tensors are made from each other."""
+    """A way to make one of our parameters from its Hugging Face tensors, and these from it."""
 
     def to_shard(self, tensors: Sequence[torch.Tensor], *, tensor_rank: int, tensor_size: int) -> torch.Tensor:
         """Return what rank `tensor_rank` of `tensor_size` holds.

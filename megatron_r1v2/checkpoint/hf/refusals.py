@@ -1,4 +1,4 @@
-"""Folders that look like a model and are none that can be read: each refused by what it is, with what to do."""
+"""Refusals of folders that hold no readable model: LoRA adapters, quantized weights, a name on the hub."""
 
 from __future__ import annotations
 

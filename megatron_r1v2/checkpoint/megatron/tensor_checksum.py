@@ -1,4 +1,4 @@
-"""The number that one tensor adds to the checksum of its part; see `weight_checksums`, which sums over ranks."""
+"""The checksum of one tensor, the same for every sharding; `weight_checksums` sums it over tensors and ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tensor_checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a number mixed from the bits of each element, whatever their order, and the name; zeros count zero.
+    """Compute a sum over the elements, of a number mixed from the bits of each and the name; zeros add nothing.
 
     Args:
         tensor: any shape; its dtype matters.

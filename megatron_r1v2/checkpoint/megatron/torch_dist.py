@@ -224,7 +224,7 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata`, a pickle, without calling anything but descriptions of tensors."""
+    """An unpickler for `.metadata` that calls nothing but descriptions of tensors."""
 
     def find_class(self, module: str, name: str) -> object:
         if name not in METADATA_NAMES.get(module, ()):

@@ -119,7 +119,7 @@ class _Description(NamedTuple):
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
-    """Reads `data.pkl`, which may describe a tensor and call nothing."""
+    """An unpickler for `data.pkl`, which may describe a tensor and call nothing."""
 
     def find_class(self, module: str, name: str) -> object:
         if module == REBUILD_MODULE and name in REBUILD_NAMES:
@@ -141,7 +141,7 @@ _StoragePlace = tuple[str, type, str, str, int]
 
 
 class _DescriptionPickler(pickle.Pickler):
-    """Writes `data.pkl` as torch.save does: the tensor, and a name for its storage."""
+    """A pickler of `data.pkl` as torch.save writes it: the tensor, and a name for its storage."""
 
     def __init__(self, buffer: io.BytesIO, info: TensorInfo) -> None:
         super().__init__(buffer, protocol=2)

@@ -1,6 +1,7 @@
 """Questions and images of shards, for `shards.yaml`.
 
-Imports nothing of this package: lm-eval has an environment of its own.
+Imports nothing of this package, whose reader of shards needs energon and torch: lm-eval has an environment of its own,
+without either. So it opens the tar files itself.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class Row(TypedDict):
 
 
 def load(shards: str = "", **_: object) -> dict[str, Dataset]:
-    """Read the questions; the images stay where they are until they are asked about.
+    """Read the questions; an image is read from its shard when its question is asked.
 
     Args:
-        shards: folder of shards, by `--metadata '{"shards": "FOLDER"}'`; lm-eval tells more of which nothing is needed.
+        shards: folder of shards, by `--metadata '{"shards": "FOLDER"}'`; lm-eval passes more, which is ignored.
 
     Returns:
         {"test": rows of key, question, answer and images: each the shard's path, offset and length}.

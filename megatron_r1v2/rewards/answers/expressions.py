@@ -1,4 +1,4 @@
-r"""Are two expressions equal? math-verify parses and judges them; what is constant is compared to fifteen digits.
+r"""The equality of two expressions: math-verify parses and judges them, constants are compared to fifteen digits.
 
 The one module that imports math-verify (half a second); loaded when first needed. Its own time limits are off: they use
 SIGALRM, which works in a main thread only and cannot stop a computation inside C. `VerifierPool` holds the limit from

@@ -14,7 +14,7 @@ _MAX_UNIT_CHARACTERS = 60
 
 
 class Unit(NamedTuple):
-    """What a number counts.
+    """A unit that a number counts.
 
     Example: "km/h" is Unit({"length": 1, "time": -1}, Fraction(1000, 3600)).
     """

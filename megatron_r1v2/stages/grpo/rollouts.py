@@ -24,12 +24,12 @@ from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
 class RolloutPhase:
-    """Reads prompts, samples N responses to each and scores them.
+    """The reader of prompts that samples N responses to each and scores them.
 
     Args:
         engine: on the weights in training.
         pool: answer checkers, on the leader of each replica.
-        reward_model: weighed by `reward.model_weight`; None: there is none.
+        reward_model: weighed by `reward.model_weight`; None: no reward model.
     """
 
     def __init__(

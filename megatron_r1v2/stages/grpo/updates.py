@@ -24,7 +24,7 @@ from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 
 class UpdatePhase:
-    """Trains the policy on the samples of a step."""
+    """The training of the policy on the samples of a step."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What lies beside the tensors of a checkpoint: what is none is refused in words."""
+"""The files beside the tensors of a checkpoint, and the refusals of others."""
 
 from __future__ import annotations
 

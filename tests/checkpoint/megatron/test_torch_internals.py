@@ -34,7 +34,7 @@ def globals_of(pickled: bytes) -> set[tuple[str, str]]:
 
 
 class Recorder(pickle.Unpickler):
-    """Notes every name that a pickle imports."""
+    """An unpickler that notes every imported name."""
 
     names: ClassVar[set[tuple[str, str]]] = set()
 

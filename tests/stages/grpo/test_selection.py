@@ -1,4 +1,4 @@
-"""What a step trains on: by hand on one rank, and the same for any split of the responses over ranks."""
+"""The samples that a step trains on: by hand on one rank, and the same for any split of the responses over ranks."""
 
 import io
 from collections.abc import Callable
