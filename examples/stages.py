@@ -123,8 +123,8 @@ class StageRunner:
         if not record.is_file():
             return False
         done = json.loads(record.read_text(encoding="utf-8"))
-        made_by = Fingerprint.of(command=done["command"], recipes=done.get("recipes"))
-        changed = {change.setting for change in _fingerprint(stage).changes_since(made_by)}
+        earlier = Fingerprint.of(command=done["command"], recipes=done.get("recipes"))
+        changed = {change.setting for change in _fingerprint(stage).changes_since(earlier)}
         if changed - {"command"}:
             raise StageError(
                 f"stage {stage.name} was done with another version of its recipe ({', '.join(_recipes(stage))}); "

@@ -46,8 +46,8 @@ class Point:
     step: int
     delay: float
 
-    def is_reached(self, run: Path) -> bool:
-        """Return whether it is time, or later than that: what is only there for a moment may be missed."""
+    def has_come(self, run: Path) -> bool:
+        """Return whether it is time, or later: something that exists for a moment only may be missed."""
         if not finished_checkpoints(run / "checkpoints"):  # the first may still be being written in the background
             return False
         unfinished = run / "unfinished" / f"step-{self.step - 1:08d}"
@@ -83,7 +83,7 @@ def random_points(seed: int) -> list[Point]:
 
 def kill_at(point: Point, ranks: Ranks, run: Path) -> None:
     def due() -> bool:
-        if not point.is_reached(run):
+        if not point.has_come(run):
             return False
         time.sleep(point.delay)
         return True

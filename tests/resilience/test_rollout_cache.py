@@ -110,8 +110,8 @@ def fingerprint(*, version: int = 3, weights: int = 7, stop_ids: tuple[int, ...]
     return rollout_fingerprint(1, version, GenerationConfig(**settings), stop_ids, {"adapter": weights})
 
 
-def share_out(run: str) -> tuple[dict[str, list[Rollout]], list[str], list[str]]:
-    """Two replicas: each saves one of the prompts 0 and 1; three are then asked for."""
+def save_and_load(run: str) -> tuple[dict[str, list[Rollout]], list[str], list[str]]:
+    """Save one of the prompts 0 and 1 on each of two replicas, then load three."""
     context = groups.initialize(ParallelConfig(), seed=1)
     cache = RolloutCache(Path(run), context, enabled=True)
     cache.begin_step(4, fingerprint())
@@ -128,7 +128,7 @@ def share_out(run: str) -> tuple[dict[str, list[Rollout]], list[str], list[str]]
 
 
 def test_what_was_saved_is_dealt_out_to_the_replicas_and_deleted_with_its_step(tmp_path: Path) -> None:
-    first, second = run_ranks(2, share_out, str(tmp_path))
+    first, second = run_ranks(2, save_and_load, str(tmp_path))
     assert first == ({"digits-0": rollouts(0)}, ["digits-2"], ["step-00000004"])
     assert second == ({"digits-1": rollouts(1)}, ["digits-2"], ["step-00000004"])
 
