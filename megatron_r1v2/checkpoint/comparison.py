@@ -148,6 +148,7 @@ def compare(first: SourceSpec, second: SourceSpec, *, workers: int, logits: bool
             identities = tensor_identity(left), tensor_identity(right)
             difference = None
             if identities[0] != identities[1] and left.shape == right.shape:
+                # In float64, where the difference of two smaller floats is exact.
                 difference = float((left.double() - right.double()).abs().max())
             return TensorPair(*identities, difference)
 

@@ -37,7 +37,9 @@ from megatron_r1v2.resilience.files import (
 )
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 
+# For the files beside the weights and for headers, which are not counted.
 _SPARE_BYTES = 64 * 1000**2
+# Each holds a tensor in memory: 1.6 GB where it is the embedding of a 38B model.
 _WORKERS = min(4, os.cpu_count() or 1)
 _BESIDE = f"{PROGRESS}/beside"
 _Stamp = tuple[str, int, int]
@@ -146,7 +148,7 @@ def convert(conversion: Conversion, output: Path, options: RunOptions, companion
     sources = _stamps(conversion.source.files())  # before anything is concluded from their content
     files = conversion.output_files()
     with only_writer(output):
-        restore_replaced(output)
+        restore_replaced(output)  # of a run that was killed between the two renames of its output
         partial = partial_path(output)
         records = _begin(conversion, partial, files, sources)
         _remove_unfinished(partial, records)
@@ -286,6 +288,7 @@ def _write(
     def write(file: OutputFile) -> FileRecord:
         record = conversion.write(file, partial, wrote)
         _check_unchanged(sources)
+        # After the file is on the disk: a record must not outlive a power cut that its file does not.
         _keep_record(partial, file, record)
         return record
 
@@ -296,6 +299,7 @@ def _write(
             ended.result()
         return {name: future.result() for name, future in begun.items()}
     finally:
+        # A thread cannot be killed: each ends itself at its next tensor.
         stopped.set()
         pool.shutdown(cancel_futures=True)
 

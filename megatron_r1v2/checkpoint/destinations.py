@@ -89,6 +89,7 @@ class TorchDistConversion(Conversion):
         """Return the files of records."""
         parameters: list[_Parameter] = []
         with self.source.open() as source:
+            # The chat layout holds every model; that of transformers refuses the first pixel shuffle.
             for row in exported_rows(source.architecture, "chat"):
                 info = tensor_info(_cast(row.ours, source.meta(row.ours), self.dtype))
                 parameters.append((row.ours, ((row.ours, info),)))
@@ -233,6 +234,7 @@ def _cast(ours: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     cast = tensor.to(DTYPES[dtype])
     if cast.is_meta or not cast.numel() or all(bound.isfinite() for bound in cast.aminmax()):
         return cast
+    # What was infinite in the source may stay so.
     finite = tensor[tensor.isfinite()].double()
     if cast.isfinite().sum() < len(finite):
         largest = finite.abs().max().item()

@@ -36,13 +36,14 @@ def _logits_of(spec: SourceSpec, context: ParallelContext) -> torch.Tensor:
         parts = {name.split(".")[0] for name in source.names()}
         if len(parts) < 3:
             raise ValueError(f"logits need a whole model, and one of the two has {', '.join(sorted(parts))} only")
-        # The largest image token id there can be is far below; other sizes would compute something else.
+        # In fp32, so that a difference is one of the weights and not of rounding.
         settings = ComputeSettings(dtype=torch.float32)
         model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
         fill_whole(model, source.parameter)
     generator = torch.Generator().manual_seed(0)
     count = _TEXT_TOKENS + architecture.tokens_per_tile
     token_ids_BS = torch.randint(0, architecture.language.vocab_size, (1, count), generator=generator)
+    # An image token that was drawn by chance would have no embedding.
     token_ids_BS[token_ids_BS == architecture.image_token_id] = 0
     token_ids_BS[0, 4 : 4 + architecture.tokens_per_tile] = architecture.image_token_id
     side = architecture.vision.image_size

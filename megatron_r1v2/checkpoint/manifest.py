@@ -25,6 +25,7 @@ MANIFEST = "checkpoint_manifest.json"
 PROGRESS = ".progress"
 """Folder of an unfinished output, which the manifest leaves out."""
 FORMAT = 3
+# Files up to here are read and compared before every use: it costs milliseconds.
 _SMALL_BYTES = 64 * 1000**2
 _WEIGHTS = (".safetensors", ".distcp")
 
@@ -64,6 +65,7 @@ class Manifest:
             )
         if version != FORMAT:
             raise ValueError(f"{self.path} has version {version!r}; accepted: {FORMAT}. Update megatron_r1v2")
+        # An unknown key may be "tensors" with a flipped bit: no tensor would be compared then.
         if not set(content) <= {"version", "files", "tensors"}:
             raise self._damaged(f"it has the keys {sorted(content)}")
         self.files: dict[str, FileEntry] = self._entries(content, "files", FileEntry)

@@ -279,6 +279,7 @@ class CheckpointSource(Source):
         described, _ = read_hf_config(config)
         self.architecture = folder_architecture(described, config)
         self._dist = TorchDist(spec.folder / TENSORS)
+        # The chat layout holds every model; that of transformers refuses the first pixel shuffle.
         rows = exported_rows(self.architecture, "chat")
         self._rows = {row.ours: row for row in rows}
         self._own = {row.ours for row in rows if row.ours.split(".")[0] in self.parts}
@@ -331,6 +332,7 @@ class CheckpointSource(Source):
             assert self._base is not None
             return self._base.parameter(ours)
         digests = self._manifest if self._manifest is not None and self._manifest.tensors else None
+        # One checksum is enough: the digest covers the bytes that the CRC-32 does.
         tensor = self._dist.read(dist_entry(ours, self.architecture), check_crc=digests is None)
         if digests is not None:
             digests.check_tensor(ours, tensor)
@@ -340,6 +342,7 @@ class CheckpointSource(Source):
         """Take zero heads and vocabulary padding off: through the Hugging Face tensors, which have neither."""
         row = self._rows[ours]
         try:
+            # Without data first: most parameters have no padding, and need no copy.
             plain = row.to_shard(row.to_hf([tensor.to("meta")]), tensor_rank=0, tensor_size=1)
             if tensor.shape == plain.shape:
                 return tensor

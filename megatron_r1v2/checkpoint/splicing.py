@@ -231,5 +231,6 @@ def _grown(matrix: torch.Tensor, num_rows: int) -> torch.Tensor:
     missing = num_rows - matrix.shape[0]
     if missing <= 0:
         return matrix
+    # In fp32: a sum of 150,000 rows in bf16 would stop growing.
     mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
     return torch.cat([matrix, mean.expand(missing, -1)])

@@ -106,6 +106,7 @@ def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:
         # megatron-core accepts whole minutes only.
         distributed_timeout_minutes=max(1, int(settings.timeout_minutes)),
     )
+    # One seed for all: megatron-core derives that of each tensor-parallel rank from it.
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return current_context(device)
 

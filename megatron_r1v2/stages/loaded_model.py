@@ -179,6 +179,7 @@ def load_model(
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recompute)
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
+    # model.precision decides the dtype, whatever the folder's is.
     load_hf_weights(model, hf_path, context, layout=layout, cast=True)
     # A checkpoint holds only the parts that some stage has trained: the others come from the HF folder.
     changed, version = [], 0

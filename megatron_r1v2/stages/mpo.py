@@ -189,6 +189,7 @@ class MpoStage:
     def _with_reference(self, batch: TrainingBatch, names: Sequence[str]) -> TrainingBatch:
         if not self.needs_reference:
             return batch
+        # float64: small differences between sums over thousands of tokens are what the loss is about.
         sums = [self.reference[name] for name in names]
         return replace(
             batch, reference_sums_B=torch.tensor(sums, dtype=torch.float64, device=batch.token_ids_BS.device)

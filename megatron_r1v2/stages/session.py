@@ -169,6 +169,7 @@ def open_session(
         open_model(recipe, score_head=stage == "reward_model", recompute=recipe.train.recompute) as loaded,
         ExitStack() as at_the_end,
     ):
+        # Before DDP wraps the model: a frozen parameter must get no gradient buffer.
         freeze_all_but(loaded.model, recipe.train.parts)
         # Before a checkpoint of this stage is loaded: the reference is what the stage starts from.
         reference = ReferenceWeights(loaded.model) if keep_reference else None

@@ -31,6 +31,7 @@ class Validation:
         settings = session.recipe.evaluation
         self.session = session
         preemption = session.preemption
+        # A signal must be heard, and a lost rank named, in a long validation too.
         self.evaluator = replace(
             evaluator, progress=preemption.poll_between_engine_steps, wait_for_all=preemption.wait_for_all
         )

@@ -108,6 +108,7 @@ class CheckpointStore:
         self.context = context
         if context.is_main and folder.is_dir():
             remove_leftovers(folder, "step-*")  # half-written checkpoints of an interrupted run, and half-deleted ones
+        # A persistent worker process hangs in megatron-core 0.16.1.
         self._queue = AsyncCallsQueue(persistent=False)
         self._written: tuple[Path, float | None] | None = None
         best = [_read_best(folder)]
@@ -243,6 +244,7 @@ class CheckpointStore:
         sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
         check_shapes(sharded["model"], folder)
         if trains_here(optimizer):
+            # is_loading: each rank asks for what it needs; otherwise one would be sent everything, as for saving.
             sharded["optimizer"] = optimizer.sharded_state_dict(
                 sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
             )

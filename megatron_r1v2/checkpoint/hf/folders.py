@@ -188,7 +188,9 @@ def copy_companions(source: Path | str, folder: Path) -> None:
 
 def with_dtype(config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> JsonObject:
     """Return a config.json that names the weights' own dtype, in which transformers loads them by default."""
+    # The widest: transformers would round the others to a narrower one.
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    # With auto_map, transformers would ask for the remote code that is left behind.
     changed = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "auto_map")}
     # The readers of the chat layout (remote code, vLLM) know only the older name.
     key = "torch_dtype" if config.get("model_type") == "internvl_chat" else "dtype"

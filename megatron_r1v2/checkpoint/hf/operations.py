@@ -80,6 +80,7 @@ class Split:
         if padded_size % tensor_size:
             raise ValueError(f"{padded_size} entries cannot be split over parallel.tensor={tensor_size}")
         length = padded_size // tensor_size
+        # The last ranks may hold nothing but padding.
         start = min(tensor_rank * length, size)
         shard = tensor.narrow(self.dim, start, min(length, size - start))
         missing = length - shard.shape[self.dim]

@@ -64,6 +64,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; copy the checkpoint again, with all its files")
     try:
+        # Tensors and plain values only: a pickle of other origin could run anything.
         state = torch.load(path, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {str(error)[:200]}; copy the checkpoint again") from error

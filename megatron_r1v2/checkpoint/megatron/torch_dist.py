@@ -104,12 +104,11 @@ class TorchDist:
         Raises:
             ValueError: a part is missing, or its record is damaged.
         """
-        info = self.info(entry)
-        first = () if entry.layer is None else (entry.layer,)
+        info, layer = self.info(entry), entry.layer
         found: list[tuple[Sequence[int], Sequence[int], torch.Tensor]] = []
         for chunk, storage in self._chunks[entry.key]:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            if first and not offsets[0] <= entry.layer < offsets[0] + sizes[0]:  # type: ignore[operator]
+            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
                 continue
             tensor = self._record(storage, check_crc=check_crc)
             if tuple(tensor.shape) != sizes or tensor.dtype != info.dtype:
@@ -117,8 +116,8 @@ class TorchDist:
                     f"{self.folder / storage.relative_path}: a part of {entry.key} is {tensor.dtype} "
                     f"{list(tensor.shape)} where {info.dtype} {list(sizes)} is announced"
                 )
-            if first:
-                tensor, offsets, sizes = tensor[entry.layer - offsets[0]], offsets[1:], sizes[1:]  # type: ignore[operator]
+            if layer is not None:
+                tensor, offsets, sizes = tensor[layer - offsets[0]], offsets[1:], sizes[1:]
             found.append((offsets, sizes, tensor))
         if len(found) == 1 and found[0][1] == info.shape:
             return found[0][2]
@@ -219,6 +218,7 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
         )
     metadata = Metadata(state_dict_metadata=dict(arrays), storage_data=storage)
     write_file(folder / METADATA, pickle.dumps(metadata))
+    # Empty, as every entry is a tensor; megatron-core does not load a checkpoint without the file.
     torch.save({}, folder / "common.pt")
     write_file(folder / "metadata.json", json.dumps({**_FORMAT, **_COMMON}))
 
