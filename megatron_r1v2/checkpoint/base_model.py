@@ -19,7 +19,7 @@ from megatron_r1v2.checkpoint.tensor_files import in_threads
 
 
 def recipe_base(checkpoint: Path) -> Path | None:
-    """Return the Hugging Face folder that a run's recipe names; None: it names none that exists, or needs none."""
+    """Return the Hugging Face folder that a run's recipe names; None where it is missing or not needed."""
     if (checkpoint / HF_IN_CHECKPOINT / "config.json").is_file():
         return None
     named = _named_base(checkpoint)

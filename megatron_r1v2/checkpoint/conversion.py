@@ -163,7 +163,7 @@ def convert(conversion: Conversion, output: Path, options: RunOptions, companion
             companions.finish(partial, {file.name: records[file.name] for file in files})
             _check_unchanged(sources)
         except ValueError:
-            # The sources are at fault: what was made of them is of no use to a later run.
+            # The sources are wrong: a later run must not go on with files that were made of them.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(partial / PROGRESS)
@@ -171,7 +171,7 @@ def convert(conversion: Conversion, output: Path, options: RunOptions, companion
 
 
 def _prepare(companions: CompanionFiles, partial: Path, files: Sequence[OutputFile], *, keep: bool) -> None:
-    """Make the companions out of sight until the weights are finished: an output shall not look finished before."""
+    """Make the companion files in a hidden folder: an output must not look finished before its weights are."""
     shutil.rmtree(partial / _BESIDE, ignore_errors=True)
     (partial / _BESIDE).mkdir()
     try:
@@ -191,7 +191,7 @@ def _check_links(conversion: Conversion, output: Path) -> None:
 
 
 def _stamps(paths: Sequence[Path]) -> list[_Stamp]:
-    """Return what changes when a file does."""
+    """Return path, size and time of the last change of each file."""
     stats = [(path.resolve(), path.stat()) for path in paths]
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
@@ -250,7 +250,7 @@ def _record_path(partial: Path, file: OutputFile) -> Path:
 
 
 def _read_record(path: Path) -> dict[str, object] | None:
-    """Return a record; None: there is none, or the machine stopped while it was written."""
+    """Return a record, or None where it is missing or half written."""
     try:
         return read_json(path)
     except ValueError:

@@ -80,11 +80,11 @@ class SourceSpec(Protocol):
     """The description of a source, by which any thread can open it."""
 
     def open(self) -> Source:
-        """Open it; whatever is wrong with names, shapes and headers is found here."""
+        """Open it, and check names, shapes and headers."""
         ...
 
     def files(self) -> list[Path]:
-        """Return the files that it reads: they must not change while a conversion goes on."""
+        """Return the files that it reads, which must not change during a conversion."""
         ...
 
 

@@ -41,7 +41,7 @@ class Completion:
     """
 
     text: str
-    """Reasoning and answer with `</think>` between them as the model writes it, also where the server parts them."""
+    """Reasoning and answer with `</think>` between them as the model writes it, also where the server splits them."""
     answer: str
     """The text behind the reasoning: all of it without reasoning, nothing where the reasoning has no end."""
     finish_reason: str
@@ -206,7 +206,7 @@ def read_completion(answer: object) -> Completion:
     text = content or ""
     reply = text.rpartition(_REASONING_ENDS)[2]
     if isinstance(reasoning, str) and reasoning:
-        # A server that parts them and tells no content at all has seen no end of the reasoning.
+        # A server that separates them and sends no content has seen no end of the reasoning.
         text = reasoning if content is None else f"{reasoning}{_REASONING_ENDS}{text}"
     tokens = read.usage.get("completion_tokens") if isinstance(read.usage, dict) else None
     return Completion(text, reply, choice.finish_reason, tokens if isinstance(tokens, int) else None)

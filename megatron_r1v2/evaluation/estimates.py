@@ -94,6 +94,6 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def budgets(num_responses: int) -> list[int]:
-    """Return the k that Pass@k and maj@k are told for: powers of two above 1, and all responses."""
+    """Return the values of k for Pass@k and maj@k: powers of two above 1, and the number of responses."""
     powers = [2**exponent for exponent in range(1, num_responses.bit_length()) if 2**exponent < num_responses]
     return [*powers, num_responses] if num_responses > 1 else []

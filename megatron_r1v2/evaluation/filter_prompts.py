@@ -21,7 +21,7 @@ PoolRecord = dict[str, int | list[dict[str, object]]]
 
 
 def read_results(files: Iterable[Path]) -> dict[str, list[bool]]:
-    """Read which responses the answer rules found right.
+    """Read the verdicts of the answer rules, by prompt.
 
     Args:
         files: `evaluation-NAME.rollouts.jsonl` of one model, different ones.

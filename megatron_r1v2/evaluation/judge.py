@@ -55,13 +55,13 @@ def judge_rows(
 ) -> list[ResponseRow]:
     """Have the judge decide where it may.
 
-    Verdicts are appended to the cache as they come in, by a hash of the judge's name and all that it is told: a second
+    Verdicts are appended to the cache as they come in, by a hash of the judge's name and its question: a second
     evaluation, or one that goes on after the judge was down, asks only what is new, and what had no verdict.
 
     Args:
         cache: JSON lines; made when it is not there.
         max_tokens: of the judge's answer, its reasoning included.
-        progress: told how many verdicts are there.
+        progress: called with the number of verdicts so far.
 
     Returns:
         The rows; those that were judged have a new `correct` and `judge`: {"verdict": true, false or null, "text",
@@ -96,7 +96,7 @@ def judge_rows(
 
 
 def judge_prompt(row: ResponseRow) -> str:
-    """Return the question to the judge about a response: never its reasoning, which could talk the judge round."""
+    """Return the question to the judge about a response: never its reasoning, which could persuade the judge."""
     reference = " or ".join([row["answer"], *row["alternatives"]])
     tolerance = " or ".join(f"{number:g}" for number in row["tolerances"])
     return JUDGE_PROMPT.format(

@@ -1,4 +1,4 @@
-"""The key-value store of the process groups, asked with a time limit: who has it may be stopped, and never answer."""
+"""The key-value store of the process groups, asked with a time limit: the process that holds it may be stopped."""
 
 from __future__ import annotations
 
@@ -100,5 +100,5 @@ def _answer(answer: Future[Answer], question: Callable[[], Answer]) -> None:
         return
     try:
         answer.set_result(question())
-    except (RuntimeError, ValueError) as error:  # torch's DistStoreError and the like: told to who asked
+    except (RuntimeError, ValueError) as error:  # torch's DistStoreError and the like: for the thread that asked
         answer.set_exception(error)

@@ -1,6 +1,6 @@
 """The one way to write a file or a folder: beside its place as `.NAME.partial`, onto the disk, then renamed.
 
-Whoever reads NAME finds the old content or the new one, never half of it, even after a power cut. What a killed process
+A reader of NAME finds the old content or the new one, never half of it, even after a power cut. What a killed process
 leaves is called `.NAME.partial`, and the next one that writes NAME removes it. A NAME has one writer at a time.
 """
 

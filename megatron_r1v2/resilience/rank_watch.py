@@ -1,7 +1,7 @@
 """The phase of every rank: one that hangs or dies is named, one that only takes long is waited for.
 
 A thread of each rank writes into the store of the process groups what its main thread is doing, and a count of what it
-has done. Whoever waits for others reads it: a rank whose entry no longer changes is lost.
+has done. A rank that waits for others reads it: one whose entry no longer changes is lost.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class RankWatch:
                 self._store.set(f"watch/rank-{dist.get_rank()}", json.dumps(beat))
                 self._warn_before_the_end(seconds)
             except (RuntimeError, ValueError):
-                return  # the process groups have ended, or the first rank has, and the main thread is told by its own
+                return  # the process groups have ended, or the first rank has, which the main thread sees by itself
             if self._ended.wait(_SECONDS_BETWEEN_BEATS):
                 return
             work = (self._current_phase(), self._ticks)

@@ -27,7 +27,7 @@ def answer_is_within(text: str, answer: str, tolerances: Sequence[float]) -> boo
     r"""Return whether the numbers in the last box of a response are those of the reference, in any order, or near them.
 
     Args:
-        answer: the reference, its parts parted by ", ".
+        answer: the reference, its parts separated by ", ".
         tolerances: absolute; one for all parts of the reference, or one for each.
     """
     boxed = last_boxed(text)

@@ -68,7 +68,7 @@ def serve(recipe: ServeRecipe, options: ChatOptions, key: str, listener: socket.
                     heartbeat_seconds=min(HEARTBEAT_SECONDS, recipe.parallel.timeout_minutes * 60 / 4),
                 )
             finally:
-                # Whoever still waits is answered, also when the engine has failed.
+                # Clients that still wait are answered, also when the engine has failed.
                 service.give_up(_ENDING)
 
 

@@ -230,7 +230,7 @@ class PairMaker:
         return Candidate(
             text=scored.text,
             total=scored.total,
-            # Nothing is wrong where there is no answer: the totals alone tell which response is better.
+            # Without an answer no response is wrong: the totals alone decide which is better.
             correct=scored.rule_correct or not prompt.answer,
             finished=scored.rollout.finish_reason == "stop",
             well_formed=format_score(scored.text) == 1.0,

@@ -1,4 +1,4 @@
-"""A running stage: the model in training and all that goes with it, built from the settings."""
+"""A running stage: the model in training with its data, checkpoints, displays and signals, built from the settings."""
 
 from __future__ import annotations
 
@@ -72,17 +72,17 @@ class Session:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Return what trains."""
+        """Return the parts that train."""
         return self.recipe.train.parts
 
     @property
     def microbatcher(self) -> Microbatcher:
-        """Return what makes microbatches for this model and layout."""
+        """Return a maker of microbatches for this model and layout."""
         return self.loaded.microbatcher(self.recipe.train)
 
     @property
     def response_encoder(self) -> ResponseEncoder:
-        """Return what makes samples of given responses for this model."""
+        """Return an encoder of given responses for this model."""
         return ResponseEncoder(self.tokenizer, self.tokenizer.turn_end(self.recipe.generation.stop_tokens))
 
     @property
@@ -96,7 +96,7 @@ class Session:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether nothing is left to do, also when a resumed stage had stopped early at its goal."""
+        """Return whether the last step is done, or a resumed stage had reached its goal before."""
         return self.step >= self.recipe.train.steps or self.restored.finished
 
     def next_prompts(self) -> list[Prompt]:
@@ -126,7 +126,7 @@ class Session:
             replay: what this data-parallel rank holds of the buffer.
             pass_at_1: of this step, where it was validated.
         """
-        # What earlier stages have changed goes along: it is not in the HF folder either.
+        # With the parts that earlier stages have trained: they are not in the HF folder either.
         own = {*self.parts, *self.loaded.changed_parts}
         snapshot = Snapshot(
             step=self.step,

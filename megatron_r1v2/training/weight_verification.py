@@ -46,7 +46,7 @@ class WeightVerifier:
             own: parts that the checkpoint holds itself.
 
         Returns:
-            `checksums` by part, and `base`, which tells the Hugging Face model that the run started from: its
+            `checksums` by part, and `base`, which identifies the Hugging Face model that the run started from: its
             architecture, the dtype that its weights were read in, and the checksums of the parts that are not `own`. A
             language model in 8 bits has none there: the rounding is the GPU's own.
         """

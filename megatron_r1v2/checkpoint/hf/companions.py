@@ -129,7 +129,7 @@ def components_config(components: Components) -> JsonObject:
 
 
 def check_companions(source: Path) -> None:
-    """Refuse what lies beside the weights if it is damaged, before the weights are looked at.
+    """Check the files beside the weights, before the weights are read.
 
     Raises:
         ValueError: a file is not valid JSON, or the tokenizer is missing or cannot be loaded.
@@ -200,7 +200,7 @@ def _max_tiles(stated: Config) -> int:
 
 
 def _write_portable_tokenizer(folder: Path) -> None:
-    """Write tokenizer_config.json so that transformers 4.57 loads it too: 5 has other names for the same things."""
+    """Rewrite tokenizer_config.json so that transformers 4.57 loads it too: 5 has other names for the same things."""
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     settings.pop("backend", None)

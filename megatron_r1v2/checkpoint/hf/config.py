@@ -21,7 +21,7 @@ from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder
 from megatron_r1v2.models.architecture import R1V2Architecture
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
-# What belongs to a component's own file and not into a part of another configuration.
+# Keys of a component's own file, which have no place in a part of another configuration.
 NOT_IN_PARTS = ("transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path")
 # vision_config: transformers' name and that of the chat layout.
 _VISION_KEYS: Mapping[str, str] = {
@@ -41,8 +41,8 @@ _VISION_KEYS: Mapping[str, str] = {
 CHAT_TYPES = ("internvl_chat", "skywork_chat")
 # Folders whose vision_config, or whose whole config.json, has the chat layout's names.
 VISION_TYPES_OF_CHAT = ("intern_vit_6b", "skywork_vit", *CHAT_TYPES)
-# What the classes of the chat layout's configuration files (configuration_internvl_chat.py, _skywork_chat.py,
-# _intern_vit.py) take where a key is missing.
+# Defaults of the classes in the chat layout's configuration files (configuration_internvl_chat.py, _skywork_chat.py,
+# _intern_vit.py).
 _CHAT_DEFAULTS: Mapping[str, object] = {"ps_version": "v1", "select_layer": -1, "downsample_ratio": 0.5}
 _CHAT_VISION_DEFAULTS: Mapping[str, object] = {
     "hidden_size": 3200,
@@ -134,7 +134,7 @@ def folder_architecture(config: Config, folder: Path | str) -> R1V2Architecture:
 
 
 def stated_processor(folder: Path | str) -> dict[str, object]:
-    """Return the settings of a folder's image processor; empty when there are none.
+    """Return the settings of a folder's image processor; empty where it has none.
 
     transformers 5 writes them into processor_config.json, and reads those first; older ones stand in
     preprocessor_config.json.

@@ -21,7 +21,7 @@ class DistEntry:
 
 
 def dist_entry(ours: str, architecture: R1V2Architecture) -> DistEntry:
-    """Return where a parameter is.
+    """Return the place of a parameter.
 
     Args:
         ours: our name in the whole model, of the table in `mapping.py`.

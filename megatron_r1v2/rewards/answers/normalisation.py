@@ -141,7 +141,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:(\d|(?<=\s)[A-Za-z])|\{([^{}]*)\})\s*(?:(\d|[A-Za-z])|\{([^{}]*)\})")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\d|[A-Za-z])")
 _SINGLE = re.compile(r"([\^_])\s*\{\s*([0-9A-Za-z]|\\circ|\\prime|\\ast|\*|')\s*\}")
-# A space between words, between numbers ("11 5/6", "1. 5", "1, 234") and before letters ("8 m") tells something.
+# A space between words, between numbers ("11 5/6", "1. 5", "1, 234") and before letters ("8 m") has a meaning.
 _IDLE_SPACE = re.compile(
     r" (?=[^\w .,\\]|[.,](?!\d))|(?<=[^\w\s}).,]) (?=\S)|(?<=[.,]) (?=[^\s\d])|(?<=[\w})]) (?=\\)|(?<=[})]) (?=\d)"
 )
