@@ -37,7 +37,7 @@ class Evaluator:
     reward_model: RewardModel | None = None
     """None: the totals of the responses shown are those of the rules alone; no rate depends on a reward model."""
     progress: Progress | None = None
-    """Called with (responses finished, tokens in them) of this replica after each engine step, where a call has none."""
+    """Called with (responses finished, tokens in them) of this replica after each step, where a call has none."""
     wait_for_all: Callable[[str], None] | None = None
     """Called, with the name of the place, when this replica has generated, and others may not have."""
 

@@ -128,8 +128,8 @@ def hf_leftovers(
         hf_names: canonical names of the tensors that the checkpoint has.
 
     Returns:
-        The names that no row reads, and those that the checkpoint lacks. The output matrix of a model with tied embeddings is
-        in neither: some checkpoints repeat it.
+        The names that no row reads, and those that the checkpoint lacks. The output matrix of a model with tied
+        embeddings is in neither: some checkpoints repeat it.
     """
     read = {name for parameter in parameter_map(architecture, layout) for name in parameter.hf}
     found = set(hf_names)
