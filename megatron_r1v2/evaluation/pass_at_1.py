@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.table import Table
@@ -84,6 +85,8 @@ class EvaluationResult:
     """Responses that the judge was asked about."""
     judge_unclear: int = 0
     """Those of them without a verdict, counted as wrong."""
+    finished: str = ""
+    """When it ended, by UTC, in ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ def write_evaluation(folder: Path, result: EvaluationResult) -> Path:
         folder: the run's output folder; made when it is not there.
     """
     path = evaluation_path(folder, result.name)
+    result = dataclasses.replace(result, finished=datetime.now(UTC).isoformat(timespec="seconds"))
     write_file(path, json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) + "\n")
     return path
 

@@ -43,6 +43,8 @@ class Chart:
     metrics: tuple[Metric, ...]
     """Its curves, in this order."""
     stacked: bool = False
+    minus: float = 0.0
+    """The curves are drawn as the difference from this, which they are close to."""
     target: str = ""
     """A setting (section.key) of the recipe that is drawn as a line, if the run has a recipe."""
 
@@ -91,21 +93,31 @@ _REWARD = Section(
         ),
         Chart(
             "Hallucination",
-            "rate: visual claims that the image contradicts. coverage: responses that make a claim at all; a low "
-            "rate means something only where coverage is high.",
+            "Visual claims that the image contradicts, in training and on held-back prompts. It means something only "
+            "where most responses make a claim. The dashed line is the rate that the calibrator holds.",
             (
-                Metric("hallucination/rate", FRACTION, "Visual claims that the image contradicts."),
-                Metric("hallucination/coverage", FRACTION, "Responses that make a visual claim."),
-            ),
-        ),
-        Chart(
-            "Hallucination on held-back prompts",
-            "The same two on validation prompts. The dashed line is the rate that the calibrator holds.",
-            (
-                Metric("validation/hallucination_rate", FRACTION, "hallucination/rate on held-back prompts."),
-                Metric("validation/claim_coverage", FRACTION, "hallucination/coverage on held-back prompts."),
+                Metric("hallucination/rate", FRACTION, "Visual claims that the image contradicts.", short="training"),
+                Metric(
+                    "validation/hallucination_rate",
+                    FRACTION,
+                    "hallucination/rate on held-back prompts.",
+                    short="validation",
+                ),
             ),
             target="hallucination.target_rate",
+        ),
+        Chart(
+            "Claim coverage",
+            "Responses that make a visual claim at all.",
+            (
+                Metric("hallucination/coverage", FRACTION, "Responses that make a visual claim.", short="training"),
+                Metric(
+                    "validation/claim_coverage",
+                    FRACTION,
+                    "hallucination/coverage on held-back prompts.",
+                    short="validation",
+                ),
+            ),
         ),
         Chart(
             "Calibrator",
@@ -240,8 +252,13 @@ _BUFFER = Section(
             "Replayed responses in the update",
             "Tokens clipped (replayed, and all), and the replayed responses' share of the gradient.",
             (
-                Metric("ssb/clip_fraction_replayed", FRACTION, "Tokens of replayed responses that are clipped."),
-                Metric("actor/pg_clipfrac", FRACTION, "Tokens that are clipped."),
+                Metric(
+                    "ssb/clip_fraction_replayed",
+                    FRACTION,
+                    "Tokens of replayed responses that are clipped.",
+                    short="clipped, replayed",
+                ),
+                Metric("actor/pg_clipfrac", FRACTION, "Tokens that are clipped.", short="clipped, all"),
                 Metric("ssb/gradient_share_replayed", FRACTION, "The replayed responses' share of the gradient."),
             ),
         ),
@@ -255,7 +272,7 @@ _RESPONSES = Section(
             "Length",
             "Tokens of a response.",
             (
-                Metric("response_length/mean", "tokens", "Tokens of a fresh response."),
+                Metric("response_length/mean", "tokens", "Tokens of a fresh response.", short="mean"),
                 Metric("response_length/max", "tokens", "Tokens of the longest fresh response."),
             ),
         ),
@@ -272,7 +289,8 @@ _OPTIMISATION = Section(
     (
         Chart(
             "Loss",
-            "The loss of the update, and its parts.",
+            "The loss of the update, and its parts. In GRPO its height says nothing of how good the model is: it is "
+            "of other responses in each step.",
             (
                 Metric("actor/loss", "loss", "Loss of the update."),
                 Metric("actor/nll", "nats", "Negative log-likelihood of a token of the data."),
@@ -285,8 +303,8 @@ _OPTIMISATION = Section(
             "Policy change",
             "Estimated KL between the policy a response is weighed against and the trained one: all, replayed.",
             (
-                Metric("actor/ppo_kl", "nats", "KL between the old policy and the trained one."),
-                Metric("ssb/ppo_kl_replayed", "nats", "The same over replayed responses."),
+                Metric("actor/ppo_kl", "nats", "KL between the old policy and the trained one.", short="all"),
+                Metric("ssb/ppo_kl_replayed", "nats", "The same over replayed responses.", short="replayed"),
             ),
         ),
     ),
@@ -297,7 +315,7 @@ _MISMATCH = Section(
     (
         Chart(
             "Log-prob mismatch",
-            "Mean of exp|engine - training| over the tokens sampled; 1 is perfect agreement.",
+            "Mean of exp|engine - training| over the tokens sampled, less 1: 0 is perfect agreement.",
             (
                 Metric(
                     "train/token_mult_prob_error",
@@ -306,6 +324,7 @@ _MISMATCH = Section(
                     suffixes=_BY_MODALITY,
                 ),
             ),
+            minus=1.0,
         ),
         Chart(
             "Divergence",

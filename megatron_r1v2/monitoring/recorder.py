@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+STARTS_FILE = "starts.jsonl"
+"""A line for each start of the run: when, by which commit, on which machine."""
 
 _WANDB_PROJECT = "megatron_r1v2"
 _SECONDS_BETWEEN_LINES = 30.0
@@ -43,6 +49,9 @@ class RunInfo:
     """Steps that are already done."""
     shown: Sequence[str]
     """Metrics on the console."""
+    num_processes: int = 1
+    device: str = ""
+    """The name of the main rank's processor or GPU."""
 
 
 class Recorder:
@@ -72,6 +81,7 @@ class Recorder:
         run_dir.mkdir(parents=True, exist_ok=True)
         for file in (METRICS_FILE, ROLLOUTS_FILE):
             _cut_after(run_dir / file, info.first_step)
+        append_json_lines(run_dir / STARTS_FILE, [_start_record(info)])
         self._open_services(info.name, settings)
         self._progress = Progress(
             TextColumn(f"[bold]{info.stage}"),
@@ -211,6 +221,37 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"))
+
+
+def _start_record(info: RunInfo) -> dict[str, object]:
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stage": info.stage,
+        "steps_done": info.first_step,
+        "version": _version(),
+        "commit": _commit(),
+        "host": platform.node(),
+        "processes": info.num_processes,
+        "device": info.device,
+    }
+
+
+def _version() -> str:
+    """Return the version of the installed package; "" where it is used from its folder alone."""
+    try:
+        return version("megatron_r1v2")
+    except PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """Return the commit of this program, with "-dirty" where its files differ; "" where it is no git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -55,6 +55,16 @@ class ParallelContext:
         return self.is_replica_leader and self.data_rank == 0
 
     @property
+    def num_processes(self) -> int:
+        """Return how many processes share the work."""
+        return self.tensor_size * self.pipeline_size * self.data_size
+
+    @property
+    def device_name(self) -> str:
+        """Return the name of this rank's GPU, or "CPU"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    @property
     def last_stage_rank(self) -> int:
         """Return the global rank of the last pipeline stage of this rank's pipeline."""
         return dist.get_process_group_ranks(self.groups.pp)[-1]

@@ -15,12 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.typing import RcKeyType
 
-from megatron_r1v2.monitoring.metrics import Chart
+from megatron_r1v2.monitoring.metrics import Chart, Metric
 from megatron_r1v2.report.read import Run
 
 MAX_POINTS = 240
 MAX_LABEL = 60
+MIN_SMOOTHED = 30
+"""Points of a curve that may be averaged."""
 COLORS = ("#2563ab", "#d1603d", "#2f8f6b", "#8a5aa8", "#b8892b", "#5b6b7b", "#c2487a", "#3aa0b5")
+
+Curve = tuple[str, list[float], list[float]]
 
 _STYLE: dict[RcKeyType, object] = {
     "svg.fonttype": "none",
@@ -51,46 +55,53 @@ def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
     curves = _curves(chart, run)
     if not curves:
         return None
+    return _draw_curves(chart, curves, target)
+
+
+def is_zero(chart: Chart, run: Run) -> bool:
+    """Return whether a chart would show nothing but zeros."""
+    curves = _curves(chart, run)
+    return bool(curves) and not any(value for _, _, values in curves for value in values)
+
+
+def _draw_curves(chart: Chart, curves: list[Curve], target: float | None) -> str:
     # The salt makes the ids of clip paths and markers differ between the charts of one page.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
         figure = Figure(figsize=(5.0, 2.55), layout="constrained")
         axes = figure.add_subplot()
+        averaged = 1
         if chart.stacked:
             _draw_stack(axes, curves)
         else:
-            _draw_lines(axes, curves)
+            averaged = _draw_lines(axes, curves)
         if target is not None:
             axes.axhline(target, color="#5a6572", linewidth=1, linestyle=(0, (4, 3)), label="target")
-        _finish(axes, chart, rows=len(curves) + (target is not None))
+        _finish(axes, chart, averaged=averaged)
         return _svg(figure)
-
-
-Curve = tuple[str, list[float], list[float]]
 
 
 def _curves(chart: Chart, run: Run) -> list[Curve]:
     """Return (label, steps, values) of each metric that the run has, finite values only."""
     names = sorted({name for values in run.metrics.values() for name in values})
     curves: list[Curve] = []
-    patterns = [pattern for metric in chart.metrics for pattern in metric.names]
-    for pattern in patterns:
-        for name in fnmatch.filter(names, pattern):
-            steps, values = run.series(name)
-            kept = [(float(s), v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
-            label = _label(name)
-            if kept and label not in [curve[0] for curve in curves]:
-                curves.append((label, *_thin([s for s, _ in kept], [v for _, v in kept])))
+    for metric in chart.metrics:
+        for suffix, pattern in zip(metric.suffixes, metric.names, strict=True):
+            for name in fnmatch.filter(names, pattern):
+                steps, values = run.series(name)
+                kept = [(float(s), v - chart.minus) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+                label = _label(chart, metric, name, suffix)
+                if kept and label not in [curve[0] for curve in curves]:
+                    curves.append((label, *_thin([s for s, _ in kept], [v for _, v in kept])))
     return curves
 
 
-def _label(name: str) -> str:
-    if name == "critic/rewards/mean":
-        return "total"
-    _, _, rest = name.partition("/")
-    if name.startswith("reward/"):
-        rest = rest.removesuffix("/mean")
+def _label(chart: Chart, metric: Metric, name: str, suffix: str) -> str:
+    base = metric.short or name.removesuffix(suffix).removesuffix("/mean").rpartition("/")[2]
+    if len(metric.suffixes) > 1:
+        kind = suffix or "all"
+        base = kind if len(chart.metrics) == 1 else f"{base} {kind}"
     # matplotlib cannot set control characters and half surrogate pairs.
-    return "".join(c if c.isprintable() else "?" for c in (rest or name).replace("_", " "))[:MAX_LABEL]
+    return "".join(c if c.isprintable() else "?" for c in base.replace("_", " ").strip())[:MAX_LABEL]
 
 
 def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
@@ -106,19 +117,29 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _smooth(values: list[float]) -> list[float]:
-    reach = max(1, len(values) // 30)
-    return [_mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+def _reach(values: Sequence[float]) -> int:
+    """Return how many neighbours on each side a noisy curve is averaged over; 0: it is shown as it is."""
+    if len(values) < MIN_SMOOTHED:
+        return 0
+    # A curve that only rises and falls once goes twice over its range; noise goes over it again and again.
+    way = sum(abs(b - a) for a, b in itertools.pairwise(values))
+    return max(1, len(values) // 30) if way > 4 * (max(values) - min(values)) else 0
 
 
-def _draw_lines(axes: Axes, curves: list[Curve]) -> None:
+def _draw_lines(axes: Axes, curves: list[Curve]) -> int:
+    """Draw each curve, noisy ones pale with their mean above; return how many points the mean is over."""
+    averaged = 1
     for i, (label, steps, values) in enumerate(curves):
         color = COLORS[i % len(COLORS)]
-        if len(values) >= 30:
+        if reach := _reach(values):
+            averaged = max(averaged, 2 * reach + 1)
+            means = [_mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
             axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.9)
-            axes.plot(steps, _smooth(values), color=color, linewidth=1.6, label=label)
+            axes.plot(steps, means, color=color, linewidth=1.6, label=label)
         else:
-            axes.plot(steps, values, color=color, linewidth=1.6, marker="o", markersize=2.8, label=label)
+            marker = "o" if len(values) < MIN_SMOOTHED else None
+            axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=2.8, label=label)
+    return averaged
 
 
 def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
@@ -140,26 +161,35 @@ def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
         axes.stackplot(steps, *heights.values(), labels=list(heights), colors=colors, alpha=0.85, linewidth=0)
 
 
-def _finish(axes: Axes, chart: Chart, *, rows: int) -> None:
-    axes.set_xlabel("step")
+def _finish(axes: Axes, chart: Chart, *, averaged: int) -> None:
+    axes.set_xlabel("step" if averaged == 1 else f"step (bold: mean of {averaged} points)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     # matplotlib's own formatter factors out an offset or a power of ten, in small print above the axis.
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
     axes.margins(x=0.02)
-    if axes.dataLim.y0 == axes.dataLim.y1 == 0:
-        axes.set_ylim(0, 1)
-    if chart.percent:
-        axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if chart.stacked:
         axes.set_ylabel("seconds")
         axes.set_ylim(bottom=0)
-    if rows > 1:
+    elif chart.percent:
+        _fit_percent(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        longest = max(map(len, labels))
         axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, frameon=False, borderaxespad=0.2,
-            handlelength=1.0, columnspacing=1.0, handletextpad=0.5, fontsize=9.5,
+            handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, min(4, 64 // (longest + 5))),
+            frameon=False, borderaxespad=0.2, handlelength=1.0, columnspacing=1.0, handletextpad=0.5, fontsize=9.5,
         )  # fmt: skip
+
+
+def _fit_percent(axes: Axes) -> None:
+    """Fit the axis of fractions to the curves: from 0 unless they all lie high, up to 1 at most."""
+    low, high = axes.get_ylim()
+    bottom = 0.0 if low < 0.6 * high else max(0.0, low)
+    top = min(1.0, high) if high > 0 else 1.0
+    margin = 0.02 * (top - bottom)
+    axes.set_ylim(bottom - margin, top + margin)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top - bottom > 0.08 else 1))
 
 
 def _svg(figure: Figure) -> str:

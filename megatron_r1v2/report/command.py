@@ -24,10 +24,16 @@ def main(argv: Sequence[str]) -> None:
     parser = command_parser("report", _DESCRIPTION)
     parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="folder of a run")
     parser.add_argument("--evaluations", action="store_true", help="one page of the evaluations in these folders")
+    parser.add_argument(
+        "--compare", nargs=2, metavar="NAME", help="the evaluations to compare; else the first and the last"
+    )
     parser.add_argument("--output", type=Path, metavar="PAGE", help="with --evaluations: the page")
     arguments = parser.parse_args(argv)
     if arguments.output and not arguments.evaluations:
         parser.error("--output is the page of --evaluations; a report goes into its RUN_DIR")
+    if arguments.compare and arguments.evaluations:
+        parser.error("--compare is for a run's report; the page of --evaluations shows all of them")
+    compare = tuple(arguments.compare) if arguments.compare else None
     # Imported after the arguments are checked: matplotlib takes seconds.
     from megatron_r1v2.report.evaluation_page import write_evaluation_page
     from megatron_r1v2.report.page import write_report
@@ -37,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
             print(write_evaluation_page(arguments.run_dir, arguments.output))
         else:
             for run_dir in arguments.run_dir:
-                print(write_report(run_dir))
+                print(write_report(run_dir, compare))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

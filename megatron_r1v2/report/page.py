@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
 import yaml
 
-from megatron_r1v2.monitoring.metrics import SECTIONS, Chart
-from megatron_r1v2.report.charts import draw
+from megatron_r1v2.monitoring.metrics import SECTIONS
+from megatron_r1v2.report.charts import draw, is_zero
 from megatron_r1v2.report.html import data_uri, template, write_page
 from megatron_r1v2.report.read import Json, Run, mean_of, read_run
 
 MAX_TEXT = 20_000
+MAX_WORD = 200
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,19 @@ MEASURES = (
 CONDITIONS = ("num_prompts", "temperature", "top_p", "seed")
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: Path | str, compare: tuple[str, str] | None = None) -> Path:
     """Write the report of a run, finished or still going.
+
+    Args:
+        compare: names of the evaluations to compare; None: the last one, and the first of the same prompts.
 
     Returns:
         The path of report.html in that folder.
 
     Raises:
-        ValueError: the folder does not exist.
+        ValueError: the folder does not exist, or has no evaluation of such a name.
     """
-    run = read_run(run_dir)
+    run = read_run(run_dir, compare)
     return write_page(run.path / "report.html", render(run))
 
 
@@ -61,13 +65,15 @@ def render(run: Run) -> str:
         folder=run.path,
         last_step=max(run.metrics, default=None),
         num_steps=settings.get("train.steps"),
+        facts=_facts(run, settings),
         cards=_cards(run),
         table=_table(run),
         groups=_groups(run, settings),
+        comparison=run.comparison,
         pairs=[
-            {"change": p.change, "before": shown_rollout(p.before), "after": shown_rollout(p.after)} for p in run.pairs
+            {"change": pair.change, "first": shown_rollout(pair.before), "last": shown_rollout(pair.after)}
+            for pair in (run.comparison.pairs if run.comparison else ())
         ],
-        changes=run.changes,
         rollouts={step: [shown_rollout(row) for row in rows] for step, rows in run.rollouts.items()},
         settings=run.settings,
         notes=run.notes,
@@ -85,41 +91,67 @@ def _settings(run: Run) -> dict[str, object]:
     return {f"{s}.{key}": value for s, keys in sections if isinstance(keys, dict) for key, value in keys.items()}
 
 
-def _groups(run: Run, settings: Mapping[str, object]) -> list[tuple[str, list[tuple[Chart, str]]]]:
-    groups = []
+def _groups(run: Run, settings: Mapping[str, object]) -> list[dict[str, object]]:
+    """Return the charts under each heading, and the titles of those that are zero throughout."""
+    groups: list[dict[str, object]] = []
     for section in SECTIONS:
+        zero = [chart.title for chart in section.charts if is_zero(chart, run)]
         drawn = []
         for chart in section.charts:
             target = settings.get(chart.target)
             # A target of 0 is one that was not set.
-            svg = draw(chart, run, target=float(target) if isinstance(target, (int, float)) and target else None)
+            height = float(target) if isinstance(target, (int, float)) and target else None
+            svg = None if chart.title in zero else draw(chart, run, target=height)
             if svg is not None:
                 drawn.append((chart, svg))
-        if drawn:
-            groups.append((section.title, drawn))
+        if drawn or zero:
+            groups.append({"title": section.title, "charts": drawn, "zero": zero})
     return groups
+
+
+def _facts(run: Run, settings: Mapping[str, object]) -> dict[str, str]:
+    """Return which model was trained, when, by which commit, and on what."""
+    last = run.starts[-1] if run.starts else {}
+    processes = last.get("processes")
+    facts = {
+        "stage": settings.get("run.stage") or last.get("stage"),
+        "model": settings.get("model.checkpoint") or settings.get("model.hf_path"),
+        "data": settings.get("data.train"),
+        "began": run.starts[0].get("time") if run.starts else None,
+        "starts": len(run.starts) if len(run.starts) > 1 else None,
+        "version": " ".join(filter(None, (_word(last.get("version")), _word(last.get("commit"))))),
+        "hardware": f"{processes} x {last.get('device')} ({last.get('host')})" if processes else None,
+    }
+    return {name: _word(value) for name, value in facts.items() if value}
+
+
+def _word(value: object) -> str:
+    return str(value)[:MAX_WORD] if value else ""
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
     """Return (title, value, remark) of the figures at the top."""
     cards = []
-    by_name = {row["name"]: row for row in run.evaluations}
-    before, after = by_name.get("before", {}), by_name.get("after", {})
+    first, last = _compared(run)
     for key, title in (("pass_at_1", "Pass@1"), ("hallucination_rate", "Hallucination")):
-        first, second, coverage = before.get(key), after.get(key), after.get("claim_coverage")
-        if _finite(first) and _finite(second):
-            remark = "before and after"
-            if key == "hallucination_rate" and _finite(coverage):
-                remark = f"of claims; {_percent(coverage)} of responses make one"
-            cards.append((title, f"{_percent(first)} \N{RIGHTWARDS ARROW} {_percent(second)}", remark))
+        if not _finite(last.get(key)):
+            continue
+        values = [_percent(value) for value in (first.get(key), last.get(key)) if _finite(value)]
+        remark = f"{first['name']} and {last['name']}" if len(values) > 1 else str(last["name"])
+        if key == "pass_at_1" and (interval := _interval(last)):
+            remark += f"; 95 % interval of the last {interval}"
+        coverage = last.get("claim_coverage")
+        if key == "hallucination_rate" and _finite(coverage):
+            remark = f"of claims; {_percent(coverage)} of responses make one"
+        cards.append((title, " \N{RIGHTWARDS ARROW} ".join(values), remark))
     third = max(1, len(run.metrics) // 3)
-    last = slice(-third, None)
-    reward = mean_of(run.metrics, "critic/rewards/mean", last)
+    end = slice(-third, None)
+    reward = mean_of(run.metrics, "critic/rewards/mean", end)
     if reward is not None:
         start = mean_of(run.metrics, "critic/rewards/mean", slice(0, third))
         cards.append(("Reward", f"{start:.2f} \N{RIGHTWARDS ARROW} {reward:.2f}", "first and last third of the steps"))
-    trained = mean_of(run.metrics, "ssb/trained_effective_fraction", last)
-    fresh = mean_of(run.metrics, "ssb/fresh_effective_fraction", last)
+    trained = mean_of(run.metrics, "ssb/trained_effective_fraction", end)
+    fresh = mean_of(run.metrics, "ssb/fresh_effective_fraction", end)
     if trained is not None and fresh is not None:
         cards.append(("Effective, trained on", _percent(trained), f"{_percent(fresh)} of the fresh; last third"))
     seconds = mean_of(run.metrics, "timing_s/step", slice(None))
@@ -129,11 +161,10 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _table(run: Run) -> dict[str, object] | None:
-    """Return the evaluation table: a column for each, and the change where there is a before and an after."""
+    """Return the evaluation table: a column for each, and the change from the first to the last."""
     if not run.evaluations:
         return None
-    by_name = {row["name"]: row for row in run.evaluations}
-    compared = [by_name.get("before"), by_name.get("after")]
+    compared = _compared(run)
     rows = []
     for measure in MEASURES:
         if any(_finite(row.get(measure.key)) for row in run.evaluations):
@@ -148,8 +179,16 @@ def _table(run: Run) -> dict[str, object] | None:
         "rows": rows,
         "conditions": conditions,
         "differing": differing,
-        "compared": all(compared),
+        "compared": run.comparison is not None,
     }
+
+
+def _compared(run: Run) -> tuple[Json, Json]:
+    """Return the two evaluations that are compared; of a single one nothing and that one."""
+    if run.comparison is None:
+        return {}, run.evaluations[-1] if run.evaluations else {}
+    by_name = {row["name"]: row for row in run.evaluations}
+    return by_name[run.comparison.first], by_name[run.comparison.last]
 
 
 def _cell(row: Json, measure: Measure) -> str:
@@ -157,15 +196,21 @@ def _cell(row: Json, measure: Measure) -> str:
     if not _finite(value):
         return "-"
     text = _percent(value) if measure.percent else f"{value:.1f}"
-    deviation = row.get("pass_at_1_std")
-    if measure.key == "pass_at_1" and _finite(deviation):
-        text += f" \N{PLUS-MINUS SIGN} {100 * deviation:.1f}"
-    return text
+    interval = _interval(row) if measure.key == "pass_at_1" else ""
+    return f"{text} ({interval})" if interval else text
 
 
-def _change(compared: list[Json | None], measure: Measure) -> tuple[str, str]:
-    """Return the difference of after and before as text, and whether it is "good", "bad" or neither ("")."""
-    before, after = ((row or {}).get(measure.key) for row in compared)
+def _interval(row: Json) -> str:
+    """Return the 95 % interval of Pass@1, such as "47.7 to 55.9"; "" where the evaluation has none."""
+    ends = row.get("pass_at_1_interval")
+    if not isinstance(ends, list) or len(ends) != 2 or not all(_finite(end) for end in ends):
+        return ""
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+
+
+def _change(compared: Sequence[Json], measure: Measure) -> tuple[str, str]:
+    """Return the difference of the last and the first as text, and whether it is "good", "bad" or neither ("")."""
+    before, after = (row.get(measure.key) for row in compared)
     if not _finite(before) or not _finite(after):
         return "", ""
     difference = after - before
@@ -179,8 +224,8 @@ def _condition(row: Json, key: str) -> str:
     return str(len(value)) if isinstance(value, list) else "-" if value is None else str(value)
 
 
-def _differs(compared: list[Json | None], key: str) -> bool:
-    first, second = (_condition(row or {}, key) for row in compared)
+def _differs(compared: Sequence[Json], key: str) -> bool:
+    first, second = (_condition(row, key) for row in compared)
     return first != second
 
 

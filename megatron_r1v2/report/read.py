@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TypeGuard
+
+from megatron_r1v2.monitoring.recorder import STARTS_FILE
 
 STEPS_SHOWN = 6
 ROLLOUTS_PER_STEP = 4
@@ -34,6 +38,19 @@ class Pair:
 CHANGES = ("turned right", "turned wrong", "stayed wrong", "stayed right")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of a run, the earlier one first."""
+
+    first: str
+    last: str
+    """Their names."""
+    changes: Mapping[str, int] = field(default_factory=dict)
+    """Of all prompts that are in both: how many made each change."""
+    pairs: Sequence[Pair] = ()
+    """A few of them."""
+
+
 @dataclass
 class Run:
     """The contents of a run folder that the report shows."""
@@ -42,12 +59,12 @@ class Run:
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step -> metric -> value, ordered by step; of a step done twice (after a restart) the last counts."""
     evaluations: list[Json] = field(default_factory=list)
+    """In the order in which they were made."""
+    comparison: Comparison | None = None
     rollouts: dict[int, list[Json]] = field(default_factory=dict)
     """A few steps -> a few rollouts of each."""
-    pairs: list[Pair] = field(default_factory=list)
-    """A few prompts that were evaluated before and after."""
-    changes: dict[str, int] = field(default_factory=dict)
-    """Of all prompts that were evaluated before and after: how many made each change."""
+    starts: list[Json] = field(default_factory=list)
+    """The lines of starts.jsonl."""
     settings: str = ""
     """The recipe as YAML, where the run saved one."""
     notes: list[str] = field(default_factory=list)
@@ -59,14 +76,17 @@ class Run:
         return steps, [self.metrics[step][name] for step in steps]
 
 
-def read_run(path: Path | str) -> Run:
+def read_run(path: Path | str, compare: tuple[str, str] | None = None) -> Run:
     """Read a run folder.
+
+    Args:
+        compare: names of the evaluations to compare; None: the last one, and the first of the same prompts.
 
     Returns:
         Its contents; missing and damaged files are in its notes.
 
     Raises:
-        ValueError: the folder does not exist.
+        ValueError: the folder does not exist, or has no evaluation of a name in `compare`.
     """
     run = Run(Path(path))
     if not run.path.is_dir():
@@ -74,6 +94,9 @@ def read_run(path: Path | str) -> Run:
     _read_metrics(run)
     _read_rollouts(run)
     _read_evaluations(run)
+    run.comparison = _compare(run, compare)
+    if (run.path / STARTS_FILE).is_file():
+        run.starts = [row for _, row in each_line(run.path / STARTS_FILE, run.notes)]
     recipe = run.path / "recipe.yaml"
     run.settings = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
     return run
@@ -108,14 +131,12 @@ def _read_rollouts(run: Run) -> None:
 
 
 def _mixed(candidates: Sequence[tuple[bool, int]]) -> list[int]:
-    """Return the offsets of a few rollouts, wrong and right ones where there are both."""
-    # A restart may have written a step twice: the later lines are the ones that count.
-    latest = candidates[::-1]
-    wrong = [offset for correct, offset in latest if not correct]
-    right = [offset for correct, offset in latest if correct]
+    """Return the offsets of a few rollouts, wrong and right ones where there are both, in the order of the file."""
+    wrong = [offset for correct, offset in candidates if not correct]
+    right = [offset for correct, offset in candidates if correct]
     half = ROLLOUTS_PER_STEP // 2
     chosen = wrong[: max(half, ROLLOUTS_PER_STEP - len(right))]
-    return chosen + right[: ROLLOUTS_PER_STEP - len(chosen)]
+    return sorted(chosen + right[: ROLLOUTS_PER_STEP - len(chosen)])
 
 
 def _read_evaluations(run: Run) -> None:
@@ -127,35 +148,55 @@ def _read_evaluations(run: Run) -> None:
             continue
         if isinstance(loaded, dict):
             run.evaluations.append({"name": path.stem.removeprefix("evaluation-"), **loaded})
-    order = {"before": -1, "after": 1}
-    run.evaluations.sort(
-        key=lambda row: (order.get(str(row["name"]), 0), _number(row.get("step"), 0.0), str(row["name"]))
-    )
-    before, after = (run.path / f"evaluation-{name}.rollouts.jsonl" for name in ("before", "after"))
-    if before.is_file() and after.is_file():
-        _pair_up(run, before, after)
+    run.evaluations.sort(key=lambda row: (_finished(run, row), _number(row.get("step"), 0.0), str(row["name"])))
 
 
-def _pair_up(run: Run, before: Path, after: Path) -> None:
-    first, second = _first_by_prompt(before, run.notes), _first_by_prompt(after, run.notes)
-    shared = [key for key in first if key in second]
-    run.changes = dict.fromkeys(CHANGES, 0)
+def _finished(run: Run, evaluation: Json) -> float:
+    """Return when an evaluation ended, in seconds: as it says, or by its file."""
+    try:
+        return datetime.fromisoformat(str(evaluation.get("finished"))).timestamp()
+    except ValueError:
+        return (run.path / f"evaluation-{evaluation['name']}.json").stat().st_mtime
+
+
+def _compare(run: Run, names: tuple[str, str] | None) -> Comparison | None:
+    """Compare two evaluations of a run; None: it has not two."""
+    known = [str(row["name"]) for row in run.evaluations]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(
+                f"{run.path} has no evaluation {name!r}; it has {', '.join(known) or 'none'}: name two of them"
+            )
+    if names is None and len(known) < 2:
+        return None
+    responses = {name: run.path / f"evaluation-{name}.rollouts.jsonl" for name in names or known}
+    prompts = {name: _first_by_prompt(path, run.notes) for name, path in responses.items() if path.is_file()}
+    first, last = names or (known[0], known[-1])
+    if names is None:
+        alike = (name for name in known[:-1] if prompts.get(name, {}).keys() & prompts.get(last, {}).keys())
+        first = next(alike, first)
+    if first not in prompts or last not in prompts:
+        return Comparison(first, last)
+    return _pair_up(Comparison(first, last), responses, prompts)
+
+
+def _pair_up(
+    compared: Comparison, responses: Mapping[str, Path], prompts: Mapping[str, Mapping[str, tuple[bool, int]]]
+) -> Comparison:
+    """Return the comparison with its changes, and a few prompts of each."""
+    first, last = prompts[compared.first], prompts[compared.last]
     by_change: dict[str, list[str]] = {change: [] for change in CHANGES}
-    for key in shared:
-        change = Pair({"correct": first[key][0]}, {"correct": second[key][0]}).change
-        run.changes[change] += 1
-        by_change[change].append(key)
+    for key in first:
+        if key in last:
+            by_change[Pair({"correct": first[key][0]}, {"correct": last[key][0]}).change].append(key)
+    changes = {change: len(keys) for change, keys in by_change.items()}
     # In turn from each kind, so that no kind is hidden.
-    chosen: list[str] = []
-    while len(chosen) < PAIRS_SHOWN and any(by_change.values()):
-        for change in CHANGES:
-            chosen += by_change[change][:1]
-            del by_change[change][:1]
-    chosen = chosen[:PAIRS_SHOWN]
-    rows_before = rows_at(before, [first[key][1] for key in chosen])
-    rows_after = rows_at(after, [second[key][1] for key in chosen])
-    pairs = [Pair(b, a) for b, a in zip(rows_before, rows_after, strict=True)]
-    run.pairs = sorted(pairs, key=lambda pair: CHANGES.index(pair.change))
+    in_turn = [key for keys in itertools.zip_longest(*by_change.values()) for key in keys if key is not None]
+    chosen = in_turn[:PAIRS_SHOWN]
+    before = rows_at(responses[compared.first], [first[key][1] for key in chosen])
+    after = rows_at(responses[compared.last], [last[key][1] for key in chosen])
+    pairs = sorted(map(Pair, before, after), key=lambda pair: CHANGES.index(pair.change))
+    return replace(compared, changes=changes if chosen else {}, pairs=pairs)
 
 
 def _first_by_prompt(path: Path, notes: list[str]) -> dict[str, tuple[bool, int]]:

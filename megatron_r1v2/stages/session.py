@@ -230,7 +230,15 @@ def _open_supervision(
         StopSignals(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_signals,
         Recorder(
             run_dir,
-            RunInfo(recipe.run.name, stage, recipe.train.steps, first_step, shown),
+            RunInfo(
+                recipe.run.name,
+                stage,
+                recipe.train.steps,
+                first_step,
+                shown,
+                num_processes=context.num_processes,
+                device=context.device_name,
+            ),
             settings=recipe.logging,
             is_main=context.is_main,
         ) as recorder,

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import random
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from rich.console import Console
@@ -100,19 +101,21 @@ def test_the_record_has_the_agreed_fields_and_reads_back(tmp_path):
     result = _evaluate(*_example(), name="after")
     path = write_evaluation(tmp_path / "run", result)
     assert path == tmp_path / "run" / "evaluation-after.json"
-    assert read_evaluation(path) == result
+    found = read_evaluation(path)
+    assert dataclasses.replace(found, finished="") == result
+    assert datetime.now(UTC) - datetime.fromisoformat(found.finished) < timedelta(hours=1)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert json.loads(path.read_text()).keys() == {
         "name", "pass_at_1", "pass_at_1_std", "runs", "format_rate", "hallucination_rate", "claim_coverage",
         "mean_response_tokens", "num_prompts", "temperature", "top_p", "seed", "step", "pass_at_1_interval",
-        "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear",
+        "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished",
     }  # fmt: skip
 
 
 def test_a_file_from_before_the_intervals_reads(tmp_path):
     path = write_evaluation(tmp_path, _evaluate(*_example()))
     fields = json.loads(path.read_text())
-    for name in ("pass_at_1_interval", "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear"):
+    for name in ("pass_at_1_interval", "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished"):
         del fields[name]
     path.write_text(json.dumps(fields))
     old = read_evaluation(path)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import platform
+import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from megatron_r1v2 import __version__
 from megatron_r1v2.config.choices import Tracker
 from megatron_r1v2.config.schema import LoggingConfig
 from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
@@ -17,7 +22,7 @@ SHOWN = ("critic/rewards/mean", "reward/answer/mean", "actor/loss")
 def recorder(folder: Path, *, first_step: int = 0, is_main: bool = True, **settings) -> Recorder:
     return Recorder(
         folder,
-        RunInfo("tiny", "grpo", total_steps=5, first_step=first_step, shown=SHOWN),
+        RunInfo("tiny", "grpo", total_steps=5, first_step=first_step, shown=SHOWN, num_processes=4, device="H100"),
         settings=LoggingConfig(**settings),
         is_main=is_main,
     )
@@ -88,7 +93,20 @@ def test_lines_that_will_be_written_again_are_cut_off(tmp_path: Path) -> None:
     write(tmp_path, range(3, 6), first_step=2, value=10.0)
     assert [line["actor/loss"] for line in read_metrics(tmp_path)] == [1.0, 2.0, 30.0, 40.0, 50.0]
     assert [line["text"] for line in read_rollouts(tmp_path)] == ["1.0", "1.0", "10.0", "10.0", "10.0"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl", "starts.jsonl"]
+
+
+def test_each_start_is_noted_with_its_machine(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 3))
+    write(tmp_path, range(3, 4), first_step=2)
+    lines = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [line["steps_done"] for line in lines] == [0, 2]
+    for line in lines:
+        assert (line["stage"], line["version"], line["host"]) == ("grpo", __version__, platform.node())
+        assert (line["processes"], line["device"]) == (4, "H100")
+        datetime.fromisoformat(line["time"])
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
+    assert lines[0]["commit"].removesuffix("-dirty") == commit.stdout.strip()
 
 
 def test_only_the_main_rank_writes(tmp_path: Path, capsys) -> None:

@@ -3,10 +3,12 @@
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from megatron_r1v2.monitoring.metrics import FRACTION, SECTIONS, Chart, Metric
-from megatron_r1v2.report.charts import MAX_POINTS, draw
+from megatron_r1v2.report.charts import MAX_POINTS, draw, is_zero
 from megatron_r1v2.report.read import Run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -36,7 +38,58 @@ def test_a_chart_without_data_is_not_drawn():
 def test_labels_and_targets_are_in_the_legend():
     run = make_run(ssb__fresh_effective_fraction=[0.1, 0.2], ssb__trained_effective_fraction=[0.6, 0.6])
     found = texts(draw(chart_of("Effective", "ssb/*", unit=FRACTION), run, target=0.6))
-    assert {"fresh effective fraction", "trained effective fraction", "target", "100%", "step"} <= set(found)
+    assert {"fresh effective fraction", "trained effective fraction", "target", "60%", "step"} <= set(found)
+
+
+def drawn_axes(monkeypatch, chart, run, **options):
+    """Return the axes of a chart."""
+    kept = []
+    finish = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self.axes[0]), finish(self, *a, **k))[1])
+    assert draw(chart, run, **options) is not None
+    return kept[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [([0.04, 0.12], 0.0, 0.1240), ([0.0, 1.0], 0.0, 1.0), ([0.9, 1.0], 0.895, 1.0), ([0.1, 0.5], 0.0, 0.52)],
+)
+def test_the_axis_of_fractions_fits_the_curve(monkeypatch, values, low, high):
+    run = make_run(a__rate=values)
+    bottom, top = drawn_axes(monkeypatch, chart_of("Rate", "a/rate", unit=FRACTION), run).get_ylim()
+    margin = 0.02 * (high - low)
+    assert (bottom, top) == pytest.approx((low - margin, high + margin), abs=1e-9)
+
+
+def test_what_is_close_to_a_number_is_drawn_as_the_difference(monkeypatch):
+    run = make_run(train__error=[1.0, 1.0 + 2e-7, 1.0 + 4e-7])
+    axes = drawn_axes(monkeypatch, chart_of("Mismatch", "train/error", minus=1.0), run)
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.0, 2e-7, 4e-7], abs=1e-12)
+
+
+def test_noise_is_averaged_and_a_schedule_is_not(monkeypatch):
+    noisy = make_run(a__x=[float(i * 7919 % 13) for i in range(90)])
+    axes = drawn_axes(monkeypatch, chart_of("Noise", "a/x"), noisy)
+    assert len(axes.lines) == 2
+    assert axes.get_xlabel() == "step (bold: mean of 7 points)"
+    schedule = make_run(a__x=[min(i / 10, 1.0 - i / 100) for i in range(90)])
+    axes = drawn_axes(monkeypatch, chart_of("Schedule", "a/x"), schedule)
+    assert len(axes.lines) == 1
+    assert list(axes.lines[0].get_ydata()) == schedule.series("a/x")[1]
+    assert axes.get_xlabel() == "step"
+
+
+def test_suffixes_are_the_labels_of_one_metric():
+    metric = Metric("train/error", "ratio", "", suffixes=("", "_image"))
+    run = make_run(train__error=[1.0, 2.0], train__error_image=[1.0, 3.0])
+    assert {"all", "image"} <= set(texts(draw(Chart("Mismatch", "", (metric,)), run)))
+
+
+def test_a_chart_of_zeros_is_known(monkeypatch):
+    chart = chart_of("Trouble", "a/x", "a/y")
+    assert is_zero(chart, make_run(a__x=[0.0, 0.0]))
+    assert not is_zero(chart, make_run(a__x=[0.0, 0.0], a__y=[0.0, 1.0]))
+    assert not is_zero(chart, make_run(a__z=[0.0]))
 
 
 def test_a_metric_that_two_patterns_match_is_drawn_once():

@@ -76,7 +76,8 @@ def all_metric_names():
 
 def write_evaluations(tmp_path):
     for name, rate, right in (("before", 0.5, 3), ("after", 0.9, 8)):
-        evaluation = {"name": name, "pass_at_1": rate, "pass_at_1_std": 0.012, "runs": [rate] * 5, "format_rate": 0.97}
+        evaluation = {"name": name, "pass_at_1": rate, "runs": [rate] * 5, "format_rate": 0.97}
+        evaluation |= {"pass_at_1_interval": [rate - 0.041, rate + 0.039]}
         evaluation |= {"hallucination_rate": 1 - rate, "claim_coverage": 0.99, "mean_response_tokens": 24.0}
         evaluation |= {"num_prompts": 10, "temperature": 1.0, "top_p": 1.0, "seed": 0, "step": 0}
         (tmp_path / f"evaluation-{name}.json").write_text(json.dumps(evaluation), encoding="utf-8")
@@ -91,7 +92,11 @@ def full_run(tmp_path_factory):
     write_lines(folder / "metrics.jsonl", rows)
     write_lines(folder / "rollouts.jsonl", [rollout(s, f"p{i}", i % 2 == 0) for s in range(1, 41) for i in range(8)])
     write_evaluations(folder)
-    (folder / "recipe.yaml").write_text("run: {name: my run}\ntrain: {steps: 40}\n", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        "run: {name: my run, stage: grpo}\ntrain: {steps: 40}\nmodel: {checkpoint: runs/start}\n", encoding="utf-8"
+    )
+    start = {"time": "2026-11-28T10:00:00+00:00", "version": "0.1.0", "commit": "abc1234", "host": "node7"}
+    write_lines(folder / "starts.jsonl", [start | {"processes": 8, "device": "NVIDIA H100"}] * 2)
     return folder
 
 
@@ -112,8 +117,15 @@ def test_a_finished_run_shows_everything(full_page):
     for expected in (
         "my run",
         "step 40 of 40",
-        "50.0 % \N{PLUS-MINUS SIGN} 1.2",
-        "90.0 % \N{PLUS-MINUS SIGN} 1.2",
+        "50.0 % (45.9 to 53.9)",
+        "90.0 % (85.9 to 93.9)",
+        "50.0 % \N{RIGHTWARDS ARROW} 90.0 %",
+        "before and after; 95 % interval of the last 85.9 to 93.9",
+        "stage grpo",
+        "model runs/start",
+        "version 0.1.0 abc1234",
+        "hardware 8 x NVIDIA H100 (node7)",
+        "starts 2",
         "+40.0 points",
         "-40.0 points",
         "5 turned right, 0 turned wrong, 2 stayed wrong, 3 stayed right.",
@@ -169,6 +181,13 @@ def test_a_run_that_is_still_going_is_shown_so_far(tmp_path):
     assert "damaged" not in page.text
 
 
+def test_charts_of_zeros_are_one_line_of_text(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "verifier/crashes": 0, "timing_s/step": 1} for s in (1, 2)])
+    page = read_page(tmp_path)
+    assert "Zero throughout: Trouble." in page.text
+    assert page.elements.count("svg") == 1
+
+
 def test_damaged_lines_in_the_middle_are_reported(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1, "actor/loss": 1}\n\xff\xfe{\n[1]\n\n{"step": 2, "actor/loss": 2}\n'
@@ -212,7 +231,7 @@ def test_steps_repeated_after_a_restart_count_once(tmp_path):
 def test_wrong_and_right_responses_are_both_shown(tmp_path):
     write_lines(tmp_path / "rollouts.jsonl", [rollout(1, f"p{i}", correct=i != 5) for i in range(8)])
     shown = read_run(tmp_path).rollouts[1]
-    assert [row["correct"] for row in shown] == [False, True, True, True]
+    assert [row["correct"] for row in shown] == [True, True, True, False]
 
 
 def test_conditions_that_differ_are_called_out(tmp_path):

@@ -60,26 +60,52 @@ def test_a_few_steps_and_a_few_rollouts_of_each_are_shown(tmp_path):
         assert [row["correct"] for row in shown].count(False) == 1
 
 
-def test_prompts_evaluated_before_and_after_are_paired(tmp_path):
-    right = {"before": [0, 0, 1, 1], "after": [0, 1, 0, 1]}
+def write_evaluations(folder, right, **finished):
+    """Write evaluations of four kinds of prompts, each right or wrong; `finished`: when, by name."""
     for name, values in right.items():
-        (tmp_path / f"evaluation-{name}.json").write_text("{}")
+        write(folder / f"evaluation-{name}.json", {"finished": finished[name]} if name in finished else {})
         lines = [
             {"prompt_key": f"{kind}-{n}", "correct": bool(value), "name": name}
             for n in range(30)
             for kind, value in enumerate(values)
         ]
-        write(tmp_path / f"evaluation-{name}.rollouts.jsonl", *lines)
+        write(folder / f"evaluation-{name}.rollouts.jsonl", *lines)
+
+
+def test_the_prompts_of_the_first_and_the_last_evaluation_are_paired(tmp_path):
+    right = {"grpo": [0, 1, 0, 1], "aligned": [0, 0, 1, 1], "mpo": [1, 1, 1, 1]}
+    times = {"aligned": "2026-11-01T10:00:00+00:00", "mpo": "2026-11-01T11:00:00+00:00"}
+    write_evaluations(tmp_path, right, **times, grpo="2026-11-02T09:00:00+00:00")
     run = read_run(tmp_path)
-    assert [row["name"] for row in run.evaluations] == ["before", "after"]
-    assert run.changes == dict.fromkeys(CHANGES, 30)
-    assert len(run.pairs) == PAIRS_SHOWN
-    assert {pair.change for pair in run.pairs} == set(CHANGES)
-    for pair in run.pairs:
+    assert [row["name"] for row in run.evaluations] == ["aligned", "mpo", "grpo"]
+    assert (run.comparison.first, run.comparison.last) == ("aligned", "grpo")
+    assert run.comparison.changes == dict.fromkeys(CHANGES, 30)
+    assert len(run.comparison.pairs) == PAIRS_SHOWN
+    assert {pair.change for pair in run.comparison.pairs} == set(CHANGES)
+    for pair in run.comparison.pairs:
         assert pair.before["prompt_key"] == pair.after["prompt_key"]
-        assert (pair.before["name"], pair.after["name"]) == ("before", "after")
+        assert (pair.before["name"], pair.after["name"]) == ("aligned", "grpo")
         kind = int(str(pair.before["prompt_key"])[0])
         assert pair.change == ("stayed wrong", "turned right", "turned wrong", "stayed right")[kind]
+    named = read_run(tmp_path, ("grpo", "mpo")).comparison
+    assert (named.first, named.last) == ("grpo", "mpo")
+    assert named.changes == {"turned right": 60, "turned wrong": 0, "stayed wrong": 0, "stayed right": 60}
+    with pytest.raises(ValueError, match="has no evaluation 'sft'; it has aligned, mpo, grpo"):
+        read_run(tmp_path, ("sft", "mpo"))
+
+
+def test_evaluations_of_other_prompts_are_not_paired_with_the_last(tmp_path):
+    write_evaluations(tmp_path, {"digits": [0, 1], "digits2": [1, 1]}, digits="2026-11-01", digits2="2026-11-03")
+    write(tmp_path / "evaluation-mmmu.json", {"finished": "2026-10-01"})
+    write(tmp_path / "evaluation-mmmu.rollouts.jsonl", {"prompt_key": "mmmu-1", "correct": True})
+    comparison = read_run(tmp_path).comparison
+    assert (comparison.first, comparison.last) == ("digits", "digits2")
+    assert comparison.changes["turned right"] == 30
+
+
+def test_an_evaluation_without_a_time_is_as_old_as_its_file(tmp_path):
+    write_evaluations(tmp_path, {"b": [1], "a": [0]}, a="1990-01-01")
+    assert [row["name"] for row in read_run(tmp_path).evaluations] == ["a", "b"]
 
 
 def test_an_evaluation_that_is_damaged_is_noted(tmp_path):

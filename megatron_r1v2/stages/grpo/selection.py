@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -124,6 +125,29 @@ def select(
             "rollout/responses_filtered": len(trainable) - len(eligible),
         },
     )
+
+
+def telling_responses(records: Sequence[SampleRecord], count: int) -> list[int]:
+    """Choose responses to show: of each prompt a right and a wrong one, the largest advantages first.
+
+    Args:
+        records: of one replica's responses.
+
+    Returns:
+        At most `count` places in `records`.
+    """
+    largest: dict[str, float] = {}
+    for record in records:
+        key = record.entry.prompt_key
+        largest[key] = max(largest.get(key, 0.0), abs(record.advantage))
+    seen: Counter[tuple[str, bool]] = Counter()
+    order = []
+    for place in sorted(range(len(records)), key=lambda place: -abs(records[place].advantage)):
+        key, correct = records[place].entry.prompt_key, records[place].correct
+        order.append((seen[key, correct], -largest[key], key, place))
+        seen[key, correct] += 1
+    # Stable: within a prompt the larger advantage stays in front.
+    return [place for *_, place in sorted(order, key=lambda item: item[:3])[:count]]
 
 
 def check_answers(prompts: Sequence[Prompt], effective_by: EffectiveBy) -> None:

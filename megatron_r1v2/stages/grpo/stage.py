@@ -13,7 +13,7 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.grpo.replay_buffer import ReplayBuffer
 from megatron_r1v2.stages.grpo.rollouts import RolloutPhase
-from megatron_r1v2.stages.grpo.selection import Selection, fresh_samples, sample_id, select
+from megatron_r1v2.stages.grpo.selection import Selection, fresh_samples, sample_id, select, telling_responses
 from megatron_r1v2.stages.grpo.updates import UpdatePhase, is_only_update
 from megatron_r1v2.stages.loaded_reward_model import open_reward_model
 from megatron_r1v2.stages.loop import run_steps
@@ -151,9 +151,10 @@ class GrpoStage:
         if not session.context.is_main:
             return
         by_key = {prompt.key: prompt for prompt in prompts}
+        own = [(response, selection.records[sample_id(session.step, response.rollout)]) for response in scored]
         rows = []
-        for response in scored[: session.recipe.logging.sample_rollouts]:
-            record = selection.records[sample_id(session.step, response.rollout)]
+        for place in telling_responses([record for _, record in own], session.recipe.logging.sample_rollouts):
+            response, record = own[place]
             prompt = by_key[response.rollout.prompt_key]
             rows.append(rollout_record(session.step + 1, prompt, response, advantage=record.advantage))
         session.recorder.write_rollouts(rows)

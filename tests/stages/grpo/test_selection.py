@@ -22,8 +22,16 @@ from megatron_r1v2.config.schema import (
 )
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.rl.sample_buffer import SampleBuffer
-from megatron_r1v2.stages.grpo.selection import check_answers, count_effective_groups, fresh_sample, sample_id, select
+from megatron_r1v2.rl.sample_buffer import BufferEntry, SampleBuffer
+from megatron_r1v2.stages.grpo.selection import (
+    SampleRecord,
+    check_answers,
+    count_effective_groups,
+    fresh_sample,
+    sample_id,
+    select,
+    telling_responses,
+)
 from megatron_r1v2.training.batches import with_old_log_probs
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
 from tests.ranks import run_ranks
@@ -357,3 +365,26 @@ def test_answers_are_missed_before_anything_is_generated():
     check_answers(without, EffectiveBy.reward)
     with pytest.raises(ValueError, match=r"prompt 'p0-1' has no answer, .*set buffer.effective_by=reward"):
         check_answers(without, EffectiveBy.answer)
+
+
+def test_responses_to_show_are_of_several_prompts_right_and_wrong_first():
+    def record(prompt: str, advantage: float, correct: bool) -> SampleRecord:
+        entry = BufferEntry(f"{prompt}/{advantage}", prompt, abs(advantage), "image", 0, 5)
+        return SampleRecord(entry.sample_id, advantage, 0.0, correct, entry)
+
+    records = [
+        *[record("easy", 0.0, True)] * 3,
+        *[record("rare", value, correct) for value, correct in ((-0.4, False), (-0.3, False), (2.5, True))],
+        *[record("even", value, correct) for value, correct in ((1.0, True), (-1.0, False), (0.9, True))],
+    ]
+    chosen = [records[place] for place in telling_responses(records, 6)]
+    assert [(r.entry.prompt_key, r.advantage) for r in chosen] == [
+        ("rare", 2.5),
+        ("rare", -0.4),
+        ("even", 1.0),
+        ("even", -1.0),
+        ("easy", 0.0),
+        ("rare", -0.3),
+    ]
+    assert telling_responses(records, 0) == []
+    assert len(telling_responses(records, 99)) == len(records)
