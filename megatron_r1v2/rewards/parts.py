@@ -52,7 +52,7 @@ a hang or crash is a 0; or None where the part does not apply to the prompt."""
 def _answer(response: Response, settings: RewardConfig) -> Calls | None:
     prompt = response.prompt
     if not prompt.answer or prompt.answer_type is None:
-        if settings.functions:
+        if settings.functions or response.model_score is not None:
             return None
         raise ValueError(
             f"prompt {prompt.key!r} has no answer to compare with; give it one, with answer_type, or reward.functions "

@@ -116,7 +116,7 @@ def authorization() -> dict[str, str]:
 
 
 def score_request(prompt: Prompt, text: str, endpoint: ScoreEndpoint) -> dict[str, object]:
-    """Return the body of a request: the conversation as chat messages, the response as the assistant's turn.
+    """Return the body of a request: the conversation with the response as its last turn, and the reference answer.
 
     Args:
         prompt: with its encoded images.
@@ -124,6 +124,9 @@ def score_request(prompt: Prompt, text: str, endpoint: ScoreEndpoint) -> dict[st
     messages = [*openai_messages(prompt.messages, prompt.images), {"role": "assistant", "content": text}]
     # Raw scores: vLLM would put a single logit through a sigmoid.
     body: dict[str, object] = {"messages": messages, "use_activation": False}
+    # For a server of one's own that knows what to do with it; vLLM passes over fields that it does not know.
+    if prompt.answer:
+        body["answer"] = prompt.answer
     if endpoint is ScoreEndpoint.pooling:
         body["task"] = "classify"
     return body

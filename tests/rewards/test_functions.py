@@ -166,5 +166,9 @@ def test_without_answers_the_answer_part_does_not_apply(pool):
     # The weight of the answer goes to the others: 0.5 x 2.2 / 1.2.
     assert scored.total == pytest.approx(0.5 * 2.2 / 1.2)
     assert "reward/answer/mean" not in reward_metrics(counts)
+    # A reward model judges without answers too.
+    model = RewardConfig(model_weight=1.0, model_centre=0.0)
+    [scored], _ = score_rollouts(prompts, [rollout], ["12345"], settings=model, model_scores=[0.0], **arguments)
+    assert scored.rewards == {"format": 0.0, "model": 0.5}
     with pytest.raises(ValueError, match="prompt 'a' has no answer to compare with; .*reward.functions"):
         score_rollouts(prompts, [rollout], ["12345"], settings=RewardConfig(), **arguments)

@@ -92,6 +92,7 @@ def test_a_request_is_what_vllm_reads(client, server, endpoint, monkeypatch):
     url = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
     expected = {
         "use_activation": False,
+        "answer": "3",
         "messages": [
             {"role": "system", "content": "Be right."},
             {
