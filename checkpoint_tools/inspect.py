@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.checkpoint.command_line import explained_errors, tool_parser
+from megatron_r1v2.checkpoint import command_line
 from megatron_r1v2.checkpoint.inspection import inspect_checkpoint
 
 EXAMPLE = """example:
@@ -20,12 +20,12 @@ and checkpoints. No weight is read and no code of a folder is run; use verify to
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = tool_parser("inspect", __doc__, EXAMPLE)
+    parser = command_line.tool_parser("inspect", __doc__, EXAMPLE)
     parser.add_argument("path", type=Path, help="folder, file, run or checkpoint")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    with explained_errors(parser):
+    with command_line.explained_errors(parser):
         found = inspect_checkpoint(options.path)
         if options.json:
             print(json.dumps(found.as_json(tensors=options.tensors), indent=2))

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.checkpoint.command_line import (
-    INTERRUPTED,
-    add_hf_arguments,
-    add_run_arguments,
-    explained_errors,
-    run_options,
-    tool_parser,
-)
+from megatron_r1v2.checkpoint import command_line
 from megatron_r1v2.checkpoint.export import export_checkpoint
 
 EXAMPLE = f"""example:
@@ -24,18 +17,18 @@ A checkpoint of a run holds the parts that were trained. The others, config.json
 checkpoint that hf_to_megatron made needs none.
 A base that is not the model that the run was trained on is refused, by the checksums that training noted of it.
 The padding of vocabulary and heads, which depends on the layout of the run, is cut off.
-{INTERRUPTED}"""
+{command_line.INTERRUPTED}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = tool_parser("megatron_to_hf", __doc__, EXAMPLE)
+    parser = command_line.tool_parser("megatron_to_hf", __doc__, EXAMPLE)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run (its newest checkpoint) or a checkpoint")
     parser.add_argument("--base", type=Path, help="Hugging Face folder that the run started from, in either layout")
-    add_run_arguments(parser)
-    add_hf_arguments(parser, default=None)
+    command_line.add_run_arguments(parser)
+    command_line.add_hf_arguments(parser, default=None)
     options = parser.parse_args(arguments)
-    with explained_errors(parser):
+    with command_line.explained_errors(parser):
         origin = export_checkpoint(
             options.checkpoint,
             options.output,
@@ -43,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             layout=options.layout,
             dtype=options.dtype,
             max_shard_bytes=options.shard_size,
-            options=run_options(options),
+            options=command_line.run_options(options),
         )
         print(f"wrote {options.output} ({origin})")
 

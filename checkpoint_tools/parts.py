@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.checkpoint.command_line import (
-    add_hf_arguments,
-    add_run_arguments,
-    explained_errors,
-    run_options,
-    tool_parser,
-)
+from megatron_r1v2.checkpoint import command_line
 from megatron_r1v2.checkpoint.destinations import HfFormat
 from megatron_r1v2.checkpoint.hf.config import folder_layout
 from megatron_r1v2.checkpoint.trained_parts import apply_parts, export_parts
@@ -29,22 +23,22 @@ reassemble --adapter takes exported adapters too."""
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = tool_parser("parts", __doc__, EXAMPLE)
+    parser = command_line.tool_parser("parts", __doc__, EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the trained parts of a run")
     export.add_argument("--checkpoint", type=Path, required=True, help="a run (its newest checkpoint) or a checkpoint")
     export.add_argument(
         "--base", type=Path, help="model that the run started from; default: its recipe's model.hf_path"
     )
-    add_run_arguments(export)
+    command_line.add_run_arguments(export)
     apply = commands.add_parser("apply", help="write the whole model, the parts over a base")
     apply.add_argument("--parts", type=Path, required=True, help="folder that export made")
     apply.add_argument("--base", type=Path, required=True, help="the model that the parts were trained on")
-    add_run_arguments(apply)
-    add_hf_arguments(apply, default=None)
+    command_line.add_run_arguments(apply)
+    command_line.add_hf_arguments(apply, default=None)
     options = parser.parse_args(arguments)
-    with explained_errors(parser):
-        run, output = run_options(options), options.output
+    with command_line.explained_errors(parser):
+        run, output = command_line.run_options(options), options.output
         if options.command == "export":
             parts, base = export_parts(options.checkpoint, output, base=options.base, dtype=options.dtype, options=run)
             print(f"wrote {output} ({', '.join(parts.parts)} after step {parts.step}, trained on {base})")

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.checkpoint.command_line import (
-    INTERRUPTED,
-    add_hf_arguments,
-    add_run_arguments,
-    explained_errors,
-    run_options,
-    tool_parser,
-)
+from megatron_r1v2.checkpoint import command_line
 from megatron_r1v2.checkpoint.destinations import DTYPES
 from megatron_r1v2.checkpoint.hf.companions import DEFAULT_MAX_TILES, Components
 from megatron_r1v2.checkpoint.splicing import reassemble
@@ -25,12 +18,12 @@ ordinary Hugging Face folder: transformers loads it as InternVLForConditionalGen
 model.hf_path of a recipe points to it. Image tokens that the tokenizer lacks are added; the embedding grows only if
 they do not fit into it, by rows that are the mean of the others. Without --adapter the adapter is random; the align
 stage trains it.
-{INTERRUPTED}"""
+{command_line.INTERRUPTED}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = tool_parser("reassemble", __doc__, EXAMPLE)
+    parser = command_line.tool_parser("reassemble", __doc__, EXAMPLE)
     parser.add_argument("--vision", type=Path, required=True, help="folder of an InternViT, or of a whole InternVL")
     parser.add_argument("--language", type=Path, required=True, help="folder of the language model and its tokenizer")
     parser.add_argument("--adapter", type=Path, help="folder or file with multi_modal_projector.* or mlp1.*")
@@ -43,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--untie-embeddings", action="store_true", help="write a tied embedding as output matrix too, to train apart"
     )
     parser.add_argument("--seed", type=int, default=0, help="of a random adapter")
-    add_run_arguments(parser)
-    add_hf_arguments(parser, default="transformers")
+    command_line.add_run_arguments(parser)
+    command_line.add_hf_arguments(parser, default="transformers")
     options = parser.parse_args(arguments)
     components = Components(
         vision=options.vision,
@@ -57,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
         untie_embeddings=options.untie_embeddings,
     )
-    with explained_errors(parser):
+    with command_line.explained_errors(parser):
         architecture = reassemble(
             components,
             options.output,
             layout=options.layout,
             max_shard_bytes=options.shard_size,
-            options=run_options(options),
+            options=command_line.run_options(options),
         )
         adapter = options.adapter or "random"
         print(f"wrote {options.output} (adapter: {adapter}, {architecture.tokens_per_tile} image tokens a tile)")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.checkpoint.command_line import explained_errors, tool_parser
+from megatron_r1v2.checkpoint import command_line
 from megatron_r1v2.checkpoint.comparison import Comparison, Verification, compare, verify
 from megatron_r1v2.checkpoint.detection import open_checkpoint
 
@@ -24,7 +24,7 @@ compared with a second copy. Of two: every parameter must have the same shape, d
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = tool_parser("verify", __doc__, EXAMPLE)
+    parser = command_line.tool_parser("verify", __doc__, EXAMPLE)
     parser.add_argument("first", type=Path, help="folder, run or checkpoint")
     parser.add_argument("second", type=Path, nargs="?", help="what to compare it with")
     parser.add_argument("--base", type=Path, help="model that a checkpoint or exported parts belong to")
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.logits and options.second is None:
         parser.error("--logits needs two checkpoints")
-    with explained_errors(parser):
+    with command_line.explained_errors(parser):
         found: Verification | Comparison
         if options.second is None:
             found = verify(options.first, options.base, workers=options.workers)

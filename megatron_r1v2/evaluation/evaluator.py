@@ -13,7 +13,6 @@ from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
-from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, ScoredRollout
@@ -34,8 +33,6 @@ class Evaluator:
     decode: Callable[[Sequence[int]], str]
     context: ParallelContext
     max_response_tokens: int
-    reward_model: RewardModel | None = None
-    """None: the totals of the responses shown are those of the rules alone; no rate depends on a reward model."""
     progress: Progress | None = None
     """Called with (responses finished, tokens in them) of this replica after each step, where a call has none."""
     wait_for_all: Callable[[str], None] | None = None
@@ -100,12 +97,12 @@ class Evaluator:
             self.wait_for_all(f"evaluated-{name}-{step}")
         by_key = {prompt.key: prompt for prompt in prompts}
         scorer = ReplicaScorer(
-            # Without one, as in an evaluation by itself, the weight would ask for a score that nobody gives.
-            self.reward if self.reward_model is not None else self.reward.changed(model_weight=0.0),
+            # The rules alone: no rate depends on a reward model, and none is loaded here.
+            self.reward.changed(model_weight=0.0),
             self.context,
             decode=self.decode,
             pool=self.pool,
-            reward_model=self.reward_model,
+            reward_model=None,
             max_response_tokens=self.max_response_tokens,
         )
         mine, _ = scorer.score(by_key, rollouts)

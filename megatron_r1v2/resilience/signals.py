@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from multiprocessing import resource_tracker
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -60,9 +60,7 @@ class StopSignals:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._previous_fd)
         # A full buffer would lose the byte that ends the thread.
         self._mouth.setblocking(True)
