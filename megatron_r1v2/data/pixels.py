@@ -19,7 +19,7 @@ _FULL_SCALES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 """White of images with whole numbers: cameras and scanners store 10, 12 and 14 bits in 16."""
 _OTHER_CONTENT = (
     (re.compile(rb"\s*\Z"), "is empty; copy or download it again"),
-    (re.compile(rb"version https://git-lfs\."), "is a Git LFS pointer, not the image; fetch it with git lfs pull"),
+    (re.compile(rb"version \S*git-lfs\."), "is a Git LFS pointer, not the image; fetch it with git lfs pull"),
     (re.compile(rb"\S*/annex/objects/\S*\s*\Z"), "is a git-annex pointer, not the image; fetch it with git annex get"),
     (re.compile(rb"\s*<(!doctype\s+html|html|head|body)\b", re.I), "is an HTML page, not an image; download it again"),
     (re.compile(rb"\s*(<\?xml|<svg)", re.I), "is XML (an error of a server, or SVG), not a PNG, JPEG or the like"),
