@@ -156,13 +156,10 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command, and return its exit status: 2 when there is no such command.
 
     Args:
         argv: the arguments; None: those of the process.
-
-    Returns:
-        The exit status; 2 when there is no such command.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     with _reader_may_leave():

@@ -13,13 +13,10 @@ from megatron_r1v2.checkpoint.trained_parts import PARTS_FILE, read_parts
 
 
 def open_checkpoint(path: Path, base: Path | None = None) -> tuple[str, SourceSpec]:
-    """Determine the kind of checkpoint that a path names.
+    """Return a word for the kind of checkpoint at a path, and the way to open it.
 
     Args:
         base: the model that it was made from, where that is needed; None: the one that a run's recipe names.
-
-    Returns:
-        A word for its kind, and how to open it.
 
     Raises:
         ValueError: the path names none of these.

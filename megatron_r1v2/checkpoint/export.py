@@ -25,16 +25,13 @@ def export_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     options: RunOptions,
 ) -> str:
-    """Write a checkpoint as a Hugging Face folder.
+    """Write a checkpoint as a Hugging Face folder, and return words for the origin of its parts.
 
     Args:
         path: a run (its newest checkpoint) or a checkpoint.
         base: Hugging Face folder that the run started from; None: the one that its recipe names, where it exists.
         layout: of the output; None: that of the base.
         dtype: a key of DTYPES; empty: that of the checkpoint.
-
-    Returns:
-        A sentence part that says which parts came from where.
 
     Raises:
         ValueError: parts are missing, or the base is not the model that the run was trained on.

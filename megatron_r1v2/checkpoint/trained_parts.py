@@ -63,15 +63,12 @@ def read_parts(folder: Path) -> TrainedParts:
 def export_parts(
     path: Path, output: Path, *, base: Path | None, dtype: str, options: RunOptions
 ) -> tuple[TrainedParts, Path]:
-    """Write the trained parts of a run alone.
+    """Write the trained parts of a run alone, and return their description and the base.
 
     Args:
         path: a run (its newest checkpoint) or a checkpoint.
         base: the model that the run started from; None: the one that its recipe names.
         dtype: a key of DTYPES; empty: that of the checkpoint.
-
-    Returns:
-        The description that was written, and the base.
 
     Raises:
         ValueError: the base is not known, or is not the one that the run was trained on.

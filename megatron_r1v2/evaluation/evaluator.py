@@ -39,14 +39,11 @@ class Evaluator:
     """Called, with the name of the place, when this replica has generated, and others may not have."""
 
     def run(self, prompts: Sequence[Prompt], *, name: str, step: int) -> EvaluationResult:
-        """Collective over all ranks: evaluate the engine's model by the rules alone; no judge is asked.
+        """Collective over all ranks: evaluate by the rules alone, without a judge; return the result on every rank.
 
         Args:
             prompts: the same on every rank.
             step: training steps behind the weights.
-
-        Returns:
-            The result, on every rank.
         """
         scored = self.respond(prompts, name=name, step=step)
         outcomes = None

@@ -27,11 +27,7 @@ example:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the pool.
-
-    Returns:
-        The exit status: 0, or 1 when the input has an error, which is printed.
-    """
+    """Write the pool, and return the exit status: 1 when the input has an error, which is printed."""
     parser = command_parser("filter-prompts", _DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help="evaluation-NAME.rollouts.jsonl")
     parser.add_argument("--data", type=Path, required=True, help="the data set that was evaluated")

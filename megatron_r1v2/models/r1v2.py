@@ -219,14 +219,11 @@ def build_r1v2(
     device: torch.device,
     score_seed: int | None = None,
 ) -> R1V2Model:
-    """Build this rank's part of the model on its device and in its dtype, with random weights.
+    """Build this rank's part of the model on its device and in its dtype, with random weights that all train.
 
     Args:
         groups: process groups; pp decides which layers this stage holds.
         score_seed: the seed of a reward model's head; None: a language model with its output layer.
-
-    Returns:
-        The model, every parameter trainable.
     """
     stage, stages = groups.pp.rank(), groups.pp.size()
     # With gradients enabled, TransformerEngine would keep unrounded copies of 8-bit weights.
@@ -243,12 +240,9 @@ def build_r1v2(
 
 
 def freeze_all_but(model: R1V2Model, parts: Iterable[Part]) -> list[str]:
-    """Freeze all parameters but those of the parts that train.
+    """Freeze all parameters but those of the parts that train; return the names of those on this rank.
 
     Call it before megatron-core's DDP and optimizer, which allocate gradients and states for all that is not frozen.
-
-    Returns:
-        The names of the parameters on this rank that train.
     """
     trained = {Part(part).value for part in parts}
     names = []

@@ -77,13 +77,10 @@ class Run:
 
 
 def read_run(path: Path | str, compare: tuple[str, str] | None = None) -> Run:
-    """Read a run folder.
+    """Return the contents of a run folder; missing and damaged files are in its notes.
 
     Args:
         compare: names of the evaluations to compare; None: the last one, and the first of the same prompts.
-
-    Returns:
-        Its contents; missing and damaged files are in its notes.
 
     Raises:
         ValueError: the folder does not exist, or has no evaluation of a name in `compare`.

@@ -39,13 +39,10 @@ class HallucinationCounts:
 
 
 def compile_claim_pattern(pattern: str) -> re.Pattern[str] | None:
-    """Check and compile `reward.claim_pattern`.
+    """Check and compile `reward.claim_pattern`; return None for "".
 
     Args:
         pattern: a regular expression with the named groups `name` and `value`; "" looks for no claims.
-
-    Returns:
-        The compiled pattern, or None for "".
 
     Raises:
         ValueError: not a regular expression, or one of the groups is missing.

@@ -174,13 +174,10 @@ class VerifierPool:
             )
 
     def run(self, calls: Sequence[Call[ResultT]], *, failed: FailureT) -> list[ResultT | FailureT]:
-        """Run functions in the workers.
+        """Run functions in the workers, and return the results in the order of the calls.
 
         Args:
             failed: the result of a call that hangs or crashes.
-
-        Returns:
-            The results in the order of the calls.
 
         Raises:
             RuntimeError: workers end before they start a check (the reason is on stderr), or the pool is closed.

@@ -111,10 +111,7 @@ def _refusal(name: str, value: object, field: FieldInfo) -> str:
 
 
 def read_messages(messages: object) -> list[Turn]:
-    """Check the messages of a request and decode their images.
-
-    Returns:
-        The turns, at least one.
+    """Check the messages of a request, decode their images, and return the turns.
 
     Raises:
         RequestError: naming the message and what is accepted.

@@ -66,10 +66,7 @@ class SkyworkReward:
 
     @torch.inference_mode()
     def score(self, turns: Sequence[Turn]) -> tuple[float, int]:
-        """Score the last turn of a conversation.
-
-        Returns:
-            The raw score, and the tokens that were read.
+        """Return the raw score of the last turn of a conversation, and the number of tokens that were read.
 
         Raises:
             RequestError: the last turn is not the assistant's, or there are too many tokens.

@@ -19,11 +19,7 @@ SHOWN = ("actor/nll", "actor/grad_norm", "validation/pass_at_1")
 
 
 def run_align(recipe: AlignRecipe) -> Path:
-    """Run the stage until its last step or until validation Pass@1 is high enough.
-
-    Returns:
-        The run's folder.
-    """
+    """Run the stage until its last step or until validation Pass@1 is high enough, and return the run's folder."""
     with open_session(recipe, stage="align", shown=SHOWN) as session, session.loaded.verifiers() as pool:
         evaluator = session.loaded.evaluator(
             session.loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward

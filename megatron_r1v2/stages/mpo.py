@@ -40,11 +40,7 @@ _DELTA_MOMENTUM = 0.0
 
 
 def run_mpo(recipe: MpoRecipe) -> Path:
-    """Run the stage until its last step or until validation Pass@1 is high enough.
-
-    Returns:
-        The run's folder.
-    """
+    """Run the stage until its last step or until validation Pass@1 is high enough, and return the run's folder."""
     check_margins(recipe)
     with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.loaded.verifiers() as pool:
         stage = MpoStage(session, recipe)

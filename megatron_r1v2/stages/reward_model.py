@@ -24,11 +24,7 @@ SHOWN = ("reward_model/loss", "reward_model/accuracy", "reward_model/margin", "v
 
 
 def run_reward_model(recipe: RewardModelRecipe) -> Path:
-    """Run the stage to its end, resumed where it was interrupted.
-
-    Returns:
-        The run's folder.
-    """
+    """Run the stage to its end, resumed where it was interrupted, and return the run's folder."""
     with open_session(recipe, stage="reward_model", shown=SHOWN) as session:
         validates = bool(recipe.data.validation) and recipe.evaluation.every_steps > 0
         held_out = (

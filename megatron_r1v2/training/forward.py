@@ -42,11 +42,7 @@ class Forward:
         return self.model
 
     def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """Turn the output of the last stage into one number for each token: here the scores as they are.
-
-        Returns:
-            float32 [B, S].
-        """
+        """Turn the last stage's output into float32 [B, S], a number for each token: here the scores as they are."""
         return output
 
     def compute_values(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:

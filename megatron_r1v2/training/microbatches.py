@@ -34,7 +34,7 @@ class Microbatcher:
         units: Mapping[str, Sequence[str]] | None = None,
         replayed: Collection[str] = (),
     ) -> list[Microbatch]:
-        """Group samples into microbatches.
+        """Group samples into microbatches, those with the longest rows first.
 
         Args:
             samples: of one update on this rank, by id; may be empty.
@@ -42,9 +42,6 @@ class Microbatcher:
             units: ids of the samples that belong into one microbatch, as neighbours, by the name of the unit (a pair);
                 None: each sample by itself.
             replayed: ids of samples that come from the buffer.
-
-        Returns:
-            The microbatches, those with the longest rows first.
         """
         grouped = {name: (name,) for name in samples} if units is None else units
         lengths = {unit: [len(samples[name].token_ids) for name in names] for unit, names in grouped.items()}

@@ -29,13 +29,10 @@ class PackedBatch:
     """Of the padded batch: [B, S]."""
 
     def unpack(self, values_1S: torch.Tensor) -> torch.Tensor:
-        """Lay packed values out as rows again, zero elsewhere.
+        """Lay packed values out as rows [B, S] again, zero elsewhere; differentiable.
 
         Args:
             values_1S: float [1, packed tokens].
-
-        Returns:
-            [B, S], differentiable.
         """
         flat = values_1S.new_zeros(self.shape.numel())
         return flat.index_put((self.columns,), values_1S[0, : len(self.columns)]).view(self.shape)

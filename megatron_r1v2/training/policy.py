@@ -84,13 +84,10 @@ class Policy(Forward):
         return self.ddp
 
     def read(self, output: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Return the log-probs of the labels, or the scores of a reward model in training.
+        """Return the log-probs of the labels, or the scores of a reward model in training, as float32 [B, S].
 
         Args:
             output: of the last stage: logits [B, S, V / TP], or scores [B, S].
-
-        Returns:
-            float32 [B, S].
         """
         if self.model.is_reward_model:
             return output

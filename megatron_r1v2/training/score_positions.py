@@ -22,14 +22,11 @@ def append_pad_token(sample: Sample, pad_id: int) -> Sample:
 
 
 def last_scores(values_BS: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
-    """Read the score of each row.
+    """Read the score of each row: float32 [B], differentiable.
 
     Args:
         values_BS: float32 [B, S]: of every token.
         batch: of samples with an appended pad token.
-
-    Returns:
-        float32 [B], differentiable.
     """
     tokens = zip(batch.num_prompt_tokens_B, batch.num_response_tokens_B, strict=True)
     # The pad token makes the last column; the end-of-turn token stands before it.

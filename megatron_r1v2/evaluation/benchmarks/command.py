@@ -32,11 +32,7 @@ example:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the shards.
-
-    Returns:
-        The exit status: 0, or 1 when the input has an error, which is printed.
-    """
+    """Write the shards, and return the exit status: 1 when the input has an error, which is printed."""
     parser = command_parser("benchmarks", _DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("name", metavar="NAME", help="the benchmark, one of those above")
     parser.add_argument("--input", type=Path, required=True, help="data file, or folder of data files")

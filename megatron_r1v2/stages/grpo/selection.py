@@ -208,11 +208,7 @@ def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[B
 def fresh_samples(
     selection: Selection, scored: Sequence[ScoredRollout], prompts: Sequence[Prompt], *, step: int
 ) -> dict[str, Sample]:
-    """Make samples of this replica's responses that are trained somewhere; their old log-probs are not known yet.
-
-    Returns:
-        The samples by id.
-    """
+    """Make samples, by id, of this replica's responses that are trained somewhere, yet without old log-probs."""
     by_key = {prompt.key: prompt for prompt in prompts}
     samples = {}
     for response in scored:

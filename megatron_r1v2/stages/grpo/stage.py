@@ -25,13 +25,10 @@ SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fract
 
 
 def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> Path:
-    """Run the stage to its end, from where it stopped when it was interrupted.
+    """Run the stage to its end, from where it stopped when it was interrupted, and return the run's folder.
 
     Args:
         reward_model: what `reward.model_weight` weighs; None: what the `reward_model` section names, if anything.
-
-    Returns:
-        The run's folder.
     """
     keep_reference = recipe.algorithm.kl_coefficient > 0
     shown = (*SHOWN, *(f"reward/{function.name}/mean" for function in recipe.reward.functions))
