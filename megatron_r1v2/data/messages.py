@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
+from urllib.parse import unquote_to_bytes
 
 from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, JsonObject
 
+_DATA_URL = re.compile(r"\s*data:([^;,]*)((?:;[^;,]*)*),", re.IGNORECASE)
 # The first bytes of a file tell its format; names in a request cannot be trusted.
 _SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
 
@@ -64,3 +67,27 @@ def image_format(image: bytes) -> str:
         if image.startswith(signature):
             return name
     raise ValueError(f"an image of {len(image)} bytes is neither PNG, JPEG nor WebP: it begins with {image[:8]!r}")
+
+
+def data_url_type(text: str) -> str | None:
+    """Return the media type that a data URL states, which may be empty; None: the text is no data URL."""
+    head = _DATA_URL.match(text)
+    return head[1].strip().lower() if head else None
+
+
+def decode_data_url(url: str) -> bytes:
+    """Return the content of a data URL.
+
+    Base64 may have line breaks, lack its padding, be of the url-safe alphabet or percent-encoded, as clients send it.
+
+    Raises:
+        ValueError: the text is no data URL, or its content is not base64 where it says so.
+    """
+    head = _DATA_URL.match(url)
+    if head is None:
+        raise ValueError(f"{url[:60]!r} is no data URL; accepted: data:image/png;base64,...")
+    content = unquote_to_bytes(url[head.end() :])
+    if "base64" not in (parameter.strip().lower() for parameter in head[2].split(";")):
+        return content
+    compact = b"".join(content.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -16,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_r1v2.data.images import decode_image
+from megatron_r1v2.data.messages import data_url_type, decode_data_url
+from megatron_r1v2.data.pixels import describe_other_content
 from megatron_r1v2.data.samples import ROLES, SampleError
 from megatron_r1v2.serve.web import RequestError
 
@@ -23,7 +22,9 @@ from megatron_r1v2.serve.web import RequestError
 MAX_MESSAGES = 256
 MAX_IMAGES = 16
 MAX_IMAGE_PIXELS = 40_000_000
-_DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
+_IMAGE_TYPES = {f"image/{name}" for name in ("png", "x-png", "jpeg", "jpg", "pjpeg", "webp", "*")}
+# Of clients that know no type; the content decides.
+_GENERIC_TYPES = {"application/octet-stream", "binary/octet-stream", ""}
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _UNSUPPORTED = ("tool_calls", "function_call", "audio")
 
@@ -173,18 +174,19 @@ def _image(part: ImagePart, place: str) -> Image.Image:
         RequestError: another address, bad base64, no image, or too many pixels.
     """
     url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-    if not (head := _DATA_URL.match(url)):
+    if data_url_type(url) not in _IMAGE_TYPES | _GENERIC_TYPES:
         accepted = "data:image/png;base64,... (or jpeg, webp). This server fetches nothing"
         raise RequestError(f"{place}: got {url[:60]!r}; accepted: {accepted}")
     try:
-        data = base64.b64decode(url[head.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
+        data = decode_data_url(url)
+    except ValueError as error:
         raise RequestError(f"{place}: not base64: {error}") from error
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             pixels = image.width * image.height
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{place}: no PNG, JPEG or WebP image ({len(data)} bytes)") from error
+        other = describe_other_content(data) or f"begins with {data[:12]!r}"
+        raise RequestError(f"{place}: no PNG, JPEG or WebP image ({len(data)} bytes): it {other}") from error
     if pixels > MAX_IMAGE_PIXELS:
         raise RequestError(f"{place}: {pixels} pixels; accepted: at most {MAX_IMAGE_PIXELS}", 413)
     try:

@@ -61,6 +61,40 @@ def test_images_of_three_formats_and_both_shapes_of_their_address(kind, name):
 
 
 @pytest.mark.parametrize(
+    "head",
+    [
+        "data:application/octet-stream;base64,",
+        "data:image/png;charset=utf-8;base64,",
+        "data:;base64,",
+        "Data:image/*;base64,",
+    ],
+)
+def test_images_of_clients_that_know_no_type_or_say_more(head):
+    assert read_messages(user([picture(encoded(5, 4), head)]))[0].parts[0].size == (5, 4)
+    lines = base64.encodebytes(encoded(5, 4)).decode()
+    for content in (lines, lines.rstrip("=\n"), lines.translate(str.maketrans("+/", "-_"))):
+        part = {"type": "image_url", "image_url": {"url": head + content}}
+        assert read_messages(user([part]))[0].parts[0].size == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"<!DOCTYPE html><html>404</html>", "it is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "it is a Git LFS pointer"),
+        (b"%PDF-1.7", "it is a PDF"),
+        (b"", "it is empty"),
+        (b"GIF89a", "it begins with b'GIF89a'"),
+    ],
+)
+@pytest.mark.parametrize("head", [PNG, "data:application/octet-stream;base64,"])
+def test_what_is_no_image_is_refused_by_what_it_is(data, told, head):
+    part = {"type": "image_url", "image_url": {"url": head + base64.b64encode(data).decode()}}
+    with pytest.raises(RequestError, match=rf"no PNG, JPEG or WebP image \({len(data)} bytes\): {told}"):
+        read_messages(user([part]))
+
+
+@pytest.mark.parametrize(
     ("messages", "status", "told"),
     [
         (None, 400, "messages must be a list with at least one message"),
