@@ -71,21 +71,26 @@ def _check_cuda_graphs() -> None:
 
 
 def read_hf_config(hf_path: Path | str) -> dict[str, object]:
-    """Read config.json of an HF model folder.
+    """Read config.json of an HF model.
+
+    Args:
+        hf_path: the folder, or the file itself.
 
     Raises:
         ValueError: the file is missing or is not JSON.
     """
-    path = Path(hf_path) / "config.json"
+    path = Path(hf_path) if Path(hf_path).is_file() else Path(hf_path) / "config.json"
     try:
-        config: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
             f"model.hf_path={str(hf_path)!r} has no config.json; give the folder of a whole model, "
             "as checkpoint_tools/reassemble.py writes it"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the model again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not valid JSON of a model (a {type(config).__name__}); copy the model again")
     return config
 
 
@@ -101,17 +106,20 @@ def check_model_fits(recipe: Recipe, hf_config: Mapping[str, object]) -> None:
         ValueError: a size that `parallel.tensor` or `parallel.pipeline` does not divide, or too many positions.
     """
     text = hf_config.get("text_config") or hf_config.get("llm_config") or hf_config
-    # A size that is left out has its class's default, which only transformers knows: the model is checked as built.
-    if not isinstance(text, Mapping) or any(key not in text for key in _LANGUAGE_SIZES):
+    given = {key: value for key, value in text.items() if value is not None} if isinstance(text, Mapping) else {}
+    stated = {key: given[key] for key in (*_LANGUAGE_SIZES, *_DERIVED_SIZES) if key in given}
+    # A size that is left out has its class's default, which only transformers knows, and one that is damaged is refused
+    # by name where the model is read: it is checked as built.
+    if not stated.keys() >= set(_LANGUAGE_SIZES) or any(type(size) is not int or size < 1 for size in stated.values()):
         return
-    heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
+    heads, hidden = stated["num_attention_heads"], stated["hidden_size"]
     sizes = LanguageSizes(
         heads=heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_size=int(text.get("head_dim") or hidden // heads),
+        kv_heads=stated.get("num_key_value_heads", heads),
+        head_size=stated.get("head_dim", hidden // heads),
         hidden=hidden,
-        ffn=int(text["intermediate_size"]),
-        layers=int(text["num_hidden_layers"]),
+        ffn=stated["intermediate_size"],
+        layers=stated["num_hidden_layers"],
     )
     parallel = recipe.parallel
     check_layout(
@@ -121,7 +129,7 @@ def check_model_fits(recipe: Recipe, hf_config: Mapping[str, object]) -> None:
         first_stage_layers=parallel.first_stage_layers,
     )
     check_fp8_shapes(sizes, fp8=recipe.model.fp8, tensor=parallel.tensor, sequence=parallel.sequence)
-    positions = int(text["max_position_embeddings"])
+    positions = stated["max_position_embeddings"]
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
     if longest > positions:
         raise ValueError(
@@ -138,6 +146,7 @@ _LANGUAGE_SIZES = (
     "num_hidden_layers",
     "max_position_embeddings",
 )
+_DERIVED_SIZES = ("num_key_value_heads", "head_dim")
 
 
 def _get(recipe: Recipe, name: str) -> str:

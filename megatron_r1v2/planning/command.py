@@ -12,7 +12,7 @@ from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.command_line import command_parser
 from megatron_r1v2.config.load import load_recipe, load_recipe_as
 from megatron_r1v2.config.recipes import STAGES, PairsRecipe, TrainingRecipe
-from megatron_r1v2.planning.known_models import find_hf_config
+from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.planning.show import as_json, print_plan
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hf-config",
         default="",
-        help="config.json, its folder, or r1v2-38b; default: that in model.hf_path",
+        help=f"config.json, its folder, or one of {', '.join(KNOWN_MODELS)}; default: that in model.hf_path",
     )
     parser.add_argument("--tiles", type=int, default=0, help="image tiles of a prompt; default: the most possible")
     parser.add_argument(

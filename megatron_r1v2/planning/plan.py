@@ -78,9 +78,10 @@ def make_plan(
     """
     # Imported here, because transformers and torch take seconds that neither --help nor a wrong recipe has to wait.
     from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
+    from megatron_r1v2.checkpoint.hf.config import sizes_config
 
     check_model_fits(recipe, hf_config)
-    architecture = r1v2_architecture(hf_config)
+    architecture = r1v2_architecture(sizes_config(hf_config))
     layout = _layout(recipe, cluster)
     work = Workload.from_recipe(recipe, architecture, stage=stage, tiles=tiles)
     mean_response = mean_response or max(1, work.response_tokens // 2)

@@ -52,6 +52,12 @@ def test_each_stage_needs_its_files(tmp_path):
     (model / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is not valid JSON"):
         read_hf_config(model)
+    (model / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is not valid JSON of a model \(a list\)"):
+        read_hf_config(model / "config.json")
+    damaged = {**QWQ, "hidden_size": "5120"}, {**QWQ, "head_dim": []}, {**QWQ, "num_attention_heads": 0}
+    for text in damaged:  # refused by name where the model is read
+        check_model_fits(recipe, {"text_config": text})
     (model / "config.json").write_text(json.dumps({"text_config": QWQ}), encoding="utf-8")
     check_start(recipe)
     check_start(recipe_with(ServeRecipe, model__hf_path=str(model), data__train="gone"))

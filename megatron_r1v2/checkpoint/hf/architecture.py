@@ -177,6 +177,9 @@ def language_architecture(hf: Config) -> LanguageArchitecture:
     completed = _complete(family.config, hf, "text_config")
     _require(completed, "hidden_act", ("silu",), "the language model")
     language = _check(_Language, completed, "text_config")
+    pad, size = completed.get("pad_token_id"), language.vocab_size
+    if isinstance(pad, int) and not -size <= pad < size:
+        raise ValueError(f"text_config.pad_token_id={pad} is outside the vocabulary of vocab_size={size}; set null")
     rope_type, theta, parameters = _rotations(completed, language.max_position_embeddings)
     heads, kv_heads, head_size = _attention_heads(language)
     return LanguageArchitecture(
@@ -269,7 +272,7 @@ def _rotations(completed: Config, max_positions: int) -> tuple[RopeType, float, 
     """Return kind, base and settings of the rotations; transformers has put them into `rope_parameters`."""
     rope = _mapping(completed.get("rope_parameters"))
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in _ROPE_SETTINGS:
+    if rope_type not in tuple(_ROPE_SETTINGS):
         accepted = ", ".join(map(repr, _ROPE_SETTINGS))
         raise ValueError(f"text_config rope type {rope_type!r} is not supported; accepted: {accepted}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -303,7 +306,15 @@ def _complete(kind: type[PreTrainedConfig], hf: Config, where: str) -> dict[str,
     """Return a configuration with every key that its file leaves out, as transformers fills them in."""
     try:
         completed: dict[str, object] = kind.from_dict(_copied(hf)).to_dict()
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{where} is refused by transformers: {reason}; copy the folder's config.json again"

@@ -88,13 +88,15 @@ def components_config(components: Components) -> JsonObject:
     config = read_json(components.vision / "config.json")
     check_config(config, components.vision)
     vision = config.get("vision_config", config) if config.get("model_type") != "internvl_vision" else config
+    if not isinstance(vision, Mapping):
+        raise ValueError(f"{components.vision}: vision_config={str(vision)[:200]!r} is no configuration; copy it again")
     if config.get("model_type") in VISION_TYPES_OF_CHAT:
         vision = transformers_vision_config(vision)
     text = read_json(components.language / "config.json")
     check_config(text, components.language)
     parts = ("architectures", *NOT_IN_PARTS)
     vision, text = ({k: v for k, v in part.items() if k not in parts} for part in (vision, text))
-    if "vocab_size" in text:  # a folder that is no language model is refused in words below
+    if type(text.get("vocab_size")) is int:  # a folder that is no language model is refused in words below
         text["vocab_size"] = max(text["vocab_size"], num_tokens)
     if components.untie_embeddings:
         text["tie_word_embeddings"] = False

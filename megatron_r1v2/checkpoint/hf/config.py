@@ -115,6 +115,11 @@ def read_hf_config(folder: Path | str) -> tuple[dict[str, object], Layout]:
     return config, layout
 
 
+def sizes_config(config: Config) -> Config:
+    """Return a config.json of either layout in that of transformers, without the tokenizer's `image_token_id`."""
+    return transformers_config(config, image_token_id=0) if config.get("model_type") in CHAT_TYPES else config
+
+
 def read_hf_architecture(folder: Path | str) -> tuple[R1V2Architecture, Layout]:
     """Read the sizes of the model in a folder of either layout, with the pixel statistics of its image processor."""
     config, layout = read_hf_config(folder)

@@ -19,6 +19,8 @@ from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 JsonObject = dict[str, Any]
 """A JSON object of others: its values may be anything until they are checked."""
 INDEX_NAME = "model.safetensors.index.json"
+# Whatever copies or writes JSON calls itself once a level; published files have up to ten.
+_MAX_DEPTH = 64
 SINGLE_NAME = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 1000**3
 # Files besides weights and config.json. Python files are left behind on purpose: nothing we write needs remote code.
@@ -148,11 +150,21 @@ def read_json(path: Path | str) -> JsonObject:
         raise ValueError(f"{path} is missing; give the folder of a Hugging Face checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    if _is_too_deep(content):
+        raise ValueError(f"{path} is nested more than {_MAX_DEPTH} levels deep, which is damage; copy it again")
     return content
+
+
+def _is_too_deep(content: JsonObject) -> bool:
+    level: list[JsonObject | list[object]] = [content]
+    for _ in range(_MAX_DEPTH):
+        inside = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in inside if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def check_output(output: Path | str, *, sources: Iterable[Path | str], overwrite: bool) -> None:
