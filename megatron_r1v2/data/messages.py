@@ -89,5 +89,14 @@ def decode_data_url(url: str) -> bytes:
     content = unquote_to_bytes(url[head.end() :])
     if "base64" not in (parameter.strip().lower() for parameter in head[2].split(";")):
         return content
+    return decode_base64(content)
+
+
+def decode_base64(content: bytes) -> bytes:
+    """Decode base64 of either alphabet, with line breaks or without padding.
+
+    Raises:
+        ValueError: it is not base64.
+    """
     compact = b"".join(content.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
     return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_r1v2.data.images import storable_image
+from megatron_r1v2.data.messages import data_url_type, decode_base64, decode_data_url
 from megatron_r1v2.data.samples import SampleError
 
-_DATA_URL = re.compile(r"data:[^,]{0,200},", re.I)
 # PNG, JPEG, WebP, GIF; a JPEG's looks like an absolute path.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 _SHORTEST_BASE64 = 60
@@ -51,10 +49,10 @@ def load_image(value: object, folder: Path) -> tuple[str, bytes]:
             f"an image must be a path or an object with one under 'path' or 'image', got {value!r:.80}; "
             "bytes, data URLs and base64 are accepted too"
         )
-    if head := _DATA_URL.match(value):
-        return storable_image(_decode_base64(value[head.end() :]), f"{value[:40]}...")
+    if data_url_type(value) is not None:
+        return _decode(lambda: decode_data_url(value), value[:40])
     if value.startswith(_BASE64_STARTS) and len(value) >= _SHORTEST_BASE64 and not _is_file(folder / value):
-        return storable_image(_decode_base64(value), f"{value[:20]}...")
+        return _decode(lambda: decode_base64(value.encode()), value[:20])
     if re.match(r"(https?|s3|gs|hf)://", value):
         raise SampleError(f"image {value:.100} is on the network, and nothing is downloaded; give a file")
     path = folder / value.removeprefix("file://")
@@ -72,7 +70,7 @@ def is_media(value: object) -> bool:
     if isinstance(value, bytes):
         return True
     if isinstance(value, str):
-        return bool(_DATA_URL.match(value[:300]) or _MEDIA_NAME.fullmatch(value[:320].strip()))
+        return bool(data_url_type(value[:300]) is not None or _MEDIA_NAME.fullmatch(value[:320].strip()))
     if isinstance(value, Mapping):
         return any(is_media(item) for item in value.values())
     return isinstance(value, list | tuple) and any(is_media(item) for item in value)
@@ -85,10 +83,9 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _decode_base64(text: str) -> bytes:
-    """Decode base64 of either alphabet, with line breaks and without padding, as it is found."""
-    compact = re.sub(r"\s+", "", text).rstrip("=").translate(str.maketrans("-_", "+/"))
+def _decode(decode: Callable[[], bytes], shown: str) -> tuple[str, bytes]:
     try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise SampleError(f"image {text[:30]!r}...: not base64: {error}") from error
+        data = decode()
+    except ValueError as error:
+        raise SampleError(f"image {shown!r}...: not base64: {error}") from error
+    return storable_image(data, f"{shown}...")

@@ -66,7 +66,7 @@ def _internvl3(name: str) -> dict[str, object]:
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
     }
     qwen: dict[str, object] = {"model_type": "qwen2", "vocab_size": 151674, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-    # A family that is planned for but not loaded, since transformers has no class for it: Llama has the same parameters.
+    # A family that is planned for, not loaded: transformers has no class for it. Llama has the same parameters.
     # The vocabulary is InternLM3-8B's, without the few image tokens that InternVL3 adds.
     internlm3: dict[str, object] = {
         "model_type": "llama",
