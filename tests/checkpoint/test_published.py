@@ -1,7 +1,8 @@
 """Folders as people have them, generated: what transformers loads, we load with the same logits, or refuse in words.
 
-transformers is the oracle. A folder's config.json is complete or lacks keys, its rotations stand in either place and
-are of any kind, its embeddings are tied or not, whatever the tensors say.
+transformers is the oracle, for the chat layouts with the same tensors under its own names. A folder's config.json is
+complete or lacks keys, its rotations stand in either place and are of any kind, its embeddings are tied or not,
+whatever the tensors say.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
@@ -24,6 +32,12 @@ from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
+from tests.checkpoint.published_folders import (
+    first_pixel_shuffle,
+    oracle_config,
+    published_config,
+    write_published_folder,
+)
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_vision_config
 
@@ -56,17 +70,54 @@ ROPES: tuple[dict[str, Any], ...] = (
 TEXTS = (Qwen2Config, Qwen3Config, LlamaConfig)
 
 
+Parts = tuple[InternVLVisionConfig, Any]
+Layout = Literal["transformers", "chat"]
+
+
 @dataclass(frozen=True)
 class Case:
-    """One generated folder, and the seed that made it."""
+    """One generated folder, the seed that made it, and the same model as transformers has it."""
 
     folder: Path
     seed: int
+    oracle: Path | None
+    """None: nothing of transformers is this model."""
+    pixel_shuffle: str = "v2"
 
 
 def write_case(folder: Path, seed: int) -> Case:
     """Write a folder: a model that transformers saves, then a config.json and tensors as some tool left them."""
     draw = random.Random(seed)
+    vision, text = draw_parts(draw)
+    tiny_hf_model(folder, vision=vision, text=text, seed=seed)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change_config(config, draw, seed)
+    path.write_text(json.dumps(config))
+    change_tensors(folder / "model.safetensors", draw)
+    return Case(folder, seed, folder)
+
+
+def write_chat_case(folder: Path, seed: int) -> Case:
+    """Write a folder as OpenGVLab or Skywork has it, changed in the same ways, and transformers' model of it beside."""
+    draw = random.Random(seed)
+    vision, text = draw_parts(draw)
+    oracle, published = folder / "oracle", folder / "published"
+    tiny_hf_model(oracle, vision=vision, text=text, seed=seed)
+    change_tensors(oracle / "model.safetensors", draw)
+    config = published_config(draw.choice(("internvl", "skywork")), vision, text)
+    config["ps_version"] = draw.choice(("v1", "v2", "v2"))
+    change_config(config, draw, seed)
+    write_published_folder(published, config, oracle)
+    found = oracle_config(config)
+    if found is None:
+        return Case(published, seed, None)
+    (oracle / "config.json").write_text(json.dumps(found[0]))
+    return Case(published, seed, oracle, found[1])
+
+
+def draw_parts(draw: random.Random) -> Parts:
+    """Draw a vision tower and a language model."""
     kind = draw.choice(TEXTS)
     heads = draw.choice((2, 4))
     text = kind(
@@ -82,25 +133,31 @@ def write_case(folder: Path, seed: int) -> Case:
         bos_token_id=None,
         tie_word_embeddings=draw.random() < 0.4,
     )
-    vision = tiny_vision_config(draw.choice(("300m", "6b")), heads=draw.choice((2, 4)))
-    tiny_hf_model(folder, vision=vision, text=text, seed=seed)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
+    return tiny_vision_config(draw.choice(("300m", "6b")), heads=draw.choice((2, 4))), text
+
+
+def change_config(config: dict[str, Any], draw: random.Random, seed: int) -> None:
+    """Change rotations and ties; every second seed loses a key, each of them in turn."""
+    language = config["text_config" if "text_config" in config else "llm_config"]
     if draw.random() < 0.7:
         for key in ("rope_parameters", "rope_theta", "rope_scaling"):
-            config["text_config"].pop(key, None)
-        config["text_config"].update(json.loads(json.dumps(draw.choice(ROPES))))
-    for level in (config, config["text_config"]):
+            language.pop(key, None)
+        language.update(json.loads(json.dumps(draw.choice(ROPES))))
+    for level in (config, language):
         said = draw.choice((True, False, None, "as it is"))
         if said != "as it is":
             level.pop("tie_word_embeddings", None)
             if said is not None:
                 level["tie_word_embeddings"] = said
-    if draw.random() < 0.5:
-        part = draw.choice((config, config["text_config"], config["vision_config"]))
-        part.pop(draw.choice(sorted(part)))
-    path.write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
+    if seed % 2:
+        keys = [(part, key) for part in (config, language, config["vision_config"]) for key in sorted(part)]
+        part, key = keys[seed // 2 % len(keys)]
+        del part[key]
+
+
+def change_tensors(path: Path, draw: random.Random) -> None:
+    """Change which of embedding and output matrix are there, and whether they are equal."""
+    tensors = load_file(path)
     change = draw.choice(("none", "none", "repeat", "differ", "head only", "no head"))
     if change in ("repeat", "differ", "head only"):
         tensors.setdefault(HEAD, tensors[EMBEDDING].clone())
@@ -110,8 +167,7 @@ def write_case(folder: Path, seed: int) -> Case:
         tensors.pop(EMBEDDING)
     if change == "no head":
         tensors.pop(HEAD, None)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return Case(folder, seed)
+    save_file(tensors, path, {"format": "pt"})
 
 
 def inputs(image_token: int, tokens_per_tile: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,11 +178,14 @@ def inputs(image_token: int, tokens_per_tile: int, side: int) -> tuple[torch.Ten
     return token_ids, torch.randint(0, 256, (1, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
-def transformers_logits(folder: Path) -> torch.Tensor | None:
+def transformers_logits(case: Case) -> torch.Tensor | None:
     """Return what transformers computes, or None where it does not load the folder whole.
 
     A tensor that is missing would be drawn at random there; one that is too many is left out with a warning.
     """
+    folder = case.oracle
+    if folder is None:
+        return None
     try:
         config = InternVLConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -142,6 +201,8 @@ def transformers_logits(folder: Path) -> torch.Tensor | None:
     if any(shapes[name] != stored[name] for name in shapes.keys() & stored.keys()):
         return None
     model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    if case.pixel_shuffle == "v1":
+        model.model.pixel_shuffle = first_pixel_shuffle
     side, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
     tokens_per_tile = int((side // patch * config.downsample_ratio) ** 2)
     token_ids, tiles = inputs(config.image_token_id, tokens_per_tile, side)
@@ -183,35 +244,45 @@ def our_logits(folders: list[Path], parallel: ParallelConfig) -> list[torch.Tens
     return results
 
 
-def compare(folder: Path, seeds: range) -> dict[str, int]:
+def compare(folder: Path, layout: Layout, seeds: range) -> dict[str, int]:
     """Compare generated folders, at TP1 and TP2; count how they ended."""
-    cases = [write_case(folder / str(seed), seed) for seed in seeds]
-    expected = [transformers_logits(case.folder) for case in cases]
+    write = write_case if layout == "transformers" else write_chat_case
+    cases = [write(folder / str(seed), seed) for seed in seeds]
+    expected = [transformers_logits(case) for case in cases]
     folders = [case.folder for case in cases]
     one = run_ranks(1, our_logits, folders, ParallelConfig(), timeout=3000)[0]
     two = run_ranks(2, our_logits, folders, ParallelConfig(tensor=2), timeout=3000)[0]
     counts = {"equal": 0, "refused by both": 0, "refused by us": 0}
+    faults = []
     for case, theirs, *ours in zip(cases, expected, one, two, strict=True):
-        for got in ours:
-            if theirs is None:
-                assert isinstance(got, str), f"seed {case.seed}: transformers does not load it, and we do"
-            elif isinstance(got, str):
-                assert any(kind in got for kind in CLOSED_LIST), f"seed {case.seed}: {got}"
-            else:
-                difference = float((got - theirs).abs().max() / theirs.abs().max())
-                assert difference < 1e-4, f"seed {case.seed}: {difference}"
+        faults += [f"seed {case.seed}: {fault}" for got in ours if (fault := fault_of(got, theirs))]
         kind = "refused by both" if theirs is None else "refused by us" if isinstance(ours[0], str) else "equal"
         counts[kind] += 1
-        shutil.rmtree(case.folder)
+        shutil.rmtree(folder / str(case.seed))
+    assert not faults, "\n".join(faults)
+    print(f"{layout}, seeds {seeds.start} to {seeds.stop - 1}: {counts}")
     return counts
 
 
-def test_folders_mean_what_they_mean_to_transformers(tmp_path):
-    counts = compare(tmp_path, range(24))
+def fault_of(got: torch.Tensor | str, theirs: torch.Tensor | None) -> str | None:
+    """Return what is wrong with our logits, or with our refusal, given what transformers computes."""
+    if theirs is None:
+        return None if isinstance(got, str) else "transformers does not load it, and we do"
+    if isinstance(got, str):
+        return None if any(kind in got for kind in CLOSED_LIST) else got
+    difference = float((got - theirs).abs().max() / theirs.abs().max())
+    return None if difference < 1e-4 else f"logits differ by {difference}"
+
+
+@pytest.mark.parametrize("layout", ["transformers", "chat"])
+def test_folders_mean_what_they_mean_to_transformers(tmp_path, layout):
+    counts = compare(tmp_path, layout, range(0, 168, 7))
     assert counts["equal"] >= 8, counts
 
 
 @pytest.mark.slow
-def test_hundreds_of_folders_mean_what_they_mean_to_transformers(tmp_path):
-    counts = compare(tmp_path, range(1000, 1240))
-    assert counts["equal"] >= 80, counts
+@pytest.mark.parametrize("layout", ["transformers", "chat"])
+@pytest.mark.parametrize("first", range(1000, 1240, 60))
+def test_hundreds_of_folders_mean_what_they_mean_to_transformers(tmp_path, layout, first):
+    counts = compare(tmp_path, layout, range(first, first + 60))
+    assert counts["equal"] >= 20, counts
