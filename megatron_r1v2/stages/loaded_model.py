@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
-from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
+from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors, load_hf_weights
 from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.config.recipes import Recipe
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainConfig
@@ -176,6 +176,8 @@ def load_model(
             f"image_token_id={architecture.image_token_id}; make the folder again with checkpoint_tools.reassemble"
         )
     stop_ids = tokenizer.stop_ids(recipe.generation.stop_tokens)
+    # A config.json that lost its sizes means a model of billions of parameters: transformers' defaults.
+    check_hf_tensors(hf_path, architecture, layout)
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recompute)
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)

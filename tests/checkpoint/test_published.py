@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    InternVLConfig,
+    AutoConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     LlamaConfig,
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
-from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
+from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors, load_hf_weights
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
@@ -67,6 +67,21 @@ ROPES: tuple[dict[str, Any], ...] = (
     },
     {"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1.0] * 12, "short_factor": [1.0] * 12}},
 )
+# Keys that not every folder has: they come last where keys are counted, so that the others have the same numbers.
+NOT_IN_ALL = {
+    "attention_bias",
+    "head_dim",
+    "layer_types",
+    "max_window_layers",
+    "mlp_bias",
+    "pretraining_tp",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+}
 TEXTS = (Qwen2Config, Qwen3Config, LlamaConfig)
 
 
@@ -94,7 +109,7 @@ def write_case(folder: Path, seed: int) -> Case:
     config = json.loads(path.read_text())
     change_config(config, draw, seed)
     path.write_text(json.dumps(config))
-    change_tensors(folder / "model.safetensors", draw)
+    change_tensors(folder / "model.safetensors", draw, seed)
     return Case(folder, seed, folder)
 
 
@@ -104,7 +119,7 @@ def write_chat_case(folder: Path, seed: int) -> Case:
     vision, text = draw_parts(draw)
     oracle, published = folder / "oracle", folder / "published"
     tiny_hf_model(oracle, vision=vision, text=text, seed=seed)
-    change_tensors(oracle / "model.safetensors", draw)
+    change_tensors(oracle / "model.safetensors", draw, seed)
     config = published_config(draw.choice(("internvl", "skywork")), vision, text)
     config["ps_version"] = draw.choice(("v1", "v2", "v2"))
     change_config(config, draw, seed)
@@ -137,28 +152,30 @@ def draw_parts(draw: random.Random) -> Parts:
 
 
 def change_config(config: dict[str, Any], draw: random.Random, seed: int) -> None:
-    """Change rotations and ties; every second seed loses a key, each of them in turn."""
+    """Change the rotations; then every second seed loses a key, each of them in turn, and the others change ties."""
     language = config["text_config" if "text_config" in config else "llm_config"]
     if draw.random() < 0.7:
         for key in ("rope_parameters", "rope_theta", "rope_scaling"):
             language.pop(key, None)
         language.update(json.loads(json.dumps(draw.choice(ROPES))))
+    if seed % 2:
+        parts = (config, language, config["vision_config"])
+        keys = sorted(((n < 2 and key in NOT_IN_ALL, n, key) for n, part in enumerate(parts) for key in part))
+        _, n, key = keys[seed // 2 % len(keys)]
+        del parts[n][key]
+        return
     for level in (config, language):
         said = draw.choice((True, False, None, "as it is"))
         if said != "as it is":
             level.pop("tie_word_embeddings", None)
             if said is not None:
                 level["tie_word_embeddings"] = said
-    if seed % 2:
-        keys = [(part, key) for part in (config, language, config["vision_config"]) for key in sorted(part)]
-        part, key = keys[seed // 2 % len(keys)]
-        del part[key]
 
 
-def change_tensors(path: Path, draw: random.Random) -> None:
-    """Change which of embedding and output matrix are there, and whether they are equal."""
+def change_tensors(path: Path, draw: random.Random, seed: int) -> None:
+    """Change which of embedding and output matrix are there, and whether they are equal, where no key is lost."""
     tensors = load_file(path)
-    change = draw.choice(("none", "none", "repeat", "differ", "head only", "no head"))
+    change = draw.choice(("none", "none", "repeat", "differ", "head only", "no head")) if not seed % 2 else "none"
     if change in ("repeat", "differ", "head only"):
         tensors.setdefault(HEAD, tensors[EMBEDDING].clone())
     if change == "differ":
@@ -187,7 +204,7 @@ def transformers_logits(case: Case) -> torch.Tensor | None:
     if folder is None:
         return None
     try:
-        config = InternVLConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             skeleton = InternVLForConditionalGeneration(config)
     except Exception:  # whatever it raises, it does not load
@@ -200,6 +217,8 @@ def transformers_logits(case: Case) -> torch.Tensor | None:
         return None
     if any(shapes[name] != stored[name] for name in shapes.keys() & stored.keys()):
         return None
+    if config.image_token_id >= config.text_config.vocab_size:
+        return None  # it loads, and has no embedding for the token of an image
     model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     if case.pixel_shuffle == "v1":
         model.model.pixel_shuffle = first_pixel_shuffle
@@ -227,6 +246,7 @@ def our_logits(folders: list[Path], parallel: ParallelConfig) -> list[torch.Tens
     for folder in folders:
         try:
             architecture, layout = read_hf_architecture(folder)
+            check_hf_tensors(folder, architecture, layout)
             settings = ComputeSettings(tensor=parallel.tensor)
             model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)
             load_hf_weights(model, folder, context, layout=layout)
@@ -282,7 +302,7 @@ def test_folders_mean_what_they_mean_to_transformers(tmp_path, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transformers", "chat"])
-@pytest.mark.parametrize("first", range(1000, 1240, 60))
+@pytest.mark.parametrize("first", range(0, 240, 60))
 def test_hundreds_of_folders_mean_what_they_mean_to_transformers(tmp_path, layout, first):
     counts = compare(tmp_path, layout, range(first, first + 60))
     assert counts["equal"] >= 20, counts

@@ -22,9 +22,19 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     stored_names,
 )
 from megatron_r1v2.checkpoint.hf.refusals import check_tensor_names
-from megatron_r1v2.models.architecture import FUSED_NORM_NAMES
+from megatron_r1v2.models.architecture import FUSED_NORM_NAMES, R1V2Architecture
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
+
+
+def check_hf_tensors(hf_path: Path | str, architecture: R1V2Architecture, layout: Layout) -> None:
+    """Refuse a folder that has not the tensors of a model, before memory is taken for one.
+
+    Raises:
+        ValueError: the folder cannot be read, a tensor in it is not used, or one is missing.
+    """
+    with SafetensorsFolder(hf_path) as folder:
+        _stored_tensors(folder, architecture, layout)
 
 
 def load_hf_weights(
@@ -45,10 +55,11 @@ def load_hf_weights(
         ValueError: the folder cannot be read, a tensor in it is not used, one is missing, or shape or dtype differ.
     """
     local = global_parameters(model)
+    unfilled = sorted(set(local) - {mapped.ours for mapped in parameter_map(model.architecture, layout)})
+    if unfilled:
+        raise ValueError(f"no row of checkpoint/hf/mapping.py fills {', '.join(unfilled[:8])}")
     with SafetensorsFolder(hf_path) as folder:
-        check_tensor_names(folder.names(), hf_path)
-        stored = stored_names(folder.names(), layout, tied=model.architecture.language.tied_embeddings)
-        _check_names(model, set(stored), local, hf_path, layout)
+        stored = _stored_tensors(folder, model.architecture, layout)
         if model.architecture.language.tied_embeddings and not are_tied(folder, stored):
             raise ValueError(
                 f"{folder.folder}: {stored[HF_OUTPUT]} differs from {stored[HF_EMBEDDING]}, and the model has one "
@@ -97,22 +108,24 @@ def _local_name(name: str) -> str:
     return name
 
 
-def _check_names(
-    model: R1V2Model, stored: set[str], local: dict[str, torch.nn.Parameter], hf_path: Path | str, layout: Layout
-) -> None:
-    unused, missing = hf_leftovers(model.architecture, stored, layout)
-    unfilled = sorted(set(local) - {mapped.ours for mapped in parameter_map(model.architecture, layout)})
+def _stored_tensors(folder: SafetensorsFolder, architecture: R1V2Architecture, layout: Layout) -> dict[str, str]:
+    """Return `stored_names` of a folder, where it holds all tensors of the model and no other."""
+    check_tensor_names(folder.names(), folder.folder)
+    stored = stored_names(folder.names(), layout, tied=architecture.language.tied_embeddings)
+    unused, missing = hf_leftovers(architecture, stored, layout)
     problems = [
         f"{count} {what}: {', '.join(names[:8])}{', ...' if count > 8 else ''}"
         for what, names in (
             ("tensors of the folder that the model has no place for", unused),
             ("tensors that the folder lacks", missing),
-            ("parameters that no row of checkpoint/hf/mapping.py fills", unfilled),
         )
         if (count := len(names))
     ]
     if problems:
-        raise ValueError(f"{hf_path} does not fit the model: {'; '.join(problems)}; is it the folder of another model?")
+        raise ValueError(
+            f"{folder.folder} does not fit the model: {'; '.join(problems)}; is it the folder of another model?"
+        )
+    return stored
 
 
 def _fill(parameter: torch.nn.Parameter, shard: torch.Tensor, mapped: MappedParameter, *, cast: bool) -> None:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
-from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
+from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors, load_hf_weights
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
@@ -146,3 +146,13 @@ def test_folders_that_do_not_fit_are_refused(folders, tmp_path):
     assert "[95]" in messages["shape"]
     assert "tie_word_embeddings" in messages["untied"]
     assert "model.precision" in messages["narrow"]
+
+
+def test_a_configuration_without_sizes_is_refused_before_a_model_is_built(folders):
+    """transformers' default is a language model of seven billion parameters."""
+    folder = folders["300m-tied"]
+    config = json.loads((Path(folder) / "config.json").read_text())
+    check_hf_tensors(folder, r1v2_architecture(config), "transformers")
+    del config["text_config"]
+    with pytest.raises(ValueError, match=r"360 tensors that the folder lacks: "):
+        check_hf_tensors(folder, r1v2_architecture(config), "transformers")
