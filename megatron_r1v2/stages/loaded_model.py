@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors, load_hf_weights
+from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
 from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.config.recipes import Recipe
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainConfig
@@ -28,7 +29,7 @@ from megatron_r1v2.rewards.functions import check_functions
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.training.batches import RowFormat, length_multiple
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.store import load_state, load_weights, resolve_checkpoint
+from megatron_r1v2.training.store import load_weights
 from megatron_r1v2.types import Prompt
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_r1v2.checkpoint.megatron.run_folder import resolve_checkpoint
 from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
@@ -21,7 +22,6 @@ from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.resilience.files import atomic_folder, write_json
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rewards.functions import describe_functions
-from megatron_r1v2.training.store import resolve_checkpoint
 from megatron_r1v2.types import Preference
 
 COUNTS_FILE = "pairs.json"

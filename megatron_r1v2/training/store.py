@@ -40,7 +40,6 @@ from megatron_r1v2.checkpoint.megatron.run_folder import (
     TENSORS,
     finished_checkpoints,
     load_state,
-    resolve_checkpoint,
     save_state,
 )
 from megatron_r1v2.config.choices import Part
@@ -60,8 +59,6 @@ from megatron_r1v2.training.manifest import check_manifest, write_run_manifest
 from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
 from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
 from megatron_r1v2.training.random_states import random_states, restore_random_states
-
-__all__ = ["CheckpointStore", "finished_checkpoints", "load_state", "resolve_checkpoint"]
 
 logger = logging.getLogger(__name__)
 

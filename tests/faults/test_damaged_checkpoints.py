@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.training.store import finished_checkpoints
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from tests.stages.runs import assert_same_end, recipe_for, run_stage
 
 STEPS = 3

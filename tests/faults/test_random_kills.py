@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.resilience.files import partial_path
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import Ranks, assert_same_end, has_line, read_metrics, recipe_for
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.training.store import finished_checkpoints
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from tests.stages.runs import Ranks, assert_same_end, read_metrics, recipe_for, run_stage
 
 STEPS, PROMPTS = 4, 8

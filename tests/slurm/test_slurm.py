@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.training.store import finished_checkpoints
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from tests.checkpoint.test_destinations import assert_same_weights
 from tests.slurm.cluster import NODES, Cluster, why_not
 from tests.stages.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.load import load_recipe, load_recipe_as, recipe_yaml
 from megatron_r1v2.config.recipes import EvaluateRecipe, Recipe
@@ -31,7 +32,6 @@ from megatron_r1v2.stages.align import run_align
 from megatron_r1v2.stages.grpo.stage import run_grpo
 from megatron_r1v2.stages.mpo import run_mpo
 from megatron_r1v2.stages.reward_model import run_reward_model
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.ranks import enter_rank, forked_context, free_port
 from tests.stages.tiny_run import tiny_recipe
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.recipes import AlignRecipe
 from megatron_r1v2.stages.align import supervised_sample
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
     checkpoint_contents,
     differences,

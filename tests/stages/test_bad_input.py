@@ -13,10 +13,10 @@ import pytest
 
 from checkpoint_tools import megatron_to_hf
 from megatron_r1v2.__main__ import main
+from megatron_r1v2.checkpoint.megatron.run_folder import resolve_checkpoint
 from megatron_r1v2.config.command_line import tell_bad_input
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
-from megatron_r1v2.training.store import resolve_checkpoint
 from tests.stages.runs import read_metrics, recipe_for, run_stage
 from tests.stages.tiny_run import write_data, write_model
 from tests.tiny_hf import tiny_hf_model, tiny_text_config

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.stages import calibrator
 from megatron_r1v2.stages.grpo.stage import run_grpo
-from megatron_r1v2.training.store import finished_checkpoints
 from megatron_r1v2.types import Prompt
 from tests.stages.runs import checkpoint_contents, differences, read_metrics, recipe_for, run_stage, without_timings
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.recipes import MpoRecipe
 from megatron_r1v2.models.r1v2 import R1V2Model
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
     checkpoint_contents,
     differences,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.resilience.files import partial_path
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
     Ranks,
     assert_close,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.recipes import GrpoRecipe, RewardModelRecipe
 from megatron_r1v2.rewards.served_model import ScoringFailed
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.rewards.test_served_model import Server
 from tests.stages.runs import (
     checkpoint_contents,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import recipe_for
 
 

@@ -12,18 +12,13 @@ import pytest
 import torch
 
 from megatron_r1v2.checkpoint.manifest import MANIFEST
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints, load_state, resolve_checkpoint
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.resilience.files import partial_path
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.stages.session import Session, open_session
-from megatron_r1v2.training.store import (
-    CheckpointStore,
-    finished_checkpoints,
-    load_state,
-    load_weights,
-    resolve_checkpoint,
-)
+from megatron_r1v2.training.store import CheckpointStore, load_weights
 from tests.stages.runs import checkpoint_contents, differences, recipe_for, run_stage
 from tests.whole_weights import save_weights
 

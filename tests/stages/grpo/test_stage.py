@@ -12,10 +12,10 @@ from statistics import fmean
 import pytest
 import torch
 
+from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.training.store import finished_checkpoints
 from tests.stages.runs import (
     checkpoint_contents,
     differences,
