@@ -22,7 +22,7 @@ MAX_RELATIVE_DIFFERENCE = 1e-4
 """Accepted max |a - b| / max |b| of the logits, in fp32."""
 
 
-def answer_with_ours(run: Path, count: int, output: Path) -> None:
+def answer_with_ours(run: Path, data: Path, count: int, output: Path) -> None:
     """Write prompts, greedy responses and logits of a run's newest checkpoint, by megatron-core."""
     from megatron_r1v2.config.load import load_recipe
     from megatron_r1v2.generation.engine import Sampling
@@ -30,7 +30,7 @@ def answer_with_ours(run: Path, count: int, output: Path) -> None:
 
     recipe = load_recipe(run / "recipe.yaml", [f"model.checkpoint={run}"])
     with open_model(recipe) as loaded:
-        prompts = list(loaded.read_prompts(recipe.evaluation.data, count))
+        prompts = list(loaded.read_prompts(str(data), count))
         rollouts = loaded.engine().generate(
             prompts,
             Sampling(
@@ -106,6 +106,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, help="folder of the GRPO run")
     parser.add_argument("--export", type=Path, required=True, help="HF folder made by checkpoint_tools.megatron_to_hf")
+    parser.add_argument("--data", type=Path, help="held-out shards (default: shards/heldout beside the run)")
     parser.add_argument("--prompts", type=int, default=100, help="number of held-out prompts (default: 100)")
     parser.add_argument("--answers", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -115,7 +116,8 @@ def main() -> None:
         parser.error("--run is required")
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.pt"
-        answer_with_ours(options.run, options.prompts, answers)
+        data = options.data or options.run.parent / "shards" / "heldout"
+        answer_with_ours(options.run, data, options.prompts, answers)
         command = [sys.executable, "-m", "examples.verify_export"]
         raise SystemExit(
             subprocess.run([*command, "--export", str(options.export), "--answers", str(answers)]).returncode

@@ -100,7 +100,6 @@ def grpo_settings(paths: Paths, seed: int, checkpoint: Path, overrides: Sequence
         f"model.hf_path={paths.base}",
         f"model.checkpoint={checkpoint}",
         f"data.train={paths.shards / 'grpo'}",
-        f"evaluation.data={paths.shards / 'heldout'}",
         *overrides,
     )
 
@@ -108,7 +107,8 @@ def grpo_settings(paths: Paths, seed: int, checkpoint: Path, overrides: Sequence
 def evaluation_stage(paths: Paths, seed: int, name: str, checkpoint: Path, overrides: Sequence[str]) -> Stage:
     """Return the evaluation of a checkpoint on what was held out."""
     recipe, *settings = grpo_settings(paths, seed, checkpoint, overrides)
-    command = ("megatron_r1v2", "evaluate", recipe, "--name", name, *settings)
+    heldout = f"evaluation.data={paths.shards / 'heldout'}"
+    command = ("megatron_r1v2", "evaluate", recipe, "--name", name, heldout, *settings)
     return Stage(f"evaluate-{name}", f"Pass@1 on what was held out: {name}", command)
 
 

@@ -33,8 +33,9 @@ def _train(stage: str, module: str, arguments: Sequence[str]) -> None:
     from megatron_r1v2.config.choices import StageName
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
     from megatron_r1v2.config.recipes import STAGES
+    from megatron_r1v2.stages.model_fit import all_mistakes
 
-    recipe = parse_command_line(arguments, STAGES[StageName(stage)])
+    recipe = parse_command_line(arguments, STAGES[StageName(stage)], all_mistakes)
     quiet_libraries()
     # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
     from megatron_r1v2.report.page import write_report
@@ -50,8 +51,9 @@ def _make_pairs(arguments: Sequence[str]) -> None:
     """Write preference pairs."""
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
     from megatron_r1v2.config.recipes import PairsRecipe
+    from megatron_r1v2.stages.model_fit import all_mistakes
 
-    recipe = parse_command_line(arguments, PairsRecipe)
+    recipe = parse_command_line(arguments, PairsRecipe, all_mistakes)
     quiet_libraries()
     from megatron_r1v2.stages.pairs import run_pairs
 
@@ -65,9 +67,10 @@ def _evaluate(arguments: Sequence[str]) -> int | None:
     """Evaluate a checkpoint or an endpoint, and write the results page of the run folder."""
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
     from megatron_r1v2.config.recipes import EvaluateRecipe
+    from megatron_r1v2.stages.model_fit import all_mistakes
 
     name, settings = _without_name(arguments)
-    recipe = parse_command_line(settings, EvaluateRecipe)
+    recipe = parse_command_line(settings, EvaluateRecipe, all_mistakes)
     quiet_libraries()
     from rich.console import Console
 
@@ -150,9 +153,16 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "COMMAND --help says more of each.",
+            "COMMAND --help says more of each; --help WORD ... finds commands and settings by any of the words.",
         ]
     )
+
+
+def _search(words: Sequence[str]) -> str:
+    """Return the commands and settings that contain any of some words."""
+    from megatron_r1v2.config.command_line import describe_settings, select_entries
+
+    return select_entries(f"commands\n{usage()}\n{describe_settings()}", words, of="any command")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     with _reader_may_leave():
         if name in ("-h", "--help"):
-            print(usage())
+            print(_search(arguments) if arguments else usage())
             return 0
         if name not in COMMANDS:
             print(f"error: there is no command {name!r}\n{usage()}", file=sys.stderr)

@@ -10,6 +10,7 @@ import pytest
 from megatron_r1v2.__main__ import COMMANDS, main
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.recipes import STAGES
+from megatron_r1v2.stages.model_fit import all_mistakes
 
 COMMAND = [sys.executable, "-m", "megatron_r1v2"]
 NAMES = (
@@ -24,6 +25,43 @@ def test_without_a_command_it_lists_them_with_a_line_each(capsys, arguments):
     listed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert tuple(words[0] for words in listed) == NAMES
     assert all(len(words) > 3 for words in listed)
+
+
+def test_help_with_words_finds_commands_and_settings(capsys):
+    assert main(["--help", "pass@1", "tau:"]) == 0
+    printed = capsys.readouterr().out
+    entries = [line.split()[0] for line in printed.splitlines() if line.startswith("  ") and not line.startswith("   ")]
+    assert {"evaluate", "preference.min_margin", "evaluation.stop_at_pass_at_1"} <= set(entries)
+    assert not {"grpo", "train.steps"} & set(entries)
+    assert main(["--help", "nonsense"]) == 0
+    assert capsys.readouterr().out == "no setting of any command has 'nonsense' in its name or its meaning\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "found"),
+    [
+        ("plan", "kv_cache", "generation.kv_cache_gib"),
+        ("plan", "nodes", None),
+        ("plan", "gpus-per", "--gpus-per-node"),
+        ("serve", "queue", "--max-queue"),
+        ("serve", "max_tiles", "data.max_tiles"),
+        ("serve", "max_margin", None),
+        ("evaluate", "judge", "evaluation.judge_url"),
+        ("evaluate", "every_steps", None),
+        ("prepare", "images", "--images"),
+        ("report", "page", "--output"),
+        ("benchmarks", "only", "--only"),
+        ("filter-prompts", "telling", "--most"),
+        ("serve-reward-model", "weights", "--precision"),
+    ],
+)
+def test_help_with_a_word_shows_what_contains_it(capsys, name, word, found):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help", "zzz", word])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage" not in printed
+    assert found in printed if found else printed.startswith("no setting of ")
 
 
 def test_an_unknown_command_is_named(capsys):
@@ -87,7 +125,7 @@ def test_a_stage_ends_with_its_report(capfd, monkeypatch, stage):
     monkeypatch.setattr(module, f"run_{stage}", lambda recipe: "the run")
     monkeypatch.setattr("megatron_r1v2.report.page.write_report", lambda run: f"{run}/report.html")
     assert main([stage.replace("_", "-"), "recipe.yaml", "train.steps=2"]) == 0
-    assert calls == [(["recipe.yaml", "train.steps=2"], STAGES[StageName(stage)])]
+    assert calls == [(["recipe.yaml", "train.steps=2"], STAGES[StageName(stage)], all_mistakes)]
     assert capfd.readouterr().out == "report: the run/report.html\n"
     monkeypatch.setenv("RANK", "1")
     assert main([stage.replace("_", "-"), "recipe.yaml"]) == 0

@@ -14,11 +14,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.config.validate import check_model_fits
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
+from megatron_r1v2.stages.model_fit import fit_mistakes
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("examples/**/*.yaml"))
@@ -107,15 +108,8 @@ def test_every_recipe_is_valid(path):
 
 def test_the_38b_recipe_fits_the_38b_model():
     recipe = load_recipe(ROOT / "examples/r1v2_38b/grpo.yaml")
-    qwq_32b = {
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 64,
-        "max_position_embeddings": 131072,
-    }
-    check_model_fits(recipe, {"text_config": qwq_32b})
+    language = r1v2_architecture(KNOWN_MODELS["r1v2-38b"]).language
+    assert list(fit_mistakes(recipe, language)) == []
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

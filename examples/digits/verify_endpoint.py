@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import megatron_r1v2
-from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.load import load_recipe_as
+from megatron_r1v2.config.recipes import EvaluateRecipe
 
 TASKS = Path(megatron_r1v2.__file__).parent / "evaluation" / "lm_eval"
 MODEL = "r1v2"
@@ -149,10 +150,11 @@ def compare(verdicts_by_name: Mapping[str, Verdicts]) -> list[dict[str, Any]]:
 
 def measure(run: Path, output: Path, python: str | None, settings: Sequence[str]) -> list[dict[str, Any]]:
     """Evaluate in process, through the endpoint, and by lm-eval."""
-    settings = [f"model.checkpoint={run}", *settings]
-    recipe = load_recipe(run / "recipe.yaml", settings)
+    own = (f"model.checkpoint={run}", f"evaluation.data={run.parent / 'shards' / 'heldout'}")
+    served_settings, settings = settings, [*own, *settings]
+    recipe = load_recipe_as(EvaluateRecipe, run / "recipe.yaml", settings)
     verdicts = {"in process": evaluate(run, "in-process", output, settings)}
-    with served(run, [setting for setting in settings if not setting.startswith("model.checkpoint=")]) as url:
+    with served(run, [setting for setting in served_settings if not setting.startswith("evaluation.")]) as url:
         endpoint = (f"evaluation.endpoint_url={url}", f"evaluation.endpoint_model={MODEL}")
         verdicts["through the endpoint"] = evaluate(run, "endpoint", output, [*settings, *endpoint])
         if python:

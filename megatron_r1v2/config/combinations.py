@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from megatron_r1v2.config.choices import Fp8, Layers, Packing, Part, Precision
 from megatron_r1v2.config.schema import (
@@ -121,10 +122,12 @@ def function_mistakes(reward: RewardConfig) -> Iterator[str]:
         taken.add(function.name)
 
 
-def score_source_mistakes(reward: RewardConfig, source: RewardModelConfig) -> Iterator[str]:
+def score_source_mistakes(reward: RewardConfig, reward_model: RewardModelConfig) -> Iterator[str]:
     """Check that scores come from one place when they count, and from none when they do not."""
     weight = reward.model_weight
-    given = [f"reward_model.{name}={value!r}" for name in ("checkpoint", "url") if (value := getattr(source, name))]
+    given = [
+        f"reward_model.{name}={value!r}" for name in ("checkpoint", "url") if (value := getattr(reward_model, name))
+    ]
     if weight > 0 and len(given) != 1:
         yield (
             f"reward.model_weight={weight:g} needs one source of scores, got {' and '.join(given) or 'none'}; set "
@@ -135,8 +138,8 @@ def score_source_mistakes(reward: RewardConfig, source: RewardModelConfig) -> It
             f"{' and '.join(given)} would never be asked while reward.model_weight=0; raise the weight, or leave the "
             "source empty"
         )
-    if source.url and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", source.url):
-        yield f"reward_model.url={source.url!r} is no address of a server; accepted: e.g. http://127.0.0.1:8001"
+    if reward_model.url and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", reward_model.url):
+        yield f"reward_model.url={reward_model.url!r} is no address of a server; accepted: e.g. http://127.0.0.1:8001"
 
 
 def group_mistakes(generation: GenerationConfig, train: TrainConfig) -> Iterator[str]:
@@ -155,12 +158,12 @@ def group_mistakes(generation: GenerationConfig, train: TrainConfig) -> Iterator
 
 
 def calibration_mistakes(
-    held: HallucinationConfig, data: DataConfig, evaluation: EvaluationConfig, reward: RewardConfig
+    hallucination: HallucinationConfig, data: DataConfig, evaluation: EvaluationConfig, reward: RewardConfig
 ) -> Iterator[str]:
     """Check what holding the hallucination rate needs, when it is wanted."""
-    if not held.target_rate:
+    if not hallucination.target_rate:
         return
-    needed = f"hallucination.target_rate={held.target_rate}"
+    needed = f"hallucination.target_rate={hallucination.target_rate}"
     if not data.validation or not evaluation.every_steps:
         yield (
             f"{needed} needs a rate to hold: set data.validation to a folder of shards with facts, and "
@@ -181,3 +184,19 @@ def endpoint_mistakes(evaluation: EvaluationConfig) -> Iterator[str]:
                 f"evaluation.{kind}_url={url!r} is not a URL; accepted: the base of an OpenAI-compatible server, such "
                 "as http://127.0.0.1:8000/v1"
             )
+
+
+CHECKS: Mapping[Callable[..., Iterator[str]], tuple[str, ...]] = {
+    check: tuple(inspect.signature(check).parameters)
+    for check in (
+        compute_mistakes,
+        training_mistakes,
+        validation_mistakes,
+        claim_mistakes,
+        function_mistakes,
+        score_source_mistakes,
+        calibration_mistakes,
+        endpoint_mistakes,
+    )
+}
+"""The checks of every recipe that has their sections, which are the names of their parameters."""

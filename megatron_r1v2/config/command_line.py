@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from megatron_r1v2.config.load import Check
     from megatron_r1v2.config.recipes import Recipe
 
+HELP = ("-h", "--help")
 _PACKAGE = __name__.partition(".")[0]
-_HELP = ("-h", "--help")
 AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
 
 
-def parse_command_line(argv: Sequence[str], kind: type[AnyRecipe]) -> AnyRecipe:
+def parse_command_line(argv: Sequence[str], kind: type[AnyRecipe], check: Check | None = None) -> AnyRecipe:
     """Turn the arguments of a stage into checked settings, or end the process with advice.
 
     Args:
         argv: a recipe, then `section.key=value` overrides. A command that takes the recipe of any stage does without
             one: the settings are the defaults then.
         kind: of the recipe; decides what is read, and which files must exist.
+        check: finds what else keeps the command from starting; told with the mistakes of the recipe.
 
     Raises:
         SystemExit: 0 after `--help`; 2 after bad input, with one message on standard error.
     """
-    asked = next((position for position, argument in enumerate(argv) if argument in _HELP), None)
+    asked = next((position for position, argument in enumerate(argv) if argument in HELP), None)
     if asked is not None:
-        print(stage_help(kind, next(iter(argv[asked + 1 :]), "")))
+        print(stage_help(kind, argv[asked + 1 :]))
         raise SystemExit(0)
     from megatron_r1v2.config.load import load_recipe_as
-    from megatron_r1v2.config.validate import check_start
 
     try:
         if not argv:
@@ -43,26 +45,55 @@ def parse_command_line(argv: Sequence[str], kind: type[AnyRecipe]) -> AnyRecipe:
         has_recipe = "=" not in argv[0]
         if argv[0].startswith("-") or not (has_recipe or kind.stage is None):
             raise ValueError(f"the first argument must be a recipe, got {argv[0]!r}\n{_usage(kind)}")
-        recipe = load_recipe_as(kind, argv[0], argv[1:]) if has_recipe else load_recipe_as(kind, None, argv)
-        check_start(recipe)
+        path, overrides = (argv[0], argv[1:]) if has_recipe else (None, argv)
+        return load_recipe_as(kind, path, overrides, check=check)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    return recipe
 
 
-def command_parser(name: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+def command_parser(
+    name: str, description: str, *, epilog: str = "", settings: Callable[[], str] = str
+) -> argparse.ArgumentParser:
     """Return the argument parser of a command that takes more than a recipe.
 
     Args:
         description: shown by `--help` as it stands.
+        settings: returns the settings that `--help WORD` searches too.
     """
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"python -m megatron_r1v2 {name}",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    text = "show this; with words, what contains any of them" + ("" if settings is str else ", settings too")
+    parser.add_argument(*HELP, action=_Help, settings=settings, help=text)
+    return parser
+
+
+class _Help(argparse.Action):
+    """Shows the help of a parser, or the options and settings that contain any of some words."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, settings: Callable[[], str], help: str) -> None:
+        super().__init__(option_strings, dest, nargs="*", default=argparse.SUPPRESS, metavar="WORD", help=help)
+        self.settings = settings
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,  # noqa: ARG002
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        if not values:
+            parser.print_help()
+        else:
+            parser.usage, parser.description, parser.epilog = argparse.SUPPRESS, None, None
+            words = [str(word) for word in values]
+            print(select_entries(f"{parser.format_help()}\n{self.settings()}", words, of=parser.prog.split()[-1]))
+        parser.exit()
 
 
 @contextmanager
@@ -93,44 +124,57 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
 
 
-def stage_help(kind: type[Recipe], word: str = "") -> str:
-    """Return what a stage does and the settings that it reads.
+def stage_help(kind: type[Recipe], words: Sequence[str] = ()) -> str:
+    """Return what a stage does and the settings that it reads; or those settings that contain any of some words."""
+    settings = describe_settings(kind)
+    if words:
+        return select_entries(settings, words, of=kind.title())
+    title = "settings; --help WORD ... shows those that contain any of the words"
+    return "\n\n".join([_usage(kind), kind.purpose(), title, settings])
+
+
+def select_entries(text: str, words: Sequence[str], *, of: str) -> str:
+    """Return the entries of a help text that contain any of some words, below their headings.
 
     Args:
-        word: show only the settings that have it in their name or meaning; "": all, and what the stage does.
+        text: headings, and entries that start two columns in; their further lines start further in.
+        of: which command, for where there is none.
     """
-    settings = describe_settings(kind, word)
-    if word:
-        return settings or f"no setting of {kind.title()} has {word!r} in its name or its meaning"
-    return "\n\n".join(
-        [_usage(kind), kind.purpose(), "settings; --help WORD shows those that contain the word", settings]
-    )
+    kept: list[str] = []
+    heading = ""
+    for part in re.split(r"\n+(?=(?:  )?\S)", text):
+        if not part.startswith("  "):
+            heading = part
+        elif any(word.lower() in " ".join(part.lower().split()) for word in words):
+            kept += [f"\n{heading}\n", part] if heading else [part]
+            heading = ""
+    asked = " or ".join(map(repr, words))
+    return "\n".join(kept).strip("\n") or f"no setting of {of} has {asked} in its name or its meaning"
 
 
-def describe_settings(kind: type[Recipe], word: str = "") -> str:
+def describe_settings(kind: type[Recipe] | None = None) -> str:
     """Return settings as text: section.key, what is accepted, the default, and the meaning.
 
     Args:
-        word: only the settings that have it in their name or meaning; "": all.
+        kind: whose settings; None: all there are, each with its stages.
     """
     from megatron_r1v2.config.load import own_defaults
+    from megatron_r1v2.config.recipes import every_section, stages_that_read
     from megatron_r1v2.config.wording import range_text, type_name
 
     lines: list[str] = []
-    for name, section in kind.sections().items():
-        told: list[str] = []
-        defaults = own_defaults(kind, name)
-        for key, field in section.model_fields.items():
-            meaning = " ".join((field.description or "").split())
-            if word.lower() not in f"{name}.{key} {meaning}".lower():
-                continue
+    for name, section in (kind.sections() if kind else every_section()).items():
+        lines += [f"{name}: {(section.__doc__ or '').strip().splitlines()[0]}", ""]
+        defaults = own_defaults(kind, name) if kind else {}
+        for key in kind.settings()[name] if kind else section.model_fields:
+            field = section.model_fields[key]
             accepted = ", ".join(filter(None, (type_name(field.annotation), range_text(field))))
-            default = defaults.get(key, field.get_default(call_default_factory=True))
-            told.append(f"  {name}.{key}  <{accepted}>  default: {_show(default)}")
-            told += textwrap.wrap(meaning, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        if told:
-            title = (section.__doc__ or "").strip().splitlines()[0]
-            lines += [f"{name}: {title}", "", *told, ""]
+            default = _show(defaults.get(key, field.get_default(call_default_factory=True)))
+            stages = "" if kind else f"  in: {', '.join(stages_that_read(name, key))}"
+            lines.append(f"  {name}.{key}  <{accepted}>  default: {default}{stages}")
+            meaning = " ".join((field.description or "").split())
+            lines += textwrap.wrap(meaning, width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines.append("")
     return "\n".join(lines)
 
 

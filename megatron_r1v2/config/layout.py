@@ -1,7 +1,8 @@
-"""Checks of a language model's sizes against a layout: plain numbers in, an error that names the setting out."""
+"""Checks of a language model's sizes against a layout: plain numbers in, a sentence that names the setting out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_r1v2.config.choices import Fp8
@@ -50,6 +51,12 @@ def check_layout(sizes: LanguageSizes, *, tensor: int, pipeline: int, first_stag
     Raises:
         ValueError: naming the setting and the size that it does not divide.
     """
+    for mistake in (*tensor_mistakes(sizes, tensor), *pipeline_mistakes(sizes, pipeline, first_stage_layers)):
+        raise ValueError(mistake)
+
+
+def tensor_mistakes(sizes: LanguageSizes, tensor: int) -> Iterator[str]:
+    """Yield a sentence when tensor parallelism does not divide a size: the first of them, as one value mends all."""
     for what, size in (
         ("attention heads (num_attention_heads)", sizes.heads),
         ("channels (hidden_size)", sizes.hidden),
@@ -57,35 +64,39 @@ def check_layout(sizes: LanguageSizes, *, tensor: int, pipeline: int, first_stag
     ):
         if size % tensor:
             fitting = [n for n in range(1, sizes.heads + 1) if all(s % n == 0 for s in (sizes.heads, size))]
-            raise ValueError(
+            yield (
                 f"parallel.tensor={tensor} does not divide the language model's {size} {what}; "
                 f"values that do: {', '.join(map(str, fitting))}"
             )
+            return
     if sizes.kv_heads % tensor and tensor % sizes.kv_heads:
-        raise ValueError(
+        yield (
             f"parallel.tensor={tensor} and the language model's {sizes.kv_heads} key-value heads (num_key_value_heads) "
             "do not divide each other; choose a divisor or a multiple of the heads"
         )
-    _check_pipeline(pipeline, first_stage_layers, sizes.layers)
 
 
-def _check_pipeline(stages: int, first: int, layers: int) -> None:
+def pipeline_mistakes(sizes: LanguageSizes, stages: int, first: int) -> Iterator[str]:
+    """Yield a sentence when the layers are not divided evenly over the stages behind the first.
+
+    Args:
+        first: layers of the first stage; 0: an even split.
+    """
+    layers = sizes.layers
     if first and stages == 1:
-        raise ValueError(
+        yield (
             f"parallel.first_stage_layers={first} needs more than one pipeline stage but parallel.pipeline=1; "
             "set parallel.first_stage_layers=0"
         )
-    if first >= layers:
-        raise ValueError(
-            f"parallel.first_stage_layers={first} leaves none of the {layers} layers to the other stages; lower it"
-        )
-    if first and (layers - first) % (stages - 1):
-        raise ValueError(
+    elif first >= layers:
+        yield f"parallel.first_stage_layers={first} leaves none of the {layers} layers to the other stages; lower it"
+    elif first and (layers - first) % (stages - 1):
+        yield (
             f"parallel.first_stage_layers={first} leaves {layers - first} of {layers} layers for "
             f"{stages - 1} further stages, which does not divide; change it or parallel.pipeline"
         )
-    if not first and layers % stages:
-        raise ValueError(
+    elif not first and layers % stages:
+        yield (
             f"parallel.pipeline={stages} does not divide the language model's {layers} layers (num_hidden_layers); "
             "choose a divisor, or set parallel.first_stage_layers"
         )

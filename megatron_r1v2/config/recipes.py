@@ -1,25 +1,15 @@
-"""A recipe for each stage: the sections that it reads, and what they need of each other."""
+"""A recipe for each stage: the sections and settings that it reads, and what they need of each other."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from megatron_r1v2.config.choices import Part, StageName
-from megatron_r1v2.config.combinations import (
-    calibration_mistakes,
-    claim_mistakes,
-    compute_mistakes,
-    endpoint_mistakes,
-    function_mistakes,
-    group_mistakes,
-    score_source_mistakes,
-    training_mistakes,
-    validation_mistakes,
-)
+from megatron_r1v2.config.combinations import CHECKS, group_mistakes
 from megatron_r1v2.config.schema import (
     AlgorithmConfig,
     BufferConfig,
@@ -42,6 +32,19 @@ from megatron_r1v2.config.schema import (
 )
 
 
+class Only(frozenset[str]):
+    """The settings of a section that a recipe reads; stands beside the section of which it does not read all."""
+
+
+class Without(frozenset[str]):
+    """The settings of a section that a recipe does not read."""
+
+
+_ONE_UPDATE = Without({"updates_per_step"})
+_NO_GROUPS = Without({"responses_per_prompt"})
+_BY_COMMAND = ("data", "endpoint_url", "endpoint_model", "judge_url", "judge_model")
+
+
 class Recipe(Section):
     """The settings of a run, a section each; every recipe has those that a model in process needs."""
 
@@ -58,7 +61,10 @@ class Recipe(Section):
 
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
-        yield from compute_mistakes(self.model, self.parallel, self.generation)
+        sections = dict(self)
+        for check, names in CHECKS.items():
+            if sections.keys() >= set(names):
+                yield from check(*(sections[name] for name in names))
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -76,6 +82,18 @@ class Recipe(Section):
         }
 
     @classmethod
+    def settings(cls) -> Mapping[str, tuple[str, ...]]:
+        """Return the settings that are read, by section."""
+        read: dict[str, tuple[str, ...]] = {}
+        for name, section in cls.sections().items():
+            marks = cls.model_fields[name].metadata
+            keys: set[str] = set(section.model_fields)
+            for mark in marks:
+                keys = keys & mark if isinstance(mark, Only) else keys - mark
+            read[name] = tuple(key for key in section.model_fields if key in keys)
+        return read
+
+    @classmethod
     def title(cls) -> str:
         """Return the name of what reads the recipe: grpo, evaluate, ..."""
         return cls.stage.value if cls.stage else cls.__name__.removesuffix("Recipe").lower()
@@ -91,22 +109,15 @@ class TrainingRecipe(Recipe):
 
     needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "data.train")
 
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    generation: Annotated[GenerationConfig, _NO_GROUPS] = Field(default_factory=GenerationConfig)
+    train: Annotated[TrainConfig, _ONE_UPDATE] = Field(default_factory=TrainConfig)
+    checkpoint: Annotated[CheckpointConfig, Without({"keep_rollouts"})] = Field(default_factory=CheckpointConfig)
+    evaluation: Annotated[EvaluationConfig, Without(_BY_COMMAND)] = Field(default_factory=EvaluationConfig)
+    logging: Annotated[LoggingConfig, Without({"sample_rollouts"})] = Field(default_factory=LoggingConfig)
 
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
-        yield from training_mistakes(self.train, self.model)
-        yield from validation_mistakes(self.evaluation, self.data)
-        if self.stage is not StageName.grpo and self.train.updates_per_step != 1:
-            # The schedule counts them, and would be stretched by updates that are never made.
-            yield (
-                f"train.updates_per_step={self.train.updates_per_step}: only grpo splits the batch of a step into "
-                "several updates; remove the line"
-            )
         parts = [part.value for part in self.train.parts]
         if self.stage is StageName.reward_model:
             if Part.score not in self.train.parts:
@@ -128,13 +139,7 @@ class AlignRecipe(TrainingRecipe):
 
     stage: ClassVar[StageName | None] = StageName.align
 
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-
-    def mistakes(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction between settings."""
-        yield from super().mistakes()
-        yield from claim_mistakes(self.reward)
-        yield from function_mistakes(self.reward)
+    reward: Annotated[RewardConfig, Only({"claim_pattern"})] = Field(default_factory=RewardConfig)
 
 
 class PairsRecipe(Recipe):
@@ -162,18 +167,18 @@ class PairsRecipe(Recipe):
     stage: ClassVar[StageName | None] = StageName.pairs
     needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "data.train")
 
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-    reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
+    data: Annotated[DataConfig, Without({"validation", "shuffle"})] = Field(default_factory=DataConfig)
+    reward: Annotated[RewardConfig, Without({"shuffle"})] = Field(default_factory=RewardConfig)
+    reward_model: Annotated[RewardModelConfig, Without({"centring_weight"})] = Field(default_factory=RewardModelConfig)
     pairs: PairsConfig = Field(default_factory=PairsConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    # The rows of a reward model in process are packed as in training.
+    train: Annotated[
+        TrainConfig, Only({"prompts_per_step", "micro_batch_size", "packing", "tokens_per_microbatch"})
+    ] = Field(default_factory=TrainConfig)
 
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
-        yield from training_mistakes(self.train, self.model)
-        yield from claim_mistakes(self.reward)
-        yield from function_mistakes(self.reward)
-        yield from score_source_mistakes(self.reward, self.reward_model)
         if self.pairs.max_pairs_per_prompt and self.generation.responses_per_prompt < 2:
             yield (
                 f"generation.responses_per_prompt={self.generation.responses_per_prompt} leaves nothing to compare; "
@@ -197,7 +202,7 @@ class MpoRecipe(TrainingRecipe):
 
     stage: ClassVar[StageName | None] = StageName.mpo
 
-    reward: RewardConfig = Field(default_factory=RewardConfig)
+    reward: Annotated[RewardConfig, Only({"claim_pattern"})] = Field(default_factory=RewardConfig)
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
@@ -205,9 +210,6 @@ class MpoRecipe(TrainingRecipe):
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
-        yield from claim_mistakes(self.reward)
-        yield from function_mistakes(self.reward)
-        yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
         preference, held = self.preference, self.hallucination
         if not (preference.preference_weight or preference.quality_weight or preference.generation_weight):
             yield (
@@ -231,17 +233,14 @@ class RewardModelRecipe(TrainingRecipe):
 
     stage: ClassVar[StageName | None] = StageName.reward_model
 
-    train: TrainConfig = Field(default_factory=lambda: TrainConfig(parts=(Part.adapter, Part.score)))
-    reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
-
-    def mistakes(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction between settings."""
-        yield from super().mistakes()
-        if self.evaluation.stop_at_pass_at_1:
-            yield (
-                f"evaluation.stop_at_pass_at_1={self.evaluation.stop_at_pass_at_1}: a reward model answers nothing; "
-                "set it to 0"
-            )
+    generation: Annotated[GenerationConfig, Only({"stop_tokens", "feature_cache_gib"})] = Field(
+        default_factory=GenerationConfig
+    )
+    train: Annotated[TrainConfig, _ONE_UPDATE] = Field(
+        default_factory=lambda: TrainConfig(parts=(Part.adapter, Part.score))
+    )
+    evaluation: Annotated[EvaluationConfig, Only({"every_steps", "prompts"})] = Field(default_factory=EvaluationConfig)
+    reward_model: Annotated[RewardModelConfig, Only({"centring_weight"})] = Field(default_factory=RewardModelConfig)
 
 
 class GrpoRecipe(TrainingRecipe):
@@ -256,20 +255,20 @@ class GrpoRecipe(TrainingRecipe):
 
     stage: ClassVar[StageName | None] = StageName.grpo
 
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
-    reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
+    reward_model: Annotated[RewardModelConfig, Without({"centring_weight"})] = Field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     buffer: BufferConfig = Field(default_factory=BufferConfig)
-    hallucination: HallucinationConfig = Field(default_factory=HallucinationConfig)
+    hallucination: Annotated[HallucinationConfig, Without({"max_margin"})] = Field(default_factory=HallucinationConfig)
 
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
-        yield from claim_mistakes(self.reward)
-        yield from function_mistakes(self.reward)
-        yield from score_source_mistakes(self.reward, self.reward_model)
-        yield from calibration_mistakes(self.hallucination, self.data, self.evaluation, self.reward)
         yield from group_mistakes(self.generation, self.train)
         weights, held = self.reward.weights, self.hallucination
         if not any(weights.values()):
@@ -295,19 +294,24 @@ class EvaluateRecipe(Recipe):
 
     needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "evaluation.data")
 
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-
-    def mistakes(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction between settings."""
-        yield from super().mistakes()
-        yield from claim_mistakes(self.reward)
-        yield from function_mistakes(self.reward)
-        yield from endpoint_mistakes(self.evaluation)
+    data: Annotated[DataConfig, Without({"train", "validation", "shuffle"})] = Field(default_factory=DataConfig)
+    generation: Annotated[GenerationConfig, Without({"responses_per_prompt", "temperature"})] = Field(
+        default_factory=GenerationConfig
+    )
+    reward: Annotated[RewardConfig, Without({"model_weight", "model_centre", "model_scale", "shuffle"})] = Field(
+        default_factory=RewardConfig
+    )
+    evaluation: Annotated[EvaluationConfig, Without({"every_steps", "stop_at_pass_at_1"})] = Field(
+        default_factory=EvaluationConfig
+    )
 
 
 class ServeRecipe(Recipe):
     """Serves a model."""
+
+    run: Annotated[RunConfig, Only({"stage", "seed"})] = Field(default_factory=RunConfig)
+    data: Annotated[DataConfig, Only({"max_prompt_tokens", "max_tiles"})] = Field(default_factory=DataConfig)
+    generation: Annotated[GenerationConfig, _NO_GROUPS] = Field(default_factory=GenerationConfig)
 
 
 STAGES: Mapping[StageName, type[TrainingRecipe] | type[PairsRecipe]] = {
@@ -325,6 +329,9 @@ def every_section() -> dict[str, type[Section]]:
     return {name: section for recipe in STAGES.values() for name, section in recipe.sections().items()}
 
 
-def stages_that_read(section: str) -> list[str]:
-    """Return the names of the stages whose recipes have a section."""
-    return [stage.value for stage, recipe in STAGES.items() if section in recipe.sections()]
+def stages_that_read(section: str, key: str = "") -> list[str]:
+    """Return the names of the stages and commands whose recipes have a section, or read one of its settings."""
+    if not key:
+        return [stage.value for stage, recipe in STAGES.items() if section in recipe.sections()]
+    kinds = [*STAGES.values(), EvaluateRecipe]
+    return [kind.title() for kind in kinds if key in kind.settings().get(section, ())]

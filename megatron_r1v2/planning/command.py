@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.choices import StageName
-from megatron_r1v2.config.command_line import command_parser
-from megatron_r1v2.config.load import load_recipe, load_recipe_as
-from megatron_r1v2.config.recipes import STAGES, PairsRecipe, TrainingRecipe
+from megatron_r1v2.config.command_line import command_parser, describe_settings
 from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
-from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
-from megatron_r1v2.planning.show import as_json, print_plan
+
+if TYPE_CHECKING:
+    from megatron_r1v2.config.recipes import PairsRecipe, Recipe, TrainingRecipe
 
 _DESCRIPTION = """\
 Plan what a run needs of each GPU, which layout fits, and how long a step takes, by arithmetic alone.
@@ -32,6 +33,9 @@ def main(argv: Sequence[str]) -> None:
     """
     # Intermixed, because people write overrides before, between and after the options.
     arguments = _parser().parse_intermixed_args(argv)
+    from megatron_r1v2.planning.plan import Cluster, make_plan
+    from megatron_r1v2.planning.show import as_json, print_plan
+
     stage = StageName(arguments.stage) if arguments.stage else None
     hardware = HARDWARE[arguments.gpu]
     if arguments.matmul_efficiency:
@@ -46,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         hardware=hardware,
     )
     try:
-        recipe = _recipe_of(arguments.recipe, stage)
+        recipe = _recipe_of(arguments.recipe, stage, arguments.hf_config)
         hf_config = find_hf_config(recipe.model.hf_path, arguments.hf_config)
         plan = make_plan(
             recipe,
@@ -67,15 +71,33 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _recipe_of(given: Sequence[str], stage: StageName | None) -> TrainingRecipe | PairsRecipe:
+def _recipe_of(given: Sequence[str], stage: StageName | None, hf_config: str) -> TrainingRecipe | PairsRecipe:
     """Read the recipe that comes first, or take the defaults of a stage where there are only overrides."""
+    from megatron_r1v2.config.load import load_recipe, load_recipe_as
+    from megatron_r1v2.config.recipes import STAGES
+
+    check = partial(_mistakes, hf_config=hf_config)
     if given and "=" not in given[0]:
-        return load_recipe(given[0], given[1:])
-    return load_recipe_as(STAGES[stage or StageName.grpo], None, given)
+        return load_recipe(given[0], given[1:], check=check)
+    return load_recipe_as(STAGES[stage or StageName.grpo], None, given, check=check)
+
+
+def _mistakes(recipe: Recipe, *, hf_config: str) -> Iterator[str]:
+    """Yield a sentence when the model's sizes cannot be found, or for each that does not fit."""
+    from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
+    from megatron_r1v2.checkpoint.hf.config import sizes_config
+    from megatron_r1v2.stages.model_fit import fit_mistakes
+
+    try:
+        architecture = r1v2_architecture(sizes_config(find_hf_config(recipe.model.hf_path, hf_config)))
+    except ValueError as error:
+        yield str(error)
+    else:
+        yield from fit_mistakes(recipe, architecture.language)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("plan", _DESCRIPTION)
+    parser = command_parser("plan", _DESCRIPTION, settings=describe_settings)
     parser.add_argument(
         "recipe",
         nargs="*",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, Recipe, TrainingRecipe
-from megatron_r1v2.config.validate import check_model_fits
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
@@ -80,7 +79,6 @@ def make_plan(
     from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
     from megatron_r1v2.checkpoint.hf.config import sizes_config
 
-    check_model_fits(recipe, hf_config)
     architecture = r1v2_architecture(sizes_config(hf_config))
     layout = _layout(recipe, cluster)
     work = Workload.from_recipe(recipe, architecture, stage=stage, tiles=tiles)

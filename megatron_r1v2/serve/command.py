@@ -7,7 +7,7 @@ export the model (python -m checkpoint_tools.megatron_to_hf --layout transformer
 CHECKPOINT is one of
   a folder of a run, or one of its checkpoints   the settings are those of the run, the base is its model.hf_path
   a folder of a whole model in HF's layout       the settings are the defaults
-and section.key=value changes a setting (python -m megatron_r1v2 evaluate --help lists them all).
+and section.key=value changes a setting (--help WORD ... shows those that contain a word).
 
 settings that matter here
   generation.max_response_tokens   the longest response, and the default of max_tokens: 65536 for long reasoning
@@ -44,26 +44,29 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_r1v2.config.command_line import command_parser, quiet_libraries, tell_bad_input
-from megatron_r1v2.config.load import load_recipe_as
-from megatron_r1v2.config.recipes import Recipe, ServeRecipe
-from megatron_r1v2.config.validate import check_start
+from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries, tell_bad_input
 from megatron_r1v2.serve.options import ChatOptions, bind, parse_options, read_api_key
+
+if TYPE_CHECKING:
+    from megatron_r1v2.config.load import Check
+    from megatron_r1v2.config.recipes import Recipe, ServeRecipe
 
 
 def main(argv: Sequence[str]) -> None:
     """Serve until the process is asked to end; exit 2 on bad input."""
-    parser = command_parser("serve", (__doc__ or "").partition("\n\n")[2])
+    parser = command_parser("serve", (__doc__ or "").partition("\n\n")[2], settings=_settings)
     parser.usage = "[torchrun ... -m | python -m] megatron_r1v2 serve CHECKPOINT [section.key=value ...] [options]"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see above")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="changes a setting")
     arguments, options = parse_options(ChatOptions, parser, argv)
     quiet_libraries()
+    from megatron_r1v2.stages.model_fit import all_mistakes
+
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with tell_bad_input():
-        recipe = serving_recipe(arguments.checkpoint, arguments.settings)
-        check_start(recipe)
+        recipe = serving_recipe(arguments.checkpoint, arguments.settings, check=all_mistakes)
         check_one_replica(recipe, world_size)
         key = read_api_key(options.api_key_variable, options.api_key_file)
         # Only rank 0 listens; an address in use is found before the model is loaded.
@@ -78,31 +81,40 @@ def main(argv: Sequence[str]) -> None:
         serve(recipe, named, key, listener)
 
 
-def serving_recipe(checkpoint: str, settings: Sequence[str]) -> ServeRecipe:
+def _settings() -> str:
+    from megatron_r1v2.config.recipes import ServeRecipe
+
+    return describe_settings(ServeRecipe)
+
+
+def serving_recipe(checkpoint: str, settings: Sequence[str], *, check: Check | None = None) -> ServeRecipe:
     """Return the settings of the model to be served.
 
     Args:
         checkpoint: an HF folder, a run, or a checkpoint of one.
         settings: `section.key=value`.
+        check: its mistakes are told with those of the settings.
 
     Raises:
         ValueError: the folder is of another kind, or a setting is wrong.
     """
+    from megatron_r1v2.config.load import load_recipe_as
+    from megatron_r1v2.config.recipes import ServeRecipe
+
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(
             f"CHECKPOINT={checkpoint!r} is not a folder; give a run, one of its checkpoints or an HF model"
         )
     if (folder / "config.json").is_file():
-        recipe = load_recipe_as(ServeRecipe, None, settings)
-        return recipe.changed(model=recipe.model.changed(hf_path=str(folder)))
+        return load_recipe_as(ServeRecipe, None, [*settings, f"model.hf_path={folder}"], check=check)
     from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, resolve_checkpoint
 
     found = resolve_checkpoint(folder)
     if not (found / RECIPE_FILE).is_file():
         raise ValueError(f"{found} has no {RECIPE_FILE}, which names its base; serve the run's own checkpoints folder")
-    recipe = load_recipe_as(ServeRecipe, found / RECIPE_FILE, settings, saved=True)
-    return recipe.changed(model=recipe.model.changed(checkpoint=str(found)))
+    overrides = [*settings, f"model.checkpoint={found}"]
+    return load_recipe_as(ServeRecipe, found / RECIPE_FILE, overrides, saved=True, check=check)
 
 
 def check_one_replica(recipe: Recipe, world_size: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1v2.config.recipes import AlignRecipe
+from megatron_r1v2.config.schema import RewardConfig
 from megatron_r1v2.rl.supervised import supervised_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
@@ -21,9 +22,8 @@ SHOWN = ("actor/nll", "actor/grad_norm", "validation/pass_at_1")
 def run_align(recipe: AlignRecipe) -> Path:
     """Run the stage until its last step or until validation Pass@1 is high enough, and return the run's folder."""
     with open_session(recipe, stage="align", shown=SHOWN) as session, session.loaded.verifiers() as pool:
-        evaluator = session.loaded.evaluator(
-            session.loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward
-        )
+        reward = RewardConfig(claim_pattern=recipe.reward.claim_pattern)
+        evaluator = session.loaded.evaluator(session.loaded.engine(), pool, settings=recipe.evaluation, reward=reward)
         validation = Validation(session, evaluator)
         run_steps(session, partial(supervised_step, session), validate=validation.validate_if_due)
     return Path(recipe.run.output_dir)

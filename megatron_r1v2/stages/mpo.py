@@ -12,7 +12,7 @@ import torch
 
 from megatron_r1v2.config.choices import LossAggregation
 from megatron_r1v2.config.recipes import MpoRecipe
-from megatron_r1v2.config.schema import PreferenceConfig
+from megatron_r1v2.config.schema import PreferenceConfig, RewardConfig
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.stream import read_shards
@@ -44,9 +44,8 @@ def run_mpo(recipe: MpoRecipe) -> Path:
     check_margins(recipe)
     with open_session(recipe, stage="mpo", shown=SHOWN) as session, session.loaded.verifiers() as pool:
         stage = MpoStage(session, recipe)
-        evaluator = session.loaded.evaluator(
-            session.loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward
-        )
+        reward = RewardConfig(claim_pattern=recipe.reward.claim_pattern)
+        evaluator = session.loaded.evaluator(session.loaded.engine(), pool, settings=recipe.evaluation, reward=reward)
         validation = Validation(session, evaluator, stage.calibrator)
         if session.is_finished or stage.load_or_compute_reference():
             run_steps(session, stage.step, state=stage.state_dict, validate=validation.validate_if_due)

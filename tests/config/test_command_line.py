@@ -6,7 +6,13 @@ import sys
 
 import pytest
 
-from megatron_r1v2.config.command_line import command_parser, describe_settings, parse_command_line, tell_bad_input
+from megatron_r1v2.config.command_line import (
+    command_parser,
+    describe_settings,
+    parse_command_line,
+    select_entries,
+    tell_bad_input,
+)
 from megatron_r1v2.config.recipes import (
     STAGES,
     EvaluateRecipe,
@@ -55,7 +61,6 @@ def test_an_evaluation_needs_no_recipe(tmp_path):
         (["--steps"], "the first argument must be a recipe"),
         (["nowhere.yaml"], "'nowhere.yaml' is not a file"),
         (["RECIPE", "train.stepz=3"], "did you mean 'train.steps'?"),
-        (["RECIPE", "parallel.tensor=3"], "values that do: 1, 2, 4"),
         (["RECIPE", "generation.responses_per_prompt=1"], "generation.responses_per_prompt=1"),
     ],
 )
@@ -68,6 +73,18 @@ def test_bad_input_ends_with_advice(recipe_path, capsys, arguments, message):
     assert printed.out == ""
     assert printed.err.startswith("error: ")
     assert message in printed.err
+
+
+def test_further_checks_are_told_with_the_mistakes_of_the_recipe(recipe_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(
+            [str(recipe_path), "train.steps=0"], GrpoRecipe, lambda recipe: [f"{recipe.title()}: no GPU"]
+        )
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 2 mistakes",
+        "  override 'train.steps=0': train.steps=0 is out of range; accepted: 1 or more",
+        "  grpo: no GPU",
+    ]
 
 
 def test_the_process_shows_no_traceback_and_loads_no_torch(recipe_path):
@@ -101,10 +118,11 @@ def test_help_says_what_a_stage_does_and_shows_its_own_settings_alone(capsys, ki
     assert kind.purpose() in printed
     lines = printed.splitlines()
     for name, section in every_section().items():
-        assert any(line.startswith(f"{name}: ") for line in lines) == (name in kind.sections())
+        read = kind.settings().get(name, ())
+        assert any(line.startswith(f"{name}: ") for line in lines) == bool(read)
         for key in section.model_fields:
             found = [i for i, line in enumerate(lines) if line.startswith(f"  {name}.{key}  <")]
-            assert len(found) == (name in kind.sections()), key
+            assert len(found) == (key in read), key
             assert all(lines[i + 1].startswith("      ") for i in found), f"{name}.{key} has no sentence below it"
 
 
@@ -126,6 +144,51 @@ def test_help_with_a_word_shows_the_settings_that_contain_it(capsys):
     assert "algorithm.dynamic_sampling_rounds" in printed, "in its meaning"
     assert "usage" not in printed
     assert help_of(capsys, MpoRecipe, "dapo") == "no setting of mpo has 'dapo' in its name or its meaning\n"
+
+
+def test_help_with_several_words_shows_what_contains_any_of_them(capsys):
+    printed = help_of(capsys, GrpoRecipe, "max_age", "KL(policy")
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith("  ") and "<" in line] == [
+        "algorithm.kl_coefficient",
+        "buffer.max_age",
+    ]
+    assert (
+        help_of(capsys, MpoRecipe, "dapo", "ssb")
+        == "no setting of mpo has 'dapo' or 'ssb' in its name or its meaning\n"
+    )
+
+
+def test_every_setting_is_described_with_its_stages():
+    lines = [line for line in describe_settings().splitlines() if line[:2] == "  " != line[2:4]]
+    assert [line.split()[0] for line in lines] == [
+        f"{name}.{key}" for name, section in every_section().items() for key in section.model_fields
+    ]
+    assert next(line for line in lines if "min_margin" in line).endswith("  in: mpo")
+    assert next(line for line in lines if "judge_url" in line).endswith("  in: evaluate")
+
+
+def test_an_entry_is_shown_whole_and_below_its_heading():
+    text = "first:\n\n  a.b  <text>\n      One\n      two.\n  c.d\n\nsecond:\n\n  --e E  three"
+    assert select_entries(text, ["TWO"], of="it") == "first:\n\n  a.b  <text>\n      One\n      two."
+    assert select_entries(text, ["one two", "three"], of="it").splitlines()[-3:] == ["second:", "", "  --e E  three"]
+    assert select_entries(text, ["first"], of="it") == "no setting of it has 'first' in its name or its meaning"
+
+
+def test_a_parser_shows_the_options_and_settings_that_contain_a_word(capsys):
+    parser = command_parser(
+        "plan", "Words of no option.", settings=lambda: "part: A.\n\n  part.x  <text>\n      Words."
+    )
+    parser.add_argument("--some", help="with words")
+    parser.add_argument("--other", help="without")
+    parser.add_argument("needed")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help", "words", "nothing"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--some" in printed
+    assert "part.x" in printed
+    for hidden in ("--other", "usage", "of no option", "needed"):
+        assert hidden not in printed
 
 
 def test_a_parser_names_its_command(capsys):

@@ -76,9 +76,6 @@ def test_the_head_of_a_reward_model_trains_in_its_stage_and_nowhere_else():
         RewardModelRecipe(train=TrainConfig())
     with pytest.raises(ValueError, match="only the reward_model stage has a score head; take score out"):
         GrpoRecipe(train=TrainConfig(parts=(Part.adapter, Part.score)))
-    answers = EvaluationConfig(stop_at_pass_at_1=0.5, every_steps=2)
-    with pytest.raises(ValueError, match="a reward model answers nothing"):
-        RewardModelRecipe(evaluation=answers, data={"validation": "v"})
 
 
 def test_grpo_needs_something_to_learn_from():
@@ -126,9 +123,25 @@ def test_all_that_does_not_fit_is_told_at_once():
     assert "generation.responses_per_prompt=1 leaves" in told
 
 
-@pytest.mark.parametrize("recipe", [AlignRecipe, MpoRecipe])
-def test_only_grpo_takes_several_updates_a_step(recipe):
-    """The learning-rate schedule counts them."""
-    with pytest.raises(ValueError, match="train.updates_per_step=4: only grpo splits"):
-        recipe(train=TrainConfig(updates_per_step=4))
-    GrpoRecipe(train=TrainConfig(updates_per_step=4))
+@pytest.mark.parametrize(
+    ("kind", "section", "unread"),
+    [
+        (AlignRecipe, "train", {"updates_per_step"}),
+        (AlignRecipe, "generation", {"responses_per_prompt"}),
+        (GrpoRecipe, "generation", set()),
+        (GrpoRecipe, "hallucination", {"max_margin"}),
+        (PairsRecipe, "reward", {"shuffle"}),
+        (EvaluateRecipe, "evaluation", {"every_steps", "stop_at_pass_at_1"}),
+        (ServeRecipe, "run", {"output_dir"}),
+    ],
+)
+def test_a_recipe_reads_some_settings_of_a_section(kind, section, unread):
+    fields = kind.sections()[section].model_fields
+    assert kind.settings()[section] == tuple(key for key in fields if key not in unread)
+
+
+def test_a_setting_is_read_by_stages_and_commands():
+    assert stages_that_read("evaluation", "runs") == ["align", "mpo", "grpo", "evaluate"]
+    assert stages_that_read("train", "updates_per_step") == ["grpo"]
+    for name, section in every_section().items():
+        assert all(stages_that_read(name, key) for key in section.model_fields), "a setting that nothing reads"

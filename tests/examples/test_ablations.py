@@ -4,7 +4,8 @@ import pytest
 
 from examples.digits import ablation_tables, ablations
 from megatron_r1v2.__main__ import COMMANDS
-from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.load import load_recipe, load_recipe_as
+from megatron_r1v2.config.recipes import EvaluateRecipe
 
 ROOT = Path("runs/digits-ablations")
 
@@ -23,8 +24,12 @@ def test_every_run_has_its_own_name_and_folder_and_settings_that_exist():
             module, *arguments = stage.command
             assert (module, arguments[0] in COMMANDS) == ("megatron_r1v2", True)
             (recipe,) = (argument for argument in arguments if argument.endswith(".yaml"))
-            settings = load_recipe(recipe, [argument for argument in arguments if "=" in argument])
-            if arguments[0] not in ("evaluate", "pairs"):
+            overrides = [argument for argument in arguments if "=" in argument]
+            if arguments[0] == "evaluate":
+                load_recipe_as(EvaluateRecipe, recipe, overrides)
+                continue
+            settings = load_recipe(recipe, overrides)
+            if arguments[0] != "pairs":
                 folders.append(settings.run.output_dir)
     assert len(set(names)) == len(names)
     assert len(set(folders)) == len(folders)

@@ -65,11 +65,11 @@ def test_shuffled_rewards_teach_nothing(demo, tmp_path):
         f"run.output_dir={tmp_path}",
         f"model.hf_path={demo.base}",
         f"data.train={demo.shards / 'grpo'}",
-        f"evaluation.data={demo.shards / 'heldout'}",
     ]
+    heldout = f"evaluation.data={demo.shards / 'heldout'}"
     recipe = "examples/digits/grpo.yaml"
     before = read_evaluation(demo.grpo / "evaluation-mpo.json")
     run("megatron_r1v2", "grpo", recipe, *settings, f"model.checkpoint={demo.mpo}", "reward.shuffle=true")
-    run("megatron_r1v2", "evaluate", recipe, *settings, "--name", "shuffled", f"model.checkpoint={tmp_path}")
+    run("megatron_r1v2", "evaluate", recipe, *settings, heldout, "--name", "shuffled", f"model.checkpoint={tmp_path}")
     after = read_evaluation(tmp_path / "evaluation-shuffled.json")
     assert abs(after.pass_at_1 - before.pass_at_1) <= 0.05

@@ -20,7 +20,9 @@ from tests.stages.runs import recipe_for, run_stage
 
 
 def test_an_evaluation_is_written_and_comes_out_the_same_again(root: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={root / 'data'}", "evaluation.prompts=6"))
+    recipe = recipe_for(
+        root, tmp_path / "run", (f"evaluation.data={root / 'data'}", "evaluation.prompts=6"), stage="evaluate"
+    )
     first = run_evaluation(recipe, "before")
     written = json.loads((tmp_path / "run" / "evaluation-before.json").read_text())
     assert written["pass_at_1"] == first.pass_at_1
@@ -74,7 +76,7 @@ def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp
     samples = list(read_shards(root / "data", parse_sample, count=6))
     others = [replace(sample, answer="neither", alternatives=("0", "1")) for sample in samples]
     write_shards(others, tmp_path / "data")
-    recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={tmp_path / 'data'}",))
+    recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={tmp_path / 'data'}",), stage="evaluate")
     with open_model(recipe) as loaded, loaded.verifiers() as pool:
         evaluator = loaded.evaluator(loaded.engine(), pool, settings=recipe.evaluation, reward=recipe.reward)
         validated = evaluator.run(list(loaded.read_prompts(recipe.evaluation.data)), name="validation", step=0)
@@ -85,8 +87,8 @@ def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp
 
 def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
     data = (f"evaluation.data={root / 'data'}", "evaluation.prompts=5")
-    one, *_ = run_ranks(1, run_evaluation, recipe_for(root, tmp_path / "one", data), "e")
-    results = run_ranks(2, run_evaluation, recipe_for(root, tmp_path / "two", data), "e")
+    one, *_ = run_ranks(1, run_evaluation, recipe_for(root, tmp_path / "one", data, stage="evaluate"), "e")
+    results = run_ranks(2, run_evaluation, recipe_for(root, tmp_path / "two", data, stage="evaluate"), "e")
     assert results == [one, None]
     for name in ("evaluation-e.json", "evaluation-e.rollouts.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
