@@ -84,7 +84,11 @@ def _figures(checkpoint: Path, state: Mapping[str, Any]) -> list[tuple[str, str,
     for path in sorted(run.glob("evaluation-*.json")):
         content = _json_object(path.read_text(encoding="utf-8"))
         if content.get("step") == state.get("version"):
-            name = f"{path.stem.removeprefix('evaluation-')}, {content.get('num_prompts')} prompts"
+            size, whole = content.get("num_prompts"), content.get("available")
+            partial = (
+                f" of {whole}, partial" if isinstance(size, int) and isinstance(whole, int) and size < whole else ""
+            )
+            name = f"{path.stem.removeprefix('evaluation-')}, {size} prompts{partial}"
             found = ((text, content.get(key)) for key, text in _EVALUATION_KEYS.items())
             figures += [(name, text, float(value)) for text, value in found if isinstance(value, (int, float))]
     for line in _lines(run / "metrics.jsonl"):

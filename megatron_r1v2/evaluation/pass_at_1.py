@@ -87,6 +87,20 @@ class EvaluationResult:
     """Those of them without a verdict, counted as wrong."""
     finished: str = ""
     """When it ended, by UTC, in ISO 8601."""
+    data: str = ""
+    """Folder of the data set; older files have none."""
+    available: int = 0
+    """Prompts of the whole data set, or of the whole benchmark that it is a part of; older files have 0."""
+
+    @property
+    def size(self) -> str:
+        """Return "n = 300", or "n = 100 of 900, partial"."""
+        return size_text(self.num_prompts, self.available)
+
+
+def size_text(num_prompts: int, available: int) -> str:
+    """Return the number of prompts behind a figure, and whether they are a part of a benchmark only."""
+    return f"n = {num_prompts}" + (f" of {available}, partial" if num_prompts < available else "")
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,10 @@ class Conditions:
     """Optimizer steps that the weights have seen."""
     model: str = ""
     """A folder, or an endpoint's model."""
+    data: str = ""
+    """Folder of the data set."""
+    available: int = 0
+    """Prompts of the whole data set or benchmark; 0: not known."""
 
 
 def evaluate_outcomes(
@@ -202,6 +220,34 @@ def evaluation_path(folder: Path, name: str) -> Path:
     return folder / f"evaluation-{name}.json"
 
 
+def check_name(folder: Path, name: str, **conditions: object) -> None:
+    """Check that an evaluation's name is good, and not that of the result of another one, which it would replace.
+
+    Args:
+        conditions: of the new evaluation, by their fields of `EvaluationResult`.
+
+    Raises:
+        ValueError: the name cannot be part of a file name, or a result of that name has other conditions.
+    """
+    path = evaluation_path(folder, name)
+    if not path.is_file():
+        return
+    try:
+        earlier = read_evaluation(path)
+    except ValueError:
+        return  # a broken result says itself that it has to be made again
+    changed = [
+        f"{field} was {old!r} and is {new!r}"
+        for field, new in conditions.items()
+        if (old := getattr(earlier, field)) not in (new, "")  # "": an older file does not say
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} is the result of another evaluation: {', '.join(changed)}; give this one another --name, or move "
+            "that file away"
+        )
+
+
 def write_evaluation(folder: Path, result: EvaluationResult) -> Path:
     """Write `evaluation-NAME.json`, and return its path.
 
@@ -269,7 +315,9 @@ def comparison_table(results: Sequence[EvaluationResult]) -> Table:
         "response tokens": [
             "-" if r.mean_response_tokens is None else f"{r.mean_response_tokens:.1f}" for r in results
         ],
-        "prompts x runs": [f"{r.num_prompts} x {len(r.runs)}" for r in results],
+        "prompts x runs": [
+            f"{r.num_prompts} x {len(r.runs)}" + (", partial" if r.num_prompts < r.available else "") for r in results
+        ],
         "step": [str(r.step) for r in results],
     }
     for label, cells in rows.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
+from megatron_r1v2.evaluation.benchmarks.readers import whole_size
 from megatron_r1v2.evaluation.chat_endpoint import JUDGE_MAX_TOKENS, ChatEndpoint
 from megatron_r1v2.evaluation.judge import judge_rows, needs_judge
 from megatron_r1v2.evaluation.pass_at_1 import (
@@ -14,6 +15,7 @@ from megatron_r1v2.evaluation.pass_at_1 import (
     Conditions,
     EvaluationResult,
     Outcome,
+    check_name,
     evaluate_outcomes,
     evaluation_path,
     write_evaluation,
@@ -43,23 +45,27 @@ class Evaluation:
     """The evaluated folder, or an endpoint's model."""
     step: int
     """Optimizer steps behind its weights."""
+    available: int = 0
+    """Prompts in the data set; 0: not known."""
 
     def open_log(self) -> ResponseLog:
         """Open the log, with the rows of an interrupted evaluation, which may have had other prompts and runs.
 
         Raises:
-            ValueError: the interrupted evaluation had other settings.
+            ValueError: the interrupted evaluation, or a finished one of this name, had other settings.
         """
+        settings, data = self.settings, self._data
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        check_name(self.folder, self.name, model=self.model, step=self.step, data=data, **sampling)
         # Left out where there are none: logs of earlier versions know nothing of them.
         functions = {"functions": describe_functions(own)} if (own := self.reward.functions) else {}
         fingerprint = Fingerprint.of(
             model=self.model,
             step=self.step,
             evaluation={
-                "data": str(Path(self.settings.data).absolute()),
-                "endpoint_url": self.settings.endpoint_url,
-                "temperature": self.settings.temperature,
-                "top_p": self.settings.top_p,
+                "data": data,
+                "endpoint_url": settings.endpoint_url,
+                **sampling,
                 "seed": EVALUATION_SEED,
             },
             generation={"max_response_tokens": self.max_response_tokens},
@@ -89,13 +95,25 @@ class Evaluation:
             self.name,
             keys,
             [outcome_of(row) for row in rows],
-            Conditions(self.settings.temperature, self.settings.top_p, EVALUATION_SEED, self.step, self.model),
+            Conditions(
+                self.settings.temperature,
+                self.settings.top_p,
+                EVALUATION_SEED,
+                self.step,
+                self.model,
+                self._data,
+                whole_size({row["metadata"].get("benchmark", "") for row in rows}, self.available),
+            ),
         )
         write_rollouts(evaluation_path(self.folder, self.name).with_suffix(".rollouts.jsonl"), rows)
         write_evaluation(self.folder, result)
         # Last: an evaluation that is killed before goes on from its log.
         log.discard()
         return result
+
+    @property
+    def _data(self) -> str:
+        return str(Path(self.settings.data).absolute())
 
 
 def evaluation_rows(

@@ -104,7 +104,7 @@ def _result(evaluation: Evaluation) -> dict[str, object]:
         "hallucination": _percent(result.hallucination_rate),
         "coverage": _percent(result.claim_coverage),
         "tokens": "-" if result.mean_response_tokens is None else f"{result.mean_response_tokens:.0f}",
-        "size": f"{result.num_prompts} x {len(result.runs)}",
+        "size": f"{result.size}, x {len(result.runs)}",
         "sampling": f"temperature {result.temperature:g}, top-p {result.top_p:g}, seed {result.seed}",
         "judged": result.judged,
         "unclear": result.judge_unclear,
@@ -113,15 +113,16 @@ def _result(evaluation: Evaluation) -> dict[str, object]:
 
 def _with_interval(result: EvaluationResult) -> str:
     text = _percent(result.pass_at_1)
-    if result.pass_at_1_interval is None:
-        return text
-    low, high = result.pass_at_1_interval
-    return f"{text} ({100 * low:.1f} to {100 * high:.1f})"
+    if result.pass_at_1_interval is not None:
+        low, high = result.pass_at_1_interval
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{text}, {result.size}"
 
 
 def _shown(evaluation: Evaluation) -> dict[str, object]:
     return {
         "name": evaluation.result.name,
+        "size": evaluation.result.size,
         "breakdowns": [
             (name, sorted(values.items(), key=lambda item: item[0]))
             for name, values in evaluation.groups.items()

@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import yaml
 
+from megatron_r1v2.evaluation.pass_at_1 import size_text
 from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.charts import draw, is_zero
 from megatron_r1v2.report.html import data_uri, template, write_page
@@ -143,6 +144,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         coverage = last.get("claim_coverage")
         if key == "hallucination_rate" and _finite(coverage):
             remark = f"of claims; {_percent(coverage)} of responses make one"
+        remark += f"; {size}" if (size := _size(last)) else ""
         cards.append((title, " \N{RIGHTWARDS ARROW} ".join(values), remark))
     third = max(1, len(run.metrics) // 3)
     end = slice(-third, None)
@@ -176,11 +178,18 @@ def _table(run: Run) -> dict[str, object] | None:
     return {
         "names": [row["name"] for row in run.evaluations],
         "steps": [row.get("step") for row in run.evaluations],
+        "sizes": [_size(row) for row in run.evaluations],
         "rows": rows,
         "conditions": conditions,
         "differing": differing,
         "compared": run.comparison is not None,
     }
+
+
+def _size(row: Json) -> str:
+    """Return the number of prompts behind the figures of an evaluation; "" where it does not say."""
+    size, whole = row.get("num_prompts"), row.get("available", 0)
+    return size_text(size, whole) if isinstance(size, int) and isinstance(whole, int) else ""
 
 
 def _compared(run: Run) -> tuple[Json, Json]:

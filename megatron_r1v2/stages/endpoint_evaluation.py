@@ -12,6 +12,7 @@ from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
 from megatron_r1v2.data.images import decode_image
 from megatron_r1v2.data.messages import openai_messages
 from megatron_r1v2.data.samples import ShardSample, parse_sample
+from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
 from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED, EvaluationResult, evaluation_path
@@ -35,7 +36,7 @@ def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResu
 
     Raises:
         EndpointFailed: the endpoint or the judge gives no answer; what was answered before is kept.
-        ValueError: bad data, or an interrupted evaluation with other settings.
+        ValueError: bad data, or an evaluation of this name with other settings, finished or interrupted.
     """
     settings, reward = recipe.evaluation, recipe.reward
     max_tokens = recipe.generation.max_response_tokens
@@ -44,7 +45,14 @@ def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResu
     samples = list(read_shards(settings.data, parse_sample, max_corrupt_fraction=fraction, count=settings.prompts))
     endpoint = ChatEndpoint.from_settings(settings, "endpoint")
     evaluation = Evaluation(
-        name, Path(recipe.run.output_dir), settings, reward, max_tokens, model=endpoint.model, step=0
+        name,
+        Path(recipe.run.output_dir),
+        settings,
+        reward,
+        max_tokens,
+        model=endpoint.model,
+        step=0,
+        available=sum(check_shards(settings.data).values()),
     )
     log = evaluation.open_log()
     with VerifierPool(worker_count(), TIMEOUT_SECONDS) as pool:

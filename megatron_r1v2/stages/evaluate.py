@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron_r1v2.config.recipes import EvaluateRecipe
-from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, evaluation_path
+from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, check_name
 from megatron_r1v2.evaluation.response_log import ResponseLog
 from megatron_r1v2.evaluation.response_rows import Evaluation, evaluation_rows
 from megatron_r1v2.monitoring.progress import progress_bar
@@ -33,19 +34,21 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
 
     Raises:
         EndpointFailed: the judge gives no answer; the responses are kept.
-        ValueError: bad data, or an interrupted evaluation with other settings.
+        ValueError: bad data, or an evaluation of this name with other settings, finished or interrupted.
     """
-    evaluation_path(Path(recipe.run.output_dir), name)
+    folder, model = Path(recipe.run.output_dir), recipe.model.checkpoint or recipe.model.hf_path
+    check_name(folder, name, model=model)  # before the model is read, whose step the log's check asks for too
     with open_model(recipe) as loaded:
         prompts = list(loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts))
         evaluation = Evaluation(
             name,
-            Path(recipe.run.output_dir),
+            folder,
             recipe.evaluation,
             recipe.reward,
             recipe.generation.max_response_tokens,
-            model=recipe.model.checkpoint or recipe.model.hf_path,
+            model=model,
             step=loaded.version,
+            available=sum(check_shards(recipe.evaluation.data).values()),
         )
         log = evaluation.open_log() if loaded.context.is_main else None
         _respond(loaded, recipe, prompts, log, name)

@@ -30,6 +30,8 @@ def checkpoint(tmp_path):
     )
     evaluation = {"step": 6, "pass_at_1": 0.75, "hallucination_rate": None, "format_rate": 1.0, "num_prompts": 50}
     (run_folder / "evaluation-after.json").write_text(json.dumps(evaluation))
+    part = {**evaluation, "pass_at_1": 0.625, "available": 900}
+    (run_folder / "evaluation-mmmu.json").write_text(json.dumps(part))
     (run_folder / "evaluation-before.json").write_text(json.dumps({**evaluation, "step": 0, "pass_at_1": 0.5}))
     return folder
 
@@ -40,6 +42,7 @@ def test_base_recipe_step_and_the_figures_of_these_weights_are_in_it(checkpoint,
     assert f"the adapter weights of `{checkpoint}` after step 7, everything else from `{tmp_path / 'base'}`." in card
     assert "| after, 50 prompts | Pass@1 | 0.7500 |" in card
     assert "| after, 50 prompts | format | 1.0000 |" in card
+    assert "| mmmu, 50 prompts of 900, partial | Pass@1 | 0.6250 |" in card
     assert "| validation | pass_at_1 | 0.2500 |" in card
     assert "0.5000" not in card
     assert "0.2000" not in card

@@ -11,6 +11,7 @@ from megatron_r1v2.evaluation.pass_at_1 import (
     Conditions,
     EvaluationResult,
     Outcome,
+    check_name,
     comparison_table,
     evaluate_outcomes,
     evaluation_path,
@@ -108,18 +109,20 @@ def test_the_record_has_the_agreed_fields_and_reads_back(tmp_path):
     assert json.loads(path.read_text()).keys() == {
         "name", "pass_at_1", "pass_at_1_std", "runs", "format_rate", "hallucination_rate", "claim_coverage",
         "mean_response_tokens", "num_prompts", "temperature", "top_p", "seed", "step", "pass_at_1_interval",
-        "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished",
+        "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished", "data", "available",
     }  # fmt: skip
 
 
 def test_a_file_from_before_the_intervals_reads(tmp_path):
     path = write_evaluation(tmp_path, _evaluate(*_example()))
     fields = json.loads(path.read_text())
-    for name in ("pass_at_1_interval", "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished"):
+    newer = ("pass_at_1_interval", "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished", "data")
+    for name in (*newer, "available"):
         del fields[name]
     path.write_text(json.dumps(fields))
     old = read_evaluation(path)
     assert (old.pass_at_1, old.pass_at_1_interval, old.pass_at_k) == (0.5, None, {})
+    assert old.size == "n = 4"
     table = Console(width=100, record=True, file=io.StringIO())
     table.print(comparison_table([old, dataclasses.replace(_evaluate(*_example()), name="after")]))
     assert "Pass@2" not in table.export_text()
@@ -178,6 +181,37 @@ def test_the_table_shows_before_and_after():
     assert "100.0 % +- 0.0 %" in rows["Pass@1"]
     assert [cell.strip() for cell in rows["hallucination rate"].split("\u2502")[2:4]] == ["8.3 %", "-"]
     assert "4 x 3" in rows["prompts x runs"]
+    assert "partial" not in text
+
+
+def test_a_part_of_a_benchmark_is_called_one():
+    keys, outcomes = _example()
+    part = evaluate_outcomes("x", list(keys), outcomes, Conditions(1.0, 1.0, seed=3, step=7, available=900))
+    assert part.size == "n = 4 of 900, partial"
+    assert dataclasses.replace(part, available=4).size == "n = 4"
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(comparison_table([part]))
+    assert "4 x 3, partial" in console.export_text()
+
+
+def test_a_result_is_not_replaced_by_one_of_something_else(tmp_path):
+    conditions = {"model": "m", "step": 7, "data": "/data", "temperature": 1.0}
+    check_name(tmp_path, "before", **conditions)
+    write_evaluation(tmp_path, dataclasses.replace(_evaluate(*_example()), model="m", data="/data"))
+    check_name(tmp_path, "before", **conditions)
+    check_name(tmp_path, "after", **conditions | {"model": "n"})
+    for name, value in {"model": "n", "step": 8, "data": "/other", "temperature": 0.5}.items():
+        with pytest.raises(
+            ValueError, match=f"evaluation-before.json is the result of another .*: {name} was .*--name"
+        ):
+            check_name(tmp_path, "before", **conditions | {name: value})
+    # A file that does not say, or cannot be read, stands in nobody's way.
+    write_evaluation(tmp_path, dataclasses.replace(_evaluate(*_example()), model="m"))
+    check_name(tmp_path, "before", **conditions)
+    (tmp_path / "evaluation-before.json").write_text("{")
+    check_name(tmp_path, "before", **conditions)
+    with pytest.raises(ValueError, match="part of a file name"):
+        check_name(tmp_path, "a b")
 
 
 def test_evaluations_that_cannot_be_compared_are_not():

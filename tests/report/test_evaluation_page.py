@@ -81,6 +81,8 @@ def test_the_page_says_what_the_evaluation_found(tmp_path):
     text = squeezed(page.text)
     assert "ours-38b" in text
     assert squeezed("MMMU validation 73.6 % 75.0 %") in text
+    assert squeezed("), n = 4") in text
+    assert "partial" not in text
     assert squeezed("AIME 2024 78.9 % -") in text
     assert squeezed("Art 100.0 %") in text
     assert squeezed("History 50.0 %") in text
@@ -89,6 +91,14 @@ def test_the_page_says_what_the_evaluation_found(tmp_path):
     # Each of eight responses has its prompt's picture, also the second of a prompt.
     assert page.elements.count("img") == 8
     assert "script" not in page.elements
+
+
+def test_a_part_of_a_benchmark_is_said_beside_every_figure(tmp_path):
+    text = squeezed(Page(write(tmp_path, rows(), available=900).read_text()).text)
+    part = squeezed("n = 4 of 900, partial")
+    # The paper's table, Pass@1 and size of the results, the heads of the breakdown and of the responses.
+    assert text.count(part) >= 5
+    assert squeezed(f"mmmu ({part}), by subject") in text
 
 
 def test_responses_of_every_kind_are_chosen_from_many(tmp_path):
@@ -174,7 +184,7 @@ def test_rows_images_breakdowns_and_filters_in_a_browser(tmp_path):
     found, _ = json.JSONDecoder().raw_decode(document.text[document.text.index("{") :])
     assert found["rows"] == 8
     assert found["colours"] == [[200, 20, 30, 255]] * 8
-    assert ["MMMU validation", "73.6 %", "75.0 % (25.0 to 100.0)"] in [row[:3] for row in found["paper"]]
+    assert ["MMMU validation", "73.6 %", "75.0 % (25.0 to 100.0), n = 4"] in [row[:3] for row in found["paper"]]
     assert len(found["paper"]) == 10
     by_subject = {name: (rate, width) for name, rate, width in found["breakdowns"]}
     assert by_subject["Art"][0] == "100.0 %"

@@ -79,7 +79,7 @@ def write_evaluations(tmp_path):
         evaluation = {"name": name, "pass_at_1": rate, "runs": [rate] * 5, "format_rate": 0.97}
         evaluation |= {"pass_at_1_interval": [rate - 0.041, rate + 0.039]}
         evaluation |= {"hallucination_rate": 1 - rate, "claim_coverage": 0.99, "mean_response_tokens": 24.0}
-        evaluation |= {"num_prompts": 10, "temperature": 1.0, "top_p": 1.0, "seed": 0, "step": 0}
+        evaluation |= {"num_prompts": 10, "temperature": 1.0, "top_p": 1.0, "seed": 0, "step": 0, "available": 12}
         (tmp_path / f"evaluation-{name}.json").write_text(json.dumps(evaluation), encoding="utf-8")
         lines = [rollout(0, f"digits-{i}", i < right) for i in range(10)]
         write_lines(tmp_path / f"evaluation-{name}.rollouts.jsonl", lines)
@@ -120,7 +120,7 @@ def test_a_finished_run_shows_everything(full_page):
         "50.0 % (45.9 to 53.9)",
         "90.0 % (85.9 to 93.9)",
         "50.0 % \N{RIGHTWARDS ARROW} 90.0 %",
-        "before and after; 95 % interval of the last 85.9 to 93.9",
+        "before and after; 95 % interval of the last 85.9 to 93.9; n = 10 of 12, partial",
         "stage grpo",
         "model runs/start",
         "version 0.1.0 abc1234",
@@ -137,6 +137,8 @@ def test_a_finished_run_shows_everything(full_page):
         "\\boxed{8}",
     ):
         assert expected in text, expected
+    # On the cards of Pass@1 and of hallucination, and above both columns of the table.
+    assert text.count("n = 10 of 12, partial") == 4
 
 
 def test_the_page_needs_nothing_from_outside(full_run, full_page):

@@ -30,6 +30,7 @@ def test_an_evaluation_is_written_and_comes_out_the_same_again(root: Path, tmp_p
     lines = (tmp_path / "run" / "evaluation-before.rollouts.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert sum(record["correct"] for record in records) / len(records) == pytest.approx(first.pass_at_1)
+    assert (written["data"], written["available"]) == (str(root / "data"), 16)
     second = run_evaluation(recipe, "again")
     assert (second.runs, second.mean_response_tokens) == (first.runs, first.mean_response_tokens)
     assert (tmp_path / "run" / "evaluation-again.rollouts.jsonl").read_text().splitlines() == lines
@@ -44,6 +45,13 @@ def test_a_checkpoint_is_evaluated_at_its_step(root: Path, tmp_path: Path) -> No
         recipe_for(root, tmp_path / "run", (data, f"model.checkpoint={align}"), stage="evaluate"), "after"
     )
     assert after.step == 12
+    assert (before.size, after.available) == ("n = 16", 16)
+    kept = (tmp_path / "run" / "evaluation-before.json").read_bytes()
+    with pytest.raises(ValueError, match="evaluation-before.json is the result of another evaluation: model was"):
+        run_evaluation(
+            recipe_for(root, tmp_path / "run", (data, f"model.checkpoint={align}"), stage="evaluate"), "before"
+        )
+    assert (tmp_path / "run" / "evaluation-before.json").read_bytes() == kept
     assert after.pass_at_1 > before.pass_at_1
     assert after.format_rate > 0.5
 
@@ -82,7 +90,7 @@ def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp
         validated = evaluator.run(list(loaded.read_prompts(recipe.evaluation.data)), name="validation", step=0)
     assert validated.pass_at_1 > 0
     commanded = run_evaluation(recipe, "validation")
-    assert replace(commanded, model="") == validated
+    assert replace(commanded, model="", data="", available=0) == validated
 
 
 def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:

@@ -227,6 +227,27 @@ READERS: Mapping[str, tuple[str, Reader]] = {
 """Name on the command line -> name in tables, reader."""
 
 
+WHOLE_SIZES: Mapping[str, tuple[int, ...]] = {
+    "AIME 2024": (30,),
+    "MMMU": (900, 10_500),
+    "MMMU-Pro": (1730,),
+    "MathVista": (1000,),
+    "MathVision": (304, 3040),
+}
+"""Questions of the published sets (validation and test; testmini and test), by name in tables."""
+
+
+def whole_size(benchmarks: set[str], available: int) -> int:
+    """Return the questions of the published set that a data set is the whole or a part of.
+
+    Args:
+        benchmarks: of its samples; of none or several the data set itself is the whole.
+        available: samples in the data set.
+    """
+    sizes = WHOLE_SIZES.get(next(iter(benchmarks), ""), ()) if len(benchmarks) == 1 else ()
+    return min((size for size in sizes if size >= available), default=available)
+
+
 def shown_options(question: Question) -> str:
     """Return the question with its options below it."""
     return f"{question.text}\n{options_text(question.options)}" if question.options else question.text

@@ -9,6 +9,7 @@ from PIL import Image
 pytest.importorskip("pyarrow")
 
 from megatron_r1v2.evaluation.benchmarks.prompts import CHOICE_INSTRUCTION, OPEN_INSTRUCTION
+from megatron_r1v2.evaluation.benchmarks.readers import READERS, WHOLE_SIZES, whole_size
 from megatron_r1v2.evaluation.benchmarks.samples import benchmark_samples
 from megatron_r1v2.rewards.answer import answer_is_correct
 from tests.evaluation import published
@@ -195,3 +196,25 @@ def test_the_text_of_the_right_option_is_right_too(tmp_path, options, alternativ
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     (sample,) = read("mmmu", tmp_path)
     assert (sample.answer, sample.alternatives) == ("B", alternatives)
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "available", "whole"),
+    [
+        ({"MMMU"}, 900, 900),
+        ({"MMMU"}, 30, 900),
+        ({"MathVision"}, 304, 304),
+        ({"MathVision"}, 305, 3040),
+        ({"MathVista"}, 1001, 1001),
+        ({"OlympiadBench"}, 150, 150),
+        ({"MMMU", "MathVista"}, 40, 40),
+        ({""}, 40, 40),
+        (set(), 0, 0),
+    ],
+)
+def test_the_whole_that_a_data_set_is_a_part_of(benchmarks, available, whole):
+    assert whole_size(benchmarks, available) == whole
+
+
+def test_published_sizes_are_of_benchmarks_that_are_read():
+    assert WHOLE_SIZES.keys() <= {title for title, _ in READERS.values()}
