@@ -286,7 +286,8 @@ class EvaluateRecipe(Recipe):
     evaluation.endpoint_url and evaluation.endpoint_model, of what a server serves. --name NAME (default: evaluation)
     names the result, which goes to evaluation-NAME.json in run.output_dir; the responses are beside it, and
     evaluation.html shows them. An evaluation that was interrupted goes on where it stopped; a result of another model,
-    data set or sampling is not replaced. RECIPE.yaml may be that of any stage; without it the settings are the defaults.
+    data set or sampling is not replaced. RECIPE.yaml may be that of any stage; without it the settings are the
+    defaults.
 
     Rows of evaluation.data need messages, an answer and its answer_type; images where there are any, and facts where
     claims are judged.
