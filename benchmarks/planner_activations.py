@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_r1v2.config.choices import Part, Recompute
+from megatron_r1v2.config.choices import Packing, Part, Recompute
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, TrainConfig
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
@@ -216,7 +216,7 @@ def _policy(case: Case, context: groups.ParallelContext) -> Policy:
         temperature=0.7,
         skipped=SkippedUpdates(Path("skipped"), max_gradient_norm=0.0, context=context),
         vocab_size=case.architecture.language.vocab_size,
-        packed=case.packed,
+        packing=Packing.first_fit_decreasing if case.packed else Packing.none,
         features=None if "vision" in case.parts else FeatureCache(2**40),
     )
 

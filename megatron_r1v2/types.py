@@ -203,6 +203,10 @@ class TrainingBatch:
     """Tokens before the response of each row."""
     num_response_tokens_B: tuple[int, ...]
     """Response tokens of each row."""
+    num_tiles_B: tuple[int, ...]
+    """Tiles of each row."""
+    rows_per_prompt: tuple[int, ...]
+    """Neighbouring rows of one prompt, counted: (2, 1) for two rows of one and a row of another."""
     has_image_B: torch.Tensor
     """bool [B]."""
     reference_log_probs_BS: torch.Tensor | None = None

@@ -277,8 +277,8 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(1, ge=1)
     """Rows in one forward pass, where rows are padded to the longest; the two of a pair always go together."""
     packing: Packing = Field(Packing.none, strict=False)
-    """none: padded rows; first_fit_decreasing: rows laid one after the other without padding; nemo: the same by NeMo's
-    packing strategy (extra `nemo`)."""
+    """shared: a prompt once, followed by its responses; first_fit_decreasing: a row a response, one after the other
+    without padding; nemo: the same by NeMo's packing strategy (extra `nemo`); none: padded rows."""
     tokens_per_microbatch: int = Field(0, ge=0)
     """Tokens in one forward pass, where rows are packed."""
     learning_rate: float = Field(1e-6, ge=0)

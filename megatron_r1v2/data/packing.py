@@ -1,9 +1,19 @@
-"""Packing: the choice of sequences that share a row."""
+"""Packing: the choice of sequences, or of prompts with their responses, that share a row."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """The tokens of a prompt and of its responses."""
+
+    prompt: int
+    responses: Mapping[str, int]
+    """By name."""
 
 
 def first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list[str]]:
@@ -26,6 +36,27 @@ def first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list
             rows[row].append(name)
             room[row] -= lengths[name]
     return rows
+
+
+def share_prompts(groups: Sequence[PromptLengths], capacity: int) -> list[list[str]]:
+    """Put responses into rows where the responses to one prompt stand behind it, and it counts once.
+
+    Args:
+        groups: in an order that all ranks and all runs agree on; names are distinct over all of them.
+        capacity: the tokens of a row; a prompt whose responses do not fit into one row is in several, as few as first
+            fit finds, and a longer response gets a row of its own.
+
+    Returns:
+        Names of each row, those of one prompt as neighbours.
+    """
+    pieces: dict[str, list[str]] = {}
+    lengths: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        for number, names in enumerate(first_fit_decreasing(group.responses, capacity - group.prompt)):
+            piece = f"{index}/{number}"
+            pieces[piece] = names
+            lengths[piece] = group.prompt + sum(group.responses[name] for name in names)
+    return [[name for piece in row for name in pieces[piece]] for row in first_fit_decreasing(lengths, capacity)]
 
 
 def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list[list[str]]:

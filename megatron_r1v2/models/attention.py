@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from typing_extensions import override
 
 from megatron_r1v2.models import paged_attention
+from megatron_r1v2.models.shared_attention import SharedRowAttention, SharedRowParams
 
 
 class SDPACoreAttention(MegatronModule):
@@ -101,21 +102,39 @@ class SDPACoreAttention(MegatronModule):
         )
 
 
+class SharedRowSDPA(SharedRowAttention, SDPACoreAttention):
+    """The core attention of the local layers of the language model."""
+
+
 class PagedSelfAttention(SelfAttention):
-    """megatron-core's SelfAttention, whose paged inference attention also runs without flash-attn.
+    """megatron-core's SelfAttention with shared rows, whose paged inference attention also runs without flash-attn.
 
     It uses flash-attn wherever that is installed, without a setting.
     """
 
     @override
     def forward(
-        self, *args: object, inference_context: BaseInferenceContext | None = None, **kwargs: object
+        self,
+        *args: object,
+        inference_context: BaseInferenceContext | None = None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; see the base class for the arguments."""
+        if isinstance(packed_seq_params, SharedRowParams):
+            # GPTModel gives the frequencies of 0, 1, 2, ... and does not read position ids.
+            assert rotary_pos_emb is not None
+            assert packed_seq_params.positions_S is not None
+            rotary_pos_emb = rotary_pos_emb.index_select(0, packed_seq_params.positions_S)
         if inference_context is not None and not paged_attention.is_flash_attention_usable(self.config.params_dtype):
             inference_context = paged_attention.TorchAttentionContext(inference_context)
         output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
-            *args, inference_context=inference_context, **kwargs
+            *args,
+            inference_context=inference_context,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
         )
         return output
 

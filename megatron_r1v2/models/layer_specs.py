@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.models.architecture import FUSED_NORM_NAMES, LanguageArchitecture, VisionArchitecture
-from megatron_r1v2.models.attention import PagedSelfAttention, SDPACoreAttention
+from megatron_r1v2.models.attention import PagedSelfAttention, SDPACoreAttention, SharedRowSDPA
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
+from megatron_r1v2.models.shared_attention import SharedRowAttention
 from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
 
 
@@ -43,7 +44,11 @@ def language_block_spec(
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm), TENorm
-        layer.submodules.self_attention.module = PagedSelfAttention
+        attention = layer.submodules.self_attention
+        attention.module = PagedSelfAttention
+        # A subclass of TransformerEngine's, made here, since its module cannot be imported without CUDA.
+        core_attention = attention.submodules.core_attention
+        attention.submodules.core_attention = type("SharedRowTE", (SharedRowAttention, core_attention), {})
     else:
         layer, norm = _local_language_layer(architecture), RMSNorm
     count = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
@@ -61,7 +66,7 @@ def _local_language_layer(architecture: LanguageArchitecture) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=SDPACoreAttention,
+                    core_attention=SharedRowSDPA,
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,

@@ -348,7 +348,11 @@ _TIME = Section(
                 Metric("timing_s/exchange", "s", "Samples on the way to the ranks that train them."),
                 Metric("timing_s/gate", "s", "The check that engine and training compute with the same weights."),
                 Metric("timing_s/generate", "s", "Generation."),
-                Metric("timing_s/log_probs", "s", "Old log-probs by the training forward."),
+                Metric(
+                    "timing_s/log_probs",
+                    "s",
+                    "Old log-probs by the training forward; with one update a step its own forward gives them.",
+                ),
                 Metric("timing_s/reference", "s", "Log-probs of the reference, before the first step."),
                 Metric("timing_s/reward", "s", "Scoring."),
                 Metric("timing_s/save", "s", "The part of saving that training waits for."),
@@ -362,6 +366,16 @@ _TIME = Section(
             "Speed",
             "As reported by the run.",
             (Metric("perf/generated_tokens_per_second", "tokens/s", "Generated tokens of all replicas."),),
+        ),
+        Chart(
+            "Tokens computed",
+            "Tokens of a step that go through the model in training, and those of rows with a prompt each.",
+            (
+                Metric("perf/update_tokens", "tokens", "Tokens of the updates."),
+                Metric("perf/update_tokens_separate", "tokens", "The same with a prompt in front of each response."),
+                Metric("perf/log_probs_tokens", "tokens", "Tokens of the old log-probs, where they are a phase."),
+                Metric("perf/log_probs_tokens_separate", "tokens", "The same with a prompt for each response."),
+            ),
         ),
         Chart(
             "Trouble",

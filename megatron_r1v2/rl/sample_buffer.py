@@ -25,7 +25,7 @@ class BufferEntry:
     """The index entry of one response, fresh or held.
 
     Example: sample_id "digits-000017/12/3" (prompt, step, sample), priority 1.32, modality "image", step 12,
-    response_length 41, effective True.
+    response_length 41, effective True, prompt_length 530.
     """
 
     sample_id: str
@@ -40,6 +40,8 @@ class BufferEntry:
     """Tokens of the response."""
     effective: bool = True
     """Whether something could be learned from its group (`buffer.effective_by`)."""
+    prompt_length: int = 0
+    """Tokens of the prompt; 0 in an entry of a checkpoint from before it was kept."""
 
 
 class SampleBuffer:
@@ -191,7 +193,7 @@ class SampleBuffer:
         names = {field.name for field in fields(BufferEntry)}
         entries, reuse = {}, {}
         for saved in state["entries"]:
-            values = dict(saved)
+            values = {"prompt_length": 0, **saved}
             count = values.pop("reuse", None)
             if count is None or set(values) != names:
                 raise ValueError(

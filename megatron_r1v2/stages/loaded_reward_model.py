@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, resolve_checkpoint
-from megatron_r1v2.config.choices import Packing, Part
+from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, Recipe
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -90,7 +90,7 @@ def load_reward_model(policy: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
             model=loaded.model,
             context=policy.context,
             features=loaded.feature_cache(),
-            packed=recipe.train.packing is not Packing.none,
+            packing=recipe.train.packing,
             length_multiple=loaded.length_multiple,
         ),
         microbatcher=loaded.microbatcher(recipe.train),

@@ -158,6 +158,7 @@ class MpoStage:
             samples, prompts, units, microbatcher=session.microbatcher, context=session.context
         )
         batches = [self._with_reference(part.batch, part.names) for part in microbatches]
+        session.recorder.note(session.policy.count_tokens("update", batches))
         batches = batches or [self._filler(prompts[0])]
         denominator = len(prompts)
         if self.aggregation is LossAggregation.token:

@@ -15,6 +15,7 @@ from megatron_r1v2.config.schema import CheckpointConfig
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
+from megatron_r1v2.models.shared_attention import check_shared_attention
 from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
@@ -270,6 +271,15 @@ def _open_checkpoints(settings: CheckpointConfig, context: ParallelContext, run_
 def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) -> Policy:
     """Wrap a model whose other parts are frozen, and build its optimizer."""
     model, context = loaded.model, loaded.context
+    if recipe.train.packing is Packing.shared and context.device.type == "cuda":
+        # Which kernels torch takes depends on the device, so the numbers are looked at where they count.
+        check_shared_attention(
+            heads=model.config.num_attention_heads // context.tensor_size,
+            kv_heads=max(1, model.config.num_query_groups // context.tensor_size),
+            head_size=model.config.kv_channels,
+            device=context.device,
+            dtype=model.config.params_dtype,
+        )
     ddp = wrap_with_ddp(model, context)
     optimizer, scheduler = build_optimizer(ddp, recipe.train)
     return Policy(
@@ -282,7 +292,7 @@ def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) ->
         vocab_size=loaded.sampled_vocab_size,
         # A tower that trains has other features after every update.
         features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
-        packed=recipe.train.packing is not Packing.none,
+        packing=recipe.train.packing,
         length_multiple=loaded.length_multiple,
         skipped=SkippedUpdates(
             run_dir / SKIPPED_FOLDER,

@@ -98,8 +98,11 @@ def shard_samples(
         units: ids of samples that stay together, by the name of the unit; None: each by itself.
     """
     units = units or {name: (name,) for name in samples}
-    lengths = {unit: sum(len(samples[name].token_ids) for name in names) for unit, names in units.items()}
-    # By the tokens of whole units: the two rows of a pair are trained on one rank.
+    # By the tokens of whole units, whose rows are trained on one rank and share their prompt.
+    lengths = {
+        unit: samples[names[0]].prompt_length + sum(samples[name].response_length for name in names)
+        for unit, names in units.items()
+    }
     owner = assign(lengths, context.data_size)
     mine = {unit: names for unit, names in units.items() if owner[unit] == context.data_rank}
     return microbatcher.split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -113,6 +114,8 @@ def collate(
         weights_B=torch.tensor(list(weights) if weights is not None else [1.0] * count),
         num_prompt_tokens_B=tuple(sample.prompt_length for sample in samples),
         num_response_tokens_B=tuple(sample.response_length for sample in samples),
+        num_tiles_B=tuple(prompts[sample.prompt_key].tiles_TCHW.shape[0] for sample in samples),
+        rows_per_prompt=tuple(len(list(rows)) for _, rows in itertools.groupby(samples, key=prompt_of)),
         has_image_B=torch.tensor([sample.modality == "image" for sample in samples]),
     )
     return _to_device(batch, rows.device)
@@ -157,6 +160,12 @@ def with_old_log_probs(sample: Sample, log_probs_S: torch.Tensor) -> Sample:
         raise ValueError(f"the sample of prompt {sample.prompt_key!r} was not sampled for reinforcement learning")
     old = tuple(log_probs_S[sample.response_columns].tolist())
     return replace(sample, rl=replace(sample.rl, old_log_probs=old))
+
+
+def prompt_of(sample: Sample) -> tuple[str, tuple[int, ...]]:
+    """Return the key and the tokens of a sample's prompt: samples of the same prompt can share it in a row."""
+    # The tokens too: a replayed sample may come from before a change of the template.
+    return sample.prompt_key, sample.token_ids[: sample.prompt_length]
 
 
 def filler_sample(prompt: Prompt) -> Sample:

@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+from megatron_r1v2.config.choices import Packing
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.batches import LENGTH_MULTIPLE
-from megatron_r1v2.training.packing import PackedBatch, pack
+from megatron_r1v2.training.packing import PackedBatch, pack, share, tokens_in_shared_row
 from megatron_r1v2.types import TrainingBatch
 
 Result = TypeVar("Result")
@@ -31,10 +33,10 @@ class Forward:
     context: ParallelContext
     features: FeatureCache | None = None
     """Features of a frozen vision tower, computed once per image and step; None: the tower runs every time."""
-    packed: bool = False
-    """Lay the rows of a microbatch one after the other instead of padding them."""
+    packing: Packing = Packing.none
+    """How the rows of a microbatch are laid out."""
     length_multiple: int = LENGTH_MULTIPLE
-    """Lengths of packed sequences are multiples of this."""
+    """Lengths of packed sequences, or of a shared row, are multiples of this."""
 
     @property
     def module(self) -> torch.nn.Module:
@@ -101,17 +103,39 @@ class Forward:
         )
         return results
 
+    def count_tokens(self, phase: str, batches: Sequence[TrainingBatch]) -> dict[str, float]:
+        """Collective over the data-parallel ranks: count the tokens that a phase computes, padding aside.
+
+        Args:
+            phase: names the metrics.
+            batches: this replica's microbatches; may be empty.
+
+        Returns:
+            The tokens computed, and those of rows that each have a prompt of their own.
+        """
+        separate = sum(
+            # The last token of a row is a label only.
+            sum(batch.num_prompt_tokens_B) + sum(batch.num_response_tokens_B) - len(batch.num_prompt_tokens_B)
+            for batch in batches
+        )
+        computed = sum(map(tokens_in_shared_row, batches)) if self.packing is Packing.shared else separate
+        counts = objects.all_gather((computed, separate), self.context.groups.dp)
+        return {
+            f"perf/{phase}_tokens": sum(ours for ours, _ in counts),
+            f"perf/{phase}_tokens_separate": sum(theirs for _, theirs in counts),
+        }
+
     def _forward_step(
         self, finish: Finish[Result], batches: Iterator[TrainingBatch], module: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Result]]]:
         batch = next(batches)
-        packed = self._pack(batch) if self.packed else None
+        packed = self._pack(batch)
         output = module(
             packed.token_ids_1S if packed else batch.token_ids_BS,
             packed.position_ids_1S if packed else batch.position_ids_BS,
             tiles_TCHW=batch.tiles_TCHW,
             features_TFK=self._cached_features(batch),
-            tile_index=batch.tile_index,
+            tile_index=packed.tile_index if packed else batch.tile_index,
             image_mask_BS=packed.image_mask_1S if packed else batch.image_mask_BS,
             packed_seq_params=packed.params if packed else None,
         )
@@ -123,8 +147,11 @@ class Forward:
         values_BS = self.read(output, packed.labels_1S if packed else batch.labels_BS)
         return finish(packed.unpack(values_BS) if packed else values_BS, batch)
 
-    def _pack(self, batch: TrainingBatch) -> PackedBatch:
-        return pack(batch, tensor_size=self.context.tensor_size, length_multiple=self.length_multiple)
+    def _pack(self, batch: TrainingBatch) -> PackedBatch | None:
+        if self.packing is Packing.none:
+            return None
+        lay_out = share if self.packing is Packing.shared else pack
+        return lay_out(batch, tensor_size=self.context.tensor_size, length_multiple=self.length_multiple)
 
     def _cached_features(self, batch: TrainingBatch) -> torch.Tensor | None:
         # Only the first stage holds the vision tower.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_r1v2.config.choices import Packing
 from megatron_r1v2.config.schema import TrainConfig
-from megatron_r1v2.training.batches import RowFormat, collate, filler_sample, split_into_microbatches
+from megatron_r1v2.data.packing import PromptLengths, share_prompts
+from megatron_r1v2.training.batches import RowFormat, collate, filler_sample, prompt_of, split_into_microbatches
 from megatron_r1v2.types import Prompt, Sample, TrainingBatch
 
 
@@ -44,15 +47,29 @@ class Microbatcher:
             replayed: ids of samples that come from the buffer.
         """
         grouped = {name: (name,) for name in samples} if units is None else units
-        lengths = {unit: [len(samples[name].token_ids) for name in names] for unit, names in grouped.items()}
         microbatches = []
-        for chosen in split_into_microbatches(lengths, self.settings, length_multiple=self.rows.length_multiple):
+        for chosen in self._choose(samples, grouped):
             names = tuple(name for unit in chosen for name in grouped[unit])
             batch = collate(
                 [samples[name] for name in names], prompts, self.rows, replayed=[name in replayed for name in names]
             )
             microbatches.append(Microbatch(names, batch))
         return microbatches
+
+    def _choose(self, samples: Mapping[str, Sample], units: Mapping[str, Sequence[str]]) -> list[list[str]]:
+        """Return the units of each microbatch."""
+        if self.settings.packing is not Packing.shared:
+            lengths = {unit: [len(samples[name].token_ids) for name in names] for unit, names in units.items()}
+            return split_into_microbatches(lengths, self.settings, length_multiple=self.rows.length_multiple)
+        responses: dict[tuple[str, tuple[int, ...]], dict[str, int]] = {}
+        for unit, names in units.items():
+            prompt = prompt_of(samples[names[0]])
+            # Each response has the last prompt token before it, and its own last token is a label only.
+            responses.setdefault(prompt, {})[unit] = sum(samples[name].response_length for name in names)
+        groups = [PromptLengths(len(prompt[1]) - 1, responses[prompt]) for prompt in sorted(responses)]
+        multiple = math.lcm(self.rows.length_multiple, self.rows.tensor_size)
+        # Less the padding that the row may need at its end.
+        return share_prompts(groups, self.settings.tokens_per_microbatch // multiple * multiple)
 
     def filler(self, prompt: Prompt, *, rows: int = 1) -> TrainingBatch:
         """Return a microbatch of weight zero, for a rank that has no sample.

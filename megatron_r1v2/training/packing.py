@@ -1,30 +1,37 @@
-"""Rows of a padded microbatch laid one after the other, so that no attention and no MLP runs on padding."""
+"""A padded microbatch laid out in one row, so that nothing runs on padding, nor twice on a prompt of several rows."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_r1v2.models.shared_attention import SharedGroup, SharedRowParams
 from megatron_r1v2.training.batches import LENGTH_MULTIPLE
 from megatron_r1v2.types import TrainingBatch
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The sequences of a batch in one row, and the way back."""
+    """A batch in one row, and the way back."""
 
     token_ids_1S: torch.Tensor
     position_ids_1S: torch.Tensor
     labels_1S: torch.Tensor
     image_mask_1S: torch.Tensor
+    tile_index: torch.Tensor
+    """int64: of the tiles of the row, among the distinct ones."""
     params: PackedSeqParams
-    """Bounds of the sequences, for attention."""
+    """Bounds of the sequences, or groups of them, for attention."""
+    tokens: torch.Tensor
+    """int64: those of the row whose values are laid out again."""
     columns: torch.Tensor
-    """int64 [tokens]: flat index into a [B, S] tensor of each packed token."""
+    """int64: flat index into a [B, S] tensor of each of `tokens`."""
     shape: torch.Size
     """Of the padded batch: [B, S]."""
 
@@ -35,7 +42,7 @@ class PackedBatch:
             values_1S: float [1, packed tokens].
         """
         flat = values_1S.new_zeros(self.shape.numel())
-        return flat.index_put((self.columns,), values_1S[0, : len(self.columns)]).view(self.shape)
+        return flat.index_put((self.columns,), values_1S[0, self.tokens]).view(self.shape)
 
 
 def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGTH_MULTIPLE) -> PackedBatch:
@@ -70,5 +77,83 @@ def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGT
         for tensor in (batch.token_ids_BS, batch.position_ids_BS, batch.labels_BS, batch.image_mask_BS)
     )
     return PackedBatch(
-        token_ids_1S, position_ids_1S, labels_1S, image_mask_1S, params, columns, batch.token_ids_BS.shape
+        token_ids_1S,
+        position_ids_1S,
+        labels_1S,
+        image_mask_1S,
+        batch.tile_index,
+        params,
+        torch.arange(len(columns), device=device),
+        columns,
+        batch.token_ids_BS.shape,
     )
+
+
+def share(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGTH_MULTIPLE) -> PackedBatch:
+    """Lay each prompt out once, followed by the responses to it.
+
+    A prompt without its last token comes first, then for each response the last prompt token and the response without
+    its last token: each response has logits of its own for its first token.
+
+    Args:
+        batch: padded on the right, rows of one prompt as neighbours.
+        length_multiple: the row is padded to a multiple of this; FP8 wants more than bf16.
+    """
+    groups: list[SharedGroup] = []
+    columns: list[torch.Tensor] = []
+    """Of each part of the row: flat index into [B, S]."""
+    positions: list[torch.Tensor] = []
+    tokens: list[torch.Tensor] = []
+    first_rows = list(itertools.accumulate(batch.rows_per_prompt, initial=0))
+    row_of_columns, end = batch.token_ids_BS.shape[1], 0
+    for first, after in itertools.pairwise(first_rows):
+        start, prompt = end, batch.num_prompt_tokens_B[first] - 1
+        positions.append(torch.arange(prompt))
+        columns.append(first * row_of_columns + positions[-1])
+        ends = [start + prompt]
+        for row in range(first, after):
+            length = batch.num_response_tokens_B[row]
+            positions.append(torch.arange(prompt, prompt + length))
+            columns.append(row * row_of_columns + positions[-1])
+            tokens.append(torch.arange(ends[-1], ends[-1] + length))
+            ends.append(ends[-1] + length)
+        groups.append(SharedGroup(start, start + prompt, tuple(ends[1:])))
+        end = ends[-1]
+    padding = -end % math.lcm(length_multiple, tensor_size)
+    if padding:
+        # A sequence by itself, which nothing else sees.
+        groups.append(SharedGroup(end, end + padding))
+    device = batch.token_ids_BS.device
+    at, position_S = torch.cat(columns).to(device), F.pad(torch.cat(positions), (0, padding)).to(device)
+    token_ids_1S, labels_1S, image_mask_1S = (
+        F.pad(tensor.flatten()[at], (0, padding))[None]
+        for tensor in (batch.token_ids_BS, batch.labels_BS, batch.image_mask_BS)
+    )
+    longest = max(map(sum, zip(batch.num_prompt_tokens_B, batch.num_response_tokens_B, strict=True)))
+    params = SharedRowParams(
+        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, groups=tuple(groups), positions_S=position_S
+    )
+    responses = torch.cat(tokens).to(device)
+    return PackedBatch(
+        token_ids_1S,
+        position_S[None],
+        labels_1S,
+        image_mask_1S,
+        _tiles_of_rows(batch, first_rows[:-1]),
+        params,
+        responses,
+        at[responses],
+        batch.token_ids_BS.shape,
+    )
+
+
+def tokens_in_shared_row(batch: TrainingBatch) -> int:
+    """Return the tokens of the row that `share` makes, padding aside."""
+    first_rows = itertools.accumulate(batch.rows_per_prompt[:-1], initial=0)
+    return sum(batch.num_prompt_tokens_B[row] - 1 for row in first_rows) + sum(batch.num_response_tokens_B)
+
+
+def _tiles_of_rows(batch: TrainingBatch, rows: Sequence[int]) -> torch.Tensor:
+    """Return the part of the tile index that belongs to some rows."""
+    ends = list(itertools.accumulate(batch.num_tiles_B))
+    return torch.cat([batch.tile_index[ends[row] - batch.num_tiles_B[row] : ends[row]] for row in rows])

@@ -60,21 +60,21 @@ class ReplayStore:
 
 
 def assign(lengths: Mapping[str, int], data_size: int) -> dict[str, int]:
-    """Decide which data-parallel rank trains which sample: longest first, each to the rank with the fewest tokens.
+    """Decide which data-parallel rank trains what: longest first, each to the rank with the fewest tokens.
 
     Args:
-        lengths: tokens by sample id.
+        lengths: tokens by name, of a prompt with its responses.
 
     Returns:
-        Rank by sample id; the same on every rank.
+        Rank by name; the same on every rank.
     """
     load = [0] * data_size
     owner = {}
     # Names break ties: every rank must come to the same assignment without asking.
-    for sample_id in sorted(lengths, key=lambda name: (-lengths[name], name)):
+    for name in sorted(lengths, key=lambda name: (-lengths[name], name)):
         rank = min(range(data_size), key=lambda candidate: (load[candidate], candidate))
-        owner[sample_id] = rank
-        load[rank] += lengths[sample_id]
+        owner[name] = rank
+        load[rank] += lengths[name]
     return owner
 
 

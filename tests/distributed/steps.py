@@ -19,7 +19,7 @@ from torch.nn.functional import log_softmax
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
-from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
+from megatron_r1v2.config.schema import AlgorithmConfig, Packing, ParallelConfig, Part, Recompute, TrainConfig
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups
@@ -180,21 +180,21 @@ def run_step(
     *,
     parts: Sequence[str] = ALL_PARTS,
     recompute: Recompute = Recompute.none,
-    packed: bool = False,
+    packing: Packing = Packing.none,
     compute: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Set up a layout, after another one if need be, and take one step there; `compute` changes ComputeSettings."""
     parallel_state.destroy_model_parallel()
     context = groups.initialize(parallel, seed=1)
     policy = make_policy(folder, parallel, context, parts, recompute, **(compute or {}))
-    policy.packed = packed
+    policy.packing = packing
     batches = [
         collate_microbatch(material, names, policy.model, context)
         for names in (split[context.data_rank] if context.data_rank < len(split) else ())
     ]
     by_forward = policy.compute_log_probs(batches)
     log_probs = named_log_probs(material, split, by_forward, context)
-    logits = named_logits(material, split, [] if packed else whole_logits(policy, batches))
+    logits = named_logits(material, split, [] if packing is not Packing.none else whole_logits(policy, batches))
     batches = batches or [filler(material, policy.model, context)]
     loss = partial(
         batch_loss,

@@ -29,6 +29,10 @@ TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pp2": ("all", ("parallel.pipeline=2",)),
     "dp2": ("all", ("train.micro_batch_size=2",)),
     "dp2, a rank without pairs": ("few", FEW),
+    "tp2, shared": (
+        "all",
+        ("parallel.tensor=2", "parallel.sequence=true", "train.packing=shared", "train.tokens_per_microbatch=256"),
+    ),
 }
 FOUR_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tp2-pp2": ("all", ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")),

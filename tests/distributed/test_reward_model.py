@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch.nn.functional import logsigmoid
 
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
-from megatron_r1v2.config.schema import ParallelConfig, Recompute
+from megatron_r1v2.config.schema import Packing, ParallelConfig, Recompute
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.stages.reward_model import pair_loss
 from megatron_r1v2.training.batches import RowFormat, collate, filler_sample, response_sample
@@ -50,7 +50,7 @@ class Case:
     parallel: dict = field(default_factory=dict)
     split: Split = field(default_factory=lambda: TOGETHER)
     parts: tuple[str, ...] = ALL_PARTS
-    packed: bool = False
+    packing: Packing = Packing.none
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,15 @@ TP2, SP2, PP2 = {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}
 ONE_RANK = {
     "6b": Case("6b"),
     "tied": Case("tied"),
-    "tied, packed": Case("tied", packed=True),
+    "tied, packed": Case("tied", packing=Packing.first_fit_decreasing),
+    "tied, shared": Case("tied", packing=Packing.shared),
     "6b, head alone": Case("6b", parts=("score",)),
 }
 TWO_RANKS = {
     "6b TP2": Case("6b", TP2),
     "6b SP2": Case("6b", SP2),
-    "tied SP2, packed": Case("tied", SP2, packed=True),
+    "tied SP2, packed": Case("tied", SP2, packing=Packing.first_fit_decreasing),
+    "tied SP2, shared": Case("tied", SP2, packing=Packing.shared),
     "tied PP2": Case("tied", PP2),
     "6b DP2": Case("6b", split=UNEQUAL),
     "6b DP2, a rank without pairs": Case("6b", split=EMPTY),
@@ -143,7 +145,7 @@ def run_step(folder: str, case: Case) -> Outcome:
     parallel = ParallelConfig(**case.parallel)
     context = groups.initialize(parallel, seed=1)
     policy = make_policy(folder, parallel, context, case.parts, Recompute.none, score_seed=SEED)
-    policy.packed = case.packed
+    policy.packing = case.packing
     model, architecture = policy.model, policy.model.architecture
     prompts = make_prompts(architecture.image_token_id, architecture.tokens_per_tile)
     samples = make_pairs(prompts)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import ParallelConfig, Recompute
+from megatron_r1v2.config.schema import Packing, ParallelConfig, Recompute
 from tests.distributed.steps import ALL_PARTS, Material, Outcome, Split, make_material, run_step
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
@@ -49,6 +49,9 @@ VARIANTS = {
 TOGETHER: Split = [[["two/0", "text/0", "one/0"], ["two/1", "one/1"], ["text/1"], ["other/0"]]]
 ALONE: Split = [[[name] for microbatch in TOGETHER[0] for name in microbatch]]
 UNEQUAL: Split = [[["two/0", "text/0"], ["one/0", "two/1", "one/1"], ["other/0"]], [["text/1"]]]
+SHARED: Split = [[["two/0", "two/1", "text/0", "text/1", "one/0", "one/1"], ["other/0"]]]
+"""Rows of one prompt as neighbours, as shared rows have them."""
+SHARED_UNEQUAL: Split = [[["two/0", "two/1"], ["one/0", "one/1", "other/0"]], [["text/0", "text/1"]]]
 EMPTY: Split = [TOGETHER[0], []]
 
 
@@ -61,7 +64,7 @@ class Case:
     split: Split = field(default_factory=lambda: TOGETHER)
     parts: tuple[str, ...] = ALL_PARTS
     recompute: Recompute = Recompute.none
-    packed: bool = False
+    packing: Packing = Packing.none
 
 
 TP2 = {"tensor": 2}
@@ -78,17 +81,34 @@ ONE_RANK = {variant: Case(variant) for variant in VARIANTS} | {
     "6b, adapter": Case("6b", parts=("adapter",)),
     "300m, vision": Case("300m", parts=("vision",)),
     "tied, adapter and language": Case("tied", parts=("adapter", "language")),
-    "6b, packed": Case("6b", packed=True),
-    "300m, packed, recomputed": Case("300m", packed=True, recompute=Recompute.full),
+    "6b, packed": Case("6b", packing=Packing.first_fit_decreasing),
+    "6b, shared": Case("6b", split=SHARED, packing=Packing.shared),
+    "300m, shared, recomputed": Case("300m", split=SHARED, packing=Packing.shared, recompute=Recompute.full),
+    "6b, shared, core attention recomputed": Case(
+        "6b", split=SHARED, packing=Packing.shared, recompute=Recompute.selective
+    ),
+    "tied, a prompt in two shared rows": Case("tied", split=TOGETHER, packing=Packing.shared),
+    "300m, packed, recomputed": Case("300m", packing=Packing.first_fit_decreasing, recompute=Recompute.full),
 }
 TWO_RANKS = {
     **{f"{variant} SP2": Case(variant, SP2) for variant in VARIANTS},
     **{f"{variant} PP2": Case(variant, STAGES[variant]) for variant in VARIANTS},
     **{f"{variant} DP2": Case(variant, split=UNEQUAL) for variant in VARIANTS},
     "6b TP2": Case("6b", TP2),
-    "6b SP2, packed": Case("6b", SP2, packed=True),
-    "300m PP2, packed": Case("300m", PP2, packed=True),
-    "tied DP2, packed": Case("tied", split=UNEQUAL, packed=True),
+    "6b SP2, packed": Case("6b", SP2, packing=Packing.first_fit_decreasing),
+    "6b TP2, shared": Case("6b", TP2, split=SHARED, packing=Packing.shared),
+    "6b SP2, shared": Case("6b", SP2, split=SHARED, packing=Packing.shared),
+    "300m SP2, shared, recomputed": Case("300m", SP2, split=SHARED, packing=Packing.shared, recompute=Recompute.full),
+    "300m PP2, shared": Case("300m", PP2, split=SHARED, packing=Packing.shared),
+    "tied PP2, shared, core attention recomputed": Case(
+        "tied", PP2, split=SHARED, packing=Packing.shared, recompute=Recompute.selective
+    ),
+    "6b DP2, shared": Case("6b", split=SHARED_UNEQUAL, packing=Packing.shared),
+    "6b DP2, shared, adapter, a rank with text only": Case(
+        "6b", split=SHARED_UNEQUAL, packing=Packing.shared, parts=("adapter",)
+    ),
+    "300m PP2, packed": Case("300m", PP2, packing=Packing.first_fit_decreasing),
+    "tied DP2, packed": Case("tied", split=UNEQUAL, packing=Packing.first_fit_decreasing),
     "6b DP2, a rank without samples": Case("6b", split=EMPTY),
     "6b SP2, recomputed": Case("6b", SP2, recompute=Recompute.full),
     "6b SP2, core attention recomputed": Case("6b", SP2, recompute=Recompute.selective),
@@ -103,7 +123,9 @@ FOUR_RANKS = {
     "6b SP4": Case("6b", SP4),
     "300m TP4": Case("300m", TP4),
     "tied SP4": Case("tied", SP4),
-    "6b SP4, packed, recomputed": Case("6b", SP4, packed=True, recompute=Recompute.full),
+    "6b SP4, packed, recomputed": Case("6b", SP4, packing=Packing.first_fit_decreasing, recompute=Recompute.full),
+    "6b SP4, shared, recomputed": Case("6b", SP4, split=SHARED, packing=Packing.shared, recompute=Recompute.full),
+    "tied SP2 PP2, shared": Case("tied", SP2 | PP2, split=SHARED, packing=Packing.shared),
     "6b SP2 PP2": Case("6b", SP2 | UNEVEN),
     "6b SP2 DP2": Case("6b", SP2, split=UNEQUAL),
     "tied SP2 PP2": Case("tied", SP2 | PP2),
@@ -129,7 +151,7 @@ def run_cases(inputs: dict[str, tuple[str, Material]], cases: dict[str, Case]) -
             case.split,
             parts=case.parts,
             recompute=case.recompute,
-            packed=case.packed,
+            packing=case.packing,
         )
         for name, case in cases.items()
     }
@@ -219,7 +241,7 @@ def check(name: str, case: Case, ranks: list[dict[str, Outcome]], materials, one
             expected_SV = material.logits[sample]
             assert difference(logits_SV[:, : expected_SV.shape[1]], expected_SV) < 1e-5
     assert found == set(material.samples)
-    assert logits == (set() if case.packed else found)
+    assert logits == (found if case.packing is Packing.none else set())
 
 
 @pytest.mark.parametrize("name", ONE_RANK)

@@ -41,6 +41,8 @@ def batch() -> TrainingBatch:
         weights_B=torch.ones(2),
         num_prompt_tokens_B=(2, 2),
         num_response_tokens_B=(1, 1),
+        num_tiles_B=(1, 1),
+        rows_per_prompt=(2,),
         has_image_B=torch.ones(2, dtype=torch.bool),
     )
 

@@ -109,10 +109,14 @@ def test_microbatches_do_not_change_the_update_nor_delta(run: Run) -> None:
     one = run(*overrides, "train.micro_batch_size=1", name="one")
     six = run(*overrides, "train.micro_batch_size=6", name="six")
     packed = run(*overrides, "train.packing=first_fit_decreasing", "train.tokens_per_microbatch=256", name="packed")
+    shared = run(*overrides, "train.packing=shared", "train.tokens_per_microbatch=256", name="shared")
+    for ours, theirs in zip(read_metrics(shared), read_metrics(packed), strict=True):
+        assert ours["perf/update_tokens"] < theirs["perf/update_tokens"] == theirs["perf/update_tokens_separate"]
+        assert ours["perf/update_tokens_separate"] == theirs["perf/update_tokens_separate"]
     reference = end(one)
     name = "optimizer.state.exp_avg.adapter.linear_fc1.weight"
     assert reference["tensors"][name].abs().max() > 0
-    for other in (six, packed):
+    for other in (six, packed, shared):
         found = end(other)
         torch.testing.assert_close(found["tensors"][name], reference["tensors"][name], rtol=1e-3, atol=1e-7)
         assert found["state.pt"]["delta"] == pytest.approx(reference["state.pt"]["delta"], rel=1e-4)

@@ -87,6 +87,7 @@ def test_microbatches_and_packing_do_not_change_the_update(run: Run) -> None:
     layouts = {
         "two rows": ("train.micro_batch_size=2",),
         "six rows": ("train.micro_batch_size=6",),
+        "shared": ("train.packing=shared", "train.tokens_per_microbatch=400"),
         "packed": ("train.packing=first_fit_decreasing", "train.tokens_per_microbatch=400"),
     }
     found = [end(run("train.steps=1", *layout, name=key))["tensors"][name] for key, layout in layouts.items()]

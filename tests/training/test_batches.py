@@ -56,6 +56,17 @@ def test_packed_microbatches_have_room_for_the_padding_of_each_sequence():
     assert split_into_microbatches(as_units({"a": 9, "b": 7, "c": 8}), settings) == [["a"], ["b", "c"]]
 
 
+def test_neighbouring_rows_of_a_prompt_are_counted():
+    prompts = [make_prompt("a", tiles=1), make_prompt("b", tiles=2)]
+    first, other, again = make_sample(prompts[0], 0), make_sample(prompts[1], 0), make_sample(prompts[0], 1)
+    assert pack([first, again, other], prompts).rows_per_prompt == (2, 1)
+    assert pack([first, other, again], prompts).rows_per_prompt == (1, 1, 1)
+    assert pack([first, other, again], prompts).num_tiles_B == (1, 2, 1)
+    # The same key with other tokens: the template has changed since the sample was kept.
+    longer = replace(again, token_ids=(1, *again.token_ids), prompt_length=again.prompt_length + 1)
+    assert pack([first, longer], prompts).rows_per_prompt == (1, 1)
+
+
 def test_pairs_stay_together():
     pairs = {"a": [5, 9], "b": [4, 4], "c": [8, 1]}
     assert split_into_microbatches(pairs, TrainConfig(micro_batch_size=4)) == [["a", "c"], ["b"]]

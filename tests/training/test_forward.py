@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.config.schema import Packing
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.forward import Forward
@@ -23,6 +24,9 @@ def loaded(root: Path, tmp_path: Path) -> Iterator[LoadedModel]:
     with open_model(recipe_for(root, tmp_path / "run", SCORED, stage="reward_model"), score_head=True) as opened:
         opened.model.requires_grad_(False).eval()
         yield opened
+
+
+PACKINGS = {"packed": Packing.first_fit_decreasing, "shared": Packing.shared}
 
 
 def values_by_sample(loaded: LoadedModel, forward: Forward, *, size: int) -> dict[str, torch.Tensor]:
@@ -47,11 +51,13 @@ def test_no_batch_gives_no_value(loaded: LoadedModel) -> None:
     assert Forward(model=loaded.model, context=loaded.context).compute_values([]) == []
 
 
-@pytest.mark.parametrize("change", ["batched otherwise", "packed", "cached features"])
+@pytest.mark.parametrize("change", ["batched otherwise", "packed", "shared", "cached features"])
 def test_values_do_not_depend_on_how_they_are_computed(loaded: LoadedModel, change: str) -> None:
     alone = values_by_sample(loaded, Forward(model=loaded.model, context=loaded.context), size=1)
     features = loaded.feature_cache() if change == "cached features" else None
-    forward = Forward(model=loaded.model, context=loaded.context, packed=change == "packed", features=features)
+    forward = Forward(
+        model=loaded.model, context=loaded.context, packing=PACKINGS.get(change, Packing.none), features=features
+    )
     other = values_by_sample(loaded, forward, size=4)
     assert other.keys() == alone.keys()
     for name, values in alone.items():

@@ -41,7 +41,7 @@ class Selection:
     updates: tuple[tuple[str, ...], ...]
     """Sample ids of each optimizer step."""
     trainer: Mapping[str, int]
-    """Data-parallel rank that trains each sample."""
+    """Data-parallel rank that trains each sample; the samples of one prompt in an update have the same."""
     denominator: float
     """Of the loss of one optimizer step: sequences or response tokens, samples of zero advantage included."""
     num_generated_tokens: int
@@ -101,14 +101,14 @@ def select(
     )
     # A KL term pulls at every response, so with one those without advantage need compute too.
     computed = plan.compute + (plan.fresh_zero_advantage if recipe.algorithm.kl_coefficient > 0 else ())
-    lengths = {name: item.entry.response_length for name, item in records.items()}
+    entries = {name: records[name].entry for name in computed if name in records}
     if buffer is not None:
-        lengths |= {name: buffer.entry(name).response_length for name in plan.replayed}
-    updates = _split_updates(computed, recipe.train.updates_per_step)
+        entries |= {name: buffer.entry(name) for name in plan.replayed}
+    updates = _split_updates([entries[name] for name in computed], recipe.train.updates_per_step)
     # Each update by itself, so that every rank has about the same work in every one of them.
     trainer: dict[str, int] = {}
     for update in updates:
-        trainer |= assign({name: lengths[name] for name in update}, context.data_size)
+        trainer |= _assign_prompts([entries[name] for name in update], context.data_size)
     by_tokens = recipe.loss.aggregation is LossAggregation.token
     total = plan.num_tokens if by_tokens else plan.num_sequences
     return Selection(
@@ -263,7 +263,7 @@ def _make_records(
     group_size = recipe.generation.responses_per_prompt
     advantages = group_advantages(rewards_R, group_size, ADVANTAGE_EPSILON).tolist()
     effective = effective_responses([response for response, _ in everything], recipe.buffer.effective_by, group_size)
-    modality = {prompt.key: prompt.modality for prompt in prompts}
+    by_key = {prompt.key: prompt for prompt in prompts}
     records = {}
     for (response, length), advantage, is_effective in zip(everything, advantages, effective, strict=True):
         name = sample_id(step, response.rollout)
@@ -271,18 +271,38 @@ def _make_records(
             sample_id=name,
             prompt_key=response.rollout.prompt_key,
             priority=abs(advantage),
-            modality=modality[response.rollout.prompt_key],
+            modality=by_key[response.rollout.prompt_key].modality,
             step=step,
             response_length=length,
             effective=is_effective,
+            prompt_length=len(by_key[response.rollout.prompt_key].token_ids),
         )
         records[name] = SampleRecord(name, advantage, response.total, response.rule_correct, entry)
     return records
 
 
-def _split_updates(ids: Sequence[str], updates_per_step: int) -> tuple[tuple[str, ...], ...]:
-    """Deal the samples to optimizer steps like cards, so that prompts and replayed samples spread over them."""
-    return tuple(part for part in (tuple(ids[start::updates_per_step]) for start in range(updates_per_step)) if part)
+def _split_updates(entries: Sequence[BufferEntry], updates_per_step: int) -> tuple[tuple[str, ...], ...]:
+    """Deal prompts, each with its responses, to optimizer steps like cards; with few prompts there are fewer steps."""
+    groups = list(_group_by_prompt(entries).values())
+    dealt = (groups[start::updates_per_step] for start in range(updates_per_step))
+    return tuple(tuple(entry.sample_id for group in part for entry in group) for part in dealt if part)
+
+
+def _assign_prompts(entries: Sequence[BufferEntry], data_size: int) -> dict[str, int]:
+    """Decide which data-parallel rank trains which sample: those of one prompt together, which share its tokens."""
+    groups = _group_by_prompt(entries)
+    tokens = {
+        key: group[0].prompt_length + sum(entry.response_length for entry in group) for key, group in groups.items()
+    }
+    owner = assign(tokens, data_size)
+    return {entry.sample_id: owner[entry.prompt_key] for entry in entries}
+
+
+def _group_by_prompt(entries: Sequence[BufferEntry]) -> dict[str, list[BufferEntry]]:
+    groups: dict[str, list[BufferEntry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.prompt_key, []).append(entry)
+    return groups
 
 
 def _response_metrics(

@@ -14,7 +14,7 @@ from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.grpo.replay_buffer import ReplayBuffer
 from megatron_r1v2.stages.grpo.rollouts import RolloutPhase
 from megatron_r1v2.stages.grpo.selection import Selection, fresh_samples, sample_id, select, telling_responses
-from megatron_r1v2.stages.grpo.updates import UpdatePhase, is_only_update
+from megatron_r1v2.stages.grpo.updates import UpdatePhase
 from megatron_r1v2.stages.loaded_reward_model import open_reward_model
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
@@ -108,8 +108,8 @@ class GrpoStage:
             samples, sample_prompts = self.buffer.exchange_samples(selection, fresh, prompts)
         with timed("log_probs"):
             # The forward pass of an only update gives them.
-            needed = not is_only_update(selection)
-            trained = self.updates.add_old_log_probs(samples, sample_prompts) if needed else samples
+            several = len(selection.updates) > 1
+            trained = self.updates.add_old_log_probs(samples, sample_prompts) if several else samples
         # The last moment to give the step up: what follows changes the weights.
         session.preemption.poll_between_phases()
         if trained is not None:

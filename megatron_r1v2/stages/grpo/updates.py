@@ -62,6 +62,7 @@ class UpdatePhase:
         fresh = {name: sample for name, sample in samples.items() if sample.rl is not None and sample.rl.is_fresh}
         microbatches = self.microbatcher.split(fresh, prompts)
         batches = [part.batch for part in microbatches]
+        self.recorder.note(self.policy.count_tokens("log_probs", batches))
         log_probs = self.policy.compute_log_probs(batches)
         if self.policy.skip_update_if_not_finite(batches, log_probs):
             self.recorder.note({"actor/skipped_updates": 1.0})
@@ -96,28 +97,31 @@ class UpdatePhase:
             algorithm=self.settings,
             aggregation=self.aggregation.value,
             denominator=selection.denominator,
-            is_only_update=is_only_update(selection),
+            is_only_update=_is_only_update(selection),
         )
         trained = dict(samples)
         results: list[UpdateResult] = []
+        computed: list[TrainingBatch] = []
         for update in selection.updates:
             mine = {name: samples[name] for name in update if name in samples}
             microbatches = self.microbatcher.split(mine, prompts, replayed=set(selection.plan.replayed))
             batches = [part.batch for part in microbatches] or [self.microbatcher.filler(filler)]
-            check = partial(self._check_engine, batches) if is_only_update(selection) else None
+            check = partial(self._check_engine, batches) if _is_only_update(selection) else None
             result = self.policy.update(self._with_reference(batches), loss, before_step=check)
             results.append(result)
+            computed += [part.batch for part in microbatches]
             if check is not None:
                 trained |= _with_log_probs(mine, microbatches, result.log_probs)
         self.recorder.note(
             {
+                **self.policy.count_tokens("update", computed),
                 "actor/lr": learning_rate,
                 "actor/updates": len(results),
                 "actor/skipped_updates": float(sum(not result.applied for result in results)),
                 **mean_of_updates([result.logged() for result in results]),
             }
         )
-        if is_only_update(selection) and not results[0].finite:
+        if _is_only_update(selection) and not results[0].finite:
             return None
         return trained
 
@@ -139,7 +143,7 @@ class UpdatePhase:
         ]
 
 
-def is_only_update(selection: Selection) -> bool:
+def _is_only_update(selection: Selection) -> bool:
     """Return whether a step has one update, whose own forward pass then gives the old log-probs of fresh samples."""
     return len(selection.updates) == 1
 

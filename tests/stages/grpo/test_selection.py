@@ -265,10 +265,12 @@ def test_a_step_of_text_alone_trains_nothing_when_text_has_no_gradient(context):
 def test_samples_without_advantage_are_in_the_denominator_and_computed_only_for_the_kl(
     context, aggregation, kl_coefficient
 ):
-    prompts = [make_prompt("p", tiles=1), make_prompt("q", tiles=1)]
+    # All responses to p and r are right, and one to q and s each.
+    prompts = [make_prompt(key, tiles=1) for key in "pqrs"]
+    right = [index % (2 * GROUP) <= GROUP for index in range(4 * GROUP)]
     responses = [
-        replace(response, total=float(index in (0, 1, 2, 3, 4)), rule_correct=index in (0, 1, 2, 3, 4))
-        for index, response in enumerate(step_responses(prompts, 0))
+        replace(response, total=float(correct), rule_correct=correct)
+        for response, correct in zip(step_responses(prompts, 0), right, strict=True)
     ]
     settings = recipe(
         algorithm=AlgorithmConfig(kl_coefficient=kl_coefficient),
@@ -276,9 +278,9 @@ def test_samples_without_advantage_are_in_the_denominator_and_computed_only_for_
         train=TrainConfig(updates_per_step=2),
     )
     selection = select(settings, None, prompts, responses, step=0, trains_text=True, context=context)
-    computed = {f"q/0/{index}" for index in range(GROUP)}
+    computed = {f"{key}/0/{index}" for key in "qs" for index in range(GROUP)}
     if kl_coefficient:
-        computed |= {f"p/0/{index}" for index in range(GROUP)}
+        computed |= {f"{key}/0/{index}" for key in "pr" for index in range(GROUP)}
     assert {name for update in selection.updates for name in update} == computed
     assert [len(update) for update in selection.updates] == [len(computed) // 2] * 2
     tokens = sum(len(response.rollout.token_ids) for response in responses)
@@ -286,16 +288,35 @@ def test_samples_without_advantage_are_in_the_denominator_and_computed_only_for_
     assert selection.denominator == total / 2
 
 
-def test_fewer_samples_than_updates_give_fewer_updates(context):
-    prompt = make_prompt("p", tiles=1)
+def test_fewer_prompts_than_updates_give_fewer_updates(context):
+    prompts = [make_prompt(key, tiles=1) for key in "pq"]
     responses = [
-        replace(response, total=float(index), rule_correct=index > 0)
-        for index, response in enumerate(step_responses([prompt], 0))
+        replace(response, total=float(index), rule_correct=index % GROUP > 0)
+        for index, response in enumerate(step_responses(prompts, 0))
     ]
     settings = recipe(train=TrainConfig(updates_per_step=9))
-    selection = select(settings, None, [prompt], responses, step=0, trains_text=True, context=context)
-    assert [len(update) for update in selection.updates] == [1] * GROUP
-    assert selection.denominator == 1.0
+    selection = select(settings, None, prompts, responses, step=0, trains_text=True, context=context)
+    assert [len(update) for update in selection.updates] == [GROUP] * 2
+    assert selection.denominator == GROUP
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_responses_to_a_prompt_are_trained_together(name, two_ranks):
+    """Fresh and replayed, so that they share its tokens: in one update, on one rank."""
+    met = 0
+    for there in two_ranks[0][name]:
+        selection, updates = there["selection"], []
+        for update in selection.updates:
+            owners: dict[str, set[int]] = {}
+            for name_of_sample in update:
+                key = name_of_sample.rsplit("/", 2)[0]
+                owners.setdefault(key, set()).add(selection.trainer[name_of_sample])
+            assert all(len(ranks) == 1 for ranks in owners.values())
+            met += len(update) - len(owners)
+            updates += owners
+        assert len(updates) == len(set(updates))
+        assert all(entry.prompt_length > 0 for entry in selection.fresh_entries), "prompts are part of the work"
+    assert met > 0, "no prompt had several responses"
 
 
 def test_length_metrics(context):

@@ -206,10 +206,30 @@ def test_microbatches_and_recomputation_do_not_change_the_gradient(run: Run, one
         "adapter",
         "language",
     }
-    for override in ("train.micro_batch_size=1", "train.micro_batch_size=7", "train.recompute=full"):
-        other = run("train.steps=1", ALL_PARTS, override, name=override)
+    shared = "train.packing=shared train.tokens_per_microbatch"
+    for override in (
+        "train.micro_batch_size=1",
+        "train.micro_batch_size=7",
+        "train.recompute=full",
+        f"{shared}=64",
+        f"{shared}=1024",
+    ):
+        other = run("train.steps=1", ALL_PARTS, *override.split(), name=override)
         assert relative_difference(gradients(other), expected) < 1e-5, override
         assert read_metrics(other)[0]["actor/grad_norm"] == pytest.approx(read_metrics(one_step)[0]["actor/grad_norm"])
+
+
+def test_a_prompt_is_computed_once_for_its_responses(run: Run) -> None:
+    settings = ("train.steps=3", "train.packing=shared", "train.tokens_per_microbatch=1024", "buffer.capacity=0")
+    for updates in (1, 2):
+        lines = read_metrics(run(*settings, f"train.updates_per_step={updates}", name=str(updates)))
+        for line in lines:
+            assert ("perf/log_probs_tokens" in line) == (updates > 1 and line["actor/updates"] > 1)
+        trained = [line for line in lines if line["perf/update_tokens"]]
+        assert trained
+        for line in trained:
+            # Prompts of 20 tokens and more, four short responses each.
+            assert line["perf/update_tokens"] < 0.6 * line["perf/update_tokens_separate"]
 
 
 def test_token_aggregation_weighs_long_responses_more(run: Run, one_step: Path) -> None:
@@ -229,7 +249,7 @@ def test_importance_weights_are_one_where_engine_and_training_agree(run: Run, on
 
 
 def test_several_updates_share_the_rollouts_of_a_step(run: Run) -> None:
-    folder = run("train.steps=2", "train.updates_per_step=2", "train.prompts_per_step=12", "train.learning_rate=0.02")
+    folder = run("train.steps=2", "train.updates_per_step=2", "train.prompts_per_step=16", "train.learning_rate=0.02")
     state = end(folder)["state.pt"]
     assert (state["step"], state["version"], state["scheduler"]["num_steps"]) == (2, 4, 4)
     for line in read_metrics(folder):
