@@ -28,8 +28,8 @@ class Command:
     """Takes the arguments behind the command's name; returns the exit status, None for 0."""
 
 
-def _train(stage: str, module: str, arguments: Sequence[str]) -> None:
-    """Run a training stage, the `run_STAGE` of a module below stages/, and write its report."""
+def _run_stage(stage: str, module: str, arguments: Sequence[str]) -> None:
+    """Run a stage, the `run_STAGE` of a module below stages/, and name what it wrote; of a training run, the report."""
     from megatron_r1v2.config.choices import StageName
     from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
     from megatron_r1v2.config.recipes import STAGES
@@ -42,25 +42,9 @@ def _train(stage: str, module: str, arguments: Sequence[str]) -> None:
 
     run = getattr(import_module(f"megatron_r1v2.stages.{module}"), f"run_{stage}")
     with tell_bad_input():
-        run_dir = run(recipe)
+        output = run(recipe)
     if os.environ.get("RANK", "0") == "0":
-        print(f"report: {write_report(run_dir)}")
-
-
-def _make_pairs(arguments: Sequence[str]) -> None:
-    """Write preference pairs."""
-    from megatron_r1v2.config.command_line import parse_command_line, quiet_libraries, tell_bad_input
-    from megatron_r1v2.config.recipes import PairsRecipe
-    from megatron_r1v2.stages.model_fit import all_mistakes
-
-    recipe = parse_command_line(arguments, PairsRecipe, all_mistakes)
-    quiet_libraries()
-    from megatron_r1v2.stages.pairs import run_pairs
-
-    with tell_bad_input():
-        output = run_pairs(recipe)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"pairs: {output}")
+        print(f"pairs: {output}" if stage == "pairs" else f"report: {write_report(output)}")
 
 
 def _evaluate(arguments: Sequence[str]) -> int | None:
@@ -117,13 +101,13 @@ def _main_of(module: str, arguments: Sequence[str]) -> int | None:
 
 
 COMMANDS: Mapping[str, Command] = {
-    "align": Command("train parts of the model on given responses", partial(_train, "align", "align")),
-    "pairs": Command("make preference pairs of the model's own responses", _make_pairs),
-    "mpo": Command("train on preference pairs (MPO; DPO and SFT by its weights)", partial(_train, "mpo", "mpo")),
+    "align": Command("train parts of the model on given responses", partial(_run_stage, "align", "align")),
+    "pairs": Command("make preference pairs of the model's own responses", partial(_run_stage, "pairs", "pairs")),
+    "mpo": Command("train on preference pairs (MPO; DPO and SFT by its weights)", partial(_run_stage, "mpo", "mpo")),
     "reward-model": Command(
-        "train a reward model on preference pairs", partial(_train, "reward_model", "reward_model")
+        "train a reward model on preference pairs", partial(_run_stage, "reward_model", "reward_model")
     ),
-    "grpo": Command("train by GRPO with the Selective Sample Buffer", partial(_train, "grpo", "grpo.stage")),
+    "grpo": Command("train by GRPO with the Selective Sample Buffer", partial(_run_stage, "grpo", "grpo.stage")),
     "evaluate": Command("measure Pass@1 of a checkpoint or of a served model", _evaluate),
     "filter-prompts": Command(
         "keep the prompts that a model answers sometimes rightly, sometimes wrongly",

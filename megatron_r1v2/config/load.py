@@ -284,8 +284,12 @@ class _Findings:
 def own_defaults(kind: type[Recipe], section: str) -> dict[str, object]:
     """Return the settings of a section that have another default in this stage."""
     field = kind.model_fields.get(section)
-    default = field.get_default(call_default_factory=True) if field else None
-    return {key: getattr(default, key) for key in default.model_fields_set} if isinstance(default, Section) else {}
+    # A section that is made as it stands has the defaults of its class; to make it takes a while.
+    if field is None or field.default_factory is field.annotation:
+        return {}
+    default = field.get_default(call_default_factory=True)
+    assert isinstance(default, Section)
+    return {key: getattr(default, key) for key in default.model_fields_set}
 
 
 def _merged(before: object, value: object) -> object:

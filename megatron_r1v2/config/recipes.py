@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -82,6 +83,7 @@ class Recipe(Section):
         }
 
     @classmethod
+    @cache
     def settings(cls) -> Mapping[str, tuple[str, ...]]:
         """Return the settings that are read, by section."""
         read: dict[str, tuple[str, ...]] = {}
@@ -325,6 +327,7 @@ STAGES: Mapping[StageName, type[TrainingRecipe] | type[PairsRecipe]] = {
 """The recipe of each stage."""
 
 
+@cache
 def every_section() -> dict[str, type[Section]]:
     """Return the classes of all sections that any stage reads, by name."""
     return {name: section for recipe in STAGES.values() for name, section in recipe.sections().items()}

@@ -71,6 +71,24 @@ def test_an_unknown_setting_is_named_with_the_one_meant(run_entry: Entry, stage:
     assert "unknown setting 'train.learnig_rate'; did you mean 'train.learning_rate'?" in message
 
 
+def test_all_that_is_wrong_is_told_at_once(run_entry: Entry) -> None:
+    overrides = (
+        "buffer.capcity=1",
+        "buffer.max_age=0",
+        "preference.beta=1",
+        "evaluation.judge_url=http://127.0.0.1:1",
+        "train.warmup_steps=50",
+        "data.train=/nowhere",
+        "model.checkpoint=/none",
+        "parallel.tensor=3",
+    )
+    message = run_entry(*overrides, "learning_rate=5")
+    assert message.startswith("9 mistakes\n"), message
+    for part in (*overrides[:4], "train.warmup_steps=50", "data.train='/nowhere'", "model.checkpoint='/none'"):
+        assert sum(part in line for line in message.splitlines()) == 1, part
+    assert "parallel.tensor=3 does not divide the language model's 4 attention heads" in message
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

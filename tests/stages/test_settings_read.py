@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import megatron_r1v2
 from megatron_r1v2.config.recipes import Recipe, ServeRecipe, every_section
 from megatron_r1v2.config.schema import RewardConfig, Section
 from megatron_r1v2.generation.engine import Sampling
@@ -88,6 +89,13 @@ def check(recipe: Recipe, reads: Reads) -> None:
     own = {f"{name}.{key}" for name, keys in recipe.settings().items() for key in keys}
     assert reads.names - own - SHARED == set(), "read, and refused in a recipe"
     assert own - reads.names - ELSEWHERE == set(), "in the recipe, and never read"
+
+
+def test_what_such_a_run_leaves_off_is_read_somewhere() -> None:
+    package = Path(megatron_r1v2.__file__).parent
+    rooms = [path.read_text() for path in package.rglob("*.py") if path.parent.name != "config"]
+    for name in ELSEWHERE - {"run.stage"}:
+        assert any(f".{name.rpartition('.')[2]}" in text for text in rooms), name
 
 
 @pytest.mark.parametrize("stage", ["align", "mpo", "reward_model", "grpo"])
