@@ -77,6 +77,14 @@ class Packing(str, Enum):
     nemo = "nemo"
 
 
+class TooLong(str, Enum):
+    """What becomes of a prompt that is longer than `data.max_prompt_tokens`."""
+
+    error = "error"
+    skip = "skip"
+    fewer_tiles = "fewer_tiles"
+
+
 class Tracker(str, Enum):
     """A place for metrics beside the run's own folder."""
 

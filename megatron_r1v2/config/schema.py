@@ -21,6 +21,7 @@ from megatron_r1v2.config.choices import (
     Precision,
     Recompute,
     StageName,
+    TooLong,
     Tracker,
 )
 
@@ -105,7 +106,10 @@ class DataConfig(Section):
     validation: str = ""
     """The same, for evaluation during training; empty: none."""
     max_prompt_tokens: int = Field(4096, ge=1)
-    """A longer prompt is an error naming its key."""
+    """The longest prompt, image tokens included."""
+    too_long: TooLong = Field(TooLong.error, strict=False)
+    """A longer prompt, found before the first step: error names it and ends the run; skip leaves it out; fewer_tiles
+    cuts its images into fewer tiles until it fits, and is an error where one tile each does not."""
     max_tiles: int = Field(12, ge=1)
     """Tiles an image is cut into at most, not counting the thumbnail."""
     max_corrupt_fraction: float = Field(0.01, ge=0, le=1)

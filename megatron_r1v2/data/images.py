@@ -83,7 +83,8 @@ def image_size(file: IO[bytes], name: str) -> tuple[int, int]:
     """
     try:
         with Image.open(file) as image:
-            lies = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
+            # Without this look, Pillow would decode a PNG to its end for EXIF behind the pixels.
+            lies = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
             return (image.height, image.width) if lies else (image.width, image.height)
     except _DECODE_ERRORS as error:
         raise SampleError(f"image {name}: cannot be decoded: {error}") from error

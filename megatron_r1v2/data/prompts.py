@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
+from megatron_r1v2.config.choices import TooLong
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.images import count_tiles, decode_image, tile_image, tile_limit
-from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, ShardSample, parse_sample
+from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, DataError, ShardSample, parse_sample
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Preference, Prompt
 
@@ -21,6 +22,12 @@ class PromptLength:
 
     tokens: int
     tiles: int
+    max_tiles: int
+    """The most tiles of each image, thumbnail not counted."""
+
+
+class PromptTooLong(DataError):
+    """A prompt is longer than data.max_prompt_tokens, and cannot be made shorter."""
 
 
 class PromptBuilder:
@@ -36,19 +43,27 @@ class PromptBuilder:
         self._tile_size = tile_size
         self._tokens_per_tile = tokens_per_tile
 
-    def build(self, key: str, parts: Mapping[str, bytes]) -> Prompt:
+    def build(self, key: str, parts: Mapping[str, bytes]) -> Prompt | None:
         """Check, decode, tile, template and tokenize one sample.
 
         Args:
             parts: the contents of its files by name without the key.
 
+        Returns:
+            The prompt, or None where it is too long and data.too_long=skip.
+
         Raises:
             SampleError: the sample is corrupt.
-            ValueError: the prompt is longer than data.max_prompt_tokens.
+            PromptTooLong: the prompt is longer than data.max_prompt_tokens, and is not to be skipped.
         """
         sample = parse_sample(key, parts)
         images = [decode_image(data, f"{key}.{name}") for name, data in sample.images.items()]
-        token_ids, tiles_TCHW = self.encode(key, sample.messages, images)
+        try:
+            token_ids, tiles_TCHW = self.encode(key, sample.messages, images)
+        except PromptTooLong:
+            if self._settings.too_long is TooLong.skip:
+                return None
+            raise
         return Prompt(
             key=key,
             messages=sample.messages,
@@ -80,19 +95,10 @@ class PromptBuilder:
 
         Raises:
             SampleError: placeholders and images differ in number, or a text contains a control token.
-            ValueError: the prompt is longer than data.max_prompt_tokens.
+            PromptTooLong: the prompt is longer than data.max_prompt_tokens.
         """
-        # Images share the tiles of a prompt, so that many images do not make it too long.
-        limit = tile_limit(self._settings.max_tiles, max(1, len(images)))
-        tiles = [tile_image(image, tile_size=self._tile_size, max_tiles=limit) for image in images]
-        tiles_per_image = [image.shape[0] for image in tiles]
-        token_ids = self._tokenizer.encode_prompt(messages, tiles_per_image, self._tokens_per_tile, key=key)
-        if len(token_ids) > self._settings.max_prompt_tokens:
-            raise ValueError(
-                f"sample {key!r}: the prompt has {len(token_ids)} tokens ({sum(tiles_per_image)} tiles of "
-                f"{self._tokens_per_tile}), data.max_prompt_tokens is {self._settings.max_prompt_tokens}; "
-                "raise it, lower data.max_tiles, or take the sample out"
-            )
+        token_ids, length = self._fit(key, messages, [image.size for image in images])
+        tiles = [tile_image(image, tile_size=self._tile_size, max_tiles=length.max_tiles) for image in images]
         return tuple(token_ids), torch.cat(tiles) if tiles else self._no_tiles()
 
     def measure(
@@ -105,11 +111,34 @@ class PromptBuilder:
 
         Raises:
             SampleError: placeholders and images differ in number, or a text contains a control token.
+            PromptTooLong: the prompt is longer than data.max_prompt_tokens.
         """
+        return self._fit(key, messages, sizes)[1]
+
+    def _fit(
+        self, key: str, messages: Sequence[Mapping[str, str]], sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], PromptLength]:
+        """Tokenize a prompt, with as many tiles as it may have."""
+        # Images share the tiles of a prompt, so that many images do not make it too long.
         limit = tile_limit(self._settings.max_tiles, max(1, len(sizes)))
-        tiles = [count_tiles(size, tile_size=self._tile_size, max_tiles=limit) for size in sizes]
+        most, fewer = self._settings.max_prompt_tokens, self._settings.too_long is TooLong.fewer_tiles
+        tiles = self._count_tiles(sizes, limit)
         token_ids = self._tokenizer.encode_prompt(messages, tiles, self._tokens_per_tile, key=key)
-        return PromptLength(len(token_ids), sum(tiles))
+        text_tokens = len(token_ids) - sum(tiles) * self._tokens_per_tile
+        for max_tiles in range(limit, 0, -1) if fewer else (limit,):
+            fitting = self._count_tiles(sizes, max_tiles)
+            if text_tokens + sum(fitting) * self._tokens_per_tile <= most:
+                if fitting != tiles:
+                    token_ids = self._tokenizer.encode_prompt(messages, fitting, self._tokens_per_tile, key=key)
+                return token_ids, PromptLength(len(token_ids), sum(fitting), max_tiles)
+        raise PromptTooLong(
+            f"sample {key!r}: the prompt has {len(token_ids)} tokens ({sum(tiles)} tiles of "
+            f"{self._tokens_per_tile}), data.max_prompt_tokens is {most}; "
+            "raise it, lower data.max_tiles, set data.too_long to skip or fewer_tiles, or take the sample out"
+        )
+
+    def _count_tiles(self, sizes: Sequence[tuple[int, int]], max_tiles: int) -> list[int]:
+        return [count_tiles(size, tile_size=self._tile_size, max_tiles=max_tiles) for size in sizes]
 
     def _no_tiles(self) -> torch.Tensor:
         return torch.zeros(0, 3, self._tile_size, self._tile_size, dtype=torch.uint8)

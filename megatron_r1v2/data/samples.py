@@ -37,7 +37,11 @@ _OPTIONAL_TEXT = ("response", "chosen", "rejected", "source")
 _KNOWN = _REQUIRED | {"facts", "images", "margin", "alternatives", "tolerances", "metadata", *_OPTIONAL_TEXT}
 
 
-class SampleError(ValueError):
+class DataError(ValueError):
+    """An error of the data set, which all ranks meet at the same place: they read the same stream."""
+
+
+class SampleError(DataError):
     """An error of one sample; the rest of the data set may be usable."""
 
 

@@ -10,7 +10,7 @@ import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import torch
 from megatron.energon import (
@@ -26,7 +26,7 @@ from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
-from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.samples import DataError, SampleError
 from megatron_r1v2.data.shards import SPLIT, check_shards
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.types import Prompt
@@ -51,6 +51,7 @@ class TallyState(TypedDict):
     bad_in_a_row: int
     last_error: str
     keys: list[str]
+    left_out: NotRequired[int]  # not in older checkpoints
 
 
 class StreamState(TypedDict):
@@ -62,6 +63,7 @@ class StreamState(TypedDict):
     shuffle: bool
     loader: bytes
     tally: TallyState
+    order: NotRequired[int]  # not in older checkpoints
 
 
 class PromptStream:
@@ -83,6 +85,7 @@ class PromptStream:
         self._seed = seed
         self._shuffle = settings.shuffle
         self._builder = builder
+        self._order = 0
         self._loader = self._new_loader()
         self._tally = _Tally(self._folder, settings.max_corrupt_fraction, len(self._loader))
         self._iterator: Iterator[RawSample] | None = None
@@ -97,11 +100,17 @@ class PromptStream:
         """Return the number of corrupt samples among them; a sample counts again in every epoch."""
         return self._tally.corrupt
 
+    @property
+    def left_out(self) -> int:
+        """Return the number of samples left out as too long (data.too_long=skip); it counts again in every epoch."""
+        return self._tally.left_out
+
     def next(self, count: int) -> list[Prompt]:
         """Read the next `count` prompts, skipping corrupt samples.
 
         Raises:
-            ValueError: too many samples are corrupt, a prompt is too long, or a shard cannot be read.
+            DataError: too many samples are corrupt, or a prompt is too long.
+            ValueError: a shard cannot be read.
         """
         prompts: list[Prompt] = []
         # Not before the first call: energon restores a position only into a loader that has not started.
@@ -123,26 +132,55 @@ class PromptStream:
             "shuffle": self._shuffle,
             "loader": pickle.dumps(self._loader.save_state_rank()),
             "tally": self._tally.state_dict(),
+            "order": self._order,
         }
 
-    def load_state_dict(self, state: StreamState) -> None:
+    def load_state_dict(self, state: StreamState) -> str | None:
         """Continue at the position of a `state_dict`, in this or another process.
+
+        Where samples were taken out of the data set since, the position means nothing any more: a new order begins.
+
+        Returns:
+            What there is to say about samples that were taken out; None: there are none.
 
         Raises:
             ValueError: the position is of other shards, another seed or another order.
         """
-        for change in _fingerprint(self.state_dict()).changes_since(_fingerprint(state)):
+        fewer = _is_reduced(self._shards, state["shards"])
+        here = self.state_dict()
+        if fewer:
+            here["shards"] = state["shards"]
+        for change in _fingerprint(here).changes_since(_fingerprint(state)):
             raise ValueError(
                 f"the saved data position cannot be used with {self._folder}: {change.setting} was {change.old!r} "
                 f"when it was saved and is {change.new!r} now; put it back, or start a new run"
             )
+        self._tally.load_state_dict(state["tally"])
+        # Never the order of an epoch that was begun before: its first samples would be trained twice as often.
+        self._order = self._tally.read if fewer else state.get("order", 0)
         # Energon restores a loader only before its first sample.
         self._loader, self._iterator = self._new_loader(), None
-        self._loader.restore_state_rank(pickle.loads(state["loader"]))
-        self._tally.load_state_dict(state["tally"])
+        if not fewer:
+            self._loader.restore_state_rank(pickle.loads(state["loader"]))
+            return None
+        if not self._shuffle:
+            self._iterator = iter(self._loader)
+            for _ in range(self._tally.read % len(self._loader)):
+                next(self._iterator)
+        before, now = sum(state["shards"].values()), sum(self._shards.values())
+        return (
+            f"{self._folder} has {now} samples, and had {before} when the run was saved: it goes on with "
+            f"{'a new order of them' if self._shuffle else 'them where it was, give or take those taken out'}"
+        )
 
     def _new_loader(self) -> SavableDataLoader:
-        return _loader(self._folder, shuffle=self._shuffle, repeat=True, seed=self._seed)
+        return _loader(self._folder, shuffle=self._shuffle, repeat=True, seed=self._seed + self._order)
+
+
+def _is_reduced(shards: Mapping[str, int], before: Mapping[str, int]) -> bool:
+    """Return whether shards are those of before less some samples: not another data set, of which less is the same."""
+    fewer = all(count <= before.get(name, 0) for name, count in shards.items())
+    return shards != before and fewer and 2 * sum(shards.values()) >= sum(before.values())
 
 
 def _fingerprint(state: StreamState) -> Fingerprint:
@@ -158,7 +196,7 @@ def _fingerprint(state: StreamState) -> Fingerprint:
 
 def read_shards(
     folder: str | Path,
-    build: Callable[[str, Mapping[str, bytes]], Item],
+    build: Callable[[str, Mapping[str, bytes]], Item | None],
     *,
     max_corrupt_fraction: float = 1.0,
     count: int = 0,
@@ -168,7 +206,7 @@ def read_shards(
     Args:
         folder: a folder of `r1v2 prepare`.
         build: makes an item from a key and the files of its sample: `PromptBuilder.build` for the prompts of a model,
-            or `parse_sample` for the samples themselves.
+            or `parse_sample` for the samples themselves; None leaves a sample out.
         count: the number of items, from the start; 0: all.
 
     Yields:
@@ -224,11 +262,11 @@ def _loader(folder: Path, *, shuffle: bool, repeat: bool, seed: int) -> SavableD
 
 def _read_one(
     iterator: Iterator[RawSample],
-    build: Callable[[str, Mapping[str, bytes]], Item],
+    build: Callable[[str, Mapping[str, bytes]], Item | None],
     tally: _Tally,
     folder: Path,
 ) -> Item | None:
-    """Read one sample and return its item, or None if it is corrupt."""
+    """Read one sample and return its item, or None if it is corrupt or left out."""
     try:
         raw = next(iterator)
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -240,7 +278,10 @@ def _read_one(
     except SampleError as error:
         tally.add_corrupt(key, str(error))
         return None
-    tally.add_good()
+    if item is None:
+        tally.add_left_out()
+    else:
+        tally.add_good()
     return item
 
 
@@ -255,12 +296,20 @@ class _Tally:
         self._last_error = ""
         self.read = 0
         self.corrupt = 0
+        self.left_out = 0
         self.keys: list[str] = []
 
     def add_good(self) -> None:
         """Count a usable sample."""
         self.read += 1
         self._bad_in_a_row = 0
+        self._judge()
+
+    def add_left_out(self) -> None:
+        """Count a sample that is too long."""
+        self.read += 1
+        self.left_out += 1
+        self._bad_in_a_row += 1
         self._judge()
 
     def add_corrupt(self, key: str, error: str) -> None:
@@ -281,20 +330,27 @@ class _Tally:
             "bad_in_a_row": self._bad_in_a_row,
             "last_error": self._last_error,
             "keys": list(self.keys),
+            "left_out": self.left_out,
         }
 
     def load_state_dict(self, state: TallyState) -> None:
         """Continue from the counts of a `state_dict`."""
         self.read, self.corrupt = state["read"], state["corrupt"]
         self._bad_in_a_row, self._last_error = state["bad_in_a_row"], state["last_error"]
-        self.keys = list(state["keys"])
+        self.keys, self.left_out = list(state["keys"]), state.get("left_out", 0)
 
     def _judge(self) -> None:
         # A whole data set without a usable sample would let the stream read for ever.
         nothing_usable = self._bad_in_a_row >= self._size
+        if nothing_usable and self.left_out:
+            raise DataError(
+                f"{self._folder}: none of the {self._size} samples can be used: of {self.read} read, {self.left_out} "
+                f"are longer than data.max_prompt_tokens and left out, {self.corrupt} are corrupt; raise "
+                "data.max_prompt_tokens, or set data.too_long=fewer_tiles"
+            )
         too_many = self.read >= min(_JUDGE_AFTER, self._size) and self.corrupt > self._max_fraction * self.read
         if too_many or nothing_usable:
-            raise ValueError(
+            raise DataError(
                 f"{self._folder}: {self.corrupt} of {self.read} samples read are corrupt, more than "
                 f"data.max_corrupt_fraction = {self._max_fraction} allows; first keys: {', '.join(self.keys)}; "
                 f"last error: {self._last_error}. Repair the data set, or raise the setting to skip them"

@@ -384,6 +384,11 @@ _TIME = Section(
                 Metric("verifier/timeouts", "checks", "Checks of a response that ran out of time; each scores 0."),
                 Metric("verifier/crashes", "checks", "Checks of a response that failed; each scores 0."),
                 Metric("data/corrupt_samples", "samples", "Samples that could not be read, since the start."),
+                Metric(
+                    "data/too_long_left_out",
+                    "samples",
+                    "Prompts left out as too long, since the start.",
+                ),
                 Metric("data/text_only_left_out", "prompts", "Left out, since no trained part sees them."),
             ),
         ),

@@ -9,6 +9,7 @@ import torch
 
 from megatron_r1v2.config.recipes import AlignRecipe
 from megatron_r1v2.config.schema import RewardConfig
+from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.rl.supervised import supervised_loss
 from megatron_r1v2.stages.loop import run_steps
 from megatron_r1v2.stages.session import Session, open_session
@@ -48,10 +49,10 @@ def supervised_sample(prompt: Prompt, encoder: ResponseEncoder, folder: str) -> 
     """Turn a prompt with a reference response into a sample.
 
     Raises:
-        ValueError: the prompt has no response.
+        DataError: the prompt has no response.
     """
     if prompt.response is None:
-        raise ValueError(
+        raise DataError(
             f"sample {prompt.key!r} of data.train={folder!r} has no response; the align stage "
             'trains on reference responses: add a "response" field to the JSONL rows and run r1v2 prepare again'
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors, load_hf_weights
@@ -13,6 +16,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_che
 from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.config.recipes import Recipe
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainConfig
+from megatron_r1v2.data.lengths import LongPrompts, find_long_prompts
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -22,7 +26,7 @@ from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
-from megatron_r1v2.parallel import groups
+from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.rewards.functions import check_functions
@@ -130,6 +134,24 @@ class LoadedModel:
         """
         fraction = self.recipe.data.max_corrupt_fraction
         return read_shards(folder, self.prompt_builder.build, max_corrupt_fraction=fraction, count=count)
+
+    def print_prompt_lengths(self, folder: str) -> None:
+        """Collective over the world: do the same where there is no recorder; the first rank prints."""
+        for line in self.check_prompt_lengths(folder):
+            if self.context.is_main:
+                print(line, file=sys.stderr)
+
+    def check_prompt_lengths(self, folder: str) -> list[str]:
+        """Collective over the world: measure the prompts of a data set; return sentences about those that are too long.
+
+        Raises:
+            ValueError: one cannot be made to fit, and data.too_long does not skip it.
+        """
+        settings = self.recipe.data
+        mine = find_long_prompts(
+            folder, self.prompt_builder, settings, part=dist.get_rank(), parts=dist.get_world_size()
+        )
+        return sum(objects.all_gather(mine), LongPrompts()).sentences(folder, settings)
 
     def training_stream(self) -> PromptStream:
         """Return the endless stream of `data.train`."""

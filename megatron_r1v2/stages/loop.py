@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from megatron_r1v2.resilience.signals import StepAbandoned
-from megatron_r1v2.stages.session import Session
+from megatron_r1v2.stages.session import Session, State
 from megatron_r1v2.stages.validation import ValidationResult
-
-State = Mapping[str, object]
 
 
 def run_steps(
@@ -29,13 +27,14 @@ def run_steps(
     """
     finished, stopping = session.is_finished, False
     while not finished and not stopping:
-        step()
         validated = None
-        try:
-            validated = validate()
+        with session.save_on_error(state, replay):
+            step()
+            try:
+                validated = validate()
+            except StepAbandoned:  # in its evaluation: the step is done, and saved below
+                session.recorder.log(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
             finished = (validated is not None and validated.goal_reached) or session.is_finished
-        except StepAbandoned:  # in its evaluation: the step is done, and saved below
-            session.recorder.log(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
         # Once a step, here alone: all ranks must leave the loop after the same step.
         stopping = session.preemption.sync_stop_signal(session.step)
         pass_at_1 = validated.pass_at_1 if validated is not None else None

@@ -28,7 +28,11 @@ from megatron_r1v2.rl.mpo import (
 )
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.loop import run_steps
-from megatron_r1v2.stages.reference_log_probs import compute_reference_fingerprint, load_or_compute_log_probs
+from megatron_r1v2.stages.reference_log_probs import (
+    compute_reference_fingerprint,
+    keep_for_fewer_pairs,
+    load_or_compute_log_probs,
+)
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, shard_samples, take_update
 from megatron_r1v2.stages.validation import Validation
@@ -112,9 +116,11 @@ class MpoStage:
             return True
         with self.session.recorder.timed("reference"):
             fingerprint = self.reference_fingerprint = compute_reference_fingerprint(self.session)
-            saved = self.session.restored.state.get("reference", fingerprint.values)
-            changed = [change.setting for change in fingerprint.changes_since(Fingerprint.of(**saved))]
-            if changed:
+            saved = Fingerprint.of(**self.session.restored.state.get("reference", fingerprint.values))
+            changed = [change.setting for change in fingerprint.changes_since(saved)]
+            if changed == ["data"] and self.session.restored.taken_out:
+                keep_for_fewer_pairs(self.session, saved, fingerprint, folder=Path(self._reference_dir))
+            elif changed:
                 raise ValueError(
                     f"what the reference log-probs of this run belong to has changed since it was saved: "
                     f"{', '.join(changed)}; put it back, or start anew with run.output_dir set to a new folder"

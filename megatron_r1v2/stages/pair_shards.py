@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_r1v2.checkpoint.megatron.run_folder import resolve_checkpoint
+from megatron_r1v2.config.choices import TooLong
 from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
@@ -212,6 +213,9 @@ def _pairs_fingerprint(recipe: PairsRecipe) -> Fingerprint:
         sections[section] = {key: value for key, value in sections[section].items() if key not in names}
     sections["run"] = {"seed": recipe.run.seed}
     sections["data"] = {"train": recipe.data.train, "max_tiles": recipe.data.max_tiles}
+    if recipe.data.too_long is not TooLong.error:  # it decides which prompts there are, and which tiles they have
+        limit = {"too_long": recipe.data.too_long.value, "max_prompt_tokens": recipe.data.max_prompt_tokens}
+        sections["data"] |= limit
     sections["train"] = {"prompts_per_step": recipe.train.prompts_per_step}
     if recipe.reward.functions:
         sections["reward"]["functions"] = describe_functions(recipe.reward.functions)

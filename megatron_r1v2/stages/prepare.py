@@ -150,7 +150,8 @@ class _TokenCounts:
         architecture, _ = read_hf_architecture(folder)
         self._tokenizer = ChatTokenizer(folder)
         self._builder = PromptBuilder(
-            settings=DataConfig(max_prompt_tokens=max_prompt_tokens, max_tiles=max_tiles),
+            # Longer ones are to be counted, not refused.
+            settings=DataConfig(max_prompt_tokens=sys.maxsize, max_tiles=max_tiles),
             tokenizer=self._tokenizer,
             tile_size=architecture.vision.image_size,
             tokens_per_tile=architecture.tokens_per_tile,

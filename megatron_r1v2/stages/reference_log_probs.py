@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_r1v2.checkpoint.megatron.run_folder import TENSORS, resolve_checkpoint
+from megatron_r1v2.config.choices import TooLong
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.resilience.files import write_file
@@ -56,11 +57,26 @@ def compute_reference_fingerprint(session: Session) -> Fingerprint:
         "max_tiles": recipe.data.max_tiles,
         "text_only": session.trains_text,
     }
+    if recipe.data.too_long is not TooLong.error:  # it decides which prompts there are, and which tiles they have
+        settings |= {"too_long": recipe.data.too_long.value, "max_prompt_tokens": recipe.data.max_prompt_tokens}
     return Fingerprint.of(
         data=_digest([line for line in digests if line.startswith("data/")]),
         model=_digest([line for line in digests if line.startswith("model/")]),
         settings=settings,
     )
+
+
+def keep_for_fewer_pairs(session: Session, saved: Fingerprint, fingerprint: Fingerprint, *, folder: Path) -> None:
+    """Collective over the world: keep the log-probs of a data set for what is left of it.
+
+    Args:
+        saved: of the data set before pairs were taken out.
+        fingerprint: of the data set now.
+    """
+    old, new = (_path_of(one, folder) for one in (saved, fingerprint))
+    if session.context.is_main and old.is_file() and not new.exists():
+        _write_finished(new, fingerprint, _read_finished(old) or {})
+    dist.barrier()
 
 
 def load_or_compute_log_probs(
@@ -78,7 +94,7 @@ def load_or_compute_log_probs(
     Raises:
         ValueError: the file is damaged, or it is gone and the weights are no longer those to compute it with.
     """
-    path = folder / f"{fingerprint.digest[:16]}.jsonl"
+    path = _path_of(fingerprint, folder)
     unfinished = path.with_suffix(".unfinished")
     finished = _broadcast_from_main(_read_finished(path) if session.context.is_main else None)
     if finished is not None:
@@ -94,9 +110,7 @@ def load_or_compute_log_probs(
     if not _compute(session, source, sums, unfinished):
         return None
     if session.context.is_main:
-        pairs = sorted(key.removesuffix(f"/{SIDES[0]}") for key in sums if key.endswith(f"/{SIDES[0]}"))
-        header = {"pairs": len(pairs), **fingerprint.values}
-        write_file(path, "".join(json.dumps(line) + "\n" for line in (header, *_lines(pairs, sums))))
+        _write_finished(path, fingerprint, sums)
         unfinished.unlink(missing_ok=True)
     return sums
 
@@ -138,6 +152,16 @@ def _forward(session: Session, source: PairSource, prompts: Sequence[Prompt]) ->
 def _lines(keys: Sequence[str], sums: Mapping[str, float]) -> Iterator[dict[str, str | float]]:
     for key in keys:
         yield {"key": key, **{side: sums[sample_name(key, side)] for side in SIDES}}
+
+
+def _path_of(fingerprint: Fingerprint, folder: Path) -> Path:
+    return folder / f"{fingerprint.digest[:16]}.jsonl"
+
+
+def _write_finished(path: Path, fingerprint: Fingerprint, sums: Mapping[str, float]) -> None:
+    pairs = sorted(key.removesuffix(f"/{SIDES[0]}") for key in sums if key.endswith(f"/{SIDES[0]}"))
+    header = {"pairs": len(pairs), **fingerprint.values}
+    write_file(path, "".join(json.dumps(line) + "\n" for line in (header, *_lines(pairs, sums))))
 
 
 def _read_finished(path: Path) -> dict[str, float] | None:

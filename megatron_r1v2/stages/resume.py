@@ -34,6 +34,8 @@ class Restored:
     """The same on every rank: counters, and what the stage itself has saved."""
     replay: Sequence[Mapping[str, Any]] = ()
     """The buffer's samples of each data-parallel rank that saved."""
+    taken_out: str | None = None
+    """A sentence where samples were taken out of the data set since."""
 
     @property
     def step(self) -> int:
@@ -73,8 +75,7 @@ def resume(
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this
     policy.scheduler.load_state_dict(state["scheduler"])
     policy.skipped.in_a_row = state["skipped_in_a_row"]
-    stream.load_state_dict(state["stream"])
-    return Restored(state, replay)
+    return Restored(state, replay, taken_out=stream.load_state_dict(state["stream"]))
 
 
 def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
-from megatron_r1v2.config.choices import Packing, Part
+from megatron_r1v2.config.choices import Packing, Part, TooLong
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
+from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
@@ -37,6 +40,8 @@ from megatron_r1v2.training.store import CheckpointStore, Snapshot
 from megatron_r1v2.training.weight_verification import WeightVerifier
 from megatron_r1v2.types import Prompt
 
+State = Mapping[str, object]
+
 
 @dataclass
 class Session:
@@ -55,6 +60,8 @@ class Session:
     """Of the checkpoint that the stage goes on from, for what the stage itself must restore."""
     step: int
     """Steps done."""
+    saved_step: int
+    """Those of them that the newest checkpoint has."""
 
     @property
     def context(self) -> ParallelContext:
@@ -112,6 +119,8 @@ class Session:
     def end_step(self) -> None:
         """Collective over the world: write the numbers of the step, then publish finished checkpoints."""
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
+        if self.recipe.data.too_long is TooLong.skip:
+            self.recorder.note({"data/too_long_left_out": self.stream.left_out})
         self.preemption.check_lead()
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
@@ -147,6 +156,30 @@ class Session:
             pass_at_1=pass_at_1,
         )
         self.checkpoints.save(self.policy.model, self.policy.optimizer, snapshot)
+        self.saved_step = self.step
+
+    @contextmanager
+    def save_on_error(self, state: Callable[[], State], replay: Callable[[], State]) -> Iterator[None]:
+        """Collective over the world: run a step in the block; where it ends by an error, save the steps before first.
+
+        Args:
+            state: gives what the stage itself must restore.
+            replay: gives what this data-parallel rank holds of the buffer.
+        """
+        step, version, position = self.step, self.policy.version, self.stream.state_dict()
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            # Another error may be this rank's alone, and the others would wait in another collective for ever.
+            everywhere = isinstance(error, DataError) or dist.get_world_size() == 1
+            whole = self.step > step or self.policy.version == version
+            if everywhere and whole and not self.policy.skipped.in_a_row and self.step > self.saved_step:
+                if self.step == step:  # its prompts are read again
+                    self.stream.load_state_dict(position)
+                self.save({"finished": False, **state()}, replay())
+                self.preemption.publish(blocking=True)
+                self.recorder.log(f"saved after step {self.step}, as the run ends by an error; start again to go on")
+            raise
 
     def should_save(self, *, last: bool, pass_at_1: float | None = None) -> bool:
         """Return whether the step just done is one to save."""
@@ -187,8 +220,12 @@ def open_session(
             recorder,
             preemption,
         ):
+            for line in loaded.check_prompt_lengths(recipe.data.train):
+                recorder.log(line)
             if newest is not None:
                 recorder.log(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
+            if restored.taken_out:
+                recorder.log(restored.taken_out)
             if loaded.context.is_main:
                 write_file(run_dir / RECIPE_FILE, recipe_yaml(recipe))
             verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
@@ -206,6 +243,7 @@ def open_session(
                 verifier=verifier,
                 restored=restored,
                 step=restored.step,
+                saved_step=restored.step,
             )
             try:
                 yield session

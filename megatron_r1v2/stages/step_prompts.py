@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.types import Prompt
 
@@ -24,7 +25,7 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
         besides: prompts that the step has already.
 
     Raises:
-        ValueError: the data set has fewer.
+        DataError: the data set has fewer.
     """
     taken = {prompt.key for prompt in besides}
     found: dict[str, Prompt] = {}
@@ -36,7 +37,7 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
         if len(found) == count:
             return list(found.values())
     further = f" beside the {len(taken)} of earlier rounds (algorithm.dynamic_sampling_rounds)" if taken else ""
-    raise ValueError(
+    raise DataError(
         f"data.train has only {len(found)} distinct prompts{further} but train.prompts_per_step={count}; "
         "lower train.prompts_per_step or give more data"
     )

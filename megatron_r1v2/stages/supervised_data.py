@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -46,10 +47,10 @@ class PairSource:
         """Return a prompt's pair.
 
         Raises:
-            ValueError: it has none.
+            DataError: it has none.
         """
         if prompt.preference is None:
-            raise ValueError(
+            raise DataError(
                 f"sample {prompt.key!r} of {self.setting} has no pair of responses; the {self.stage} stage trains on "
                 'pairs: add "chosen" and "rejected" to the JSONL rows and run r1v2 prepare again'
             )

@@ -12,7 +12,15 @@ from PIL import Image
 from transformers import GotOcr2ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from megatron_r1v2.data.images import choose_grid, decode_image, name_images, storable_image, tile_image, tile_limit
+from megatron_r1v2.data.images import (
+    choose_grid,
+    decode_image,
+    image_size,
+    name_images,
+    storable_image,
+    tile_image,
+    tile_limit,
+)
 from megatron_r1v2.data.samples import SampleError
 from tests.tiny import tiny_png
 
@@ -113,3 +121,17 @@ def test_only_the_formats_of_shards_are_stored_as_they_are(images: Path) -> None
 
 def test_images_are_numbered_in_order_of_appearance() -> None:
     assert name_images([("png", b"one"), ("jpg", b"two")]) == {"0.png": b"one", "1.jpg": b"two"}
+
+
+def test_the_size_of_an_upright_image_is_that_of_its_pixels(images: Path) -> None:
+    for name in ("a.png", "b.jpg", "c.gif"):
+        data = (images / name).read_bytes()
+        assert image_size(io.BytesIO(data), name) == decode_image(data, name).size
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for form in ("JPEG", "WEBP", "PNG"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 20)).save(buffer, form, exif=exif)
+        assert image_size(io.BytesIO(buffer.getvalue()), form) == (20, 40), form
+    with pytest.raises(SampleError, match=r"image k\.0\.png: cannot be decoded"):
+        image_size(io.BytesIO(b"nothing"), "k.0.png")

@@ -17,7 +17,7 @@ from PIL import Image
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data import shards
 from megatron_r1v2.data.prompts import PromptBuilder
-from megatron_r1v2.data.samples import encode_record, parse_sample
+from megatron_r1v2.data.samples import DataError, encode_record, parse_sample
 from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Prompt
@@ -172,6 +172,64 @@ def test_a_position_in_other_data_is_refused(tmp_path: Path, folder: Path, token
         stream(folder, tokenizer, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match=r"data\.shuffle was True"):
         stream(folder, tokenizer, shuffle=False).load_state_dict(state)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_sample_that_was_taken_out_does_not_end_the_run(
+    tmp_path: Path, folder: Path, tokenizer: ChatTokenizer, shuffle: bool
+) -> None:
+    begun = stream(folder, tokenizer, shuffle=shuffle)
+    first = keys(begun, 10)
+    state = begun.state_dict()
+    fewer = tiny_shards(tmp_path / "fewer", 36)
+    goes_on = stream(fewer, tokenizer, shuffle=shuffle)
+    message = goes_on.load_state_dict(state)
+    assert message is not None
+    assert f"{fewer} has 36 samples, and had 37 when the run was saved" in message
+    assert goes_on.samples_read == 10
+    rest = keys(goes_on, 10)
+    assert len({*rest, *keys(goes_on, 26)}) == 36 if shuffle else rest == [f"digits-{n:04d}" for n in range(10, 20)]
+    assert not shuffle or rest != first
+    # And again: its own position is one like any other.
+    again = stream(fewer, tokenizer, shuffle=shuffle)
+    assert again.load_state_dict(goes_on.state_dict()) is None
+    assert keys(again, 40) == keys(goes_on, 40)
+    with pytest.raises(ValueError, match=r"shards was"):
+        stream(folder, tokenizer, shuffle=shuffle).load_state_dict(again.state_dict())
+
+
+def long_shards(folder: Path, count: int, long: int) -> Path:
+    """Write samples of which every third, the first `long` of them, has a long question."""
+    text = "<image>\n" + "left + right? " * 40
+    messages = ({"role": "user", "content": text},)
+    samples = [
+        tiny_sample(n, messages=messages) if n % 3 == 0 and n // 3 < long else tiny_sample(n) for n in range(count)
+    ]
+    shards.write_shards(samples, folder, 10)
+    return folder
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    folder = long_shards(tmp_path / "long", 12, 2)
+    settings = {"max_prompt_tokens": 150, "too_long": "skip", "max_corrupt_fraction": 0.0}
+    source = stream(folder, tokenizer, **settings)
+    assert sorted({*keys(source, 10)}) == [f"digits-{n:04d}" for n in range(12) if n not in (0, 3)]
+    assert source.left_out <= 2
+    keys(source, 10)
+    assert (source.left_out, source.corrupt) == (source.samples_read - 20, 0)
+    again = stream(folder, tokenizer, **settings)
+    again.load_state_dict(source.state_dict())
+    assert again.left_out == source.left_out
+    kept = [p.key for p in read_shards(folder, builder(tokenizer, DataConfig(**settings)).build, count=10)]
+    assert len(kept) == 10
+    with pytest.raises(DataError, match=r"digits-000[03].*data\.max_prompt_tokens is 150"):
+        keys(stream(folder, tokenizer, max_prompt_tokens=150), 12)
+
+
+def test_a_data_set_of_which_all_is_too_long_does_not_read_for_ever(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    source = stream(long_shards(tmp_path / "long", 1, 1), tokenizer, max_prompt_tokens=150, too_long="skip")
+    with pytest.raises(DataError, match="none of the 1 samples can be used: of 1 read, 1 are longer than"):
+        source.next(1)
 
 
 def without_answer(parts: Parts) -> Parts:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from megatron_r1v2.resilience.signals import StepAbandoned
 from megatron_r1v2.stages.loop import run_steps
@@ -21,6 +24,14 @@ class Scripted:
         self.events: list[Any] = []
         self.recorder = SimpleNamespace(timed=lambda phase: nullcontext(), log=self.events.append)
         self.preemption = SimpleNamespace(sync_stop_signal=lambda step: step >= stop_after)
+
+    @contextmanager
+    def save_on_error(self, state: Any, replay: Any) -> Iterator[None]:
+        try:
+            yield
+        except ValueError:
+            self.events.append((self.step, state(), replay()))
+            raise
 
     @property
     def is_finished(self) -> bool:
@@ -77,3 +88,18 @@ def test_a_validation_that_is_given_up_loses_no_step() -> None:
     events = run(Scripted(stop_after=1), validate=abandon)
     assert "validation after step 1 is abandoned" in events[0]
     assert events[1:] == [(1, {"finished": False}, {}, None), "end of 1"]
+
+
+def test_an_error_of_a_step_or_its_validation_is_saved_before() -> None:
+    def fail() -> None:
+        raise ValueError("no data")
+
+    session = Scripted()
+    with pytest.raises(ValueError, match="no data"):
+        run(session, validate=fail, state=lambda: {"delta": 1})
+    assert session.events == [(1, {"delta": 1}, {})]
+    session = Scripted()
+    session.take_step = fail  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no data"):
+        run(session)
+    assert session.events == [(0, {}, {})]

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.schema import Part
+from megatron_r1v2.data.samples import DataError, parse_sample
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
-from tests.stages.runs import recipe_for
+from megatron_r1v2.training.store import finished_checkpoints
+from megatron_r1v2.types import Prompt
+from tests.stages.runs import (
+    checkpoint_contents,
+    differences,
+    last_checkpoint,
+    read_metrics,
+    recipe_for,
+    run_stage,
+)
+from tests.stages.tiny_run import write_data
 
 
 @pytest.mark.parametrize(
@@ -52,3 +67,112 @@ def test_a_checkpoint_has_its_name_after_the_numbers_of_its_step_are_written(roo
             session.end_step()
         assert finished_checkpoints(run / "checkpoints") == []
         in_the_way.rmdir()
+
+
+def broken_copy(data: Path, folder: Path, first: int) -> Path:
+    """Copy a data set, with no picture left from a sample on; the sizes in the tar file are unchanged."""
+    shutil.copytree(data, folder)
+    shard = folder / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    position = content.index(f"sample-{first:03d}.0.png".encode())
+    while (position := content.find(b"\x89PNG\r\n\x1a\n", position)) >= 0:
+        content[position : position + 30] = bytes(30)
+    shard.write_bytes(content)
+    return folder
+
+
+def test_a_run_that_ends_by_an_error_is_saved_before_and_goes_on_when_it_is_mended(root: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "whole", images=40, texts=0)
+    data = broken_copy(tmp_path / "whole", tmp_path / "data", 20)
+    settings = ("train.steps=5", "checkpoint.every_steps=0", "data.shuffle=false", "train.prompts_per_step=6")
+
+    def align(name: str, data: Path) -> Path:
+        return run_stage(recipe_for(root, tmp_path / name, (*settings, f"data.train={data}"), stage="align"))
+
+    with pytest.raises(DataError, match="20 of 40 samples read are corrupt"):
+        align("run", data)
+    (saved,) = finished_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-00000003"
+    shutil.copy(tmp_path / "whole" / "shard-000000.tar", data / "shard-000000.tar")
+    assert [line["step"] for line in read_metrics(align("run", data))] == [1, 2, 3, 4, 5]
+    ours, theirs = (
+        checkpoint_contents(last_checkpoint(run))["tensors"] for run in (tmp_path / "run", align("whole-run", data))
+    )
+    assert differences(ours, theirs) == []
+
+
+def test_a_step_whose_update_was_made_is_not_saved_as_the_one_before(root: Path, tmp_path: Path) -> None:
+    with open_session(recipe_for(root, tmp_path / "run"), stage="align", shown=()) as session:
+        supervised_step(session)
+
+        def fail(*, before: bool) -> None:
+            with session.save_on_error(dict, dict):
+                if not before:
+                    session.policy.version += 1
+                raise RuntimeError("out of memory")
+
+        with pytest.raises(RuntimeError):
+            fail(before=False)
+        assert finished_checkpoints(tmp_path / "run" / "checkpoints") == []
+        for _ in range(2):  # the second has nothing to add
+            with pytest.raises(RuntimeError):
+                fail(before=True)
+        assert len(finished_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def long_data(folder: Path, long: int, *, count: int = 16) -> Path:
+    """Write samples of which the first so many have a long question."""
+    write_data(folder / "plain", images=count, texts=0)
+    samples = list(read_shards(folder / "plain", parse_sample))
+    messages = ({"role": "user", "content": "<image>\n" + "abcdefgh" * 20},)
+    write_shards([replace(s, messages=messages) if n < long else s for n, s in enumerate(samples)], folder / "data")
+    return folder / "data"
+
+
+def test_prompts_that_are_too_long_are_named_before_the_first_step_or_left_out(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = long_data(tmp_path, 2)
+    settings = (f"data.train={data}", "data.max_prompt_tokens=100", "train.steps=2")
+    for mode in ("error", "fewer_tiles"):
+        with pytest.raises(ValueError, match=r"2 prompts of .*data are too long: sample-000, sample-001"):
+            run_stage(recipe_for(root, tmp_path / "run", (*settings, f"data.too_long={mode}"), stage="align"))
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    lines = read_metrics(
+        run_stage(recipe_for(root, tmp_path / "run", (*settings, "data.too_long=skip"), stage="align"))
+    )
+    assert "2 prompts of" in (printed := capsys.readouterr().err)
+    assert "are left out: sample-000, sample-001" in printed
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[-1]["data/too_long_left_out"] >= 0
+    assert lines[-1]["data/corrupt_samples"] == 0
+
+
+@pytest.mark.parametrize("stage", ["align", "grpo", "mpo"])
+def test_a_sample_that_is_taken_out_does_not_forbid_to_go_on(
+    root: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    recipe = recipe_for(root, tmp_path / "run", (f"data.train={data}", "train.steps=6"), stage=stage)
+    read = PromptStream.next
+
+    def run_until(samples: int) -> None:
+        def read_some(self: PromptStream, count: int) -> list[Prompt]:
+            if self.samples_read >= samples:
+                raise DataError("a sample that must be taken out")
+            return read(self, count)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="must be taken out"):
+            patch.setattr(PromptStream, "next", read_some)
+            run_stage(recipe)
+
+    run_until(12)
+    samples = list(read_shards(data, parse_sample))
+    shutil.rmtree(data)
+    write_shards(samples[:-1], data)
+    run_until(24)
+    assert "has 15 samples, and had 16 when the run was saved" in capsys.readouterr().err
+    run_stage(recipe)  # and again, from a checkpoint that knows of it
+    assert "when the run was saved" not in capsys.readouterr().err
+    steps = [line["step"] for line in read_metrics(tmp_path / "run")]
+    assert steps == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,95 @@
+"""Long prompts found by the text and the heads of their images, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.lengths import LongPrompts, find_long_prompts
+from megatron_r1v2.data.prompts import PromptBuilder
+from megatron_r1v2.data.samples import ShardSample
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from tests.tiny import tiny_png, tiny_sample, tiny_tokenizer
+
+LONG = ({"role": "user", "content": "<image>\n" + "left + right? " * 40},)
+LIMIT = 120
+
+
+def samples() -> list[ShardSample]:
+    """Return samples of which 3 and 7 have a long text, and 5 an image of many tiles."""
+    changes = {
+        3: {"messages": LONG},
+        7: {"messages": LONG},
+        5: {"images": {"0.png": tiny_png(5, width=384, height=32)}},
+    }
+    return [tiny_sample(number, **changes.get(number, {})) for number in range(9)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(samples(), tmp_path / "data", 2)
+    return tmp_path / "data"
+
+
+def builder(tmp_path: Path, **settings: object) -> tuple[PromptBuilder, DataConfig]:
+    config = DataConfig(max_prompt_tokens=LIMIT, **settings)
+    tokenizer = ChatTokenizer(tiny_tokenizer(tmp_path / "tokenizer"))
+    return PromptBuilder(settings=config, tokenizer=tokenizer, tile_size=32, tokens_per_tile=10), config
+
+
+def find(folder: Path, tmp_path: Path, *, parts: int = 1, **settings: object) -> LongPrompts:
+    made, config = builder(tmp_path, **settings)
+    return sum((find_long_prompts(folder, made, config, part=n, parts=parts) for n in range(parts)), LongPrompts())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_found_is_what_the_reader_leaves_out(folder: Path, tmp_path: Path, parts: int) -> None:
+    found = find(folder, tmp_path, parts=parts, too_long="skip")
+    assert sorted(found.too_long) == ["digits-0003", "digits-0005", "digits-0007"]
+    assert found.reduced == ()
+    made, _ = builder(tmp_path, too_long="skip")
+    read = {prompt.key for prompt in read_shards(folder, made.build)}
+    assert read == {sample.key for sample in samples()} - set(found.too_long)
+    fewer = find(folder, tmp_path, parts=parts, too_long="fewer_tiles")
+    assert (sorted(fewer.too_long), fewer.reduced) == (["digits-0003", "digits-0007"], ("digits-0005",))
+
+
+def test_the_sentences_count_and_name(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"sample 'digits-0003': .* 3 prompts of D are too long: digits-0003, digits-"
+    ) as e:
+        find(folder, tmp_path).sentences("D", DataConfig())
+    assert "lower data.max_tiles, set data.too_long to skip or fewer_tiles, or take the sample out" in str(e.value)
+    settings = DataConfig(max_prompt_tokens=LIMIT, too_long="skip")
+    assert find(folder, tmp_path, too_long="skip").sentences("D", settings) == [
+        "3 prompts of D are longer than data.max_prompt_tokens=120 and are left out: "
+        "digits-0003, digits-0005, digits-0007"
+    ]
+    only = LongPrompts(reduced=tuple(f"k{number}" for number in range(30)))
+    (line,) = only.sentences("D", DataConfig(too_long="fewer_tiles"))
+    assert line.startswith("30 prompts of D")
+    assert line.endswith("cut into fewer tiles: " + ", ".join(f"k{number}" for number in range(20)) + ", ...")
+    assert LongPrompts().sentences("D", DataConfig()) == []
+
+
+def test_only_the_heads_of_images_are_read_and_corrupt_samples_are_left_to_the_reader(
+    folder: Path, tmp_path: Path
+) -> None:
+    expected = find(folder, tmp_path, too_long="skip")
+    for shard in folder.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        position = 0
+        while (position := content.find(b"IDAT", position + 1)) > 0:
+            content[position + 8 : position + 40] = bytes(32)
+        shard.write_bytes(content)
+    assert find(folder, tmp_path, too_long="skip") == expected
+    shard = folder / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes().replace(b'"answer"', b'"anwser"'))
+    assert "digits-0003" not in find(folder, tmp_path, too_long="skip").too_long
+    shard.write_bytes(b"x" * 20_000)
+    with pytest.raises(ValueError, match=r"shard-000001\.tar cannot be read"):
+        find(folder, tmp_path)
