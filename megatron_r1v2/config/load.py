@@ -22,7 +22,9 @@ BASE_KEY = "defaults"
 SCHEMA_KEY = "schema"
 SCHEMA = 2
 """Of the settings, in recipes that are saved; raised with each line of `RENAMES`, and when a stage reads less."""
-RENAMES: Mapping[int, Mapping[str, str]] = {2: {"algorithm.gate_tokens": "", "buffer.priority_exponent": ""}}
+RENAMES: Mapping[int, Mapping[str, str]] = {
+    2: {"algorithm.gate_tokens": "", "buffer.priority_exponent": "", "logging.sample_rollouts": ""}
+}
 """By the schema that changed them: section.key of the schema before -> section.key, or "" where it is gone."""
 
 Check = Callable[[Recipe], Iterable[str]]

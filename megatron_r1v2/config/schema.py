@@ -339,8 +339,6 @@ class LoggingConfig(Section):
     trackers: tuple[Annotated[Tracker, Field(strict=False)], ...] = Field((), strict=False)
     """Further places: wandb; wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`. wandb's
     project is that of its environment variable WANDB_PROJECT, or megatron_r1v2."""
-    sample_rollouts: int = Field(8, ge=0)
-    """Rollouts per step kept for the report."""
 
 
 class CheckpointConfig(Section):

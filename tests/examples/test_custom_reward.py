@@ -18,6 +18,7 @@ from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.evaluation.pass_at_1 import read_evaluation
 from megatron_r1v2.rewards.functions import check_functions
+from megatron_r1v2.stages.grpo import stage
 from tests.stages.runs import read_metrics, read_rollouts, recipe_for, run_stage
 from tests.stages.tiny_run import tiny_recipe
 
@@ -43,13 +44,14 @@ def test_the_file_is_as_short_as_it_is_said_to_be():
     assert len((FOLDER / "reward.py").read_text().splitlines()) <= 15
 
 
-def test_the_recipe_trains_by_the_function_alone(tmp_path: Path) -> None:
+def test_the_recipe_trains_by_the_function_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "ROLLOUTS_KEPT", 24)
     recipe = load_recipe(FOLDER / "grpo.yaml")
     assert isinstance(recipe, GrpoRecipe)
     assert {name for name, weight in recipe.reward.weights.items() if weight} == {"nearness"}
     check_functions(recipe.reward.functions)
     tiny_recipe(tmp_path)  # writes the model and its data
-    small = recipe_for(tmp_path, tmp_path / "run", ("train.steps=2", "logging.sample_rollouts=24"))
+    small = recipe_for(tmp_path, tmp_path / "run", ("train.steps=2",))
     run = run_stage(small.changed(reward=recipe.reward, buffer=recipe.buffer))
     for line in read_metrics(run):
         parts = line["reward/nearness/near/mean"], line["reward/nearness/shown/mean"]

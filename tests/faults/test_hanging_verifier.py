@@ -10,6 +10,7 @@ from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.rewards.answer import last_boxed
+from megatron_r1v2.stages.grpo import stage
 from tests.stages.runs import last_checkpoint, read_metrics, read_rollouts, recipe_for, run_stage
 
 HANGS = "9^{9^{9}}"
@@ -20,6 +21,7 @@ def test_a_hanging_check_is_a_wrong_answer_and_no_more(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verifiers, "TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(stage, "ROLLOUTS_KEPT", 24)
     answers = [("math", HANGS), *[("exact", str(index % 2)) for index in range(5)]]
     samples = [
         ShardSample(
@@ -31,7 +33,6 @@ def test_a_hanging_check_is_a_wrong_answer_and_no_more(
     settings = (
         "train.steps=2",
         f"data.train={tmp_path / 'data'}",
-        "logging.sample_rollouts=24",
     )
     run = run_stage(recipe_for(root, tmp_path / "run", settings))
     lines, rollouts = read_metrics(run), read_rollouts(run)

@@ -37,7 +37,6 @@ SETTINGS = (
     "buffer.target_effective_fraction=0.95",
     "train.warmup_steps=2",
     "train.weight_decay=0.1",
-    "logging.sample_rollouts=100",
 )
 # Smaller batches round in another way, in bf16 enough to draw other tokens: a step is generated anew as a whole.
 BF16 = (

@@ -105,7 +105,6 @@ def tiny_recipe(root: Path, *, parts: tuple[str, ...] = ("adapter",), steps: int
         },
         "checkpoint": {"every_steps": 1, "keep_last": 10, "asynchronous": False},
         "evaluation": {"runs": 2},
-        "logging": {"sample_rollouts": 4},
     }
     kind = STAGES[StageName(stage)]
     if stage == "reward_model":

@@ -23,6 +23,9 @@ from megatron_r1v2.types import Prompt, ScoredRollout
 
 SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fraction", "ssb/trained_effective_fraction")
 
+ROLLOUTS_KEPT = 8
+"""Of each step, for the report."""
+
 
 def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> Path:
     """Run the stage to its end, from where it stopped when it was interrupted, and return the run's folder.
@@ -150,7 +153,7 @@ class GrpoStage:
         by_key = {prompt.key: prompt for prompt in prompts}
         own = [(response, selection.records[sample_id(session.step, response.rollout)]) for response in scored]
         rows = []
-        for place in telling_responses([record for _, record in own], session.recipe.logging.sample_rollouts):
+        for place in telling_responses([record for _, record in own], ROLLOUTS_KEPT):
             response, record = own[place]
             prompt = by_key[response.rollout.prompt_key]
             rows.append(rollout_record(session.step + 1, prompt, response, advantage=record.advantage))

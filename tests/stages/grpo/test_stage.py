@@ -16,6 +16,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.stages.grpo import stage
 from tests.stages.runs import (
     checkpoint_contents,
     differences,
@@ -38,6 +39,12 @@ def run(root: Path, tmp_path: Path) -> Run:
         return run_stage(recipe_for(root, tmp_path / name, ("checkpoint.every_steps=0", *overrides)))
 
     return start
+
+
+@pytest.fixture
+def all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep all rollouts, not only some for the report."""
+    monkeypatch.setattr(stage, "ROLLOUTS_KEPT", 100)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,8 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return float((difference / size).sqrt())
 
 
-def test_every_metric_is_there_and_rollouts_are_kept(run: Run) -> None:
+def test_every_metric_is_there_and_rollouts_are_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "ROLLOUTS_KEPT", 4)
     folder = run("train.steps=3", "buffer.target_effective_fraction=0.9", "train.learning_rate=0.01")
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -170,8 +178,9 @@ def test_text_only_prompts_train_with_the_language_model_only(run: Run) -> None:
     assert read_metrics(adapter)[0]["reward/answer/mean"] == read_metrics(language)[0]["reward/answer/mean"]
 
 
+@pytest.mark.usefixtures("all_rollouts")
 def test_shuffled_rewards_teach_the_wrong_responses(run: Run) -> None:
-    settings = ("train.steps=1", "logging.sample_rollouts=100", "reward.format_weight=0")
+    settings = ("train.steps=1", "reward.format_weight=0")
     plain, shuffled = (
         read_rollouts(run(*settings, f"reward.shuffle={value}", name=value)) for value in ("false", "true")
     )
@@ -183,10 +192,11 @@ def test_shuffled_rewards_teach_the_wrong_responses(run: Run) -> None:
     assert sum(line["correct"] for line in plain) == sum(line["correct"] for line in shuffled)
 
 
+@pytest.mark.usefixtures("all_rollouts")
 def test_every_rule_of_the_hybrid_reward_is_weighed_logged_and_shown(run: Run) -> None:
     rules = {"answer": 1.0, "format": 0.2, "consistency": 0.1, "steps": 0.1, "repetition": 0.1, "overlong": 0.1}
     weights = [f"reward.{name}_weight={weight}" for name, weight in rules.items()]
-    folder = run("train.steps=1", "logging.sample_rollouts=100", *weights)
+    folder = run("train.steps=1", *weights)
     [line] = read_metrics(folder)
     assert {f"reward/{name}/mean" for name in rules} == {name for name in line if name.startswith("reward/")}
     rollouts = read_rollouts(folder)
@@ -294,6 +304,7 @@ def test_a_run_stops_when_engine_and_training_disagree(run: Run) -> None:
         run("train.steps=1", "algorithm.max_log_prob_difference=1e-9")
 
 
+@pytest.mark.usefixtures("all_rollouts")
 def test_own_functions_train_without_answers(run: Run, root: Path, tmp_path: Path) -> None:
     samples = [replace(sample, answer="") for sample in read_shards(root / "data", parse_sample)]
     write_shards(samples, tmp_path / "data")
@@ -310,7 +321,6 @@ def test_own_functions_train_without_answers(run: Run, root: Path, tmp_path: Pat
         "buffer.target_effective_fraction=1",
         "train.steps=3",
         "train.learning_rate=0.01",
-        "logging.sample_rollouts=100",
     )
     with pytest.raises(ValueError, match="has no answer, and buffer.effective_by=answer compares answers"):
         run(*settings, name="by-answer")
