@@ -71,11 +71,7 @@ _REWARD = Section(
             "which it applies.",
             (
                 Metric("critic/rewards/mean", "reward", "Total reward of the fresh responses.", short="reward"),
-                Metric(
-                    "reward/*/mean",
-                    "0 to 1",
-                    "One part of the reward, ours or of reward.functions, over the responses to which it applies.",
-                ),
+                Metric("reward/*/mean", "0 to 1", "One part of the reward, ours or a function's, where it applies."),
             ),
         ),
         Chart(
@@ -384,11 +380,7 @@ _TIME = Section(
                 Metric("verifier/timeouts", "checks", "Checks of a response that ran out of time; each scores 0."),
                 Metric("verifier/crashes", "checks", "Checks of a response that failed; each scores 0."),
                 Metric("data/corrupt_samples", "samples", "Samples that could not be read, since the start."),
-                Metric(
-                    "data/too_long_left_out",
-                    "samples",
-                    "Prompts left out as too long, since the start.",
-                ),
+                Metric("data/too_long_left_out", "prompts", "Left out as too long, since the start."),
                 Metric("data/text_only_left_out", "prompts", "Left out, since no trained part sees them."),
             ),
         ),
