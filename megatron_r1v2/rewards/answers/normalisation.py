@@ -97,6 +97,12 @@ _SYMBOLS |= {
     for letter in ("C", "N", "Q", "R", "Z")
 }
 _ROOTS = {"\N{SQUARE ROOT}": "", "\N{CUBE ROOT}": "[3]", "\N{FOURTH ROOT}": "[4]"}
+# A raised number before a root is its degree, unless it may be the power of what stands before.
+_RAISED_ROOTS = {
+    "\N{SUPERSCRIPT THREE}\N{SQUARE ROOT}": "\N{CUBE ROOT}",
+    "\N{SUPERSCRIPT FOUR}\N{SQUARE ROOT}": "\N{FOURTH ROOT}",
+}
+_RAISED_ROOT = re.compile(rf"(?<![\w)\]}}|!'])(?:{'|'.join(_RAISED_ROOTS)})")
 _ROOT = re.compile(rf"([{''.join(_ROOTS)}])\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\)|(?=\{{))")
 
 _SYNONYMS = {
@@ -180,7 +186,8 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]
 
 
 def _normalise_once(text: str) -> str:
-    text = _unify_characters(unicodedata.normalize("NFC", text.strip()))
+    text = _RAISED_ROOT.sub(lambda match: _RAISED_ROOTS[match.group()], unicodedata.normalize("NFC", text.strip()))
+    text = _unify_characters(text)
     text = _ROOT.sub(_root, text)
     text = _MARKDOWN.sub(r"\2", text) if _MARKDOWN.fullmatch(text) else text
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match.group()), text)

@@ -19,6 +19,7 @@ _MONEY = re.compile(
 _UNIT_START = re.compile(r"\\frac(?=\{[A-Za-z])|\^\\circ|%|\\\$|\\mu|\\Omega|(?<![A-Za-z\\{^_])[A-Za-z]|[^\x00-\x7f]")
 _MAX_STARTS = 6
 _UNIT_IN_BRACKETS = re.compile(r"(?<=\d)\s*\(([A-Za-z^\x80-\uffff][^()\d]*(?:\^\d)?)\)$")
+_AFTER_DECIMALS = frozenset("NJWVA")
 _MAGNITUDES = {
     "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
     "\u767e": 2, "\u5343": 3, "\u4e07": 4, "\u4ebf": 8,
@@ -64,11 +65,18 @@ def read_quantity(text: str, *, attached: bool = False) -> Quantity | None:
             number, rest = Number(number.value * scale, number.digits), rest[magnitude.end() :]
             if not rest:
                 return Quantity(number)
-        elif text[start - 1] != " " and not is_attached_unit(rest) and not (attached and is_symbol(rest)):
+        elif text[start - 1] != " " and not _is_unit_behind(text[:start], rest, attached=attached):
             continue
         unit = read_unit(rest)
         return None if unit is None else Quantity(number, unit)
     return None
+
+
+def _is_unit_behind(number: str, letters: str, *, attached: bool) -> bool:
+    """Return whether letters directly behind a number are a unit, and no variable to multiply it by (rule 5)."""
+    # A product of decimals and a capital letter is rare, 0.64N is not.
+    decimal = "." in number and letters in _AFTER_DECIMALS
+    return decimal or is_attached_unit(letters) or (attached and is_symbol(letters))
 
 
 def quantities_equal(given: Quantity, reference: Quantity, tolerance: float = 0.0) -> bool:

@@ -154,3 +154,9 @@ def test_plain_text(text, expected):
 
 def test_the_spellings_are_what_they_should_be():
     assert Fraction("0.1") == read_number(normalise(r"\frac{2}{20}")).value
+
+
+def test_a_raised_number_before_a_root_is_its_degree_or_the_power_of_what_stands_before():
+    assert normalise("\u00b3\u221a8") == normalise("\u221b8") == r"\sqrt[3]{8}"
+    assert normalise("1 + \u2074\u221a16") == normalise("1 + \u221c16")
+    assert normalise("2\u00b3\u221a4") == normalise("2^3\u221a4")

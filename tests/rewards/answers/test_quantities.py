@@ -102,3 +102,10 @@ def test_a_quantity_in_two_units_agrees_and_in_another_one_does_not(data, value,
     if value:
         assert not equal(f"{value} {small}", reference)
         assert not equal(f"{value * factor + 1} {small}", reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_quantity"), [("0.64N", True), ("2.5V", True), ("64N", False), ("0.64x", False), ("0.64NV", False)]
+)
+def test_a_capital_letter_behind_decimals_is_a_unit(text, is_quantity):
+    assert (read_quantity(text) is not None) is is_quantity

@@ -161,3 +161,20 @@ def test_signs_and_sides():
 )
 def test_approximations(text, exact):
     assert split_approximation(text) == exact
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("p=5, q=2; p=7, q=2", ["(5, 2)", "(7, 2)"]),
+        ("q=2, p=5; p=7, q=3", ["(5, 2)", "(7, 3)"]),
+        ("x=1, y=2 or x=2, y=1", ["(1, 2)", "(2, 1)"]),
+        ("x=1, y=2", ["x=1", "y=2"]),
+        ("x=1; x=2", ["x=1", "x=2"]),
+        ("x=1, y=2; x=2, z=1", ["x=1", "y=2", "x=2", "z=1"]),
+        ("x=1, x=2; x=3, x=4", ["x=1", "x=2", "x=3", "x=4"]),
+        ("1, 2; 3, 4", ["1", "2", "3", "4"]),
+    ],
+)
+def test_values_by_name_are_points(text, parts):
+    assert split_list(text) == parts
