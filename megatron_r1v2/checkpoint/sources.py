@@ -25,7 +25,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     stored_names,
 )
-from megatron_r1v2.checkpoint.hf.refusals import check_tensor_names
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_tensor_names
 from megatron_r1v2.checkpoint.hf.shapes import parameter_shapes
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
@@ -114,8 +114,9 @@ class TableSource(Source):
         dtypes = {tensor.dtype for tensor in tensors.values()}
         if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
             found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-            raise ValueError(
-                f"{self._folder_of(ours)}: {found}; accepted: floating point, the same for all of a weight"
+            raise Unsupported(
+                "mixed dtypes",
+                f"{self._folder_of(ours)}: {found}; accepted: floating point, the same for all of a weight",
             )
         return row.to_shard(tensors, tensor_rank=0, tensor_size=1)
 
@@ -210,10 +211,11 @@ class HfSource(TableSource):
         else:
             unused, missing = hf_leftovers(self.architecture, self._stored, self.layout)
         if unused or missing:
-            raise ValueError(
+            sentence = (
                 f"{spec.folder} does not hold the model of its config.json: {len(missing)} tensors are missing "
                 f"{missing[:5]}, {len(unused)} have no place in it {unused[:5]}"
             )
+            raise ValueError(sentence) if missing else Unsupported("superfluous tensors", sentence)
         self._rows = {row.ours: row for row in rows if row.exported}
         self._check_shapes(self._config)
         if self._manifest is not None:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from megatron_r1v2.checkpoint.hf.refusals import Kind, Unsupported
 from megatron_r1v2.models.architecture import (
     LanguageArchitecture,
     PixelShuffle,
@@ -130,8 +131,9 @@ def vision_architecture(hf: Config) -> VisionArchitecture:
     _require(hf, "hidden_act", ("gelu",), "the vision tower")
     vision = _check(_Vision, _complete(InternVLVisionConfig, hf, "vision_config"), "vision_config")
     if not vision.use_mean_pooling:
-        raise ValueError(
-            "vision_config.use_mean_pooling=false adds a final LayerNorm, which InternViT has not; set true"
+        raise Unsupported(
+            "vision settings",
+            "vision_config.use_mean_pooling=false adds a final LayerNorm, which InternViT has not; set true",
         )
     if vision.hidden_size % vision.num_attention_heads:
         raise ValueError(
@@ -170,10 +172,11 @@ def language_architecture(hf: Config) -> LanguageArchitecture:
     _require(hf, "model_type", tuple(FAMILIES), "the language model")
     family = FAMILIES[str(hf["model_type"])]
     if hf.get("use_sliding_window"):
-        raise ValueError("text_config.use_sliding_window=true is not supported; accepted: false")
+        raise Unsupported("sliding window", "text_config.use_sliding_window=true is not supported; accepted: false")
     for key in family.refused:
         if hf.get(key):
-            raise ValueError(f"text_config.{key}={hf[key]!r} of a {hf['model_type']} is not supported; accepted: false")
+            sentence = f"text_config.{key}={hf[key]!r} of a {hf['model_type']} is not supported; accepted: false"
+            raise Unsupported("biases", sentence)
     completed = _complete(family.config, hf, "text_config")
     _require(completed, "hidden_act", ("silu",), "the language model")
     language = _check(_Language, completed, "text_config")
@@ -249,15 +252,17 @@ def r1v2_architecture(hf: Config) -> R1V2Architecture:
     whole = _check(_Whole, completed, "config.json")
     language = replace(language, tied_embeddings=whole.tie_word_embeddings)
     if whole.image_token_id >= language.vocab_size:
-        raise ValueError(
+        raise Unsupported(
+            "image token",
             f"image_token_id={whole.image_token_id} is outside the vocabulary of text_config.vocab_size="
-            f"{language.vocab_size}; take the id of <IMG_CONTEXT> from the folder's tokenizer"
+            f"{language.vocab_size}; take the id of <IMG_CONTEXT> from the folder's tokenizer",
         )
     side = vision_sizes.image_size // vision_sizes.patch_size
     if not (side * whole.downsample_ratio).is_integer() or not (1 / whole.downsample_ratio).is_integer():
-        raise ValueError(
+        raise Unsupported(
+            "uneven sizes",
             f"downsample_ratio={whole.downsample_ratio} does not divide the {side} x {side} patches of a tile into "
-            "whole squares; accepted: 1, 0.5, 0.25 or another whole part of the side"
+            "whole squares; accepted: 1, 0.5, 0.25 or another whole part of the side",
         )
     return R1V2Architecture(
         vision=vision_sizes,
@@ -274,10 +279,11 @@ def _rotations(completed: Config, max_positions: int) -> tuple[RopeType, float, 
     rope_type = rope.get("rope_type", "default")
     if rope_type not in tuple(_ROPE_SETTINGS):
         accepted = ", ".join(map(repr, _ROPE_SETTINGS))
-        raise ValueError(f"text_config rope type {rope_type!r} is not supported; accepted: {accepted}")
+        raise Unsupported("rotations", f"text_config rope type {rope_type!r} is not supported; accepted: {accepted}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"text_config rope's partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; accepted: 1"
+        raise Unsupported(
+            "rotations",
+            f"text_config rope's partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; accepted: 1",
         )
     kind: RopeType = next(name for name in _ROPE_SETTINGS if name == rope_type)
     names = ("rope_theta", *_ROPE_SETTINGS[kind])
@@ -334,10 +340,13 @@ def _check(kind: type[Keys], completed: Config, where: str) -> Keys:
         first = error.errors()[0]
         name = f"{where}." if where != "config.json" else ""
         key = first["loc"][0]
-        raise ValueError(
+        sentence = (
             f"{name}{key}={str(first['input'])[:200]!r} is not accepted: {first['msg'].lower()}; copy the folder's "
             "config.json again"
-        ) from error
+        )
+        if first["type"] != "literal_error":
+            raise ValueError(sentence) from error
+        raise Unsupported("activation" if "_act" in str(key) else "vision settings", sentence) from error
 
 
 def _mapping(value: object) -> dict[str, object]:
@@ -347,10 +356,13 @@ def _mapping(value: object) -> dict[str, object]:
 def _require(hf: Config, key: str, accepted: Sequence[object], what: str) -> None:
     value = hf.get(key)
     if value not in accepted:
-        raise ValueError(f"{key}={value!r} of {what} is not supported; accepted: {', '.join(map(repr, accepted))}")
+        kind: Kind = "model family" if key == "model_type" else "activation" if "_act" in key else "vision settings"
+        sentence = f"{key}={repr(value)[:200]} of {what} is not supported; accepted: {', '.join(map(repr, accepted))}"
+        raise Unsupported(kind, sentence)
 
 
 def _square(sides: tuple[int, int], name: str) -> int:
     if sides[0] != sides[1]:
-        raise ValueError(f"{name}={list(sides)} is not square; tiles and patches must have equal sides")
+        sentence = f"{name}={list(sides)} is not square; tiles and patches must have equal sides"
+        raise Unsupported("vision settings", sentence)
     return sides[0]

@@ -17,7 +17,7 @@ import torch
 from megatron_r1v2.checkpoint.hf.architecture import Config, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
 from megatron_r1v2.checkpoint.hf.mapping import HF_EMBEDDING, HF_OUTPUT, Layout, stored_names
-from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_config, check_folder
 from megatron_r1v2.models.architecture import R1V2Architecture
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -78,10 +78,11 @@ def layout_of(config: Config) -> Layout:
         return "transformers"
     if model_type in CHAT_TYPES:
         return "chat"
-    raise ValueError(
+    raise Unsupported(
+        "model family",
         f"config.json has model_type={str(model_type)[:200]!r}, which is no InternVL; accepted: 'internvl' "
         "(transformers' layout), 'internvl_chat' and 'skywork_chat' (OpenGVLab's and Skywork's); a language model or a "
-        "vision tower alone is for reassemble"
+        "vision tower alone is for reassemble",
     )
 
 
@@ -244,9 +245,11 @@ def transformers_vision_config(chat: Config) -> dict[str, object]:
     """Translate the vision_config of the chat layout, or the config.json of a published InternViT."""
     chat = {**_CHAT_VISION_DEFAULTS, **{key: value for key, value in chat.items() if value is not None}}
     if chat["hidden_act"] != "gelu":
-        raise ValueError(f"vision_config.hidden_act={chat['hidden_act']!r} is not supported; accepted: 'gelu'")
+        sentence = f"vision_config.hidden_act={repr(chat['hidden_act'])[:200]} is not supported; accepted: 'gelu'"
+        raise Unsupported("activation", sentence)
     if chat.get("use_moe"):
-        raise ValueError("vision_config.use_moe=true is not supported; accepted: false, no mixture of experts")
+        sentence = "vision_config.use_moe=true is not supported; accepted: false, no mixture of experts"
+        raise Unsupported("mixture of experts", sentence)
     for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
         size = chat[key]
         if type(size) is not int or size < 1:
@@ -278,20 +281,28 @@ def transformers_config(chat: Config, *, image_token_id: int) -> dict[str, objec
         parts[key] = part
     for key in ("use_backbone_lora", "use_llm_lora"):
         if chat.get(key):
-            raise ValueError(f"{key}={chat[key]!r}: the folder holds LoRA adapters; merge them into the weights first")
+            sentence = (
+                f"{key}={repr(chat[key])[:200]}: the folder holds LoRA adapters; merge them into the weights first"
+            )
+            raise Unsupported("LoRA adapters", sentence)
     vision = transformers_vision_config(parts["vision_config"])
     side, patch = (_first(vision[key]) for key in ("image_size", "patch_size"))
     if (chat.get("force_image_size") or side) != side:
-        raise ValueError(
-            f"force_image_size={chat['force_image_size']} differs from vision_config.image_size={side}: the position "
-            "embeddings would be resized on load; set both to the side of the tiles that the model was trained with"
+        stated = str(chat["force_image_size"])[:200]
+        raise Unsupported(
+            "resized positions",
+            f"force_image_size={stated} differs from vision_config.image_size={side}: the position embeddings would be "
+            "resized on load; set both to the side of the tiles that the model was trained with",
         )
     chat = {**_CHAT_DEFAULTS, **{key: value for key, value in chat.items() if value is not None}}
     if chat["select_layer"] != -1:
-        raise ValueError(f"select_layer={chat['select_layer']} is not supported; accepted: -1, the last layer")
+        sentence = f"select_layer={str(chat['select_layer'])[:200]} is not supported; accepted: -1, the last layer"
+        raise Unsupported("vision settings", sentence)
     ratio = chat["downsample_ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise ValueError(f"downsample_ratio={ratio!r} is not accepted; accepted: a number above 0 and up to 1")
+        raise ValueError(
+            f"downsample_ratio={repr(ratio)[:200]} is not accepted; accepted: a number above 0 and up to 1"
+        )
     text = {key: value for key, value in parts["llm_config"].items() if key not in NOT_IN_PARTS}
     text.setdefault("model_type", _model_type_of(text))
     # The language model's own class ties; a key beside the parts says nothing.

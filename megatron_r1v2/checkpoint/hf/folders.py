@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported
 from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 
@@ -111,16 +112,20 @@ class SafetensorsFolder:
     def _check_single(self) -> None:
         """Refuse a single file beside an index of others: programs differ in which they read."""
         if (self.folder / SINGLE_NAME).exists() and SINGLE_NAME not in _read_index(self.folder / INDEX_NAME).values():
-            raise ValueError(
+            raise Unsupported(
+                "two sets of weights",
                 f"{self.folder} has both {INDEX_NAME} with its shards and {SINGLE_NAME}; transformers reads the single "
-                "file alone, other programs the shards: delete the one that is not the model"
+                "file alone, other programs the shards: delete the one that is not the model",
             )
 
     def _open(self, path: Path) -> None:
         if not path.exists():
             pickles = sorted(item.name for item in path.parent.glob("*.bin"))
-            hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
-            raise ValueError(f"{path} is missing; copy the folder again, with all its safetensors files{hint}")
+            sentence = f"{path} is missing; copy the folder again, with all its safetensors files"
+            if not pickles:
+                raise ValueError(sentence)
+            hint = f"{pickles[0]} is a pickle, which is never read: convert it to safetensors"
+            raise Unsupported("pickled weights", f"{sentence}; {hint}")
         for name, tensor in map_safetensors_file(path).items():
             if name in self._tensors:
                 raise ValueError(f"{path} holds {name!r}, which another file of the folder holds too; remove one")

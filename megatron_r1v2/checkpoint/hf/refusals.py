@@ -1,11 +1,31 @@
-"""Refusals of folders that hold no readable model: LoRA adapters, quantized weights, a name on the hub."""
+"""Refusals: the closed list of what transformers loads and this package does not, and folders that are no model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
+Kind = Literal[
+    "quantized weights",
+    "LoRA adapters",
+    "pickled weights",
+    "two sets of weights",
+    "mixed dtypes",
+    "superfluous tensors",
+    "model family",
+    "mixture of experts",
+    "rotations",
+    "sliding window",
+    "biases",
+    "activation",
+    "vision settings",
+    "resized positions",
+    "uneven sizes",
+    "image token",
+]
+"""Everything else that is refused is refused by transformers too; docs/checkpoints.md says what to do about each."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _QUANTIZED = {
     "awq": "AWQ",
@@ -26,6 +46,17 @@ _QUANTIZED_NAMES = {
 _LORA_NAMES = (".lora_A.", ".lora_B.", ".lora_A.weight", ".lora_B.weight")
 
 
+class Unsupported(ValueError):
+    """A model that transformers loads and this package does not."""
+
+    def __init__(self, kind: Kind, sentence: str) -> None:
+        super().__init__(kind, sentence)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 def check_folder(folder: Path | str) -> None:
     """Refuse a path that is not there, and a folder of LoRA adapters.
 
@@ -42,9 +73,10 @@ def check_folder(folder: Path | str) -> None:
             )
         raise ValueError(f"{folder} is missing; give the folder of a Hugging Face checkpoint")
     if (path / "adapter_config.json").is_file():
-        raise ValueError(
+        raise Unsupported(
+            "LoRA adapters",
             f"{folder} holds LoRA adapters (adapter_config.json); merge them into their base model first, with "
-            "peft's merge_and_unload() and save_pretrained()"
+            "peft's merge_and_unload() and save_pretrained()",
         )
 
 
@@ -52,7 +84,7 @@ def check_config(config: Mapping[str, object], folder: Path | str) -> None:
     """Refuse quantized weights by what config.json says of them.
 
     Raises:
-        ValueError: with the kind of quantization.
+        Unsupported: with the kind of quantization.
     """
     parts = (config, *(config.get(key) for key in ("llm_config", "text_config", "vision_config")))
     for part in parts:
@@ -66,21 +98,23 @@ def check_tensor_names(names: Iterable[str], folder: Path | str) -> None:
     """Refuse quantized weights and LoRA adapters by the names of their tensors.
 
     Raises:
-        ValueError: with what they are.
+        Unsupported: with what they are.
     """
     for name in names:
         for ending, kind in _QUANTIZED_NAMES.items():
             if name.endswith(ending):
                 raise _quantized(folder, kind, name)
         if any(mark in name for mark in _LORA_NAMES):
-            raise ValueError(
+            raise Unsupported(
+                "LoRA adapters",
                 f"{folder} holds LoRA adapters ({name}); merge them into their base model first, with peft's "
-                "merge_and_unload() and save_pretrained()"
+                "merge_and_unload() and save_pretrained()",
             )
 
 
-def _quantized(folder: Path | str, kind: str, found: str) -> ValueError:
-    return ValueError(
+def _quantized(folder: Path | str, kind: str, found: str) -> Unsupported:
+    return Unsupported(
+        "quantized weights",
         f"{folder} holds weights quantized by {kind} ({found}), which are not read; give the folder of the model "
-        "before quantization, in bf16, fp16 or fp32"
+        "before quantization, in bf16, fp16 or fp32",
     )

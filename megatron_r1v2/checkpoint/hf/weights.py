@@ -21,7 +21,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     stored_names,
 )
-from megatron_r1v2.checkpoint.hf.refusals import check_tensor_names
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_tensor_names
 from megatron_r1v2.models.architecture import FUSED_NORM_NAMES, R1V2Architecture
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -122,9 +122,8 @@ def _stored_tensors(folder: SafetensorsFolder, architecture: R1V2Architecture, l
         if (count := len(names))
     ]
     if problems:
-        raise ValueError(
-            f"{folder.folder} does not fit the model: {'; '.join(problems)}; is it the folder of another model?"
-        )
+        sentence = f"{folder.folder} does not fit the model: {'; '.join(problems)}; is it the folder of another model?"
+        raise ValueError(sentence) if missing else Unsupported("superfluous tensors", sentence)
     return stored
 
 

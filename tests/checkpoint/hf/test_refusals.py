@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_hf, inspect, reassemble, verify
+from megatron_r1v2.checkpoint.hf.config import read_hf_architecture, transformers_config
 from megatron_r1v2.checkpoint.hf.folders import read_json
-from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder, check_tensor_names
+from megatron_r1v2.checkpoint.hf.refusals import Kind, Unsupported, check_config, check_folder, check_tensor_names
+from megatron_r1v2.checkpoint.sources import HfSpec
 from megatron_r1v2.resilience.files import write_json
 from tests.checkpoint.damage import run
 
@@ -95,3 +100,84 @@ def test_every_tool_refuses_them(made, tmp_path, monkeypatch, capsys, change):
         run(tool, *arguments, code=1)
         assert told in capsys.readouterr().err, tool.__name__
     assert not (tmp_path / "out").exists()
+
+
+def with_keys(config, part="", **keys):
+    """Return a configuration with other keys, in one of its parts or at its top."""
+    return {**config, part: {**config[part], **keys}} if part else {**config, **keys}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "keys"),
+    [
+        ("quantized weights", "", {"quantization_config": {"quant_method": "awq"}}),
+        ("model family", "", {"model_type": "llava"}),
+        ("model family", "text_config", {"model_type": "internlm2"}),
+        ("model family", "vision_config", {"model_type": "siglip"}),
+        ("rotations", "text_config", {"rope_parameters": {"rope_type": "proportional"}}),
+        ("sliding window", "text_config", {"use_sliding_window": True}),
+        ("biases", "text_config", {"model_type": "llama", "attention_bias": True}),
+        ("activation", "text_config", {"hidden_act": "gelu"}),
+        ("activation", "", {"projector_hidden_act": "relu"}),
+        ("vision settings", "", {"vision_feature_layer": -2}),
+        ("vision settings", "vision_config", {"use_mean_pooling": False}),
+        ("vision settings", "vision_config", {"use_mask_token": True}),
+        ("vision settings", "vision_config", {"image_size": [32, 64]}),
+        ("uneven sizes", "", {"downsample_ratio": 0.3}),
+        ("image token", "", {"image_token_id": 10**6}),
+    ],
+)
+def test_a_refused_setting_is_of_a_kind(made, tmp_path, kind, part, keys):
+    config = with_keys(read_json(made / "hf" / "config.json"), part, **keys)
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(Unsupported) as refused:
+        read_hf_architecture(tmp_path)
+    assert refused.value.kind == kind
+    again = pickle.loads(pickle.dumps(refused.value))
+    assert (str(again), again.kind) == (str(refused.value), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "keys"),
+    [
+        ("LoRA adapters", "", {"use_llm_lora": 8}),
+        ("mixture of experts", "vision_config", {"use_moe": True}),
+        ("activation", "vision_config", {"hidden_act": "relu"}),
+        ("vision settings", "", {"select_layer": -4}),
+        ("resized positions", "", {"force_image_size": 64}),
+    ],
+)
+def test_a_refused_setting_of_the_chat_layout_is_of_a_kind(made, kind, part, keys):
+    config = with_keys(read_json(made / "chat" / "config.json"), part, **keys)
+    with pytest.raises(Unsupported) as refused:
+        transformers_config(config, image_token_id=0)
+    assert refused.value.kind == kind
+
+
+@pytest.mark.parametrize("kind", ["pickled weights", "two sets of weights", "mixed dtypes", "superfluous tensors"])
+def test_refused_weights_are_of_a_kind(made, tmp_path, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(made / "hf", folder)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    if kind == "pickled weights":
+        weights.rename(folder / "pytorch_model.bin")
+    if kind == "two sets of weights":
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "model-00001-of-00001.safetensors"}})
+    if kind == "mixed dtypes":
+        name = "language_model.model.layers.0.self_attn.q_proj.weight"
+        save_file({**tensors, name: tensors[name].bfloat16()}, weights)
+    if kind == "superfluous tensors":
+        save_file({**tensors, "more.weight": torch.ones(1)}, weights)
+    with pytest.raises(Unsupported) as refused:
+        HfSpec(folder).open()
+    assert refused.value.kind == kind
+
+
+def test_the_documentation_lists_every_kind_and_the_code_raises_each():
+    text = Path("docs/checkpoints.md").read_text(encoding="utf-8").partition("## What is refused")[2]
+    rows = re.findall(r"^\| ([^|]+?) \|", text.partition("\n## ")[0], re.MULTILINE)
+    assert rows[2:] == list(get_args(Kind)), "in this order, behind the head of the table"
+    source = "".join(path.read_text(encoding="utf-8") for path in Path("megatron_r1v2/checkpoint").rglob("*.py"))
+    raised = re.findall(r"Unsupported\(\s*[^,]+,|kind: Kind = [^\n]+", source)
+    assert set(re.findall(r'"(\w[\w ]+)"', "".join(raised))) - {"model_type", "_act"} == set(get_args(Kind))
