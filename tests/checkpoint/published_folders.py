@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import InternVLVisionConfig, PretrainedConfig
 
-from tests.tiny_hf import tiny_byte_tokenizer
+from tests.checkpoint.chat_reference import write_chat_folder
+from tests.tiny_hf import Family, tiny_byte_tokenizer, tiny_text_config, tiny_vision_config
 
 Publisher = Literal["internvl", "skywork"]
 Json = dict[str, Any]
@@ -164,6 +165,18 @@ def write_published_folder(folder: Path, config: Json, source: Path) -> None:
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(chat_tensors(load_file(source / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+
+def write_tiny_published(folder: Path, publisher: Publisher, **language: object) -> Json:
+    """Write a random folder under a publisher's config.json and return that; `language` are keys of `llm_config`."""
+    family: Family = "6b" if publisher == "skywork" else "300m"
+    write_chat_folder(folder, family=family, version="v2")
+    text = tiny_text_config()
+    text.head_dim = text.hidden_size // text.num_attention_heads
+    config = published_config(publisher, tiny_vision_config(family), text)
+    config["llm_config"].update(language)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return config
 
 
 def published_config(publisher: Publisher, vision: InternVLVisionConfig, text: PretrainedConfig) -> Json:

@@ -20,7 +20,7 @@ import pytest
 from checkpoint_tools import hf_to_hf, hf_to_megatron, inspect, reassemble, verify
 from megatron_r1v2.checkpoint import destinations, splicing
 from megatron_r1v2.planning import command as plan
-from tests.checkpoint.published import write_internvl3, write_skywork
+from tests.checkpoint.published_folders import write_tiny_published
 from tests.tiny_hf import tiny_hf_language, tiny_hf_model, tiny_hf_vision
 
 NUMBERS = (0, -1, 1, 3, 2**31, 2**63, 10**30, 0.5, -1.5, 1e308, float("nan"), float("inf"))
@@ -74,8 +74,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write models in both layouts and components, one of each kind."""
     root = tmp_path_factory.mktemp("whole")
     tiny_hf_model(root / "transformers", "6b")
-    write_internvl3(root / "internvl3")
-    write_skywork(root / "skywork")
+    write_tiny_published(root / "internvl3", "internvl")
+    write_tiny_published(root / "skywork", "skywork")
     tiny_hf_vision(root / "vision")
     tiny_hf_language(root / "language")
     return root

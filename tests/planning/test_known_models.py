@@ -16,7 +16,7 @@ from megatron_r1v2.planning.parameters import whole_model_counts
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
 from tests.checkpoint.hf.test_config import convert
-from tests.checkpoint.published import write_internvl3
+from tests.checkpoint.published_folders import write_tiny_published
 
 CLUSTER = Cluster(gpus=1, gpus_per_node=8, gpu_memory_gib=80, reserve_gib=4, hardware=HARDWARE["h100"])
 
@@ -66,7 +66,7 @@ def test_the_help_names_every_known_model(capsys):
 
 def test_folders_of_the_chat_layout_give_the_same_plan(tmp_path):
     """A config.json of OpenGVLab's or Skywork's, which needs no tokenizer beside it."""
-    write_internvl3(tmp_path / "chat")
+    write_tiny_published(tmp_path / "chat", "internvl")
     convert(tmp_path / "chat", tmp_path / "out", "transformers")
     (tmp_path / "bare.json").write_text((tmp_path / "chat" / "config.json").read_text())
     recipe = load_recipe_as(GrpoRecipe, None, ("data.max_prompt_tokens=100", "generation.max_response_tokens=100"))
