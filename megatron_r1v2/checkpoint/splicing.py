@@ -198,7 +198,7 @@ class ComponentsSource(TableSource):
 
     def _meta(self, name: str) -> torch.Tensor:
         if name not in self._found:
-            return self._drawn(name).to("meta")
+            return torch.empty(self._drawn_shape(name), dtype=self._drawn_dtype(), device="meta")
         folder, stored = self._found[name]
         return _grown(folder.info(stored).meta(), self._num_rows(name))
 
@@ -210,17 +210,23 @@ class ComponentsSource(TableSource):
 
     def _drawn(self, name: str) -> torch.Tensor:
         """Draw a parameter of the adapter as transformers initialises it; each has a seed of its own."""
-        inputs, hidden = self.architecture.adapter_input_size, self.architecture.language.hidden_size
-        folder, stored = self._found[HF_EMBEDDING]
-        dtype = folder.info(stored).dtype
-        layer, kind = name.removeprefix("multi_modal_projector.").split(".")
-        if kind == "bias":
-            return torch.zeros(inputs if layer == "layer_norm" else hidden, dtype=dtype)
-        if layer == "layer_norm":
-            return torch.ones(inputs, dtype=dtype)
-        offset = {"linear_1": 0, "linear_2": 1}[layer]
+        shape, dtype = self._drawn_shape(name), self._drawn_dtype()
+        if len(shape) == 1:
+            return torch.zeros(shape, dtype=dtype) if name.endswith("bias") else torch.ones(shape, dtype=dtype)
+        offset = 1 if "linear_2" in name else 0
         generator = torch.Generator().manual_seed(2 * self._components.seed + offset)
-        return (0.02 * torch.randn(hidden, hidden if offset else inputs, generator=generator)).to(dtype)
+        return (0.02 * torch.randn(shape, generator=generator)).to(dtype)
+
+    def _drawn_shape(self, name: str) -> tuple[int, ...]:
+        inputs, hidden = self.architecture.adapter_input_size, self.architecture.language.hidden_size
+        layer, kind = name.removeprefix("multi_modal_projector.").split(".")
+        if layer == "layer_norm":
+            return (inputs,)
+        return (hidden,) if kind == "bias" else (hidden, hidden if layer == "linear_2" else inputs)
+
+    def _drawn_dtype(self) -> torch.dtype:
+        folder, stored = self._found[HF_EMBEDDING]
+        return folder.info(stored).dtype
 
 
 def _with_v2(architecture: R1V2Architecture) -> R1V2Architecture:
