@@ -43,6 +43,11 @@ class PromptBuilder:
         self._tile_size = tile_size
         self._tokens_per_tile = tokens_per_tile
 
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """Return the tokenizer."""
+        return self._tokenizer
+
     def build(self, key: str, parts: Mapping[str, bytes]) -> Prompt | None:
         """Check, decode, tile, template and tokenize one sample.
 

@@ -16,6 +16,8 @@ from megatron_r1v2.data.samples import (
     IMAGE_PLACEHOLDER,
     ROLES,
     SCHEMA_VERSION,
+    THINK,
+    THINK_END,
     JsonObject,
     SampleError,
     count_placeholders,
@@ -92,6 +94,8 @@ def sample_fields(row: JsonObject, form: RowForm) -> JsonObject:
         fields["messages"] = _fill_template(fields["messages"], row, form.template)
     fields["messages"] = _with_placeholders(fields["messages"], len(fields["images"]))
     _check_pair(fields, unclosed_think=form.unclosed_think)
+    sides = [fields[side] for side in ("chosen", "rejected") if fields.get(side) is not None]
+    fields["unclosed_think"] = form.unclosed_think and not all(THINK_END in str(side) for side in sides)
     if not fields["answer"].strip() and not (fields.get("response") or fields.get("chosen")):
         if not form.no_answer:
             raise SampleError(
@@ -326,9 +330,9 @@ def _check_pair(fields: JsonObject, *, unclosed_think: bool) -> None:
             continue  # named by the checks of the schema
         if not text.strip():
             raise SampleError(f"{side} is empty; a pair needs two responses")
-        if "<think>" in text and "</think>" not in text.rpartition("<think>")[2] and not unclosed_think:
+        if THINK in text and THINK_END not in text.rpartition(THINK)[2] and not unclosed_think:
             raise SampleError(
-                f"{side} opens <think> and never closes it: {text[:60]!r}; take the row out, or accept such responses "
+                f"{side} opens {THINK} and never closes it: {text[:60]!r}; take the row out, or accept such responses "
                 "with --unclosed-think"
             )
     if sides["chosen"] == sides["rejected"]:

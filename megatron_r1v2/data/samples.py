@@ -7,7 +7,7 @@
 and `source` are optional; `answer` may be empty only in a sample with a `response` or a `chosen`, or with an
 `answer_type` of null, which says that a reward of one's own judges without. `alternatives` lists further right answers,
 `tolerances` bounds the distance of numbers from the answer, and `metadata` (names to text) groups the results of an
-evaluation.
+evaluation. `unclosed_think` is true where a pair was accepted with a response that never ends its reasoning.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ JsonObject = dict[str, Any]
 
 SCHEMA_VERSION = 1
 IMAGE_PLACEHOLDER = "<image>"
+THINK, THINK_END = "<think>", "</think>"
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")
 ROLES = ("system", "user", "assistant")
 
@@ -34,7 +35,9 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 _IMAGE_NAME = re.compile(r"[0-9]+\.(" + "|".join(IMAGE_EXTENSIONS) + ")")
 _REQUIRED = {"schema", "messages", "answer", "answer_type"}
 _OPTIONAL_TEXT = ("response", "chosen", "rejected", "source")
-_KNOWN = _REQUIRED | {"facts", "images", "margin", "alternatives", "tolerances", "metadata", *_OPTIONAL_TEXT}
+_KNOWN = _REQUIRED | {
+    "facts", "images", "margin", "alternatives", "tolerances", "metadata", "unclosed_think", *_OPTIONAL_TEXT,
+}  # fmt: skip
 
 
 class DataError(ValueError):
@@ -73,6 +76,8 @@ class ShardSample:
     """Absolute distances of a number from `answer`: one for all of its parts (separated by ", ") or one for each."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The groups of an evaluation that the sample is in, such as {"benchmark": "MMMU", "subject": "Art"}."""
+    unclosed_think: bool = False
+    """Its pair was accepted though a response of it does not end its reasoning by `</think>`."""
 
 
 def check_key(key: str) -> None:
@@ -120,6 +125,8 @@ def encode_record(sample: ShardSample) -> bytes:
         record["tolerances"] = list(sample.tolerances)
     if sample.metadata:
         record["metadata"] = dict(sample.metadata)
+    if sample.unclosed_think:
+        record["unclosed_think"] = True
     _check_record(record, sample.key)
     check_key(sample.key)
     return json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
@@ -161,6 +168,7 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> ShardSample:
         alternatives=tuple(record.get("alternatives", ())),
         tolerances=tuple(record.get("tolerances", ())),
         metadata=record.get("metadata", {}),
+        unclosed_think=bool(record.get("unclosed_think")),
         **{name: record.get(name) for name in _OPTIONAL_TEXT},
     )
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, SampleError, count_placeholders
+from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, THINK, THINK_END, SampleError, count_placeholders
 
 IMAGE_START = "<img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_END = "</img>"
 # Answers are made of them, so they stay text even where a tokenizer marks them as special.
-_REASONING = ("<think>", "</think>")
+_REASONING = (THINK, THINK_END)
 
 
 class ChatTokenizer:
@@ -207,8 +207,20 @@ class ChatTokenizer:
                 )
         return ids
 
+    @functools.cached_property
+    def opens_think(self) -> bool:
+        """Return whether the template begins each response with `<think>`."""
+        question = [{"role": "user", "content": "a"}]
+        prompt = self._tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        return str(prompt).rstrip().endswith(THINK)
+
+    def without_second_think(self, text: str) -> str:
+        """Return a response without the `<think>` at its beginning that the template gives already."""
+        rest = text.lstrip().removeprefix(THINK)
+        return rest.removeprefix("\n") if self.opens_think and text.lstrip().startswith(THINK) else text
+
     def encode_response(self, text: str, end_token: str, *, key: str = "") -> list[int]:
-        """Tokenize a reference response and its end token.
+        """Tokenize a reference response and its end token; a `<think>` that the template gives is not given twice.
 
         Args:
             text: the response, without the end-of-turn token.
@@ -223,6 +235,7 @@ class ChatTokenizer:
             ValueError: `end_token` is not one token.
         """
         self._refuse(text, (*self.control_tokens, end_token), key)
+        text = self.without_second_think(text)
         return [*self._encode(text), self.token_id(end_token)]
 
     def encode_text(self, text: str) -> list[int]:

@@ -40,7 +40,7 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
     check_name(folder, name, model=model)  # before the model is read, whose step the log's check asks for too
     with open_model(recipe) as loaded:
         prompts = list(loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts))
-        loaded.print_prompt_lengths(recipe.evaluation.data)
+        loaded.print_survey(recipe.evaluation.data)
         evaluation = Evaluation(
             name,
             folder,

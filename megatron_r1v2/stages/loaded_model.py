@@ -16,9 +16,9 @@ from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_che
 from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.config.recipes import Recipe
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainConfig
-from megatron_r1v2.data.lengths import LongPrompts, find_long_prompts
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.stream import PromptStream, read_shards
+from megatron_r1v2.data.survey import DataSurvey, survey_data
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluator import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -135,23 +135,21 @@ class LoadedModel:
         fraction = self.recipe.data.max_corrupt_fraction
         return read_shards(folder, self.prompt_builder.build, max_corrupt_fraction=fraction, count=count)
 
-    def print_prompt_lengths(self, folder: str) -> None:
-        """Collective over the world: do the same where there is no recorder; the first rank prints."""
-        for line in self.check_prompt_lengths(folder):
+    def print_survey(self, folder: str) -> None:
+        """Collective over the world: survey a data set where there is no recorder; the first rank prints.
+
+        Raises:
+            ValueError: a prompt cannot be made to fit, and data.too_long does not skip it.
+        """
+        for line in self.survey_data(folder).sentences(folder, self.recipe.data):
             if self.context.is_main:
                 print(line, file=sys.stderr)
 
-    def check_prompt_lengths(self, folder: str) -> list[str]:
-        """Collective over the world: measure the prompts of a data set; return sentences about those that are too long.
-
-        Raises:
-            ValueError: one cannot be made to fit, and data.too_long does not skip it.
-        """
-        settings = self.recipe.data
-        mine = find_long_prompts(
-            folder, self.prompt_builder, settings, part=dist.get_rank(), parts=dist.get_world_size()
-        )
-        return sum(objects.all_gather(mine), LongPrompts()).sentences(folder, settings)
+    def survey_data(self, folder: str) -> DataSurvey:
+        """Collective over the world: look at a data set before its first use, each rank at a part of the shards."""
+        part, parts = dist.get_rank(), dist.get_world_size()
+        mine = survey_data(folder, self.prompt_builder, self.recipe.data, part=part, parts=parts)
+        return sum(objects.all_gather(mine), DataSurvey())
 
     def training_stream(self) -> PromptStream:
         """Return the endless stream of `data.train`."""

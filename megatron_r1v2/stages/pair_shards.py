@@ -17,7 +17,7 @@ from rich.table import Table
 from megatron_r1v2.checkpoint.megatron.run_folder import resolve_checkpoint
 from megatron_r1v2.config.choices import TooLong
 from megatron_r1v2.config.recipes import PairsRecipe
-from megatron_r1v2.data.samples import ShardSample, parse_sample
+from megatron_r1v2.data.samples import THINK_END, ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.resilience.files import atomic_folder, write_json
@@ -174,7 +174,10 @@ def expand_pairs(samples: Iterable[ShardSample], found: Iterable[PromptPairs]) -
             continue
         sample = next(sample for sample in rest if sample.key == prompt.key)
         for number, pair in enumerate(prompt.pairs):
-            yield replace(sample, key=pair_key(sample.key, number), **dataclasses.asdict(pair))
+            unclosed = not all(THINK_END in text for text in (pair.chosen, pair.rejected))
+            key = pair_key(sample.key, number)
+            # The stage has chosen it, whatever it lacks: a response may be rejected for that.
+            yield replace(sample, key=key, **dataclasses.asdict(pair), unclosed_think=unclosed)
 
 
 def pair_key(key: str, number: int) -> str:

@@ -72,7 +72,7 @@ def _generate(maker: PairMaker, unfinished: UnfinishedPairs) -> None:
     finished = set(objects.all_gather(unfinished.rounds())[0])
     available = sum(check_shards(recipe.data.train).values())
     total = available * num_responses
-    loaded.print_prompt_lengths(recipe.data.train)
+    loaded.print_survey(recipe.data.train)
     prompts = loaded.read_prompts(recipe.data.train)
     with progress_bar("pairs", total, shown=is_main) as show:
         for number, of_round in enumerate(in_groups(prompts, per_round)):

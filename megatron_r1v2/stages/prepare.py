@@ -165,9 +165,19 @@ class _TokenCounts:
         """Count a sample.
 
         Raises:
-            SampleError: its text has a control token.
+            SampleError: its text has a control token, or a pair never closes the `<think>` of the template.
         """
         from megatron_r1v2.data.images import image_size
+        from megatron_r1v2.data.samples import SampleError
+        from megatron_r1v2.data.survey import never_closes_think
+
+        for side in ("chosen", "rejected"):
+            text = getattr(sample, side)
+            if text is not None and not sample.unclosed_think and never_closes_think(text, self._tokenizer):
+                raise SampleError(
+                    f"{side} never closes the <think> that the chat template opens: {text[:60]!r}; take the row out, "
+                    "or accept such responses with --unclosed-think"
+                )
 
         sizes = [image_size(io.BytesIO(data), name) for name, data in sample.images.items()]
         length = self._builder.measure(sample.key, sample.messages, sizes)

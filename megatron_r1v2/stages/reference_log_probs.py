@@ -59,6 +59,8 @@ def compute_reference_fingerprint(session: Session) -> Fingerprint:
     }
     if recipe.data.too_long is not TooLong.error:  # it decides which prompts there are, and which tiles they have
         settings |= {"too_long": recipe.data.too_long.value, "max_prompt_tokens": recipe.data.max_prompt_tokens}
+    if session.survey.second_think:  # what is taken off was in the log-probs of earlier versions
+        settings["second_think"] = "taken off"
     return Fingerprint.of(
         data=_digest([line for line in digests if line.startswith("data/")]),
         model=_digest([line for line in digests if line.startswith("model/")]),

@@ -16,6 +16,7 @@ from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
 from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
+from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
 from megatron_r1v2.models.shared_attention import check_shared_attention
@@ -62,6 +63,8 @@ class Session:
     """Steps done."""
     saved_step: int
     """Those of them that the newest checkpoint has."""
+    survey: DataSurvey
+    """Of data.train."""
 
     @property
     def context(self) -> ParallelContext:
@@ -220,7 +223,8 @@ def open_session(
             recorder,
             preemption,
         ):
-            for line in loaded.check_prompt_lengths(recipe.data.train):
+            survey = loaded.survey_data(recipe.data.train)
+            for line in survey.sentences(recipe.data.train, recipe.data, pairs=stage in ("mpo", "reward_model")):
                 recorder.log(line)
             if newest is not None:
                 recorder.log(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
@@ -244,6 +248,7 @@ def open_session(
                 restored=restored,
                 step=restored.step,
                 saved_step=restored.step,
+                survey=survey,
             )
             try:
                 yield session

@@ -16,7 +16,7 @@ URL = {"type": "image_url", "image_url": {"url": "a.png"}}
 def read(row: dict[str, Any], **wishes: Any) -> dict[str, Any]:
     """Return the fields of a row that say something."""
     fields = sample_fields(row, RowForm(**wishes))
-    return {name: value for name, value in fields.items() if value not in (None, "", (), {}, [])}
+    return {name: value for name, value in fields.items() if value not in (None, "", (), {}, [], False)}
 
 
 ASKED = {"messages": (USER,), "images": ["a.png"], "answer": "8", "answer_type": "math"}
@@ -177,6 +177,9 @@ def test_the_wishes_of_the_user() -> None:
     nested = read({"question": "q", "more": {"gold": "8"}}, columns={"answer": "more.gold"})
     assert nested["answer"] == "8"
     unclosed = {"question": "q", "chosen": "<think>a", "rejected": "b"}
-    assert read(unclosed, unclosed_think=True)["chosen"] == "<think>a"
+    accepted = read(unclosed, unclosed_think=True)
+    assert (accepted["chosen"], accepted["unclosed_think"]) == ("<think>a", True)
+    closed = {"question": "q", "chosen": "x</think>a", "rejected": "y</think>b"}
+    assert not sample_fields(closed, RowForm(unclosed_think=True))["unclosed_think"]
     assert sample_fields({"question": "q"}, RowForm(no_answer=True))["answer_type"] is None
     assert sample_fields({"prompt": "q", "reward_model": {}}, RowForm(no_answer=True))["answer_type"] is None

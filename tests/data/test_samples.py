@@ -17,7 +17,8 @@ def parse(**changes: Any) -> None:
 
 
 def test_a_sample_survives_writing_and_reading() -> None:
-    sample = tiny_sample(7, chosen="a", rejected="b", margin=1.5, source="here", tolerances=(0.1, 0.0))
+    pair = {"chosen": "a", "rejected": "b", "margin": 1.5, "unclosed_think": True}
+    sample = tiny_sample(7, **pair, source="here", tolerances=(0.1, 0.0))
     assert parse_sample(sample.key, {"json": encode_record(sample), **sample.images}) == sample
     text_only = tiny_sample(8, images={}, messages=({"role": "user", "content": "1 + 1?"},), response=None)
     assert parse_sample(text_only.key, {"json": encode_record(text_only)}) == text_only

@@ -22,6 +22,23 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def test_a_think_tag_that_the_template_gives_is_not_given_twice(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    plain = tokenizer.encode_response("left 3</think>8", "<|im_end|>")
+    for text in ("<think>\nleft 3</think>8", "<think>left 3</think>8", "\n <think>\nleft 3</think>8"):
+        assert tokenizer.encode_response(text, "<|im_end|>") == plain
+    # One newline alone belongs to the tag, and a tag in the middle to the text.
+    for text in ("left 3</think>8", "\nleft 3</think>8", "so <think>left</think>8"):
+        assert tokenizer.without_second_think(text) == text
+    assert tokenizer.without_second_think("<think>\n\na") == "\na"
+    assert tokenizer.opens_think
+    folder = tiny_tokenizer(tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<think>\\n", "").replace("<think>\n", ""))
+    other = ChatTokenizer(folder)
+    assert not other.opens_think
+    assert other.without_second_think("<think>\nleft 3</think>8") == "<think>\nleft 3</think>8"
+
+
 def test_prompt_is_templated_and_images_are_expanded(tokenizer: ChatTokenizer) -> None:
     messages = [{"role": "system", "content": "Be brief."}, user("<image>\nand <image>: which?")]
     ids = tokenizer.encode_prompt(messages, [3, 1], 2)

@@ -91,4 +91,7 @@ def test_pairs_find_their_samples_and_long_keys_stay_valid() -> None:
     assert len({sample.key for sample in made}) == 3
     assert all(len(sample.key) == 80 for sample in made)
     assert [sample.images for sample in made] == [samples[0].images, samples[0].images, samples[2].images]
+    assert all(sample.unclosed_think for sample in made)
+    closed = PromptPairs(samples[0].key, [Preference("a</think>b", "c</think>d", 0.5, "margin")], {})
+    assert [sample.unclosed_think for sample in expand_pairs(samples, [closed])] == [False]
     assert pair_key("digits-0001", 3) == "digits-0001-pair3"

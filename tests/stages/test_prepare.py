@@ -213,6 +213,19 @@ def test_tokens_are_counted_with_the_model(
     assert f"my-rows-v2-00000002: {lengths[1]} tokens (0 tiles)" in printed
 
 
+def test_a_pair_that_never_closes_what_the_template_opens(
+    tmp_path: Path, root: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": "q", "chosen": "a</think>b", "rejected": "never"}]
+    assert prepare(tmp_path, images, "--check-only", rows=rows) == 0  # nobody knows of a template
+    options = ("--model", str(root / "model"))
+    assert prepare(tmp_path, images, *options, rows=rows) == 1
+    assert "rejected never closes the <think> that the chat template opens: 'never'" in capsys.readouterr().err
+    assert prepare(tmp_path, images, *options, "--unclosed-think", rows=rows) == 0
+    (sample,) = read_shards(tmp_path / "out", parse_sample)
+    assert sample.unclosed_think
+
+
 def test_the_bars_of_a_histogram() -> None:
     assert histogram([1, 2, 3, 4, 4, 9]) == [
         "  up to       1        1  ##############",

@@ -176,3 +176,36 @@ def test_a_sample_that_is_taken_out_does_not_forbid_to_go_on(
     assert "when the run was saved" not in capsys.readouterr().err
     steps = [line["step"] for line in read_metrics(tmp_path / "run")]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_response_that_repeats_the_think_tag_is_trained_without_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = list(read_shards(root / "data", parse_sample))
+    write_shards([replace(sample, response=f"<think>\n{sample.response}") for sample in samples], tmp_path / "twice")
+
+    def align(data: Path, name: str) -> Path:
+        settings = ("train.steps=2", f"data.train={data}")
+        return run_stage(recipe_for(root, tmp_path / name, settings, stage="align"))
+
+    plain, twice = align(root / "data", "plain"), align(tmp_path / "twice", "run")
+    ours, theirs = (checkpoint_contents(last_checkpoint(run))["tensors"] for run in (twice, plain))
+    assert differences(ours, theirs) == []
+    assert "responses of 16 samples of" in (printed := capsys.readouterr().err)
+    assert "begin with <think>, which the chat template gives already; it is taken off: sample-000" in printed
+
+
+@pytest.mark.parametrize("stage", ["mpo", "reward_model"])
+def test_pairs_that_never_stop_thinking_are_refused_unless_asked_for(root: Path, tmp_path: Path, stage: str) -> None:
+    samples = list(read_shards(root / "data", parse_sample))
+    rows = {asked: [replace(s, rejected="left 4, ", unclosed_think=asked) for s in samples] for asked in (False, True)}
+    for asked, changed in rows.items():
+        write_shards(changed, tmp_path / str(asked))
+
+    def train(data: str) -> None:
+        settings = ("train.steps=1", f"data.train={tmp_path / data}")
+        run_stage(recipe_for(root, tmp_path / data / "run", settings, stage=stage))
+
+    with pytest.raises(ValueError, match="16 pairs of .* never closes its <think> by </think>: sample-000"):
+        train("False")
+    train("True")

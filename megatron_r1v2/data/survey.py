@@ -1,4 +1,7 @@
-"""Prompts that are too long for a run, found in the shards before it: their text and the heads of their images."""
+"""A look at a data set before the first step: prompts that are too long, and `<think>` given twice or never closed.
+
+The texts and the heads of the images are read; no pixel is decoded.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +17,59 @@ from megatron_r1v2.config.choices import TooLong
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.images import image_size, tile_limit
 from megatron_r1v2.data.prompts import PromptBuilder, PromptTooLong
-from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
+from megatron_r1v2.data.samples import THINK, THINK_END, SampleError, ShardSample, parse_sample
 from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.data.tokenizer import ChatTokenizer
 
 _NAMED = 20
 
 
 @dataclass(frozen=True)
-class LongPrompts:
-    """The prompts of a data set that are longer than `data.max_prompt_tokens`."""
+class DataSurvey:
+    """What a run should know of its data set, by the keys of samples."""
 
     too_long: Mapping[str, str] = field(default_factory=dict)
-    """Those that cannot be made to fit, by key, with an error for each."""
+    """Prompts that cannot be made to fit into `data.max_prompt_tokens`, with an error for each."""
     reduced: tuple[str, ...] = ()
-    """The keys of those that fit with fewer tiles."""
+    """Prompts that fit with fewer tiles."""
+    second_think: tuple[str, ...] = ()
+    """Samples with a response that begins with the `<think>` of the chat template."""
+    unclosed: tuple[str, ...] = ()
+    """Pairs with a response that never closes its `<think>`, and that nobody asked for."""
 
-    def __add__(self, other: LongPrompts) -> LongPrompts:
-        return LongPrompts({**self.too_long, **other.too_long}, self.reduced + other.reduced)
+    def __add__(self, other: DataSurvey) -> DataSurvey:
+        return DataSurvey(
+            {**self.too_long, **other.too_long},
+            self.reduced + other.reduced,
+            self.second_think + other.second_think,
+            self.unclosed + other.unclosed,
+        )
 
-    def sentences(self, folder: str, settings: DataConfig) -> list[str]:
-        """Return what there is to say about them.
+    def sentences(self, folder: str, settings: DataConfig, *, pairs: bool = False) -> list[str]:
+        """Return what there is to say.
+
+        Args:
+            pairs: whether the stage trains on pairs.
 
         Raises:
-            ValueError: there are prompts that cannot be made to fit, and data.too_long does not skip them.
+            ValueError: there are prompts that cannot be made to fit, and data.too_long does not skip them; or there are
+                unclosed pairs.
         """
+        if self.unclosed and pairs:
+            raise ValueError(
+                f"{len(self.unclosed)} pairs of {folder} have a response that never closes its {THINK} by {THINK_END}: "
+                f"{_listed(self.unclosed)}; take them out, or make the shards again with r1v2 prepare --unclosed-think "
+                "to train on them"
+            )
         if self.too_long and settings.too_long is not TooLong.skip:
             more = f". {len(self.too_long)} prompts of {folder} are too long: {_listed(self.too_long)}"
             raise ValueError(next(iter(self.too_long.values())) + more)
         kinds = {"left out": tuple(self.too_long), "cut into fewer tiles": self.reduced}
-        return [
+        twice = (
+            f"responses of {len(self.second_think)} samples of {folder} begin with {THINK}, which the chat template "
+            f"gives already; it is taken off: {_listed(self.second_think)}"
+        )
+        return [twice] * bool(self.second_think) + [
             f"{len(keys)} prompts of {folder} are longer than data.max_prompt_tokens={settings.max_prompt_tokens} and "
             f"are {verb}: {_listed(keys)}"
             for verb, keys in kinds.items()
@@ -50,10 +77,10 @@ class LongPrompts:
         ]
 
 
-def find_long_prompts(
+def survey_data(
     folder: str | Path, builder: PromptBuilder, settings: DataConfig, *, part: int = 0, parts: int = 1
-) -> LongPrompts:
-    """Measure the prompts of a data set; no pixel is decoded, and a corrupt sample is left to the reader.
+) -> DataSurvey:
+    """Look at the samples of a data set; a corrupt one is left to the reader.
 
     Args:
         part: of the shards: every `parts`-th from here.
@@ -61,9 +88,15 @@ def find_long_prompts(
     Raises:
         ValueError: the data set is incomplete, or a shard cannot be read.
     """
-    too_long, reduced = {}, []
+    too_long, reduced, twice, unclosed = {}, [], [], []
+    tokenizer = builder.tokenizer
     for name in sorted(check_shards(folder))[part::parts]:
         for sample, sizes in _heads(Path(folder) / name):
+            pair = [text for text in (sample.chosen, sample.rejected) if text is not None]
+            if any(tokenizer.without_second_think(text) != text for text in (*pair, sample.response or "")):
+                twice.append(sample.key)
+            if not sample.unclosed_think and any(never_closes_think(text, tokenizer) for text in pair):
+                unclosed.append(sample.key)
             try:
                 length = builder.measure(sample.key, sample.messages, sizes)
             except PromptTooLong as error:
@@ -73,7 +106,12 @@ def find_long_prompts(
             else:
                 if length.max_tiles < tile_limit(settings.max_tiles, max(1, len(sizes))):
                     reduced.append(sample.key)
-    return LongPrompts(too_long, tuple(reduced))
+    return DataSurvey(too_long, tuple(reduced), tuple(twice), tuple(unclosed))
+
+
+def never_closes_think(response: str, tokenizer: ChatTokenizer) -> bool:
+    """Return whether a response, or the template before it, opens `<think>` and nothing closes it."""
+    return (tokenizer.opens_think or THINK in response) and THINK_END not in response
 
 
 def _heads(shard: Path) -> Iterator[tuple[ShardSample, list[tuple[int, int]]]]:

@@ -1,4 +1,4 @@
-"""Long prompts found by the text and the heads of their images, before anything is trained."""
+"""Long prompts and think tags found by the texts and the heads of images, before anything is trained."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.schema import DataConfig
-from megatron_r1v2.data.lengths import LongPrompts, find_long_prompts
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.data.survey import DataSurvey, survey_data
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from tests.tiny import tiny_png, tiny_sample, tiny_tokenizer
 
@@ -41,9 +41,9 @@ def builder(tmp_path: Path, **settings: object) -> tuple[PromptBuilder, DataConf
     return PromptBuilder(settings=config, tokenizer=tokenizer, tile_size=32, tokens_per_tile=10), config
 
 
-def find(folder: Path, tmp_path: Path, *, parts: int = 1, **settings: object) -> LongPrompts:
+def find(folder: Path, tmp_path: Path, *, parts: int = 1, **settings: object) -> DataSurvey:
     made, config = builder(tmp_path, **settings)
-    return sum((find_long_prompts(folder, made, config, part=n, parts=parts) for n in range(parts)), LongPrompts())
+    return sum((survey_data(folder, made, config, part=n, parts=parts) for n in range(parts)), DataSurvey())
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -69,11 +69,11 @@ def test_the_sentences_count_and_name(folder: Path, tmp_path: Path) -> None:
         "3 prompts of D are longer than data.max_prompt_tokens=120 and are left out: "
         "digits-0003, digits-0005, digits-0007"
     ]
-    only = LongPrompts(reduced=tuple(f"k{number}" for number in range(30)))
+    only = DataSurvey(reduced=tuple(f"k{number}" for number in range(30)))
     (line,) = only.sentences("D", DataConfig(too_long="fewer_tiles"))
     assert line.startswith("30 prompts of D")
     assert line.endswith("cut into fewer tiles: " + ", ".join(f"k{number}" for number in range(20)) + ", ...")
-    assert LongPrompts().sentences("D", DataConfig()) == []
+    assert DataSurvey().sentences("D", DataConfig()) == []
 
 
 def test_only_the_heads_of_images_are_read_and_corrupt_samples_are_left_to_the_reader(
@@ -93,3 +93,31 @@ def test_only_the_heads_of_images_are_read_and_corrupt_samples_are_left_to_the_r
     shard.write_bytes(b"x" * 20_000)
     with pytest.raises(ValueError, match=r"shard-000001\.tar cannot be read"):
         find(folder, tmp_path)
+
+
+def test_think_tags_that_are_given_twice_or_never_closed(tmp_path: Path) -> None:
+    texts = {
+        0: {"response": "left 3</think>8"},
+        1: {"response": "<think>\nleft 3</think>8"},
+        2: {"chosen": "a</think>b", "rejected": "<think>c</think>d"},
+        3: {"chosen": "a</think>b", "rejected": "never"},
+        4: {"chosen": "a</think>b", "rejected": "<think>never"},
+        5: {"chosen": "a</think>b", "rejected": "never", "unclosed_think": True},
+        6: {"response": "never"},
+    }
+    folder = tmp_path / "tags"
+    write_shards([tiny_sample(number, **{"response": None, **changes}) for number, changes in texts.items()], folder, 2)
+    found = find(folder, tmp_path)
+    assert [sorted(key[-1] for key in keys) for keys in (found.second_think, found.unclosed)] == [
+        list("124"),
+        list("34"),
+    ]
+    settings = DataConfig()
+    (line,) = found.sentences("D", settings)
+    assert line == (
+        "responses of 3 samples of D begin with <think>, which the chat template gives already; it is taken off: "
+        "digits-0001, digits-0002, digits-0004"
+    )
+    with pytest.raises(ValueError, match=r"2 pairs of D have a response that never closes.*digits-0003, digits-0004"):
+        found.sentences("D", settings, pairs=True)
+    assert DataSurvey().sentences("D", settings, pairs=True) == []
