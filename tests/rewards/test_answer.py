@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1v2.rewards.answer import answer_is_correct, last_boxed, type_of_alternative
+from megatron_r1v2.rewards.answer import answer_is_correct, describe_misfit, last_boxed, type_of_alternative
 from tests.rewards.further_answers import FURTHER, FURTHER_OF_TYPES
 
 
@@ -417,3 +417,17 @@ def test_further_answers(answer_type, answer, reference, right):
 
 def test_each_kind_has_at_least_five_further_cases():
     assert all(len(cases) >= 5 for cases in [*FURTHER.values(), *FURTHER_OF_TYPES.values()])
+
+
+@pytest.mark.parametrize(
+    ("answer", "answer_type", "misfit"),
+    [
+        ("eight", "numeric", "is no number"), ("x + 1", "numeric", "is no number"), ("8 km", "numeric", None),
+        (r"\boxed{8}", "numeric", None), (r"\frac{1}{2}", "numeric", None), ("12", "choice", "is no option letter"),
+        ("blue", "choice", "is no option letter"), ("2", "choice", None), ("A, C", "choice", None),
+        ("eight", "math", None), ("$$", "exact", "has nothing in it"), (r"\boxed{}", "math", "has nothing in it"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_no_response_could_equal_is_told(answer, answer_type, misfit):
+    found = describe_misfit(answer, answer_type)
+    assert found is None if misfit is None else found.startswith(misfit)
