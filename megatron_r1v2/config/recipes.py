@@ -115,7 +115,7 @@ class TrainingRecipe(Recipe):
     train: Annotated[TrainConfig, _ONE_UPDATE] = Field(default_factory=TrainConfig)
     checkpoint: Annotated[CheckpointConfig, Without({"keep_rollouts"})] = Field(default_factory=CheckpointConfig)
     evaluation: Annotated[EvaluationConfig, Without(_BY_COMMAND)] = Field(default_factory=EvaluationConfig)
-    logging: Annotated[LoggingConfig, Without({"sample_rollouts"})] = Field(default_factory=LoggingConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
@@ -260,7 +260,6 @@ class GrpoRecipe(TrainingRecipe):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     reward_model: Annotated[RewardModelConfig, Without({"centring_weight"})] = Field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
@@ -313,7 +312,9 @@ class ServeRecipe(Recipe):
     """Serves a model."""
 
     run: Annotated[RunConfig, Only({"stage", "seed"})] = Field(default_factory=RunConfig)
-    data: Annotated[DataConfig, Only({"max_prompt_tokens", "max_tiles"})] = Field(default_factory=DataConfig)
+    data: Annotated[DataConfig, Only({"max_prompt_tokens", "max_tiles", "too_long"})] = Field(
+        default_factory=DataConfig
+    )
     generation: Annotated[GenerationConfig, _NO_GROUPS] = Field(default_factory=GenerationConfig)
 
 

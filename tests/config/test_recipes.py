@@ -140,6 +140,13 @@ def test_a_recipe_reads_some_settings_of_a_section(kind, section, unread):
     assert kind.settings()[section] == tuple(key for key in fields if key not in unread)
 
 
+@pytest.mark.parametrize("kind", [*STAGES.values(), EvaluateRecipe, ServeRecipe])
+def test_what_is_said_of_a_section_is_about_its_settings(kind):
+    for name, section in kind.sections().items():
+        for mark in kind.model_fields[name].metadata:
+            assert mark <= set(section.model_fields), f"{kind.title()}: {name}"
+
+
 def test_a_setting_is_read_by_stages_and_commands():
     assert stages_that_read("evaluation", "runs") == ["align", "mpo", "grpo", "evaluate"]
     assert stages_that_read("train", "updates_per_step") == ["grpo"]
