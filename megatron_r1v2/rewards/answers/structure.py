@@ -18,7 +18,6 @@ _ROWS = r"\{(?:cases|aligned|gathered)\}"
 _CASES = re.compile(rf"(?:\\\{{|\{{)?\\begin{_ROWS}(.*)\\end{_ROWS}", re.DOTALL)
 _NUMBER_SET = r"(?:\\mathbb\{[A-Z]\}|[ZNRQ])(?:\^[+*]|_\+)?"
 _DOMAIN = re.compile(rf"(?:,|;|,? ?\()\s*(?:where |with |for )?[a-z](?:, ?[a-z])*\s?\\in\s?{_NUMBER_SET}\)?$")
-_OR = re.compile(r"\s*(?:\bor\b|\u6216)\s*")
 _AND = re.compile(r"\s*(?:\band\b|\bor\b|\u548c|\u6216|\u4e0e)\s*")
 # A quantity that is asked for: x, x_1, \theta, f(2), P(A|B), \angle ABC, |AB|, S_{ABC}, m\angle A, \overline{AB}, n+m.
 # Possessive, and a space or backslash between two symbols: letters in a row could be split in exponentially many ways.
@@ -78,7 +77,7 @@ def split_list(text: str) -> list[str]:
 
 def _named_points(text: str) -> list[str]:
     """Return `(5, 2)` and `(7, 2)` of `p=5, q=2; p=7, q=2`; nothing of a text that gives no two points by name."""
-    groups = [split_top(group, ",") for group in split_top(_OR.sub(";", text), ";")]
+    groups = [split_top(group, ",") for group in split_top(_AND.sub(";", text), ";")]
     points = [dict(map(split_name, group)) for group in groups]
     names = points[0].keys()
     if len(points) < 2 or len(names) < 2 or None in names:
