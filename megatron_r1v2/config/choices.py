@@ -71,7 +71,6 @@ class Recompute(str, Enum):
 class Packing(str, Enum):
     """The way in which sequences of different lengths share a microbatch."""
 
-    none = "none"
     shared = "shared"
     first_fit_decreasing = "first_fit_decreasing"
     nemo = "nemo"

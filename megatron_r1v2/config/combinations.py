@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from megatron_r1v2.config.choices import Fp8, Layers, Packing, Part, Precision
+from megatron_r1v2.config.choices import Fp8, Layers, Part, Precision
 from megatron_r1v2.config.schema import (
     DataConfig,
     EvaluationConfig,
@@ -46,7 +46,7 @@ def compute_mistakes(model: ModelConfig, parallel: ParallelConfig, generation: G
 
 
 def training_mistakes(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
-    """Check what trains, the schedule, and how rows are packed."""
+    """Check what trains, and the schedule."""
     parts = [part.value for part in train.parts]
     accepted = ", ".join(part.name for part in Part)
     if not parts:
@@ -65,11 +65,6 @@ def training_mistakes(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
         )
     if train.warmup_steps > train.steps:
         yield f"train.warmup_steps={train.warmup_steps} is more than train.steps={train.steps}; lower it"
-    if (train.packing is Packing.none) != (train.tokens_per_microbatch == 0):
-        yield (
-            f"train.packing={train.packing.value} with train.tokens_per_microbatch={train.tokens_per_microbatch}: "
-            "packed rows need a number of tokens, padded ones have train.micro_batch_size; set both or neither"
-        )
 
 
 def validation_mistakes(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]:

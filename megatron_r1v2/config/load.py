@@ -23,9 +23,16 @@ SCHEMA_KEY = "schema"
 SCHEMA = 2
 """Of the settings, in recipes that are saved; raised with each line of `RENAMES`, and when a stage reads less."""
 RENAMES: Mapping[int, Mapping[str, str]] = {
-    2: {"algorithm.gate_tokens": "", "buffer.priority_exponent": "", "logging.sample_rollouts": ""}
+    2: {
+        "algorithm.gate_tokens": "",
+        "buffer.priority_exponent": "",
+        "logging.sample_rollouts": "",
+        "train.micro_batch_size": "",
+    }
 }
 """By the schema that changed them: section.key of the schema before -> section.key, or "" where it is gone."""
+GONE_VALUES: Mapping[int, Mapping[str, object]] = {2: {"train.packing": "none", "train.tokens_per_microbatch": 0}}
+"""By the schema that dropped them: section.key -> the value in whose place the default comes."""
 
 Check = Callable[[Recipe], Iterable[str]]
 """Finds what is wrong with a recipe beyond its settings: a sentence for each mistake."""
@@ -364,6 +371,11 @@ def _renamed(path: Path, values: dict[str, object], *, saved: bool) -> dict[str,
                     target[new_key] = value
                 if not settings:
                     del values[section]
+        for name, gone in GONE_VALUES.get(number, {}).items():
+            section, _, key = name.partition(".")
+            settings = values.get(section)
+            if is_mapping(settings) and settings.get(key) == gone:
+                del settings[key]
     return values
 
 

@@ -174,9 +174,9 @@ class PairsRecipe(Recipe):
     reward_model: Annotated[RewardModelConfig, Without({"centring_weight"})] = Field(default_factory=RewardModelConfig)
     pairs: PairsConfig = Field(default_factory=PairsConfig)
     # The rows of a reward model in process are packed as in training.
-    train: Annotated[
-        TrainConfig, Only({"prompts_per_step", "micro_batch_size", "packing", "tokens_per_microbatch"})
-    ] = Field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, Only({"prompts_per_step", "packing", "tokens_per_microbatch"})] = Field(
+        default_factory=TrainConfig
+    )
 
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""

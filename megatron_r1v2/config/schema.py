@@ -278,13 +278,11 @@ class TrainConfig(Section):
     """Prompts over all data-parallel ranks (responses in the align stage, pairs in the mpo stage)."""
     updates_per_step: int = Field(1, ge=1)
     """Optimizer steps that share one generation phase."""
-    micro_batch_size: int = Field(1, ge=1)
-    """Rows in one forward pass, where rows are padded to the longest; the two of a pair always go together."""
-    packing: Packing = Field(Packing.none, strict=False)
+    packing: Packing = Field(Packing.shared, strict=False)
     """shared: a prompt once, followed by its responses; first_fit_decreasing: a row a response, one after the other
-    without padding; nemo: the same by NeMo's packing strategy (extra `nemo`); none: padded rows."""
-    tokens_per_microbatch: int = Field(0, ge=0)
-    """Tokens in one forward pass, where rows are packed."""
+    without padding; nemo: the same by NeMo's packing strategy (extra `nemo`)."""
+    tokens_per_microbatch: int = Field(8192, ge=1)
+    """Tokens in one forward pass; a longer response, or pair of them, has one for itself."""
     learning_rate: float = Field(1e-6, ge=0)
     """The highest rate, reached after the warm-up."""
     min_learning_rate: float = Field(0.0, ge=0)

@@ -49,9 +49,10 @@ class Workload:
     fp8: Fp8
     fp8_weights: bool
     recompute: Recompute
-    micro_batch_size: int
     packed_tokens: int
-    """Tokens of a packed microbatch; 0: rows are padded."""
+    """Tokens of a microbatch."""
+    shares_prompts: bool
+    """Whether a prompt is computed once for its responses."""
     prompts_per_step: int
     responses_per_prompt: int
     updates_per_step: int
@@ -99,8 +100,8 @@ class Workload:
             fp8=recipe.model.fp8,
             fp8_weights=recipe.model.fp8_weights,
             recompute=train.recompute,
-            micro_batch_size=train.micro_batch_size,
-            packed_tokens=0 if train.packing is Packing.none else train.tokens_per_microbatch,
+            packed_tokens=train.tokens_per_microbatch,
+            shares_prompts=train.packing is Packing.shared,
             prompts_per_step=train.prompts_per_step,
             responses_per_prompt=_GIVEN_RESPONSES.get(stage, sampled),
             updates_per_step=train.updates_per_step if is_grpo else 1,
@@ -133,14 +134,19 @@ class Workload:
         return -(-(self.prompt_tokens + self.response_tokens - 1) // multiple) * multiple
 
     def microbatch(self, tensor: int) -> MicrobatchShape:
-        """Return the largest microbatch: the longest rows, or one full packed row."""
-        tokens, together = self.row_tokens(tensor), self.rows_together
-        if self.packed_tokens:
-            tokens = max(together * tokens, self.packed_tokens)
-            # No row is shorter than its image, which bounds the tiles of a packed row.
-            return MicrobatchShape(1, tokens, max(1, tokens // max(1, together * self.prompt_tokens)) * self.tiles)
-        units = max(1, self.micro_batch_size // together)
-        return MicrobatchShape(units * together, tokens, units * self.tiles)
+        """Return the largest microbatch: one full row, or the longest response with its prompt, or pair of them."""
+        # Separate rows each have their prompt, though the two of a pair share its tiles.
+        prompts = 1 if self.shares_prompts else self.rows_together
+        longest = prompts * self.row_tokens(tensor) + (self.rows_together - prompts) * self.response_tokens
+        multiple = math.lcm(8, tensor)
+        tokens = max(-(-longest // multiple) * multiple, self.packed_tokens)
+        # No row is shorter than its image, which bounds the tiles.
+        return MicrobatchShape(1, tokens, max(1, tokens // max(1, prompts * self.prompt_tokens)) * self.tiles)
+
+    def microbatches(self, layout: Layout) -> int:
+        """Return the microbatches of an update on a replica, all responses being the longest."""
+        rows = -(-self.responses_per_step // (self.updates_per_step * layout.data))
+        return -(-rows // max(1, self.packed_tokens // self.row_tokens(layout.tensor)))
 
 
 @dataclass(frozen=True)
@@ -250,15 +256,12 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
     """Find the largest value of each of three settings that fits, the others as they are.
 
     Returns:
-        `train.micro_batch_size` (`train.tokens_per_microbatch` where rows are packed), `generation.max_response_tokens`
-        and `generation.kv_cache_gib`; 0 where even the smallest value does not fit.
+        `train.tokens_per_microbatch`, `generation.max_response_tokens` and `generation.kv_cache_gib`; 0 where even the
+        smallest value does not fit.
     """
 
     def response_fits(tokens: int) -> bool:
         return fits(architecture, layout, replace(work, response_tokens=tokens), limit)
-
-    def micro_batch_fits(rows: int) -> bool:
-        return fits(architecture, layout, replace(work, micro_batch_size=rows), limit)
 
     def packed_fits(tokens: int) -> bool:
         return fits(architecture, layout, replace(work, packed_tokens=tokens), limit)
@@ -270,13 +273,9 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
         return max(plan) <= limit
 
     positions = architecture.language.max_positions - work.prompt_tokens
-    if work.packed_tokens:
-        everything = work.responses_per_step * work.row_tokens(layout.tensor)
-        largest = {"train.tokens_per_microbatch": _largest(packed_fits, everything)}
-    else:
-        largest = {"train.micro_batch_size": _largest(micro_batch_fits, work.responses_per_step)}
+    everything = work.responses_per_step * work.row_tokens(layout.tensor)
     return {
-        **largest,
+        "train.tokens_per_microbatch": _largest(packed_fits, everything),
         "generation.max_response_tokens": _largest(response_fits, positions),
         "generation.kv_cache_gib": _largest(cache_fits, 4 * limit // GIB) / 4,
     }
@@ -301,8 +300,7 @@ def _rank_memory(
     else:
         activations = log_probs_peak(model, batch, stage=stage)
         if phase == "training":
-            rows = -(-work.responses_per_step // (work.updates_per_step * layout.data))
-            microbatches = -(-rows // work.micro_batch_size)
+            microbatches = work.microbatches(layout)
             activations = max(activations, training_peak(model, batch, stage=stage, microbatches=microbatches))
             # torch's Adam makes a float32 temporary of all weights that it updates at once.
             activations = max(activations, state.shard_elements * 4)

@@ -145,16 +145,17 @@ def step_time(
     prefill = _layer_seconds(architecture, work, hardware, prompt_tokens, work.prompt_tokens / 2) / layout.tensor
     prefill += _tensor_parallel_seconds(architecture, layout, work, prompt_tokens, hardware, collectives=2)
     decode, decode_rows = _decode_seconds(architecture, layout, work, hardware, mean_response)
-    row = work.prompt_tokens + mean_response
-    forward = _layer_seconds(architecture, work, hardware, rows * row, row / 2)
-    forward += head_flops(architecture, rows * row) / attained
+    tokens, context = _training_tokens(work, rows, mean_response)
+    forward = _layer_seconds(architecture, work, hardware, tokens, context)
+    forward += head_flops(architecture, tokens) / attained
     # Every stage waits for the one with the most layers.
     most = max(layout.layers_of_stage(architecture, stage) for stage in range(layout.pipeline))
     compute = forward / model_ranks * most * layout.pipeline / architecture.language.num_layers
-    bubble = 1 + (layout.pipeline - 1) / max(1.0, rows / work.micro_batch_size)
-    communication = _tensor_parallel_seconds(architecture, layout, work, rows * row, hardware, collectives=2)
+    bubble = 1 + (layout.pipeline - 1) / max(1.0, tokens / work.packed_tokens)
+    communication = _tensor_parallel_seconds(architecture, layout, work, tokens, hardware, collectives=2)
     communication /= layout.pipeline
-    log_probs = (compute + communication) * bubble * (2 if work.has_reference else 1)
+    # The forward pass of an only update gives the old log-probs.
+    log_probs = (compute + communication) * bubble * ((work.updates_per_step > 1) + work.has_reference)
     # Forward and gradients of activations always; gradients of weights where they train.
     passes = 2.0 + (1 if Part.language in work.parts else 0)
     recomputed = 1 if work.recompute is Recompute.full else 0
@@ -165,6 +166,14 @@ def step_time(
     if work.stage is not StageName.grpo:
         return StepTime(vision, 0.0, 0.0, 0.0, update, 0.0)
     return StepTime(vision, prefill, decode, log_probs, update, decode_rows)
+
+
+def _training_tokens(work: Workload, rows: float, mean_response: float) -> tuple[float, float]:
+    """Return the tokens of a pass over a replica's rows of a step, and how many others each sees on average."""
+    prompts = rows / work.responses_per_prompt if work.shares_prompts else rows
+    of_prompts, of_responses = prompts * work.prompt_tokens, rows * mean_response
+    seen = of_prompts * work.prompt_tokens / 2 + of_responses * (work.prompt_tokens + mean_response / 2)
+    return of_prompts + of_responses, seen / (of_prompts + of_responses)
 
 
 def _vision_update_seconds(

@@ -21,7 +21,7 @@ LENGTH_MULTIPLE = 8
 def split_into_microbatches(
     lengths: Mapping[str, Sequence[int]], settings: TrainConfig, *, length_multiple: int = LENGTH_MULTIPLE
 ) -> list[list[str]]:
-    """Group units (one row, or the two of a pair): by similar length where rows are padded, else by tokens.
+    """Group units (one row, or the two of a pair) of separate rows by their tokens.
 
     Args:
         lengths: tokens of each row by unit, of one update on this rank; all units have equally many rows.
@@ -30,19 +30,13 @@ def split_into_microbatches(
     Returns:
         Units of each microbatch, longest first: too little memory shows at once.
     """
-    if settings.packing is not Packing.none:
-        # What a packed sequence occupies, its padding included.
-        padded = {
-            name: sum(math.ceil(length / length_multiple) * length_multiple for length in rows)
-            for name, rows in lengths.items()
-        }
-        pack = first_fit_decreasing if settings.packing is Packing.first_fit_decreasing else nemo_first_fit_decreasing
-        return pack(padded, settings.tokens_per_microbatch)
-    # The name decides between equal lengths, so that a resumed run makes the same microbatches.
-    ordered = sorted(lengths, key=lambda name: (-max(lengths[name]), name))
-    # The setting counts rows, and a unit may have two.
-    size = max(1, settings.micro_batch_size // max((len(rows) for rows in lengths.values()), default=1))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    # What a packed sequence occupies, its padding included.
+    padded = {
+        name: sum(math.ceil(length / length_multiple) * length_multiple for length in rows)
+        for name, rows in lengths.items()
+    }
+    pack = nemo_first_fit_decreasing if settings.packing is Packing.nemo else first_fit_decreasing
+    return pack(padded, settings.tokens_per_microbatch)
 
 
 @dataclass(frozen=True)

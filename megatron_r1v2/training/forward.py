@@ -33,7 +33,7 @@ class Forward:
     context: ParallelContext
     features: FeatureCache | None = None
     """Features of a frozen vision tower, computed once per image and step; None: the tower runs every time."""
-    packing: Packing = Packing.none
+    packing: Packing = Packing.shared
     """How the rows of a microbatch are laid out."""
     length_multiple: int = LENGTH_MULTIPLE
     """Lengths of packed sequences, or of a shared row, are multiples of this."""
@@ -98,7 +98,7 @@ class Forward:
             num_microbatches=len(batches),
             # Sizes for buffers only: the model exchanges real shapes between stages, since microbatches differ.
             seq_length=max(batch.token_ids_BS.shape[1] for batch in batches),
-            micro_batch_size=batches[0].token_ids_BS.shape[0],
+            micro_batch_size=1,
             forward_only=forward_only,
         )
         return results
@@ -129,27 +129,24 @@ class Forward:
         self, finish: Finish[Result], batches: Iterator[TrainingBatch], module: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Result]]]:
         batch = next(batches)
-        packed = self._pack(batch)
+        row = self._lay_out(batch)
         output = module(
-            packed.token_ids_1S if packed else batch.token_ids_BS,
-            packed.position_ids_1S if packed else batch.position_ids_BS,
+            row.token_ids_1S,
+            row.position_ids_1S,
             tiles_TCHW=batch.tiles_TCHW,
             features_TFK=self._cached_features(batch),
-            tile_index=packed.tile_index if packed else batch.tile_index,
-            image_mask_BS=packed.image_mask_1S if packed else batch.image_mask_BS,
-            packed_seq_params=packed.params if packed else None,
+            tile_index=row.tile_index,
+            image_mask_BS=row.image_mask_1S,
+            packed_seq_params=row.params,
         )
-        return output, partial(self._finish, finish, batch, packed)
+        return output, partial(self._finish, finish, batch, row)
 
     def _finish(
-        self, finish: Finish[Result], batch: TrainingBatch, packed: PackedBatch | None, output: torch.Tensor
+        self, finish: Finish[Result], batch: TrainingBatch, row: PackedBatch, output: torch.Tensor
     ) -> tuple[torch.Tensor, Result]:
-        values_BS = self.read(output, packed.labels_1S if packed else batch.labels_BS)
-        return finish(packed.unpack(values_BS) if packed else values_BS, batch)
+        return finish(row.unpack(self.read(output, row.labels_1S)), batch)
 
-    def _pack(self, batch: TrainingBatch) -> PackedBatch | None:
-        if self.packing is Packing.none:
-            return None
+    def _lay_out(self, batch: TrainingBatch) -> PackedBatch:
         lay_out = share if self.packing is Packing.shared else pack
         return lay_out(batch, tensor_size=self.context.tensor_size, length_multiple=self.length_multiple)
 

@@ -81,11 +81,6 @@ def group(generation=None, train=None):
         (training({"min_learning_rate": 1.0}), "train.min_learning_rate=1.0 is above"),
         (training({"warmup_steps": 200}), "train.warmup_steps=200 is more than train.steps=100"),
         (
-            training({"packing": Packing.first_fit_decreasing}),
-            "train.packing=first_fit_decreasing with train.tokens_per_microbatch=0",
-        ),
-        (training({"tokens_per_microbatch": 5}), "train.packing=none with train.tokens_per_microbatch=5"),
-        (
             validation_mistakes(EvaluationConfig(every_steps=5), DataConfig()),
             "evaluation.every_steps=5 needs prompts: set data.validation",
         ),

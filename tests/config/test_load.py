@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_r1v2.config import load
-from megatron_r1v2.config.choices import Part, Recompute, StageName
+from megatron_r1v2.config.choices import Packing, Part, Recompute, StageName
 from megatron_r1v2.config.load import load_recipe, load_recipe_as, own_defaults, recipe_yaml
 from megatron_r1v2.config.recipes import (
     STAGES,
@@ -411,6 +411,8 @@ def test_recipes_that_were_saved_once_are_read_for_ever(stage):
     recipe = load_recipe(SAVED / f"{stage.value}.yaml", saved=True)
     assert type(recipe) is STAGES[stage]
     assert (recipe.run.seed, recipe.run.output_dir, recipe.train.prompts_per_step) == (4321, f"runs/{stage.value}", 17)
+    # They had padded rows, which are gone.
+    assert (recipe.train.packing, recipe.train.tokens_per_microbatch) == (Packing.shared, 8192)
 
 
 def test_own_reward_functions_are_read_and_saved(tmp_path):

@@ -65,7 +65,7 @@ class Outcome:
     gradients: dict[str, torch.Tensor]
     log_probs: dict[str, torch.Tensor]
     logits: dict[str, torch.Tensor]
-    """Of the padded rows, on the last stage; empty where rows are packed."""
+    """Of the padded rows, on the last stage; empty where they are shared."""
     out_of_step: list[str]
     """Parameters that ranks which should hold the same no longer agree about."""
     largest_padding: float
@@ -180,7 +180,7 @@ def run_step(
     *,
     parts: Sequence[str] = ALL_PARTS,
     recompute: Recompute = Recompute.none,
-    packing: Packing = Packing.none,
+    packing: Packing = Packing.first_fit_decreasing,
     compute: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Set up a layout, after another one if need be, and take one step there; `compute` changes ComputeSettings."""
@@ -194,7 +194,7 @@ def run_step(
     ]
     by_forward = policy.compute_log_probs(batches)
     log_probs = named_log_probs(material, split, by_forward, context)
-    logits = named_logits(material, split, [] if packing is not Packing.none else whole_logits(policy, batches))
+    logits = named_logits(material, split, [] if packing is Packing.shared else whole_logits(policy, batches))
     batches = batches or [filler(material, policy.model, context)]
     loss = partial(
         batch_loss,

@@ -27,11 +27,11 @@ ONE_RANK: dict[str, tuple[str, ...]] = {"all": (), "few": FEW}
 TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tp2": ("all", ("parallel.tensor=2", "parallel.sequence=true")),
     "pp2": ("all", ("parallel.pipeline=2",)),
-    "dp2": ("all", ("train.micro_batch_size=2",)),
+    "dp2": ("all", ("train.tokens_per_microbatch=1",)),
     "dp2, a rank without pairs": ("few", FEW),
-    "tp2, shared": (
+    "tp2, separate rows": (
         "all",
-        ("parallel.tensor=2", "parallel.sequence=true", "train.packing=shared", "train.tokens_per_microbatch=256"),
+        ("parallel.tensor=2", "parallel.sequence=true", "train.packing=first_fit_decreasing"),
     ),
 }
 FOUR_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {

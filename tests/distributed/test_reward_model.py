@@ -50,7 +50,7 @@ class Case:
     parallel: dict = field(default_factory=dict)
     split: Split = field(default_factory=lambda: TOGETHER)
     parts: tuple[str, ...] = ALL_PARTS
-    packing: Packing = Packing.none
+    packing: Packing = Packing.first_fit_decreasing
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,12 @@ TP2, SP2, PP2 = {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}
 ONE_RANK = {
     "6b": Case("6b"),
     "tied": Case("tied"),
-    "tied, packed": Case("tied", packing=Packing.first_fit_decreasing),
     "tied, shared": Case("tied", packing=Packing.shared),
     "6b, head alone": Case("6b", parts=("score",)),
 }
 TWO_RANKS = {
     "6b TP2": Case("6b", TP2),
     "6b SP2": Case("6b", SP2),
-    "tied SP2, packed": Case("tied", SP2, packing=Packing.first_fit_decreasing),
     "tied SP2, shared": Case("tied", SP2, packing=Packing.shared),
     "tied PP2": Case("tied", PP2),
     "6b DP2": Case("6b", split=UNEQUAL),

@@ -30,7 +30,8 @@ LAYOUTS = {
     "dp2": (2, ()),
     "tp2-dp2": (4, ("parallel.tensor=2",)),
     "tp2-pp2": (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")),
-    "dp3": (3, ("train.micro_batch_size=2",)),
+    "dp3": (3, ("train.tokens_per_microbatch=64",)),
+    "dp2, separate rows": (2, ("train.packing=first_fit_decreasing", "train.tokens_per_microbatch=256")),
 }
 SLOW = ("tp2-dp2", "tp2-pp2", "dp3")
 

@@ -52,7 +52,7 @@ def test_it_fits_the_real_model_and_its_cluster(name):
 def test_the_longest_sequence_fits_a_packed_row_and_the_cache(name):
     recipe = recipe_of(name)
     longest = recipe.data.max_prompt_tokens + recipe.generation.max_response_tokens
-    assert recipe.train.packing is not Packing.none
+    assert recipe.train.packing is Packing.shared
     assert longest * (2 if name == "mpo" else 1) <= recipe.train.tokens_per_microbatch
     # Keys and values of the layers of a stage, bf16, one of the eight key-value heads on each rank.
     bytes_per_token = 64 // recipe.parallel.pipeline * 2 * 128 * 2

@@ -23,14 +23,12 @@ from megatron_r1v2.planning.plan import make_plan
 from tests.planning.plans import ARCHITECTURE, HF_CONFIG, RECIPE, SMALL, cluster, plan_of, small_work, workload
 
 
-@pytest.mark.parametrize("packing", ["none", "first_fit_decreasing"])
+@pytest.mark.parametrize("packing", ["shared", "first_fit_decreasing"])
 def test_each_limit_fits_and_a_little_more_does_not(packing):
-    tokens = 0 if packing == "none" else 12288
-    overrides = (f"train.packing={packing}", f"train.tokens_per_microbatch={tokens}", "train.micro_batch_size=1")
+    overrides = (f"train.packing={packing}", "train.tokens_per_microbatch=12288")
     limits = plan_of(*overrides).limits
-    size = "train.micro_batch_size" if packing == "none" else "train.tokens_per_microbatch"
     # Rows longer than a packed microbatch make it longer, so they are bounded alike.
-    for setting, step in ((size, 512 if "tokens" in size else 1), ("generation.max_response_tokens", 32)):
+    for setting, step in (("train.tokens_per_microbatch", 512), ("generation.max_response_tokens", 32)):
         largest = int(limits[setting])
         assert largest >= 1
         assert plan_of(*overrides, f"{setting}={largest}").fits
@@ -43,16 +41,18 @@ def test_each_limit_fits_and_a_little_more_does_not(packing):
 
 
 def test_the_mpo_stage_has_two_responses_a_prompt_that_stay_together():
-    recipe = load_recipe(RECIPE)
+    separate = "train.packing=first_fit_decreasing"
+    recipe = load_recipe(RECIPE, [separate])
     plan = make_plan(recipe, HF_CONFIG, cluster(), stage=StageName.mpo)
     assert [rank.phase for rank in plan.memory.ranks] == ["generation", "log-probs", "training"]
     assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
-    assert plan.time.update == pytest.approx(plan_of().time.update / 4, rel=1e-6)
+    assert plan.time.update == pytest.approx(plan_of(separate).time.update / 4, rel=1e-6)
     work = Workload.from_recipe(recipe, ARCHITECTURE, stage=StageName.mpo)
     assert work.microbatch(8).tokens == 2 * 12288, "a packed row of 12,288 tokens would hold one of the two"
     assert work.microbatch(8).tiles == 3 * 13, "the two share their tiles"
-    padded = replace(work, packed_tokens=0, micro_batch_size=1).microbatch(8)
-    assert (padded.rows, padded.tiles) == (2, 13)
+    shared = replace(work, shares_prompts=True).microbatch(8)
+    assert shared.tokens == 12288 + work.response_tokens, "the prompt once"
+    assert shared.tiles == shared.tokens // work.prompt_tokens * 13
 
 
 def test_the_cache_is_what_its_requests_can_use_and_holds_at_least_one_sequence():
@@ -86,13 +86,14 @@ def test_rows_are_padded_to_whole_blocks_of_eight_and_of_the_ranks():
 
 def test_the_largest_microbatch_by_hand():
     work = small_work()
-    padded = work.microbatch(1)
-    assert (padded.rows, padded.tokens, padded.tiles) == (3, 16, 6)
     packed = replace(work, packed_tokens=40).microbatch(1)
     assert (packed.rows, packed.tokens, packed.tiles) == (1, 40, 8), "four prompts of 10 tokens, two tiles each"
     assert replace(work, packed_tokens=12).microbatch(1).tokens == 16, "a longer row makes the packed one longer"
-    pair = replace(work, stage=StageName.mpo).microbatch(1)
-    assert (pair.rows, pair.tokens, pair.tiles) == (2, 16, 2), "three rows hold one pair"
+    pair = replace(work, packed_tokens=12, stage=StageName.mpo)
+    assert pair.microbatch(1).tokens == 2 * 16, "each with its prompt"
+    assert replace(pair, shares_prompts=True).microbatch(1).tokens == 24, "10 + 2 x 7 tokens"
+    # Four responses of 16 tokens: two in a row of 40, or one in a row of 12.
+    assert [replace(work, packed_tokens=size).microbatches(Layout()) for size in (40, 12)] == [2, 4]
 
 
 def test_a_workload_takes_as_many_tiles_as_the_prompt_has_room_for():
@@ -184,6 +185,6 @@ def test_what_does_not_divide_does_not_fit_and_limits_end_where_fitting_does():
     assert fits(SMALL, Layout(), work, limit)
     assert not fits(SMALL, Layout(), work, limit - 1)
     largest = largest_that_fits(SMALL, Layout(), work, limit)
-    assert 3 <= largest["train.micro_batch_size"] <= 4  # a step has 4 responses
+    assert 48 <= largest["train.tokens_per_microbatch"] <= 64  # a step has 4 responses of 16 tokens
     assert 7 <= largest["generation.max_response_tokens"] <= 118  # 128 positions
     assert largest_that_fits(SMALL, Layout(), work, 1000) == dict.fromkeys(largest, 0)

@@ -75,7 +75,7 @@ def test_fp32_is_sixteen_times_slower_and_replicas_share_the_rows():
 
 
 def test_a_pipeline_waits_for_its_fullest_stage_and_has_a_bubble():
-    uneven = small_time(layout=Layout(pipeline=2, first_stage_layers=1), micro_batch_size=1)
+    uneven = small_time(layout=Layout(pipeline=2, first_stage_layers=1), packed_tokens=15)
     # Three of four layers on one of two ranks: 3/4 of the pass; one more slot for two microbatches.
     assert uneven.update == pytest.approx(2 * FORWARD * 3 / 4 * (1 + 1 / 2))
 
@@ -122,7 +122,14 @@ def test_times_follow_what_is_asked():
     half = seconds(layout=Layout(tensor=8, data=2, sequence=True))
     assert half.update == pytest.approx(base.update / 2)
     assert seconds("generation.feature_cache_gib=0").update > base.update
-    assert seconds("algorithm.kl_coefficient=0.1").log_probs == 2 * base.log_probs
+    # An only update gives the old log-probs on its way; those of the reference are a pass of their own.
+    several = seconds("train.updates_per_step=2")
+    assert base.log_probs == 0 < several.log_probs == seconds("algorithm.kl_coefficient=0.1").log_probs
+    both = seconds("train.updates_per_step=2", "algorithm.kl_coefficient=0.1")
+    assert both.log_probs == 2 * several.log_probs
+    # Eight responses of 4,096 tokens behind a prompt of as many: 9 in place of 16.
+    separate = seconds("train.packing=first_fit_decreasing")
+    assert 9 / 16 < base.update / separate.update < 0.65
 
 
 def test_decode_reads_the_weights_once_a_token():

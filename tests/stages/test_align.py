@@ -70,7 +70,7 @@ def test_text_only_prompts_are_left_out_unless_the_language_model_trains(run: Ru
 
 def test_microbatches_do_not_change_the_update(run: Run) -> None:
     one, four = (
-        end(run("train.steps=1", f"train.micro_batch_size={size}", name=str(size)))["tensors"] for size in (1, 4)
+        end(run("train.steps=1", f"train.tokens_per_microbatch={size}", name=str(size)))["tensors"] for size in (1, 256)
     )
     name = "optimizer.state.exp_avg.adapter.linear_fc1.weight"
     assert one[name].abs().max() > 0

@@ -82,7 +82,7 @@ def test_dpo_and_supervised_training_are_settings(run: Run, tmp_path: Path) -> N
 
 def test_supervised_training_on_pairs_is_the_align_stage(run: Run, root: Path, tmp_path: Path) -> None:
     """The data has each chosen response as reference response too."""
-    steps = ("train.steps=2", "train.micro_batch_size=4")
+    steps = ("train.steps=2", "train.tokens_per_microbatch=256")
     ours = end(run(*steps, *SFT, "loss.aggregation=token"))
     theirs = end(run_stage(settings(root, tmp_path / "align", *steps, stage="align")))
     assert differences(ours["tensors"], theirs["tensors"]) == []
@@ -106,8 +106,8 @@ def test_a_resumed_stage_ends_with_the_same_bits(run: Run, root: Path, tmp_path:
 
 def test_microbatches_do_not_change_the_update_nor_delta(run: Run) -> None:
     overrides = ("train.steps=3", "train.learning_rate=0.005")
-    one = run(*overrides, "train.micro_batch_size=1", name="one")
-    six = run(*overrides, "train.micro_batch_size=6", name="six")
+    one = run(*overrides, "train.tokens_per_microbatch=1", name="one")
+    six = run(*overrides, "train.tokens_per_microbatch=512", name="six")
     packed = run(*overrides, "train.packing=first_fit_decreasing", "train.tokens_per_microbatch=256", name="packed")
     shared = run(*overrides, "train.packing=shared", "train.tokens_per_microbatch=256", name="shared")
     for ours, theirs in zip(read_metrics(shared), read_metrics(packed), strict=True):

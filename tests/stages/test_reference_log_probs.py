@@ -58,7 +58,7 @@ def test_runs_on_the_same_pairs_and_model_share_them(root: Path, tmp_path: Path,
     assert first is not None
     assert len(first) == 24
     assert [path.suffix for path in files(tmp_path)] == [".jsonl"]
-    _, second = compute(recipe(root, tmp_path, "preference.beta=0.5", "train.micro_batch_size=2", name="other"))
+    _, second = compute(recipe(root, tmp_path, "preference.beta=0.5", "train.tokens_per_microbatch=64", name="other"))
     assert second == first
     assert sum(forwards) == 12
 

@@ -42,7 +42,12 @@ def run(root: Path, tmp_path: Path) -> Run:
 @pytest.fixture(scope="module")
 def trained(root: Path, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "run"
-    overrides = ("train.steps=25", "train.learning_rate=0.01", "evaluation.every_steps=25", "train.micro_batch_size=6")
+    overrides = (
+        "train.steps=25",
+        "train.learning_rate=0.01",
+        "evaluation.every_steps=25",
+        "train.tokens_per_microbatch=512",
+    )
     return run_stage(settings(root, output, f"data.validation={root / 'data'}", *overrides))
 
 
@@ -85,8 +90,7 @@ def test_a_resumed_stage_ends_with_the_same_bits(run: Run, root: Path, tmp_path:
 def test_microbatches_and_packing_do_not_change_the_update(run: Run) -> None:
     name = "optimizer.state.exp_avg.score.weight"
     layouts = {
-        "two rows": ("train.micro_batch_size=2",),
-        "six rows": ("train.micro_batch_size=6",),
+        "two rows": ("train.tokens_per_microbatch=1",),
         "shared": ("train.packing=shared", "train.tokens_per_microbatch=400"),
         "packed": ("train.packing=first_fit_decreasing", "train.tokens_per_microbatch=400"),
     }

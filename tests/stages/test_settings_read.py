@@ -116,7 +116,7 @@ def test_pairs_read_their_settings(root: Path, tmp_path: Path, reads: Reads) -> 
     with pytest.raises(ValueError, match="no preference pair came of 384 responses"):  # of random weights
         run_pairs(recipe)
     # What packs the rows of a reward model in process.
-    reads.names |= {"train.micro_batch_size", "train.packing"}
+    reads.names |= {"train.tokens_per_microbatch", "train.packing"}
     check(recipe, reads)
 
 

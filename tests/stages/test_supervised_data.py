@@ -76,7 +76,7 @@ def test_ranks_share_the_samples_and_pairs_stay_together(paired: bool) -> None:
     }
     units = {prompt.key: (f"{prompt.key}/0", f"{prompt.key}/1") for prompt in prompts} if paired else None
     rows = RowFormat(99, IMAGE_TOKEN, tensor_size=1, device=torch.device("cpu"))
-    microbatcher = Microbatcher(TrainConfig(micro_batch_size=2), rows)
+    microbatcher = Microbatcher(TrainConfig(tokens_per_microbatch=1), rows)
     held = []
     for rank in range(2):
         context: Any = SimpleNamespace(data_size=2, data_rank=rank)

@@ -100,7 +100,7 @@ def tiny_recipe(root: Path, *, parts: tuple[str, ...] = ("adapter",), steps: int
             "parts": parts,
             "steps": steps,
             "prompts_per_step": 6,
-            "micro_batch_size": 4,
+            "tokens_per_microbatch": 256,
             "learning_rate": 1e-3,
         },
         "checkpoint": {"every_steps": 1, "keep_last": 10, "asynchronous": False},

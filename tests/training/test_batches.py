@@ -30,16 +30,17 @@ def as_units(lengths):
 @settings(deadline=None)
 @given(
     lengths=st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(1, 50), max_size=12),
-    size=st.integers(1, 5),
+    tokens=st.integers(1, 100),
 )
-def test_microbatches_are_a_partition_longest_first(lengths, size):
-    settings = TrainConfig(micro_batch_size=size)
+def test_microbatches_are_a_partition_longest_first(lengths, tokens):
+    settings = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=tokens)
     microbatches = split_into_microbatches(as_units(lengths), settings)
     flat = [name for names in microbatches for name in names]
     assert sorted(flat) == sorted(lengths)
-    assert len(microbatches) == math.ceil(len(lengths) / size)
-    assert all(1 <= len(names) <= size for names in microbatches)
-    assert [lengths[name] for name in flat] == sorted(lengths.values(), reverse=True)
+    padded = {name: math.ceil(length / 8) * 8 for name, length in lengths.items()}
+    assert all(len(names) == 1 or sum(padded[name] for name in names) <= tokens for names in microbatches)
+    firsts = [padded[names[0]] for names in microbatches]
+    assert firsts == sorted(firsts, reverse=True)
     assert microbatches == split_into_microbatches(as_units(dict(reversed(lengths.items()))), settings)
 
 
@@ -69,8 +70,8 @@ def test_neighbouring_rows_of_a_prompt_are_counted():
 
 def test_pairs_stay_together():
     pairs = {"a": [5, 9], "b": [4, 4], "c": [8, 1]}
-    assert split_into_microbatches(pairs, TrainConfig(micro_batch_size=4)) == [["a", "c"], ["b"]]
-    assert split_into_microbatches(pairs, TrainConfig(micro_batch_size=1)) == [["a"], ["c"], ["b"]]
+    alone = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=1)
+    assert split_into_microbatches(pairs, alone) == [["a"], ["b"], ["c"]]
     packed = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=40)
     # With padding to multiples of 8: 24, 16 and 16 tokens.
     assert split_into_microbatches(pairs, packed) == [["a", "b"], ["c"]]

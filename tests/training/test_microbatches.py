@@ -13,14 +13,14 @@ from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 PROMPTS = {key: make_prompt(key, tiles=tiles) for key, tiles in (("a", 1), ("b", 2), ("c", 0))}
 
 
-def microbatcher(size: int) -> Microbatcher:
-    settings = TrainConfig(micro_batch_size=size)
+def separate(tokens: int) -> Microbatcher:
+    settings = TrainConfig(packing=Packing.first_fit_decreasing, tokens_per_microbatch=tokens)
     return Microbatcher(settings, RowFormat(99, IMAGE_TOKEN, tensor_size=1, device=torch.device("cpu")))
 
 
 def test_rows_are_the_named_samples():
     samples = {key: make_sample(prompt, length=3) for key, prompt in PROMPTS.items()}
-    found = microbatcher(2).split(samples, PROMPTS, replayed={"b"})
+    found = separate(32).split(samples, PROMPTS, replayed={"b"})
     assert [len(part.names) for part in found] == [2, 1]
     for part in found:
         for row, name in enumerate(part.names):
@@ -33,7 +33,7 @@ def test_rows_are_the_named_samples():
 def test_the_rows_of_a_unit_are_neighbours_and_share_their_tiles():
     samples = {f"{key}/{side}": make_sample(prompt, side) for key, prompt in PROMPTS.items() for side in (0, 1)}
     units = {key: (f"{key}/0", f"{key}/1") for key in PROMPTS}
-    found = microbatcher(4).split(samples, PROMPTS, units=units)
+    found = separate(80).split(samples, PROMPTS, units=units)
     for part in found:
         assert [name[:1] for name in part.names[::2]] == [name[:1] for name in part.names[1::2]]
         assert [name[-1] for name in part.names] == ["0", "1"] * (len(part.names) // 2)
@@ -78,7 +78,7 @@ def test_the_rows_of_a_pair_are_neighbours_in_shared_rows_too():
 
 
 def test_no_samples_give_no_microbatch_and_the_filler_weighs_nothing():
-    assert microbatcher(2).split({}, {}) == []
-    filler = microbatcher(2).filler(PROMPTS["b"], rows=2)
+    assert separate(32).split({}, {}) == []
+    filler = separate(32).filler(PROMPTS["b"], rows=2)
     assert filler.weights_B.tolist() == [0.0, 0.0]
     assert filler.tiles_TCHW.shape[0] == 2
