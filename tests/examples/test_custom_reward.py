@@ -73,14 +73,14 @@ def test_it_trains_the_model_of_the_demo(tmp_path: Path) -> None:
     settings = [
         f"model.hf_path={paths.base}",
         f"data.train={paths.shards / 'grpo'}",
-        f"evaluation.data={paths.shards / 'heldout'}",
         f"run.output_dir={output}",
     ]
+    heldout = f"evaluation.data={paths.shards / 'heldout'}"
     for name, checkpoint in (("before", paths.align), ("after", output)):
         recipe, start = str(FOLDER / "grpo.yaml"), f"model.checkpoint={paths.align}"
         if name == "after":
             run("grpo", recipe, *settings, start)
-        run("evaluate", recipe, *settings, "--name", name, f"model.checkpoint={checkpoint}")
+        run("evaluate", recipe, *settings, heldout, "--name", name, f"model.checkpoint={checkpoint}")
     before, after = (read_evaluation(output / f"evaluation-{name}.json") for name in ("before", "after"))
     # The intervals are of about 5 points to each side.
     assert after.pass_at_1 >= before.pass_at_1 + 0.1
