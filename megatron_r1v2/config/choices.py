@@ -77,7 +77,7 @@ class Packing(str, Enum):
 
 
 class TooLong(str, Enum):
-    """What becomes of a prompt that is longer than `data.max_prompt_tokens`."""
+    """The treatment of a prompt that is longer than `data.max_prompt_tokens`."""
 
     error = "error"
     skip = "skip"

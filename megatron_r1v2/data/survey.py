@@ -26,7 +26,7 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class DataSurvey:
-    """What a run should know of its data set, by the keys of samples."""
+    """The findings about a data set before a run, by the keys of samples."""
 
     too_long: Mapping[str, str] = field(default_factory=dict)
     """Prompts that cannot be made to fit into `data.max_prompt_tokens`, with an error for each."""

@@ -150,6 +150,7 @@ class UnfinishedPairs:
         with atomic_folder(self.output) as shards:
             fill_shards(shards, expand_pairs(read_shards(source, parse_sample), found))
             write_json(shards / COUNTS_FILE, record)
+        # Last: until the output has its name, a restart goes on from the rounds.
         shutil.rmtree(self.folder)
         return counts
 
