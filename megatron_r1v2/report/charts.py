@@ -97,6 +97,10 @@ def _curves(chart: Chart, run: Run) -> list[Curve]:
 
 def _label(chart: Chart, metric: Metric, name: str, suffix: str) -> str:
     base = metric.short or name.removesuffix(suffix).removesuffix("/mean").rpartition("/")[2]
+    if "*" in metric.name:
+        # All of it: two reward functions may have parts of one name.
+        start, _, end = metric.name.partition("*")
+        base = name.removeprefix(start).removesuffix(end)
     if len(metric.suffixes) > 1:
         kind = suffix or "all"
         base = kind if len(chart.metrics) == 1 else f"{base} {kind}"

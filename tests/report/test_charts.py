@@ -41,6 +41,14 @@ def test_labels_and_targets_are_in_the_legend():
     assert {"fresh effective fraction", "trained effective fraction", "target", "60%", "step"} <= set(found)
 
 
+def test_parts_of_two_functions_with_one_name_are_two_curves():
+    run = make_run(
+        reward__near__shown__mean=[0.1, 0.2], reward__tone__shown__mean=[0.3, 0.4], reward__tone__mean=[0.5, 0.6]
+    )
+    found = texts(draw(chart_of("Reward", "reward/*/mean"), run))
+    assert {"near/shown", "tone/shown", "tone"} <= set(found)
+
+
 def drawn_axes(monkeypatch, chart, run, **options):
     """Return the axes of a chart."""
     kept = []

@@ -272,3 +272,14 @@ def test_an_unreadable_image_is_left_out(tmp_path, image):
 def test_rollouts_with_missing_fields_are_shown(tmp_path, row):
     write_lines(tmp_path / "rollouts.jsonl", [row])
     assert "Step 1" in read_page(tmp_path).text
+
+
+def test_a_response_without_a_reference_is_neither_right_nor_wrong(tmp_path):
+    own = {"answer": "", "correct": False, "rewards": {"near": 0.75, "near/shown": 1.0}}
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "reward/near/mean": 0.75, "reward/near/shown/mean": 1.0}])
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(**own)])
+    text = " ".join(read_page(tmp_path).text.split())
+    assert "no reference answer" in text
+    assert "near 0.75near/shown 1.00" in text
+    assert "wrong left 3" not in text
+    assert "near/shown" in text.partition("Reward and correctness")[2].partition("Responses")[0]
