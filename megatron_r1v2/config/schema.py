@@ -230,7 +230,8 @@ class AlgorithmConfig(Section):
     """Truncated importance sampling between engine and training forward: the largest weight; 0: off."""
     dynamic_sampling_rounds: int = Field(1, ge=1)
     """DAPO's dynamic sampling: while fewer than train.prompts_per_step groups are effective, as many further prompts
-    are generated from, up to this many rounds in all; only effective groups are trained on. 1: off."""
+    are generated from, up to this many rounds in all or as the data has; only effective groups are trained on. 1:
+    off."""
     max_log_prob_difference: float = Field(0.5, gt=0)
     """The run stops when the mean |engine - training| log-prob exceeds this: of a step, or of the gate before it."""
 

@@ -91,6 +91,11 @@ class PromptStream:
         self._iterator: Iterator[RawSample] | None = None
 
     @property
+    def num_samples(self) -> int:
+        """Return the size of the data set."""
+        return sum(self._shards.values())
+
+    @property
     def samples_read(self) -> int:
         """Return the number of samples read since the start of training, corrupt ones included."""
         return self._tally.read

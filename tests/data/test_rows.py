@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from megatron_r1v2.data.row_forms import RowForm
+from megatron_r1v2.data.row_forms import USUAL_COLUMNS, RowForm
 from megatron_r1v2.data.rows import read_rows
-from megatron_r1v2.data.samples import SampleError
+from megatron_r1v2.data.samples import SampleError, encode_record, parse_sample
 from megatron_r1v2.resilience.json_lines import append_json_lines
 from tests.tiny import tiny_png
 
@@ -102,6 +104,42 @@ def test_a_bad_row_is_an_error_with_its_line_or_is_reported_and_left_out(
         "my-rows-v2-00000003",
     ]
     assert reported == [str(refused.value)]
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(st.characters(), max_size=8)
+    | st.sampled_from(
+        ["a.png", "<image>", "data:image/png;base64,xx", "8", "user", "assistant", "text", "image", "\ud83d"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "from", "value", "path", "bytes", "ground_truth"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+COLUMNS = sorted({column for columns in USUAL_COLUMNS.values() for column in columns if "." not in column})
+MORE = ["reward_model", "facts", "metadata", "alternatives", "tolerances", "answer_type", "schema", "options", "more"]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from([*COLUMNS, *MORE]), VALUES, max_size=6))
+def test_no_row_does_more_than_be_refused(tmp_path: Path, images: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(OWN) + "\n")
+    refused: list[str] = []
+    read = list(read_rows(path, images, report=refused.append))
+    assert len(read) + len(refused) == 2
+    assert read[-1].key == "rows-00000002"
+    for sample in read:
+        assert parse_sample(sample.key, {"json": encode_record(sample), **sample.images}) == sample
 
 
 def test_inputs_that_cannot_be_read(tmp_path: Path, images: Path) -> None:

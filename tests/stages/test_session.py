@@ -16,6 +16,7 @@ from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.types import Prompt
+from tests.ranks import run_ranks
 from tests.stages.runs import (
     checkpoint_contents,
     differences,
@@ -98,6 +99,25 @@ def test_a_run_that_ends_by_an_error_is_saved_before_and_goes_on_when_it_is_mend
         checkpoint_contents(last_checkpoint(run))["tensors"] for run in (tmp_path / "run", align("whole-run", data))
     )
     assert differences(ours, theirs) == []
+
+
+def _align_until_the_error(root: str, folder: str) -> str:
+    settings = ("train.steps=5", "checkpoint.every_steps=0", "data.shuffle=false", f"data.train={folder}/data")
+    try:
+        run_stage(recipe_for(Path(root), Path(folder) / "run", settings, stage="align"))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_save_before_an_error_of_the_data(root: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "whole", images=40, texts=0)
+    broken_copy(tmp_path / "whole", tmp_path / "data", 20)
+    errors = run_ranks(2, _align_until_the_error, str(root), str(tmp_path))
+    assert len(errors) == 2
+    assert all("samples read are corrupt" in error for error in errors)
+    (saved,) = finished_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-00000003"
 
 
 def test_a_step_whose_update_was_made_is_not_saved_as_the_one_before(root: Path, tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ class RolloutPhase:
             prompts += more
             scored += more_scored
             counts.update(more_counts)
-            if done == rounds or self.sum_effective_groups(prompts, scored) >= wanted:
+            # A small data set has no prompts for another round: the step goes on with what it has.
+            exhausted = len(prompts) + wanted > session.stream.num_samples
+            if done == rounds or exhausted or self.sum_effective_groups(prompts, scored) >= wanted:
                 break
         if session.policy.features is None:
             self.features.clear()  # of a tower that trains: the update does not read them, and needs the memory

@@ -10,6 +10,7 @@ import torch
 
 from megatron_r1v2.config.choices import EffectiveBy, LossAggregation
 from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.score import shuffle_rewards
@@ -151,10 +152,10 @@ def telling_responses(records: Sequence[SampleRecord], count: int) -> list[int]:
 
 
 def check_answers(prompts: Sequence[Prompt], effective_by: EffectiveBy) -> None:
-    """Raise ValueError where answers decide which groups can teach something, and a prompt has none."""
+    """Raise DataError where answers decide which groups can teach something, and a prompt has none."""
     missing = [prompt.key for prompt in prompts if not prompt.answer]
     if missing and effective_by is EffectiveBy.answer:
-        raise ValueError(
+        raise DataError(
             f"prompt {missing[0]!r} has no answer, and buffer.effective_by=answer compares answers to find the groups "
             "that can teach something; set buffer.effective_by=reward"
         )

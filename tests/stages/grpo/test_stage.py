@@ -161,6 +161,14 @@ def test_dynamic_sampling_generates_until_enough_groups_are_effective(run: Run) 
         assert line["rollout/rounds"] == 3 or effective >= 16
 
 
+def test_dynamic_sampling_ends_where_the_data_does(run: Run) -> None:
+    settings = ("train.steps=3", "train.prompts_per_step=6", "buffer.capacity=0", "reward.claim_pattern=")
+    lines = read_metrics(run(*settings, "train.parts=[language]", "algorithm.dynamic_sampling_rounds=9"))
+    # 16 prompts are two rounds of 6.
+    assert max(line["rollout/rounds"] for line in lines) == 2
+    assert all(line["rollout/responses"] == 24 * line["rollout/rounds"] for line in lines)
+
+
 def test_text_only_prompts_train_with_the_language_model_only(run: Run) -> None:
     adapter = run("train.steps=3", "train.prompts_per_step=12", name="adapter")
     language = run("train.steps=3", "train.prompts_per_step=12", "train.parts=[language]", name="language")
