@@ -88,11 +88,10 @@ class Recipe(Section):
         """Return the settings that are read, by section."""
         read: dict[str, tuple[str, ...]] = {}
         for name, section in cls.sections().items():
-            marks = cls.model_fields[name].metadata
-            keys: set[str] = set(section.model_fields)
-            for mark in marks:
-                keys = keys & mark if isinstance(mark, Only) else keys - mark
-            read[name] = tuple(key for key in section.model_fields if key in keys)
+            keys = [*section.model_fields]
+            for mark in cls.model_fields[name].metadata:
+                keys = [key for key in keys if (key in mark) == isinstance(mark, Only)]
+            read[name] = tuple(keys)
         return read
 
     @classmethod

@@ -8,15 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.command_line import command_parser, describe_settings
+from megatron_r1v2.config.load import load_recipe, load_recipe_as
+from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRecipe
 from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
 from megatron_r1v2.planning.roofline import HARDWARE
-
-if TYPE_CHECKING:
-    from megatron_r1v2.config.recipes import PairsRecipe, Recipe, TrainingRecipe
+from megatron_r1v2.stages.model_fit import fit_mistakes
 
 _DESCRIPTION = """\
 Plan what a run needs of each GPU, which layout fits, and how long a step takes, by arithmetic alone.
@@ -73,9 +72,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _recipe_of(given: Sequence[str], stage: StageName | None, hf_config: str) -> TrainingRecipe | PairsRecipe:
     """Read the recipe that comes first, or take the defaults of a stage where there are only overrides."""
-    from megatron_r1v2.config.load import load_recipe, load_recipe_as
-    from megatron_r1v2.config.recipes import STAGES
-
     check = partial(_mistakes, hf_config=hf_config)
     if given and "=" not in given[0]:
         return load_recipe(given[0], given[1:], check=check)
@@ -86,7 +82,6 @@ def _mistakes(recipe: Recipe, *, hf_config: str) -> Iterator[str]:
     """Yield a sentence when the model's sizes cannot be found, or for each that does not fit."""
     from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
     from megatron_r1v2.checkpoint.hf.config import sizes_config
-    from megatron_r1v2.stages.model_fit import fit_mistakes
 
     try:
         architecture = r1v2_architecture(sizes_config(find_hf_config(recipe.model.hf_path, hf_config)))

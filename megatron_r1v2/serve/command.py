@@ -43,27 +43,26 @@ import ipaddress
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries, tell_bad_input
+from megatron_r1v2.config.load import Check, load_recipe_as
+from megatron_r1v2.config.recipes import Recipe, ServeRecipe
 from megatron_r1v2.serve.options import ChatOptions, bind, parse_options, read_api_key
-
-if TYPE_CHECKING:
-    from megatron_r1v2.config.load import Check
-    from megatron_r1v2.config.recipes import Recipe, ServeRecipe
+from megatron_r1v2.stages.model_fit import all_mistakes
 
 
 def main(argv: Sequence[str]) -> None:
     """Serve until the process is asked to end; exit 2 on bad input."""
-    parser = command_parser("serve", (__doc__ or "").partition("\n\n")[2], settings=_settings)
+    parser = command_parser(
+        "serve", (__doc__ or "").partition("\n\n")[2], settings=partial(describe_settings, ServeRecipe)
+    )
     parser.usage = "[torchrun ... -m | python -m] megatron_r1v2 serve CHECKPOINT [section.key=value ...] [options]"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see above")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="changes a setting")
     arguments, options = parse_options(ChatOptions, parser, argv)
     quiet_libraries()
-    from megatron_r1v2.stages.model_fit import all_mistakes
-
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with tell_bad_input():
         recipe = serving_recipe(arguments.checkpoint, arguments.settings, check=all_mistakes)
@@ -81,12 +80,6 @@ def main(argv: Sequence[str]) -> None:
         serve(recipe, named, key, listener)
 
 
-def _settings() -> str:
-    from megatron_r1v2.config.recipes import ServeRecipe
-
-    return describe_settings(ServeRecipe)
-
-
 def serving_recipe(checkpoint: str, settings: Sequence[str], *, check: Check | None = None) -> ServeRecipe:
     """Return the settings of the model to be served.
 
@@ -98,9 +91,6 @@ def serving_recipe(checkpoint: str, settings: Sequence[str], *, check: Check | N
     Raises:
         ValueError: the folder is of another kind, or a setting is wrong.
     """
-    from megatron_r1v2.config.load import load_recipe_as
-    from megatron_r1v2.config.recipes import ServeRecipe
-
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(
