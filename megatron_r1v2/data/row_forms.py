@@ -43,10 +43,10 @@ _OURS = {
     "key", "messages", "answer", "answer_type", "facts", "images", "response", "chosen", "rejected", "margin",
     "source", "alternatives", "tolerances", "metadata",
 }  # fmt: skip
+_OUR_NAMES = {"question": "messages", "image": "images"}
 _SENDERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 # A question that is shown without them could not be answered.
 _OPTIONS = ("options", "choices")
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def sample_fields(row: JsonObject, form: RowForm) -> JsonObject:
     row = {name: value for name, value in row.items() if name not in form.ignored}
     _refuse_broken_text(row)
     is_ours = "messages" in row and bool(_OURS_ALONE & set(row) or ("answer" not in row and set(row) <= _OURS))
-    fields = _own_fields(row) if is_ours and not form.columns else _foreign_fields(row, form)
+    fields = _own_fields(_renamed(row, form.columns)) if is_ours else _foreign_fields(row, form)
     if form.template:
         fields["messages"] = _fill_template(fields["messages"], row, form.template)
     fields["messages"] = _with_placeholders(fields["messages"], len(fields["images"]))
@@ -104,6 +104,21 @@ def sample_fields(row: JsonObject, form: RowForm) -> JsonObject:
             )
         fields |= {"answer": "", "answer_type": None}
     return fields
+
+
+def _renamed(row: JsonObject, columns: Mapping[str, str]) -> JsonObject:
+    """Return a row of ours with the fields that --columns names under their own names."""
+    for role, column in columns.items():
+        if column not in row:
+            raise _no_column(role, column, row)
+        row = {**row, _OUR_NAMES.get(role, role): row[column]}
+        row = {name: value for name, value in row.items() if name != column}
+    return row
+
+
+def _no_column(role: str, column: str, row: JsonObject) -> SampleError:
+    others = ", ".join(sorted(row)) or "none"
+    return SampleError(f"--columns {role}={column}: the row has no column {column!r}, only {others}")
 
 
 def _own_fields(row: JsonObject) -> JsonObject:
@@ -127,9 +142,9 @@ def _own_fields(row: JsonObject) -> JsonObject:
 
 
 def _foreign_fields(row: JsonObject, form: RowForm) -> JsonObject:
-    used: dict[str, str] = {}
-    found = {role: _find(row, role, form, used) for role in USUAL_COLUMNS}
-    given = {role: value for role, value in found.items() if value is not _ABSENT}
+    found = {role: match for role in USUAL_COLUMNS if (match := _find(row, role, form.columns.get(role)))}
+    used = {role: column for role, (column, _) in found.items()}
+    given = {role: value for role, (_, value) in found.items()}
     chosen = given.get("chosen")
     if isinstance(chosen, list) and "question" not in given:
         given["question"] = chosen[:-1]  # TRL's implicit prompt
@@ -166,33 +181,32 @@ def _foreign_fields(row: JsonObject, form: RowForm) -> JsonObject:
     }
 
 
-def _find(row: JsonObject, role: str, form: RowForm, used: dict[str, str]) -> object:
-    """Return the value of a role, and note its column in `used`; `_ABSENT` where the row has none of its columns."""
-    wanted = form.columns.get(role)
+def _find(row: JsonObject, role: str, wanted: str | None) -> tuple[str, object] | None:
+    """Return the column of a role and its value; None where the row has none of its columns.
+
+    Args:
+        wanted: the column that --columns names.
+    """
     names = (wanted,) if wanted else USUAL_COLUMNS[role]
-    values = {name: value for name in names if (value := _value_at(row, name)) is not _ABSENT}
-    if wanted and not values:
-        raise SampleError(
-            f"--columns {role}={wanted}: the row has no column {wanted!r}, only {', '.join(sorted(row)) or 'none'}"
-        )
-    if role != "answer":  # parquet gives a row every column of its file; an answer that is null is refused, though
-        values = {name: value for name, value in values.items() if value is not None}
+    matches = [(name, value) for name in names for value in _values_at(row, name)]
+    if wanted and not matches:
+        raise _no_column(role, wanted, row)
     if role == "image":
-        values = {name: value for name, value in values.items() if as_list(value)}
-        if len(values) > 1:
+        matches = [(name, value) for name, value in matches if as_list(value)]
+        if len(matches) > 1:
             raise SampleError("images are under image and under images; name one with --columns image=NAME")
-    for name, value in values.items():
-        used[role] = name
-        return value
-    return _ABSENT
+    elif role != "answer":  # parquet gives a row every column of its file; an answer that is null is refused, though
+        matches = [(name, value) for name, value in matches if value is not None]
+    return next(iter(matches), None)
 
 
-def _value_at(row: JsonObject, name: str) -> object:
+def _values_at(row: JsonObject, name: str) -> list[object]:
+    """Return the value at a dotted name in a list; an empty list where there is none."""
     if name in row:
-        return row[name]
+        return [row[name]]
     outer, dot, inner = name.partition(".")
     within = row.get(outer)
-    return _value_at(within, inner) if dot and isinstance(within, dict) else _ABSENT
+    return _values_at(within, inner) if dot and isinstance(within, dict) else []
 
 
 def _messages(value: object, *, column: str = "messages") -> tuple[tuple[Message, ...], list[object]]:

@@ -174,6 +174,11 @@ def test_the_wishes_of_the_user() -> None:
         "t",
         ["a.png"],
     )
+    ours = {"messages": [USER], "answer": "8", "answer_type": "choice", "img": ["a.png"], "id": "k"}
+    fields = read(ours, columns={"image": "img", "key": "id"})
+    assert [fields[name] for name in ("answer_type", "images", "key")] == ["choice", ["a.png"], "k"]
+    with pytest.raises(SampleError, match=r"--columns image=pic: the row has no column 'pic', only answer"):
+        read(ours, columns={"image": "pic"})
     nested = read({"question": "q", "more": {"gold": "8"}}, columns={"answer": "more.gold"})
     assert nested["answer"] == "8"
     unclosed = {"question": "q", "chosen": "<think>a", "rejected": "b"}

@@ -63,6 +63,14 @@ def test_what_breaks_the_schema_is_named(changes: dict[str, Any], message: str) 
     assert "'k-1'" in str(caught.value)
 
 
+def test_a_sample_may_say_that_nothing_is_compared() -> None:
+    parse(answer="", answer_type=None, response=...)
+    with pytest.raises(SampleError, match="answer_type is None, accepted are"):
+        parse(answer="8", answer_type=None)
+    with pytest.raises(SampleError, match="margin must be a number, got inf"):
+        parse(margin=float("inf"))
+
+
 def test_a_preference_pair_needs_no_answer() -> None:
     parse(answer="", response=..., chosen="good", rejected="bad")
 
