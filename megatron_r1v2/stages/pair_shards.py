@@ -221,6 +221,8 @@ def _pairs_fingerprint(recipe: PairsRecipe) -> Fingerprint:
         limit = {"too_long": recipe.data.too_long.value, "max_prompt_tokens": recipe.data.max_prompt_tokens}
         sections["data"] |= limit
     sections["train"] = {"prompts_per_step": recipe.train.prompts_per_step}
+    # Left out where there are none: rounds of earlier versions know nothing of them.
+    del sections["reward"]["functions"]
     if recipe.reward.functions:
         sections["reward"]["functions"] = describe_functions(recipe.reward.functions)
     for section in ("model", "reward_model"):

@@ -71,6 +71,9 @@ def test_rounds_of_another_reward_function_are_refused(root: Path, tmp_path: Pat
     own.write_text("def f(**_): return 0")
     with pytest.raises(ValueError, match=r"reward.functions is .*unfinished holds rounds made with"):
         UnfinishedPairs(settings)
+    without = UnfinishedPairs(recipe(root, tmp_path / "other"))
+    without.write_round(0, [], PairCounts())
+    assert "functions" not in json.loads((without.folder / "settings.json").read_text())["reward"]
 
 
 def test_no_pair_at_all_is_an_error_that_says_why(root: Path, tmp_path: Path) -> None:
