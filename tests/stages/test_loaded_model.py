@@ -77,6 +77,11 @@ def test_all_ends_of_the_folder_end_a_response_and_are_said_once(root: Path, tmp
         settings = (f"model.hf_path={folder}", f"generation.stop_tokens={json.dumps(given)}")
         with open_model(recipe_for(root, tmp_path / "run", settings)) as loaded:
             assert loaded.engine().stop_ids == loaded.engine(prefix_tokens=3).stop_ids == frozenset(expected)
+            prompts = list(loaded.read_prompts(loaded.recipe.data.train, 2))
+            sampling = Sampling(num_responses=24, policy_version=0, temperature=1.5, max_response_tokens=24)
+            rollouts = loaded.engine().generate(prompts, sampling, features=loaded.feature_cache())
+            assert {rollout.token_ids[-1] for rollout in rollouts if rollout.finish_reason == "stop"} == set(expected)
+            assert not any(number in rollout.token_ids[:-1] for rollout in rollouts for number in expected)
         told = capsys.readouterr().out
         assert told.count("a response ends with") == 1
         assert all(f"({number})" in told for number in expected)
