@@ -161,3 +161,13 @@ def test_json_errors_name_the_file(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list"):
         read_json(tmp_path / "config.json")
+
+
+def test_json_that_is_nested_without_an_end_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for depth in (100, 900, 100_000):
+        path.write_text('{"a":' * depth + "1" + "}" * depth)
+        with pytest.raises(ValueError, match=r"nested more than 64 levels deep|is not valid JSON: maximum recursion"):
+            read_json(path)
+    path.write_text('{"a": [' * 10 + "1" + "]}" * 10)
+    assert read_json(path)["a"]
