@@ -90,3 +90,16 @@ class Tracker(str, Enum):
     wandb = "wandb"
     wandb_offline = "wandb_offline"
     tensorboard = "tensorboard"
+
+
+class OnResume(str, Enum):
+    """The fate of a run that is resumed with another value of a setting."""
+
+    refused = "refused"
+    """The run would be another one: stage, seed, schedule."""
+    larger = "larger"
+    """It may grow; a smaller value is refused."""
+    asked = "asked"
+    """The curves would mean something else from here on: it needs checkpoint.accept_changes."""
+    free = "free"
+    """It is listed."""

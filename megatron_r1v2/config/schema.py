@@ -7,7 +7,7 @@ configuration; `model.transformer_config` passes anything else through to megatr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,7 @@ from megatron_r1v2.config.choices import (
     Fp8,
     Layers,
     LossAggregation,
+    OnResume,
     Packing,
     Part,
     Precision,
@@ -33,9 +34,18 @@ class Section(BaseModel):
     their fields are `strict=False`.
     """
 
+    on_resume: ClassVar[OnResume] = OnResume.free
+    """Of the settings that are not annotated with another rule."""
+
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
     )
+
+    @classmethod
+    def resume_rule(cls, setting: str) -> OnResume:
+        """Return what happens to a run that is resumed with another value of a setting."""
+        noted = (rule for rule in cls.model_fields[setting].metadata if isinstance(rule, OnResume))
+        return next(noted, cls.on_resume)
 
     def changed(self, **settings: object) -> Self:
         """Return a checked copy in which some settings are others.
@@ -49,12 +59,12 @@ class Section(BaseModel):
 class RunConfig(Section):
     """The stage of the run and its folder."""
 
-    stage: StageName | None = Field(None, strict=False)
+    stage: Annotated[StageName | None, OnResume.refused] = Field(None, strict=False)
     """The stage that the recipe is for; each recipe names it."""
     output_dir: str = Field("runs/r1v2", pattern=r"\S")
     """Everything the run writes goes below this folder, whose name is that of the run in the report and in wandb. The
     shards of the pairs stage are the folder itself, which must not exist yet."""
-    seed: int = Field(1234, ge=0, le=2**31 - 1)
+    seed: Annotated[int, OnResume.refused] = Field(1234, ge=0, le=2**31 - 1)
     """Seeds data order, sampling and buffer draws."""
 
     @property
@@ -66,11 +76,14 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The weights to start from, and the way to compute with them."""
 
-    hf_path: str = ""
+    on_resume: ClassVar[OnResume] = OnResume.asked
+
+    # A folder may have moved: the weights in it are compared instead (stages/resume.py).
+    hf_path: Annotated[str, OnResume.free] = ""
     """Folder of the whole model in the layout of transformers' InternVL (see checkpoint_tools/reassemble.py)."""
-    checkpoint: str = ""
+    checkpoint: Annotated[str, OnResume.free] = ""
     """A checkpoint folder of an earlier stage to take the weights from; empty: the weights in `hf_path`."""
-    layers: Layers = Field(Layers.local, strict=False)
+    layers: Annotated[Layers, OnResume.free] = Field(Layers.local, strict=False)
     """local: torch and megatron-core only; te: TransformerEngine for the language model (GPU)."""
     precision: Precision = Field(Precision.bf16, strict=False)
     """fp32 or bf16."""
@@ -101,18 +114,21 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """The prompts and how they are read."""
 
-    train: str = ""
+    on_resume: ClassVar[OnResume] = OnResume.asked
+
+    # The position in the data refuses other shards by itself, wherever they lie.
+    train: Annotated[str, OnResume.free] = ""
     """Folder of WebDataset shards made by `r1v2 prepare`."""
     validation: str = ""
     """The same, for evaluation during training; empty: none."""
     max_prompt_tokens: int = Field(4096, ge=1)
     """The longest prompt, image tokens included."""
-    too_long: TooLong = Field(TooLong.error, strict=False)
+    too_long: Annotated[TooLong, OnResume.free] = Field(TooLong.error, strict=False)
     """A longer prompt, found before the first step: error names it and ends the run; skip leaves it out; fewer_tiles
     cuts its images into fewer tiles until it fits, and is an error where one tile each does not."""
     max_tiles: int = Field(12, ge=1)
     """Tiles an image is cut into at most, not counting the thumbnail."""
-    max_corrupt_fraction: float = Field(0.01, ge=0, le=1)
+    max_corrupt_fraction: Annotated[float, OnResume.free] = Field(0.01, ge=0, le=1)
     """Corrupt samples are skipped and counted; the run stops when they are more than this part of all read."""
     shuffle: bool = True
     """Draw a new order of the whole data set every epoch; false keeps the order of the shards."""
@@ -120,6 +136,8 @@ class DataConfig(Section):
 
 class GenerationConfig(Section):
     """The sampling of responses."""
+
+    on_resume: ClassVar[OnResume] = OnResume.asked
 
     responses_per_prompt: int = Field(8, ge=1)
     """N of GRPO."""
@@ -130,15 +148,15 @@ class GenerationConfig(Section):
     stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
     """Tokens, as text, that end a response beside those of the model's generation_config.json; the first also ends the
     responses of SFT and of pairs."""
-    kv_cache_gib: float = Field(20.0, gt=0)
+    kv_cache_gib: Annotated[float, OnResume.free] = Field(20.0, gt=0)
     """Memory for keys and values of a generation phase, given back afterwards."""
-    max_requests: int = Field(256, ge=1)
+    max_requests: Annotated[int, OnResume.free] = Field(256, ge=1)
     """Responses in flight at once on one model replica."""
-    max_tokens_per_step: int = Field(8192, ge=1)
+    max_tokens_per_step: Annotated[int, OnResume.free] = Field(8192, ge=1)
     """Tokens one engine step may process: longer prefills are cut into chunks."""
-    feature_cache_gib: float = Field(16.0, ge=0)
+    feature_cache_gib: Annotated[float, OnResume.free] = Field(16.0, ge=0)
     """Image features kept for a step; what does not fit is computed again."""
-    cuda_graphs: bool = False
+    cuda_graphs: Annotated[bool, OnResume.free] = False
     """Replay captured graphs in steps that only decode, instead of launching their kernels one by one; needs CUDA, and
     NCCL where tensor > 1; without flash-attn a graph attends over the longest sequence there may be. Captured anew in
     each generation phase, so no graph outlives an update."""
@@ -161,6 +179,8 @@ class RewardConfig(Section):
     A part whose weight is 0 is not computed, but for answer and format. One that does not apply to a prompt hands its
     weight to the others.
     """
+
+    on_resume: ClassVar[OnResume] = OnResume.asked
 
     answer_weight: float = Field(1.0, ge=0)
     """Is the last boxed answer right?"""
@@ -198,6 +218,8 @@ class RewardConfig(Section):
 class RewardModelConfig(Section):
     """The source of the scores that `reward.model_weight` weighs, and the training of the reward_model stage."""
 
+    on_resume: ClassVar[OnResume] = OnResume.asked
+
     checkpoint: str = ""
     """A checkpoint of the reward_model stage: the model is loaded beside the policy, in the same layout. Its
     tokenizer must be the policy's."""
@@ -212,6 +234,8 @@ class RewardModelConfig(Section):
 class LossConfig(Section):
     """The way from token losses to one number."""
 
+    on_resume: ClassVar[OnResume] = OnResume.asked
+
     aggregation: LossAggregation = Field(LossAggregation.sequence, strict=False)
     """sequence: the mean of per-response means, equation 8 of GRPO and equation 5 of the generation term of MPO; token:
     the mean over all tokens."""
@@ -219,6 +243,8 @@ class LossConfig(Section):
 
 class AlgorithmConfig(Section):
     """GRPO as in the paper's equation 8; the rest is off by default."""
+
+    on_resume: ClassVar[OnResume] = OnResume.asked
 
     clip_low: float = Field(0.2, ge=0, le=1)
     """Ratios below 1 - clip_low are clipped."""
@@ -232,12 +258,14 @@ class AlgorithmConfig(Section):
     """DAPO's dynamic sampling: while fewer than train.prompts_per_step groups are effective, as many further prompts
     are generated from, up to this many rounds in all or as the data has; only effective groups are trained on. 1:
     off."""
-    max_log_prob_difference: float = Field(0.5, gt=0)
+    max_log_prob_difference: Annotated[float, OnResume.free] = Field(0.5, gt=0)
     """The run stops when the mean |engine - training| log-prob exceeds this: of a step, or of the gate before it."""
 
 
 class PreferenceConfig(Section):
     """MPO on pairs of a chosen and a rejected response; weights 1, 0, 0 are DPO, 0, 0, 1 supervised training."""
+
+    on_resume: ClassVar[OnResume] = OnResume.asked
 
     preference_weight: float = Field(0.8, ge=0)
     """Weight of the preference term (DPO)."""
@@ -249,13 +277,15 @@ class PreferenceConfig(Section):
     """Reward of a response = beta x (its log-prob - that of the model the stage started from), summed over tokens."""
     min_margin: float = Field(0.0, ge=-1e6, le=1e6)
     """tau: pairs with a smaller margin (reward of chosen - rejected) are left out; one without a margin counts as 0."""
-    reference_dir: str = ""
+    reference_dir: Annotated[str, OnResume.free] = ""
     """Folder for the log-probs under the model that the stage starts from, for all runs on the same pairs and model;
     empty: `run.output_dir`/reference."""
 
 
 class BufferConfig(Section):
     """The Selective Sample Buffer."""
+
+    on_resume: ClassVar[OnResume] = OnResume.asked
 
     capacity: int = Field(4096, ge=0)
     """Effective responses kept over all ranks, and replayed; 0: none, plain GRPO."""
@@ -271,32 +301,34 @@ class BufferConfig(Section):
 class TrainConfig(Section):
     """The update."""
 
-    parts: tuple[Annotated[Part, Field(strict=False)], ...] = Field((Part.adapter,), strict=False)
+    parts: Annotated[tuple[Annotated[Part, Field(strict=False)], ...], OnResume.refused] = Field(
+        (Part.adapter,), strict=False
+    )
     """The parts that train: any of vision, adapter, language; in the reward_model stage also score, its new head."""
-    steps: int = Field(100, ge=1)
+    steps: Annotated[int, OnResume.larger] = Field(100, ge=1)
     """Steps of this stage."""
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: Annotated[int, OnResume.asked] = Field(64, ge=1)
     """Prompts over all data-parallel ranks (responses in the align stage, pairs in the mpo stage)."""
-    updates_per_step: int = Field(1, ge=1)
+    updates_per_step: Annotated[int, OnResume.refused] = Field(1, ge=1)
     """Optimizer steps that share one generation phase."""
     packing: Packing = Field(Packing.shared, strict=False)
     """shared: a prompt once, followed by its responses; first_fit_decreasing: a row a response, one after the other
     without padding; nemo: the same by NeMo's packing strategy (extra `nemo`)."""
     tokens_per_microbatch: int = Field(8192, ge=1)
     """Tokens in one forward pass; a longer response, or pair of them, has one for itself."""
-    learning_rate: float = Field(1e-6, ge=0)
+    learning_rate: Annotated[float, OnResume.refused] = Field(1e-6, ge=0)
     """The highest rate, reached after the warm-up."""
-    min_learning_rate: float = Field(0.0, ge=0)
+    min_learning_rate: Annotated[float, OnResume.refused] = Field(0.0, ge=0)
     """The rate at the end of the cosine decay."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Annotated[int, OnResume.refused] = Field(0, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Annotated[float, OnResume.refused] = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_beta2: Annotated[float, OnResume.refused] = Field(0.95, ge=0, lt=1)
     """Decay of AdamW's squared-gradient average; that of the gradient average is 0.9."""
-    clip_grad: float = Field(1.0, ge=0)
+    clip_grad: Annotated[float, OnResume.asked] = Field(1.0, ge=0)
     """Norm to which gradients are clipped; 0: not."""
-    skip_above_grad_norm: float = Field(0.0, ge=0)
+    skip_above_grad_norm: Annotated[float, OnResume.asked] = Field(0.0, ge=0)
     """An update whose gradient norm (before clipping) is above this is skipped, as one that is not finite always is;
     0: no bound."""
     recompute: Recompute = Field(Recompute.none, strict=False)
@@ -351,6 +383,11 @@ class CheckpointConfig(Section):
     """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
     asynchronous: bool = True
     """Write in the background."""
+    accept_changes: bool = False
+    """Go on from a checkpoint although settings differ that change what the curves mean (rewards, sampling, lengths,
+    data, ...). The differences are listed in the log and the report, and the buffer is emptied."""
+    resume_step: int = Field(0, ge=0)
+    """Go on from the checkpoint of this step; later ones are put aside. 0: from the newest."""
     keep_rollouts: bool = True
     """Keep the finished rollouts of a step on disk until a checkpoint holds the step: one that is interrupted does not
     generate them again. They are the same tokens; the engine's log-probs of the rest may differ in the last bits, since
@@ -367,6 +404,8 @@ class HallucinationConfig(Section):
     A rate above the target, or too few responses with claims, pulls a brake: tau of MPO (`preference.min_margin`) goes
     up, the weight of the reward model in GRPO (`reward.model_weight`) goes down (`rl/calibration.py`).
     """
+
+    on_resume: ClassVar[OnResume] = OnResume.asked
 
     target_rate: float = Field(0.0, ge=0, le=1)
     """The rate of contradicted claims to stay below; 0: off."""

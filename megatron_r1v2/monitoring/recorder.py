@@ -172,6 +172,13 @@ class Recorder:
                 self._tensorboard.add_scalar(name, value, step)
         self._show(step, values)
 
+    def note_changes(self, changes: Sequence[str]) -> None:
+        """Write for the report which settings a resumed run has changed."""
+        if changes and self.is_main:
+            append_json_lines(
+                self.run_dir / METRICS_FILE, [{"step": self.steps_done, "settings_changed": list(changes)}]
+            )
+
     def write_rollouts(self, records: Sequence[Mapping[str, object]]) -> None:
         """Append sample rollouts for the report, on the main rank."""
         if self.is_main:

@@ -55,7 +55,7 @@ def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
     curves = _curves(chart, run)
     if not curves:
         return None
-    return _draw_curves(chart, curves, target)
+    return _draw_curves(chart, curves, target, changed_after=list(run.changes))
 
 
 def is_zero(chart: Chart, run: Run) -> bool:
@@ -64,7 +64,7 @@ def is_zero(chart: Chart, run: Run) -> bool:
     return bool(curves) and not any(value for _, _, values in curves for value in values)
 
 
-def _draw_curves(chart: Chart, curves: list[Curve], target: float | None) -> str:
+def _draw_curves(chart: Chart, curves: list[Curve], target: float | None, *, changed_after: Sequence[int]) -> str:
     # The salt makes the ids of clip paths and markers differ between the charts of one page.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
         figure = Figure(figsize=(5.0, 2.55), layout="constrained")
@@ -76,6 +76,8 @@ def _draw_curves(chart: Chart, curves: list[Curve], target: float | None) -> str
             averaged = _draw_lines(axes, curves)
         if target is not None:
             axes.axhline(target, color="#5a6572", linewidth=1, linestyle=(0, (4, 3)), label="target")
+        for step in changed_after:
+            axes.axvline(step + 0.5, color="#b8892b", linewidth=1, linestyle=(0, (1, 2)))
         _finish(axes, chart, averaged=averaged)
         return _svg(figure)
 

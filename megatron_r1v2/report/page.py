@@ -67,6 +67,7 @@ def render(run: Run) -> str:
         last_step=max(run.metrics, default=None),
         num_steps=settings.get("train.steps"),
         facts=_facts(run, settings),
+        changes=run.changes,
         cards=_cards(run),
         table=_table(run),
         groups=_groups(run, settings),

@@ -63,6 +63,8 @@ class Run:
     comparison: Comparison | None = None
     rollouts: dict[int, list[Json]] = field(default_factory=dict)
     """A few steps -> a few rollouts of each."""
+    changes: dict[int, list[str]] = field(default_factory=dict)
+    """Steps done -> settings that were other ones from there on."""
     starts: list[Json] = field(default_factory=list)
     """The lines of starts.jsonl."""
     settings: str = ""
@@ -110,6 +112,9 @@ def _read_metrics(run: Run) -> None:
         step = numbers.pop("step", math.nan)
         if math.isfinite(step):
             found.setdefault(int(step), {}).update(numbers)
+        changed = row.get("settings_changed")
+        if math.isfinite(step) and isinstance(changed, list):
+            run.changes.setdefault(int(step), []).extend(map(str, changed))
     run.metrics = dict(sorted(found.items()))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_r1v2.config.choices import TooLong
 from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, check_name
@@ -41,8 +40,7 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
     check_name(folder, name, model=model)  # before the model is read, whose step the log's check asks for too
     with open_model(recipe) as loaded:
         prompts = list(loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts))
-        if recipe.data.too_long is not TooLong.error:  # where it is, all that are read do fit
-            loaded.print_survey(recipe.evaluation.data)
+        loaded.print_survey(recipe.evaluation.data)
         evaluation = Evaluation(
             name,
             folder,

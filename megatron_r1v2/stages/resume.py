@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
+from megatron_r1v2.config.choices import OnResume
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.config.schema import TrainConfig
+from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.data.stream import PromptStream
-from megatron_r1v2.resilience.fingerprint import Fingerprint
+from megatron_r1v2.resilience.fingerprint import Change, Fingerprint
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.store import CheckpointStore
 
-_SCHEDULE = (
-    "steps",
-    "updates_per_step",
-    "learning_rate",
-    "min_learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta2",
-)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SettingChange:
+    """A setting that differs from the checkpoint's."""
+
+    change: Change
+    rule: OnResume
+
+    def __str__(self) -> str:
+        return str(self.change)
+
+    @property
+    def is_refused(self) -> bool:
+        """Return whether a run cannot go on with the new value."""
+        old, new = self.change.old, self.change.new
+        if self.rule is OnResume.larger:
+            return not (isinstance(old, int) and isinstance(new, int) and new > old)
+        return self.rule is OnResume.refused
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,8 @@ class Restored:
     """The same on every rank: counters, and what the stage itself has saved."""
     replay: Sequence[Mapping[str, Any]] = ()
     """The buffer's samples of each data-parallel rank that saved."""
+    changes: Sequence[SettingChange] = ()
+    """Settings that are not those of the checkpoint."""
     taken_out: str | None = None
     """A sentence where samples were taken out of the data set since."""
 
@@ -54,38 +69,131 @@ class Restored:
         return checksums
 
 
+def compare_settings(now: TrainingRecipe, saved: TrainingRecipe) -> list[SettingChange]:
+    """Return the settings of a recipe that differ from those of a checkpoint of the same stage."""
+    new, old = (Fingerprint.of(**recipe.model_dump(mode="json")) for recipe in (now, saved))
+    sections = now.sections()
+    changes = []
+    for change in new.changes_since(old):
+        # A value inside a mapping (model.transformer_config.x) has the rule of the mapping.
+        section, setting, *_ = change.setting.split(".")
+        changes.append(SettingChange(change, sections[section].resume_rule(setting)))
+    return changes
+
+
+def check_settings(now: TrainingRecipe, folder: Path) -> list[SettingChange]:
+    """Return the settings that differ from those of a checkpoint which the run is to go on from.
+
+    Raises:
+        ValueError: the checkpoint is of another stage, a setting cannot change, or may change only with
+            checkpoint.accept_changes.
+    """
+    saved = load_recipe(folder / RECIPE_FILE, saved=True)
+    if type(saved) is not type(now):
+        raise ValueError(
+            f"run.output_dir={now.run.output_dir!r} holds a run of the {saved.title()} stage ({folder.name}), and this "
+            f"is {now.title()}: give it a folder of its own, with model.checkpoint={now.run.output_dir} to start from "
+            "those weights"
+        )
+    changes = compare_settings(now, saved)
+    if refused := [each.change for each in changes if each.is_refused]:
+        told = "; ".join(
+            f"{change.setting} was {change.old} when {folder} was saved and is {change.new} now" for change in refused
+        )
+        raise ValueError(
+            f"{told}: put it back to resume, or set model.checkpoint to this folder and run.output_dir to a new one to "
+            "start another stage from its weights"
+        )
+    asked = [str(each) for each in changes if each.rule is OnResume.asked]
+    if asked and not now.checkpoint.accept_changes:
+        raise ValueError(
+            f"these settings differ from those of {folder}, and the curves would mean something else from here on: "
+            f"{'; '.join(asked)}. Put them back, or set checkpoint.accept_changes=true: the changes are noted in the "
+            "report then, and the buffer is emptied"
+        )
+    return changes
+
+
+def choose_checkpoint(checkpoints: CheckpointStore, resume_step: int) -> Path | None:
+    """Collective over the world: choose the checkpoint to go on from.
+
+    Args:
+        resume_step: the step that is asked for; 0: the newest. Where a run has gone on from there before, it is the
+            newest too: a job that is queued again has the same command.
+
+    Raises:
+        ValueError: that step has no checkpoint.
+    """
+    newest = checkpoints.agree_on_newest_undamaged()
+    if not resume_step:
+        return newest
+    if newest is not None and checkpoints.newest_step() > resume_step:
+        saved = load_recipe(newest / RECIPE_FILE, saved=True)
+        if isinstance(saved, TrainingRecipe) and saved.checkpoint.resume_step == resume_step:
+            return newest
+    checkpoints.put_aside_after(resume_step)
+    return checkpoints.agree_on_newest_undamaged()
+
+
 def resume(
-    folder: Path | None, policy: Policy, stream: PromptStream, checkpoints: CheckpointStore, settings: TrainConfig
+    folder: Path | None,
+    policy: Policy,
+    stream: PromptStream,
+    checkpoints: CheckpointStore,
+    recipe: TrainingRecipe,
+    *,
+    started_from: Mapping[str, int],
 ) -> Restored:
     """Collective over the world: restore policy and stream.
 
     Args:
         folder: a finished checkpoint; None: nothing is done.
         policy: its weights, optimizer and schedule are overwritten.
+        started_from: checksums by part of the weights before that.
 
     Raises:
-        ValueError: settings that live on in the optimizer's state have changed.
+        ValueError: see `check_settings`; or the run began from other weights.
     """
     if folder is None:
         return Restored()
     # Before anything is overwritten.
-    _check_schedule(settings, load_recipe(folder / RECIPE_FILE, saved=True).train, folder)
-    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=settings.parts)
+    changes = check_settings(recipe, folder)
+    state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=recipe.train.parts)
+    _check_start(state, started_from, recipe, folder)
     policy.version = state["version"]
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this
     policy.scheduler.load_state_dict(state["scheduler"])
     policy.skipped.in_a_row = state["skipped_in_a_row"]
-    return Restored(state, replay, taken_out=stream.load_state_dict(state["stream"]))
+    taken_out = stream.load_state_dict(state["stream"])
+    if any(each.rule is OnResume.larger for each in changes):
+        # It had done all of its steps, and has more now; a run that reached its goal before stays finished.
+        state["finished"] = state["finished"] and state["step"] < _saved_steps(changes)
+    if any(each.rule is OnResume.asked for each in changes):
+        # Its rewards, lengths or prompts are those of the settings before.
+        state = {name: value for name, value in state.items() if name != "buffer"}
+        replay = []
+    return Restored(state, replay, changes, taken_out)
 
 
-def _check_schedule(now: TrainConfig, saved: TrainConfig, folder: Path) -> None:
-    """Refuse to resume with settings that live on in the optimizer's state, where a change would have no effect."""
-    now_fingerprint, saved_fingerprint = (
-        Fingerprint.of(train={name: getattr(settings, name) for name in _SCHEDULE}) for settings in (now, saved)
-    )
-    for change in now_fingerprint.changes_since(saved_fingerprint):
+def _saved_steps(changes: Sequence[SettingChange]) -> int:
+    (steps,) = (each.change.old for each in changes if each.rule is OnResume.larger)
+    assert isinstance(steps, int)
+    return steps
+
+
+def _check_start(
+    state: Mapping[str, Any], started_from: Mapping[str, int], recipe: TrainingRecipe, folder: Path
+) -> None:
+    """Refuse weights to start from that are not those of the run: they are the reference of KL and MPO."""
+    if "started_from" not in state:
+        logger.warning("%s does not say which weights its run began from; they are not compared", folder)
+        return
+    differing = [part for part, value in state["started_from"].items() if started_from.get(part) != value]
+    if differing:
+        saved = load_recipe(folder / RECIPE_FILE, saved=True).model
         raise ValueError(
-            f"{change.setting} was {change.old} when {folder} was saved and is {change.new} now; put "
-            "it back to resume, or set model.checkpoint to this folder and run.output_dir to a new one to start "
-            "another stage from its weights"
+            f"the run in {recipe.run.output_dir} began from other weights ({', '.join(differing)}): "
+            f"model.hf_path={saved.hf_path!r}, model.checkpoint={saved.checkpoint!r} then, "
+            f"model.hf_path={recipe.model.hf_path!r}, model.checkpoint={recipe.model.checkpoint!r} now, or the files "
+            "there have changed; put them back to resume, or give run.output_dir a new folder"
         )

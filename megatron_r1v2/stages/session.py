@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
-from megatron_r1v2.config.choices import Packing, Part, TooLong
+from megatron_r1v2.config.choices import OnResume, Packing, Part, TooLong
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
@@ -25,12 +25,13 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.rank_watch import RankWatch
 from megatron_r1v2.resilience.rollout_cache import RolloutCache
+from megatron_r1v2.resilience.run_lock import hold_folder
 from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
 from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
-from megatron_r1v2.stages.resume import Restored, resume
+from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
 from megatron_r1v2.stages.step_prompts import next_distinct
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
@@ -59,6 +60,8 @@ class Session:
     verifier: WeightVerifier
     restored: Restored
     """Of the checkpoint that the stage goes on from, for what the stage itself must restore."""
+    started_from: Mapping[str, int]
+    """Checksums by part of the weights that the stage began from."""
     step: int
     """Steps done."""
     saved_step: int
@@ -150,6 +153,7 @@ class Session:
                 "version": self.policy.version,
                 "scheduler": self.policy.scheduler.state_dict(),
                 "stream": self.stream.state_dict(),
+                "started_from": dict(self.started_from),
                 **self.verifier.describe_weights(own),
                 "skipped_in_a_row": self.policy.skipped.in_a_row,
                 **state,
@@ -204,6 +208,7 @@ def open_session(
     run_dir = Path(recipe.run.output_dir)
     with (
         open_model(recipe, score_head=stage == "reward_model", recompute=recipe.train.recompute) as loaded,
+        hold_folder(run_dir, loaded.context),
         ExitStack() as at_the_end,
     ):
         # Before DDP wraps the model: a frozen parameter must get no gradient buffer.
@@ -215,8 +220,10 @@ def open_session(
         at_the_end.callback(release_grad_hooks, loaded.model)
         stream = loaded.training_stream()
         checkpoints = _open_checkpoints(recipe.checkpoint, loaded.context, run_dir)
-        newest = checkpoints.agree_on_newest_undamaged()
-        restored = resume(newest, policy, stream, checkpoints, recipe.train)
+        verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
+        started_from = verifier.compute_exact_checksums()
+        newest = choose_checkpoint(checkpoints, recipe.checkpoint.resume_step)
+        restored = resume(newest, policy, stream, checkpoints, recipe, started_from=started_from)
         with _open_supervision(
             recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step
         ) as (
@@ -226,13 +233,7 @@ def open_session(
             survey = loaded.survey_data(recipe.data.train)
             for line in survey.sentences(recipe.data.train, recipe.data, pairs=stage in ("mpo", "reward_model")):
                 recorder.log(line)
-            if newest is not None:
-                recorder.log(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
-            if restored.taken_out:
-                recorder.log(restored.taken_out)
-            if loaded.context.is_main:
-                write_file(run_dir / RECIPE_FILE, recipe_yaml(recipe))
-            verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
+            _note_resume(recorder, recipe, restored, newest)
             # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
             verifier.verify_weights(restored.checksums, newest)
             session = Session(
@@ -246,6 +247,7 @@ def open_session(
                 preemption=preemption,
                 verifier=verifier,
                 restored=restored,
+                started_from=started_from,
                 step=restored.step,
                 saved_step=restored.step,
                 survey=survey,
@@ -256,6 +258,21 @@ def open_session(
                 preemption.log_step_abandoned(session.step)
             # Also after a step that was given up: the checkpoint of the step before may not be written yet.
             preemption.publish(blocking=True)
+
+
+def _note_resume(recorder: Recorder, recipe: TrainingRecipe, restored: Restored, newest: Path | None) -> None:
+    """Log what a run goes on from and what has changed since; write its recipe, and keep the one before."""
+    if newest is not None:
+        recorder.log(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
+        for change in restored.changes:
+            recorder.log(f"  {change}")
+        recorder.note_changes([str(each) for each in restored.changes if each.rule is not OnResume.free])
+    if restored.taken_out:
+        recorder.log(restored.taken_out)
+    if recorder.is_main:
+        if restored.changes and newest is not None:
+            write_file(recorder.run_dir / f"recipe-{restored.step}.yaml", (newest / RECIPE_FILE).read_bytes())
+        write_file(recorder.run_dir / RECIPE_FILE, recipe_yaml(recipe))
 
 
 @contextmanager

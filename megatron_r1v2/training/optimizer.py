@@ -75,6 +75,9 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run may have more steps; every other setting of the schedule was compared before.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
     # megatron-core sets the rate of step n after step n - 1, so without this the first one has rate init_lr.
     scheduler.step(increment=0 if warmup == 0 else 1)

@@ -139,6 +139,25 @@ class CheckpointStore:
             )
         return None
 
+    def put_aside_after(self, step: int) -> None:
+        """Collective over the world: rename the checkpoints that are newer than that of a step.
+
+        Raises:
+            ValueError: the step has no checkpoint.
+        """
+        steps = {_step_of(folder): folder for folder in objects.all_gather(finished_checkpoints(self.folder))[0]}
+        if step not in steps:
+            raise ValueError(
+                f"checkpoint.resume_step={step}: {self.folder} has no checkpoint of that step; it has "
+                f"{', '.join(map(str, sorted(steps))) or 'none'}"
+            )
+        dist.barrier()
+        for other, folder in steps.items() if self.context.is_main else ():
+            if other > step:
+                put_aside(folder, "left")
+                logger.warning("checkpoint %s is put aside: going on from step %d", folder, step)
+        dist.barrier()
+
     def newest_step(self) -> int:
         """Return the step of the newest finished checkpoint; 0: there is none."""
         finished = finished_checkpoints(self.folder)

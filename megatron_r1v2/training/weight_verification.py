@@ -39,6 +39,16 @@ class WeightVerifier:
         """Collective over the replica: compute the checksum of each part of the model."""
         return compute_checksums(self.model, self.model.parts, self.context)
 
+    def compute_exact_checksums(self) -> dict[str, int]:
+        """Collective over the replica: compute those of the parts whose weights are the same on every device."""
+        checksums = self.compute_checksums()
+        # The rounding of a language model to 8 bits is the GPU's own.
+        return {name: value for name, value in checksums.items() if not (self._is_rounded and name == Part.language)}
+
+    @property
+    def _is_rounded(self) -> bool:
+        return bool(self.model.config.fp8_param)
+
     def describe_weights(self, own: Iterable[Part]) -> dict[str, Any]:
         """Collective over the replica: describe the weights for a checkpoint.
 
@@ -51,7 +61,7 @@ class WeightVerifier:
             language model in 8 bits has none there: the rounding is the GPU's own.
         """
         checksums = self.compute_checksums()
-        rounded = {Part.language} if self.model.config.fp8_param else set()
+        rounded = {Part.language} if self._is_rounded else set()
         taken = set(self.model.parts) - set(own) - rounded
         base = {
             "architecture": asdict(self.model.architecture),

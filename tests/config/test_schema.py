@@ -9,7 +9,7 @@ from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.config.recipes import every_section
 from megatron_r1v2.config.schema import GenerationConfig, ModelConfig, RewardConfig, RunConfig, TrainConfig
 
-MOST_SETTINGS = 100
+MOST_SETTINGS = 120
 SETTINGS = [
     pytest.param(section, key, id=f"{name}.{key}")
     for name, section in every_section().items()

@@ -21,7 +21,9 @@ def picture_of(uri):
 
 
 def test_a_template_escapes_what_it_is_given():
-    page = template("report.html").render(name="<script>", folder="&", groups=[], notes=["<b>"], cards=[], settings="")
+    page = template("report.html").render(
+        name="<script>", folder="&", groups=[], changes={}, notes=["<b>"], cards=[], settings=""
+    )
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
     assert "&lt;b&gt;" in page

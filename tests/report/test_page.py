@@ -190,6 +190,20 @@ def test_charts_of_zeros_are_one_line_of_text(tmp_path):
     assert page.elements.count("svg") == 1
 
 
+def test_settings_that_changed_are_a_line_in_each_chart_and_a_note(tmp_path):
+    rows = [{"step": s, "actor/loss": 1.0 + s, "timing_s/step": 2} for s in range(1, 5)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    plain = write_report(tmp_path).read_text(encoding="utf-8")
+    rows.insert(2, {"step": 2, "settings_changed": ["generation.temperature: 1.0 -> 0.7", f"run.x: {HOSTILE}"]})
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    changed = write_report(tmp_path).read_text(encoding="utf-8")
+    assert (plain.count("#b8892b"), changed.count("#b8892b")) == (0, 2)
+    text = " ".join(Page(changed).text.split())
+    assert "After step 2 the run went on with other settings" in text
+    assert "generation.temperature: 1.0 -> 0.7; run.x: " in text
+    assert "script" not in Page(changed).elements
+
+
 def test_damaged_lines_in_the_middle_are_reported(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1, "actor/loss": 1}\n\xff\xfe{\n[1]\n\n{"step": 2, "actor/loss": 2}\n'

@@ -71,6 +71,7 @@ def run_stage(recipe: Recipe) -> Path:
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "settings_changed" not in line]
     unknown = {name for line in lines for name in line if name != "step" and find_metric(name) is None}
     assert not unknown, f"not in megatron_r1v2/monitoring/metrics.py: {unknown}"
     return lines

@@ -105,7 +105,14 @@ def test_the_stage_ends_when_validation_is_good_enough(run: Run, root: Path) -> 
     assert best == {"step": len(lines), "pass_at_1": lines[-1]["validation/pass_at_1"]}
     assert (
         run_stage(
-            settings(root, folder, "train.steps=40", "train.learning_rate=0.01", "train.parts=[adapter, language]"),
+            settings(
+                root,
+                folder,
+                "train.steps=40",
+                "train.learning_rate=0.01",
+                "train.parts=[adapter, language]",
+                f"data.validation={root / 'data'}",
+            ),
         )
         == folder
     )

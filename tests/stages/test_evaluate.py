@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.evaluation.response_rows import Evaluation
 from megatron_r1v2.stages import evaluate
 from megatron_r1v2.stages.evaluate import run_evaluation
@@ -94,26 +92,6 @@ def test_validation_and_the_command_agree_on_alternative_answers(root: Path, tmp
     assert validated.pass_at_1 > 0
     commanded = run_evaluation(recipe, "validation")
     assert replace(commanded, model="", data="", available=0) == validated
-
-
-def test_prompts_that_are_too_long_are_refused_or_left_out_and_named(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    *samples, last = read_shards(root / "data", parse_sample)
-    long = replace(last, messages=({"role": "user", "content": "abcdefgh" * 40},), images={})
-    write_shards([*samples, long], tmp_path / "data")
-
-    def evaluate(*settings: str) -> EvaluationResult:
-        overrides = (f"evaluation.data={tmp_path / 'data'}", "evaluation.runs=1", *settings)
-        return run_evaluation(recipe_for(root, tmp_path / "run", overrides, stage="evaluate"), "e")
-
-    with pytest.raises(ValueError, match=rf"sample '{last.key}': the prompt has .* data\.max_prompt_tokens is 200"):
-        evaluate()
-    assert evaluate("data.too_long=skip").num_prompts == 15
-    assert f"1 prompts of {tmp_path / 'data'} are longer than" in (printed := capsys.readouterr().err)
-    assert f"are left out: {last.key}" in printed
-    shutil.rmtree(tmp_path / "run")
-    assert evaluate("evaluation.prompts=4").num_prompts == 4, "the long one is not read"
 
 
 def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
-from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.config.choices import OnResume, Part, StageName
+from megatron_r1v2.config.load import recipe_yaml
+from megatron_r1v2.config.recipes import GrpoRecipe, MpoRecipe
+from megatron_r1v2.config.schema import RunConfig
 from megatron_r1v2.resilience.files import partial_path
+from megatron_r1v2.resilience.fingerprint import Change
+from megatron_r1v2.stages.resume import SettingChange, check_settings, compare_settings
 from tests.stages.runs import (
     Ranks,
     assert_close,
@@ -191,10 +198,16 @@ def test_a_run_that_is_asked_to_stop_saves_ends_well_and_goes_on(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.steps=9", "train.steps was 6 when .* was saved and is 9 now"),
+        ("train.steps=5", "train.steps was 6 when .* was saved and is 5 now"),
         ("train.learning_rate=0.5", "train.learning_rate was 0.001"),
-        ("train.parts=[vision]", r"trained \['adapter'\] but train.parts=\['vision'\]"),
-        ("run.seed=8", "run.seed was 7 when it was saved and is 8 now"),
+        ("train.parts=[vision]", r"train.parts was \['adapter'\] when .* was saved and is \['vision'\] now"),
+        ("run.seed=8", "run.seed was 7 when .* was saved and is 8 now"),
+        (
+            "generation.temperature=0.7",
+            r"mean something else .*generation.temperature: 1.0 -> 0.7. .*checkpoint.accept_changes=true",
+        ),
+        ("model.checkpoint={run}/checkpoints/step-00000002", r"began from other weights \(adapter\): .*hf_path="),
+        ("checkpoint.resume_step=3", r"checkpoint.resume_step=3: .* has no checkpoint of that step; it has 2, 4, 6"),
     ],
 )
 def test_changes_that_a_checkpoint_cannot_follow_are_refused_and_nothing_is_lost(
@@ -202,7 +215,7 @@ def test_changes_that_a_checkpoint_cannot_follow_are_refused_and_nothing_is_lost
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    recipe = recipe_for(root, run, (*ONE_RANK, override))
+    recipe = recipe_for(root, run, (*ONE_RANK, override.format(run=uninterrupted)))
     with pytest.raises(ValueError, match=message):
         run_stage(recipe)
     assert_same_end(run, uninterrupted)
@@ -215,3 +228,103 @@ def test_a_finished_run_does_nothing(root: Path, tmp_path: Path, uninterrupted: 
     run_stage(recipe_for(root, run, ONE_RANK))
     assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == times
     assert_same_end(run, uninterrupted)
+
+
+def changed_lines(run: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "settings_changed" in line]
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_other_settings_that_are_accepted(
+    root: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    more = ("train.steps=8", "reward.format_weight=0.5", "checkpoint.accept_changes=true", "checkpoint.keep_last=3")
+    run_stage(recipe_for(root, run, (*ONE_RANK, *more)))
+    metrics = read_metrics(run)
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    # The buffer's rewards were those of the settings before.
+    assert (metrics[5]["ssb/replayed"] > 0, metrics[6]["ssb/replayed"]) == (True, 0)
+    (noted,) = changed_lines(run)
+    assert noted["step"] == STEPS
+    assert noted["settings_changed"] == ["reward.format_weight: 0.2 -> 0.5", "train.steps: 6 -> 8"]
+    assert (run / f"recipe-{STEPS}.yaml").read_bytes() == (uninterrupted / "recipe.yaml").read_bytes()
+    # The cosine of eight steps, not of six: the rate of a step that six would have ended with is higher.
+    assert metrics[6]["actor/lr"] > metrics[5]["actor/lr"]
+
+
+def test_a_run_goes_on_from_a_step_that_is_named(root: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    recipe = recipe_for(root, run, (*ONE_RANK, "checkpoint.resume_step=2"))
+    run_stage(recipe)
+    assert_same_end(run, uninterrupted)
+    assert sorted(path.name for path in (run / "checkpoints").glob("*.left")) == [
+        "step-00000004.left",
+        "step-00000006.left",
+    ]
+    # A job that is queued again has the same command: it must not go back.
+    times = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    run_stage(recipe)
+    assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == times
+
+
+SETTINGS_OF_STAGES = [
+    pytest.param(kind, section, setting, id=f"{kind.title()}-{section}.{setting}")
+    for kind in (GrpoRecipe, MpoRecipe)
+    for section, fields in kind.sections().items()
+    for setting in fields.model_fields
+]
+OTHER_VALUES = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 0.5}
+
+
+@pytest.mark.parametrize(("kind", "section", "setting"), SETTINGS_OF_STAGES)
+def test_each_setting_that_changes_is_refused_asked_for_or_free(kind, section, setting) -> None:
+    saved = kind()
+    values = dict(getattr(saved, section))
+    value = values[setting]
+    if isinstance(value, Enum):
+        values[setting] = next(each for each in type(value) if each is not value)
+    elif isinstance(value, tuple):
+        values[setting] = (Part.vision,) if setting == "parts" else ()
+        saved = saved.model_copy(update={section: getattr(saved, section).model_copy(update={setting: (Part.score,)})})
+    else:
+        values[setting] = OTHER_VALUES.get(type(value), lambda value: "another")(value)
+    fields = type(getattr(saved, section))
+    now = saved.model_copy(update={section: fields.model_construct(**values)})
+    (change,) = compare_settings(now, saved)
+    assert change.change.setting.startswith(f"{section}.{setting}")
+    assert change.rule is fields.resume_rule(setting)
+    refused = {"run": {"stage", "seed"}, "train": {"parts", *SCHEDULE}}.get(section, set())
+    assert change.is_refused == (setting in refused)
+
+
+SCHEDULE = ("updates_per_step", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "adam_beta2")
+
+
+def test_rules_by_example() -> None:
+    rules = {
+        OnResume.asked: "reward.answer_weight generation.temperature generation.responses_per_prompt buffer.capacity "
+        "algorithm.clip_high data.max_prompt_tokens train.prompts_per_step model.precision loss.aggregation",
+        OnResume.free: "run.output_dir model.hf_path parallel.tensor logging.trackers checkpoint.keep_last "
+        "generation.kv_cache_gib train.recompute",
+        OnResume.larger: "train.steps",
+    }
+    for rule, names in rules.items():
+        for section, setting in (name.split(".") for name in names.split()):
+            assert GrpoRecipe.sections()[section].resume_rule(setting) is rule, setting
+    grown, shrunk = (SettingChange(Change("train.steps", 6, new), OnResume.larger) for new in (7, 5))
+    assert (grown.is_refused, shrunk.is_refused) == (False, True)
+
+
+def test_the_folder_of_another_stage_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe_yaml(MpoRecipe(run=RunConfig(stage=StageName.mpo))))
+    now = GrpoRecipe(run=RunConfig(stage=StageName.grpo, output_dir="runs/x"))
+    told = (
+        r"run.output_dir='runs/x' holds a run of the mpo stage \(step-00000003\), and this is grpo: .*model.checkpoint"
+    )
+    with pytest.raises(ValueError, match=told):
+        check_settings(now, folder)

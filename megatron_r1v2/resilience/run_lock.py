@@ -1,0 +1,63 @@
+"""The lock of a run's folder: two runs in one folder would write each other's checkpoints and metrics."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from megatron_r1v2.parallel import objects
+from megatron_r1v2.parallel.groups import ParallelContext
+
+LOCK_FILE = ".running"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def hold_folder(folder: Path, context: ParallelContext) -> Iterator[None]:
+    """Collective over all ranks: keep other runs out of a folder while the block runs.
+
+    A killed run holds nothing. Where the file system has no locks nobody is kept out.
+
+    Raises:
+        ValueError: another run is in the folder; the message says which.
+    """
+    with ExitStack() as held:
+        holder = ""
+        if context.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((folder / LOCK_FILE).open("a+", encoding="utf-8"))
+            holder = _lock(file)
+            if not holder:
+                held.callback((folder / LOCK_FILE).unlink, missing_ok=True)
+        if holder := objects.all_gather(holder)[0]:
+            raise ValueError(
+                f"run.output_dir={str(folder)!r} is in use by {holder}; wait until that run has ended, or choose "
+                "another folder"
+            )
+        yield
+
+
+def _lock(file: TextIO) -> str:
+    """Lock a file and write into it who holds it; return who does where it is another process, else ""."""
+    try:
+        # A record lock, not flock: a forked checkpoint writer that outlives its killed parent must not inherit it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            return file.read().strip() or "another process"
+        if error.errno not in _NO_LOCKS:
+            raise
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {platform.node()}{f' (job {job})' if job else ''} since {began}\n")
+    file.flush()
+    return ""
