@@ -204,7 +204,7 @@ def published_config(publisher: Publisher, vision: InternVLVisionConfig, text: P
         "layer_types": ["full_attention"] * text.num_hidden_layers,
         "eos_token_id": text.eos_token_id,
     }
-    if text.head_dim * text.num_attention_heads != text.hidden_size or text.model_type == "qwen3":
+    if getattr(text, "head_dim", None):
         config["llm_config"]["head_dim"] = text.head_dim
     if text.tie_word_embeddings:
         config["llm_config"]["tie_word_embeddings"] = True
