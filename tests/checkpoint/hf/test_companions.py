@@ -134,6 +134,7 @@ def test_the_tokenizer_is_written_as_both_versions_of_transformers_read_it(tmp_p
         convert(tmp_path / "chat", tmp_path / f"out-{layout}", layout)
         got = read_json(tmp_path / f"out-{layout}" / "tokenizer_config.json")
         assert got["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert got["model_input_names"] == ["input_ids", "attention_mask"]
         assert "backend" not in got
         assert isinstance(got.get("extra_special_tokens", {}), dict)
         assert got.get("additional_special_tokens", []) == (extra if isinstance(extra, list) else [])
