@@ -16,10 +16,11 @@ _BLOCK_TOKENS_FLASH = 256
 _BLOCK_TOKENS_TORCH = 64
 
 
-class SmallStepContext(DynamicInferenceContext):
-    """A context that pads a step to a multiple of 16 tokens, since small batches are common on CPUs."""
+class UnpaddedContext(DynamicInferenceContext):
+    """A context that pads a step only as far as sequence parallelism must divide it: one request decodes alone."""
 
-    TOKEN_ROUNDER = 16
+    # megatron-core rounds it up to the tensor-parallel ranks.
+    TOKEN_ROUNDER = 1
 
 
 class BlockwiseContext(DynamicInferenceContext):
@@ -36,7 +37,7 @@ def context_kind(config: TransformerConfig, *, cuda_graphs: bool) -> type[Dynami
         return BlockwiseContext
     # megatron-core's own class pads to 64 tokens: the 8 that a tensorwise product needs, on up to 8 sequence-parallel
     # ranks. Its graphs accept this class only, and it captures one for every 64 requests.
-    return DynamicInferenceContext if config.fp8 or cuda_graphs else SmallStepContext
+    return DynamicInferenceContext if config.fp8 or cuda_graphs else UnpaddedContext
 
 
 def make_context(

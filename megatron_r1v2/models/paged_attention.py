@@ -76,8 +76,8 @@ def flash_decode_and_prefill(
     queries = q.squeeze(1)
     out = torch.zeros_like(queries)
     if is_decode_only:
-        # megatron-core pads the requests to a multiple of 16, so a last long one would be computed 16 times: leave the
-        # padding out. A CUDA graph cannot, since its shapes are fixed.
+        # Where megatron-core pads the requests (FP8), a last long one would be computed many times: leave the padding
+        # out. A CUDA graph cannot, since its shapes are fixed.
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return _decode(queries, k, v, seqlens_k, table, max_seqlen_k, softmax_scale).unsqueeze(1)
         active = seqlens_k.nonzero(as_tuple=True)[0]

@@ -10,7 +10,7 @@ import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
 from megatron_r1v2.config.schema import GenerationConfig
-from megatron_r1v2.generation.context import BlockwiseContext, SmallStepContext, context_kind, make_context
+from megatron_r1v2.generation.context import BlockwiseContext, UnpaddedContext, context_kind, make_context
 
 GIB = 1024**3
 # 2 layers x 64 tokens x 2 key heads x 24 channels x 4 bytes, for keys and for values.
@@ -26,7 +26,7 @@ def make(one_rank, *, tokens: int = 100, **settings) -> DynamicInferenceContext:
 @pytest.mark.parametrize(
     ("fp8", "recipe", "cuda_graphs", "kind", "tokens"),
     [
-        (None, None, False, SmallStepContext, 16),
+        (None, None, False, UnpaddedContext, 1),
         (None, None, True, DynamicInferenceContext, 64),
         ("hybrid", "tensorwise", False, DynamicInferenceContext, 64),
         ("e4m3", "blockwise", False, BlockwiseContext, 1024),
@@ -42,8 +42,10 @@ def test_the_padding_of_a_step_suits_its_products(fp8, recipe, cuda_graphs, kind
 
 def test_limits_are_whole_multiples_of_the_padding(one_rank):
     context = make(one_rank)
-    assert (context.max_requests, context.max_tokens) == (16, 48)
-    assert make(one_rank, max_requests=50, max_tokens_per_step=50).max_tokens == 64, "a token for each request"
+    assert (context.max_requests, context.max_tokens) == (3, 40), "nothing is padded on one rank"
+    assert make(one_rank, max_requests=50, max_tokens_per_step=50).max_tokens == 50, "a token for each request"
+    kind = context_kind(SimpleNamespace(fp8=None, fp8_recipe=None), cuda_graphs=False)
+    assert [kind.round_up_tokens(3, ranks) for ranks in (1, 2, 4)] == [3, 4, 4], "sequence parallelism divides a step"
 
 
 def test_the_cache_has_the_blocks_of_all_requests_and_one_for_padding(one_rank):

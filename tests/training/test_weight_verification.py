@@ -48,6 +48,20 @@ def test_a_frozen_part_that_changes_on_all_replicas_is_noticed(root: Path, tmp_p
             session.verifier.verify_weights({}, None)
 
 
+def test_a_look_at_the_trained_parts_takes_the_frozen_ones_for_known(root: Path, tmp_path: Path) -> None:
+    with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
+        verifier = session.verifier
+        before = verifier.verify_weights({}, None)
+        next(session.model.vision.parameters()).data.view(-1).view(torch.int32)[0] ^= 1
+        with torch.no_grad():
+            next(session.model.adapter.parameters()).view(-1)[3].add_(1e-3)
+        after = verifier.verify_weights({}, None, trained_only=True)
+        assert after.keys() == before.keys()
+        assert {name for name in before if after[name] != before[name]} == {"adapter"}
+        with pytest.raises(RuntimeError, match="the vision weights do not train, but have changed"):
+            verifier.verify_weights({}, None)
+
+
 def test_a_checkpoint_of_other_weights_is_noticed(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
         saved = session.verifier.compute_checksums()

@@ -19,7 +19,7 @@ from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.grpo.selection import check_answers, count_effective_groups
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.step_prompts import next_distinct
-from megatron_r1v2.training.weight_verification import check_engine
+from megatron_r1v2.training.weight_verification import FROZEN_EVERY, check_engine
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
@@ -87,7 +87,8 @@ class RolloutPhase:
     def verify_weights(self, prompts: Sequence[Prompt]) -> None:
         """Collective over the world: check that all replicas, and their engines, sample from the same weights."""
         session, recipe = self.session, self.recipe
-        weights = session.verifier.verify_weights({}, None)
+        # All parts were verified when the run started or was resumed.
+        weights = session.verifier.verify_weights({}, None, trained_only=session.step % FROZEN_EVERY > 0)
         session.recorder.note(
             check_engine(
                 self.engine,
