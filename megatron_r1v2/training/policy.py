@@ -138,11 +138,14 @@ class Policy(Forward):
         results = self.run(batches, partial(_scaled_loss, loss_function, scale), forward_only=False)
         sums = [metrics for metrics, _ in results]
         log_probs = [values_BS for _, values_BS in results]
-        if before_step is not None:
-            log_probs = self.broadcast_from_last_stage(log_probs, batches)
         # Before the optimizer moves: a step on NaN would spoil weights and moments for good.
         reason: str | None = _LOG_PROB_NOT_FINITE
-        finite = before_step is None or self._all_finite(log_probs)
+        finite = True
+        if before_step is not None:
+            log_probs = self.broadcast_from_last_stage(log_probs, batches)
+            # Those of replayed rows are not kept: what is wrong with them shows in the gradient.
+            fresh = [values_BS[~batch.replayed_B] for values_BS, batch in zip(log_probs, batches, strict=True)]
+            finite = self._all_finite(fresh)
         if finite:
             finite = self._all_gradients_finite()
             reason = self.skipped.reason(finite=finite, gradient_norm=self._largest_gradient_norm())
