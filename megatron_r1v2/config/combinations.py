@@ -144,11 +144,10 @@ def group_mistakes(generation: GenerationConfig, train: TrainConfig) -> Iterator
             f"generation.responses_per_prompt={generation.responses_per_prompt} leaves nothing to compare within a "
             "group; GRPO needs 2 or more"
         )
-    responses = train.prompts_per_step * generation.responses_per_prompt
-    if train.updates_per_step > responses:
+    if train.updates_per_step > train.prompts_per_step:
         yield (
-            f"train.updates_per_step={train.updates_per_step} is more than the {responses} responses of a step "
-            "(train.prompts_per_step x generation.responses_per_prompt); lower it"
+            f"train.updates_per_step={train.updates_per_step} is more than train.prompts_per_step="
+            f"{train.prompts_per_step}, and the responses to a prompt are trained together; lower it"
         )
 
 

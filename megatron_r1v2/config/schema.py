@@ -310,7 +310,7 @@ class TrainConfig(Section):
     prompts_per_step: Annotated[int, OnResume.asked] = Field(64, ge=1)
     """Prompts over all data-parallel ranks (responses in the align stage, pairs in the mpo stage)."""
     updates_per_step: Annotated[int, OnResume.refused] = Field(1, ge=1)
-    """Optimizer steps that share one generation phase."""
+    """Optimizer steps that share one generation phase; the responses to a prompt are trained in the same one."""
     packing: Packing = Field(Packing.shared, strict=False)
     """shared: a prompt once, followed by its responses; first_fit_decreasing: a row a response, one after the other
     without padding; nemo: the same by NeMo's packing strategy (extra `nemo`)."""

@@ -114,7 +114,7 @@ def group(generation=None, train=None):
         (score_source(0.0, url=SERVED), f"reward_model.url='{SERVED}' would never be asked"),
         (score_source(0.5, url="b:80"), "reward_model.url='b:80' is no address"),
         (group({"responses_per_prompt": 1}), "generation.responses_per_prompt=1"),
-        (group(train={"updates_per_step": 1000}), "train.updates_per_step=1000 is more than the 512 responses"),
+        (group(train={"updates_per_step": 65}), "train.updates_per_step=65 is more than train.prompts_per_step=64"),
         (held(data=""), "hallucination.target_rate=0.2 needs a rate to hold: set data.validation"),
         (
             held(evaluation=EvaluationConfig()),

@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from transformers import InternVLForConditionalGeneration
 
-from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Recompute, TrainConfig
+from megatron_r1v2.config.schema import AlgorithmConfig, Packing, ParallelConfig, Recompute, TrainConfig
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.log_probs import token_log_probs
 from megatron_r1v2.models.r1v2 import R1V2Model
@@ -46,11 +46,16 @@ def without_tf32() -> None:
 
 
 def take_step(
-    folder: str, material: Material, parallel: dict[str, Any], split: Split, compute: dict[str, Any]
+    folder: str,
+    material: Material,
+    parallel: dict[str, Any],
+    split: Split,
+    compute: dict[str, Any],
+    packing: Packing = Packing.first_fit_decreasing,
 ) -> Outcome:
     """Take one step of all parts."""
     without_tf32()
-    outcome = run_step(folder, material, ParallelConfig(**parallel), split, compute=compute)
+    outcome = run_step(folder, material, ParallelConfig(**parallel), split, compute=compute, packing=packing)
     moved = {
         name: {key: value.cpu() for key, value in getattr(outcome, name).items()}
         for name in ("gradients", "log_probs", "logits")

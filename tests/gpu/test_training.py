@@ -7,8 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import Fp8, Layers
-from tests.distributed.test_step import ALONE, TOGETHER, UNEQUAL, difference
+from megatron_r1v2.config.schema import Fp8, Layers, Packing
+from megatron_r1v2.models.shared_attention import check_shared_attention
+from tests.distributed.test_step import ALONE, SHARED, TOGETHER, UNEQUAL, difference
 from tests.gpu.on_device import errors, steps_around_a_rollout, take_step, transformers_in_bf16
 from tests.ranks import run_ranks
 
@@ -50,6 +51,27 @@ def test_a_step_in_fp32_is_that_of_the_cpu(name, inputs):
     for sample, logits_SV in scored.items():
         expected_SV = exact.logits[sample]
         assert difference(logits_SV[:, : expected_SV.shape[1]], expected_SV) < FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_in_shared_rows_is_that_of_separate_ones(dtype, kv_heads):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_shared_attention(heads=4, kv_heads=kv_heads, head_size=64, device=device, dtype=dtype)
+
+
+def test_shared_rows_in_fp32_give_the_step_of_the_cpu(inputs):
+    folder, exact = inputs
+    (outcome,) = run_ranks(1, take_step, folder, exact, {}, SHARED, {}, Packing.shared, timeout=600)
+    assert outcome.metrics["actor/loss"] == pytest.approx(exact.loss, rel=FP32)
+    wrong = [n for n, gradient in exact.gradients.items() if not difference(outcome.gradients[n], gradient) < FP32]
+    assert wrong == []
+
+
+def test_shared_rows_in_bf16_are_within_the_noise_of_bf16(inputs, noise):
+    (outcome,) = run_ranks(1, take_step, *inputs, {}, SHARED, BF16, Packing.shared, timeout=600)
+    found = errors(outcome, inputs[1])
+    assert {name: found[name] / noise[name] for name in noise if found[name] > 2 * noise[name]} == {}
 
 
 @pytest.fixture(scope="module")
