@@ -25,7 +25,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     stored_names,
 )
-from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_tensor_names
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_folder, check_tensor_names
 from megatron_r1v2.checkpoint.hf.shapes import parameter_shapes
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
@@ -272,6 +272,8 @@ class CheckpointSource(Source):
             self._manifest.check_files()
         self.state = load_state(spec.folder)
         self.parts = [str(part) for part in self.state["parts"]]
+        if spec.base is not None:
+            check_folder(spec.base)
         config = spec.base or spec.folder / HF_IN_CHECKPOINT
         if not (config / "config.json").is_file():
             raise ValueError(

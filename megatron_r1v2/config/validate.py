@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.recipes import EvaluateRecipe, PairsRecipe, Recipe
 from megatron_r1v2.config.schema import RewardConfig
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = (
     "model.hf_path",
     "model.checkpoint",
@@ -30,7 +32,8 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
             continue
         path = getattr(getattr(recipe, section), key)
         if path and not Path(path).is_dir():
-            yield f"{name}={path!r} is not a folder; give the path of an existing one"
+            hint = download_hint(path) if name == "model.hf_path" else ""
+            yield f"{name}={path!r} is not a folder; give the path of an existing one{hint}"
         if name in recipe.needed and not path:
             yield f"{name} is not set; the {recipe.title()} stage needs it: give the path of an existing folder"
     if model_is_served(recipe):
@@ -59,6 +62,17 @@ def _has_cuda() -> bool:
     from torch import cuda  # takes seconds, and the planner reads recipes without it
 
     return cuda.is_available()
+
+
+def download_hint(path: Path | str) -> str:
+    """Return the command for a missing folder that looks like a model's name on the hub; empty: it does not."""
+    if not _HUB_NAME.fullmatch(str(path)) or Path(path).exists():
+        return ""
+    local = str(path).split("/")[1]
+    return (
+        "; nothing is downloaded here: if it is a model on the Hugging Face hub, run "
+        f"`hf download {path} --local-dir {local}` and give {local}"
+    )
 
 
 def read_hf_config(hf_path: Path | str) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_r1v2.config.validate import read_hf_config
+from megatron_r1v2.config.validate import download_hint, read_hf_config
 
 _VIT_300M: Mapping[str, object] = {
     "hidden_size": 1024,
@@ -120,5 +120,6 @@ def find_hf_config(hf_path: str, given: str) -> Mapping[str, object]:
         raise ValueError(
             f"there is no config.json at {'--hf-config' if given else 'model.hf_path'}={folder!r}; give --hf-config: a "
             f"config.json, its folder, or the name of a known model: {', '.join(KNOWN_MODELS)}"
+            f"{download_hint(folder)}"
         )
     return read_hf_config(folder)

@@ -49,6 +49,7 @@ from pathlib import Path
 from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries, tell_bad_input
 from megatron_r1v2.config.load import Check, load_recipe_as
 from megatron_r1v2.config.recipes import Recipe, ServeRecipe
+from megatron_r1v2.config.validate import download_hint
 from megatron_r1v2.serve.options import ChatOptions, bind, parse_options, read_api_key
 from megatron_r1v2.stages.model_fit import all_mistakes
 
@@ -95,6 +96,7 @@ def serving_recipe(checkpoint: str, settings: Sequence[str], *, check: Check | N
     if not folder.is_dir():
         raise ValueError(
             f"CHECKPOINT={checkpoint!r} is not a folder; give a run, one of its checkpoints or an HF model"
+            f"{download_hint(checkpoint)}"
         )
     if (folder / "config.json").is_file():
         return load_recipe_as(ServeRecipe, None, [*settings, f"model.hf_path={folder}"], check=check)

@@ -10,7 +10,7 @@ import torch
 from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.recipes import AlignRecipe, EvaluateRecipe, GrpoRecipe, PairsRecipe, ServeRecipe
 from megatron_r1v2.config.schema import EvaluationConfig
-from megatron_r1v2.config.validate import model_is_served, read_hf_config, start_mistakes
+from megatron_r1v2.config.validate import download_hint, model_is_served, read_hf_config, start_mistakes
 
 
 def recipe_with(kind=GrpoRecipe, **values):
@@ -41,6 +41,15 @@ def test_every_folder_that_is_missing_is_told():
     gone = {"model__hf_path": "a", "model__checkpoint": "b", "data__train": "c", "data__validation": "d"}
     named = [text.partition(" is not a folder; give the path of an existing one")[0] for text in told(**gone)]
     assert named == ["model.hf_path='a'", "model.checkpoint='b'", "data.train='c'", "data.validation='d'"]
+
+
+def test_a_name_on_the_hub_gets_the_command_that_downloads_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (message,) = told(model__hf_path="Skywork/Skywork-R1V2-38B", data__train=str(tmp_path))
+    assert "`hf download Skywork/Skywork-R1V2-38B --local-dir Skywork-R1V2-38B`" in message
+    assert [download_hint(path) for path in ("gone", "/gone/too", "./a/b", "a/b/c", tmp_path)] == [""] * 5
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    assert download_hint("runs/base") == ""
 
 
 def test_a_folder_that_is_not_read_need_not_exist(tmp_path):

@@ -37,6 +37,7 @@ def test_the_command_prints_tables_and_json(capsys):
         (["--gpus", "12", "--hf-config", "r1v2-38b"], "--gpus=12 is not a multiple of parallel.tensor=8", 2),
         (["--gpus", "8"], "there is no config.json at model.hf_path='checkpoints/r1v2-38b-hf'", 2),
         (["--gpus", "8", "--hf-config", "nowhere"], "there is no config.json at --hf-config='nowhere'", 2),
+        (["--gpus", "8", "--hf-config", "Org/Model"], "`hf download Org/Model --local-dir Model`", 2),
         (["parallel.tensor=3", "--gpus", "3", "--hf-config", "r1v2-38b"], "parallel.tensor=3 does not divide", 2),
         (["--gpus", "8", "--hf-config", "r1v2-38b", "--mean-response-tokens", "9000"], "is more than generation", 2),
         (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpu-memory", "3"], "leaves nothing of --gpu-memory=3", 2),

@@ -22,6 +22,7 @@ def told_by(capsys, *argv: str) -> str:
 def test_bad_input_is_told_before_anything_is_loaded(run, tmp_path, capsys):
     model = str(run.root / "model")
     assert "CHECKPOINT='nowhere' is not a folder" in told_by(capsys, "nowhere")
+    assert "`hf download OpenGVLab/InternVL3-1B " in told_by(capsys, "OpenGVLab/InternVL3-1B")
     assert "no finished checkpoint in" in told_by(capsys, str(tmp_path))
     assert "unknown setting 'generation.max_token'" in told_by(capsys, model, "generation.max_token=5")
     assert "the model has 2048 positions" in told_by(capsys, model, "generation.max_response_tokens=65536")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
+
+from megatron_r1v2.config.validate import download_hint
 
 Kind = Literal[
     "quantized weights",
@@ -26,7 +27,6 @@ Kind = Literal[
     "image token",
 ]
 """Everything else that is refused is refused by transformers too; docs/checkpoints.md says what to do about each."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _QUANTIZED = {
     "awq": "AWQ",
     "gptq": "GPTQ",
@@ -65,13 +65,8 @@ def check_folder(folder: Path | str) -> None:
     """
     path = Path(folder)
     if not path.exists():
-        if _HUB_NAME.fullmatch(str(folder)):
-            local = str(folder).split("/")[1]
-            raise ValueError(
-                f"{folder} is missing; nothing is downloaded here: if it is a model on the Hugging Face hub, run "
-                f"`hf download {folder} --local-dir {local}` and give {local}"
-            )
-        raise ValueError(f"{folder} is missing; give the folder of a Hugging Face checkpoint")
+        hint = download_hint(folder) or "; give the folder of a Hugging Face checkpoint"
+        raise ValueError(f"{folder} is missing{hint}")
     if (path / "adapter_config.json").is_file():
         raise Unsupported(
             "LoRA adapters",

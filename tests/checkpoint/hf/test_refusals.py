@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools import hf_to_hf, inspect, reassemble, verify
+from checkpoint_tools import hf_to_hf, hf_to_megatron, inspect, megatron_to_hf, reassemble, verify
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture, transformers_config
 from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.refusals import Kind, Unsupported, check_config, check_folder, check_tensor_names
@@ -181,3 +181,19 @@ def test_the_documentation_lists_every_kind_and_the_code_raises_each():
     source = "".join(path.read_text(encoding="utf-8") for path in Path("megatron_r1v2/checkpoint").rglob("*.py"))
     raised = re.findall(r"Unsupported\(\s*[^,]+,|kind: Kind = [^\n]+", source)
     assert set(re.findall(r'"(\w[\w ]+)"', "".join(raised))) - {"model_type", "_act"} == set(get_args(Kind))
+
+
+def test_every_argument_that_is_a_model_gets_the_command_that_downloads_it(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out, hub, here = ["--output", tmp_path / "out", "--quiet"], "Org/Model", made / "hf"
+    calls = [
+        (hf_to_megatron, ["--hf", hub, *out]),
+        (megatron_to_hf, ["--checkpoint", made / "run", "--base", hub, *out]),
+        (reassemble, ["--vision", here, "--language", hub, *out]),
+        (reassemble, ["--vision", here, "--language", here, "--adapter", hub, *out]),
+        (verify, [here, hub]),
+    ]
+    for tool, arguments in calls:
+        run(tool, *arguments, code=1)
+        assert "`hf download Org/Model --local-dir Model`" in capsys.readouterr().err, (tool.__name__, arguments)
+    assert not (tmp_path / "out").exists()
