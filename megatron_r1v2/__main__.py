@@ -120,6 +120,10 @@ COMMANDS: Mapping[str, Command] = {
     "plan": Command(
         "compute what a recipe needs of each GPU, and how long a step takes", partial(_main_of, "planning.command")
     ),
+    "rehearse": Command(
+        "run a recipe on a CPU as ranks of its cluster, on tensors without memory",
+        partial(_main_of, "rehearsal.command"),
+    ),
     "report": Command("write the page of a run, or of evaluations", partial(_main_of, "report.command")),
     "serve": Command("serve a checkpoint to OpenAI clients", partial(_main_of, "serve.command")),
     "serve-reward-model": Command("serve the scores of Skywork-VL-Reward", partial(_main_of, "serve.reward_command")),

@@ -33,6 +33,7 @@ RANKS = {
     "report": 9,
     "planning": 9,
     "serve": 9,
+    "rehearsal": 10,
 }
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -15,7 +15,7 @@ from megatron_r1v2.stages.model_fit import all_mistakes
 COMMAND = [sys.executable, "-m", "megatron_r1v2"]
 NAMES = (
     "align", "pairs", "mpo", "reward-model", "grpo", "evaluate", "filter-prompts", "prepare", "benchmarks", "plan",
-    "report", "serve", "serve-reward-model",
+    "rehearse", "report", "serve", "serve-reward-model",
 )  # fmt: skip
 
 

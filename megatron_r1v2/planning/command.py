@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.command_line import command_parser, describe_settings
@@ -16,6 +17,9 @@ from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRe
 from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
 from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.stages.model_fit import fit_mistakes
+
+if TYPE_CHECKING:
+    from megatron_r1v2.planning.plan import Cluster
 
 _DESCRIPTION = """\
 Plan what a run needs of each GPU, which layout fits, and how long a step takes, by arithmetic alone.
@@ -32,24 +36,13 @@ def main(argv: Sequence[str]) -> None:
     """
     # Intermixed, because people write overrides before, between and after the options.
     arguments = _parser().parse_intermixed_args(argv)
-    from megatron_r1v2.planning.plan import Cluster, make_plan
+    from megatron_r1v2.planning.plan import make_plan
     from megatron_r1v2.planning.show import as_json, print_plan
 
     stage = StageName(arguments.stage) if arguments.stage else None
-    hardware = HARDWARE[arguments.gpu]
-    if arguments.matmul_efficiency:
-        hardware = replace(hardware, matmul_efficiency=arguments.matmul_efficiency)
-    if arguments.bandwidth_efficiency:
-        hardware = replace(hardware, bandwidth_efficiency=arguments.bandwidth_efficiency)
-    cluster = Cluster(
-        gpus=arguments.gpus,
-        gpus_per_node=arguments.gpus_per_node,
-        gpu_memory_gib=arguments.gpu_memory or hardware.memory_gib,
-        reserve_gib=arguments.reserve,
-        hardware=hardware,
-    )
     try:
-        recipe = _recipe_of(arguments.recipe, stage, arguments.hf_config)
+        cluster = read_cluster(arguments)
+        recipe = recipe_to_plan(arguments.recipe, stage, arguments.hf_config)
         hf_config = find_hf_config(recipe.model.hf_path, arguments.hf_config)
         plan = make_plan(
             recipe,
@@ -70,7 +63,47 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _recipe_of(given: Sequence[str], stage: StageName | None, hf_config: str) -> TrainingRecipe | PairsRecipe:
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the GPUs and the model, for every command that plans."""
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
+    parser.add_argument("--gpu-memory", type=float, default=0.0, help="GiB of one GPU; default: that of --gpu")
+    parser.add_argument("--gpu", choices=sorted(HARDWARE), default="h100", help="for the times (default: h100)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="bounds tensor parallelism (default: 8)")
+    parser.add_argument(
+        "--hf-config",
+        default="",
+        help=f"config.json, its folder, or one of {', '.join(KNOWN_MODELS)}; default: that in model.hf_path",
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=4.0,
+        help="GiB of each GPU for CUDA, NCCL, kernels and the allocator's gaps (default: 4, an assumption)",
+    )
+    parser.add_argument("--matmul-efficiency", type=float, default=0.0, help="attained part of the FLOP/s")
+    parser.add_argument("--bandwidth-efficiency", type=float, default=0.0, help="attained part of the bandwidth")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def read_cluster(arguments: argparse.Namespace) -> Cluster:
+    """Return the GPUs that the options of `add_cluster_options` name."""
+    from megatron_r1v2.planning.plan import Cluster
+
+    hardware = HARDWARE[arguments.gpu]
+    if arguments.matmul_efficiency:
+        hardware = replace(hardware, matmul_efficiency=arguments.matmul_efficiency)
+    if arguments.bandwidth_efficiency:
+        hardware = replace(hardware, bandwidth_efficiency=arguments.bandwidth_efficiency)
+    return Cluster(
+        gpus=arguments.gpus,
+        gpus_per_node=arguments.gpus_per_node,
+        gpu_memory_gib=arguments.gpu_memory or hardware.memory_gib,
+        reserve_gib=arguments.reserve,
+        hardware=hardware,
+    )
+
+
+def recipe_to_plan(given: Sequence[str], stage: StageName | None, hf_config: str) -> TrainingRecipe | PairsRecipe:
     """Read the recipe that comes first, or take the defaults of a stage where there are only overrides."""
     check = partial(_mistakes, hf_config=hf_config)
     if given and "=" not in given[0]:
@@ -102,26 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stage", choices=[stage.value for stage in StageName], help="as which it is planned; default: its own"
     )
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
-    parser.add_argument("--gpu-memory", type=float, default=0.0, help="GiB of one GPU; default: that of --gpu")
-    parser.add_argument("--gpu", choices=sorted(HARDWARE), default="h100", help="for the times (default: h100)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="bounds tensor parallelism (default: 8)")
-    parser.add_argument(
-        "--hf-config",
-        default="",
-        help=f"config.json, its folder, or one of {', '.join(KNOWN_MODELS)}; default: that in model.hf_path",
-    )
+    add_cluster_options(parser)
     parser.add_argument("--tiles", type=int, default=0, help="image tiles of a prompt; default: the most possible")
     parser.add_argument(
         "--mean-response-tokens", type=int, default=0, help="for the times; default: half of the longest response"
     )
-    parser.add_argument(
-        "--reserve",
-        type=float,
-        default=4.0,
-        help="GiB of each GPU for CUDA, NCCL, kernels and the allocator's gaps (default: 4, an assumption)",
-    )
-    parser.add_argument("--matmul-efficiency", type=float, default=0.0, help="attained part of the FLOP/s")
-    parser.add_argument("--bandwidth-efficiency", type=float, default=0.0, help="attained part of the bandwidth")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser

@@ -1,0 +1,68 @@
+"""The command line of `r1v2 rehearse`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_r1v2.config.command_line import command_parser, describe_settings
+from megatron_r1v2.planning.command import add_cluster_options, read_cluster, recipe_to_plan
+from megatron_r1v2.planning.known_models import find_hf_config
+
+_DESCRIPTION = """\
+Rehearse a run on a CPU before it is queued: the stage's own code as one rank of each pipeline stage, on tensors without
+memory, for one step on rows as long as the recipe allows. Prints the memory of each phase beside the plan's, the
+collectives, and every assumption. Exit status 1: it would not run, not fit, or hang.
+
+example:
+  python -m megatron_r1v2 rehearse RECIPE.yaml --gpus 8 --hf-config r1v2-38b"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the rehearsal; exit 1 when something was found and 2 on bad input.
+
+    Raises:
+        SystemExit: 1 or 2, see above.
+    """
+    parser = command_parser("rehearse", _DESCRIPTION, settings=describe_settings)
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="recipe of any stage")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for the stages")
+    add_cluster_options(parser)
+    parser.add_argument(
+        "--all-ranks",
+        action="store_true",
+        help="the first and the last tensor-parallel rank of each stage, in the first and the last replica",
+    )
+    parser.add_argument("--svg", type=Path, help="write the memory of the fullest rank over the step to this file")
+    # Intermixed, because people write overrides before, between and after the options.
+    arguments = parser.parse_intermixed_args(argv)
+    # Imported here: they take seconds that --help does not wait for.
+    from megatron_r1v2.checkpoint.hf.config import sizes_config
+    from megatron_r1v2.planning.plan import make_plan
+
+    try:
+        recipe = recipe_to_plan([arguments.recipe, *arguments.overrides], None, arguments.hf_config)
+        hf_config = sizes_config(find_hf_config(recipe.model.hf_path, arguments.hf_config))
+        plan = make_plan(recipe, hf_config, read_cluster(arguments))
+        from megatron_r1v2.rehearsal.run import rehearse
+        from megatron_r1v2.rehearsal.show import as_json, print_rehearsal
+
+        folder = Path(arguments.hf_config or recipe.model.hf_path)
+        hf_path = folder if folder.is_dir() else None
+        found = rehearse(recipe, hf_config, plan, hf_path=hf_path, all_ranks=arguments.all_ranks)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if arguments.svg is not None:
+        from megatron_r1v2.rehearsal.chart import memory_chart
+
+        fullest = max(found.ranks, key=lambda rank: max((phase.peak for phase in rank.phases), default=0))
+        arguments.svg.write_text(memory_chart(f"{plan.name}, {fullest.place}", fullest.samples, plan.cluster.limit))
+    if arguments.json:
+        print(json.dumps(as_json(found), indent=1))
+    else:
+        print_rehearsal(found)
+    if not found.passed:
+        raise SystemExit(1)

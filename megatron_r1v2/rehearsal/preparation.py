@@ -1,0 +1,154 @@
+"""The inputs of a rehearsal on disk: rows of full length, a model folder, and the recipe with few changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1v2.config.choices import Fp8, Layers, StageName
+from megatron_r1v2.config.load import recipe_yaml
+from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, TrainingRecipe
+from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.memory import Workload
+from megatron_r1v2.planning.parameters import Layout
+
+AnyTraining = TrainingRecipe | PairsRecipe
+
+_NO_BOUND = 1e9
+_LONG_PROMPTS = 2
+"""Of a replica: the second one finds the cache of features as the first one left it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of the rehearsed step."""
+
+    long: int
+    """Rows of full length, over all replicas."""
+    short: int
+    """Short text prompts, which fill the engine's slots, over all replicas."""
+    mixed_groups: int
+    """Long prompts whose responses are trained on."""
+    prompts_of_replica: int
+    """In a step of the recipe."""
+    long_of_replica: int
+
+    @property
+    def prompts(self) -> int:
+        """Return the prompts of the rehearsed step."""
+        return self.long + self.short
+
+
+def plan_step(work: Workload, layout: Layout) -> Step:
+    """Choose as many rows as every way through the code needs, and no more.
+
+    An update gets one microbatch more than the pipeline has stages on each replica, so that all are in flight at once;
+    the engine gets as many requests as it has slots.
+    """
+    of_replica = -(-work.prompts_per_step // layout.data)
+    microbatches = layout.pipeline + 1
+    rows = microbatches * _rows_of_microbatch(work, layout)
+    if work.stage not in (StageName.grpo, StageName.pairs):
+        units = min(work.prompts_per_step, -(-rows // work.responses_per_prompt) * layout.data)
+        return Step(units, 0, 0, of_replica, units)
+    groups = -(-rows // work.responses_per_prompt)
+    long = min(of_replica, max(_LONG_PROMPTS, groups))
+    slots = min(of_replica, -(-work.max_requests // work.responses_per_prompt))
+    return Step(
+        long=long * layout.data,
+        short=max(0, slots - long) * layout.data,
+        mixed_groups=min(long, groups) * layout.data,
+        prompts_of_replica=of_replica,
+        long_of_replica=long,
+    )
+
+
+def _rows_of_microbatch(work: Workload, layout: Layout) -> int:
+    # Shared rows hold more, but never fewer.
+    return max(1, work.packed_tokens // work.row_tokens(layout.tensor))
+
+
+def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Path) -> AnyTraining:
+    """Return the recipe of the rehearsal: made data, one step with a validation and a checkpoint, no services.
+
+    Args:
+        folder: for what it writes; with the data sets of `write_rows`.
+    """
+    generation = recipe.generation.changed(cuda_graphs=False)
+    # Graphs and TransformerEngine need a device that computes.
+    model = recipe.model.changed(hf_path=str(hf_path), layers=Layers.local, fp8=Fp8.none, fp8_weights=False)
+    if recipe.model.checkpoint and not Path(recipe.model.checkpoint).exists():
+        model = model.changed(checkpoint="")
+    train = recipe.train.changed(prompts_per_step=step.prompts)
+    changes: dict[str, object] = {
+        "run": recipe.run.changed(output_dir=str(folder / "run")),
+        "data": recipe.data.changed(train=str(folder / "train"), validation=_validation(recipe, folder), shuffle=False),
+    }
+    if isinstance(recipe, TrainingRecipe):
+        bound = _NO_BOUND if train.skip_above_grad_norm else 0.0
+        train = train.changed(steps=1, warmup_steps=0, skip_above_grad_norm=bound)
+        validates = bool(recipe.data.validation) and recipe.evaluation.every_steps > 0
+        changes |= {
+            "checkpoint": recipe.checkpoint.changed(every_steps=1),
+            "evaluation": recipe.evaluation.changed(
+                every_steps=int(validates), prompts=0, runs=1, stop_at_pass_at_1=0.0
+            ),
+            "logging": recipe.logging.changed(trackers=()),
+        }
+    if isinstance(recipe, GrpoRecipe | PairsRecipe):
+        # A served reward model answers from elsewhere, and takes no memory here.
+        changes["reward"] = recipe.reward.changed(model_weight=0.0)
+    if isinstance(recipe, GrpoRecipe):
+        # Numbers that nobody can know are 1, see `FakeTensors.constant_for`.
+        changes["algorithm"] = recipe.algorithm.changed(max_log_prob_difference=_NO_BOUND)
+        changes["hallucination"] = recipe.hallucination.changed(target_rate=0.0)
+    return type(recipe)(**{**dict(recipe), **changes, "generation": generation, "model": model, "train": train})
+
+
+def _validation(recipe: AnyTraining, folder: Path) -> str:
+    return str(folder / "validation") if recipe.data.validation else ""
+
+
+def write_rehearsal(
+    recipe: AnyTraining,
+    config: Mapping[str, object],
+    architecture: R1V2Architecture,
+    layout: Layout,
+    *,
+    folder: Path,
+    hf_path: Path | None,
+) -> tuple[Path, Step]:
+    """Write all that the rehearsed ranks read.
+
+    Args:
+        config: of the model, as transformers' InternVL has it.
+        folder: a new one.
+        hf_path: the model's folder; None, or without weights: one is made.
+
+    Returns:
+        The recipe of the rehearsal, and its step.
+    """
+    from megatron_r1v2.data.tokenizer import ChatTokenizer
+    from megatron_r1v2.rehearsal.rows import RowWriter, write_model_folder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if hf_path is None or not any(hf_path.glob("*.safetensors")):
+        write_model_folder(folder / "hf", config, hf_path)
+        hf_path = folder / "hf"
+    step = plan_step(Workload.from_recipe(recipe, architecture), layout)
+    tokenizer = ChatTokenizer(hf_path)
+    writer = RowWriter(
+        tokenizer,
+        recipe.data,
+        tile_size=architecture.vision.image_size,
+        tokens_per_tile=architecture.tokens_per_tile,
+        max_response_tokens=recipe.generation.max_response_tokens,
+        end_token=tokenizer.turn_end(recipe.generation.stop_tokens),
+    )
+    writer.write(folder / "train", long=step.long, short=step.short)
+    if recipe.data.validation:
+        writer.write(folder / "validation", long=layout.data, short=0)
+    path = folder / "recipe.yaml"
+    path.write_text(recipe_yaml(rehearsed_recipe(recipe, step, folder, hf_path)))
+    return path, step

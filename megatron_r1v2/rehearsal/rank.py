@@ -1,0 +1,240 @@
+"""One rehearsed rank: a stage of the product run as it is, for one step, in this process; nothing is put back after it.
+
+`python -m megatron_r1v2.rehearsal.rank SPEC.json RESULT.json` is what `r1v2 rehearse` starts for each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_r1v2.config.choices import StageName
+from megatron_r1v2.config.load import load_recipe_as
+from megatron_r1v2.config.recipes import STAGES, PairsRecipe, TrainingRecipe
+from megatron_r1v2.rehearsal.collectives import Collective
+from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
+from megatron_r1v2.rehearsal.ledger import PhaseMemory, Sample
+from megatron_r1v2.rehearsal.watch import Watch
+
+_MOST_TEXT = 600
+"""Of an error: torch lists all its kernels where one is missing."""
+_MODULES = {StageName.grpo: "grpo.stage"}
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What one process rehearses."""
+
+    recipe: str
+    """YAML file with the settings of the rehearsal; its paths exist."""
+    stage: StageName
+    rank: int
+    world_size: int
+    gpus_per_node: int
+    gpu_memory_gib: float
+    device: str = "cuda"
+    """cuda: the branches of the cluster, on fakes; cpu: those of this machine."""
+    is_fake: bool = True
+    """False: tensors with memory, to check the rehearsal itself; only on the CPU."""
+    rehearsed_prompts: int = 1
+    """Long prompts that a replica generates from."""
+    prompts_of_step: int = 1
+    """Prompts of a replica in a step of the recipe."""
+    mixed_groups: int = 1
+    """Long prompts over all replicas whose responses are trained on."""
+
+    @classmethod
+    def read(cls, path: Path) -> RankSpec:
+        """Read a file that `write` has written."""
+        values = json.loads(path.read_text())
+        return cls(**{**values, "stage": StageName(values["stage"])})
+
+    def write(self, path: Path) -> None:
+        """Write it for another process."""
+        path.write_text(json.dumps(asdict(self)))
+
+
+@dataclass
+class RankResult:
+    """What the rehearsal of one rank has found."""
+
+    rank: int
+    place: str = ""
+    """The coordinates in words, such as "TP 0, stage 1, DP 0"."""
+    stage: int = 0
+    """Pipeline stage."""
+    phases: list[PhaseMemory] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    flops: dict[str, int] = field(default_factory=dict)
+    questions: list[tuple[str, str, int]] = field(default_factory=list)
+    """Rule, line that asked, how often."""
+    host_peak: int = 0
+    """Bytes of the CPU tensors that live at once, files and samples not counted."""
+    checkpoint_bytes: int = 0
+    """What this rank hands to the writers of a checkpoint."""
+    seconds: float = 0.0
+    own_peak: int = 0
+    """Bytes of memory that the rehearsal itself has taken."""
+    operators: int = 0
+    error: str = ""
+    """The exception that ended it; empty: it came to its end."""
+    error_phase: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> RankResult:
+        """Read a file that `write` has written."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        values["phases"] = [PhaseMemory(**phase) for phase in values["phases"]]
+        values["samples"] = [Sample(**sample) for sample in values["samples"]]
+        values["collectives"] = [
+            Collective(**{**call, "ranks": tuple(call["ranks"])}) for call in values["collectives"]
+        ]
+        values["questions"] = [tuple(question) for question in values["questions"]]
+        return cls(**values)
+
+    def write(self, path: Path) -> None:
+        """Write it for another process."""
+        path.write_text(json.dumps(asdict(self)))
+
+
+def rehearse_rank(spec: RankSpec) -> RankResult:
+    """Run the stage of a recipe as one rank, and return what was seen, an exception included."""
+    from megatron_r1v2.config.command_line import quiet_libraries
+
+    quiet_libraries()
+    folder = Path(spec.recipe).parent / f"run-{spec.rank}"  # of its own: another rank's checkpoint is none to resume
+    recipe = load_recipe_as(STAGES[spec.stage], spec.recipe, [f"run.output_dir={folder}"])
+    watch = _start_watch(spec)
+    result = RankResult(spec.rank)
+    started = time.perf_counter()
+    finish = _install(watch, spec, recipe)
+    run = _stage_function(spec.stage)
+    try:
+        with watch, watch.phase("start"):
+            run(recipe)
+    except BaseException as error:  # whatever it is, it is what the rehearsal has found
+        result.error, result.error_phase = _describe(error), watch.ledger.phases[-1].name
+    finally:
+        finish(result)
+    result.seconds = time.perf_counter() - started
+    _collect(result, watch)
+    return result
+
+
+def _start_watch(spec: RankSpec) -> Watch:
+    """Make the watch of a rank; where it is fake, with its GPU."""
+    if not spec.is_fake:
+        return Watch(spec.device)
+    from megatron_r1v2.rehearsal import fake_cuda
+
+    if spec.device == "cuda":
+        # Before megatron-core is imported, which asks while it is and keeps some functions.
+        fake_cuda.install(gpus_per_node=spec.gpus_per_node, memory_bytes=int(spec.gpu_memory_gib * 2**30))
+    fake_cuda.install_for_fakes()
+    return FakeTensors(spec.device, hides_device=spec.device == "cuda")
+
+
+def _stage_function(stage: StageName) -> Callable[[object], object]:
+    module = import_module(f"megatron_r1v2.stages.{_MODULES.get(stage, stage.value)}")
+    return cast(Callable[[object], object], getattr(module, f"run_{stage.value}"))
+
+
+def _install(watch: Watch, spec: RankSpec, recipe: TrainingRecipe | PairsRecipe) -> Callable[[RankResult], None]:
+    """Install labels and stand-ins; return what ends the processes of the latter and adds what they know."""
+    from megatron_r1v2.data.tokenizer import ChatTokenizer
+    from megatron_r1v2.rehearsal import labels, stand_ins
+    from megatron_r1v2.rehearsal.cluster import Place, note_object_collectives
+    from megatron_r1v2.rehearsal.rows import RIGHT_END, WRONG_END
+
+    Place(spec.rank, spec.world_size, spec.gpus_per_node).enter()
+    finish: Callable[[RankResult], None] = lambda _: None  # noqa: E731  # a real rank has nothing to add
+    if isinstance(watch, FakeTensors):
+        # Before the script, which these answers follow.
+        finish = _install_answers(watch, spec)
+    note_object_collectives(watch)
+    tokenizer = ChatTokenizer(recipe.model.hf_path)
+    stop = tokenizer.stop_ids(recipe.generation.stop_tokens)[0]
+    filler = tokenizer.encode_text(" a")[0]
+    stand_ins.install_script(
+        stand_ins.Script(
+            drawn=(filler, filler, filler, stop),
+            filler=filler,
+            right=(*tokenizer.encode_text(RIGHT_END), stop),
+            wrong=(*tokenizer.encode_text(WRONG_END), stop),
+            max_response_tokens=recipe.generation.max_response_tokens,
+            mixed_groups=spec.mixed_groups,
+        )
+    )
+    stand_ins.install_files()
+    labels.install(watch)
+    # After the labels, which the stand-ins get too.
+    stand_ins.install_stand_in_features(rehearsed=spec.rehearsed_prompts, prompts_of_step=spec.prompts_of_step)
+    return finish
+
+
+def _install_answers(watch: FakeTensors, spec: RankSpec) -> Callable[[RankResult], None]:
+    """Install what stands in for other ranks, files and kernels; return what ends it and adds what it knows."""
+    from megatron_r1v2.rehearsal import flash_attention
+    from megatron_r1v2.rehearsal.checkpoint_files import HollowCheckpoints
+    from megatron_r1v2.rehearsal.cluster import install_fake_groups
+    from megatron_r1v2.rehearsal.others import OtherRanks
+    from megatron_r1v2.rehearsal.weights import install_hollow_weights
+
+    install_fake_groups(watch)
+    checkpoints, others = HollowCheckpoints(), OtherRanks(watch)
+    checkpoints.install()
+    others.install()
+    install_hollow_weights(watch)
+    if spec.device == "cuda":
+        flash_attention.install(watch.add_flops)
+
+    def finish(result: RankResult) -> None:
+        others.close()
+        result.checkpoint_bytes = checkpoints.num_bytes
+        result.questions = [(rule, line, number) for (rule, line), number in watch.questions.items()]
+
+    return finish
+
+
+def _describe(error: BaseException) -> str:
+    """Return an exception with the innermost lines of our code and of megatron-core's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [
+        f"{frame.filename.partition('site-packages/')[2] or frame.filename}:{frame.lineno} {frame.name}"
+        for frame in frames
+        if "megatron" in frame.filename and "megatron_r1v2/rehearsal/" not in frame.filename
+    ]
+    return f"{type(error).__name__}: {str(error)[:_MOST_TEXT]} (at {' < '.join(reversed(lines[-3:]))})"
+
+
+def _collect(result: RankResult, watch: Watch) -> None:
+    result.phases, result.samples = watch.ledger.phases, watch.ledger.samples
+    result.collectives = watch.collectives.calls
+    result.flops = dict(watch.flops)
+    result.host_peak = max((phase.peak for phase in watch.host.phases), default=0)
+    result.own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result.operators = watch.num_operators
+
+
+def main(argv: Sequence[str]) -> int:
+    """Rehearse the rank of a specification and write the result."""
+    specification, output = map(Path, argv)
+    result = rehearse_rank(RankSpec.read(specification))
+    result.write(output)
+    # Not through Python's exit: threads and process groups of the rank would wait for others.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

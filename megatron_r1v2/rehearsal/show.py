@@ -1,0 +1,174 @@
+"""The findings of a rehearsal, as tables for people or as JSON for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from megatron_r1v2.planning.memory import GIB
+from megatron_r1v2.rehearsal.collectives import count_by_kind
+from megatron_r1v2.rehearsal.ledger import CATEGORIES, PhaseMemory
+from megatron_r1v2.rehearsal.rank import RankResult
+from megatron_r1v2.rehearsal.run import Rehearsal, planned_memory
+
+NOT_PROVEN = (
+    "Not proven by a rehearsal: kernels and their workspace, numbers, speed, CUDA graphs, TransformerEngine and FP8, "
+    "gaps of the allocator, NCCL's buffers."
+)
+_SHORT = {
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "buffers": "buffers",
+    "kv_cache": "KV",
+    "image_features": "images",
+    "activations": "activ.",
+}
+
+
+def print_rehearsal(found: Rehearsal, console: Console | None = None) -> None:
+    """Print a rehearsal to a console; None: standard output."""
+    console = console or Console()
+    plan = found.plan
+    layout = plan.layout
+    console.print(
+        f"[bold]{plan.name}[/bold], rehearsed as TP{layout.tensor} PP{layout.pipeline} DP{layout.data} on "
+        f"{plan.cluster.gpus} x {plan.cluster.gpu_memory_gib:g} GiB"
+    )
+    for rank in found.ranks:
+        console.print(_memory_table(found, rank))
+        for phase in _fullest(rank):
+            console.print(f"  fullest in {phase.name}: {phase.line}", highlight=False, soft_wrap=True, markup=False)
+        console.print(_rank_summary(rank), highlight=False, soft_wrap=True)
+        if rank.error:
+            console.print(f"[red]{rank.place}, {rank.error_phase}[/red]: ", end="")
+            console.print(rank.error, markup=False, highlight=False, soft_wrap=True)
+    console.print(_collective_table(found))
+    for mismatch in found.mismatches:
+        console.print(f"would hang: {mismatch}", style="red", highlight=False, soft_wrap=True, markup=False)
+    console.print("Questions that a fake cannot answer, and the rule that did (how often):", highlight=False)
+    for rule, count in _rules(found).most_common():
+        console.print(f"- {rule} ({count})", highlight=False, markup=False, soft_wrap=True)
+    console.print(_verdict(found), highlight=False, soft_wrap=True)
+    for note in _notes(found):
+        console.print(f"- {note}", highlight=False, soft_wrap=True)
+    console.print(NOT_PROVEN, highlight=False, soft_wrap=True)
+
+
+def as_json(found: Rehearsal) -> dict[str, object]:
+    """Return a rehearsal as JSON values, in bytes."""
+    return {
+        "name": found.plan.name,
+        "passed": found.passed,
+        "layout": asdict(found.plan.layout),
+        "limit_bytes": found.plan.cluster.limit,
+        "ranks": [_rank_json(found, rank) for rank in found.ranks],
+        "mismatches": list(found.mismatches),
+        "rules": dict(_rules(found)),
+        "notes": [*_notes(found), NOT_PROVEN],
+    }
+
+
+def _memory_table(found: Rehearsal, rank: RankResult) -> Table:
+    title = f"{rank.place}: GiB at the fullest moment of each phase"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("phase")
+    for name in (*(_SHORT[category] for category in CATEGORIES), "total", "plan", "TFLOP"):
+        table.add_column(name, justify="right")
+    for phase in rank.phases:
+        plan = planned_memory(found.plan, rank, phase)
+        numbers = [f"{phase.at_peak.get(category, 0) / GIB:.2f}" for category in CATEGORIES]
+        style = "red" if phase.peak > found.plan.cluster.limit else ""
+        planned = f"{plan.total / GIB:.2f}" if plan is not None else ""
+        flops = f"{rank.flops.get(phase.name, 0) / 1e12:.1f}"
+        table.add_row(phase.name, *numbers, f"{phase.peak / GIB:.2f}", planned, flops, style=style)
+    return table
+
+
+def _fullest(rank: RankResult) -> list[PhaseMemory]:
+    """Return the phases with the highest peaks, the outermost left out: it has no line of its own."""
+    inner = [phase for phase in rank.phases[1:] if phase.line]
+    return sorted(inner, key=lambda phase: -phase.peak)[:3]
+
+
+def _rank_summary(rank: RankResult) -> str:
+    return (
+        f"  in the host's memory: {rank.host_peak / GIB:.2f} GiB of tensors at most; to a checkpoint: "
+        f"{rank.checkpoint_bytes / GIB:.2f} GiB. Rehearsed in {rank.seconds:.0f} s and {rank.own_peak / GIB:.2f} GiB, "
+        f"{rank.operators} operators"
+    )
+
+
+def _collective_table(found: Rehearsal) -> Table:
+    table = Table(title="Collectives", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in ("rank", "kind", "group", "dtype"):
+        table.add_column(name)
+    for name in ("calls", "GiB"):
+        table.add_column(name, justify="right")
+    for rank in found.ranks:
+        for (kind, size, dtype), (count, num_bytes) in sorted(count_by_kind(rank.collectives).items()):
+            table.add_row(str(rank.rank), kind, str(size), dtype, str(count), f"{num_bytes / GIB:.3f}")
+    return table
+
+
+def _rules(found: Rehearsal) -> Counter[str]:
+    rules: Counter[str] = Counter()
+    for rank in found.ranks:
+        for rule, _, count in rank.questions:
+            rules[rule] += count
+    return rules
+
+
+def _verdict(found: Rehearsal) -> str:
+    limit = found.plan.cluster.limit / GIB
+    failed = [f"{rank.place}, {rank.error_phase}" for rank in found.ranks if rank.error]
+    if failed:
+        return f"[red]It does not run[/red]: {'; '.join(failed)}"
+    if found.mismatches:
+        return f"[red]It would hang[/red]: {len(found.mismatches)} groups whose ranks call different collectives"
+    if found.too_full:
+        rank, phase = max(found.too_full, key=lambda each: each[1].peak)
+        return f"[red]It does not fit[/red]: {rank.place}, {phase.name}: {phase.peak / GIB:.1f} of {limit:.1f} GiB"
+    rank, phase = max(((rank, phase) for rank in found.ranks for phase in rank.phases), key=lambda each: each[1].peak)
+    return (
+        f"[green]It runs and fits[/green]: at most {phase.peak / GIB:.1f} of {limit:.1f} GiB ({rank.place}, "
+        f"{found.plan.cluster.reserve_gib:g} GiB of each GPU are kept for CUDA, NCCL and gaps)"
+    )
+
+
+def _notes(found: Rehearsal) -> list[str]:
+    notes = ["one step, on rows as long as the recipe allows; what lies beside `images` of other prompts is made"]
+    if found.plan.work.fp8.value != "none":
+        notes.append(
+            "FP8 and TransformerEngine: rehearsed with local layers in bf16; what FP8 adds or saves is the planner's"
+        )
+    return notes
+
+
+def _rank_json(found: Rehearsal, rank: RankResult) -> dict[str, object]:
+    phases = []
+    for phase in rank.phases:
+        plan = planned_memory(found.plan, rank, phase)
+        planned = None if plan is None else {**asdict(plan), "total": plan.total}
+        phases.append({**asdict(phase), "flops": rank.flops.get(phase.name, 0), "planned": planned})
+    return {
+        "rank": rank.rank,
+        "place": rank.place,
+        "phases": phases,
+        "collectives": [
+            {"kind": kind, "ranks": size, "dtype": dtype, "calls": count, "bytes": num_bytes}
+            for (kind, size, dtype), (count, num_bytes) in sorted(count_by_kind(rank.collectives).items())
+        ],
+        "questions": [{"rule": rule, "line": line, "count": count} for rule, line, count in rank.questions],
+        "host_bytes": rank.host_peak,
+        "checkpoint_bytes": rank.checkpoint_bytes,
+        "seconds": rank.seconds,
+        "own_bytes": rank.own_peak,
+        "operators": rank.operators,
+        "error": rank.error,
+        "error_phase": rank.error_phase,
+    }

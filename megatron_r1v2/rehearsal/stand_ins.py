@@ -1,0 +1,135 @@
+"""Stand-ins for files, for other ranks and for hours of decoding, where a stage runs as one rehearsed rank.
+
+Responses are not decoded to their length: the engine draws a few scripted tokens to each, and the rollout that the
+stage gets has the full length, the answer at its end. So every phase sees rows as long as the recipe allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from itertools import count
+from typing import TypeVar
+
+import torch
+
+from megatron_r1v2.data.stream import PromptStream
+from megatron_r1v2.generation.controller import DrawnToken, RolloutController
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.rehearsal.replacements import original, replace
+from megatron_r1v2.rehearsal.rows import LONG
+from megatron_r1v2.rehearsal.watch import unwatched
+from megatron_r1v2.resilience.rollout_cache import RolloutCache
+from megatron_r1v2.rewards import verifiers
+from megatron_r1v2.stages.grpo.stage import GrpoStage
+from megatron_r1v2.stages.loaded_model import LoadedModel
+from megatron_r1v2.training.store import CheckpointStore
+from megatron_r1v2.types import Prompt, Rollout
+
+Result = TypeVar("Result")
+Function = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Script:
+    """The responses of the rehearsed engine."""
+
+    drawn: tuple[int, ...]
+    """Tokens that the engine draws to each prompt, the last a stop token."""
+    filler: int
+    right: tuple[int, ...]
+    """Tokens that end a right response, the stop token included; the filler before them makes it long."""
+    wrong: tuple[int, ...]
+    max_response_tokens: int
+    mixed_groups: int
+    """Prompts of a replica whose responses are some right, some wrong: these are trained on."""
+
+
+def install_script(script: Script) -> None:
+    """Let the engine draw the script, and give out rollouts of full length."""
+    places: dict[tuple[int, int], count[int]] = {}
+
+    def rollout(
+        self: RolloutEngine, tokens: Sequence[DrawnToken], prompt: Prompt, sample_index: int, policy_version: int
+    ) -> object:
+        made: Rollout = original_rollout(self, tokens, prompt, sample_index, policy_version)
+        if LONG not in prompt.key or len(made.token_ids) < len(script.drawn):
+            return made  # short ones fill the engine; the gate's are compared token by token
+        index = int(prompt.key.rpartition("-")[2])
+        end = script.right if sample_index % 2 == 0 and index < script.mixed_groups else script.wrong
+        filled = (script.filler,) * (script.max_response_tokens - len(end)) + end
+        return changed(made, token_ids=filled, rollout_log_probs=(0.0,) * len(filled))
+
+    def sample(self: RolloutController, logits: torch.Tensor | None) -> None:
+        requests = self._context.request_ids[self._active()].tolist()
+        self.scripted = []
+        for request in requests:
+            place = places.setdefault((id(self), request), count())
+            is_chunk = request == self._context.chunked_prefill_request_id
+            self.scripted.append(script.drawn[0 if is_chunk else min(next(place), len(script.drawn) - 1)])
+        original_sample(self, logits)
+
+    def draw(self: RolloutController, logits_RV: torch.Tensor, draws: Sequence[object], drawn: torch.Tensor) -> None:
+        original_draw(self, logits_RV, draws, drawn)
+        drawn[0] = torch.tensor(self.scripted, dtype=drawn.dtype, device=drawn.device)
+
+    original_rollout, original_draw = original(RolloutEngine, "_rollout"), original(RolloutController, "_draw")
+    original_sample = original(RolloutController, "_dynamic_step_sample_logits")
+    replace(RolloutEngine, "_rollout", rollout)
+    replace(RolloutController, "_draw", draw)
+    replace(RolloutController, "_dynamic_step_sample_logits", sample)
+
+
+def install_files() -> None:
+    """Read and write files on real tensors that nobody counts."""
+    for owner, name in (
+        (PromptStream, "next"),
+        (PromptStream, "state_dict"),
+        (PromptStream, "load_state_dict"),
+        (RolloutCache, "save"),
+        (RolloutCache, "load"),
+        (CheckpointStore, "_write_small_files"),
+        (CheckpointStore, "_publish"),
+        (GrpoStage, "log_rollouts"),
+    ):
+        replace(owner, name, _unwatched(original(owner, name)))
+    replace(LoadedModel, "read_prompts", _all_at_once(LoadedModel.read_prompts))
+    for name in ("load", "save"):
+        replace(torch, name, _unwatched(original(torch, name)))
+    replace(verifiers, "worker_count", lambda: 1)
+
+
+def install_stand_in_features(*, rehearsed: int, prompts_of_step: int) -> None:
+    """Fill the cache of image features as far as the prompts of a whole step would.
+
+    Args:
+        rehearsed: prompts with the most tiles that a replica generates from.
+        prompts_of_step: those of the recipe.
+    """
+
+    def keep(self: FeatureCache, key: str, features_TFK: torch.Tensor) -> None:
+        original_keep(self, key, features_TFK)
+        if LONG in key and sum(LONG in each for each in self._features) == rehearsed:
+            for number in range(prompts_of_step - rehearsed):
+                original_keep(self, f"stand-in-{number}", torch.empty_like(features_TFK))
+
+    original_keep = original(FeatureCache, "_keep")
+    replace(FeatureCache, "_keep", keep)
+
+
+def _unwatched(function: Callable[..., Result]) -> Callable[..., Result]:
+    def call(*args: object, **kwargs: object) -> Result:
+        with unwatched():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _all_at_once(function: Callable[..., Iterator[Prompt]]) -> Callable[..., Iterator[Prompt]]:
+    def call(*args: object, **kwargs: object) -> Iterator[Prompt]:
+        with unwatched():
+            return iter(list(function(*args, **kwargs)))
+
+    return call

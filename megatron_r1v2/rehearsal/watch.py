@@ -1,0 +1,123 @@
+"""A dispatch mode that sees every operator: bytes that live, FLOPs by phase, collectives. It changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+from megatron_r1v2.rehearsal.collectives import Collective, CollectiveLog
+from megatron_r1v2.rehearsal.ledger import MemoryLedger
+
+Operator = torch._ops.OpOverload
+_PEER_KINDS = ("send", "recv_", "broadcast_")
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch leaves the base class untyped
+    """Watches real tensors; `FakeTensors` watches those without memory in the same way."""
+
+    def __init__(self, device_type: str) -> None:
+        """Begin with nothing.
+
+        Args:
+            device_type: of the device whose bytes are the rank's memory; all other tensors are the host's.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves the base class untyped
+        self.device_type = device_type
+        self.ledger = MemoryLedger()
+        self.host = MemoryLedger()
+        self.collectives = CollectiveLog()
+        self.flops: Counter[str] = Counter()
+        self.num_operators = 0
+
+    @override
+    def __torch_dispatch__(
+        self, func: Operator, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        """Run an operator, and note what it made, computed and sent."""
+        kwargs = kwargs or {}
+        self.num_operators += 1
+        if func.namespace == "c10d":
+            self.note_collective(func, args, kwargs)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.note(func, args, kwargs, result)
+        return result
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what happens inside the block."""
+        with self.ledger.phase(name), self.host.phase(name):
+            yield
+
+    @contextmanager
+    def phase_alone(self, name: str) -> Iterator[None]:
+        """Name what happens inside the block, and is no part of the phases around it."""
+        with self.ledger.phase(name, alone=True), self.host.phase(name, alone=True):
+            yield
+
+    def add_flops(self, number: int) -> None:
+        """Count the FLOPs of a kernel that torch does not know."""
+        self.flops[self.ledger.current_phase] += number
+
+    def note(self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object], result: object) -> None:
+        """Count the storages that an operator has made, and its FLOPs."""
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if made:
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.count_tensors(made, inputs)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.flops[self.ledger.current_phase] += flop_registry[packet](*args, **kwargs, out_val=result)
+
+    def count_tensors(self, made: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor] = ()) -> None:
+        """Count the storages of tensors, each with its device."""
+        here = [tensor for tensor in made if tensor.device.type == self.device_type]
+        if here:
+            self.ledger.add(here, inputs)
+        if len(here) < len(made):
+            self.host.add([tensor for tensor in made if tensor.device.type == "cpu"], inputs)
+
+    def note_collective(self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object]) -> Collective:
+        """Note a call of torch.distributed and return it."""
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        ranks = next((_ranks_of(leaf) for leaf in leaves if _is_group(leaf)), ())
+        kind = func._schema.name.partition("::")[2]
+        # The third argument of these is the other rank, by its number in the group.
+        peer = ranks[int(args[2])] if kind in _PEER_KINDS and ranks else -1  # type: ignore[call-overload]
+        call = Collective(
+            kind=kind,
+            ranks=ranks,
+            dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+            count=sum(tensor.numel() for tensor in tensors),
+            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            peer=peer,
+            phase=self.ledger.current_phase,
+        )
+        self.collectives.add(call)
+        return call
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Run the block on real tensors that nobody counts: files, samples, what another process would do."""
+    with _disable_current_modes():
+        yield
+
+
+def _is_group(leaf: object) -> bool:
+    return type(leaf).__name__ == "ScriptObject" and "ProcessGroup" in str(leaf._type())  # type: ignore[attr-defined]
+
+
+def _ranks_of(group: Any) -> tuple[int, ...]:
+    unboxed = dist.ProcessGroup.unbox(group)
+    return tuple(dist.get_process_group_ranks(unboxed))

@@ -1,0 +1,66 @@
+"""Deliberate faults in the product, in a process that rehearses a rank: `-m tests.rehearsal.faults NAME SPEC OUT`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from megatron_r1v2.rehearsal import rank
+
+
+def cpu_index() -> None:
+    """Look tiles up by an index that was left on the CPU."""
+    from megatron_r1v2.models.r1v2 import R1V2Model
+
+    adapt = R1V2Model.adapt
+
+    def broken(self, features_TFK, tile_index=None):
+        return adapt(self, features_TFK.index_select(0, torch.arange(features_TFK.shape[0])), tile_index)
+
+    R1V2Model.adapt = broken
+
+
+def raises_on_cuda() -> None:
+    """Raise in a branch that a CPU never takes."""
+    from megatron_r1v2.models.r1v2 import R1V2Model
+
+    encode = R1V2Model.encode_tiles
+
+    def broken(self, tiles_TCHW):
+        if tiles_TCHW.is_cuda:
+            raise RuntimeError("a branch for GPUs alone")
+        return encode(self, tiles_TCHW)
+
+    R1V2Model.encode_tiles = broken
+
+
+def skips_collective() -> None:
+    """Leave the sum over the replica's checksums out."""
+    from megatron_r1v2.training import weight_checksums
+
+    class Silent:
+        all_reduce = staticmethod(lambda *_, **__: None)
+
+    weight_checksums.dist = Silent
+
+
+FAULTS = {each.__name__: each for each in (cpu_index, raises_on_cuda, skips_collective)}
+
+
+def main() -> None:
+    """Apply a fault when the product has been imported, and rehearse."""
+    name, *paths = sys.argv[1:]
+    find = rank._stage_function
+
+    def with_fault(stage):
+        run = find(stage)
+        FAULTS[name]()
+        return run
+
+    rank._stage_function = with_fault
+    rank.main(paths)
+
+
+if __name__ == "__main__":
+    main()

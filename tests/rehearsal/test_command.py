@@ -1,0 +1,41 @@
+"""`r1v2 rehearse`: its print-out, exit codes and files."""
+
+import json
+
+import pytest
+
+from megatron_r1v2.rehearsal.command import main
+from tests.rehearsal.tiny_rehearsal import RECIPES, TINY, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "12", "--hf-config", "r1v2-38b"], "--gpus=12 is not a multiple of parallel.tensor=8"),
+        (["--gpus", "8", "--hf-config", "nowhere"], "there is no config.json at --hf-config='nowhere'"),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpu-memory", "3"], "leaves nothing of --gpu-memory=3"),
+    ],
+)
+def test_bad_input_is_that_of_plan(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(RECIPES / "grpo.yaml"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_exits_1_and_is_drawn(tmp_path, capsys):
+    model = tiny_model(tmp_path / "model")
+    layout = ["parallel.tensor=1", "parallel.sequence=false", f"model.hf_path={model}"]
+    arguments = [str(RECIPES / "grpo.yaml"), *TINY, *layout, "--gpus", "1", "--json", "--svg", str(tmp_path / "a.svg")]
+    # 3 MiB for the tensors: weights and optimizer fit, the cache does not.
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--gpu-memory", "4.003"])
+    assert stopped.value.code == 1
+    values = json.loads(capsys.readouterr().out)
+    assert values["passed"] is False
+    (rank,) = values["ranks"]
+    full = [phase["name"] for phase in rank["phases"] if phase["peak"] > values["limit_bytes"]]
+    assert "generate" in full
+    assert "load" not in full
+    assert (tmp_path / "a.svg").read_text().startswith("<svg")

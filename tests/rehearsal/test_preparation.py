@@ -1,0 +1,50 @@
+"""The step of a rehearsal: as many rows as every way through the code needs; a recipe with little changed."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.planning.memory import Workload
+from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.rehearsal.preparation import plan_step, rehearsed_recipe
+from tests.planning.plans import ARCHITECTURE
+from tests.rehearsal.tiny_rehearsal import RECIPES
+
+
+def step_of(name, layout, *overrides):
+    recipe = load_recipe(RECIPES / name, overrides)
+    return recipe, plan_step(Workload.from_recipe(recipe, ARCHITECTURE), layout)
+
+
+def test_every_slot_of_the_engine_is_filled_and_every_stage_has_a_microbatch():
+    recipe, step = step_of("grpo.yaml", Layout(8, 1, 1, 0, True))
+    responses = recipe.generation.responses_per_prompt
+    assert step.prompts * responses == recipe.generation.max_requests
+    assert step.mixed_groups == 1, "eight rows are more than two microbatches"
+    assert (step.long, step.long_of_replica, step.prompts_of_replica) == (2, 2, 64)
+
+
+def test_more_replicas_have_more_rows():
+    _, one = step_of("grpo_language.yaml", Layout(8, 2, 1, 28, True))
+    _, two = step_of("grpo_language.yaml", Layout(8, 2, 2, 28, True))
+    assert (two.long, two.short, two.mixed_groups) == (2 * one.long, 2 * one.short, 2 * one.mixed_groups)
+
+
+@pytest.mark.parametrize(("name", "long"), [("align.yaml", 4), ("mpo.yaml", 2)])
+def test_given_responses_fill_the_packed_rows_of_all_microbatches(name, long):
+    _, step = step_of(name, Layout(8, 1, 1, 0, True))
+    assert (step.long, step.short, step.mixed_groups) == (long, 0, 0)
+
+
+def test_lengths_layout_and_parts_stay_as_they_are():
+    recipe, step = step_of("grpo_fp8.yaml", Layout(8, 1, 1, 0, True), "train.skip_above_grad_norm=0.5")
+    rehearsed = rehearsed_recipe(recipe, step, Path("folder"), Path("model"))
+    assert rehearsed.parallel == recipe.parallel
+    assert rehearsed.generation.max_response_tokens == recipe.generation.max_response_tokens
+    assert rehearsed.train.tokens_per_microbatch == recipe.train.tokens_per_microbatch
+    assert rehearsed.train.parts == recipe.train.parts
+    assert (rehearsed.train.steps, rehearsed.checkpoint.every_steps, rehearsed.evaluation.every_steps) == (1, 1, 1)
+    assert (rehearsed.model.layers.value, rehearsed.model.fp8.value) == ("local", "none")
+    assert rehearsed.train.skip_above_grad_norm > 1, "the gradient norm of a fake is 1"
+    assert rehearsed.model.hf_path == "model"
