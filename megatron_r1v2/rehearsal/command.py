@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: 1 or 2, see above.
     """
     parser = command_parser("rehearse", _DESCRIPTION, settings=describe_settings)
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="recipe of any stage")
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="recipe of align, mpo or grpo")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for the stages")
     add_cluster_options(parser)
     parser.add_argument(

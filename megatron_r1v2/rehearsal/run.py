@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.recipes import PairsRecipe, TrainingRecipe
 from megatron_r1v2.planning.memory import Phase, RankMemory
 from megatron_r1v2.planning.parameters import Layout
@@ -29,6 +30,8 @@ PLANNED: Mapping[str, Phase] = {
     "update": "training",
 }
 """The planner's phase for each of a stage's."""
+REHEARSED = (StageName.align, StageName.mpo, StageName.grpo)
+"""The stages whose step is known here."""
 _LOG_LINES = 20
 
 
@@ -88,7 +91,15 @@ def rehearse(
         config: of the model, as transformers' InternVL has it.
         plan: of the recipe on the cluster.
         hf_path: the model's folder; None: there is none.
+
+    Raises:
+        ValueError: the recipe is of a stage that is not rehearsed.
     """
+    if recipe.stage not in REHEARSED:
+        raise ValueError(
+            f"run.stage={recipe.stage.value if recipe.stage else None!r} is not rehearsed; accepted: "
+            f"{', '.join(stage.value for stage in REHEARSED)}; r1v2 plan knows every stage"
+        )
     layout = plan.layout
     with tempfile.TemporaryDirectory(prefix="r1v2-rehearsal-") as name:
         folder = Path(name)

@@ -23,6 +23,14 @@ def test_bad_input_is_that_of_plan(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_stage_that_is_not_rehearsed_is_refused(tmp_path, capsys):
+    model = tiny_model(tmp_path / "model")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(RECIPES.parent / "digits" / "pairs.yaml"), f"model.hf_path={model}", "--gpus", "1"])
+    assert stopped.value.code == 2
+    assert "run.stage='pairs' is not rehearsed; accepted: align, mpo, grpo" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_exits_1_and_is_drawn(tmp_path, capsys):
     model = tiny_model(tmp_path / "model")

@@ -76,7 +76,6 @@ def test_the_cluster_branches_of_every_corner_run_and_fit_together(model, tmp_pa
     [
         ("align.yaml", ["update", "evaluate", "save", "load checkpoint"], ()),
         ("mpo.yaml", ["reference", "update", "evaluate", "save", "load checkpoint"], ()),
-        ("../digits/reward_model.yaml", ["update", "save", "load checkpoint"], ("model.checkpoint=",)),
         (
             "grpo.yaml",
             ["evaluate", "save", "load checkpoint"],
