@@ -6,6 +6,7 @@
 # make harness-test  our endpoint and evaluator against lm-eval, which is installed into .venv-harness first (2 minutes)
 # make vllm-test     an export answered by vLLM for CPUs, which is installed into .venv-vllm first (4 GB); its torch and
 #                    torchvision for CPUs are on PyTorch's own index: PIP_ARGS as below
+# make docs          docs/metrics.md, from the table of metrics
 # make slurm-test    sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow
 # make gpu-test      what needs a CUDA device, with the Python of the container (nothing is installed)
 #
@@ -31,7 +32,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # What lm-eval needs to ask an endpoint and to judge IFEval; none of it needs torch.
 HARNESS := 'lm-eval[api,ifeval]==0.4.13' pillow==13.0.0
 
-.PHONY: demo real-weights test test-full lint harness-test vllm-test slurm-test gpu-test install clean
+.PHONY: demo real-weights test test-full lint harness-test vllm-test slurm-test gpu-test docs install clean
 
 demo: install
 	$(BIN)/python -m examples.digits.run_demo
@@ -81,6 +82,9 @@ slurm-test: install
 
 gpu-test:
 	$(or $(PYTHON),python3) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+docs: install
+	$(BIN)/python -m megatron_r1v2.monitoring.metrics_page > docs/metrics.md
 
 # The copy of the lock file is written last, so a broken install is tried again.
 install:
