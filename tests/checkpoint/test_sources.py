@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from checkpoint_tools import parts
-from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec, OverlaySpec
+from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec, OverlaySpec, exported_rows
 from tests.checkpoint.damage import convert, files_below, flip, fresh, run, weight_files, what_differs
 from tests.checkpoint.megatron.test_torch_dist import Hostile
 
@@ -110,3 +110,29 @@ def test_sources_name_every_file_that_they_read(made):
     checkpoint = CheckpointSpec(made / "run" / "checkpoints" / "step-00000007", made / "hf")
     names = {path.name for path in checkpoint.files()}
     assert {"__0_0.distcp", ".metadata", "state.pt", "model.safetensors", "config.json"} <= names
+
+
+@pytest.mark.parametrize(
+    ("ours", "dim"),
+    [
+        ("language.embedding.word_embeddings.weight", 0),
+        ("language.output_layer.weight", 0),
+        ("vision.decoder.layers.0.self_attention.linear_qkv.weight", 0),
+        ("vision.decoder.layers.0.self_attention.linear_proj.weight", 1),
+    ],
+)
+def test_what_pads_a_parameter_for_its_layout_is_taken_off(folders, monkeypatch, ours, dim):
+    """As eight tensor-parallel ranks hold it: 300 words become 304, and two heads eight."""
+    with CheckpointSpec(folders / "megatron").open() as source, HfSpec(folders / "foreign").open() as folder:
+        whole = folder.parameter(ours)
+        row = {row.ours: row for row in exported_rows(source.architecture, "chat")}[ours]
+        tensors = row.to_hf([whole])
+        padded = torch.cat([row.to_shard(tensors, tensor_rank=rank, tensor_size=8) for rank in range(8)], dim)
+        assert padded.shape[dim] > whole.shape[dim]
+        monkeypatch.setattr(source, "_manifest", None)  # its digest is that of the parameter without padding
+        monkeypatch.setattr(source._dist, "read", lambda *_, **__: padded)
+        assert torch.equal(source.parameter(ours), whole)
+        short = padded.narrow(dim, 0, whole.shape[dim] - 1)
+        monkeypatch.setattr(source._dist, "read", lambda *_, **__: short)
+        with pytest.raises(ValueError, match="in the checkpoint, which is not the model of config.json"):
+            source.parameter(ours)
