@@ -23,18 +23,26 @@ def without_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_gate")
-@pytest.mark.parametrize("stage", ["align", "mpo", "grpo"])
-def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        ("align", "its gradient is not finite"),
+        ("mpo", "its gradient is not finite"),
+        # Its only update gives the old log-probs too, and they are looked at before the gradient.
+        ("grpo", "a log-prob of the training forward is not finite"),
+    ],
+)
+def test_a_loss_that_explodes_ends_the_run_after_the_bound(root: Path, tmp_path: Path, stage: str, reason: str) -> None:
     recipe = recipe_for(root, tmp_path / "run", EXPLODES, stage=stage)
-    with pytest.raises(
-        RuntimeError, match=r"update 2 was skipped, since its gradient is not finite; .*with it 3 in a row are"
-    ):
+    expected = rf"update 2 was skipped, since {reason}; with it 3 in a row are\. .* Lower train\.learning_rate"
+    with pytest.raises(RuntimeError, match=expected):
         run_stage(recipe)
     assert [line["actor/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [0.0, 1.0, 1.0]
     kept = sorted((tmp_path / "run" / "skipped").iterdir())
     assert [path.name for path in kept] == [f"update-00000002-{row}-replica-0.pt" for row in (1, 2, 3)]
     batches = torch.load(kept[0], weights_only=True)["batches"]
     assert sum(len(batch["token_ids_BS"]) for batch in batches) > 0
+    assert all(torch.load(path, weights_only=True)["reason"] == reason for path in kept)
 
 
 def test_exploded_weights_do_not_pass_the_gate_of_the_next_step(root: Path, tmp_path: Path) -> None:
