@@ -14,6 +14,14 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
+class ScoringError(RuntimeError):
+    """An error of the rules or of a reward function, raised on all ranks."""
+
+
+Outcome = tuple[tuple[list[ScoredRollout], dict[str, float]], Exception | None]
+"""Of `ReplicaScorer._score_by_rules`."""
+
+
 @dataclass(frozen=True)
 class ReplicaScorer:
     """The means of a replica to score rollouts."""
@@ -32,16 +40,17 @@ class ReplicaScorer:
     def score(
         self, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout]
     ) -> tuple[list[ScoredRollout], dict[str, float]]:
-        """Collective over the model-parallel group: score a replica's rollouts, as `score_rollouts`.
+        """Collective over the world: score the rollouts of each replica, as `score_rollouts`.
 
         Args:
             rollouts: the same on every rank of the replica.
 
         Returns:
-            The scored rollouts and the sums for `reward_metrics`, on every rank of the replica.
+            The scored rollouts of this replica and their sums for `reward_metrics`.
 
         Raises:
-            ValueError: as `score_rollouts`.
+            ValueError: `reward.model_weight` has no scores to weigh.
+            ScoringError: the rules or a reward function fail in a replica, on every rank of all.
             RuntimeError: the reward model gives no usable scores, on every rank of the replica.
         """
         check_model_has_scores(self.settings, has_scores=self.reward_model is not None)
@@ -53,9 +62,28 @@ class ReplicaScorer:
             model_scores = self.reward_model.score(prompts_of(rollouts, prompts), texts) if texts else []
             # On every rank, so that all of them raise: the others would wait for the leader's broadcast for ever.
             check_scores(model_scores, len(texts))
-        scored = None
+        outcome: Outcome | None = None
         if self.context.is_replica_leader:
-            assert self.pool is not None, "the leader of a replica needs a VerifierPool"
+            outcome = self._score_by_rules(prompts, rollouts, texts, model_scores)
+        if self.context.tensor_size * self.context.pipeline_size > 1:
+            outcome = objects.broadcast_from_first(outcome, self.context.groups.mp)
+        assert outcome is not None
+        scored, error = outcome
+        # Errors travel: a rank that raised alone would let the others wait for it in their next collective.
+        if errors := [each for each in objects.all_gather(error, self.context.groups.dp) if each is not None]:
+            raise ScoringError(str(errors[0])) from error or errors[0]
+        return scored
+
+    def _score_by_rules(
+        self,
+        prompts: Mapping[str, Prompt],
+        rollouts: Sequence[Rollout],
+        texts: Sequence[str],
+        model_scores: Sequence[float] | None,
+    ) -> Outcome:
+        """Return what `score_rollouts` returns, or its error."""
+        assert self.pool is not None, "the leader of a replica needs a VerifierPool"
+        try:
             scored = score_rollouts(
                 prompts,
                 rollouts,
@@ -65,10 +93,9 @@ class ReplicaScorer:
                 max_response_tokens=self.max_response_tokens,
                 model_scores=model_scores,
             )
-        if self.context.tensor_size * self.context.pipeline_size == 1:
-            assert scored is not None
-            return scored
-        return objects.broadcast_from_first(scored, self.context.groups.mp)
+        except (ValueError, RuntimeError, OSError) as error:  # OSError: a file of functions that is gone
+            return ([], {}), error
+        return scored, None
 
 
 def _without_stop(rollout: Rollout) -> Sequence[int]:

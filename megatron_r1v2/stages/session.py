@@ -29,6 +29,7 @@ from megatron_r1v2.resilience.run_lock import hold_folder
 from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
 from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
+from megatron_r1v2.rewards.replica import ScoringError
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
@@ -178,7 +179,7 @@ class Session:
             yield
         except (ValueError, RuntimeError) as error:
             # Another error may be this rank's alone, and the others would wait in another collective for ever.
-            everywhere = isinstance(error, DataError) or dist.get_world_size() == 1
+            everywhere = isinstance(error, DataError | ScoringError) or dist.get_world_size() == 1
             whole = self.step > step or self.policy.version == version
             if everywhere and whole and not self.policy.skipped.in_a_row and self.step > self.saved_step:
                 if self.step == step:  # its prompts are read again

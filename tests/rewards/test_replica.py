@@ -1,13 +1,14 @@
 """The division of work in a replica of two ranks: a reward model on both, the workers on the leader."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import ParallelConfig, RewardConfig
+from megatron_r1v2.config.schema import ParallelConfig, RewardConfig, RewardFunction
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.rewards.replica import ReplicaScorer
+from megatron_r1v2.rewards.replica import ReplicaScorer, ScoringError
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout
 from tests.ranks import run_ranks
@@ -39,7 +40,7 @@ def _rollout(index, *token_ids, finish="stop"):
     return Rollout("a", index, token_ids, (0.0,) * len(token_ids), policy_version=0, finish_reason=finish)
 
 
-def score(context, model, rollouts, settings=SETTINGS):
+def score(context, model, rollouts, settings=SETTINGS, prompt=PROMPT):
     pool = VerifierPool(1, 5.0) if context.is_replica_leader else None
     try:
         scorer = ReplicaScorer(
@@ -50,10 +51,31 @@ def score(context, model, rollouts, settings=SETTINGS):
             reward_model=model,
             max_response_tokens=4,
         )
-        return scorer.score({"a": PROMPT}, rollouts)
+        return scorer.score({"a": prompt}, rollouts)
     finally:
         if pool is not None:
             pool.close()
+
+
+def raised_by_a_function(parallel, of_rank):
+    context = groups.initialize(parallel, seed=1)
+    own = RewardFunction(path="tests/rewards/own_functions.py", name="fails_on_b")
+    settings = RewardConfig(format_weight=0.0, functions=(own,))
+    prompt = replace(PROMPT, metadata={"level": "2" if context.data_rank == of_rank else "1"})
+    with pytest.raises(ScoringError) as raised:
+        score(context, None, [_rollout(0, 5, 7)], settings, prompt=prompt)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "of_rank"),
+    [(ParallelConfig(tensor=2), 0), (ParallelConfig(pipeline=2), 0), (ParallelConfig(), 1)],
+    ids=["tensor", "pipeline", "data"],
+)
+def test_a_function_that_fails_on_one_rank_ends_all(parallel, of_rank):
+    first, second = run_ranks(2, raised_by_a_function, parallel, of_rank)
+    assert first == second
+    assert "fails_on_b failed for every response, the first to sample 'a': KeyError: 'level 2'" in first
 
 
 def on_two_ranks():

@@ -13,6 +13,7 @@ from megatron_r1v2.config.schema import Part
 from megatron_r1v2.data.samples import DataError, parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import PromptStream, read_shards
+from megatron_r1v2.rewards.replica import ScoringError
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.types import Prompt
@@ -118,6 +119,38 @@ def test_all_ranks_save_before_an_error_of_the_data(root: Path, tmp_path: Path) 
     assert all("samples read are corrupt" in error for error in errors)
     (saved,) = finished_checkpoints(tmp_path / "run" / "checkpoints")
     assert saved.name == "step-00000003"
+
+
+def _score_until_the_error(root: str, folder: str) -> str:
+    own = Path(folder) / "reward.py"
+    settings = (
+        "parallel.tensor=2",
+        "train.steps=3",
+        "train.prompts_per_step=2",
+        "generation.responses_per_prompt=2",
+        "checkpoint.every_steps=0",
+        f"reward.functions=[{{path: {own}, name: fails_from_call_5}}]",
+    )
+    try:
+        run_stage(recipe_for(Path(root), Path(folder) / "run", settings))
+    except ScoringError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_save_before_an_error_of_a_reward_function(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(
+        "def fails_from_call_5(**_):\n"
+        f"    with open({str(tmp_path / 'calls')!r}, 'a') as calls:\n"
+        "        calls.write('x')\n"
+        "        assert calls.tell() <= 4\n"
+        "    return 1\n"
+    )
+    errors = run_ranks(2, _score_until_the_error, str(root), str(tmp_path))
+    assert len(errors) == 2
+    assert all("fails_from_call_5 failed for every response" in error for error in errors)
+    (saved,) = finished_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-00000001"
 
 
 def test_a_step_whose_update_was_made_is_not_saved_as_the_one_before(root: Path, tmp_path: Path) -> None:
