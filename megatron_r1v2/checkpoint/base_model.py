@@ -11,10 +11,11 @@ import torch
 import yaml
 
 from megatron_r1v2.checkpoint.identity import architecture_json
+from megatron_r1v2.checkpoint.manifest import ALL_PARTS
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, RECIPE_FILE
 from megatron_r1v2.checkpoint.megatron.tensor_checksum import MODULUS, tensor_checksum
-from megatron_r1v2.checkpoint.sources import ALL_PARTS, HfSpec, Source
+from megatron_r1v2.checkpoint.sources import HfSpec, Source
 from megatron_r1v2.checkpoint.tensor_files import in_threads
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,8 +118,13 @@ class CompanionFiles(Protocol):
         """
         ...
 
-    def finish(self, folder: Path, records: Mapping[str, FileRecord]) -> None:
-        """Write what depends on the finished files, whose records come by name, last the manifest."""
+    def finish(self, folder: Path, records: Mapping[str, FileRecord], random_parts: Collection[str]) -> None:
+        """Write what depends on the finished files, last the manifest.
+
+        Args:
+            records: of the files, by name.
+            random_parts: the source's, for the manifest.
+        """
         ...
 
 
@@ -147,6 +152,8 @@ def convert(conversion: Conversion, output: Path, options: RunOptions, companion
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sources = _stamps(conversion.source.files())  # before anything is concluded from their content
     files = conversion.output_files()
+    with conversion.source.open() as source:
+        random_parts = source.random_parts
     with only_writer(output):
         restore_replaced(output)  # of a run that was killed between the two renames of its output
         partial = partial_path(output)
@@ -160,7 +167,7 @@ def convert(conversion: Conversion, output: Path, options: RunOptions, companion
                 records |= _write(conversion, left, partial, options.workers, advance, sources)
             shutil.copytree(partial / _BESIDE, partial, dirs_exist_ok=True)
             # In the order of the files, not in that in which workers finished them.
-            companions.finish(partial, {file.name: records[file.name] for file in files})
+            companions.finish(partial, {file.name: records[file.name] for file in files}, random_parts)
             _check_unchanged(sources)
         except ValueError:
             # The sources are wrong: a later run must not go on with files that were made of them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,19 @@ from megatron_r1v2.checkpoint.hf.companions import check_companions, make_compan
 from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME
 from megatron_r1v2.checkpoint.hf.mapping import Layout
 from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file, write_safetensors_file
-from megatron_r1v2.checkpoint.manifest import TensorEntry, entry_info, file_entries, tensor_entry, write_manifest
+from megatron_r1v2.checkpoint.manifest import (
+    ALL_PARTS,
+    TensorEntry,
+    entry_info,
+    file_entries,
+    tensor_entry,
+    write_manifest,
+)
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, TENSORS, save_state
 from megatron_r1v2.checkpoint.megatron.torch_dist import Record, read_records, write_index, write_records
 from megatron_r1v2.checkpoint.model_card import CARD
-from megatron_r1v2.checkpoint.sources import ALL_PARTS, exported_rows
+from megatron_r1v2.checkpoint.sources import exported_rows
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.resilience.files import write_file, write_json
@@ -128,7 +135,7 @@ class HfCompanions:
         """Write config.json, tokenizer and processor."""
         self.write(folder, dtypes)
 
-    def finish(self, folder: Path, records: Mapping[str, FileRecord]) -> None:
+    def finish(self, folder: Path, records: Mapping[str, FileRecord], random_parts: Collection[str]) -> None:
         """Write the index and the manifest."""
         tensors = _tensors(records)
         if len(records) > 1:
@@ -136,7 +143,7 @@ class HfCompanions:
             total = sum(entry_info(entry).num_bytes for entry in tensors.values())
             content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             write_json(folder / INDEX_NAME, content)
-        write_manifest(folder, file_entries(folder), tensors)
+        write_manifest(folder, file_entries(folder), tensors, random_parts=random_parts)
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class TorchDistCompanions:
         make_companions(self.source, folder / HF_IN_CHECKPOINT, None, dtypes)
         save_state(folder, {"step": 0, "version": 0, "parts": list(ALL_PARTS), "trained": []})
 
-    def finish(self, folder: Path, records: Mapping[str, FileRecord]) -> None:
+    def finish(self, folder: Path, records: Mapping[str, FileRecord], random_parts: Collection[str]) -> None:
         """Write the index and the manifest."""
         tensors = _tensors(records)
         with self.conversion.source.open() as source:
@@ -161,7 +168,7 @@ class TorchDistCompanions:
         places = {name: place for record in records.values() for name, place in _places(record).items()}
         indexed = [(dist_entry(ours, architecture), entry_info(entry), places[ours]) for ours, entry in tensors.items()]
         write_index(folder / TENSORS, indexed)
-        write_manifest(folder, file_entries(folder), tensors)
+        write_manifest(folder, file_entries(folder), tensors, random_parts=random_parts)
 
 
 def write_hf(

@@ -11,7 +11,7 @@ says which model it is and withstands forgery; tensor_checksum.py is the same fo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -25,6 +25,8 @@ MANIFEST = "checkpoint_manifest.json"
 PROGRESS = ".progress"
 """Folder of an unfinished output, which the manifest leaves out."""
 FORMAT = 3
+ALL_PARTS = ("adapter", "language", "vision")
+"""Parts of a model that has a Hugging Face folder: all but the score head."""
 # Files up to here are read and compared before every use: it costs milliseconds.
 _SMALL_BYTES = 64 * 1000**2
 _WEIGHTS = (".safetensors", ".distcp")
@@ -66,12 +68,18 @@ class Manifest:
         if version != FORMAT:
             raise ValueError(f"{self.path} has version {version!r}; accepted: {FORMAT}. Update megatron_r1v2")
         # An unknown key may be "tensors" with a flipped bit: no tensor would be compared then.
-        if not set(content) <= {"version", "files", "tensors"}:
+        if not set(content) <= {"version", "files", "tensors", "random_parts"}:
             raise self._damaged(f"it has the keys {sorted(content)}")
         self.files: dict[str, FileEntry] = self._entries(content, "files", FileEntry)
         self.tensors: dict[str, TensorEntry] = (
             self._entries(content, "tensors", TensorEntry) if "tensors" in content else {}
         )
+
+        random_parts = content.get("random_parts", [])
+        if not isinstance(random_parts, list) or not all(part in ALL_PARTS for part in random_parts):
+            raise self._damaged(f"it says {str(random_parts)[:80]!r} of random parts")
+        self.random_parts = frozenset(map(str, random_parts))
+        """Parts of the model whose weights were drawn and never trained."""
 
     def _entries(self, content: JsonObject, kind: str, entry: type) -> JsonObject:
         entries = content.get(kind)
@@ -142,10 +150,20 @@ class Manifest:
 
 
 def write_manifest(
-    folder: Path, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry] | None = None
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    tensors: Mapping[str, TensorEntry] | None = None,
+    *,
+    random_parts: Collection[str] = (),
 ) -> None:
-    """Write the manifest of a folder that is otherwise finished."""
+    """Write the manifest of a folder that is otherwise finished.
+
+    Args:
+        random_parts: parts of the model whose weights were drawn and never trained.
+    """
     content: dict[str, object] = {"version": FORMAT, **({"tensors": tensors} if tensors else {}), "files": files}
+    if random_parts:
+        content["random_parts"] = sorted(random_parts)
     write_file(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 

@@ -33,14 +33,13 @@ from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, STATE
 from megatron_r1v2.checkpoint.megatron.torch_dist import TorchDist
 from megatron_r1v2.models.architecture import R1V2Architecture
 
-ALL_PARTS = ("adapter", "language", "vision")
-"""Parts of a model that has a Hugging Face folder: all but the score head."""
-
 
 class Source(ABC):
     """An open source, to be used as a context manager, which closes what it has opened."""
 
     architecture: R1V2Architecture
+    random_parts: frozenset[str] = frozenset()
+    """Parts whose weights were drawn and never trained."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -190,6 +189,8 @@ class HfSource(TableSource):
         self.architecture = folder_architecture(self._config, spec.config or spec.folder)
         self.layout = spec.layout or layout
         self._manifest = Manifest.of(spec.folder)
+        if self._manifest is not None:
+            self.random_parts = self._manifest.random_parts
         self._folder = self._stack.enter_context(SafetensorsFolder(spec.folder))
         try:
             self._index(spec)
@@ -270,6 +271,7 @@ class CheckpointSource(Source):
         self._manifest = Manifest.of(spec.folder)
         if self._manifest is not None:
             self._manifest.check_files()
+            self.random_parts = self._manifest.random_parts
         self.state = load_state(spec.folder)
         self.parts = [str(part) for part in self.state["parts"]]
         if spec.base is not None:
@@ -293,6 +295,7 @@ class CheckpointSource(Source):
             if spec.base is None:
                 raise ValueError(f"{spec.folder} holds {', '.join(self.parts)} only; give --base for the other parts")
             self._base = self._stack.enter_context(HfSpec(spec.base).open())
+            self.random_parts = self._base.random_parts - set(self.parts)
         elif others:
             self._rows = {ours: row for ours, row in self._rows.items() if ours in self._own}
         self._check_arrays(spec.folder)
@@ -384,6 +387,7 @@ class OverlaySource(Source):
         self.architecture = self._base.architecture
         self._top = self._stack.enter_context(spec.top.open())
         self._parts = spec.top.parts
+        self.random_parts = self._base.random_parts - set(self._parts) | self._top.random_parts & set(self._parts)
 
     def names(self) -> list[str]:
         """Return our names of the parameters."""

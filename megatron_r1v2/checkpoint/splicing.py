@@ -27,6 +27,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     canonical_hf_name,
     parameter_map,
 )
+from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.sources import TableSource
 from megatron_r1v2.models.architecture import R1V2Architecture
 
@@ -94,6 +95,14 @@ class ComponentsSpec:
         return found
 
 
+def _random_parts(adapter: Path | None) -> frozenset[str]:
+    """Return whether the adapter is random: drawn here, or in the folder that it comes from."""
+    if adapter is None:
+        return frozenset({"adapter"})
+    manifest = Manifest.of(adapter)
+    return manifest.random_parts & {"adapter"} if manifest is not None else frozenset()
+
+
 class ComponentsSource(TableSource):
     """Open components."""
 
@@ -106,6 +115,7 @@ class ComponentsSource(TableSource):
         super().__init__()
         self.architecture = r1v2_architecture(spec.config)
         self._components = spec.components
+        self.random_parts = _random_parts(spec.components.adapter)
         self._found: dict[str, tuple[SafetensorsFolder, str]] = {}
         try:
             layouts: dict[str, Layout] = {

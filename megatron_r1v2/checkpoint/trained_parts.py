@@ -14,8 +14,9 @@ from megatron_r1v2.checkpoint.hf.config import folder_layout
 from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.mapping import LAYOUTS, Layout
 from megatron_r1v2.checkpoint.identity import model_digest
+from megatron_r1v2.checkpoint.manifest import ALL_PARTS
 from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
-from megatron_r1v2.checkpoint.sources import ALL_PARTS, CheckpointSpec, HfSpec, OverlaySpec
+from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec, OverlaySpec
 from megatron_r1v2.resilience.files import write_json
 
 PARTS_FILE = "parts.json"

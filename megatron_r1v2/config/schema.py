@@ -83,6 +83,8 @@ class ModelConfig(Section):
     """Folder of the whole model in the layout of transformers' InternVL (see checkpoint_tools/reassemble.py)."""
     checkpoint: Annotated[str, OnResume.free] = ""
     """A checkpoint folder of an earlier stage to take the weights from; empty: the weights in `hf_path`."""
+    allow_random_parts: Annotated[bool, OnResume.free] = False
+    """Start although a part of the model was drawn and never trained, which only the align stage does unasked."""
     layers: Annotated[Layers, OnResume.free] = Field(Layers.local, strict=False)
     """local: torch and megatron-core only; te: TransformerEngine for the language model (GPU)."""
     precision: Precision = Field(Precision.bf16, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,8 +13,9 @@ import torch.distributed as dist
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture
 from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors, load_hf_weights
+from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
-from megatron_r1v2.config.choices import Part, Recompute
+from megatron_r1v2.config.choices import Part, Recompute, StageName
 from megatron_r1v2.config.recipes import Recipe
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainConfig
 from megatron_r1v2.data.prompts import PromptBuilder
@@ -35,6 +37,8 @@ from megatron_r1v2.training.batches import RowFormat, length_multiple
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.store import load_weights
 from megatron_r1v2.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ def load_model(
         score_head: whether it is a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
     hf_path = Path(recipe.model.hf_path)
+    _check_trained(recipe)
     architecture, layout = read_hf_architecture(hf_path)
     tokenizer = ChatTokenizer(hf_path)
     # The engine and the model look for images by this id: a mismatch would leave every prompt without its image.
@@ -219,3 +224,29 @@ def load_model(
         version=version,
         stop_ids=tuple(stop_ids),
     )
+
+
+def _check_trained(recipe: Recipe) -> None:
+    """Refuse a model with a part that nobody has trained; align trains it, and what trains nothing warns."""
+    parts = _random_parts(Path(recipe.model.hf_path))
+    if recipe.model.checkpoint:
+        checkpoint = resolve_checkpoint(recipe.model.checkpoint)
+        parts = parts - set(load_state(checkpoint)["parts"]) | _random_parts(checkpoint)
+    if recipe.model.allow_random_parts or recipe.stage is StageName.align or not parts:
+        return
+    sentence = (
+        f"the {', '.join(sorted(parts))} of model.hf_path={recipe.model.hf_path!r} is random "
+        "(checkpoint_tools.reassemble without --adapter)"
+    )
+    if recipe.stage is None:
+        logger.warning("%s: the responses say nothing of the images", sentence)
+        return
+    raise ValueError(
+        f"{sentence} and {recipe.title()} would train on noise: set model.checkpoint to a run of the align stage, give "
+        "reassemble an adapter, or set model.allow_random_parts=true"
+    )
+
+
+def _random_parts(folder: Path) -> frozenset[str]:
+    manifest = Manifest.of(folder)
+    return manifest.random_parts if manifest is not None else frozenset()

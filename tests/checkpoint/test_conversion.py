@@ -76,8 +76,8 @@ def test_a_source_that_changes_meanwhile_gives_no_output(model, tmp_path, monkey
 def test_a_configuration_that_changes_at_the_end_gives_no_output(model, tmp_path, monkeypatch):
     original = destinations.write_manifest
 
-    def changing(*arguments):
-        original(*arguments)
+    def changing(*arguments, **options):
+        original(*arguments, **options)
         config = model / "config.json"
         config.write_text(config.read_text() + " ")
 

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 
+from checkpoint_tools import hf_to_hf, hf_to_megatron, megatron_to_hf
 from megatron_r1v2.checkpoint.conversion import RunOptions
 from megatron_r1v2.checkpoint.hf.companions import Components
 from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.manifest import MANIFEST, Manifest
 from megatron_r1v2.checkpoint.splicing import reassemble as splice
 from megatron_r1v2.resilience.files import write_json
 from tests.tiny_hf import InternVLForConditionalGeneration, tiny_hf_language, tiny_hf_model, tiny_hf_vision
@@ -199,3 +201,22 @@ def test_embeddings_that_are_called_tied_and_differ_stay_two(tmp_path, component
     write_json(components.language / "config.json", {**config, "tie_word_embeddings": True})
     assert not reassemble(components, tmp_path / "out").language.tied_embeddings
     assert read_json(tmp_path / "out" / "config.json")["tie_word_embeddings"] is False
+
+
+def test_a_random_adapter_is_marked_and_the_mark_goes_through_conversions(tmp_path, components):
+    reassemble(components, tmp_path / "random")
+    quiet = ["--quiet", "--output"]
+    hf_to_megatron.main(["--hf", str(tmp_path / "random"), *quiet, str(tmp_path / "megatron")])
+    megatron_to_hf.main(["--checkpoint", str(tmp_path / "megatron"), *quiet, str(tmp_path / "back")])
+    hf_to_hf.main(["--hf", str(tmp_path / "back"), "--layout", "chat", *quiet, str(tmp_path / "chat")])
+    for name in ("random", "megatron", "back", "chat"):
+        assert Manifest(tmp_path / name).random_parts == {"adapter"}, name
+    reassemble(dataclasses.replace(components, adapter=tmp_path / "random"), tmp_path / "given")
+    assert Manifest(tmp_path / "given").random_parts == {"adapter"}
+    tiny_hf_model(tmp_path / "trained", "6b")
+    reassemble(dataclasses.replace(components, adapter=tmp_path / "trained"), tmp_path / "good")
+    assert Manifest(tmp_path / "good").random_parts == frozenset()
+    content = read_json(tmp_path / "chat" / MANIFEST)
+    write_json(tmp_path / "chat" / MANIFEST, content | {"random_parts": ["adaptor"]})
+    with pytest.raises(ValueError, match="is damaged: it says .*adaptor.* of random parts"):
+        Manifest(tmp_path / "chat")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
-from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.config.recipes import Recipe
+from megatron_r1v2.config.load import load_recipe, load_recipe_as
+from megatron_r1v2.config.recipes import EvaluateRecipe, Recipe
 from megatron_r1v2.config.schema import Fp8, Layers, Packing, Part, Recompute
 from megatron_r1v2.parallel.groups import check_world_size
 from megatron_r1v2.stages.model_fit import fit_mistakes
@@ -17,7 +19,9 @@ from tests.models.test_meta_38b import HF, RECIPES
 
 ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in RECIPES]
-JOBS = sorted(set((ROOT / "slurm").glob("*_38b*.sh")) - {ROOT / "slurm" / "convert_38b.sh"})
+OTHER_JOBS = [ROOT / "slurm" / f"{name}_38b.sh" for name in ("convert", "evaluate", "pipeline")]
+JOBS = sorted(set((ROOT / "slurm").glob("*_38b*.sh")) - set(OTHER_JOBS))
+TRAINING = [name for name in NAMES if name != "pairs"]
 
 
 def recipe_of(name: str) -> Recipe:
@@ -75,7 +79,7 @@ def test_jobs_ask_for_the_cluster_of_their_recipe(job):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINING)
 def test_preemption_costs_a_step_at_most_where_a_checkpoint_is_small(name):
     recipe = recipe_of(name)
     assert recipe.checkpoint.asynchronous
@@ -88,6 +92,62 @@ def test_recipes_have_names_and_folders_of_their_own():
     recipes = [recipe_of(name) for name in NAMES]
     assert len({recipe.run.name for recipe in recipes}) == len(NAMES)
     assert len({recipe.run.output_dir for recipe in recipes}) == len(NAMES)
+
+
+def test_each_stage_starts_from_what_the_one_before_writes():
+    align, pairs, mpo, grpo = (recipe_of(name) for name in ("align", "pairs", "mpo", "grpo"))
+    assert align.model.checkpoint == ""
+    assert pairs.model.checkpoint == mpo.model.checkpoint == align.run.output_dir
+    assert mpo.data.train == pairs.run.output_dir
+    assert {recipe.model.hf_path for recipe in (align, pairs, mpo, grpo)} == {grpo.model.hf_path}
+    published = {"grpo_from_skywork", "grpo_from_internvl3"}
+    for name in NAMES:
+        if name.startswith("grpo"):
+            assert recipe_of(name).model.checkpoint == ("" if name in published else mpo.run.output_dir), name
+    assert len({recipe_of(name).model.hf_path for name in published} - {grpo.model.hf_path}) == 2
+
+
+FAKE_SBATCH = """#!/usr/bin/env bash
+echo "tool=${R1V2_TOOL:-} $*" >> "$SUBMITTED"
+echo "$((100 + $(wc -l < "$SUBMITTED")));cluster-a"
+"""
+
+
+def submitted(tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
+    """Return the command lines of sbatch that the pipeline gives."""
+    (tmp_path / "sbatch").write_text(FAKE_SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    log = tmp_path / "submitted"
+    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SUBMITTED": str(log)} | environment
+    subprocess.run(["bash", str(ROOT / "slurm" / "pipeline_38b.sh"), *arguments], env=variables, check=True)
+    return log.read_text().splitlines()
+
+
+def test_the_pipeline_submits_every_stage_after_the_one_before(tmp_path):
+    lines = submitted(tmp_path, "--partition=long")
+    stages = ["align", "pairs", "mpo", "grpo", "evaluate", "convert"]
+    for number, (line, stage) in enumerate(zip(lines, stages, strict=True)):
+        tool, parsable, *options = line.split()
+        assert (tool, parsable) == ("tool=megatron_to_hf" if stage == "convert" else "tool=", "--parsable")
+        expected = [f"--dependency=afterok:{100 + number}"] if number else []
+        assert options[: len(expected) + 2] == [*expected, "--partition=long", f"slurm/{stage}_38b.sh"]
+        assert (ROOT / "slurm" / f"{stage}_38b.sh").is_file()
+    grpo = recipe_of("grpo")
+    assert f"--checkpoint {grpo.run.output_dir} --base {grpo.model.hf_path} --output" in lines[-1]
+
+
+def test_the_pipeline_begins_where_it_is_told(tmp_path):
+    assert [line.split("/")[-1] for line in submitted(tmp_path, R1V2_FROM="mpo")][:2] == ["mpo_38b.sh", "grpo_38b.sh"]
+    with pytest.raises(subprocess.CalledProcessError):
+        submitted(tmp_path, R1V2_FROM="sft")
+
+
+def test_evaluate_takes_the_recipe_and_the_run_of_grpo():
+    command = re.search(r"launch (evaluate .*)\"\$@\"", OTHER_JOBS[1].read_text(encoding="utf-8"), re.DOTALL)[1]
+    _, path, *overrides = command.replace("\\\n", " ").split()
+    recipe = load_recipe_as(EvaluateRecipe, ROOT / path, overrides)
+    assert recipe.model.checkpoint == recipe.run.output_dir == recipe_of("grpo").run.output_dir
+    assert recipe.evaluation.data
 
 
 def test_they_are_what_their_names_say():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.checkpoint.manifest import write_manifest
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.rewards.verifiers import VerifierPool
@@ -108,4 +109,24 @@ def test_a_reward_function_is_checked_before_the_model_is_read(root: Path, tmp_p
         pytest.raises(ValueError, match=r"reward.functions: .*reward.py: near\(response, answer\) is called with"),
         open_model(recipe_for(root, tmp_path / "run", settings)),
     ):
+        pass
+
+
+def test_a_random_adapter_is_trained_by_align_and_refused_by_others(root: Path, tmp_path: Path, caplog) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(root / "model", model)
+    write_manifest(model, {"config.json": {"bytes": 1}}, random_parts=["adapter"])
+    start = f"model.hf_path={model}"
+    told = (
+        rf"the adapter of model.hf_path='{model}' is random .* and grpo would train on noise: .*allow_random_parts=true"
+    )
+    with pytest.raises(ValueError, match=told), open_model(recipe_for(root, tmp_path / "run", (start,))):
+        pass
+    for overrides in ((start, "model.allow_random_parts=true"), (f"model.hf_path={root / 'model'}",)):
+        with open_model(recipe_for(root, tmp_path / "run", overrides)):
+            pass
+    with open_model(recipe_for(root, tmp_path / "run", (start,), stage="evaluate")):
+        assert "is random" in caplog.text
+    run = run_stage(recipe_for(root, tmp_path / "align", (start, "train.steps=1"), stage="align"))
+    with open_model(recipe_for(root, tmp_path / "run", (start, f"model.checkpoint={run}"))):
         pass
