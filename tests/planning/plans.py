@@ -10,6 +10,7 @@ from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.memory import Workload
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
+from megatron_r1v2.stages.model_fit import fit_mistakes
 
 RECIPE = Path(__file__).parents[2] / "examples" / "r1v2_38b" / "grpo.yaml"
 HF_CONFIG = KNOWN_MODELS["r1v2-38b"]
@@ -83,7 +84,12 @@ def cluster(gpus=8, memory=80.0):
 
 
 def plan_of(*overrides, gpus=8, memory=80.0, hf=HF_CONFIG):
-    return make_plan(load_recipe(RECIPE, overrides), hf, cluster(gpus, memory))
+    """Plan the recipe for a model that it fits; its mistakes are told as the command tells them."""
+
+    def check(recipe):
+        return fit_mistakes(recipe, r1v2_architecture(hf).language)
+
+    return make_plan(load_recipe(RECIPE, overrides, check=check), hf, cluster(gpus, memory))
 
 
 def workload(*overrides):

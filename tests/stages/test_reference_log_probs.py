@@ -135,7 +135,7 @@ def test_a_resumed_run_refuses_other_data_or_a_lost_file(root: Path, tmp_path: P
     run = run_stage(recipe(root, tmp_path, *start))
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     with pytest.raises(ValueError, match="has changed since it was saved: settings"):
-        run_stage(recipe(root, tmp_path, *start, "generation.temperature=0.7"))
+        run_stage(recipe(root, tmp_path, *start, "generation.temperature=0.7", "checkpoint.accept_changes=true"))
     (path,) = files(tmp_path)
     path.rename(tmp_path / "kept")
     with pytest.raises(ValueError, match="is gone, the reference log-probs that this run has trained against"):

@@ -20,6 +20,7 @@ SECTIONS = {kind: name for name, kind in every_section().items()}
 # Read where a switch is on which a run in miniature leaves off; or by pydantic's name, to decide the stage.
 ELSEWHERE = {
     "run.stage",
+    "checkpoint.accept_changes",  # a run is resumed with other settings
     "train.tokens_per_microbatch",  # rows are packed
     "hallucination.max_margin",  # the calibrator of mpo raises it
     "reward_model.checkpoint",
