@@ -83,6 +83,7 @@ def _checksum_of(source: Source, part: str, dtype: torch.dtype, *, workers: int)
 
     def checksum(ours: str) -> int:
         key = dist_entry(ours, source.architecture).key
+        # In the precision that training computed in, whose bits it has summed.
         return int(tensor_checksum(source.parameter(ours).to(dtype), key))
 
     names = [name for name in source.names() if name.split(".")[0] == part]

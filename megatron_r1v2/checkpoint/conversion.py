@@ -173,6 +173,7 @@ def convert(conversion: Conversion, output: Path, options: RunOptions, companion
             # The sources are wrong: a later run must not go on with files that were made of them.
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        # Not before: until here a killed run goes on from the records.
         shutil.rmtree(partial / PROGRESS)
         publish_folder(output)
 
@@ -184,6 +185,7 @@ def _prepare(companions: CompanionFiles, partial: Path, files: Sequence[OutputFi
     try:
         companions.prepare(partial / _BESIDE, {info.dtype for file in files for _, info in file.tensors})
     except ValueError:
+        # Finished weights of an interrupted run stay: it is the companions that are at fault.
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -216,6 +218,7 @@ def _begin(
     """Make the partial folder, or take an interrupted one over: return the records of its finished files."""
     fingerprint = Fingerprint.of(conversion=conversion.options(), sources=sources)
     kept = partial / PROGRESS / "conversion.json"
+    # Files of other options or other sources must not end up in one output with these.
     if _read_record(kept) != fingerprint.values:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / PROGRESS).mkdir(parents=True)
@@ -302,6 +305,7 @@ def _write(
     pool = ThreadPoolExecutor(max_workers=workers or _WORKERS)
     try:
         begun = {file.name: pool.submit(write, file) for file in files}
+        # The first error ends the wait; where there is none, it lasts until all are written.
         for ended in wait(begun.values(), return_when=FIRST_EXCEPTION).done:
             ended.result()
         return {name: future.result() for name, future in begun.items()}

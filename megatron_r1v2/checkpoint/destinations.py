@@ -62,6 +62,7 @@ class HfConversion(Conversion):
                     infos = tuple((name, tensor_info(tensor)) for name, tensor in tensors.items())
                     parameters.append((row.ours, infos))
         groups = _grouped(parameters, self.form.max_shard_bytes)
+        # As transformers writes it: a single file has no index.
         if len(groups) == 1:
             return [_output_file(SINGLE_NAME, groups[0])]
         names = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
@@ -239,6 +240,7 @@ def _cast(ours: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     if not dtype:
         return tensor
     cast = tensor.to(DTYPES[dtype])
+    # One pass, without a mask as large as the tensor: a bound is not finite where any number is not.
     if cast.is_meta or not cast.numel() or all(bound.isfinite() for bound in cast.aminmax()):
         return cast
     # What was infinite in the source may stay so.

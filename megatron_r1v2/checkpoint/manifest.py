@@ -140,6 +140,7 @@ class Manifest:
         try:
             if not path.is_file():
                 return f"{name} is missing"
+            # The size first: it finds a truncated file without reading it.
             if path.stat().st_size != entry.get("bytes"):
                 return f"{name} has {path.stat().st_size} bytes instead of {entry.get('bytes')}"
             if read and "xxh3_128" in entry and file_digest(path) != entry["xxh3_128"]:

@@ -139,6 +139,7 @@ class ComponentsSource(TableSource):
         model_type = read_json(self._components.vision / "config.json").get("model_type")
         layout: Layout = "chat" if model_type in VISION_TYPES_OF_CHAT else "transformers"
         prefix = _PREFIXES[layout]["vision"]
+        # The folder of a whole model serves as well: its tower alone is taken.
         whole = model_type in ("internvl", *CHAT_TYPES)
         for stored in folder.names():
             name = prefix + stored

@@ -46,12 +46,14 @@ def tensor_info(tensor: torch.Tensor) -> TensorInfo:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a CPU tensor, without a copy where it is contiguous."""
+    # As bytes: numpy has no bfloat16.
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def mapped_file(path: Path) -> memoryview:
     """Map a file: a byte is read from the disk when it is touched, and what is written there stays in memory."""
     with path.open("rb") as file:
+        # torch wants memory that can be written; copy-on-write never reaches the file.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     # Large reads ahead into large pages: without it, reading from the disk takes four times the processor time.
     mapped.madvise(mmap.MADV_SEQUENTIAL)
@@ -64,6 +66,7 @@ def tensor_in(data: memoryview, dtype: torch.dtype, *, start: int) -> torch.Tens
     Args:
         start: offset of the bytes in the mapped file, which is aligned to a page.
     """
+    # frombuffer refuses an empty buffer.
     if not data:
         return torch.empty(0, dtype=dtype)
     if start % dtype.itemsize:

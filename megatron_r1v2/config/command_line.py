@@ -37,6 +37,7 @@ def parse_command_line(argv: Sequence[str], kind: type[AnyRecipe], check: Check 
     if asked is not None:
         print(stage_help(kind, argv[asked + 1 :]))
         raise SystemExit(0)
+    # Here: pydantic takes longer to import than a command without a recipe takes to start.
     from megatron_r1v2.config.load import load_recipe_as
 
     try:
@@ -109,6 +110,7 @@ def tell_bad_input() -> Iterator[None]:
         yield
     except ValueError as error:
         trace = error.__traceback__
+        # The innermost frame is the one that raised it.
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith(f"{_PACKAGE}."):
@@ -145,6 +147,7 @@ def select_entries(text: str, words: Sequence[str], *, of: str) -> str:
     for part in re.split(r"\n+(?=(?:  )?\S)", text):
         if not part.startswith("  "):
             heading = part
+        # Lines are joined: a phrase may be cut by a line end.
         elif any(word.lower() in " ".join(part.lower().split()) for word in words):
             kept += [f"\n{heading}\n", part] if heading else [part]
             heading = ""

@@ -150,6 +150,7 @@ class _Draft:
         draft = cls(str(path))
         try:
             for source in _read_files(Path(path), saved=saved) if path is not None else ():
+                # The nearest file is read first, and later sources win.
                 draft.sources.insert(0, source)
         except ValueError as error:
             draft.mistakes.append(str(error))
@@ -183,10 +184,12 @@ class _Draft:
         """
         found = min((_Findings(kinds, self) for kinds in choices), key=lambda found: len(found.mistakes))
         sections: dict[str, Any] = {name: found.section(name, self.path) for name in found.sections}
+        # Without pydantic's checks: combinations are told together with the mistakes of single settings.
         recipes = [kind.model_construct(**{name: sections[name] for name in kind.sections()}) for kind in found.kinds]
         if self.is_whole:
             told = chain(*(recipe.mistakes() for recipe in recipes), check(recipes[-1]) if check else ())
             found.mistakes += dict.fromkeys(text for text in told if not found.names_wrong(text))
+        # Made again, with the checks that model_construct has left out.
         return None if found.mistakes else found.kinds[-1](**dict(recipes[-1])), found.mistakes
 
 
@@ -239,6 +242,7 @@ class _Findings:
         except ValidationError as error:
             for detail in error.errors(include_url=False, include_input=False, include_context=False):
                 key, *inside = map(str, detail["loc"])
+                # Another item of a list that is refused already: one sentence a setting.
                 if key not in given:
                     continue
                 field, value = kind.model_fields[key], given.pop(key)
@@ -252,6 +256,7 @@ class _Findings:
 
     def names_wrong(self, text: str) -> bool:
         """Return whether a sentence is about a setting whose value is not known."""
+        # Whole names only: train.clip must not be found in train.clip_grad.
         return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text) for name in self.wrong)
 
     def _refuse(self, source: _Source, text: str) -> None:
@@ -337,6 +342,7 @@ def _read_files(path: Path, *, saved: bool) -> Iterator[_Source]:
         values = read_yaml_mapping(current, what=f"section names to settings; sections: {', '.join(every_section())}")
         base = values.pop(BASE_KEY, None)
         is_old = values.get(SCHEMA_KEY, SCHEMA) != SCHEMA
+        # A recipe of an older schema may have settings that its stage does not read any more.
         yield _Source(str(current), _renamed(current, values, saved=saved), strict=not seen and not is_old)
         if base is not None and not isinstance(base, str):
             raise ValueError(f"{current}: {BASE_KEY}={base!r} must be the path of one recipe")
@@ -388,6 +394,7 @@ def _parse_override(override: str) -> dict[str, object]:
         raise ValueError(
             f"override {override!r} is not understood; write section.key=value, e.g. train.steps=200{advice}"
         )
+    # A folder named 2026 or a pattern in brackets is text, whatever YAML makes of it.
     value: object = text
     if not _is_text(parts):
         try:

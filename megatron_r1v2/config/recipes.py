@@ -41,8 +41,11 @@ class Without(frozenset[str]):
     """The settings of a section that a recipe does not read."""
 
 
+# Old log-probs, which several updates of a step are weighed against, exist in GRPO alone.
 _ONE_UPDATE = Without({"updates_per_step"})
+# Only GRPO and pairs compare responses to one prompt.
 _NO_GROUPS = Without({"responses_per_prompt"})
+# What a validation during training does not have: its prompts are data.validation, its model is in process.
 _BY_COMMAND = ("data", "endpoint_url", "endpoint_model", "judge_url", "judge_model")
 
 

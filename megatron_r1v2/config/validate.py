@@ -28,6 +28,7 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
     read = recipe.settings()
     for name in _FOLDERS:
         section, key = name.split(".")
+        # A server has weights of its own.
         if key not in read.get(section, ()) or (section == "model" and model_is_served(recipe)):
             continue
         path = getattr(getattr(recipe, section), key)
@@ -92,6 +93,7 @@ def read_hf_config(hf_path: Path | str) -> dict[str, object]:
             f"model.hf_path={str(hf_path)!r} has no config.json; give the folder of a whole model, "
             "as checkpoint_tools/reassemble.py writes it"
         ) from error
+    # The parser calls itself once a level of nesting.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the model again") from error
     if not isinstance(config, dict):

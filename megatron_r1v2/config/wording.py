@@ -78,6 +78,7 @@ def range_text(field: FieldInfo) -> str:
 
 def _number(bound: object) -> str:
     assert isinstance(bound, int | float)
+    # %g would write 2147483647 as 2.14748e+09.
     return f"{bound:g}" if abs(bound) < 1e6 else str(bound)
 
 

@@ -25,6 +25,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for number, key in enumerate(keys):
+            # PyYAML keeps the last of two equal keys without a word.
             if key in keys[:number]:
                 raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep=deep)
@@ -34,6 +35,7 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
+# The dumper has the same rules: it puts into quotes what the loader would not read back as text.
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = dict(_RESOLVERS)
     _class.add_implicit_resolver(_FLOAT, _NUMBER, list("-+.0123456789"))
@@ -47,6 +49,7 @@ def parse_yaml(text: str) -> object:
     """
     try:
         value: object = yaml.load(text, Loader=_Loader)
+    # PyYAML calls itself once a level of nesting.
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
     return value

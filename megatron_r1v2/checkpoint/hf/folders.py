@@ -194,6 +194,7 @@ def check_output(output: Path | str, *, sources: Iterable[Path | str], overwrite
 def companion_files(source: Path | str) -> list[Path]:
     """Return the files of tokenizer, processor, generation settings and chat template of a folder."""
     found = [path for pattern in _COMPANIONS for path in sorted(Path(source).glob(pattern))]
+    # `tokenizer*` matches a tokenizer's code too.
     return [path for path in found if path.is_file() and path.suffix != ".py"]
 
 

@@ -88,6 +88,7 @@ def write_safetensors_file(
         header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
+    # The tensors then begin at a multiple of their item size, and can be used where they are mapped.
     raw += b" " * (-len(raw) % 8)
     digests = {}
     with synced_file(path) as file:

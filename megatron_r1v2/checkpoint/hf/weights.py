@@ -66,6 +66,7 @@ def load_hf_weights(
                 "matrix for both; build it from this folder's config.json, or set tie_word_embeddings to false there"
             )
         for mapped in parameter_map(model.architecture, layout):
+            # It belongs to another pipeline stage.
             if mapped.ours not in local:
                 continue
             tensors = {name: folder.tensor(stored[name]) for name in mapped.hf}
@@ -86,6 +87,7 @@ def fill_whole(model: R1V2Model, read: Callable[[str], torch.Tensor]) -> None:
 
 def global_parameters(model: R1V2Model) -> dict[str, torch.nn.Parameter]:
     """Return the parameters on this rank that Hugging Face knows, layers numbered over the whole model."""
+    # The names count from 0 on each pipeline stage, layer_number over the whole model.
     numbers = {
         name: module.layer_number - 1 for name, module in model.named_modules() if isinstance(module, TransformerLayer)
     }

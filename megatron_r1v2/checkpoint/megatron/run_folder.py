@@ -26,6 +26,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     """Return the finished checkpoints below a folder, oldest first."""
     if not folder.is_dir():
         return []
+    # The eight digits of each name make their order that of the steps.
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.match(path.name))
 
 

@@ -136,6 +136,7 @@ class TorchDist:
                 if where is None:
                     raise ValueError(f"{self.folder / METADATA} does not say where a part of {key} is; it is damaged")
                 name, end = where.relative_path, where.offset + where.length
+                # With a path in it, a name could lead to any file of the machine.
                 if Path(name).name != name:
                     raise ValueError(f"{self.folder / METADATA} names the file {name!r}; accepted: files beside it")
                 if name not in sizes:
@@ -179,6 +180,7 @@ def write_records(
     records = []
     with synced_file(path) as file:
         for (entry, info), blocks in zip(parameters, read, strict=True):
+            # A layer is a run of one of its stacked array, which has the layers in front.
             stored = info if entry.layer is None else TensorInfo(info.dtype, (1, *info.shape))
             start, digest = write_record(file, stored, blocks)
             records.append((Record(path.name, start, file.tell() - start), digest))
@@ -220,6 +222,7 @@ def write_index(folder: Path, parameters: Iterable[tuple[DistEntry, TensorInfo, 
     write_file(folder / METADATA, pickle.dumps(metadata))
     # Empty, as every entry is a tensor; megatron-core does not load a checkpoint without the file.
     torch.save({}, folder / "common.pt")
+    # Last: a folder with this file counts as a checkpoint.
     write_file(folder / "metadata.json", json.dumps({**_FORMAT, **_COMMON}))
 
 
@@ -252,6 +255,7 @@ def _joined(
         ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
         if any(end > limit for end, limit in zip(ends, info.shape, strict=True)):
             raise ValueError(f"{what}: a part reaches beyond the array; the checkpoint's metadata is damaged")
+        # The count below alone would not see a hole beside an overlap of its size.
         for other_offsets, other_sizes, _ in parts[:number]:
             if all(
                 start < other + length and other < end
