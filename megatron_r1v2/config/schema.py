@@ -371,7 +371,8 @@ class LoggingConfig(Section):
 
     trackers: tuple[Annotated[Tracker, Field(strict=False)], ...] = Field((), strict=False)
     """Further places: wandb; wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`. wandb's
-    project is that of its environment variable WANDB_PROJECT, or megatron_r1v2."""
+    project is that of its environment variable WANDB_PROJECT, or megatron_r1v2; it reads WANDB_ENTITY, WANDB_RUN_GROUP
+    and WANDB_TAGS itself. It gets the whole recipe."""
 
 
 class CheckpointConfig(Section):

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,6 +48,8 @@ class RunInfo:
     """Steps that are already done."""
     shown: Sequence[str]
     """Metrics on the console."""
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    """Its settings, for wandb."""
     num_processes: int = 1
     device: str = ""
     """The name of the main rank's processor or GPU."""
@@ -81,7 +83,7 @@ class Recorder:
         for file in (METRICS_FILE, ROLLOUTS_FILE):
             _cut_after(run_dir / file, info.first_step)
         append_json_lines(run_dir / STARTS_FILE, [_start_record(info)])
-        self._open_services(info.name, settings)
+        self._open_services(info, settings)
         self._progress = Progress(
             TextColumn(f"[bold]{info.stage}"),
             BarColumn(),
@@ -208,14 +210,16 @@ class Recorder:
         else:
             self.log(f"step {step}  {numbers}  {values['timing_s/step']:.2f} s")
 
-    def _open_services(self, name: str, settings: LoggingConfig) -> None:
+    def _open_services(self, info: RunInfo, settings: LoggingConfig) -> None:
         # Both take seconds to import and are seldom on.
         if {Tracker.wandb, Tracker.wandb_offline} & set(settings.trackers):
             import wandb
 
             self._wandb = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
-                name=name,
+                name=info.name,
+                config=dict(info.recipe),
+                job_type=info.stage,
                 id=_stable_id(self.run_dir),
                 resume="allow",
                 mode="online" if Tracker.wandb in settings.trackers else "offline",
@@ -224,7 +228,8 @@ class Recorder:
         if Tracker.tensorboard in settings.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"))
+            # Steps that a killed run has written beyond its checkpoint are done, and written, again.
+            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=info.first_step + 1)
 
 
 def _start_record(info: RunInfo) -> dict[str, object]:

@@ -298,6 +298,7 @@ def _open_supervision(
                 recipe.train.steps,
                 first_step,
                 shown,
+                recipe.model_dump(mode="json"),
                 num_processes=context.num_processes,
                 device=context.device_name,
             ),

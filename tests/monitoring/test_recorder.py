@@ -135,10 +135,19 @@ def test_time_counts_also_when_the_block_fails(tmp_path: Path) -> None:
 
 def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     with recorder(tmp_path, trackers=(Tracker.tensorboard,)) as opened:
-        opened.note({"actor/loss": 1.0})
-        opened.end_step(1)
-    assert list((tmp_path / "tensorboard").glob("events*"))
+        for step in (1, 2, 3):
+            opened.note({"actor/loss": 1.0 * step})
+            opened.end_step(step)
+    # Resumed from a checkpoint of step 1: the others are written again, and shown once.
+    with recorder(tmp_path, first_step=1, trackers=(Tracker.tensorboard,)) as opened:
+        opened.note({"actor/loss": 20.0})
+        opened.end_step(2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("actor/loss")] == [(1, 1.0), (2, 20.0)]
 
 
 def test_wandb_keeps_its_id_over_a_resume(tmp_path: Path, monkeypatch) -> None:
@@ -153,3 +162,12 @@ def test_wandb_keeps_its_id_over_a_resume(tmp_path: Path, monkeypatch) -> None:
         ids.append((run / "wandb_id").read_text())
     assert ids[0] == ids[1]
     assert len(list((run / "wandb").glob(f"offline-run-*-{ids[0]}"))) >= 1
+
+
+def test_wandb_gets_the_settings_and_the_stage(tmp_path: Path, monkeypatch) -> None:
+    started: dict[str, object] = {}
+    monkeypatch.setattr("wandb.init", lambda **options: started.update(options))
+    info = RunInfo("tiny", "grpo", 5, 0, SHOWN, {"train": {"steps": 5}})
+    with Recorder(tmp_path, info, settings=LoggingConfig(trackers=(Tracker.wandb,)), is_main=True):
+        pass
+    assert (started["name"], started["job_type"], started["config"]) == ("tiny", "grpo", {"train": {"steps": 5}})
