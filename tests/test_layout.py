@@ -248,6 +248,38 @@ def test_collectives_are_verbs(path):
             assert not any(getattr(item, "id", "") == "property" for item in node.decorator_list), node.name
 
 
+CALLED_BY_ALL = {
+    *("all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast", "broadcast_object_list"),
+    *("broadcast_from_first", "exchange", "gather_object", "monitored_barrier", "scatter_object_list"),
+}
+
+
+def calls_a_collective(node):
+    """Return whether a function calls a collective of torch.distributed or of parallel/objects.py itself."""
+    called = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
+    attributes = [func for func in called if isinstance(func, ast.Attribute) and func.attr in CALLED_BY_ALL]
+    return any(getattr(func.value, "id", "") in ("dist", "objects") for func in attributes)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_collectives_say_so(path):
+    if part_of(path) == "rehearsal":
+        return  # it stands in for them, on one rank
+    silent = [
+        node.name
+        for node in functions_of(path)
+        if calls_a_collective(node) and not (ast.get_docstring(node) or "").startswith("Collective over")
+    ]
+    assert not silent, f"{name_of(path)}: begin the docstring of {silent} with: Collective over GROUP"
+
+
+def test_a_silent_collective_would_be_found():
+    (node,) = ast.parse("def agree(x):\n    return all(objects.all_gather(x))").body
+    assert calls_a_collective(node)
+    (node,) = ast.parse("def agree(x):\n    return all(x.all_gather(x))").body
+    assert not calls_a_collective(node)
+
+
 def readable_files():
     skipped = {".git", ".venv", "runs", "wandb", "build", "dist", "node_modules"}
     for path in sorted(ROOT.rglob("*")):

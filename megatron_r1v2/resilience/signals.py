@@ -94,6 +94,7 @@ class StopSignals:
             raise StepAbandoned
 
     def _all_reduce_max(self, value: int) -> int:
+        """Collective over all ranks: return the largest of their values."""
         if dist.get_world_size() == 1:
             return value
         largest = torch.tensor([value], device=self._device)

@@ -85,6 +85,7 @@ def run_leader(
     """
 
     def next_command(is_idle: bool) -> Command:
+        """Collective over `control`: take the next command and give it to the other ranks."""
         each_turn()
         command = queue.take(wait_seconds=heartbeat_seconds if is_idle else 0, each_nap=each_turn)
         # Also the empty command: the other ranks wait in this collective.
