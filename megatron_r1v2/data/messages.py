@@ -70,7 +70,7 @@ def image_format(image: bytes) -> str:
 
 
 def data_url_type(text: str) -> str | None:
-    """Return the media type that a data URL states, which may be empty; None: the text is no data URL."""
+    """Return the media type that a data URL states, which may be empty; None: the text is not a data URL."""
     head = _DATA_URL.match(text)
     return head[1].strip().lower() if head else None
 

@@ -193,7 +193,7 @@ def read_completion(answer: object) -> Completion:
     """Take the one choice out of an answer of /chat/completions.
 
     Raises:
-        TryAgain: it is no such answer; what a proxy makes up must not count as a wrong response.
+        TryAgain: it is not such an answer; what a proxy makes up must not count as a wrong response.
     """
     try:
         read = _Answer.model_validate(answer)

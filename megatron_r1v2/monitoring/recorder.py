@@ -254,7 +254,7 @@ def _version() -> str:
 
 
 def _commit() -> str:
-    """Return the commit of this program, with "-dirty" where its files differ; "" where it is no git checkout."""
+    """Return the commit of this program, with "-dirty" where its files differ; "" outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -202,7 +202,7 @@ def _intervals(given: str, reference: str) -> bool:
     if len(parts) != len(expected):
         return False
     if len(parts) == 1 and read_interval(parts[0]) is None:
-        # -x > -1 is no interval as it stands.
+        # -x > -1 is not an interval as it stands.
         return _relations(split_relations(given), split_relations(reference))
     return _matched(parts, expected, _interval_part_equal)
 
