@@ -317,6 +317,7 @@ def _relation_name(text: str) -> str | None:
 
 
 def _folded(text: str) -> str:
+    text = re.sub(r"\\(?=(?:angle|triangle|square|parallelogram) )", "", text)
     text = re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", text.casefold())
     # Lowered digits of a formula are the same digits: H_2O, C_6H_{12}O_6.
     text = re.sub(r"_(?:(\d)|\{(\d+)\})", r"\1\2", re.sub(r"\^\{([^{}]*)\}", r"^\1", text))

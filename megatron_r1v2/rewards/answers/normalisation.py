@@ -151,6 +151,7 @@ _SINGLE = re.compile(r"([\^_])\s*\{\s*([0-9A-Za-z]|\\circ|\\prime|\\ast|\*|')\s*
 _IDLE_SPACE = re.compile(
     r" (?=[^\w .,\\]|[.,](?!\d))|(?<=[^\w\s}).,]) (?=\S)|(?<=[.,]) (?=[^\s\d])|(?<=[\w})]) (?=\\)|(?<=[})]) (?=\d)"
 )
+_EMPTY_SET = re.compile(r"(?<!\\)\\\{\\\}")
 _STOPS = ".,;:"
 # Most answers; nothing in them has a second spelling.
 _PLAIN_WORDS = re.compile(r"-?[0-9]+(?:\.[0-9]+)?|(?!(?i:inf))[A-Za-z0-9 ]*")
@@ -343,7 +344,7 @@ def _complete_arguments(text: str) -> str:
 
 def _tidy_spaces(text: str) -> str:
     text = re.sub(r"([{(\[])\s+|\s+([})\]])", lambda match: match[1] or match[2], " ".join(text.split()))
-    return _IDLE_SPACE.sub("", text)
+    return _EMPTY_SET.sub(r"\\emptyset ", _IDLE_SPACE.sub("", text)).rstrip()
 
 
 def _strip_ends(text: str) -> str:

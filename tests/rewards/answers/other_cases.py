@@ -184,6 +184,8 @@ OTHER = {
         ("1.41", r"\sqrt2", False),
         (r"\emptyset", r"\varnothing", True),
         (r"\{\}", r"\emptyset", True),
+        (r"\emptyset", r"\{ \}", True),
+        (r"\{0\}", r"\emptyset", False),
     ],
     "ASSIGNMENT": [
         ("f(x)=x^2", r"f(x) = x\cdot x", True),
@@ -272,6 +274,8 @@ OTHER = {
     ],
     "TEXT": [
         (r"P \to Q", r"Q \to P", False),
+        ("triangle ABC", r"\triangle ABC", True),
+        (r"\angle ABC", "angle BAC", False),
         ("Paris, France", "Paris", False),
         ("paris", "Paris", True),
         ("Paris.", "Paris", True),
