@@ -191,7 +191,13 @@ def _sets(given: str, reference: str) -> bool:
     if brackets is not None and brackets.opening != "{":
         return False
     parts = brackets.parts if brackets is not None else split_list(given)
-    return _same_parts(_distinct(_expanded(parts)), _distinct(_expanded(expected.parts)))
+    left, right = _distinct(_expanded(parts)), _distinct(_expanded(expected.parts))
+    # Each way for itself: 0.5 and 1/2 are one element.
+    return (
+        max(len(left), len(right)) <= _MAX_PARTS
+        and all(any(answers_agree(part, other) for other in right) for part in left)
+        and all(any(answers_agree(part, other) for part in left) for other in right)
+    )
 
 
 def _intervals(given: str, reference: str) -> bool:

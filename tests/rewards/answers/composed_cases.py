@@ -81,12 +81,22 @@ COMPOSED = {
     "SEQUENCE": [
         (r"2, 4, 6, \ldots, 2n", r"1, 3, 5, \ldots, 2n-1", False),
         (r"1, 3, 5, \ldots, 2n-1", r"1,3,5,\dots,2n-1", True),
+        (r"2, 1, 4, \ldots", r"1,2,4,\ldots", False),
+        ("1,2,4", r"1,2,4,\ldots", False),
+        (r"0.5, 1, \dots", r"\frac12, 1, \ldots", True),
+        ("1, 3, 5, ..., 97", r"1,3,5,\ldots,99", False),
     ],
     "SET": [
         (r"-2, 1-\sqrt5, 1+\sqrt5", r"\{1\pm\sqrt{5},-2\}", True),
         (r"\{1,2\}", r"\{2,1\}", True),
         ("3, 5", r"\{3,5\}", True),
         (r"\{3,3,5\}", r"\{3,5\}", True),
+        (r"\{0.5, \frac{1}{2}, 3\}", r"\{3, 1/2\}", True),
+        (r"\{3\}", r"\{3, 3.0\}", True),
+        (r"\left\{1,\,2\right\}", r"\{1,2,3\}", False),
+        (r"\{1,2,3\}", r"\{1,2\}", False),
+        ("(1, 2)", r"\{1,2\}", False),
+        (r"\{-1, 1\}", r"\{\pm 1\}", True),
     ],
     "INTERVAL": [
         ("A>B>C", "C<B<A", True),
@@ -137,6 +147,7 @@ COMPOSED = {
         (r"-2 \le x \le 7", r"x \in [-2,7]", True),
     ],
     "MATRIX": [
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", False),
         (r"A=\begin{pmatrix}1&0\\0&1\end{pmatrix}", r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", True),
         ("(1,0)", r"\begin{pmatrix}1\\0\end{pmatrix}", False),
         (
