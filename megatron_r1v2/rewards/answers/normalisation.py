@@ -350,7 +350,7 @@ def _tidy_spaces(text: str) -> str:
 def _strip_ends(text: str) -> str:
     """Drop closing stops, a line break at the end, and braces or quotes around all of it."""
     text = re.sub(r"(?:\\\\|(?<!\\)\\)$", "", text.strip()).strip()
-    if text[-1:] in _STOPS and not text.endswith(r"\ldots."):
+    if text[-1:] in _STOPS:
         text = text[:-1].rstrip()
     if len(text) > 1 and text[0] == "{" and _matching_braces(text).get(0) == len(text) - 1:
         text = text[1:-1].strip()
