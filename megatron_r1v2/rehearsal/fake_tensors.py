@@ -100,7 +100,7 @@ class FakeTensors(Watch):
         self.moves_to_cpu = False
         """Whether a copy to the CPU is asked for in so many words; else "cpu" is what C++ was told of a fake."""
         self.questions: Counter[tuple[str, str]] = Counter()
-        """How often a rule answered, by the rule and the line that asked."""
+        """The number of answers of a rule, by the rule and the line that asked."""
         self.unsupported: Counter[str] = Counter()
         """Operators that could not be computed on known values."""
         self.incoming: Incoming | None = None

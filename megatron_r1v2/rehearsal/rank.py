@@ -32,7 +32,7 @@ _MODULES = {StageName.grpo: "grpo.stage"}
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What one process rehearses."""
+    """The task of one rehearsing process."""
 
     recipe: str
     """YAML file with the settings of the rehearsal; its paths exist."""
@@ -65,7 +65,7 @@ class RankSpec:
 
 @dataclass
 class RankResult:
-    """What the rehearsal of one rank has found."""
+    """The findings of one rehearsed rank."""
 
     rank: int
     place: str = ""
@@ -81,7 +81,7 @@ class RankResult:
     host_peak: int = 0
     """Bytes of the CPU tensors that live at once, files and samples not counted."""
     checkpoint_bytes: int = 0
-    """What this rank hands to the writers of a checkpoint."""
+    """The bytes that this rank hands to the writers of a checkpoint."""
     seconds: float = 0.0
     own_peak: int = 0
     """Bytes of memory that the rehearsal itself has taken."""

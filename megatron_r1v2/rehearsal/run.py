@@ -37,7 +37,7 @@ _LOG_LINES = 20
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What all rehearsed ranks have found."""
+    """The findings of all rehearsed ranks."""
 
     plan: Plan
     ranks: tuple[RankResult, ...]

@@ -34,7 +34,7 @@ class Forward:
     features: FeatureCache | None = None
     """Features of a frozen vision tower, computed once per image and step; None: the tower runs every time."""
     packing: Packing = Packing.shared
-    """How the rows of a microbatch are laid out."""
+    """The layout of the rows of a microbatch."""
     length_multiple: int = LENGTH_MULTIPLE
     """Lengths of packed sequences, or of a shared row, are multiples of this."""
 
