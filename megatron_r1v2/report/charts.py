@@ -6,7 +6,8 @@ import fnmatch
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +25,11 @@ MIN_SMOOTHED = 30
 """Points of a curve that may be averaged."""
 COLORS = ("#2563ab", "#d1603d", "#2f8f6b", "#8a5aa8", "#b8892b", "#5b6b7b", "#c2487a", "#3aa0b5")
 
+LINE_STYLES = ("-", "--", ":")
+"""Of runs beyond the colours."""
+
 Curve = tuple[str, list[float], list[float]]
+"""Its label, steps and values."""
 
 _STYLE: dict[RcKeyType, object] = {
     "svg.fonttype": "none",
@@ -55,7 +60,46 @@ def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
     curves = _curves(chart, run)
     if not curves:
         return None
-    return _draw_curves(chart, curves, target, changed_after=list(run.changes))
+    with _canvas(chart.title) as axes:
+        averaged = 1
+        if chart.stacked:
+            _draw_stack(axes, curves)
+        else:
+            averaged = max(_draw_line(axes, curve, number) for number, curve in enumerate(_thinned(curves)))
+        if target is not None:
+            axes.axhline(target, color="#5a6572", linewidth=1, linestyle=(0, (4, 3)), label="target")
+        for step in run.changes:
+            axes.axvline(step + 0.5, color="#b8892b", linewidth=1, linestyle=(0, (1, 2)))
+        _finish(axes, chart, averaged=averaged)
+        _add_legend(axes)
+        return _svg(axes)
+
+
+def draw_overlay(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Draw each metric of a chart for several runs, of which every one has its `run_color` in all pictures.
+
+    Returns:
+        The label of each metric that a run has, and its `<svg>` element; metrics that are zero in all are left out.
+    """
+    by_label: dict[str, dict[int, Curve]] = {}
+    for number, run in enumerate(runs):
+        for curve in _thinned(_curves(chart, run)):
+            by_label.setdefault(curve[0], {})[number] = curve
+    pictures = []
+    for label, of_runs in by_label.items():
+        if not any(value for _, _, values in of_runs.values() for value in values):
+            continue
+        # The label makes the ids of two pictures of one chart differ.
+        with _canvas(f"{chart.title} {label}") as axes:
+            averaged = max(_draw_line(axes, curve, number) for number, curve in of_runs.items())
+            _finish(axes, chart, averaged=averaged)
+            pictures.append((label, _svg(axes)))
+    return pictures
+
+
+def run_color(number: int) -> tuple[str, str]:
+    """Return the colour and the line style of a run, or of a curve, by its place."""
+    return COLORS[number % len(COLORS)], LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
 
 
 def is_zero(chart: Chart, run: Run) -> bool:
@@ -64,22 +108,15 @@ def is_zero(chart: Chart, run: Run) -> bool:
     return bool(curves) and not any(value for _, _, values in curves for value in values)
 
 
-def _draw_curves(chart: Chart, curves: list[Curve], target: float | None, *, changed_after: Sequence[int]) -> str:
-    # The salt makes the ids of clip paths and markers differ between the charts of one page.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
-        figure = Figure(figsize=(5.0, 2.55), layout="constrained")
-        axes = figure.add_subplot()
-        averaged = 1
-        if chart.stacked:
-            _draw_stack(axes, curves)
-        else:
-            averaged = _draw_lines(axes, curves)
-        if target is not None:
-            axes.axhline(target, color="#5a6572", linewidth=1, linestyle=(0, (4, 3)), label="target")
-        for step in changed_after:
-            axes.axvline(step + 0.5, color="#b8892b", linewidth=1, linestyle=(0, (1, 2)))
-        _finish(axes, chart, averaged=averaged)
-        return _svg(figure)
+@contextmanager
+def _canvas(name: str) -> Iterator[Axes]:
+    """Give the axes of one picture.
+
+    Args:
+        name: different for each picture of a page, so that the ids of clip paths and markers are too.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        yield Figure(figsize=(5.0, 2.55), layout="constrained").add_subplot()
 
 
 def _curves(chart: Chart, run: Run) -> list[Curve]:
@@ -93,8 +130,12 @@ def _curves(chart: Chart, run: Run) -> list[Curve]:
                 kept = [(float(s), v - chart.minus) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
                 label = _label(chart, metric, name, suffix)
                 if kept and label not in [curve[0] for curve in curves]:
-                    curves.append((label, *_thin([s for s, _ in kept], [v for _, v in kept])))
+                    curves.append((label, [s for s, _ in kept], [v for _, v in kept]))
     return curves
+
+
+def _thinned(curves: Sequence[Curve]) -> list[Curve]:
+    return [(label, *_thin(steps, values)) for label, steps, values in curves]
 
 
 def _label(chart: Chart, metric: Metric, name: str, suffix: str) -> str:
@@ -132,20 +173,18 @@ def _reach(values: Sequence[float]) -> int:
     return max(1, len(values) // 30) if way > 4 * (max(values) - min(values)) else 0
 
 
-def _draw_lines(axes: Axes, curves: list[Curve]) -> int:
-    """Draw each curve, noisy ones pale with their mean above; return how many points the mean is over."""
-    averaged = 1
-    for i, (label, steps, values) in enumerate(curves):
-        color = COLORS[i % len(COLORS)]
-        if reach := _reach(values):
-            averaged = max(averaged, 2 * reach + 1)
-            means = [_mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-            axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.9)
-            axes.plot(steps, means, color=color, linewidth=1.6, label=label)
-        else:
-            marker = "o" if len(values) < MIN_SMOOTHED else None
-            axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=2.8, label=label)
-    return averaged
+def _draw_line(axes: Axes, curve: Curve, number: int) -> int:
+    """Draw a curve, a noisy one pale with its mean above; return how many points the mean is over."""
+    label, steps, values = curve
+    color, style = run_color(number)
+    if reach := _reach(values):
+        means = [_mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+        axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.9)
+        axes.plot(steps, means, color=color, linewidth=1.6, linestyle=style, label=label)
+        return 2 * reach + 1
+    marker = "o" if len(values) < MIN_SMOOTHED else None
+    axes.plot(steps, values, color=color, linewidth=1.6, linestyle=style, marker=marker, markersize=2.8, label=label)
+    return 1
 
 
 def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
@@ -157,6 +196,9 @@ def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
     if whole:
         sums = [sum(column) for column in zip(*heights.values(), strict=True)] if heights else [0.0] * len(steps)
         heights["other"] = [max(0.0, whole.get(step, 0.0) - total) for step, total in zip(steps, sums, strict=True)]
+    # All alike, and a phase of some steps only with its zeros: otherwise the means would not add up to the step.
+    heights = {label: _thin(steps, values)[1] for label, values in heights.items()}
+    steps, _ = _thin(steps, steps)
     colors = [COLORS[i % len(COLORS)] for i in range(len(heights))]
     if len(steps) == 1:
         bottom = 0.0
@@ -164,7 +206,9 @@ def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
             axes.bar(steps, values, bottom=bottom, color=color, label=label, width=0.5)
             bottom += values[0]
     else:
-        axes.stackplot(steps, *heights.values(), labels=list(heights), colors=colors, alpha=0.85, linewidth=0)
+        axes.stackplot(
+            steps, *heights.values(), labels=list(heights), colors=colors, alpha=0.85, linewidth=0, step="mid"
+        )
 
 
 def _finish(axes: Axes, chart: Chart, *, averaged: int) -> None:
@@ -179,6 +223,9 @@ def _finish(axes: Axes, chart: Chart, *, averaged: int) -> None:
         axes.set_ylim(bottom=0)
     elif chart.percent:
         _fit_percent(axes)
+
+
+def _add_legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         longest = max(map(len, labels))
@@ -198,7 +245,9 @@ def _fit_percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top - bottom > 0.08 else 1))
 
 
-def _svg(figure: Figure) -> str:
+def _svg(axes: Axes) -> str:
+    figure = axes.figure.get_figure(root=True)
+    assert figure is not None
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}

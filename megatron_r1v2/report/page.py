@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
-
-import yaml
 
 from megatron_r1v2.evaluation.pass_at_1 import size_text
 from megatron_r1v2.monitoring.metrics import SECTIONS
@@ -60,17 +58,16 @@ def write_report(run_dir: Path | str, compare: tuple[str, str] | None = None) ->
 
 def render(run: Run) -> str:
     """Return the page as HTML; all text from the run is escaped."""
-    settings = _settings(run)
     return template("report.html").render(
-        name=settings.get("run.name") or run.path.resolve().name,
+        name=run.name,
         folder=run.path,
         last_step=max(run.metrics, default=None),
-        num_steps=settings.get("train.steps"),
-        facts=_facts(run, settings),
+        num_steps=run.recipe.get("train.steps"),
+        facts=run_facts(run),
         changes=run.changes,
         cards=_cards(run),
         table=_table(run),
-        groups=_groups(run, settings),
+        groups=_groups(run),
         comparison=run.comparison,
         pairs=[
             {"change": pair.change, "first": shown_rollout(pair.before), "last": shown_rollout(pair.after)}
@@ -82,25 +79,14 @@ def render(run: Run) -> str:
     )
 
 
-def _settings(run: Run) -> dict[str, object]:
-    """Return the settings of the saved recipe by dotted name; an empty dictionary where it cannot be read."""
-    try:
-        loaded = yaml.safe_load(run.settings)
-    except yaml.YAMLError:
-        run.notes.append("recipe.yaml is not valid YAML; it is shown as it stands.")
-        return {}
-    sections = loaded.items() if isinstance(loaded, dict) else ()
-    return {f"{s}.{key}": value for s, keys in sections if isinstance(keys, dict) for key, value in keys.items()}
-
-
-def _groups(run: Run, settings: Mapping[str, object]) -> list[dict[str, object]]:
+def _groups(run: Run) -> list[dict[str, object]]:
     """Return the charts under each heading, and the titles of those that are zero throughout."""
     groups: list[dict[str, object]] = []
     for section in SECTIONS:
         zero = [chart.title for chart in section.charts if is_zero(chart, run)]
         drawn = []
         for chart in section.charts:
-            target = settings.get(chart.target)
+            target = run.recipe.get(chart.target)
             # A target of 0 is one that was not set.
             height = float(target) if isinstance(target, (int, float)) and target else None
             svg = None if chart.title in zero else draw(chart, run, target=height)
@@ -111,14 +97,14 @@ def _groups(run: Run, settings: Mapping[str, object]) -> list[dict[str, object]]
     return groups
 
 
-def _facts(run: Run, settings: Mapping[str, object]) -> dict[str, str]:
+def run_facts(run: Run) -> dict[str, str]:
     """Return which model was trained, when, by which commit, and on what."""
     last = run.starts[-1] if run.starts else {}
     processes = last.get("processes")
     facts = {
-        "stage": settings.get("run.stage") or last.get("stage"),
-        "model": settings.get("model.checkpoint") or settings.get("model.hf_path"),
-        "data": settings.get("data.train"),
+        "stage": run.recipe.get("run.stage") or last.get("stage"),
+        "model": run.recipe.get("model.checkpoint") or run.recipe.get("model.hf_path"),
+        "data": run.recipe.get("data.train"),
         "began": run.starts[0].get("time") if run.starts else None,
         "starts": len(run.starts) if len(run.starts) > 1 else None,
         "version": " ".join(filter(None, (_word(last.get("version")), _word(last.get("commit"))))),
@@ -171,7 +157,7 @@ def _table(run: Run) -> dict[str, object] | None:
     rows = []
     for measure in MEASURES:
         if any(_finite(row.get(measure.key)) for row in run.evaluations):
-            cells = [_cell(row, measure) for row in run.evaluations]
+            cells = [measure_cell(row, measure) for row in run.evaluations]
             rows.append({"title": measure.title, "cells": cells, "change": _change(compared, measure)})
     names = [*CONDITIONS, "runs"]
     conditions = [{key: _condition(row, key) for key in names} for row in run.evaluations]
@@ -201,7 +187,8 @@ def _compared(run: Run) -> tuple[Json, Json]:
     return by_name[run.comparison.first], by_name[run.comparison.last]
 
 
-def _cell(row: Json, measure: Measure) -> str:
+def measure_cell(row: Json, measure: Measure) -> str:
+    """Return a figure of an evaluation as text, Pass@1 with its interval; "-" where it has none."""
     value = row.get(measure.key)
     if not _finite(value):
         return "-"

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeGuard
 
+import yaml
+
 from megatron_r1v2.monitoring.recorder import STARTS_FILE
 
 STEPS_SHOWN = 6
@@ -69,8 +71,15 @@ class Run:
     """The lines of starts.jsonl."""
     settings: str = ""
     """The recipe as YAML, where the run saved one."""
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    """Its settings by dotted name, where it can be read."""
     notes: list[str] = field(default_factory=list)
     """Lines on missing and damaged files, for the reader of the report."""
+
+    @property
+    def name(self) -> str:
+        """Return the name that the recipe gives, or that of the folder."""
+        return str(self.recipe.get("run.name") or self.path.resolve().name)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps that have a metric, and its values."""
@@ -98,7 +107,19 @@ def read_run(path: Path | str, compare: tuple[str, str] | None = None) -> Run:
         run.starts = [row for _, row in each_line(run.path / STARTS_FILE, run.notes)]
     recipe = run.path / "recipe.yaml"
     run.settings = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+    run.recipe = _settings(run)
     return run
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """Return the settings of the saved recipe by dotted name; an empty dictionary where it cannot be read."""
+    try:
+        loaded = yaml.safe_load(run.settings)
+    except yaml.YAMLError:
+        run.notes.append("recipe.yaml is not valid YAML; it is shown as it stands.")
+        return {}
+    sections = loaded.items() if isinstance(loaded, dict) else ()
+    return {f"{s}.{key}": value for s, keys in sections if isinstance(keys, dict) for key, value in keys.items()}
 
 
 def _read_metrics(run: Run) -> None:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_r1v2.monitoring.metrics import FRACTION, SECTIONS, Chart, Metric
-from megatron_r1v2.report.charts import MAX_POINTS, draw, is_zero
+from megatron_r1v2.report.charts import COLORS, MAX_POINTS, draw, draw_overlay, is_zero, run_color
 from megatron_r1v2.report.read import Run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -139,3 +139,47 @@ def test_the_phases_of_the_report_add_up_to_the_step(monkeypatch):
     )
     draw(chart, run)
     assert stacked == {"generate": [1.0, 2.0], "update": [1.0, 1.5], "other": [1.0, 0.5]}
+
+
+def test_phases_of_a_long_run_add_up_too(monkeypatch):
+    """A phase of every tenth step has fewer points than the others, and must not be averaged over other steps."""
+    count = 10 * MAX_POINTS
+    stacked = {}
+
+    def stackplot(self, steps, *heights, labels, **options):
+        stacked.update(zip(labels, heights, strict=True), steps=steps)
+
+    monkeypatch.setattr(Axes, "stackplot", stackplot)
+    run = make_run(timing_s__generate=[1.0] * count, timing_s__step=[3.0] * count)
+    for step in range(0, count, 10):
+        run.metrics[step] |= {"timing_s/evaluate": 20.0, "timing_s/step": 23.0}
+    draw(chart_of("Seconds", "timing_s/*", stacked=True), run)
+    steps = stacked.pop("steps")
+    assert len(steps) == MAX_POINTS
+    assert set(stacked) == {"generate", "evaluate", "other"}
+    assert stacked["evaluate"] == pytest.approx([2.0] * MAX_POINTS)
+    sums = [sum(column) for column in zip(*stacked.values(), strict=True)]
+    assert sums == pytest.approx([5.0] * MAX_POINTS)
+
+
+def strokes(svg):
+    """Return the colours of the curves of a picture."""
+    return {color for color in COLORS if f"stroke: {color}" in svg}
+
+
+def test_runs_of_an_overlay_keep_their_colours_in_every_picture():
+    first = make_run(a__x=[1.0, 2.0], a__y=[1.0, 2.0])
+    second = make_run(a__y=[2.0, 3.0], a__z=[0.0, 0.0])
+    pictures = dict(draw_overlay(chart_of("Pair", "a/x", "a/y", "a/z"), [first, second]))
+    assert {label: strokes(svg) for label, svg in pictures.items()} == {
+        "x": {COLORS[0]},
+        "y": {COLORS[0], COLORS[1]},
+    }
+    assert draw_overlay(chart_of("Pair", "b/x"), [first, second]) == []
+
+
+def test_runs_beyond_the_colours_have_other_lines():
+    marks = [run_color(number) for number in range(3 * len(COLORS))]
+    assert len(set(marks)) == len(marks)
+    svg = draw_overlay(chart_of("Loss", "a/x"), [make_run(a__x=[float(n), 1.0]) for n in range(len(COLORS) + 1)])[0][1]
+    assert "stroke-dasharray" in svg

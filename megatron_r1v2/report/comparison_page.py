@@ -1,0 +1,131 @@
+"""The comparison of runs: their curves in the same pictures, and the settings in which they differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1v2.monitoring.metrics import SECTIONS, Chart
+from megatron_r1v2.report.charts import draw_overlay, run_color
+from megatron_r1v2.report.html import template, write_page
+from megatron_r1v2.report.page import MEASURES, measure_cell, run_facts
+from megatron_r1v2.report.read import Run, read_run
+
+PAGE = "comparison.html"
+FACTS = ("stage", "model", "began", "version", "hardware")
+_ABSENT = "-"
+# They name a run: every run differs in them.
+_NAMES = {"run.output_dir", "run.name"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One metric of several runs."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class DifferingSetting:
+    """A setting with other values in other runs."""
+
+    name: str
+    values: Sequence[str]
+    """Of each run."""
+
+
+def write_comparison(folders: Sequence[Path | str], output: Path | None = None) -> Path:
+    """Write the comparison of runs, finished or still going.
+
+    Args:
+        output: the page; None: `comparison.html` in the first folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: a folder does not exist, or is given twice.
+    """
+    seen: set[Path] = set()
+    for folder in map(Path, folders):
+        if folder.resolve() in seen:
+            raise ValueError(f"run folder {str(folder)!r} is given twice; give each run once")
+        seen.add(folder.resolve())
+    runs = [read_run(folder) for folder in folders]
+    return write_page(output if output is not None else Path(folders[0]) / PAGE, render_comparison(runs))
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """Return the page as HTML; all text from the runs is escaped."""
+    names = run_names(runs)
+    return template("comparison.html").render(
+        runs=[_summary(run, name, number) for number, (run, name) in enumerate(zip(runs, names, strict=True))],
+        facts=FACTS,
+        measures=[measure.title for measure in MEASURES],
+        settings=differing_settings(runs),
+        groups=_groups(runs),
+        notes=[f"{name}: {note}" for run, name in zip(runs, names, strict=True) for note in run.notes],
+        changes=[
+            (name, step, changed)
+            for run, name in zip(runs, names, strict=True)
+            for step, changed in run.changes.items()
+        ],
+    )
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Return a name for each run; runs of one name have their folders instead."""
+    times = Counter(run.name for run in runs)
+    return [run.name if times[run.name] == 1 else str(run.path) for run in runs]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[DifferingSetting]:
+    """Return the settings in which the recipes of runs differ, by name; a run without a recipe differs in none."""
+    with_recipe = [run.recipe for run in runs if run.recipe]
+    names = sorted({name for recipe in with_recipe for name in recipe} - _NAMES)
+    return [
+        DifferingSetting(name, [_value(run.recipe, name) for run in runs])
+        for name in names
+        if len({_value(recipe, name) for recipe in with_recipe}) > 1
+    ]
+
+
+def _value(recipe: Mapping[str, object], name: str) -> str:
+    return str(recipe[name]) if name in recipe else _ABSENT
+
+
+def _summary(run: Run, name: str, number: int) -> dict[str, object]:
+    color, style = run_color(number)
+    facts = run_facts(run)
+    last = run.evaluations[-1] if run.evaluations else {}
+    return {
+        "name": name,
+        "folder": run.path,
+        "color": color,
+        "border": {"-": "solid", "--": "dashed", ":": "dotted"}[style],
+        "steps": max(run.metrics, default=0),
+        "num_steps": run.recipe.get("train.steps"),
+        "facts": [facts.get(fact, _ABSENT) for fact in FACTS],
+        "evaluation": last.get("name", _ABSENT),
+        "measures": [measure_cell(last, measure) for measure in MEASURES],
+    }
+
+
+def _groups(runs: Sequence[Run]) -> list[dict[str, object]]:
+    groups: list[dict[str, object]] = []
+    for section in SECTIONS:
+        pictures = [picture for chart in section.charts for picture in _pictures(chart, runs)]
+        if pictures:
+            groups.append({"title": section.title, "pictures": pictures})
+    return groups
+
+
+def _pictures(chart: Chart, runs: Sequence[Run]) -> list[Picture]:
+    drawn = draw_overlay(chart, runs)
+    if len(drawn) == 1:
+        return [Picture(chart.title, chart.caption, svg) for _, svg in drawn]
+    return [Picture(f"{chart.title}: {label}", chart.caption, svg) for label, svg in drawn]
