@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -31,6 +32,8 @@ from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.watch import unwatched
 from megatron_r1v2.training.store import CheckpointStore, Snapshot
+
+_STATE = re.compile(r"^optimizer\.state\.[a-z_]+\.")
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def _num_bytes(tensor: ShardedTensor) -> int:
 
 def _check_saved(leaf: object, saved: _Saved, folder: str) -> None:
     if isinstance(leaf, ShardedTensor) and not leaf.allow_shape_mismatch:
-        shape = saved.shapes.get(leaf.key)
+        # Each replica saves the optimizer's state of some parameters, in their shapes; this one stands for all.
+        shape = saved.shapes.get(leaf.key) or saved.shapes.get(_STATE.sub("", leaf.key))
         if shape != tuple(leaf.global_shape):
             raise ValueError(
                 f"{leaf.key} is {list(shape) if shape else 'missing'} in {folder} and {list(leaf.global_shape)} is "

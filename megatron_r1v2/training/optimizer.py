@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -14,7 +24,10 @@ from megatron_r1v2.config.schema import TrainConfig
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Of the state in a checkpoint: canonical shapes, the only format of 0.16.1 that loads at another TP, PP and DP."""
 _ADAM_BETA1 = 0.9
+_STATE = ("param", "exp_avg", "exp_avg_sq")
 
 
 def wrap_with_ddp(model: R1V2Model, context: ParallelContext) -> DistributedDataParallel:
@@ -108,6 +121,63 @@ def trains_here(optimizer: MegatronOptimizer) -> bool:
     return any(part.buffers for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
 
 
+def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> ShardedStateDict:
+    """Collective over the data-parallel group: describe the optimizer's state to `dist_checkpointing.save`.
+
+    megatron-core's function for this format gathers the state of all parameters in the host memory of every rank, 12
+    bytes a parameter. Here each parameter's goes to one replica, which holds and writes it.
+
+    Args:
+        optimizer: from `build_optimizer`, with one distributed optimizer in it.
+        model_state: of the parts that train, at least.
+    """
+    (part,) = optimizer.chained_optimizers
+    group = part.data_parallel_group
+    described = {tensor.data: tensor for tensor in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
+    held = [0] * group.size()
+    states: dict[int, ShardedStateDict] = {}
+    number = -1
+    for buffer, range_maps in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (buckets,) = range_maps.values()
+        ranges = {parameter: found for bucket in buckets for parameter, found in bucket["param_map"].items()}
+        for parameter in buffer.param_index_map:
+            number += 1
+            owner = held.index(min(held))
+            held[owner] += parameter.numel()
+            shard = part._get_main_param_and_optimizer_states(parameter) if parameter in ranges else {}  # noqa: SLF001
+            own: ShardedStateDict = {}
+            for name in _STATE:
+                # As integers: the sum with the zeros of other ranks keeps every bit, that of -0.0 too.
+                bits = torch.zeros(parameter.numel(), dtype=torch.int32, device=parameter.device)
+                if shard:
+                    place = ranges[parameter]["param"]
+                    bits[place.start : place.end] = shard[name].detach().view(torch.int32)
+                dist.reduce(bits, dist.get_global_rank(group, owner), group=group)
+                if group.rank() == owner:
+                    values = bits.view(torch.float32).reshape(parameter.shape).cpu()
+                    own[name] = _describe(values, name, described[parameter])
+            if own:
+                states[number] = own
+    return {
+        **part.state_dict(),
+        "param_state": states,
+        "param_state_sharding_type": OPTIMIZER_FORMAT["distrib_optim_sharding_type"],
+    }
+
+
+def _describe(values: torch.Tensor, name: str, parameter: ShardedTensor | ShardedTensorFactory) -> ShardedBase:
+    """Return the description of a state of a parameter, which the main replica alone holds."""
+    changes: dict[str, object] = {
+        "key": f"optimizer.state.{name}.{parameter.key}",
+        "data": values,
+        # The last number is the data-parallel rank; 0 is the one that writes.
+        "replica_id": (*parameter.replica_id[:-1], 0),
+    }
+    if isinstance(parameter, ShardedTensor):
+        changes["dtype"] = values.dtype
+    return replace(parameter, **changes)
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, object]) -> None:
     """Load a sharded state that `dist_checkpointing` has read into the optimizer.
 
@@ -132,20 +202,19 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Mapping[str, obje
 
 
 def _allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Make the state that torch's Adam would make in its first step.
+    """Make the state that Adam would make in its first step.
 
-    Without TransformerEngine or apex, megatron-core reads the step count out of that state when it saves or loads, and
-    fails when there is none: before the first step, which is when a checkpoint is loaded.
+    A checkpoint may be saved or loaded before it, and megatron-core then finds no moments (KeyError: 'exp_avg'). And
+    what lives as long as the run should not be allocated between the short-lived tensors of a step.
     """
     for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    part.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+            # Without TransformerEngine or apex, megatron-core reads the step count out of this state too.
+            for state in part.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)
 
 
 def _finalizer(context: ParallelContext) -> Callable[..., None]:

@@ -56,18 +56,18 @@ from megatron_r1v2.resilience.files import (
     write_file,
 )
 from megatron_r1v2.training.manifest import check_manifest, write_run_manifest
-from megatron_r1v2.training.optimizer import load_optimizer_state, trains_here
+from megatron_r1v2.training.optimizer import (
+    OPTIMIZER_FORMAT,
+    load_optimizer_state,
+    sharded_optimizer_state,
+    trains_here,
+)
 from megatron_r1v2.training.part_state import check_shapes, fill, part_names, part_state
 from megatron_r1v2.training.random_states import random_states, restore_random_states
 
 logger = logging.getLogger(__name__)
 
 BEST_FILE = "best.json"
-# Tensors in their canonical shapes: the only optimizer format of 0.16.1 that loads at another TP, PP and DP.
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class CheckpointStore:
             self._write_small_files(target, snapshot)
             sharded: ShardedStateDict = {"model": part_state(model, snapshot.parts)}
             if trains_here(optimizer):
-                sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], metadata=_OPTIMIZER_FORMAT)
+                sharded["optimizer"] = sharded_optimizer_state(optimizer, sharded["model"])
             request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
             dist.barrier()  # published when every rank has written, not this one alone
         if request is None:
@@ -260,9 +260,9 @@ class CheckpointStore:
         sharded: ShardedStateDict = {"model": part_state(model, [Part(name) for name in state["parts"]])}
         check_shapes(sharded["model"], folder)
         if trains_here(optimizer):
-            # is_loading: each rank asks for what it needs; otherwise one would be sent everything, as for saving.
+            # is_loading: each rank asks for what it needs; otherwise all would be sent everything.
             sharded["optimizer"] = optimizer.sharded_state_dict(
-                sharded["model"], is_loading=True, metadata=_OPTIMIZER_FORMAT
+                sharded["model"], is_loading=True, metadata=OPTIMIZER_FORMAT
             )
         loaded = dist_checkpointing.load(sharded, str(folder / TENSORS))
         fill(model, loaded["model"] if sharded["model"] else {}, folder)  # a later stage may have none of the parts

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.training.optimizer import current_learning_rate
+from megatron_r1v2.training.optimizer import OPTIMIZER_FORMAT, current_learning_rate, sharded_optimizer_state
+from megatron_r1v2.training.part_state import part_state
+from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for
 
 
@@ -81,3 +86,50 @@ def test_gradients_are_clipped_to_the_norm(root: Path, tmp_path: Path) -> None:
     assert moments[0] == pytest.approx(norm, rel=1e-4)
     assert norm > 0.01
     assert moments[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def described_states(root: Path, output: Path) -> dict[str, Any]:
+    """Take two steps and describe the optimizer's state; return our tensors and those of megatron-core's function."""
+    recipe = recipe_for(root, output, ("train.parts=[adapter, language]",))
+    with open_session(recipe, stage="align", shown=()) as session:
+        for _ in range(2):
+            supervised_step(session)
+        model, optimizer = session.policy.model, session.policy.optimizer
+        found = {}
+        for whose in ("ours", "theirs"):
+            state = part_state(model, session.parts)
+            metadata = {**OPTIMIZER_FORMAT, "distrib_optim_fully_reshardable_mem_efficient": False}
+            described = (
+                sharded_optimizer_state(optimizer, state)
+                if whose == "ours"
+                else optimizer.sharded_state_dict(state, metadata=metadata)
+            )
+            apply_factories(described)
+            tensors = [leaf for leaf in nested_values(described) if isinstance(leaf, ShardedTensor)]
+            found[whose] = {
+                (tensor.key, tensor.global_offset): (tensor.data.clone(), tensor.global_shape)
+                for tensor in tensors
+                if is_main_replica(tensor.replica_id)
+            }
+            found[f"all {whose}"] = sum(tensor.data.numel() for tensor in tensors)
+            found[f"rest of {whose}"] = {name: described[name] for name in described if name != "param_state"}
+        return found
+
+
+def test_each_replica_saves_its_share_of_the_state_with_every_bit(root: Path, tmp_path: Path) -> None:
+    ranks = run_ranks(2, described_states, root, tmp_path / "run")
+    expected = {key: found for rank in ranks for key, found in rank["theirs"].items()}
+    assert len(expected) > 30
+    first, second = (rank["ours"] for rank in ranks)
+    assert first.keys().isdisjoint(second)
+    ours = first | second
+    assert ours.keys() == expected.keys()
+    for key, (values, shape) in expected.items():
+        assert ours[key][1] == shape
+        # As integers: the sign of a zero counts.
+        assert torch.equal(ours[key][0].view(torch.int32), values.view(torch.int32)), key
+    whole = ranks[0]["all theirs"]
+    assert whole == ranks[1]["all theirs"]
+    assert sum(rank["all ours"] for rank in ranks) == whole, "each element is held once"
+    assert max(rank["all ours"] for rank in ranks) < 0.6 * whole
+    assert ranks[0]["rest of ours"] == ranks[0]["rest of theirs"]

@@ -20,6 +20,7 @@ from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.training.store import CheckpointStore, load_weights
 from tests.stages.runs import checkpoint_contents, differences, recipe_for, run_stage
+from tests.training import fused_adam
 from tests.whole_weights import save_weights
 
 
@@ -93,6 +94,30 @@ def test_everything_comes_back_and_trains_on_in_the_same_way(session: Session) -
     session.step, session.policy.version = state["step"], state["version"]
     supervised_step(session)
     assert differences(everything(session), after) == []
+
+
+def test_the_state_of_a_fused_adam_is_there_before_its_first_step(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TransformerEngine's makes its moments in the first step; a run may be saved before it."""
+    fused_adam.install(monkeypatch)
+    recipe = recipe_for(root, tmp_path / "run", ("train.parts=[adapter, language]",))
+    with open_session(recipe, stage="align", shown=()) as session:
+        (part,) = session.policy.optimizer.chained_optimizers
+        assert isinstance(part.optimizer, fused_adam.FusedAdam)
+        for steps in (0, 1):
+            session.step = steps
+            session.save({}, {})
+            session.checkpoints.finish_pending(blocking=True)
+            before = everything(session)
+            assert len(before["optimizer"]) > 10
+            assert all(state.keys() == {"exp_avg", "exp_avg_sq"} for state in before["optimizer"])
+            spoil(session)
+            load(session, session.checkpoints.folder / f"step-{steps:08d}")
+            assert differences(everything(session), before) == []
+            assert [group.get("step", 0) for group in part.optimizer.param_groups if group["params"]] == [steps, steps]
+            supervised_step(session)
+        assert any(float(state["exp_avg"].abs().max()) > 0 for state in part.optimizer.state.values())
 
 
 def test_after_loading_each_parameter_counts_its_own_steps(session: Session) -> None:
