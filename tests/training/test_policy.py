@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_r1v2.resilience.skipped_updates import MAX_IN_A_ROW
 from megatron_r1v2.rl.supervised import supervised_loss
@@ -14,7 +16,7 @@ from megatron_r1v2.stages.grpo import rollouts
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.training.batches import with_old_log_probs
-from megatron_r1v2.training.policy import LossFunction, add_pairs, combine
+from megatron_r1v2.training.policy import LossFunction, add_pairs, combine, is_finite
 from megatron_r1v2.types import TrainingBatch
 from tests.stages.runs import recipe_for
 from tests.stages.tiny_run import tiny_recipe
@@ -157,3 +159,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypat
         assert all(batch["token_ids_BS"].dtype == torch.int64 for batch in kept["batches"])
         for name, weight in session.policy.model.named_parameters():
             assert torch.equal(weight, before[name])
+
+
+class LargestResult(TorchDispatchMode):
+    """Keeps the size of the largest tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 517, 999])
+def test_a_value_that_is_not_finite_is_found_without_a_copy_of_the_gradients(value: float, place: int) -> None:
+    values = torch.linspace(-1e38, 1e38, 1000)
+    values[place] = value
+    with LargestResult() as largest:
+        assert is_finite(values) == (value == 0.0)
+    assert largest.elements == 1
