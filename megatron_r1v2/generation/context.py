@@ -89,7 +89,7 @@ def make_context(
         num_cuda_graphs=max_requests // kind.round_up_tokens(1, parallel.tensor_size) if settings.cuda_graphs else None,
         use_cuda_graphs_for_non_decode_steps=False,
     )
-    if not flash:
-        # Fresh memory may hold NaN, and a masked position would spread it (see paged_attention).
-        context.memory_buffer.zero_()
+    # Fresh memory may hold NaN. A masked position spreads it in torch (see paged_attention), and flash-attn does not
+    # promise that it would not.
+    context.memory_buffer.zero_()
     return context

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+import torch
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
@@ -137,11 +138,13 @@ class GenerationPhase:
         return tokens
 
     def close(self) -> None:
-        """Free the cache, also if something still refers to the engine."""
+        """Free the cache, also if something still refers to the engine, and give its memory back to the device."""
         # First the graphs, which read the cache.
         self._graphs.close()
         self._context.deallocate_all_tensors()
         self._wrapper.images.clear()
+        # Tensors that outlive the phase would settle in the cache's segment, and the next cache would need another one.
+        torch.cuda.empty_cache()
 
     def _forget(self, request_id: int) -> None:
         del self._controller.draws[request_id]

@@ -75,3 +75,15 @@ def test_a_cache_without_room_for_one_sequence_says_how_much_it_needs(one_rank):
     enough = float(re.search(r"at least ([0-9.e-]+)", message).group(1))
     assert enough == pytest.approx(6 * BLOCK_BYTES / GIB, rel=0.01)
     assert torch.isfinite(make(one_rank, tokens=300, kv_cache_gib=enough * 1.01).memory_buffer).all()
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_the_cache_begins_with_zeros_whatever_reads_it(one_rank, monkeypatch, flash):
+    monkeypatch.setattr("megatron_r1v2.generation.context.is_flash_attention_usable", lambda _: flash)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills fresh memory with NaN
+    try:
+        context = make(one_rank)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert context.block_size_tokens == (256 if flash else 64)
+    assert not context.memory_buffer.any()

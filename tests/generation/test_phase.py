@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -145,3 +146,14 @@ def test_cache_memory_is_given_back(one_rank):
     # 64 requests x 2 blocks x 64 tokens x 2 layers x (keys, values) x 2 heads x 24 channels x 4 bytes
     assert during[0] - before > 64 * 2 * 64 * 2 * 2 * 2 * 24 * 4
     assert after - before < 200_000
+
+
+def test_the_memory_of_the_cache_goes_back_to_the_device(one_rank, monkeypatch):
+    """Only then: what torch's allocator keeps, tensors that outlive the phase would settle in."""
+    model, context = one_rank
+    given_back = []
+    with make_engine(model, context).phase(8) as phase:
+        cache = weakref.ref(phase._context.memory_buffer.untyped_storage())
+        assert cache() is not None
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(cache() is None))
+    assert given_back == [True]
