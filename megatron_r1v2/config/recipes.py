@@ -313,7 +313,7 @@ class EvaluateRecipe(Recipe):
 class ServeRecipe(Recipe):
     """Serves a model."""
 
-    run: Annotated[RunConfig, Only({"stage", "seed"})] = Field(default_factory=RunConfig)
+    run: Annotated[RunConfig, Only({"stage", "seed", "deterministic"})] = Field(default_factory=RunConfig)
     data: Annotated[DataConfig, Only({"max_prompt_tokens", "max_tiles", "too_long"})] = Field(
         default_factory=DataConfig
     )

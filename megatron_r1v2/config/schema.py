@@ -66,6 +66,9 @@ class RunConfig(Section):
     shards of the pairs stage are the folder itself, which must not exist yet."""
     seed: Annotated[int, OnResume.refused] = Field(1234, ge=0, le=2**31 - 1)
     """Seeds data order, sampling and buffer draws."""
+    deterministic: bool = False
+    """On a GPU: take the kernels that give the same bits each time, which are slower. Without it an interrupted run
+    ends with other bits there; a CPU's are the same anyway. torch warns of an operation that has no such kernel."""
 
     @property
     def name(self) -> str:

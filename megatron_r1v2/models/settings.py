@@ -67,6 +67,7 @@ class ComputeSettings:
             "params_dtype": self.dtype,
             "pipeline_dtype": self.dtype,
             "bf16": bf16,
+            "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
             # Old log-probs, reference and update must see the same network.
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,

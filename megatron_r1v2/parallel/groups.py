@@ -18,6 +18,12 @@ from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import cpu, host_staged
 from megatron_r1v2.parallel.store import GroupStore
 
+_DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "^NVLS",  # switches add in the order of arrival
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+
 
 @dataclass(frozen=True)
 class ParallelContext:
@@ -87,6 +93,18 @@ def check_world_size(settings: ParallelConfig, world_size: int) -> None:
             "parallel.sequence=true splits activations over tensor-parallel ranks but parallel.tensor=1; "
             "set parallel.tensor to 2 or more, or parallel.sequence=false"
         )
+
+
+def use_deterministic_algorithms() -> None:
+    """Let torch, cuBLAS, NCCL and TransformerEngine compute the same bits each time; call before the device is used."""
+    # Each library reads its variable when it starts; one that the user has set stays.
+    for name, value in _DETERMINISTIC_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Warn only: the cumulative sum that draws a token has no such kernel by torch's list, though rows of its length are
+    # summed by one block each, in order.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch would fill fresh memory with NaN, the cache of a generation phase included.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made by its class
 
 
 def initialize(settings: ParallelConfig, *, seed: int) -> ParallelContext:

@@ -173,6 +173,8 @@ def open_model(
     # Before the weights are read, which takes minutes.
     if isinstance(reward := dict(recipe).get("reward"), RewardConfig):
         check_functions(reward.functions)
+    if recipe.run.deterministic:
+        groups.use_deterministic_algorithms()
     context = groups.initialize(recipe.parallel, seed=recipe.run.seed)
     try:
         loaded = load_model(recipe, context, score_head=score_head, recompute=recompute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.types import Rollout
 from tests.checkpoint.chat_reference import image_embeddings, write_chat_folder
+from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for, run_stage
 
 
@@ -130,3 +132,25 @@ def test_a_random_adapter_is_trained_by_align_and_refused_by_others(root: Path, 
     run = run_stage(recipe_for(root, tmp_path / "align", (start, "train.steps=1"), stage="align"))
     with open_model(recipe_for(root, tmp_path / "run", (start, f"model.checkpoint={run}"))):
         pass
+
+
+def settings_of_determinism(root: Path, output: Path, deterministic: bool) -> tuple[object, ...]:
+    with open_model(recipe_for(root, output, (f"run.deterministic={str(deterministic).lower()}",))) as loaded:
+        config = loaded.model.language.config
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            bool(torch.isnan(torch.empty(1000)).any()),
+            config.deterministic_mode,
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO"),
+            os.environ.get("NCCL_ALGO"),
+        )
+
+
+def test_deterministic_kernels_are_asked_for_before_the_model_is_built(root: Path, tmp_path: Path) -> None:
+    """In processes of their own: the switch is torch's, for the whole process."""
+    (off,) = run_ranks(1, settings_of_determinism, root, tmp_path / "off", False)
+    assert off == (False, False, False, False, None, None, None)
+    (on,) = run_ranks(1, settings_of_determinism, root, tmp_path / "on", True)
+    assert on == (True, True, False, True, ":4096:8", "0", "^NVLS")
