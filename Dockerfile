@@ -6,7 +6,8 @@
 #   srun --gpus=1 --container-image="$PWD/megatron_r1v2.sqsh" --container-workdir=/workspace/megatron_r1v2 \
 #     python -m pytest -m gpu tests/gpu -p no:cacheprovider
 #   R1V2_CONTAINER="$PWD/megatron_r1v2.sqsh" sbatch slurm/grpo_38b.sh
-# With docker alone the check is: docker run --rm --gpus all --ipc=host megatron_r1v2 -m pytest -m gpu tests/gpu
+# The image has CUDA 13.1: nodes need NVIDIA's driver 580 or newer (older data-centre drivers: the forward compatibility
+# package that the image brings). With docker alone the check is: docker run --rm --gpus all --ipc=host megatron_r1v2 -m pytest -m gpu tests/gpu
 FROM nvcr.io/nvidia/pytorch:25.12-py3
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -16,14 +17,16 @@ WORKDIR /workspace/megatron_r1v2
 COPY container/base_versions.py container/
 RUN python container/base_versions.py record /etc/base-versions.txt
 
-# setup.py alone first: its requirements are the slow layer, and they change less often than the sources. The base image's
-# own constraint file (PIP_CONSTRAINT) holds more than ours; both are given.
-COPY setup.py pyproject.toml README.md ./
+# setup.py alone first: its requirements are the slow layer, and they change less often than the sources. What the base
+# image has stays at its version (its own constraint file, PIP_CONSTRAINT, holds more than ours); the rest has those of
+# the lock file, with which all tests run. With the extras of `r1v2 serve` and of benchmarks.
+COPY setup.py pyproject.toml README.md requirements.lock ./
+# hadolint ignore=DL3013
 RUN mkdir -p megatron_r1v2 checkpoint_tools \
     && touch megatron_r1v2/__init__.py checkpoint_tools/__init__.py \
-    && PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }/etc/base-versions.txt" \
-       pip install --no-cache-dir --no-build-isolation -e . \
-    && pip install --no-cache-dir "pytest>=8" "pytest-timeout>=2.3" \
+    && python container/base_versions.py constrain /etc/base-versions.txt requirements.lock > /etc/r1v2-constraints.txt \
+    && PIP_CONSTRAINT=/etc/r1v2-constraints.txt \
+       pip install --no-cache-dir --no-build-isolation -e ".[serve,evaluation]" pytest pytest-timeout \
     && python container/base_versions.py compare /etc/base-versions.txt
 
 # megatron-core 0.16.1 works with TransformerEngine 2.9 to 2.11: fail here rather than in a job.

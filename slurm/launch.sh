@@ -16,6 +16,11 @@
 #                      before SLURM notices); one that fails earlier is not: bad settings fail at once; default: 600
 #   R1V2_MAX_FAILURES  how many starts of a job may fail and be put back; default: 3
 #
+# On several nodes, where a node has several networks, set before sbatch (srun and pyxis pass both on):
+#   GLOO_SOCKET_IFNAME  the interface over which nodes reach each other, for control messages and checkpoints; gloo takes
+#                       that of the host's name otherwise, and hangs or refuses at the start where that is the loopback
+#   NCCL_SOCKET_IFNAME  the same for NCCL's start; the data goes over InfiniBand where there is one
+#
 # What sbatch reads from the scripts can be changed by its own options (--nodes, --time, ...) or SBATCH_* variables.
 
 # Runs on each node. SLURM passes a signal to every process of the step. torchrun would die of SIGUSR1, so it starts with

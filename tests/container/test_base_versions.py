@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from container.base_versions import changes, installed, main, to_lines
+from container.base_versions import changes, constraints, installed, main, to_lines
 
 SCRIPT = Path(__file__).parents[2] / "container" / "base_versions.py"
 
@@ -38,6 +38,34 @@ def write_distribution(folder: Path, name: str, version: str, requires: str = ""
         f'[build-system]\nrequires=["setuptools"]\nbuild-backend="setuptools.build_meta"\n'
         f'[project]\nname="{name}"\nversion="{version}"\ndependencies=[{requires}]\n[tool.setuptools]\npy-modules=[]\n'
     )
+
+
+def test_what_the_base_has_stays_and_the_rest_has_the_versions_of_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = "# NVIDIA's own\nPackaging==23.2  # old\nscipy<1.15\ntorch==2.10.0a0\n"
+    held = "torch==2.10.0a0+nv25.12\n"
+    lock = (
+        "# ours\ntorch==2.13.0\nscipy==1.17.1\npackaging==26.3\npyyaml==6.0.3\nuvicorn==0.54.0 ; python_version > '3'\n"
+    )
+    expected = ["scipy<1.15", "torch==2.10.0a0+nv25.12", "packaging==26.3", "uvicorn==0.54.0 ; python_version > '3'"]
+    assert constraints(base, held, lock, {"torch", "packaging", "pyyaml"}).splitlines() == expected
+    files = {"base": base, "held": held, "lock": lock}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "base"))
+    assert main(["constrain", str(tmp_path / "held"), str(tmp_path / "lock")]) == 0
+    # This environment has uvicorn and PyYAML, the base of the example has not.
+    assert capsys.readouterr().out.splitlines() == expected[:3]
+    assert main(["constrain", str(tmp_path / "held")]) == 2
+
+
+def test_the_image_has_the_extras_and_the_versions_of_the_lock() -> None:
+    text = (SCRIPT.parents[1] / "Dockerfile").read_text()
+    assert 'pip install --no-cache-dir --no-build-isolation -e ".[serve,evaluation]"' in text
+    assert "PIP_CONSTRAINT=/etc/r1v2-constraints.txt" in text
+    assert "constrain /etc/base-versions.txt requirements.lock > /etc/r1v2-constraints.txt" in text
+    assert "driver 580" in text
 
 
 @pytest.mark.slow
