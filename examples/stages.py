@@ -1,16 +1,23 @@
-"""The stages of an example as processes: several at a time where they may, each with a log and a line of progress."""
+"""The steps of an example as processes, each with a log and a line of progress; one that is done is not run again.
+
+    python -m examples.stages runs/digits align r1v2 align examples/digits/align.yaml
+
+runs the command as the step `align` of the example in `runs/digits`: see `examples/steps.sh`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,23 +36,16 @@ TAIL_LINES = 30
 class Stage:
     """One command of an example.
 
-    Example: Stage("align", "adapter until about half right", ("megatron_r1v2", "align", "examples/digits/align.yaml")).
+    Example: Stage("align", ("r1v2", "align", "examples/digits/align.yaml")).
     """
 
     name: str
-    what: str
-    """Shown beside the name."""
     command: tuple[str, ...]
-    """A module and its arguments, for `python -m`."""
-    processes: int = 1
-    """Data-parallel ranks that torchrun starts; they share the stage's threads."""
+    """A program of the environment and its arguments."""
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Return what follows `python -m`."""
-        if self.processes == 1:
-            return self.command
-        return ("torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), "-m", *self.command)
+    def __str__(self) -> str:
+        """Return the command as one types it."""
+        return shlex.join(self.command)
 
 
 class StageError(RuntimeError):
@@ -128,28 +128,27 @@ class StageRunner:
         if changed - {"command"}:
             raise StageError(
                 f"stage {stage.name} was done with another version of its recipe ({', '.join(_recipes(stage))}); "
-                "use another --output, or remove this one to start again"
+                f"remove {self._records.parent} to start again, or move it away"
             )
         if changed:
             raise StageError(
-                f"stage {stage.name} was done with another command ({' '.join(done['command'])}); "
-                f"now it would be {' '.join(stage.command)}. Use another --output, or remove this one to start again"
+                f"stage {stage.name} was done with another command ({shlex.join(done['command'])}); now it would be "
+                f"{stage}. Remove {self._records.parent} to start again, or move it away"
             )
         self.seconds[stage.name] = done["seconds"]
-        self._console.print(f"[dim]{stage.name:<18} done before ({done['seconds']:.0f} s)[/dim]", highlight=False)
+        self._print(f"{stage.name:<18} done before ({done['seconds']:.0f} s)")
         return True
 
     def _start(self, stage: Stage, threads: int) -> _Running:
         log = self._logs / f"{stage.name}.log"
-        if not self._console.is_terminal:
-            self._console.print(f"{stage.name:<18} {stage.what} ...", highlight=False)
+        self._print(f"{stage.name:<18} $ {stage}")
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", *stage.arguments],
+                stage.command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=_environment(max(1, threads // stage.processes)),
+                env=_environment(threads),
             )
         return _Running(stage, process, log, time.perf_counter())
 
@@ -163,14 +162,17 @@ class StageRunner:
             tail = "\n".join(_lines(item.log)[-TAIL_LINES:])
             raise StageError(
                 f"stage {item.stage.name} failed with exit code {code} after {seconds:.0f} s; its log {item.log} ends:"
-                f"\n\n{tail}\n\ncommand: python -m {' '.join(item.stage.arguments)}"
+                f"\n\n{tail}\n\ncommand: {item.stage}"
             )
         self.seconds[item.stage.name] = seconds
         record = self._records / f"{item.stage.name}.json"
         done = {**_fingerprint(item.stage).values, "seconds": round(seconds, 1)}
         write_file(record, json.dumps(done) + "\n")
-        self._console.print(f"{item.stage.name:<18} {item.stage.what} ({seconds:.0f} s)", highlight=False)
+        self._print(f"{item.stage.name:<18} done in {seconds:.0f} s")
         return True
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _fingerprint(stage: Stage) -> Fingerprint:
@@ -191,6 +193,8 @@ def _environment(threads: int) -> Mapping[str, str]:
     paths: Sequence[str] = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
+        # `python`, `r1v2` and `torchrun` are those of this environment, also where it is not activated.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(paths),
@@ -210,7 +214,7 @@ def _free_port() -> int:
 def _line(item: _Running) -> Text:
     lines = _lines(item.log)
     seconds = time.perf_counter() - item.start
-    text = f"{item.stage.name:<18} {seconds:4.0f} s  {lines[-1].strip() if lines else item.stage.what}"
+    text = f"{item.stage.name:<18} {seconds:4.0f} s  {lines[-1].strip() if lines else ''}"
     return Text(text, overflow="ellipsis", no_wrap=True)
 
 
@@ -218,3 +222,35 @@ def _lines(log: Path) -> list[str]:
     """Return the lines of a log that are not empty, a rewritten line in its last form."""
     text = log.read_text(encoding="utf-8", errors="replace")
     return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()]
+
+
+def read_steps(script: Path) -> list[Stage]:
+    """Return the steps of an example's script, in their order."""
+    environment = {**os.environ, "LIST_STEPS": "1"}
+    listed = subprocess.run(["bash", str(script)], check=True, capture_output=True, text=True, env=environment)
+    return [Stage(name, tuple(command)) for name, *command in _records(listed.stdout)]
+
+
+def _records(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of each line that `step` prints, which end in null characters."""
+    for record in text.split("\0\n")[:-1]:
+        yield record.split("\0")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one step: the example's folder, the step's name, and its command."""
+    folder, name, *command = arguments
+    console = Console()
+    # A script that fails ends the steps beside the failed one; their processes must end with them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        StageRunner(Path(folder), threads=int(os.environ.get("OMP_NUM_THREADS", "1")), console=console).run(
+            Stage(name, tuple(command))
+        )
+    except StageError as error:
+        console.print(f"error: {error}", markup=False, highlight=False, style="red", soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -23,11 +23,10 @@ from typing import Literal
 
 from rich.console import Console
 
-from examples import whole_run
-from examples.digits import ablation_tables, run_demo
-from examples.stages import Stage, StageError, StageRunner
-from examples.whole_run import Paths
+from examples.digits import ablation_tables
+from examples.stages import Stage, StageError, StageRunner, read_steps
 
+RECIPES = Path(__file__).parent
 FIRST_SEED = 1234
 STEPS = 50
 """GRPO steps of an arm."""
@@ -35,7 +34,8 @@ DYNAMIC_ROUNDS = 4
 VALIDATE_EVERY = 10
 THRESHOLDS = (0.5, 1.0, 1.5)
 """tau, in the reward of pairs.yaml: a wrong answer costs 1, a contradicted claim and a missing step 0.5 each."""
-START = "start"
+START = "align"
+"""The folder of a seed's aligned model."""
 
 
 @dataclass(frozen=True)
@@ -102,54 +102,67 @@ def seed_folder(root: Path, seed: int) -> Path:
     return root / f"seed-{seed}"
 
 
-def paths_of(root: Path, seed: int, arm: str) -> Paths:
-    """Return the demo's paths with the folders of one arm: components and data are shared by all."""
-    paths = run_demo.demo_paths(root)
-    paths.align = seed_folder(root, seed) / "align"
-    paths.pairs = seed_folder(root, seed) / "pairs"
-    paths.grpo = seed_folder(root, seed) / arm
-    return paths
+def shared_steps(root: Path) -> list[Stage]:
+    """Return the demo's steps up to the base model, which all arms share, in a folder of their own."""
+    steps = read_steps(RECIPES / "run.sh")
+    names = [step.name for step in steps]
+    return [
+        Stage(step.name, tuple(argument.replace("runs/digits", str(root)) for argument in step.command))
+        for step in steps[: names.index("base") + 1]
+    ]
 
 
-def rename(stage: Stage, seed: int, arm: str) -> Stage:
-    """Return a stage with the seed and arm in its name, since the runner remembers stages by name."""
-    name = f"seed-{seed}-{arm}-{stage.name}"
-    return Stage(name, f"seed {seed}, {arm}: {stage.what}", stage.command)
+def arm_stage(root: Path, seed: int, arm: str, command: str, output: Path, settings: Sequence[str]) -> Stage:
+    """Return a stage of the demo with the seed, the shared base model and the output of an arm.
+
+    Args:
+        command: align, pairs, mpo or grpo, whose recipe it is.
+        settings: of the recipe, changed.
+    """
+    given = (f"run.output_dir={output}", f"run.seed={seed}", f"model.hf_path={root / 'base'}", *settings)
+    return Stage(f"seed-{seed}-{arm}-{command}", ("r1v2", command, str(RECIPES / f"{command}.yaml"), *given))
+
+
+def evaluation_stage(root: Path, seed: int, arm: str) -> Stage:
+    """Return the evaluation of an arm on what was held out."""
+    run = seed_folder(root, seed) / arm
+    settings = (f"model.checkpoint={run}", f"evaluation.data={root / 'shards' / 'heldout'}")
+    _, _, recipe, *given = arm_stage(root, seed, arm, "grpo", run, settings).command
+    return Stage(f"seed-{seed}-{arm}-evaluate", ("r1v2", "evaluate", recipe, "--name", "heldout", *given))
 
 
 def start_chain(root: Path, seed: int) -> list[Stage]:
     """Return the stages before the arms of a seed: the aligned model, pairs of its responses, and MPO on them."""
-    paths = paths_of(root, seed, START)
-    stages = [
-        run_demo.align_stage(paths, seed, ()),
-        whole_run.evaluation_stage(paths, seed, "heldout", paths.align, ()),
-        run_demo.pairs_stage(paths, seed),
+    folder, shards = seed_folder(root, seed), root / "shards"
+    align = (f"data.train={shards / 'align'}", f"data.validation={shards / 'validation'}")
+    pairs = (f"data.train={shards / 'prefer'}", f"model.checkpoint={folder / START}")
+    return [
+        arm_stage(root, seed, START, "align", folder / START, align),
+        evaluation_stage(root, seed, START),
+        arm_stage(root, seed, START, "pairs", folder / "pairs", pairs),
+        *arm_chain(root, seed, FIRST_ARM, ()),
     ]
-    return [rename(stage, seed, START) for stage in stages] + arm_chain(root, seed, FIRST_ARM, ())
 
 
 def arm_chain(root: Path, seed: int, arm: Arm, overrides: Sequence[str]) -> list[Stage]:
     """Return the training of an arm and its evaluation."""
-    paths = paths_of(root, seed, arm.name)
-    start = paths.align if arm.start == START else seed_folder(root, seed) / arm.start
-    end = seed_folder(root, seed) / arm.name
-    if arm.stage == "mpo":
-        paths.mpo = end
-        stage = run_demo.mpo_stage(paths, seed, arm.settings)
-    else:
+    folder, shards = seed_folder(root, seed), root / "shards"
+    start = f"model.checkpoint={folder / arm.start}"
+    settings: tuple[str, ...] = (start, f"data.train={folder / 'pairs'}", *arm.settings)
+    if arm.stage == "grpo":
         settings = (
+            start,
+            f"data.train={shards / 'grpo'}",
             f"train.steps={STEPS}",
             "checkpoint.every_steps=0",
-            f"data.validation={paths.shards / 'validation'}",
+            f"data.validation={shards / 'validation'}",
             f"evaluation.every_steps={VALIDATE_EVERY}",
             "evaluation.runs=1",
             *arm.settings,
             *overrides,
         )
-        stage = whole_run.grpo_stage(paths, seed, start, settings)
-    return [
-        rename(each, seed, arm.name) for each in (stage, whole_run.evaluation_stage(paths, seed, "heldout", end, ()))
-    ]
+    stage = arm_stage(root, seed, arm.name, arm.stage, folder / arm.name, settings)
+    return [stage, evaluation_stage(root, seed, arm.name)]
 
 
 def chains(root: Path, seed: int, tables: Collection[str], overrides: Sequence[str]) -> list[list[Stage]]:
@@ -174,11 +187,8 @@ def run_ablations(
     Raises:
         StageError: a stage failed; finished stages stay finished.
     """
-    paths = run_demo.demo_paths(root)
-    runner.run(run_demo.data_stage(paths, FIRST_SEED))
-    runner.run(*run_demo.component_stages(paths, FIRST_SEED))
-    runner.run_chains([[stage] for stage in whole_run.shard_stages(paths, run_demo.IMAGE_SETS)], at_once=jobs)
-    runner.run(whole_run.base_stage(paths))
+    for step in shared_steps(root):
+        runner.run(step)
     runner.run_chains([start_chain(root, seed) for seed in seeds], at_once=jobs)
     # Seed by seed: an interrupted run has whole rows for some seeds rather than parts of all.
     every = [chain for seed in seeds for chain in chains(root, seed, tables, overrides)]

@@ -21,8 +21,8 @@ def test_every_run_has_its_own_name_and_folder_and_settings_that_exist():
     for chain in every_chain():
         for stage in chain:
             names.append(stage.name)
-            module, *arguments = stage.command
-            assert (module, arguments[0] in COMMANDS) == ("megatron_r1v2", True)
+            program, *arguments = stage.command
+            assert (program, arguments[0] in COMMANDS) == ("r1v2", True)
             (recipe,) = (argument for argument in arguments if argument.endswith(".yaml"))
             overrides = [argument for argument in arguments if "=" in argument]
             if arguments[0] == "evaluate":
@@ -51,6 +51,14 @@ def test_arms_start_from_what_the_first_chain_of_a_seed_makes():
         assert start.split("=")[1] in made
     names = [chain[0].name for chain in ablations.chains(ROOT, 1, ["stages"], ())]
     assert names == ["seed-1-ssb-grpo", "seed-1-sft-mpo", "seed-1-dpo-mpo"]
+
+
+def test_what_all_arms_share_is_what_the_demo_makes_before_its_adapter_learns():
+    steps = ablations.shared_steps(ROOT)
+    assert [step.name for step in steps][:1] + [step.name for step in steps][-1:] == ["data", "base"]
+    made = [argument for step in steps for argument in step.command if argument.startswith("runs/")]
+    assert made
+    assert all(path.startswith(f"{ROOT}/") for path in made)
 
 
 def test_arms_belong_to_tables_that_exist():

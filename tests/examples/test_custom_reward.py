@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples import whole_run
 from examples.custom_reward.reward import nearness
-from examples.digits import run_demo
+from examples.digits import ablations
 from examples.stages import StageRunner
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import GrpoRecipe
@@ -62,22 +61,20 @@ def test_the_recipe_trains_by_the_function_alone(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_it_trains_the_model_of_the_demo(tmp_path: Path) -> None:
-    paths = run_demo.demo_paths(tmp_path / "digits")
-    runner = StageRunner(paths.root, threads=os.cpu_count() or 1, console=Console())
-    runner.run(run_demo.data_stage(paths, SEED))
-    runner.run(*run_demo.component_stages(paths, SEED))
-    runner.run_chains([[stage] for stage in whole_run.shard_stages(paths, run_demo.IMAGE_SETS)], at_once=2)
-    runner.run(whole_run.base_stage(paths))
-    runner.run(run_demo.align_stage(paths, SEED, ()))
+    root = tmp_path / "digits"
+    runner = StageRunner(root, threads=os.cpu_count() or 1, console=Console())
+    for step in [*ablations.shared_steps(root), *ablations.start_chain(root, SEED)[:1]]:
+        runner.run(step)
+    base, align, shards = root / "base", ablations.seed_folder(root, SEED) / ablations.START, root / "shards"
     output = tmp_path / "custom_reward"
     settings = [
-        f"model.hf_path={paths.base}",
-        f"data.train={paths.shards / 'grpo'}",
+        f"model.hf_path={base}",
+        f"data.train={shards / 'grpo'}",
         f"run.output_dir={output}",
     ]
-    heldout = f"evaluation.data={paths.shards / 'heldout'}"
-    for name, checkpoint in (("before", paths.align), ("after", output)):
-        recipe, start = str(FOLDER / "grpo.yaml"), f"model.checkpoint={paths.align}"
+    heldout = f"evaluation.data={shards / 'heldout'}"
+    for name, checkpoint in (("before", align), ("after", output)):
+        recipe, start = str(FOLDER / "grpo.yaml"), f"model.checkpoint={align}"
         if name == "after":
             run("grpo", recipe, *settings, start)
         run("evaluate", recipe, *settings, heldout, "--name", name, f"model.checkpoint={checkpoint}")

