@@ -172,7 +172,7 @@ def describe_settings(kind: type[Recipe] | None = None) -> str:
         for key in kind.settings()[name] if kind else section.model_fields:
             field = section.model_fields[key]
             accepted = ", ".join(filter(None, (type_name(field.annotation), range_text(field))))
-            default = _show(defaults.get(key, field.get_default(call_default_factory=True)))
+            default = show_value(defaults.get(key, field.get_default(call_default_factory=True)))
             stages = "" if kind else f"  in: {', '.join(stages_that_read(name, key))}"
             lines.append(f"  {name}.{key}  <{accepted}>  default: {default}{stages}")
             meaning = " ".join((field.description or "").split())
@@ -190,13 +190,14 @@ def _usage(kind: type[Recipe]) -> str:
     )
 
 
-def _show(value: object) -> str:
+def show_value(value: object) -> str:
+    """Return the value of a setting as YAML has it."""
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "[" + ", ".join(_show(item) for item in value) + "]"
+        return "[" + ", ".join(show_value(item) for item in value) + "]"
     if value is None:
         return "none"
     return repr(value) if isinstance(value, str) else str(value)
