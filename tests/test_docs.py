@@ -1,0 +1,120 @@
+"""The front door: README and docs/ are short, their links lead somewhere, and they name what exists."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from examples.stages import read_steps
+from megatron_r1v2.__main__ import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_r1v2").rglob("*.py"))
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"```.*?```", re.DOTALL)
+
+
+def words_of(text):
+    """Return the prose of a page as sentences: no code blocks, tables, headings or addresses."""
+    prose = CODE.sub("", text)
+    lines = [line for line in prose.splitlines() if not line.startswith(("|", "#", "!"))]
+    plain = LINK.sub(lambda link: re.match(r"!?\[([^\]]*)\]", link[0])[1], "\n".join(lines))
+    return [sentence.split() for part in plain.split("\n\n") for sentence in re.split(r"(?<=[.:?!])\s", part)]
+
+
+def test_the_readme_is_short_and_its_sentences_too():
+    assert len(README.splitlines()) <= 120
+    assert len(README.split()) <= 1300
+    longest = max(words_of(README), key=len)
+    assert len(longest) <= 40, " ".join(longest)
+
+
+def test_the_readme_has_a_picture_a_status_and_links():
+    assert len(re.findall(r"!\[", README)) == 1
+    assert len(LINK.findall(README)) >= 15
+    assert "nothing yet" in README or "proven on a GPU" in README
+    pages = {link.split("#")[0].removeprefix("docs/") for link in LINK.findall(README) if link.startswith("docs/")}
+    assert len(pages & {path.name for path in PAGES}) >= 10
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path):
+    for link in LINK.findall(CODE.sub("", path.read_text(encoding="utf-8"))):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.stem for path in (tmp_path / "site").glob("*.html")}
+    assert {path.stem for path in PAGES} <= made
+
+
+def test_every_page_is_in_the_menu_of_the_site():
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    listed = {entry if isinstance(entry, str) else next(iter(entry.values())) for entry in menu}
+    assert listed == {path.name for path in PAGES}
+
+
+def test_commands_that_are_shown_exist():
+    for path in (ROOT / "README.md", *PAGES):
+        text = path.read_text(encoding="utf-8")
+        shown = re.findall(r"(?:^ *|`|\d\. `)r1v2 ([a-z][a-z-]+)", text, re.MULTILINE)
+        shown += re.findall(r"-m megatron_r1v2 ([a-z][a-z-]+)", text)
+        assert set(shown) <= set(COMMANDS), path.name
+        for module in re.findall(r"python -m ((?:checkpoint_tools|examples|benchmarks)[\w.]*)", text):
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"{path.name}: {module}"
+
+
+def test_files_that_are_shown_exist():
+    top = "examples|slurm|benchmarks|checkpoint_tools|docs|tests|container"
+    for path in (ROOT / "README.md", *PAGES):
+        # Names in capitals stand for others: ROOM, RUN, DEVICE.
+        text = re.sub(r"[\w./-]*[A-Z]{3}[\w./-]*", "", path.read_text(encoding="utf-8"))
+        for name in re.findall(rf"(?<![\w/.])((?:{top})/[\w./-]*[\w/])", text):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+def test_modules_that_pages_name_exist():
+    rooms = "|".join(path.name for path in (ROOT / "megatron_r1v2").iterdir() if path.is_dir())
+    for path in (ROOT / "CONTRIBUTING.md", *PAGES):
+        for name in re.findall(rf"`((?:{rooms})/[\w/]*(?:\.py|/))`", path.read_text(encoding="utf-8")):
+            assert (ROOT / "megatron_r1v2" / name).exists(), f"{path.name}: {name}"
+
+
+def test_functions_of_the_method_are_where_it_says():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+/[\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", text)
+    assert len(named) >= 8
+    for file, names in named:
+        tree = ast.parse((ROOT / "megatron_r1v2" / file).read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert set(re.findall(r"`(\w+)`", names)) <= defined, file
+
+
+def test_messages_of_the_faq_are_those_of_the_program():
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    messages = [row.split("`")[1] for row in text.splitlines() if row.startswith("| `")]
+    assert len(messages) >= 15
+    assert not [message for message in messages if message not in SOURCES]
+
+
+def test_the_demo_of_the_readme_is_the_script():
+    assert "examples/digits/run.sh" in README
+    assert "run.sh" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert len(read_steps(ROOT / "examples" / "digits" / "run.sh")) >= 12
