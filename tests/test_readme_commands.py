@@ -46,7 +46,7 @@ def test_own_data_in_three_commands(reader):
     assert len(commands) == 3
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for line in commands:
-        program, command, *arguments = shlex.split(line)
+        program, command, *arguments = shlex.split(line, comments=True)
         assert program == "r1v2"
         small = SMALL if command == "grpo" else ()
         done = subprocess.run(

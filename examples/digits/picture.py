@@ -87,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = [read_evaluation(options.run / f"evaluation-{name}.json") for name in STAGES]
     pairs = list(turned_right(options.run))[:PAIRS_SHOWN]
     svg = io.StringIO()
-    # Without a date and with given names of elements the same run gives the same file.
+    # Without a date, with given names of elements, the same run gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "demo", "svg.fonttype": "none"}):
-        draw_picture(results, pairs).savefig(svg, format="svg", metadata={"Date": None})
+        draw_picture(results, pairs).savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     write_file(options.output, svg.getvalue())
     print(f"picture: {options.output}")
 
