@@ -89,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     svg = io.StringIO()
     # Without a date, with given names of elements, the same run gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "demo", "svg.fonttype": "none"}):
-        draw_picture(results, pairs).savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        draw_picture(results, pairs).savefig(
+            svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     write_file(options.output, svg.getvalue())
     print(f"picture: {options.output}")
 
