@@ -1,7 +1,9 @@
 """The installed packages, the shipped files, and the promises of the launch files."""
 
 import ast
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,3 +221,42 @@ def test_the_warning_comes_early_enough_for_a_step_much_longer_than_planned(scri
     cluster = Cluster(gpus, 8, 80.0, 4.0, HARDWARE["h100"])
     plan = make_plan(recipe, KNOWN_MODELS["r1v2-38b"], cluster)
     assert recipe.checkpoint.lead_seconds >= 2.5 * plan.time.total
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Return the folder of the package as pip installs it, from a copy of the tracked files; its needs are here."""
+    folder = tmp_path_factory.mktemp("installed")
+    for path in tracked_files():
+        copy = folder / "sources" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder / "package")]
+    command = [sys.executable, "-m", "pip", "install", *options, str(folder / "sources")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "package"
+
+
+def test_pip_installs_a_command_that_helps(installed, tmp_path):
+    done = run_installed(installed, tmp_path, "--help")
+    assert "rehearse" in done.stdout
+    assert run_installed(installed, tmp_path, "grpo", "--help").stdout.startswith("usage")
+
+
+def test_pip_installs_the_files_of_the_report(installed, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "actor/loss": 0.5}\n')
+    run_installed(installed, tmp_path, "report", "run")
+    assert "<html" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def run_installed(installed, folder, *arguments):
+    """Run `r1v2` of an installed package, away from the repository."""
+    return subprocess.run(
+        [sys.executable, str(installed / "bin" / "r1v2"), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
