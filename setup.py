@@ -76,7 +76,7 @@ setup(
     package_data={
         "megatron_r1v2": ["py.typed"],
         "checkpoint_tools": ["py.typed"],
-        "megatron_r1v2.report": ["*.html", "*.css"],
+        "megatron_r1v2.report": ["*.html", "*.css", "*.js"],
         "megatron_r1v2.evaluation.lm_eval": ["*.yaml"],
     },
     entry_points={"console_scripts": ["r1v2 = megatron_r1v2.__main__:main"]},

@@ -5,9 +5,12 @@ python -m megatron_r1v2 report --evaluations RUN_DIR [RUN_DIR ...] [--output PAG
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
@@ -56,7 +59,15 @@ def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | No
     """
     notes: list[str] = []
     evaluations = read_evaluations(folders, notes)
+    script = template("evaluation.js").render()
+    prompts = _prompts(evaluations)
     page = template("evaluation.html").render(
+        script=script,
+        # The browser runs this script and no other, whatever the text of a response says.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        prompts=prompts,
+        num_shown={kind: sum(prompt["counts"][kind] for prompt in prompts) for kind in ("all", *KINDS)},
+        num_differ=sum(prompt["differs"] for prompt in prompts),
         folders=[str(folder) for folder in folders],
         paper=_paper_table(evaluations),
         results=[_result(evaluation) for evaluation in evaluations],
@@ -130,14 +141,62 @@ def _shown(evaluation: Evaluation) -> dict[str, object]:
         ],
         "counts": evaluation.counts,
         "total": evaluation.num_responses,
-        "responses": [_response(row) for row in evaluation.responses],
+        "num_shown": len(evaluation.responses),
     }
+
+
+class PromptView(TypedDict):
+    """A prompt with its responses, of each evaluation that has it."""
+
+    first: dict[str, object]
+    """Its first response, which has the question and the picture too."""
+    parts: list[dict[str, object]]
+    """One for each evaluation."""
+    counts: dict[str, int]
+    """Responses shown: all, and of each kind."""
+    differs: bool
+    """One model is mostly right, another one is not."""
+
+
+def _prompts(evaluations: Sequence[Evaluation]) -> list[PromptView]:
+    """Return the prompts with responses to show, in the order of the files."""
+    # Two data sets may use a key for different questions.
+    by_prompt: dict[tuple[str, ...], dict[int, list[Json]]] = {}
+    for number, evaluation in enumerate(evaluations):
+        for row in evaluation.responses:
+            prompt = tuple(str(row.get(name)) for name in ("prompt_key", "question", "answer"))
+            by_prompt.setdefault(prompt, {}).setdefault(number, []).append(row)
+    return [_prompt(of_prompt, evaluations) for of_prompt in by_prompt.values()]
+
+
+def _prompt(of_prompt: Mapping[int, Sequence[Json]], evaluations: Sequence[Evaluation]) -> PromptView:
+    parts: list[dict[str, object]] = []
+    counts = dict.fromkeys(("all", *KINDS), 0)
+    mostly_right = set()
+    for number, rows in of_prompt.items():
+        right, num_runs = evaluations[number].right_by_prompt[str(rows[0].get("prompt_key"))]
+        mostly_right.add(2 * right > num_runs)
+        for row in rows:
+            for kind in ("all", *kinds_of(row)):
+                counts[kind] += 1
+        parts.append(
+            {
+                "name": evaluations[number].result.name,
+                "model": _model(evaluations[number]),
+                "right": f"{right} of {num_runs} right",
+                "responses": [_response(row) for row in rows],
+            }
+        )
+    first = _response(next(iter(of_prompt.values()))[0])
+    return {"first": first, "parts": parts, "counts": counts, "differs": len(mostly_right) > 1}
 
 
 def _response(row: Json) -> dict[str, object]:
     metadata = row.get("metadata")
     return {
         **shown_rollout(row),
+        # Nothing is trained here; a row has 0.
+        "advantage": None,
         "kinds": kinds_of(row),
         "run": row.get("sample_index", 0),
         "judge": judge_words(row),

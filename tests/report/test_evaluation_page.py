@@ -3,8 +3,6 @@
 import base64
 import dataclasses
 import io
-import json
-import shutil
 import subprocess
 import sys
 
@@ -15,10 +13,9 @@ from megatron_r1v2.evaluation.pass_at_1 import Conditions, evaluate_outcomes, wr
 from megatron_r1v2.evaluation.response_rows import outcome_of
 from megatron_r1v2.evaluation.rollout_records import write_rollouts
 from megatron_r1v2.report.evaluation_page import write_evaluation_page
-from megatron_r1v2.report.evaluation_read import RESPONSES_SHOWN, read_evaluations
+from megatron_r1v2.report.evaluation_read import RESPONSES_SHOWN, RUNS_SHOWN, read_evaluations
+from tests.report.browser import PHONE, ask_page, needs_browser, widths_on_a_phone
 from tests.report.test_page import HOSTILE, Page
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def png():
@@ -88,9 +85,9 @@ def test_the_page_says_what_the_evaluation_found(tmp_path):
     assert squeezed("History 50.0 %") in text
     assert squeezed("1 hallucinated, 1 judged, 0 cut, 2 wrong, 6 right") in text
     assert squeezed("judge-1: wrong No. ") in text
-    # Each of eight responses has its prompt's picture, also the second of a prompt.
-    assert page.elements.count("img") == 8
-    assert "script" not in page.elements
+    # One picture for both runs of a prompt.
+    assert page.elements.count("img") == 4
+    assert page.elements.count("script") == 1
 
 
 def test_a_part_of_a_benchmark_is_said_beside_every_figure(tmp_path):
@@ -132,19 +129,7 @@ def test_nothing_to_show_is_told(tmp_path):
     assert (done.returncode, "does not exist" in done.stderr) == (2, True)
 
 
-def in_browser(page, tmp_path):
-    """Return the page's document as the browser has it after layout."""
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
 PROBE = """
-<script>
-addEventListener("load", () => {
   const seen = element => element.offsetHeight > 0 && element.offsetWidth > 0;
   const rows = () => [...document.querySelectorAll("article")].filter(seen);
   const colour = image => {
@@ -160,30 +145,37 @@ addEventListener("load", () => {
     paper: rows_of("#paper").map(cells => cells.map(cell => cell.innerText.trim())),
     breakdowns: rows_of(".breakdown").map(
       ([name, rate, bar]) => [name.innerText, rate.innerText, bar.firstChild.offsetWidth / bar.offsetWidth]),
+    labels: {},
   };
-  for (const kind of ["wrong", "hallucinated", "judged", "right", "all"]) {
+  const labels = () => Object.fromEntries([...document.querySelectorAll(".filters label")].map(
+    label => [label.htmlFor.replace("show-", ""), Number(label.querySelector("small").innerText)]));
+  found.labels = labels();
+  for (const kind of Object.keys(found.labels)) {
     document.querySelector(`label[for=show-${kind}]`).click();
     found[kind] = rows().map(row => row.querySelector("small").innerText.split(",").slice(0, 2).join());
+    found[`groups ${kind}`] = [...document.querySelectorAll(".group")].filter(seen).length;
   }
   document.querySelector("label[for=show-judged]").click();
-  found.told = rows()[0].innerText;
-  document.title = JSON.stringify(found);
-});
-</script>
+  found.told = rows()[0].closest(".group").innerText;
+  document.querySelector("label[for=show-all]").click();
+  const box = document.querySelector("#search");
+  found.search = seen(box);
+  for (const words of ["what is 3", "HISTORY what", "nowhere", ""]) {
+    box.value = words;
+    box.dispatchEvent(new Event("input"));
+    found[`search ${words}`] = rows().length;
+    found[`labels ${words}`] = labels();
+  }
+  return found;
 """
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
-def test_rows_images_breakdowns_and_filters_in_a_browser(tmp_path):
-    path = write(tmp_path, rows())
-    # The page itself has no script and its policy allows none: the probe replaces the policy of a copy.
-    source = path.read_text().replace("default-src 'none';", "default-src 'unsafe-inline';")
-    probed = tmp_path / "probed.html"
-    probed.write_text(source.replace("</body>", PROBE + "</body>"))
-    document = Page(in_browser(probed, tmp_path))
-    found, _ = json.JSONDecoder().raw_decode(document.text[document.text.index("{") :])
+@needs_browser
+def test_rows_images_breakdowns_filters_and_search_in_a_browser(tmp_path):
+    found = ask_page(write(tmp_path, rows()), PROBE, tmp_path)
     assert found["rows"] == 8
-    assert found["colours"] == [[200, 20, 30, 255]] * 8
+    # One picture for all runs of a prompt.
+    assert found["colours"] == [[200, 20, 30, 255]] * 4
     assert ["MMMU validation", "73.6 %", "75.0 % (25.0 to 100.0), n = 4"] in [row[:3] for row in found["paper"]]
     assert len(found["paper"]) == 10
     by_subject = {name: (rate, width) for name, rate, width in found["breakdowns"]}
@@ -195,15 +187,85 @@ def test_rows_images_breakdowns_and_filters_in_a_browser(tmp_path):
     assert found["judged"] == ["q-2, run 1"]
     assert found["right"] == [f"q-{number}, run {run}" for number in (1, 3, 4) for run in (0, 1)]
     assert len(found["all"]) == 8
-    for shown in ("I see 2", "expected 2", "judge-1: wrong", "No. "):
+    assert found["labels"] == {"all": 8, "hallucinated": 1, "judged": 1, "cut": 0, "wrong": 2, "right": 6}
+    for kind, count in found["labels"].items():
+        assert len(found[kind]) == count
+    assert {kind: found[f"groups {kind}"] for kind in ("all", "wrong", "right", "cut")} == {
+        "all": 4,
+        "wrong": 1,
+        "right": 3,
+        "cut": 0,
+    }
+    for shown in ("I see 2", "expected 2", "judge-1: wrong", "No. ", "0 of 2 right"):
         assert shown in found["told"]
+    assert found["search"]
+    assert [found[f"search {words}"] for words in ("what is 3", "HISTORY what", "nowhere", "")] == [2, 4, 0, 8]
+    assert found["labels HISTORY what"] == {"all": 4, "hallucinated": 1, "judged": 1, "cut": 0, "wrong": 2, "right": 2}
+    assert found["labels "] == found["labels"]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
+def two_models(tmp_path):
+    """Write evaluations of two models on the same prompts; they differ on one, and one has a prompt of its own."""
+    write(tmp_path / "one", rows(), model="one-38b")
+    other = [row(number, run, correct=number != 3) for number in range(1, 6) for run in range(2)]
+    write(tmp_path / "other", other, model="other-8b")
+    return write_evaluation_page([tmp_path / "one", tmp_path / "other"], tmp_path / "both.html")
+
+
+def test_a_prompt_stands_once_with_the_responses_of_all_models(tmp_path):
+    page = Page(two_models(tmp_path).read_text())
+    text = " ".join(page.text.split())
+    assert text.count("one-38b, mmmu: 2 of 2 right") == 3
+    assert text.count("other-8b, mmmu: 2 of 2 right") == 3
+    assert text.count("one-38b, mmmu: 0 of 2 right") == text.count("other-8b, mmmu: 0 of 2 right") == 1
+    assert page.elements.count("img") == 5
+    # q-2 and q-3, which one of the two has right.
+    assert "models differ 2" in text
+
+
+def test_the_runs_of_a_prompt_are_a_few_of_every_kind(tmp_path):
+    many = [row(1, run, correct=run != 30) for run in range(40)] + [row(2, run, correct=True) for run in range(40)]
+    text = " ".join(Page(write(tmp_path, many).read_text()).text.split())
+    assert "39 of 40 right" in text
+    assert "40 of 40 right" in text
+    (evaluation,) = read_evaluations([tmp_path], [])
+    assert len(evaluation.responses) == 2 * RUNS_SHOWN
+    assert [r["sample_index"] for r in evaluation.responses if not r["correct"]] == [30]
+
+
+@needs_browser
+def test_models_that_differ_in_a_browser(tmp_path):
+    found = ask_page(two_models(tmp_path), PROBE, tmp_path)
+    assert found["labels"]["differ"] == found["groups differ"] == 2
+    assert {name.split(",")[0] for name in found["differ"]} == {"q-2", "q-3"}
+
+
+@needs_browser
+def test_the_page_fits_a_phone(tmp_path):
+    long = [
+        row(n, run, correct=True, question="w" * 300, metadata={"subject": "x" * 90}) for n in (1, 2) for run in (0, 1)
+    ]
+    write(tmp_path / "long", long, name="a-name-of-an-evaluation-that-is-rather-long", model="/runs/" + "m" * 90)
+    write(tmp_path / "rows", rows())
+    page = write_evaluation_page([tmp_path / "long", tmp_path / "rows"], tmp_path / "both.html")
+    window, content = widths_on_a_phone(page, tmp_path)
+    assert window == PHONE
+    assert content <= window
+
+
+@needs_browser
 def test_what_a_model_or_judge_says_runs_no_script(tmp_path):
     hostile = rows()
     hostile[0] |= {"text": HOSTILE, "question": HOSTILE, "metadata": {"benchmark": HOSTILE, HOSTILE: HOSTILE}}
     path = write(tmp_path, hostile, model=HOSTILE)
-    document = in_browser(path, tmp_path)
-    assert "<img src=x" not in document.replace("&lt;", "")
-    assert Page(document).elements.count("script") == 0
+    probe = """
+      // A response that got through as an element would run by this at the latest.
+      const forged = document.createElement("script");
+      forged.textContent = "document.body.dataset.forged = 1";
+      document.body.append(forged);
+      return {scripts: document.scripts.length, images: document.querySelectorAll("img[src=x]").length,
+              forged: document.body.dataset.forged || null};
+    """
+    # The page's own, the probe, and the forged one, which the policy does not let run.
+    assert ask_page(path, probe, tmp_path) == {"scripts": 3, "images": 0, "forged": None}
+    assert Page(path.read_text()).elements.count("script") == 1
