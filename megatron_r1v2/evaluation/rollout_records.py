@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from PIL import Image
@@ -27,6 +27,8 @@ class RolloutRecord(TypedDict):
     """The training step, or the optimizer steps behind the evaluated weights."""
     prompt_key: str
     question: str
+    messages: NotRequired[list[dict[str, str]]]
+    """The whole prompt, where there is more to it than the question."""
     answer: str
     """The reference; empty where own functions judge without one."""
     text: str
@@ -54,7 +56,7 @@ def rollout_record(
         advantage: as trained with; 0 in an evaluation.
     """
     verdicts = judge_claims(scored.claims, prompt.facts)
-    return {
+    record: RolloutRecord = {
         "step": step,
         "prompt_key": prompt.key,
         "question": question(prompt.messages),
@@ -70,6 +72,9 @@ def rollout_record(
         "response_tokens": len(scored.rollout.token_ids),
         "image_png": picture_base64(prompt) if picture else None,
     }
+    if len(prompt.messages) > 1:
+        record["messages"] = [dict(message) for message in prompt.messages]
+    return record
 
 
 def write_rollouts(path: Path, records: Iterable[Mapping[str, object]]) -> None:

@@ -206,9 +206,19 @@ def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
             axes.bar(steps, values, bottom=bottom, color=color, label=label, width=0.5)
             bottom += values[0]
     else:
-        axes.stackplot(
-            steps, *heights.values(), labels=list(heights), colors=colors, alpha=0.85, linewidth=0, step="mid"
-        )
+        labels = list(heights)
+        # Bars without gaps: a slope would say that a phase of every tenth step grows before it.
+        axes.stackplot(steps, *heights.values(), labels=labels, colors=colors, alpha=0.85, linewidth=0, step="mid")
+        _fit_to_later_steps(axes, steps, [sum(column) for column in zip(*heights.values(), strict=True)])
+
+
+def _fit_to_later_steps(axes: Axes, steps: Sequence[float], totals: Sequence[float]) -> None:
+    """Let a first step that takes far longer than all others, since it sets up, end above the picture, and say so."""
+    later = max(totals[1:])
+    if totals[0] > 3 * later > 0:
+        axes.set_ylim(top=1.1 * later)
+        text = f"step {steps[0]:.0f}: {totals[0]:.3g} s"
+        axes.annotate(text, (0.04, 0.97), xycoords="axes fraction", va="top", fontsize=9, color="#5a6572")
 
 
 def _finish(axes: Axes, chart: Chart, *, averaged: int) -> None:

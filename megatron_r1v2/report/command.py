@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.config.command_line import command_parser
+from megatron_r1v2.config.command_line import command_parser, quiet_libraries
 
 _DESCRIPTION = """\
-Write the report of a run, RUN_DIR/report.html, for each RUN_DIR, finished or still going. Of several runs write
+Write the report of a run, RUN_DIR/report.html, for each RUN_DIR, finished or still going; of a folder of preference
+pairs it shows some of them. Of several runs write
 comparison.html too, in the first of them: their curves in the same pictures, and the settings in which they differ.
 
 With --evaluations write one page of all evaluations in these folders, with their responses: evaluation.html in the
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.compare and arguments.evaluations:
         parser.error("--compare is for a run's report; the page of --evaluations shows all of them")
     compare = tuple(arguments.compare) if arguments.compare else None
+    quiet_libraries()
     # Imported after the arguments are checked: matplotlib takes seconds.
     from megatron_r1v2.report.comparison_page import write_comparison
     from megatron_r1v2.report.evaluation_page import write_evaluation_page

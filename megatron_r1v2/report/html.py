@@ -13,7 +13,8 @@ from PIL import Image
 
 from megatron_r1v2.resilience.files import write_file
 
-MAX_SIDE = 320
+MAX_SIDE = 448
+"""As in the lines of rollouts.jsonl; shown smaller until it is clicked."""
 MAX_BYTES = 20_000_000
 SMALL_SIDE = 128
 

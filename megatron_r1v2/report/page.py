@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from megatron_r1v2.evaluation.pass_at_1 import size_text
 from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.charts import draw, is_zero
 from megatron_r1v2.report.html import data_uri, template, write_page
+from megatron_r1v2.report.preference_read import PreferencePairs, read_preferences
 from megatron_r1v2.report.read import Json, Run, mean_of, read_run
 
 MAX_TEXT = 20_000
+MAX_QUESTION = 600
+"""Characters; the rest is shown on request."""
 MAX_WORD = 200
 
 
@@ -73,6 +77,7 @@ def render(run: Run) -> str:
             {"change": pair.change, "first": shown_rollout(pair.before), "last": shown_rollout(pair.after)}
             for pair in (run.comparison.pairs if run.comparison else ())
         ],
+        preferences=[_shown_pairs(pairs) for pairs in read_preferences(run)],
         rollouts={step: [shown_rollout(row) for row in rows] for step, rows in run.rollouts.items()},
         settings=run.settings,
         notes=run.notes,
@@ -143,9 +148,10 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     fresh = mean_of(run.metrics, "ssb/fresh_effective_fraction", end)
     if trained is not None and fresh is not None:
         cards.append(("Effective, trained on", _percent(trained), f"{_percent(fresh)} of the fresh; last third"))
-    seconds = mean_of(run.metrics, "timing_s/step", slice(None))
-    if seconds is not None:
-        cards.append(("A step takes", f"{seconds:.3g} s", "mean over all steps"))
+    _, seconds = run.series("timing_s/step")
+    if seconds:
+        # Not the mean: the first step holds what comes before it, such as the log-probs of the reference.
+        cards.append(("A step takes", f"{statistics.median(seconds):.3g} s", "median of all steps"))
     return cards
 
 
@@ -226,6 +232,23 @@ def _differs(compared: Sequence[Json], key: str) -> bool:
     return first != second
 
 
+def _shown_pairs(pairs: PreferencePairs) -> dict[str, object]:
+    columns = zip(pairs.chosen, pairs.rejected, pairs.margins, pairs.sources, strict=True)
+    return {
+        "folder": pairs.folder,
+        "counts": pairs.counts,
+        "pairs": [
+            {
+                "chosen": shown_rollout(chosen),
+                "rejected": shown_rollout(rejected),
+                "margin": margin,
+                "source": source.replace("_", " "),
+            }
+            for chosen, rejected, margin, source in columns
+        ],
+    }
+
+
 def shown_rollout(row: Json) -> dict[str, object]:
     """Return the fields that the templates show of a line of rollouts.jsonl, whatever is missing from it."""
     text = str(row.get("text") or "")
@@ -235,9 +258,11 @@ def shown_rollout(row: Json) -> dict[str, object]:
     reasoning, end, answer = text.rpartition("</think>")
     rewards = row.get("rewards")
     claims = row.get("claims")
+    question = str(row.get("question") or "")
     return {
         "key": row.get("prompt_key", ""),
-        "question": row.get("question") or "",
+        "question": question if len(question) <= MAX_QUESTION else f"{question[:MAX_QUESTION]} ...",
+        "prompt": _whole_prompt(row.get("messages"), question),
         "expected": row.get("answer", ""),
         "reasoning": reasoning + end,
         "answer": answer,
@@ -251,6 +276,13 @@ def shown_rollout(row: Json) -> dict[str, object]:
         "tokens": row.get("response_tokens"),
         "image": data_uri(row.get("image_png")),
     }
+
+
+def _whole_prompt(messages: object, question: str) -> str:
+    """Return all turns of a prompt as text; "" where the question, as it is shown, is all of it."""
+    turns = messages if isinstance(messages, list) else []
+    text = "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns if isinstance(turn, dict))
+    return (text or (question if len(question) > MAX_QUESTION else ""))[: 2 * MAX_TEXT]
 
 
 def _finite(value: object) -> TypeGuard[float]:

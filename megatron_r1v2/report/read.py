@@ -125,7 +125,9 @@ def _settings(run: Run) -> dict[str, object]:
 def _read_metrics(run: Run) -> None:
     path = run.path / "metrics.jsonl"
     if not path.is_file():
-        run.notes.append("There is no metrics.jsonl yet, so no curves are shown.")
+        # Shards are a data set, such as that of `r1v2 pairs`, and have no curves.
+        if not any(run.path.glob("*.tar")):
+            run.notes.append("There is no metrics.jsonl yet, so no curves are shown.")
         return
     found: dict[int, dict[str, float]] = {}
     for _, row in each_line(path, run.notes):
@@ -143,23 +145,39 @@ def _read_rollouts(run: Run) -> None:
     path = run.path / "rollouts.jsonl"
     if not path.is_file():
         return
-    by_step: dict[int, list[tuple[bool, int]]] = {}
+    by_step: dict[int, list[_Candidate]] = {}
     for offset, row in each_line(path, run.notes):
         step = row.get("step")
         if _is_number(step):
-            by_step.setdefault(int(step), []).append((bool(row.get("correct")), offset))
+            advantage = _number(row.get("advantage"), 0.0)
+            advantage = abs(advantage) if math.isfinite(advantage) else 0.0
+            by_step.setdefault(int(step), []).append(_Candidate(bool(row.get("correct")), advantage, offset))
     for step in _spread(sorted(by_step), STEPS_SHOWN):
         rows = {json.dumps(row, sort_keys=True): row for row in rows_at(path, _mixed(by_step[step]))}
         run.rollouts[step] = list(rows.values())
 
 
-def _mixed(candidates: Sequence[tuple[bool, int]]) -> list[int]:
-    """Return the offsets of a few rollouts, wrong and right ones where there are both, in the order of the file."""
-    wrong = [offset for correct, offset in candidates if not correct]
-    right = [offset for correct, offset in candidates if correct]
+@dataclass(frozen=True)
+class _Candidate:
+    """A rollout that may be shown."""
+
+    correct: bool
+    advantage: float
+    """|advantage|, which says how much was learned from it."""
+    offset: int
+    """Of its line, in bytes."""
+
+
+def _mixed(candidates: Sequence[_Candidate]) -> list[int]:
+    """Return the offsets of a few rollouts, wrong and right ones where there are both, the largest advantage first."""
+    # Sorting is stable: of equal ones the first in the file.
+    ordered = sorted(candidates, key=lambda each: -each.advantage)
+    wrong = [each for each in ordered if not each.correct]
+    right = [each for each in ordered if each.correct]
     half = ROLLOUTS_PER_STEP // 2
     chosen = wrong[: max(half, ROLLOUTS_PER_STEP - len(right))]
-    return sorted(chosen + right[: ROLLOUTS_PER_STEP - len(chosen)])
+    chosen += right[: ROLLOUTS_PER_STEP - len(chosen)]
+    return [each.offset for each in sorted(chosen, key=lambda each: (-each.advantage, each.offset))]
 
 
 def _read_evaluations(run: Run) -> None:

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,10 @@ def test_a_record_has_the_agreed_fields_and_survives_json(tmp_path):
         "step": 12,
         "prompt_key": "digits-1",
         "question": "Add them.",
+        "messages": [
+            {"role": "system", "content": "Think."},
+            {"role": "user", "content": "<image>\nAdd them."},
+        ],
         "answer": "8",
         "text": text,
         "rewards": {"answer": 0.0, "format": 1.0},
@@ -126,6 +131,16 @@ def test_a_record_has_the_agreed_fields_and_survives_json(tmp_path):
     write_rollouts(path, [record, record])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [record, record]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_prompt_that_is_a_question_alone_stands_once_in_its_record():
+    rollout = Rollout("digits-1", 0, (5,), (0.0,), policy_version=0, finish_reason="stop")
+    scored = ScoredRollout(rollout, "8", {}, 0.0, True, (), model_score=None)
+    prompt = _prompt(_picture(1, 2)[1])
+    alone = replace(prompt, messages=prompt.messages[1:])
+    record = rollout_record(1, alone, scored, advantage=0.0, picture=False)
+    assert record["question"] == "Add them."
+    assert "messages" not in record
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

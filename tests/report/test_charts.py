@@ -162,6 +162,18 @@ def test_phases_of_a_long_run_add_up_too(monkeypatch):
     assert sums == pytest.approx([5.0] * MAX_POINTS)
 
 
+def test_a_first_step_that_sets_up_does_not_hide_the_others(monkeypatch):
+    run = make_run(timing_s__reference=[58.0], timing_s__update=[0.5] * 5, timing_s__step=[60.0, 1.0, 1.0, 2.0, 1.0])
+    chart = chart_of("Seconds", "timing_s/*", stacked=True)
+    axes = drawn_axes(monkeypatch, chart, run)
+    assert axes.get_ylim() == pytest.approx((0.0, 2.2))
+    assert [text.get_text() for text in axes.texts] == ["step 0: 60 s"]
+    run.metrics[0]["timing_s/step"] = run.metrics[0]["timing_s/reference"] = 3.0
+    axes = drawn_axes(monkeypatch, chart, run)
+    assert axes.get_ylim()[1] > 3.0
+    assert not axes.texts
+
+
 def strokes(svg):
     """Return the colours of the curves of a picture."""
     return {color for color in COLORS if f"stroke: {color}" in svg}

@@ -13,6 +13,7 @@ from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.page import write_report
 from megatron_r1v2.report.read import PAIRS_SHOWN, ROLLOUTS_PER_STEP, STEPS_SHOWN, read_run
 from megatron_r1v2.rewards.parts import PARTS
+from tests.report.browser import PHONE, ask_page, needs_browser, widths_on_a_phone
 
 HOSTILE = "</span></script><script>alert(1)</script><img src=x onerror=alert(2)>\" ' {{ 7*7 }} \ud800 \x00"
 
@@ -297,3 +298,66 @@ def test_a_response_without_a_reference_is_neither_right_nor_wrong(tmp_path):
     assert "near 0.75near/shown 1.00" in text
     assert "wrong left 3" not in text
     assert "near/shown" in text.partition("Reward and correctness")[2].partition("Responses")[0]
+
+
+def test_a_long_question_and_further_turns_are_shown_on_request(tmp_path):
+    turns = [{"role": "system", "content": f"Think. {HOSTILE}"}, {"role": "user", "content": "<image>\nAdd them."}]
+    rows = [rollout(question="w " * 1000), rollout(messages=turns, prompt_key="with-system"), rollout(prompt_key="p")]
+    write_lines(tmp_path / "rollouts.jsonl", rows)
+    page = read_page(tmp_path)
+    text = " ".join(page.text.split())
+    assert text.count("the whole prompt") == 2
+    assert f"{'w ' * 300}..." in text
+    assert "w " * 999 in text
+    assert "system: Think. </span></script>" in text
+    assert "user: <image> Add them." in text
+    assert "script" not in page.elements
+
+
+@needs_browser
+def test_a_picture_grows_when_it_is_clicked(tmp_path):
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(image_png=png(400, 300))])
+    found = ask_page(
+        write_report(tmp_path),
+        """
+        const image = document.querySelector(".zoom img"), before = image.offsetWidth;
+        image.click();
+        return [before, image.offsetWidth, image.naturalWidth];
+        """,
+        tmp_path,
+    )
+    assert found[0] <= 322
+    assert found[1:] == [400, 400]
+
+
+@needs_browser
+def test_the_report_fits_a_phone(full_run, tmp_path):
+    window, content = widths_on_a_phone(full_run / "report.html", tmp_path)
+    assert window == PHONE
+    assert content <= window
+    (tmp_path / "run").mkdir()
+    row = rollout(question="w" * 900, text="x" * 900, prompt_key="k" * 200, rewards={"r" * 80: 1.0})
+    write_lines(tmp_path / "run" / "rollouts.jsonl", [row | {"image_png": png(400, 300)}])
+    (tmp_path / "run" / "recipe.yaml").write_text(f"run: {{name: {'n' * 200}}}\nmodel: {{checkpoint: /{'m' * 150}}}\n")
+    window, content = widths_on_a_phone(write_report(tmp_path / "run"), tmp_path)
+    assert content <= window
+
+
+@needs_browser
+def test_the_bars_of_a_step_are_as_high_as_the_step(tmp_path):
+    rows = [{"step": s, "timing_s/generate": 2.0, "timing_s/update": 1.0, "timing_s/step": 4.0} for s in range(1, 9)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    found = ask_page(
+        write_report(tmp_path),
+        """
+        const areas = [...document.querySelectorAll("figure svg [id^=FillBetween]")].map(e => e.getBBox());
+        return areas.map(box => [box.y, box.height]);
+        """,
+        tmp_path,
+    )
+    generate, update, other = found
+    # Stacked from below: each ends where the next begins, and heights are as the seconds.
+    assert update[0] + update[1] == pytest.approx(generate[0], abs=0.1)
+    assert other[0] + other[1] == pytest.approx(update[0], abs=0.1)
+    assert generate[1] == pytest.approx(2 * update[1], rel=0.01)
+    assert other[1] == pytest.approx(update[1], rel=0.01)

@@ -60,6 +60,14 @@ def test_a_few_steps_and_a_few_rollouts_of_each_are_shown(tmp_path):
         assert [row["correct"] for row in shown].count(False) == 1
 
 
+def test_the_largest_advantages_of_a_step_come_first(tmp_path):
+    advantages = (0.1, -2.0, 0.5, 1.5, -0.2, 0.0, float("nan"), 0.9)
+    rows = [{"step": 1, "advantage": value, "correct": value > 0} for value in advantages]
+    write(tmp_path / "rollouts.jsonl", *rows)
+    shown = [row["advantage"] for row in read_run(tmp_path).rollouts[1]]
+    assert shown == [-2.0, 1.5, 0.9, -0.2]
+
+
 def write_evaluations(folder, right, **finished):
     """Write evaluations of four kinds of prompts, each right or wrong; `finished`: when, by name."""
     for name, values in right.items():
