@@ -332,7 +332,7 @@ def test_a_picture_grows_when_it_is_clicked(tmp_path):
 
 @needs_browser
 def test_the_report_fits_a_phone(full_run, tmp_path):
-    window, content = widths_on_a_phone(full_run / "report.html", tmp_path)
+    window, content = widths_on_a_phone(write_report(full_run), tmp_path)
     assert window == PHONE
     assert content <= window
     (tmp_path / "run").mkdir()
