@@ -95,9 +95,9 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
             except ValueError as error:
                 notes.append(str(error))
                 continue
-            rows = path.with_suffix(".rollouts.jsonl")
-            if rows.is_file():
-                with_rows.append((found[-1], _index(found[-1], rows, notes)))
+            lines = path.with_suffix(".rollouts.jsonl")
+            if lines.is_file():
+                with_rows.append((found[-1], _index(found[-1], lines, notes)))
     if not found:
         raise ValueError(
             f"there is no evaluation-NAME.json in {', '.join(map(str, folders))}; run python -m "
