@@ -6,6 +6,7 @@ python -m examples.results runs/digits
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_r1v2.evaluation.estimates import confidence_interval
 from megatron_r1v2.evaluation.pass_at_1 import comparison_table
 from megatron_r1v2.report.evaluation_read import Evaluation, read_evaluations
 
@@ -60,6 +62,28 @@ def kind_table(evaluations: Sequence[Evaluation]) -> Table:
     return table
 
 
+def gain_line(folder: Path, first: str, last: str) -> str:
+    """Return the gain in Pass@1 between two evaluations of the same prompts, and whether it is more than chance."""
+    before, after = (rates_by_prompt(folder / f"evaluation-{name}.rollouts.jsonl") for name in (first, last))
+    gains = [after[key] - before[key] for key in before if key in after]
+    mean = 100 * statistics.fmean(gains)
+    low, high = (100 * end for end in confidence_interval(gains))
+    words = "more than chance" if low > 0 else "less than nothing" if high < 0 else "no gain is shown: zero is in it"
+    return (
+        f"{last} against {first}: {mean:+.1f} points of Pass@1, 95 % interval {low:+.1f} to {high:+.1f} over "
+        f"{len(gains)} prompts: {words}"
+    )
+
+
+def rates_by_prompt(rollouts: Path) -> dict[str, float]:
+    """Return the part of the responses to each prompt that are right."""
+    correct: dict[str, list[bool]] = {}
+    for line in rollouts.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        correct.setdefault(row["prompt_key"], []).append(row["correct"])
+    return {key: statistics.fmean(values) for key, values in correct.items()}
+
+
 def remarks(before: float, after: float, *, start: tuple[float, float], goal: float) -> list[str]:
     """Return a sentence for each promise of an example that a run has not kept.
 
@@ -97,6 +121,8 @@ def show_results(root: Path, console: Console, *, start: tuple[float, float], go
     evaluations = sorted(read_evaluations([root / "grpo"], []), key=lambda each: each.result.finished)
     results = [each.result for each in evaluations]
     console.print(comparison_table(results))
+    for earlier, later in itertools.pairwise(results):
+        console.print(gain_line(root / "grpo", earlier.name, later.name), soft_wrap=True, highlight=False)
     if "kind" in evaluations[0].groups:
         console.print(kind_table(evaluations))
     console.print(buffer_table(root / "grpo" / "metrics.jsonl"))

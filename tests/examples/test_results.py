@@ -31,6 +31,24 @@ def test_the_buffer_table_compares_the_first_and_the_last_third(tmp_path):
     assert [cell.strip() for cell in row.split("\u2502")[2:4]] == ["0.6", "0.2"]
 
 
+def write_rollouts(folder, name, correct):
+    """Write two responses to each of some prompts, right or wrong."""
+    rows = [{"prompt_key": f"p{place}", "correct": bool(right)} for place, pair in enumerate(correct) for right in pair]
+    path = folder / f"evaluation-{name}.rollouts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_gain_is_told_with_its_interval_and_what_that_shows(tmp_path):
+    write_rollouts(tmp_path, "before", [(0, 0), (1, 0), (0, 1), (0, 0)] * 10)
+    write_rollouts(tmp_path, "after", [(1, 1), (1, 1), (0, 1), (1, 0)] * 10)
+    line = results.gain_line(tmp_path, "before", "after")
+    assert line.startswith("after against before: +50.0 points of Pass@1, 95 % interval +")
+    assert line.endswith("over 40 prompts: more than chance")
+    assert results.gain_line(tmp_path, "after", "before").endswith("less than nothing")
+    write_rollouts(tmp_path, "same", [(1, 1), (1, 0), (0, 0), (0, 0)] * 10)
+    assert "zero is in it" in results.gain_line(tmp_path, "before", "same")
+
+
 def test_the_results_are_in_the_order_of_time_and_end_with_what_to_look_at(tmp_path):
     run = tmp_path / "grpo"
     run.mkdir()
@@ -40,6 +58,7 @@ def test_the_results_are_in_the_order_of_time_and_end_with_what_to_look_at(tmp_p
         path = write_evaluation(run, dataclasses.replace(none, name=name, pass_at_1=pass_at_1))
         written = json.loads(path.read_text()) | {"finished": f"2026-01-0{day}T00:00:00+00:00"}
         path.write_text(json.dumps(written))
+        write_rollouts(run, name, [(0, 1)])
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     (run / "report.html").write_text("")
     (tmp_path / "stages").mkdir()
