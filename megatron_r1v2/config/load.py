@@ -25,7 +25,6 @@ SCHEMA = 2
 RENAMES: Mapping[int, Mapping[str, str]] = {
     2: {
         "algorithm.gate_tokens": "",
-        "buffer.priority_exponent": "",
         "logging.sample_rollouts": "",
         "train.micro_batch_size": "",
     }

@@ -301,6 +301,8 @@ class BufferConfig(Section):
     by more than 0.01 (reward), for prompts without answers. Dynamic sampling counts groups in the same way."""
     target_effective_fraction: float = Field(0.6, ge=0, le=1)
     """Fresh effective responses are topped up to this part of the batch."""
+    priority_exponent: float = Field(1.0, ge=0)
+    """alpha: responses are drawn with p ~ |advantage|^alpha; 0: all alike."""
 
 
 class TrainConfig(Section):
