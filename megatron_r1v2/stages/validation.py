@@ -49,9 +49,12 @@ class Validation:
         if not self.every_steps or session.step % self.every_steps:
             return None
         with session.recorder.timed("evaluate"):
-            # The tower may have been trained since the last time.
-            self.evaluator.features.clear()
+            # The step has read its images; the next one begins with an empty cache.
+            if session.policy.features is not None:
+                session.policy.features.clear()
             result = self.evaluator.run(self.prompts, name="validation", step=session.step)
+            # The tower may be trained before the next time, and training needs the memory.
+            self.evaluator.features.clear()
         session.recorder.note(validation_metrics(result))
         if self.calibrator is not None:
             self.calibrator.observe(result.hallucination_rate, result.claim_coverage)
