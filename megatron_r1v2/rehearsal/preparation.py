@@ -10,8 +10,8 @@ from megatron_r1v2.config.choices import Fp8, Layers, StageName
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.planning.memory import Workload
 from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.workload import Workload
 
 AnyTraining = TrainingRecipe | PairsRecipe
 

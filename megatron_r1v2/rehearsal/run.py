@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.recipes import PairsRecipe, TrainingRecipe
-from megatron_r1v2.planning.memory import Phase, RankMemory
+from megatron_r1v2.planning.memory import RankMemory
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.plan import Plan
 from megatron_r1v2.rehearsal.collectives import find_mismatches
@@ -21,15 +21,6 @@ from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import write_rehearsal
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
 
-PLANNED: Mapping[str, Phase] = {
-    "gate": "generation",
-    "generate": "generation",
-    "evaluate": "generation",
-    "reference": "log-probs",
-    "log_probs": "log-probs",
-    "update": "training",
-}
-"""The planner's phase for each of a stage's."""
 REHEARSED = (StageName.align, StageName.mpo, StageName.grpo)
 """The stages whose step is known here."""
 _LOG_LINES = 20
@@ -56,8 +47,7 @@ class Rehearsal:
 
 def planned_memory(plan: Plan, rank: RankResult, phase: PhaseMemory) -> RankMemory | None:
     """Return the planner's figures for a phase of a rank; None: it does not plan that phase."""
-    name = PLANNED.get(phase.name)
-    return next((each for each in plan.memory.ranks if each.stage == rank.stage and each.phase == name), None)
+    return next((each for each in plan.memory.ranks if each.stage == rank.stage and each.phase == phase.name), None)
 
 
 def ranks_to_rehearse(layout: Layout, *, all_ranks: bool) -> list[int]:
