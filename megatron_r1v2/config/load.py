@@ -20,7 +20,7 @@ from megatron_r1v2.config.yaml_files import is_mapping, parse_yaml, read_yaml_ma
 
 BASE_KEY = "defaults"
 SCHEMA_KEY = "schema"
-SCHEMA = 2
+SCHEMA = 3
 """Of the settings, in recipes that are saved; raised with each line of `RENAMES`, and when a stage reads less."""
 RENAMES: Mapping[int, Mapping[str, str]] = {
     2: {

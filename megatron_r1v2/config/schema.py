@@ -149,7 +149,7 @@ class GenerationConfig(Section):
     max_response_tokens: int = Field(8192, ge=1)
     """A response that reaches this is cut and marked "length"."""
     temperature: float = Field(1.0, gt=0)
-    """Divides the logits; training uses the same."""
+    """Divides the logits; the training of GRPO uses the same."""
     stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
     """Tokens, as text, that end a response beside those of the model's generation_config.json; the first also ends the
     responses of SFT and of pairs."""
@@ -385,8 +385,8 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(10, ge=0)
     """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then. SIGTERM costs
-    the step in progress and those since the newest checkpoint, less what `keep_rollouts` keeps of them: 1 where a
-    checkpoint is small against a step."""
+    the step in progress, less what `keep_rollouts` keeps of it, and those since the newest checkpoint where saving them
+    takes more than `grace_seconds`; a lost node always costs both: 1 where a checkpoint is small against a step."""
     keep_last: int = Field(2, ge=1)
     """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
     asynchronous: bool = True
@@ -403,7 +403,9 @@ class CheckpointConfig(Section):
     lead_seconds: float = Field(1200.0, ge=0)
     """SIGUSR1 comes so long before the end (--signal of the sbatch script): a step and a save must fit in."""
     grace_seconds: float = Field(25.0, ge=1)
-    """After SIGTERM the step is abandoned, and the process ends within so many seconds."""
+    """After SIGTERM, or a second Ctrl-C, the step is abandoned, and the process ends within so many seconds; the first
+    Ctrl-C finishes the step, saves and ends, as SIGUSR1 does. torchrun waits 30 s for that, or its
+    --shutdown-timeout."""
 
 
 class HallucinationConfig(Section):

@@ -7,14 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.choices import OnResume, Packing, Part, TooLong
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
-from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -26,14 +23,13 @@ from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.rank_watch import RankWatch
 from megatron_r1v2.resilience.rollout_cache import RolloutCache
 from megatron_r1v2.resilience.run_lock import hold_folder
-from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
+from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals, torchrun_patience
 from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
-from megatron_r1v2.rewards.replica import ScoringError
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
-from megatron_r1v2.stages.step_prompts import next_distinct
+from megatron_r1v2.stages.step_prompts import next_distinct, too_few_prompts
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import build_optimizer, release_grad_hooks, wrap_with_ddp
@@ -168,7 +164,8 @@ class Session:
 
     @contextmanager
     def save_on_error(self, state: Callable[[], State], replay: Callable[[], State]) -> Iterator[None]:
-        """Collective over the world: run a step in the block; where it ends by an error, save the steps before first.
+        """Collective over the world: run a step in the block; where it ends by an error or is given up, save the steps
+        before first.
 
         Args:
             state: gives what the stage itself must restore.
@@ -177,16 +174,17 @@ class Session:
         step, version, position = self.step, self.policy.version, self.stream.state_dict()
         try:
             yield
-        except (ValueError, RuntimeError) as error:
-            # Another error may be this rank's alone, and the others would wait in another collective for ever.
-            everywhere = isinstance(error, DataError | ScoringError) or dist.get_world_size() == 1
+        except Exception as error:  # of any kind: it is raised again
+            # Of one rank alone: the others wait in another collective for ever.
+            together = self.preemption.watch.gather_failed(f"step-{step}")
             whole = self.step > step or self.policy.version == version
-            if everywhere and whole and not self.policy.skipped.in_a_row and self.step > self.saved_step:
+            if together and whole and not self.policy.skipped.in_a_row and self.step > self.saved_step:
                 if self.step == step:  # its prompts are read again
                     self.stream.load_state_dict(position)
                 self.save({"finished": False, **state()}, replay())
                 self.preemption.publish(blocking=True)
-                self.recorder.log(f"saved after step {self.step}, as the run ends by an error; start again to go on")
+                why = "is given up" if isinstance(error, StepAbandoned) else "ends by an error"
+                self.recorder.log(f"saved after step {self.step}, as the run {why}; start again to go on")
             raise
 
     def should_save(self, *, last: bool, pass_at_1: float | None = None) -> bool:
@@ -197,7 +195,12 @@ class Session:
 
 @contextmanager
 def open_session(
-    recipe: TrainingRecipe, *, stage: str, shown: Sequence[str], keep_reference: bool = False
+    recipe: TrainingRecipe,
+    *,
+    stage: str,
+    shown: Sequence[str],
+    keep_reference: bool = False,
+    temperature: float = 1.0,
 ) -> Iterator[Session]:
     """Collective over the world: start a stage, resumed from its newest checkpoint; everything ends with the block.
 
@@ -205,6 +208,10 @@ def open_session(
         stage: for the progress display.
         shown: metrics for the progress display.
         keep_reference: whether to keep a copy of the weights that the stage starts from.
+        temperature: of the distribution that the samples are drawn from; 1 for given responses.
+
+    Raises:
+        ValueError: among others, a data set with fewer samples than a step takes.
     """
     run_dir = Path(recipe.run.output_dir)
     with (
@@ -216,7 +223,7 @@ def open_session(
         freeze_all_but(loaded.model, recipe.train.parts)
         # Before a checkpoint of this stage is loaded: the reference is what the stage starts from.
         reference = ReferenceWeights(loaded.model) if keep_reference else None
-        policy = _build_policy(loaded, recipe, run_dir)
+        policy = _build_policy(loaded, recipe, run_dir, temperature)
         # The hooks hold the model and the threads of its groups in a cycle that Python does not collect.
         at_the_end.callback(release_grad_hooks, loaded.model)
         stream = loaded.training_stream()
@@ -234,6 +241,9 @@ def open_session(
             survey = loaded.survey_data(recipe.data.train)
             for line in survey.sentences(recipe.data.train, recipe.data, pairs=stage in ("mpo", "reward_model")):
                 recorder.log(line)
+            usable = stream.num_samples - len(survey.too_long)  # those that data.too_long=skip leaves out
+            if usable < recipe.train.prompts_per_step:
+                raise too_few_prompts(usable, recipe.train.prompts_per_step)
             _note_resume(recorder, recipe, restored, newest)
             # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
             verifier.verify_weights(restored.checksums, newest)
@@ -255,8 +265,8 @@ def open_session(
             )
             try:
                 yield session
-            except StepAbandoned:
-                preemption.log_step_abandoned(session.step)
+            except StepAbandoned as reason:
+                preemption.log_step_abandoned(session.step, str(reason))
             # Also after a step that was given up: the checkpoint of the step before may not be written yet.
             preemption.publish(blocking=True)
 
@@ -289,7 +299,11 @@ def _open_supervision(
     """Listen for signals, open the recorder, and watch the other ranks, while the block runs."""
     run_dir = Path(recipe.run.output_dir)
     with (
-        StopSignals(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_signals,
+        StopSignals(
+            context.device,
+            grace_seconds=recipe.checkpoint.grace_seconds,
+            patience_seconds=torchrun_patience(),
+        ) as stop_signals,
         Recorder(
             run_dir,
             RunInfo(
@@ -307,6 +321,7 @@ def _open_supervision(
         ) as recorder,
         RankWatch(context.store, recorder.current_phase, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
     ):
+        stop_signals.call_before_leaving(watch.print_report)
         yield (
             recorder,
             PreemptionHandler(
@@ -330,7 +345,7 @@ def _open_checkpoints(settings: CheckpointConfig, context: ParallelContext, run_
     )
 
 
-def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) -> Policy:
+def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path, temperature: float) -> Policy:
     """Wrap a model whose other parts are frozen, and build its optimizer."""
     model, context = loaded.model, loaded.context
     if recipe.train.packing is Packing.shared and context.device.type == "cuda":
@@ -350,7 +365,7 @@ def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) ->
         optimizer=optimizer,
         scheduler=scheduler,
         context=context,
-        temperature=recipe.generation.temperature,
+        temperature=temperature,
         vocab_size=loaded.sampled_vocab_size,
         # A tower that trains has other features after every update.
         features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),

@@ -10,6 +10,10 @@ from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.types import Prompt
 
 
+class TooFewPrompts(DataError):
+    """Raised where a data set has fewer distinct prompts than a step takes."""
+
+
 def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Yield the prompts of one pass, so many at a time; the last group may be smaller."""
     source = iter(prompts)
@@ -25,7 +29,7 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
         besides: prompts that the step has already.
 
     Raises:
-        DataError: the data set has fewer.
+        TooFewPrompts: the data set has fewer.
     """
     taken = {prompt.key for prompt in besides}
     found: dict[str, Prompt] = {}
@@ -36,8 +40,13 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
                 found.setdefault(prompt.key, prompt)
         if len(found) == count:
             return list(found.values())
-    further = f" beside the {len(taken)} of earlier rounds (algorithm.dynamic_sampling_rounds)" if taken else ""
-    raise DataError(
-        f"data.train has only {len(found)} distinct prompts{further} but train.prompts_per_step={count}; "
+    raise too_few_prompts(len(found), count, besides=len(taken))
+
+
+def too_few_prompts(found: int, count: int, *, besides: int = 0) -> TooFewPrompts:
+    """Return the error of a data set that has fewer distinct prompts than a step takes."""
+    further = f" beside the {besides} of earlier rounds (algorithm.dynamic_sampling_rounds)" if besides else ""
+    return TooFewPrompts(
+        f"data.train has only {found} distinct prompts{further} but train.prompts_per_step={count}; "
         "lower train.prompts_per_step or give more data"
     )

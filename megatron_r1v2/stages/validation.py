@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_r1v2.evaluation.evaluator import Evaluator
+from megatron_r1v2.evaluation.evaluator import Evaluator, check_answered
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.session import Session
@@ -40,6 +40,7 @@ class Validation:
         self.every_steps = settings.every_steps if folder else 0
         self.goal = settings.stop_at_pass_at_1
         self.prompts = list(session.loaded.read_prompts(folder, settings.prompts)) if self.every_steps else []
+        check_answered(self.prompts)
         if calibrator is not None:
             calibrator.check(self.prompts, folder)
 

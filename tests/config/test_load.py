@@ -293,9 +293,9 @@ def test_a_saved_recipe_of_an_earlier_commit_is_refused_in_one_sentence(tmp_path
         load_recipe(path, saved=True)
 
 
-@pytest.mark.parametrize("schema", ["0", "3", "one"])
+@pytest.mark.parametrize("schema", ["0", "4", "one"])
 def test_a_schema_of_another_version_is_refused(tmp_path, schema):
-    with pytest.raises(ValueError, match=rf"has schema='?{schema}'?; this version reads 1 to 2"):
+    with pytest.raises(ValueError, match=rf"has schema='?{schema}'?; this version reads 1 to 3"):
         load_recipe(write(tmp_path, f"schema: {schema}\n"))
 
 

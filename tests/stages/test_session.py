@@ -13,6 +13,7 @@ from megatron_r1v2.config.schema import Part
 from megatron_r1v2.data.samples import DataError, parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import PromptStream, read_shards
+from megatron_r1v2.resilience import rank_watch
 from megatron_r1v2.rewards.replica import ScoringError
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
@@ -151,6 +152,29 @@ def test_all_ranks_save_before_an_error_of_a_reward_function(root: Path, tmp_pat
     assert all("fails_from_call_5 failed for every response" in error for error in errors)
     (saved,) = finished_checkpoints(tmp_path / "run" / "checkpoints")
     assert saved.name == "step-00000001"
+
+
+def _fail_in_the_second_step(root: str, folder: str, alone: bool) -> bool:
+    rank_watch._GATHER_SECONDS = 1.0  # type: ignore[attr-defined]
+    settings = ("train.steps=3", "checkpoint.every_steps=0")
+    with open_session(
+        recipe_for(Path(root), Path(folder) / "run", settings, stage="align"), stage="align", shown=()
+    ) as session:
+        supervised_step(session)
+        if not alone or session.context.is_main:
+            try:
+                with session.save_on_error(dict, dict):
+                    raise KeyError("a fault of the program")
+            except KeyError:
+                pass
+        return session.saved_step == 1
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_ranks_save_before_any_error_that_all_have(root: Path, tmp_path: Path, alone: bool) -> None:
+    saved = run_ranks(2, _fail_in_the_second_step, str(root), str(tmp_path), alone)
+    assert saved == [not alone] * 2
+    assert len(finished_checkpoints(tmp_path / "run" / "checkpoints")) == int(not alone)
 
 
 def test_a_step_whose_update_was_made_is_not_saved_as_the_one_before(root: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_r1v2.config.choices import EffectiveBy, LossAggregation
 from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.config.schema import RewardConfig
 from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -151,13 +152,24 @@ def telling_responses(records: Sequence[SampleRecord], count: int) -> list[int]:
     return [place for *_, place in sorted(order, key=lambda item: item[:3])[:count]]
 
 
-def check_answers(prompts: Sequence[Prompt], effective_by: EffectiveBy) -> None:
-    """Raise DataError where answers decide which groups can teach something, and a prompt has none."""
-    missing = [prompt.key for prompt in prompts if not prompt.answer]
-    if missing and effective_by is EffectiveBy.answer:
+def check_answers(unanswered: Sequence[str], reward: RewardConfig, effective_by: EffectiveBy) -> None:
+    """Raise DataError where answers decide what a prompt can teach, and some have none.
+
+    Args:
+        unanswered: the keys of prompts without an answer.
+    """
+    if not unanswered:
+        return
+    those = f"prompt {unanswered[0]!r} has no answer" + f" ({len(unanswered)} have none)" * (len(unanswered) > 1)
+    if effective_by is EffectiveBy.answer:
         raise DataError(
-            f"prompt {missing[0]!r} has no answer, and buffer.effective_by=answer compares answers to find the groups "
+            f"{those}, and buffer.effective_by=answer compares answers to find the groups "
             "that can teach something; set buffer.effective_by=reward"
+        )
+    if not reward.functions and not reward.model_weight:
+        raise DataError(
+            f"{those}, and nothing judges its responses: reward.functions is empty and reward.model_weight is 0; give "
+            "it an answer, with answer_type, or set one of them"
         )
 
 
