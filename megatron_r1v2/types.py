@@ -213,3 +213,5 @@ class TrainingBatch:
     """float32 [B, S], where the loss has a KL term."""
     reference_sums_B: torch.Tensor | None = None
     """float64 [B]: log-probs of the whole responses under the reference, where the loss compares those."""
+    entropy_BS: torch.Tensor | None = None
+    """float32 [B, S], of the policy in training, where it is measured."""

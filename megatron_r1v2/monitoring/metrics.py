@@ -293,6 +293,19 @@ _OPTIMISATION = Section(
                 Metric("actor/kl_loss", "nats", "KL (k3) to the reference, before its coefficient."),
             ),
         ),
+        Chart(
+            "Entropy",
+            "Of the policy's distribution over the next token, at the response tokens trained on. One that falls to 0 "
+            "early has stopped to explore.",
+            (
+                Metric(
+                    "actor/entropy",
+                    "nats",
+                    "Entropy of the policy's next token, at the response tokens trained on.",
+                    suffixes=_BY_MODALITY,
+                ),
+            ),
+        ),
         Chart("Gradient norm", "Before clipping.", (Metric("actor/grad_norm", "norm", "Before clipping."),)),
         Chart("Learning rate", "Of the optimizer step.", (Metric("actor/lr", "rate", "Of the optimizer step."),)),
         Chart(

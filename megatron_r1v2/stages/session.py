@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
-from megatron_r1v2.config.choices import OnResume, Packing, Part, TooLong
+from megatron_r1v2.config.choices import OnResume, Packing, Part, StageName, TooLong
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
@@ -366,6 +366,7 @@ def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path, te
         scheduler=scheduler,
         context=context,
         temperature=temperature,
+        measures_entropy=recipe.stage is StageName.grpo,
         vocab_size=loaded.sampled_vocab_size,
         # A tower that trains has other features after every update.
         features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),
