@@ -52,7 +52,7 @@ def token_entropy(
         float32 [B, S] in nats, without a graph.
     """
     parts = []
-    for chunk_BSV in logits_BSV.split(_CHUNK, dim=1):
+    for chunk_BSV in torch.split(logits_BSV, _CHUNK, dim=1):
         scaled_BSV = _scale(chunk_BSV, temperature, vocab_size, groups)
         largest_BS = scaled_BSV.amax(dim=-1)
         dist.all_reduce(largest_BS, op=dist.ReduceOp.MAX, group=groups.tp)

@@ -107,8 +107,9 @@ class Policy(Forward):
     ) -> tuple[torch.Tensor, Result]:
         # Here the logits are; log-probs alone are computed without a graph.
         if self.measures_entropy and torch.is_grad_enabled():
-            settings = {"temperature": self.temperature, "vocab_size": self.vocab_size}
-            entropy_1S = token_entropy(output, **settings, groups=self.context.groups)
+            entropy_1S = token_entropy(
+                output, temperature=self.temperature, vocab_size=self.vocab_size, groups=self.context.groups
+            )
             batch = replace(batch, entropy_BS=row.unpack(entropy_1S))
         return super()._finish(finish, batch, row, output)
 
