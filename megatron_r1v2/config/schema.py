@@ -375,9 +375,16 @@ class LoggingConfig(Section):
     """The places for metrics; `run.output_dir`/metrics.jsonl is always written."""
 
     trackers: tuple[Annotated[Tracker, Field(strict=False)], ...] = Field((), strict=False)
-    """Further places: wandb; wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`. wandb's
-    project is that of its environment variable WANDB_PROJECT, or megatron_r1v2; it reads WANDB_ENTITY, WANDB_RUN_GROUP
-    and WANDB_TAGS itself. It gets the whole recipe."""
+    """Further places: wandb, which gets the whole recipe and a table of sample rollouts every ten steps;
+    wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`."""
+    wandb_project: str = ""
+    """Its project; empty: that of the environment variable WANDB_PROJECT, or megatron_r1v2."""
+    wandb_entity: str = ""
+    """Its user or team; empty: WANDB_ENTITY, or the user's own."""
+    wandb_group: str = ""
+    """The group of runs that this one belongs to; empty: WANDB_RUN_GROUP."""
+    wandb_tags: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    """Tags of the run; empty: WANDB_TAGS."""
 
 
 class CheckpointConfig(Section):

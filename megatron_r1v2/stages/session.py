@@ -17,7 +17,9 @@ from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
 from megatron_r1v2.models.shared_attention import check_shared_attention
+from megatron_r1v2.monitoring.device_memory import DeviceMemory
 from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
+from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.rank_watch import RankWatch
@@ -30,6 +32,7 @@ from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
 from megatron_r1v2.stages.step_prompts import next_distinct, too_few_prompts
+from megatron_r1v2.stages.step_speed import StepSpeed
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import build_optimizer, release_grad_hooks, wrap_with_ddp
@@ -65,6 +68,9 @@ class Session:
     """Those of them that the newest checkpoint has."""
     survey: DataSurvey
     """Of data.train."""
+    memory: DeviceMemory
+    """Of this rank's device."""
+    speed: StepSpeed
 
     @property
     def context(self) -> ParallelContext:
@@ -114,7 +120,8 @@ class Session:
         """Read the prompts of a step, with distinct keys, less those that nothing in training sees."""
         if self.policy.features is not None:
             self.policy.features.clear()
-        prompts = next_distinct(self.stream, self.recipe.train.prompts_per_step)
+        with self.recorder.timed("data"):
+            prompts = next_distinct(self.stream, self.recipe.train.prompts_per_step)
         trainable = [prompt for prompt in prompts if self.trains(prompt)]
         self.recorder.note({"data/text_only_left_out": len(prompts) - len(trainable)})
         return trainable
@@ -124,10 +131,17 @@ class Session:
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
         if self.recipe.data.too_long is TooLong.skip:
             self.recorder.note({"data/too_long_left_out": self.stream.left_out})
+        self.recorder.note({**self.speed.metrics(self.recorder.values), **self._gather_memory()})
         self.preemption.check_lead()
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
         self.preemption.publish(blocking=False)
+
+    def _gather_memory(self) -> dict[str, float]:
+        """Collective over the world: return the memory of the GPUs, the largest of all ranks; empty on a CPU."""
+        mine = self.memory.take()
+        every = objects.all_gather(mine) if mine else []
+        return {name: max(each.get(name, 0.0) for each in every) for name in mine}
 
     def save(
         self, state: Mapping[str, object], replay: Mapping[str, object], *, pass_at_1: float | None = None
@@ -232,8 +246,9 @@ def open_session(
         started_from = verifier.compute_exact_checksums()
         newest = choose_checkpoint(checkpoints, recipe.checkpoint.resume_step)
         restored = resume(newest, policy, stream, checkpoints, recipe, started_from=started_from)
+        memory = DeviceMemory.of(loaded.context.device)
         with _open_supervision(
-            recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step
+            recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step, memory=memory
         ) as (
             recorder,
             preemption,
@@ -262,6 +277,8 @@ def open_session(
                 step=restored.step,
                 saved_step=restored.step,
                 survey=survey,
+                memory=memory,
+                speed=StepSpeed.measure(loaded.model, loaded.context),
             )
             try:
                 yield session
@@ -295,6 +312,7 @@ def _open_supervision(
     stage: str,
     shown: Sequence[str],
     first_step: int,
+    memory: DeviceMemory,
 ) -> Iterator[tuple[Recorder, PreemptionHandler]]:
     """Listen for signals, open the recorder, and watch the other ranks, while the block runs."""
     run_dir = Path(recipe.run.output_dir)
@@ -318,6 +336,7 @@ def _open_supervision(
             ),
             settings=recipe.logging,
             is_main=context.is_main,
+            memory=memory,
         ) as recorder,
         RankWatch(context.store, recorder.current_phase, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
     ):

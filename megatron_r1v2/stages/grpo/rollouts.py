@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
@@ -49,6 +50,8 @@ class RolloutPhase:
         self.calibrator = calibrator
         shared = session.policy.features
         self._exhaustion_logged = False
+        self._waits: list[float] = []
+        """Seconds of each round of the step, after this replica's last response."""
         self.features = shared if shared is not None else session.loaded.feature_cache()
 
     def generate_and_score(self) -> tuple[list[Prompt], list[ScoredRollout]]:
@@ -66,7 +69,8 @@ class RolloutPhase:
         self.features.clear()
         for done in range(1, rounds + 1):
             try:
-                more = next_distinct(session.stream, wanted, besides=prompts)
+                with timed("data"):
+                    more = next_distinct(session.stream, wanted, besides=prompts)
             except TooFewPrompts:  # samples are left out or corrupt
                 if not prompts:
                     raise
@@ -91,7 +95,7 @@ class RolloutPhase:
             self.log_exhausted(effective)
         if session.policy.features is None:
             self.features.clear()  # of a tower that trains: the update does not read them, and needs the memory
-        session.recorder.note({"rollout/rounds": done, **reward_metrics(counts)})
+        session.recorder.note({"rollout/rounds": done, **reward_metrics(counts), **self._gather_waits()})
         return prompts, scored
 
     def log_exhausted(self, effective: int) -> None:
@@ -153,11 +157,19 @@ class RolloutPhase:
             progress=preemption.poll_between_engine_steps,
             on_finished=preemption.rollouts.save,
         )
+        done = time.perf_counter()
         preemption.wait_for_all(f"generated-{session.step}-{round_number}")
+        self._waits.append(time.perf_counter() - done)
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
         order = {prompt.key: place for place, prompt in enumerate(prompts)}
         # Which replica takes which prompt is a matter of time; the order of the prompts is not.
         return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])
+
+    def _gather_waits(self) -> dict[str, float]:
+        """Collective over the data-parallel ranks: return how long replicas have waited for the others in this step."""
+        waits = objects.all_gather(sum(self._waits), self.session.context.groups.dp)
+        self._waits.clear()
+        return {"rollout/wait_s/mean": sum(waits) / len(waits), "rollout/wait_s/max": max(waits)}
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
         """Collective over the world: score this replica's rollouts.
