@@ -70,6 +70,8 @@ class Prompt:
     """A reference response (supervised data only), without the end-of-turn token."""
     preference: Preference | None = None
     """A better and a worse response (preference data only)."""
+    data_set: str = ""
+    """The name of its data set, where data.train has several."""
 
     @property
     def modality(self) -> Modality:

@@ -185,6 +185,8 @@ class PairsRecipe(Recipe):
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
+        if not isinstance(self.data.train, str):
+            yield "data.train is a list: the pairs stage reads one folder, once; run it for each of them"
         if self.pairs.max_pairs_per_prompt and self.generation.responses_per_prompt < 2:
             yield (
                 f"generation.responses_per_prompt={self.generation.responses_per_prompt} leaves nothing to compare; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from megatron_r1v2.config.choices import (
     EffectiveBy,
@@ -116,14 +116,33 @@ class ParallelConfig(Section):
     """A collective that waits longer ends the run."""
 
 
+class DataSource(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(pattern=r"\S")
+    """Folder of WebDataset shards made by `r1v2 prepare`."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the prompts is this over the sum of all weights."""
+
+
+def _kind_of_train(value: object) -> str:
+    return "mixture-tag" if isinstance(value, list | tuple) else "text-tag"
+
+
 class DataConfig(Section):
     """The prompts and how they are read."""
 
     on_resume: ClassVar[OnResume] = OnResume.asked
 
     # The position in the data refuses other shards by itself, wherever they lie.
-    train: Annotated[str, OnResume.free] = ""
-    """Folder of WebDataset shards made by `r1v2 prepare`."""
+    train: Annotated[
+        Annotated[str, Tag("text-tag")]
+        | Annotated[tuple[Annotated[DataSource, Field(strict=False)], ...], Field(strict=False), Tag("mixture-tag")],
+        Discriminator(_kind_of_train),
+        OnResume.free,
+    ] = ""
+    """Folder of WebDataset shards made by `r1v2 prepare`; or several, each {path, weight}: every step has the prompts
+    of each in the share of its weight, 1 if left out. Another mixture is another run."""
     validation: str = ""
     """The same, for evaluation during training; empty: none."""
     max_prompt_tokens: int = Field(4096, ge=1)
@@ -137,6 +156,20 @@ class DataConfig(Section):
     """Corrupt samples are skipped and counted; the run stops when they are more than this part of all read."""
     shuffle: bool = True
     """Draw a new order of the whole data set every epoch; false keeps the order of the shards."""
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """Return the data sets of `train`."""
+        if isinstance(self.train, str):
+            return (DataSource(path=self.train),) if self.train else ()
+        return self.train
+
+    @property
+    def train_text(self) -> str:
+        """Return `train` for people: a path, or each with its weight."""
+        if isinstance(self.train, str):
+            return self.train
+        return ", ".join(f"{source.path} x {source.weight:g}" for source in self.train)
 
 
 class GenerationConfig(Section):

@@ -25,7 +25,6 @@ from megatron.energon import (
 from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
-from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.samples import DataError, SampleError
 from megatron_r1v2.data.shards import SPLIT, check_shards
 from megatron_r1v2.resilience.fingerprint import Fingerprint
@@ -41,6 +40,7 @@ _STATE_VERSION = 1
 Item = TypeVar("Item")
 RawSample = Mapping[str, object]
 """A sample as energon reads it: "__key__", and the contents of its files by name."""
+BuildPrompt = Callable[[str, Mapping[str, bytes]], Prompt | None]
 
 
 class TallyState(TypedDict):
@@ -74,17 +74,18 @@ class PromptStream:
 
     Args:
         folder: a folder of `r1v2 prepare`.
+        build: makes a prompt from a key and the files of its sample, `PromptBuilder.build`; None leaves it out.
 
     Raises:
         ValueError: the data set is incomplete.
     """
 
-    def __init__(self, folder: str | Path, builder: PromptBuilder, *, settings: DataConfig, seed: int) -> None:
+    def __init__(self, folder: str | Path, build: BuildPrompt, *, settings: DataConfig, seed: int) -> None:
         self._folder = Path(folder)
         self._shards = check_shards(folder)
         self._seed = seed
         self._shuffle = settings.shuffle
-        self._builder = builder
+        self._build = build
         self._order = 0
         self._loader = self._new_loader()
         self._tally = _Tally(self._folder, settings.max_corrupt_fraction, len(self._loader))
@@ -122,7 +123,7 @@ class PromptStream:
         if self._iterator is None:
             self._iterator = iter(self._loader)
         while len(prompts) < count:
-            prompt = _read_one(self._iterator, self._builder.build, self._tally, self._folder)
+            prompt = _read_one(self._iterator, self._build, self._tally, self._folder)
             if prompt is not None:
                 prompts.append(prompt)
         return prompts

@@ -48,6 +48,12 @@ class DataSurvey:
             self.unanswered + other.unanswered,
         )
 
+    def with_prefix(self, prefix: str) -> DataSurvey:
+        """Return the same findings about keys with a prefix."""
+        lists = (self.reduced, self.second_think, self.unclosed, self.unanswered)
+        too_long = {f"{prefix}{key}": error for key, error in self.too_long.items()}
+        return DataSurvey(too_long, *(tuple(f"{prefix}{key}" for key in keys) for keys in lists))
+
     def sentences(self, folder: str, settings: DataConfig, *, pairs: bool = False) -> list[str]:
         """Return what there is to say.
 

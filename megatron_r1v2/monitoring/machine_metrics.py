@@ -72,6 +72,20 @@ TIME = Section(
             ),
         ),
         Chart(
+            "Mixture",
+            "Share of each data set in the prompts of the step; data.train has their weights.",
+            (Metric("data/share/*", FRACTION, "Share of a data set in the prompts of the step."),),
+        ),
+        Chart(
+            "Effective responses by data set",
+            "Responses from groups that differ, of all to the prompts of a set.",
+            (
+                Metric(
+                    "data/effective_fraction/*", FRACTION, "Effective responses among those to a data set's prompts."
+                ),
+            ),
+        ),
+        Chart(
             "Trouble",
             "Checks that timed out or crashed, samples that could not be read or were left out.",
             (

@@ -12,6 +12,7 @@ from megatron_r1v2.config.choices import OnResume, Packing, Part, StageName, Too
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
+from megatron_r1v2.data.mixture import MixtureStream, check_shares, share_metrics
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -52,7 +53,7 @@ class Session:
     recipe: TrainingRecipe
     loaded: LoadedModel
     policy: Policy
-    stream: PromptStream
+    stream: PromptStream | MixtureStream
     checkpoints: CheckpointStore
     recorder: Recorder
     reference: ReferenceWeights | None
@@ -123,7 +124,7 @@ class Session:
         with self.recorder.timed("data"):
             prompts = next_distinct(self.stream, self.recipe.train.prompts_per_step)
         trainable = [prompt for prompt in prompts if self.trains(prompt)]
-        self.recorder.note({"data/text_only_left_out": len(prompts) - len(trainable)})
+        self.recorder.note({"data/text_only_left_out": len(prompts) - len(trainable), **share_metrics(prompts)})
         return trainable
 
     def end_step(self) -> None:
@@ -253,9 +254,10 @@ def open_session(
             recorder,
             preemption,
         ):
-            survey = loaded.survey_data(recipe.data.train)
-            for line in survey.sentences(recipe.data.train, recipe.data, pairs=stage in ("mpo", "reward_model")):
+            survey = loaded.survey_train()
+            for line in survey.sentences(recipe.data.train_text, recipe.data, pairs=stage in ("mpo", "reward_model")):
                 recorder.log(line)
+            check_shares(recipe.data, recipe.train.prompts_per_step)
             usable = stream.num_samples - len(survey.too_long)  # those that data.too_long=skip leaves out
             if usable < recipe.train.prompts_per_step:
                 raise too_few_prompts(usable, recipe.train.prompts_per_step)

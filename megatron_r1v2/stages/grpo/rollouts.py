@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.data.mixture import share_metrics
 from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
@@ -95,7 +96,9 @@ class RolloutPhase:
             self.log_exhausted(effective)
         if session.policy.features is None:
             self.features.clear()  # of a tower that trains: the update does not read them, and needs the memory
-        session.recorder.note({"rollout/rounds": done, **reward_metrics(counts), **self._gather_waits()})
+        session.recorder.note(
+            {"rollout/rounds": done, **reward_metrics(counts), **self._gather_waits(), **share_metrics(prompts)}
+        )
         return prompts, scored
 
     def log_exhausted(self, effective: int) -> None:

@@ -123,6 +123,7 @@ def select(
         metrics={
             **plan.metrics,
             **_response_metrics(everything, records),
+            **_effective_by_data_set(prompts, records),
             "data/text_only_left_out": len(records) - len(trainable),
             "rollout/responses_filtered": len(trainable) - len(eligible),
         },
@@ -316,6 +317,16 @@ def _group_by_prompt(entries: Sequence[BufferEntry]) -> dict[str, list[BufferEnt
     for entry in entries:
         groups.setdefault(entry.prompt_key, []).append(entry)
     return groups
+
+
+def _effective_by_data_set(prompts: Sequence[Prompt], records: Mapping[str, SampleRecord]) -> dict[str, float]:
+    """Return the part of the responses to each data set's prompts that is effective; empty where there is one set."""
+    data_set = {prompt.key: prompt.data_set for prompt in prompts if prompt.data_set}
+    by_set: dict[str, list[bool]] = {}
+    for record in records.values():
+        if name := data_set.get(record.entry.prompt_key):
+            by_set.setdefault(name, []).append(record.entry.effective)
+    return {f"data/effective_fraction/{name}": sum(found) / len(found) for name, found in sorted(by_set.items())}
 
 
 def _response_metrics(
