@@ -5,33 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 from megatron_r1v2.config.schema import DataConfig, DataSource
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.shards import check_shards
-from megatron_r1v2.data.stream import PromptStream, StreamState, read_shards
+from megatron_r1v2.data.stream import MixtureState, PromptStream, StreamState, listed_sources, read_shards
 from megatron_r1v2.types import Prompt
 
 Item = TypeVar("Item")
 Build = Callable[[str, Mapping[str, bytes]], Item | None]
 _SEED_STEP = 7919
 """Between the seeds of two data sets, which would else be read in the same order where they are of one size."""
-
-
-class SourceState(TypedDict):
-    """The position in one data set of a mixture."""
-
-    name: str
-    weight: float
-    drawn: int
-    stream: StreamState
-
-
-class MixtureState(TypedDict):
-    """The position of a mixture in a checkpoint."""
-
-    sources: list[SourceState]
 
 
 def source_names(sources: Sequence[DataSource]) -> list[str]:
@@ -158,7 +143,7 @@ class MixtureStream:
             ]
         }
 
-    def load_state_dict(self, state: MixtureState) -> str | None:
+    def load_state_dict(self, state: StreamState | MixtureState) -> str | None:
         """Continue at the position of a `state_dict`.
 
         Returns:
@@ -167,12 +152,11 @@ class MixtureStream:
         Raises:
             ValueError: the position is of other data sets or weights.
         """
-        saved = [(source["name"], source["weight"]) for source in state.get("sources", [])]
-        here = list(zip(self.names, self.weights, strict=True))
-        if saved != here:
+        saved, here = listed_sources(state), listed_sources(self.state_dict())
+        if "sources" not in state or saved != here:
             raise ValueError(
-                f"the saved data position cannot be used: data.train was {_listed(saved)} when it was saved and is "
-                f"{_listed(here)} now; put it back, or start a new run"
+                f"the saved data position cannot be used: data.train was {saved} when it was saved and is {here} now; "
+                "put it back, or start a new run"
             )
         self._drawn = [source["drawn"] for source in state["sources"]]
         remarks = [
@@ -186,7 +170,3 @@ def share_metrics(prompts: Sequence[Prompt]) -> dict[str, float]:
     """Return the share of each data set in the prompts of a step; empty where there is one."""
     names = sorted({prompt.data_set for prompt in prompts} - {""})
     return {f"data/share/{name}": sum(each.data_set == name for each in prompts) / len(prompts) for name in names}
-
-
-def _listed(sources: Sequence[tuple[str, float]]) -> str:
-    return ", ".join(f"{name} x {weight:g}" for name, weight in sources) or "one data set"

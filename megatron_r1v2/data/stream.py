@@ -10,7 +10,7 @@ import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar, final
 
 import torch
 from megatron.energon import (
@@ -54,6 +54,7 @@ class TallyState(TypedDict):
     left_out: NotRequired[int]  # not in older checkpoints
 
 
+@final
 class StreamState(TypedDict):
     """The position of a stream in a checkpoint."""
 
@@ -64,6 +65,22 @@ class StreamState(TypedDict):
     loader: bytes
     tally: TallyState
     order: NotRequired[int]  # not in older checkpoints
+
+
+class SourceState(TypedDict):
+    """The position in one data set of a mixture."""
+
+    name: str
+    weight: float
+    drawn: int
+    stream: StreamState
+
+
+@final
+class MixtureState(TypedDict):
+    """The position of a mixture in a checkpoint."""
+
+    sources: list[SourceState]
 
 
 class PromptStream:
@@ -141,7 +158,7 @@ class PromptStream:
             "order": self._order,
         }
 
-    def load_state_dict(self, state: StreamState) -> str | None:
+    def load_state_dict(self, state: StreamState | MixtureState) -> str | None:
         """Continue at the position of a `state_dict`, in this or another process.
 
         Where samples were taken out of the data set since, the position means nothing any more: a new order begins.
@@ -152,6 +169,11 @@ class PromptStream:
         Raises:
             ValueError: the position is of other shards, another seed or another order.
         """
+        if "sources" in state:
+            raise ValueError(
+                f"the saved data position cannot be used: data.train was {listed_sources(state)} when it was saved and "
+                f"is {self._folder} now; put it back, or start a new run"
+            )
         fewer = _is_reduced(self._shards, state["shards"])
         here = self.state_dict()
         if fewer:
@@ -181,6 +203,13 @@ class PromptStream:
 
     def _new_loader(self) -> SavableDataLoader:
         return _loader(self._folder, shuffle=self._shuffle, repeat=True, seed=self._seed + self._order)
+
+
+def listed_sources(state: StreamState | MixtureState) -> str:
+    """Return the data sets of a position with their weights, for people."""
+    if "sources" not in state:
+        return "one data set"
+    return ", ".join(f"{source['name']} x {source['weight']:g}" for source in state["sources"])
 
 
 def _is_reduced(shards: Mapping[str, int], before: Mapping[str, int]) -> bool:

@@ -209,8 +209,8 @@ class MpoStage:
             raise ValueError(
                 f"none of the {self._num_pairs} pairs of data.train={self.session.recipe.data.train_text!r} can be "
                 f"trained on: their margins are below preference.min_margin={self.calibrator.value:g} (a calibrator "
-                "raises it up to hallucination.max_margin), or they have no image and train.parts lacks language; lower the "
-                "one or add the other"
+                "raises it up to hallucination.max_margin), or they have no image and train.parts lacks language; "
+                "lower the one or add the other"
             )
 
 

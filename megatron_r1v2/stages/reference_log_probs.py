@@ -41,7 +41,7 @@ def compute_reference_fingerprint(session: Session) -> Fingerprint:
     """
     recipe = session.recipe
     model = Path(recipe.model.hf_path)
-    files = {}
+    files: dict[Path, str] = {}
     for source, name in zip(recipe.data.sources, source_names(recipe.data.sources), strict=True):
         # One data set without its name: it may be moved.
         folder = f"data/{name}" if len(recipe.data.sources) > 1 else "data"

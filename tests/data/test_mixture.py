@@ -111,7 +111,11 @@ def test_another_mixture_is_refused_with_both(folders: list[Path], tokenizer) ->
     one = open_train(settings_of_one, builder(tokenizer, settings_of_one), seed=3)
     assert isinstance(one, PromptStream)
     with pytest.raises(ValueError, match="was one data set when it was saved"):
-        stream(folders, (3, 1), tokenizer).load_state_dict(one.state_dict())  # type: ignore[arg-type]
+        stream(folders, (3, 1), tokenizer).load_state_dict(one.state_dict())
+    with pytest.raises(
+        ValueError, match=r"data.train was digits-1 x 3, digits-2 x 1 when it was saved and is .*/digits"
+    ):
+        one.load_state_dict(state)
 
 
 def test_one_pass_has_the_keys_of_the_stream(folders: list[Path], tokenizer) -> None:

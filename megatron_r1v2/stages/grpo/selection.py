@@ -161,16 +161,17 @@ def check_answers(unanswered: Sequence[str], reward: RewardConfig, effective_by:
     """
     if not unanswered:
         return
-    those = f"prompt {unanswered[0]!r} has no answer" + f" ({len(unanswered)} have none)" * (len(unanswered) > 1)
+    those = f"prompt {unanswered[0]!r} has no answer"
+    others = f" ({len(unanswered)} prompts have none)" if len(unanswered) > 1 else ""
     if effective_by is EffectiveBy.answer:
         raise DataError(
             f"{those}, and buffer.effective_by=answer compares answers to find the groups "
-            "that can teach something; set buffer.effective_by=reward"
+            f"that can teach something; set buffer.effective_by=reward{others}"
         )
     if not reward.functions and not reward.model_weight:
         raise DataError(
             f"{those}, and nothing judges its responses: reward.functions is empty and reward.model_weight is 0; give "
-            "it an answer, with answer_type, or set one of them"
+            f"it an answer, with answer_type, or set one of them{others}"
         )
 
 
