@@ -12,7 +12,7 @@ from megatron_r1v2.config.choices import OnResume, Packing, Part, StageName, Too
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
-from megatron_r1v2.data.mixture import MixtureStream, check_shares, share_metrics
+from megatron_r1v2.data.mixture import MixtureStream, check_shares, num_train_samples, share_metrics
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -33,12 +33,12 @@ from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
 from megatron_r1v2.stages.step_prompts import next_distinct, too_few_prompts
-from megatron_r1v2.stages.step_speed import StepSpeed
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import build_optimizer, release_grad_hooks, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.reference import ReferenceWeights
+from megatron_r1v2.training.speed import StepSpeed
 from megatron_r1v2.training.store import CheckpointStore, Snapshot
 from megatron_r1v2.training.weight_verification import WeightVerifier
 from megatron_r1v2.types import Prompt
@@ -254,13 +254,7 @@ def open_session(
             recorder,
             preemption,
         ):
-            survey = loaded.survey_train()
-            for line in survey.sentences(recipe.data.train_text, recipe.data, pairs=stage in ("mpo", "reward_model")):
-                recorder.log(line)
-            check_shares(recipe.data, recipe.train.prompts_per_step)
-            usable = stream.num_samples - len(survey.too_long)  # those that data.too_long=skip leaves out
-            if usable < recipe.train.prompts_per_step:
-                raise too_few_prompts(usable, recipe.train.prompts_per_step)
+            survey = _survey_data(loaded, recipe, recorder, pairs=stage in ("mpo", "reward_model"))
             _note_resume(recorder, recipe, restored, newest)
             # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
             verifier.verify_weights(restored.checksums, newest)
@@ -288,6 +282,22 @@ def open_session(
                 preemption.log_step_abandoned(session.step, str(reason))
             # Also after a step that was given up: the checkpoint of the step before may not be written yet.
             preemption.publish(blocking=True)
+
+
+def _survey_data(loaded: LoadedModel, recipe: TrainingRecipe, recorder: Recorder, *, pairs: bool) -> DataSurvey:
+    """Collective over the world: look at data.train before the first step, and log the findings.
+
+    Raises:
+        ValueError: it holds what cannot be trained on, or not enough for a step.
+    """
+    survey, count = loaded.survey_train(), recipe.train.prompts_per_step
+    for line in survey.sentences(recipe.data.train_text, recipe.data, pairs=pairs):
+        recorder.log(line)
+    check_shares(recipe.data, count)
+    usable = num_train_samples(recipe.data) - len(survey.too_long)  # those that data.too_long=skip leaves out
+    if usable < count:
+        raise too_few_prompts(usable, count)
+    return survey
 
 
 def _note_resume(recorder: Recorder, recipe: TrainingRecipe, restored: Restored, newest: Path | None) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.stages.step_speed import StepSpeed, peak_flops
+from megatron_r1v2.training.speed import StepSpeed, peak_flops
 from tests.stages.runs import read_metrics, recipe_for
 
 
