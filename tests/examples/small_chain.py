@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, InternVLForConditionalGeneration
 
-from checkpoint_tools import reassemble
-from tests.stages.tiny_run import write_data, write_model
+from checkpoint_tools import megatron_to_hf, reassemble
+from megatron_r1v2.stages.align import run_align
+from tests.stages.tiny_run import tiny_recipe, write_data
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "r1v2_38b"
@@ -57,8 +58,12 @@ def write_chain(folder: Path) -> None:
 
 def write_parts(folder: Path) -> None:
     """Splice a vision tower and a language model, as the chain begins: the adapter between them is random."""
-    whole, language = folder / "parts" / "whole", folder / "parts" / "language"
-    write_model(whole)
+    parts = folder / "parts"
+    whole, language = parts / "whole", parts / "language"
+    # The language model must have learned to answer, as QwQ has: random weights give no response that a pair can use.
+    recipe = tiny_recipe(parts, parts=("language",), steps=60, stage="align")
+    run_align(recipe.changed(train=recipe.train.changed(learning_rate=0.01)))
+    megatron_to_hf.main(["--checkpoint", str(parts / "run"), "--base", str(parts / "model"), "--output", str(whole)])
     model = InternVLForConditionalGeneration.from_pretrained(whole)
     alone = AutoModelForCausalLM.from_config(model.config.text_config)
     alone.model.load_state_dict(model.model.language_model.state_dict())

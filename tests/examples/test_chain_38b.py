@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_r1v2.checkpoint.manifest import Manifest
 from safetensors.torch import load_file
 
 from checkpoint_tools import megatron_to_hf
 from megatron_r1v2.__main__ import main
+from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.data.shards import check_shards
 from tests.examples.small_chain import MODEL, commands, write_chain
