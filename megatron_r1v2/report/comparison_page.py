@@ -64,9 +64,8 @@ def render_comparison(runs: Sequence[Run]) -> str:
     """Return the page as HTML; all text from the runs is escaped."""
     names = run_names(runs)
     return template("comparison.html").render(
-        runs=[_summary(run, name, number) for number, (run, name) in enumerate(zip(runs, names, strict=True))],
-        facts=FACTS,
-        measures=[measure.title for measure in MEASURES],
+        runs=[_mark(name, number) for number, name in enumerate(names)],
+        rows=_summary(runs),
         settings=differing_settings(runs),
         groups=_groups(runs),
         notes=[f"{name}: {note}" for run, name in zip(runs, names, strict=True) for note in run.notes],
@@ -99,21 +98,29 @@ def _value(recipe: Mapping[str, object], name: str) -> str:
     return str(recipe[name]) if name in recipe else _ABSENT
 
 
-def _summary(run: Run, name: str, number: int) -> dict[str, object]:
+def _mark(name: str, number: int) -> dict[str, str]:
+    """Return the name of a run and the look of its curves."""
     color, style = run_color(number)
-    facts = run_facts(run)
-    last = run.evaluations[-1] if run.evaluations else {}
-    return {
-        "name": name,
-        "folder": run.path,
-        "color": color,
-        "border": {"-": "solid", "--": "dashed", ":": "dotted"}[style],
-        "steps": max(run.metrics, default=0),
-        "num_steps": run.recipe.get("train.steps"),
-        "facts": [facts.get(fact, _ABSENT) for fact in FACTS],
-        "evaluation": last.get("name", _ABSENT),
-        "measures": [measure_cell(last, measure) for measure in MEASURES],
-    }
+    return {"name": name, "color": color, "border": {"-": "solid", "--": "dashed", ":": "dotted"}[style]}
+
+
+def _summary(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """Return the rows of the table of runs, each with a cell for every run."""
+    facts = [run_facts(run) for run in runs]
+    last = [run.evaluations[-1] if run.evaluations else {} for run in runs]
+    rows: list[tuple[str, Sequence[object]]] = [
+        ("folder", [run.path for run in runs]),
+        *((name, [of_run.get(name, _ABSENT) for of_run in facts]) for name in FACTS),
+        ("steps", [_steps(run) for run in runs]),
+        ("last evaluation", [row.get("name", _ABSENT) for row in last]),
+        *((measure.title, [measure_cell(row, measure) for row in last]) for measure in MEASURES),
+    ]
+    return [{"title": title, "cells": cells} for title, cells in rows]
+
+
+def _steps(run: Run) -> str:
+    done, whole = max(run.metrics, default=0), run.recipe.get("train.steps")
+    return f"{done} of {whole}" if whole else str(done)
 
 
 def _groups(runs: Sequence[Run]) -> list[dict[str, object]]:

@@ -15,7 +15,7 @@ from typing import TypedDict
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
 from megatron_r1v2.report.html import template, write_page
-from megatron_r1v2.report.page import shown_rollout
+from megatron_r1v2.report.page import shown_response
 from megatron_r1v2.report.read import Json
 
 PAGE = "evaluation.html"
@@ -194,9 +194,7 @@ def _prompt(of_prompt: Mapping[int, Sequence[Json]], evaluations: Sequence[Evalu
 def _response(row: Json) -> dict[str, object]:
     metadata = row.get("metadata")
     return {
-        **shown_rollout(row),
-        # Nothing is trained here; a row has 0.
-        "advantage": None,
+        **shown_response(row),
         "kinds": kinds_of(row),
         "run": row.get("sample_index", 0),
         "judge": judge_words(row),

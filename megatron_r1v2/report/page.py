@@ -74,7 +74,7 @@ def render(run: Run) -> str:
         groups=_groups(run),
         comparison=run.comparison,
         pairs=[
-            {"change": pair.change, "first": shown_rollout(pair.before), "last": shown_rollout(pair.after)}
+            {"change": pair.change, "first": shown_response(pair.before), "last": shown_response(pair.after)}
             for pair in (run.comparison.pairs if run.comparison else ())
         ],
         preferences=[_shown_pairs(pairs) for pairs in read_preferences(run)],
@@ -283,6 +283,11 @@ def shown_rollout(row: Json) -> dict[str, object]:
         "tokens": row.get("response_tokens"),
         "image": data_uri(row.get("image_png")),
     }
+
+
+def shown_response(row: Json) -> dict[str, object]:
+    """Return the fields of a line of an evaluation, whose advantage of 0 means that nothing was trained."""
+    return {**shown_rollout(row), "advantage": None}
 
 
 def _whole_prompt(messages: object, question: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 from megatron_r1v2.report.charts import COLORS
 from megatron_r1v2.report.comparison_page import differing_settings, run_names, write_comparison
 from megatron_r1v2.report.read import read_run
+from tests.report.browser import PHONE, needs_browser, widths_on_a_phone
 from tests.report.test_page import HOSTILE, Page, write_evaluations, write_lines
 
 
@@ -41,7 +42,15 @@ def test_the_page_shows_runs_settings_and_curves_in_one_colour_each(tmp_path):
     source = path.read_text(encoding="utf-8")
     page = Page(source)
     text = " ".join(page.text.split())
-    for expected in ("2 runs compared", "4 of 4", "90.0 % (85.9 to 93.9)", "buffer.capacity09", "Loss"):
+    for expected in (
+        "2 runs compared",
+        "stagegrpogrpo",
+        "last evaluation-after",
+        "4 of 4",
+        "90.0 % (85.9 to 93.9)",
+        "buffer.capacity09",
+        "Loss",
+    ):
         assert expected in text, expected
     assert page.elements.count("svg") == 1
     # A run's colour in the legend, in both tables, and in its curve.
@@ -66,3 +75,13 @@ def test_a_missing_run_and_one_given_twice_are_refused(tmp_path):
         write_comparison([one, tmp_path / "none"])
     with pytest.raises(ValueError, match=r"is given twice; give each run once"):
         write_comparison([one, tmp_path / "b" / ".." / "a"])
+
+
+@needs_browser
+def test_the_page_fits_a_phone(tmp_path):
+    folders = [
+        write_run(tmp_path / (name * 30), name=name * 60, recipe=f"data: {{train: {name * 90}}}\n") for name in "abc"
+    ]
+    window, content = widths_on_a_phone(write_comparison(folders, tmp_path / "page.html"), tmp_path)
+    assert window == PHONE
+    assert content <= window
