@@ -178,6 +178,7 @@ def _table(run: Run) -> dict[str, object] | None:
     return {
         "names": [row["name"] for row in run.evaluations],
         "steps": [row.get("step") for row in run.evaluations],
+        "dates": [_word(row.get("finished"))[:10] for row in run.evaluations],
         "sizes": [_size(row) for row in run.evaluations],
         "rows": rows,
         "conditions": conditions,

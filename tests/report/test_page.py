@@ -261,6 +261,16 @@ def test_conditions_that_differ_are_called_out(tmp_path):
     assert text.count("differs") == 1
 
 
+def test_the_date_of_an_evaluation_stands_above_its_figures(tmp_path):
+    write_evaluations(tmp_path)
+    path = tmp_path / "evaluation-after.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(evaluation | {"finished": "2031-11-28T10:00:00+00:00"}), encoding="utf-8")
+    page = read_page(tmp_path)
+    assert "2031-11-28" in page.text
+    assert "T10:00" not in page.text
+
+
 def test_a_long_run_with_photographs_stays_small(tmp_path):
     noise = Image.effect_noise((1400, 900), 90).convert("RGB")
     buffer = io.BytesIO()
