@@ -151,7 +151,7 @@ def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     where = {}
     for number, group in enumerate(groups):
         name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        write_safetensors_file(folder / name, group, values(group))
+        write_safetensors_file(folder / name, group, ([tensor] for tensor in values(group)))
         where.update({tensor: name for tensor, _ in group})
     write_json(folder / INDEX_NAME, {"metadata": {}, "weight_map": where})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from megatron_r1v2.checkpoint.conversion import Conversion, FileRecord, OutputFile, RunOptions, convert
 from megatron_r1v2.checkpoint.hf.companions import check_companions, make_companions
 from megatron_r1v2.checkpoint.hf.folders import DEFAULT_SHARD_BYTES, INDEX_NAME, SINGLE_NAME
-from megatron_r1v2.checkpoint.hf.mapping import Layout
+from megatron_r1v2.checkpoint.hf.mapping import Layout, MappedParameter
 from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file, write_safetensors_file
 from megatron_r1v2.checkpoint.manifest import (
     ALL_PARTS,
@@ -25,7 +25,8 @@ from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, TENSORS, save_state
 from megatron_r1v2.checkpoint.megatron.torch_dist import Record, read_records, write_index, write_records
 from megatron_r1v2.checkpoint.model_card import CARD
-from megatron_r1v2.checkpoint.sources import exported_rows
+from megatron_r1v2.checkpoint.sources import Source, exported_rows
+from megatron_r1v2.checkpoint.stored_tensors import Block, rearranged
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.resilience.files import write_file, write_json
@@ -72,13 +73,16 @@ class HfConversion(Conversion):
         """Write one safetensors file."""
         with self.source.open() as source:
             rows = {row.ours: row for row in exported_rows(source.architecture, self.form.layout)}
-            tensors = (
-                tensor
-                for ours in file.parameters
-                for tensor in rows[ours].to_hf([_cast(ours, source.parameter(ours), self.form.dtype)]).values()
-            )
-            digests = write_safetensors_file(folder / file.name, file.tensors, tensors, wrote=wrote)
+            made = (blocks for ours in file.parameters for blocks in self._hf_blocks(source, rows[ours]))
+            digests = write_safetensors_file(folder / file.name, file.tensors, made, wrote=wrote)
         return {"tensors": {name: tensor_entry(info, digests[name]) for name, info in file.tensors}}
+
+    def _hf_blocks(self, source: Source, row: MappedParameter) -> Sequence[Sequence[Block]]:
+        """Return the tensors of a row, each as blocks of its rows, which stay in the file where that is possible."""
+        stored = None if self.form.dtype else source.stored(row.ours)
+        if stored is None:
+            return row.hf_blocks(_cast(row.ours, source.parameter(row.ours), self.form.dtype))
+        return rearranged([stored], source.reader, lambda parts: row.hf_blocks(parts[0]))
 
     def read_back(self, file: OutputFile, folder: Path, record: FileRecord) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ARG002
         """Read a written file again."""
@@ -111,13 +115,18 @@ class TorchDistConversion(Conversion):
         path.parent.mkdir(exist_ok=True)
         with self.source.open() as source:
             entries = [(dist_entry(ours, source.architecture), info) for ours, info in file.tensors]
-            tensors = ([_cast(ours, block, self.dtype) for block in source.blocks(ours)] for ours in file.parameters)
-            written = write_records(path, entries, tensors, wrote=wrote)
+            made = (self._blocks(source, ours) for ours in file.parameters)
+            written = write_records(path, entries, made, wrote=wrote)
         found = list(zip(file.tensors, written, strict=True))
         return {
             "tensors": {ours: tensor_entry(info, digest) for (ours, info), (_, digest) in found},
             "places": {ours: [place.file, place.offset, place.length] for (ours, _), (place, _) in found},
         }
+
+    def _blocks(self, source: Source, ours: str) -> Sequence[Block]:
+        if not self.dtype:
+            return source.stored_blocks(ours)
+        return [_cast(ours, block, self.dtype) for block in source.blocks(ours)]
 
     def read_back(self, file: OutputFile, folder: Path, record: FileRecord) -> Iterator[tuple[str, torch.Tensor]]:
         """Read a written file again."""

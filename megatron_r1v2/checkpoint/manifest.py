@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
+import xxhash
 
 from megatron_r1v2.checkpoint.hf.folders import JsonObject, read_json
+from megatron_r1v2.checkpoint.stored_tensors import Checksum
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, digest_of, file_digest, tensor_info
 from megatron_r1v2.resilience.files import write_file
 
@@ -105,9 +107,15 @@ class Manifest:
         Raises:
             ValueError: they differ.
         """
+        self._check_entry(name, tensor_entry(tensor_info(tensor), digest_of(tensor)))
+
+    def checksum(self, name: str, info: TensorInfo) -> Checksum:
+        """Return the checksum of a tensor that is read piece by piece."""
+        return Checksum(xxhash.xxh3_128, lambda digest: self._check_entry(name, tensor_entry(info, digest)))
+
+    def _check_entry(self, name: str, found: TensorEntry) -> None:
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no {name!r}: the folder's weights were changed after it was written")
-        found = tensor_entry(tensor_info(tensor), digest_of(tensor))
         if found != self.tensors[name]:
             raise ValueError(
                 f"{self.path.parent}: {name} is not what it was when it was written ({found}, the manifest has "

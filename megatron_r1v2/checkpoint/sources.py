@@ -9,13 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
 
 import torch
 
-from megatron_r1v2.checkpoint.hf.architecture import Config
+from megatron_r1v2.checkpoint.direct_io import DirectReader
 from megatron_r1v2.checkpoint.hf.config import folder_architecture, read_hf_config
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder
 from megatron_r1v2.checkpoint.hf.mapping import (
@@ -31,6 +31,7 @@ from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
 from megatron_r1v2.checkpoint.megatron.run_folder import HF_IN_CHECKPOINT, STATE_FILE, TENSORS, load_state
 from megatron_r1v2.checkpoint.megatron.torch_dist import TorchDist
+from megatron_r1v2.checkpoint.stored_tensors import Block, StoredTensor, rearranged
 from megatron_r1v2.models.architecture import R1V2Architecture
 
 
@@ -43,6 +44,8 @@ class Source(ABC):
 
     def __init__(self) -> None:
         self._stack = ExitStack()
+        self.reader = self._stack.enter_context(DirectReader())
+        """For one thread at a time, unlike the rest."""
 
     def __enter__(self) -> Self:
         return self
@@ -73,6 +76,25 @@ class Source(ABC):
             ValueError: it is damaged.
         """
         return [self.parameter(ours)]
+
+    def stored(self, ours: str) -> StoredTensor | None:  # noqa: ARG002
+        """Return the place of a parameter that lies in a file as it is; None: it must be put together.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return None
+
+    def stored_blocks(self, ours: str) -> list[Block]:
+        """Return one parameter as blocks of its rows, which are read as they are used wherever that is possible.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        stored = self.stored(ours)
+        if stored is None:
+            return list(self.blocks(ours))
+        return rearranged([stored], self.reader, lambda parts: [parts])[0]
 
 
 class SourceSpec(Protocol):
@@ -129,9 +151,22 @@ class TableSource(Source):
         row = self._rows[ours]
         return row.blocks({name: self._tensor(name) for name in row.hf})
 
-    def _check_shapes(self, config: Config) -> None:
-        """Refuse tensors of other shapes than transformers has for a configuration, split over ranks or not."""
-        shapes = parameter_shapes(config)
+    def stored(self, ours: str) -> StoredTensor | None:
+        """Return the place of a parameter that is one Hugging Face tensor."""
+        row = self._rows[ours]
+        return self._place(row.hf[0]) if len(row.blocks({name: self._meta(name) for name in row.hf})) == 1 else None
+
+    def stored_blocks(self, ours: str) -> list[Block]:
+        """Return one parameter as blocks of its rows, in the files."""
+        row = self._rows[ours]
+        places = [place for name in row.hf if (place := self._place(name)) is not None]
+        if len(places) < len(row.hf):
+            return list(self.blocks(ours))
+        return rearranged(places, self.reader, lambda parts: [row.blocks(dict(zip(row.hf, parts, strict=True)))])[0]
+
+    def _check_shapes(self) -> None:
+        """Refuse tensors of other shapes than transformers has for the configuration, split over ranks or not."""
+        shapes = parameter_shapes(self.architecture)
         for ours, row in self._rows.items():
             if self.meta(ours).shape != shapes[ours]:
                 found = ", ".join(f"{name} {list(self._meta(name).shape)}" for name in row.hf)
@@ -147,6 +182,10 @@ class TableSource(Source):
     @abstractmethod
     def _tensor(self, name: str) -> torch.Tensor:
         """Read a tensor."""
+
+    def _place(self, name: str) -> StoredTensor | None:  # noqa: ARG002
+        """Return the place of a tensor; None: it is read by `_tensor` alone."""
+        return None
 
     @abstractmethod
     def _folder_of(self, ours: str) -> Path:
@@ -185,8 +224,8 @@ class HfSource(TableSource):
             ValueError: tensors are missing, left over, or not of the shape that config.json implies.
         """
         super().__init__()
-        self._config, layout = read_hf_config(spec.config or spec.folder)
-        self.architecture = folder_architecture(self._config, spec.config or spec.folder)
+        config, layout = read_hf_config(spec.config or spec.folder)
+        self.architecture = folder_architecture(config, spec.config or spec.folder)
         self.layout = spec.layout or layout
         self._manifest = Manifest.of(spec.folder)
         if self._manifest is not None:
@@ -218,7 +257,7 @@ class HfSource(TableSource):
             )
             raise ValueError(sentence) if missing else Unsupported("superfluous tensors", sentence)
         self._rows = {row.ours: row for row in rows if row.exported}
-        self._check_shapes(self._config)
+        self._check_shapes()
         if self._manifest is not None:
             self._manifest.check_files()
             if set(self._manifest.tensors) != set(self._folder.names()):
@@ -236,6 +275,12 @@ class HfSource(TableSource):
         if self._manifest is not None:
             self._manifest.check_tensor(stored, tensor)
         return tensor
+
+    def _place(self, name: str) -> StoredTensor:
+        place = self._folder.stored(self._stored[name])
+        if self._manifest is None:
+            return place
+        return replace(place, checksum=self._manifest.checksum(self._stored[name], place.info))
 
 
 @dataclass(frozen=True)
@@ -299,7 +344,7 @@ class CheckpointSource(Source):
         elif others:
             self._rows = {ours: row for ours, row in self._rows.items() if ours in self._own}
         self._check_arrays(spec.folder)
-        self._check_shapes(parameter_shapes(described), spec.folder)
+        self._check_shapes(parameter_shapes(self.architecture), spec.folder)
 
     def _check_arrays(self, folder: Path) -> None:
         used = {dist_entry(ours, self.architecture).key for ours in self._own}
@@ -344,6 +389,25 @@ class CheckpointSource(Source):
         if digests is not None:
             digests.check_tensor(ours, tensor)
         return self._unpadded(ours, tensor)
+
+    def stored(self, ours: str) -> StoredTensor | None:
+        """Return the place of a parameter that lies in one record, without padding."""
+        if ours not in self._own:
+            assert self._base is not None
+            return self._base.stored(ours)
+        place = self._dist.stored(dist_entry(ours, self.architecture))
+        if place is None or place.info.shape != self.meta(ours).shape:
+            return None
+        if self._manifest is None or not self._manifest.tensors:
+            return place
+        return replace(place, checksum=self._manifest.checksum(ours, place.info))
+
+    def stored_blocks(self, ours: str) -> list[Block]:
+        """Return one parameter as blocks of its rows."""
+        if ours not in self._own:
+            assert self._base is not None
+            return self._base.stored_blocks(ours)
+        return super().stored_blocks(ours)
 
     def _unpadded(self, ours: str, tensor: torch.Tensor) -> torch.Tensor:
         """Take zero heads and vocabulary padding off: through the Hugging Face tensors, which have neither."""
@@ -407,3 +471,11 @@ class OverlaySource(Source):
     def blocks(self, ours: str) -> list[torch.Tensor]:
         """Read one parameter as blocks of its rows."""
         return self._of(ours).blocks(ours)
+
+    def stored(self, ours: str) -> StoredTensor | None:
+        """Return the place of a parameter."""
+        return self._of(ours).stored(ours)
+
+    def stored_blocks(self, ours: str) -> list[Block]:
+        """Return one parameter as blocks of its rows."""
+        return self._of(ours).stored_blocks(ours)

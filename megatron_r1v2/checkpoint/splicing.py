@@ -125,7 +125,7 @@ class ComponentsSource(TableSource):
             }
             self._rows = self._rows_of(layouts)
             self._check_dtypes()
-            self._check_shapes(spec.config)
+            self._check_shapes()
         except ValueError:
             self._stack.close()
             raise

@@ -1,9 +1,9 @@
-"""The bytes of tensors and files: mapped where they are read, hashed as they are written."""
+"""The bytes of tensors and files: mapped where they are read, and their digests."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,13 @@ def tensor_in(data: memoryview, dtype: torch.dtype, *, start: int) -> torch.Tens
     return torch.frombuffer(data, dtype=dtype)
 
 
+def byte_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Return the bytes of a CPU tensor in pieces."""
+    data = tensor_bytes(tensor)
+    for start in range(0, len(data), _BLOCK_BYTES):
+        yield data[start : start + _BLOCK_BYTES]
+
+
 def digest_of(tensor: torch.Tensor) -> str:
     """Return the XXH3-128 of a CPU tensor's bytes."""
     return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))
@@ -85,18 +92,6 @@ def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-    return digest.hexdigest()
-
-
-def write_hashed(write: Callable[[memoryview], object], parts: Iterable[torch.Tensor]) -> str:
-    """Write the bytes of CPU tensors one after the other, and return the XXH3-128 of them all."""
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        data = tensor_bytes(part)
-        for start in range(0, len(data), _BLOCK_BYTES):
-            block = data[start : start + _BLOCK_BYTES]
-            digest.update(block)
-            write(block)
     return digest.hexdigest()
 
 

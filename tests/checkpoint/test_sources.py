@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from checkpoint_tools import parts
 from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec, OverlaySpec, exported_rows
+from megatron_r1v2.checkpoint.stored_tensors import write_hashed
+from megatron_r1v2.checkpoint.tensor_files import tensor_bytes
 from tests.checkpoint.damage import convert, files_below, flip, fresh, run, weight_files, what_differs
 from tests.checkpoint.megatron.test_torch_dist import Hostile
 
@@ -101,6 +103,9 @@ def test_an_overlay_takes_its_parts_from_the_top_and_the_rest_from_the_base(made
             expected = trained if ours.startswith("adapter.") else base
             assert torch.equal(overlay.parameter(ours), expected.parameter(ours)), ours
             assert torch.equal(torch.cat(overlay.blocks(ours)), expected.parameter(ours)), ours
+            content = bytearray()
+            write_hashed(content.extend, overlay.stored_blocks(ours))
+            assert content == tensor_bytes(expected.parameter(ours)), ours
             assert overlay.meta(ours).shape == expected.parameter(ours).shape
 
 

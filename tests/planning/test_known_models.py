@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
-from megatron_r1v2.checkpoint.hf.shapes import parameter_shapes
 from megatron_r1v2.config.load import load_recipe_as
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.planning.command import main
@@ -16,6 +15,7 @@ from megatron_r1v2.planning.parameters import whole_model_counts
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
 from tests.checkpoint.hf.test_config import convert
+from tests.checkpoint.hf.test_shapes import transformers_shapes
 from tests.checkpoint.published_folders import write_tiny_published
 
 CLUSTER = Cluster(gpus=1, gpus_per_node=8, gpu_memory_gib=80, reserve_gib=4, hardware=HARDWARE["h100"])
@@ -53,7 +53,7 @@ def test_the_known_38b_model_has_the_published_sizes():
 def test_a_known_model_has_the_parameters_of_its_configuration(name, parameters):
     architecture = r1v2_architecture(KNOWN_MODELS[name])
     assert sum(whole_model_counts(architecture).values()) == parameters
-    assert sum(math.prod(shape) for shape in parameter_shapes(KNOWN_MODELS[name]).values()) == parameters
+    assert sum(math.prod(shape) for shape in transformers_shapes(KNOWN_MODELS[name]).values()) == parameters
     assert architecture.tokens_per_tile == 256
 
 

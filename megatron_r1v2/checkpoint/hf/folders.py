@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from megatron_r1v2.checkpoint.hf.refusals import Unsupported
-from megatron_r1v2.checkpoint.hf.safetensors_files import map_safetensors_file
+from megatron_r1v2.checkpoint.hf.safetensors_files import map_tensors, read_safetensors_header
+from megatron_r1v2.checkpoint.stored_tensors import StoredTensor
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 
 JsonObject = dict[str, Any]
@@ -54,6 +55,7 @@ class SafetensorsFolder:
         """
         self.folder = Path(folder)
         self._tensors: dict[str, torch.Tensor] = {}
+        self._stored: dict[str, StoredTensor] = {}
         expected = None
         if self.folder.is_file():
             paths = [self.folder]
@@ -97,6 +99,10 @@ class SafetensorsFolder:
             raise ValueError(f"{self.folder} has no tensor {name!r}")
         return self._tensors[name]
 
+    def stored(self, name: str) -> StoredTensor:
+        """Return the place of one tensor, which `tensor` reads."""
+        return self._stored[name]
+
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of one tensor, without reading it.
 
@@ -126,10 +132,12 @@ class SafetensorsFolder:
                 raise ValueError(sentence)
             hint = f"{pickles[0]} is a pickle, which is never read: convert it to safetensors"
             raise Unsupported("pickled weights", f"{sentence}; {hint}")
-        for name, tensor in map_safetensors_file(path).items():
+        stored = read_safetensors_header(path)
+        for name in stored:
             if name in self._tensors:
                 raise ValueError(f"{path} holds {name!r}, which another file of the folder holds too; remove one")
-            self._tensors[name] = tensor
+        self._stored |= stored
+        self._tensors |= map_tensors(path, stored)
 
     def _check_index(self, expected: Mapping[str, str]) -> None:
         missing = sorted(set(expected) - set(self._tensors))

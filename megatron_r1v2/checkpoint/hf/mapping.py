@@ -70,6 +70,10 @@ class MappedParameter:
         """Return the Hugging Face tensors by name."""
         return dict(zip(self.hf, self.operation.to_hf(shards), strict=True))
 
+    def hf_blocks(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+        """Return each Hugging Face tensor as blocks of its rows, without a copy."""
+        return self.operation.hf_blocks(whole)
+
 
 def parameter_map(architecture: R1V2Architecture, layout: Layout = "transformers") -> tuple[MappedParameter, ...]:
     """Return the table's rows for an architecture, layers written out.

@@ -36,6 +36,14 @@ class Operation(Protocol):
         """
         ...
 
+    def hf_blocks(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+        """Return each Hugging Face tensor as blocks of its rows, from the first to the last: views, no copies.
+
+        Args:
+            whole: the parameter as one rank holds it.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Replicated:
@@ -53,6 +61,10 @@ class Replicated:
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the first rank's copy."""
         return (shards[0],)
+
+    def hf_blocks(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+        """Return the tensor itself."""
+        return ([whole],)
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,10 @@ class Split:
         # No copy where nothing was cut, nor where rows were.
         return (whole.narrow(self.dim, 0, self.num_units * self.unit_size).contiguous(),)
 
+    def hf_blocks(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+        """Return the tensor itself: one rank needs no padding."""
+        return ([whole],)
+
 
 @dataclass(frozen=True)
 class GroupedQKV:
@@ -142,9 +158,13 @@ class GroupedQKV:
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Undo the interleaving of the joined shards."""
         (joined,) = self._split.to_hf(shards)
-        grouped = joined.reshape(self.num_groups, -1, *joined.shape[1:])
+        return tuple(torch.cat(blocks) for blocks in self.hf_blocks(joined))
+
+    def hf_blocks(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+        """Return the queries, the keys and the values, a group at a time."""
+        grouped = whole.reshape(self.num_groups, -1, *whole.shape[1:])
         parts = torch.split(grouped, [self.queries_per_group * self.head_size, self.head_size, self.head_size], dim=1)
-        return tuple(part.flatten(0, 1).contiguous() for part in parts)
+        return tuple(list(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -172,6 +192,10 @@ class JoinedQKV:
     def to_hf(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Undo the interleaving and join the three."""
         return (torch.cat(self.grouped.to_hf(shards)),)
+
+    def hf_blocks(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+        """Return the queries, then the keys, then the values, a group at a time."""
+        return ([block for blocks in self.grouped.hf_blocks(whole) for block in blocks],)
 
 
 @dataclass(frozen=True)
@@ -201,6 +225,11 @@ class Stacked:
             return first, second
         firsts, seconds = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat(firsts), torch.cat(seconds)
+
+    def hf_blocks(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+        """Return the two halves."""
+        first, second = whole.chunk(2)
+        return [first], [second]
 
 
 def padded_units(num_units: int, tensor_size: int) -> int:

@@ -2,7 +2,7 @@
 
 A file is eight bytes that say how long the header is, a JSON header, and the tensors one after the other. The library
 refuses headers that do not fit the file byte for byte; reading and writing the tensors is ours, because conversions
-keep no more than one tensor in memory and need its digest.
+keep no more than one tensor in memory, most often none, and need its digest.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_r1v2.checkpoint.tensor_files import TensorInfo, mapped_file, tensor_in, tensor_info, write_hashed
-from megatron_r1v2.resilience.files import synced_file
+from megatron_r1v2.checkpoint.direct_io import direct_file
+from megatron_r1v2.checkpoint.stored_tensors import Block, StoredTensor, check_blocks, write_hashed
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, mapped_file, tensor_in
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -36,8 +37,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def map_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
-    """Open a safetensors file and return its tensors by name, each read from the disk when it is touched.
+def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the place of each tensor of a file, by name, in the order of the file.
 
     Raises:
         ValueError: the library refuses the file, or a tensor has a dtype or a shape that no model has.
@@ -53,33 +54,50 @@ def map_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     # The library does not give offsets. It has checked that the tensors fill the file from the header to its end.
     start = path.stat().st_size - sum(info.num_bytes for _, info in infos)
-    mapped, tensors = mapped_file(path), {}
+    stored = {}
     for name, info in infos:
-        end = start + info.num_bytes
-        tensors[name] = tensor_in(mapped[start:end], info.dtype, start=start).view(info.shape)
-        start = end
+        stored[name] = StoredTensor(path, start, info)
+        start += info.num_bytes
+    return stored
+
+
+def map_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
+    """Open a safetensors file and return its tensors by name, each read from the disk when it is touched.
+
+    Raises:
+        ValueError: see `read_safetensors_header`.
+    """
+    return map_tensors(path, read_safetensors_header(path))
+
+
+def map_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file whose header was read."""
+    mapped, tensors = mapped_file(path), {}
+    for name, place in stored.items():
+        data = mapped[place.start : place.start + place.info.num_bytes]
+        tensors[name] = tensor_in(data, place.info.dtype, start=place.start).view(place.info.shape)
     return tensors
 
 
 def write_safetensors_file(
     path: Path,
     tensors: Sequence[tuple[str, TensorInfo]],
-    read: Iterable[torch.Tensor],
+    read: Iterable[Sequence[Block]],
     *,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
-    """Write a file whose tensors are made one after the other: no more than one of them is in memory.
+    """Write a file whose tensors are made one after the other: no more than one of them is in memory, or none.
 
     Args:
         tensors: name, shape and dtype of each, known beforehand.
-        read: the tensors in the same order, on the CPU.
+        read: the tensors in the same order, each as blocks of its rows, on the CPU.
         wrote: called with the number of bytes after each tensor.
 
     Returns:
         The digest of each tensor's bytes (`write_hashed`), by name. The file is on disk when this returns.
 
     Raises:
-        ValueError: a tensor comes out in another shape or dtype than announced.
+        ValueError: a tensor comes out in another size or dtype than announced.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -91,12 +109,11 @@ def write_safetensors_file(
     # The tensors then begin at a multiple of their item size, and can be used where they are mapped.
     raw += b" " * (-len(raw) % 8)
     digests = {}
-    with synced_file(path) as file:
+    with direct_file(path) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
-        for (name, info), tensor in zip(tensors, read, strict=True):
-            if tensor_info(tensor) != info:
-                raise ValueError(f"{name} came out as {tensor_info(tensor)} where {info} was announced")
-            digests[name] = write_hashed(file.write, [tensor])
+        for (name, info), blocks in zip(tensors, read, strict=True):
+            check_blocks(name, blocks, info)
+            digests[name] = write_hashed(file.write, blocks)
             wrote(info.num_bytes)
     return digests
 

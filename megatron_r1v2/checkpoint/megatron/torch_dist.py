@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,21 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_r1v2.checkpoint.direct_io import direct_file
 from megatron_r1v2.checkpoint.megatron.parameter_names import DistEntry
 from megatron_r1v2.checkpoint.megatron.torch_internals import METADATA_NAMES, StorageInfo
-from megatron_r1v2.checkpoint.megatron.torch_records import UNPICKLING_ERRORS, read_record, write_record
+from megatron_r1v2.checkpoint.megatron.torch_records import (
+    UNPICKLING_ERRORS,
+    Crc32,
+    check_crc32,
+    find_storage,
+    naming_record,
+    read_record,
+    write_record,
+)
+from megatron_r1v2.checkpoint.stored_tensors import Block, Checksum, StoredTensor
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, mapped_file
-from megatron_r1v2.resilience.files import synced_file, write_file
+from megatron_r1v2.resilience.files import write_file
 
 METADATA = ".metadata"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -123,6 +134,34 @@ class TorchDist:
             return found[0][2]
         return _joined(found, info, f"{self.folder}: {entry.key}")
 
+    def stored(self, entry: DistEntry) -> StoredTensor | None:
+        """Return the place of a parameter that lies whole in one record, with its CRC-32; None: it does not.
+
+        Raises:
+            ValueError: its record is damaged.
+        """
+        info, chunks = self.info(entry), self._chunks[entry.key]
+        if entry.layer is not None:
+            chunks = [(chunk, where) for chunk, where in chunks if tuple(chunk.sizes) == (1, *info.shape)]
+            chunks = [(chunk, where) for chunk, where in chunks if chunk.offsets[0] == entry.layer]
+        if len(chunks) != 1:
+            return None
+        where = chunks[0][1]
+        path = self.folder / where.relative_path
+        with path.open("rb") as file, _naming(path):
+            storage = find_storage(file, where.offset, where.length)
+        stacked = info.shape if entry.layer is None else (1, *info.shape)
+        plain = TensorInfo(storage.dtype, tuple(storage.shape)).meta()
+        lies_plain = (storage.offset, storage.stride) == (0, plain.stride()) and storage.num_bytes == info.num_bytes
+        if not lies_plain or (storage.dtype, tuple(storage.shape)) != (info.dtype, stacked):
+            return None
+
+        def compare(digest: str) -> None:
+            with _naming(path), naming_record(where.offset):
+                check_crc32(storage, int(digest, 16))
+
+        return StoredTensor(path, storage.start, info, Checksum(Crc32, compare))
+
     def _index(self, metadata: Metadata) -> None:
         storage = {(index.fqn, tuple(index.offset or ())): where for index, where in metadata.storage_data.items()}
         sizes = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
@@ -151,23 +190,28 @@ class TorchDist:
 
     def _record(self, storage: StorageInfo, *, check_crc: bool) -> torch.Tensor:
         path = self.folder / storage.relative_path
-        with path.open("rb") as file:
-            if path not in self._mapped:
-                self._mapped[path] = mapped_file(path)
-            try:
-                return read_record(file, storage.offset, storage.length, self._mapped[path], check_crc=check_crc)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}; copy it again") from error
+        if path not in self._mapped:
+            self._mapped[path] = mapped_file(path)
+        with path.open("rb") as file, _naming(path):
+            return read_record(file, storage.offset, storage.length, self._mapped[path], check_crc=check_crc)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; copy it again") from error
 
 
 def write_records(
     path: Path,
     parameters: Sequence[tuple[DistEntry, TensorInfo]],
-    read: Iterable[Sequence[torch.Tensor]],
+    read: Iterable[Sequence[Block]],
     *,
     wrote: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[Record, str]]:
-    """Write a file of records, holding one tensor at a time.
+    """Write a file of records, holding one tensor at a time, or none.
 
     Args:
         parameters: place, shape and dtype of each tensor.
@@ -178,7 +222,7 @@ def write_records(
         The record of each tensor, and its digest (`write_hashed`). The file is on disk when this returns.
     """
     records = []
-    with synced_file(path) as file:
+    with direct_file(path) as file:
         for (entry, info), blocks in zip(parameters, read, strict=True):
             # A layer is a run of one of its stacked array, which has the layers in front.
             stored = info if entry.layer is None else TensorInfo(info.dtype, (1, *info.shape))

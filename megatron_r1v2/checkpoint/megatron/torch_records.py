@@ -12,7 +12,8 @@ import sys
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from megatron_r1v2.checkpoint.megatron.torch_internals import (
     STORAGES,
     UNTYPED_DTYPES,
 )
-from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_in, tensor_info, write_hashed
+from megatron_r1v2.checkpoint.stored_tensors import Block, check_blocks, write_hashed
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_in
 
 # A damaged pickle or zip can raise any of these, and pickle's documentation promises no shorter list.
 UNPICKLING_ERRORS = (
@@ -42,17 +44,31 @@ UNPICKLING_ERRORS = (
 _ALIGNMENT = 64
 
 
-def write_record(file: BinaryIO, info: TensorInfo, blocks: Sequence[torch.Tensor]) -> tuple[int, str]:
+class Storage(NamedTuple):
+    """The storage of a record's tensor."""
+
+    start: int
+    """In the file."""
+    num_bytes: int
+    member: str
+    """Its name in the zip file."""
+    crc: int
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def write_record(file: BinaryIO, info: TensorInfo, blocks: Sequence[Block]) -> tuple[int, str]:
     """Append a record to a file.
 
     Args:
-        blocks: its rows, from the first to the last, in one tensor or several, on the CPU.
+        blocks: its rows, from the first to the last, in one block or several, on the CPU.
 
     Returns:
         The position of the record, and the digest of the tensor's bytes (`write_hashed`).
     """
-    if {block.dtype for block in blocks} != {info.dtype} or sum(block.nbytes for block in blocks) != info.num_bytes:
-        raise ValueError(f"blocks came out as {[tensor_info(block) for block in blocks]} where {info} was announced")
+    check_blocks("a record", blocks, info)
     file.write(bytes(-file.tell() % _ALIGNMENT))
     start = file.tell()
     window = _Window(file, start)
@@ -70,17 +86,13 @@ def write_record(file: BinaryIO, info: TensorInfo, blocks: Sequence[torch.Tensor
     return start, digest
 
 
-def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, check_crc: bool) -> torch.Tensor:
-    """Read a record.
-
-    Args:
-        mapped: the whole file, in memory; the tensor lies there, or is a copy where that is not aligned.
-        check_crc: whether the CRC-32 of the storage is checked.
+def find_storage(file: BinaryIO, start: int, length: int) -> Storage:
+    """Read all of a record but its storage.
 
     Raises:
         ValueError: the record is damaged, or holds no tensor.
     """
-    try:
+    with naming_record(start):
         with zipfile.ZipFile(_Window(file, start, length)) as archive:
             root = archive.infolist()[0].filename.split("/")[0]
             described = _Description(*_DescriptionUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl"))).load())
@@ -93,14 +105,62 @@ def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, 
             file.seek(start + member.header_offset + 26)
             names = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
         begin = start + member.header_offset + 30 + names
-        data = mapped[begin : begin + member.file_size]
-        if member.compress_type != zipfile.ZIP_STORED or begin + len(data) > start + length:
+        if member.compress_type != zipfile.ZIP_STORED or begin + member.file_size > start + length:
             raise zipfile.BadZipFile("its storage is compressed or ends beyond it")
-        if check_crc and zlib.crc32(data) != member.CRC:
-            raise zipfile.BadZipFile(f"the checksum of {member.filename} is wrong")
         dtype = described.dtype or STORAGES[storage]
-        numbers = tensor_in(data, dtype, start=begin)
-        return numbers.as_strided(described.shape, described.stride, described.offset)
+        view = described.offset, described.shape, described.stride
+        return Storage(begin, member.file_size, member.filename, member.CRC, dtype, *view)
+
+
+def read_record(file: BinaryIO, start: int, length: int, mapped: memoryview, *, check_crc: bool) -> torch.Tensor:
+    """Read a record.
+
+    Args:
+        mapped: the whole file, in memory; the tensor lies there, or is a copy where that is not aligned.
+        check_crc: whether the CRC-32 of the storage is checked.
+
+    Raises:
+        ValueError: the record is damaged, or holds no tensor.
+    """
+    storage = find_storage(file, start, length)
+    data = mapped[storage.start : storage.start + storage.num_bytes]
+    with naming_record(start):
+        if check_crc:
+            check_crc32(storage, zlib.crc32(data))
+        numbers = tensor_in(data, storage.dtype, start=storage.start)
+        return numbers.as_strided(storage.shape, storage.stride, storage.offset)
+
+
+class Crc32:
+    """A CRC-32 under way, with the interface of hashlib."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: memoryview) -> None:
+        """Add bytes."""
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        """Return the checksum of the bytes so far."""
+        return f"{self._value:08x}"
+
+
+def check_crc32(storage: Storage, crc: int) -> None:
+    """Compare the CRC-32 of a storage's bytes with that of its record.
+
+    Raises:
+        zipfile.BadZipFile: they differ.
+    """
+    if crc != storage.crc:
+        raise zipfile.BadZipFile(f"the checksum of {storage.member} is wrong")
+
+
+@contextmanager
+def naming_record(start: int) -> Iterator[None]:
+    """Turn errors into one that says which record is damaged."""
+    try:
+        yield
     except (zipfile.BadZipFile, NotImplementedError, *UNPICKLING_ERRORS) as error:
         raise ValueError(f"the record at byte {start} is damaged ({str(error)[:200]})") from error
 

@@ -65,6 +65,8 @@ def test_queries_keys_and_values_are_interleaved_by_group():
     assert torch.equal(joined.to_shard([torch.cat([query, key, value])], tensor_rank=0, tensor_size=1), whole)
     assert torch.equal(torch.cat(operation.blocks([query, key, value])), whole)
     assert joined.to_hf([whole])[0].flatten().tolist() == [0, 1, 2, 3, 10, 11, 20, 21]
+    assert [block.flatten().tolist() for block in operation.hf_blocks(whole)[0]] == [[0, 1], [2, 3]]
+    assert torch.cat(joined.hf_blocks(whole)[0]).flatten().tolist() == [0, 1, 2, 3, 10, 11, 20, 21]
 
 
 def test_stacked_matrices_are_each_split():

@@ -68,7 +68,9 @@ def test_a_file_is_written_one_tensor_at_a_time_and_read_in_place(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(4, dtype=torch.int64), "empty": torch.zeros(0, 7)}
     infos = [(name, tensor_info(tensor)) for name, tensor in tensors.items()]
     counted = []
-    digests = write_safetensors_file(tmp_path / "file", infos, iter(tensors.values()), wrote=counted.append)
+    digests = write_safetensors_file(
+        tmp_path / "file", infos, ([tensor] for tensor in tensors.values()), wrote=counted.append
+    )
     assert digests == {name: digest_of(tensor) for name, tensor in tensors.items()}
     assert counted == [60, 32, 0]
     for read in (load_file(tmp_path / "file"), map_safetensors_file(tmp_path / "file")):
@@ -88,4 +90,4 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path):
 def test_a_tensor_that_comes_out_otherwise_is_refused(tmp_path):
     info = tensor_info(torch.zeros(2))
     with pytest.raises(ValueError, match="a came out as .* where .* was announced"):
-        write_safetensors_file(tmp_path / "file", [("a", info)], [torch.zeros(3)])
+        write_safetensors_file(tmp_path / "file", [("a", info)], [[torch.zeros(3)]])

@@ -3,23 +3,57 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from checkpoint_tools import hf_to_hf, hf_to_megatron, verify
-from megatron_r1v2.checkpoint.hf.config import read_hf_config
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
+from megatron_r1v2.checkpoint.hf.mapping import parameter_map, stored_names
 from megatron_r1v2.checkpoint.hf.shapes import parameter_shapes
 from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from tests.checkpoint.damage import run
+
+
+def transformers_shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
+    """The same from transformers' own classes."""
+    with torch.device("meta"):
+        tensors = InternVLForConditionalGeneration(InternVLConfig.from_dict(dict(config))).state_dict()
+    # The pixel shuffle changes no shape; transformers has the second alone.
+    architecture = replace(r1v2_architecture(config), pixel_shuffle="v2")
+    stored = stored_names(tensors, "transformers", tied=architecture.language.tied_embeddings)
+    by_table = {name: tensors[inside] for name, inside in stored.items()}
+    rows = parameter_map(architecture)
+    return {row.ours: row.to_shard(by_table, tensor_rank=0, tensor_size=1).shape for row in rows}
 
 
 def test_they_are_those_of_the_folder_in_either_layout(made):
     for name in ("hf", "chat"):
-        shapes = parameter_shapes(read_hf_config(made / name)[0])
         with HfSpec(made / name).open() as source:
+            shapes = parameter_shapes(source.architecture)
             assert {ours: source.parameter(ours).shape for ours in source.names()} == dict(shapes)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("tower", [{"norm_type": "rms_norm", "use_qk_norm": True}, {"attention_bias": True}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_they_are_those_of_transformers(family, tower, tied):
+    vision = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 80, "num_hidden_layers": 2, **tower}
+    text = {"model_type": family, "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"head_dim": 12, "intermediate_size": 56, "num_hidden_layers": 3, "vocab_size": 70}
+    config = {"model_type": "internvl", "image_token_id": 5, "tie_word_embeddings": tied}
+    config |= {"vision_config": vision, "text_config": text}
+    assert parameter_shapes(r1v2_architecture(config)) == transformers_shapes(config)
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN_MODELS))
+def test_they_are_those_of_transformers_at_full_size(name):
+    assert parameter_shapes(r1v2_architecture(KNOWN_MODELS[name])) == transformers_shapes(KNOWN_MODELS[name])
 
 
 # One tensor of each kind: whole, split by rows, by columns, by heads, stacked, a bias, the vocabulary.
