@@ -25,7 +25,7 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tok
 features = "<IMG_CONTEXT>" * (TOKENS * len(tiles))
 prompt = prompt.replace("<IMG_CONTEXT>", f"<img>{features}</img>", 1)
 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-output = model.generate(**inputs, pixel_values=tiles.to(model.device, model.dtype), max_new_tokens=1024)
+output = model.generate(**inputs, pixel_values=tiles.to(model.device, model.dtype), max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))"""
 _HOW_TO_LOAD: Mapping[Layout, str] = {
     "transformers": f"""transformers 4.57 and 5 load it without code of this folder:
@@ -34,7 +34,8 @@ _HOW_TO_LOAD: Mapping[Layout, str] = {
 {_SNIPPET}
 ```
 
-`AutoProcessor.from_pretrained` does the same in one object, and needs a torchvision that fits the installed torch.
+`AutoProcessor.from_pretrained` does the same in one object, and needs torchvision (for videos) of the installed torch's
+version and build.
 vLLM serves it: `vllm serve FOLDER`.""",
     "chat": """The keys are those of OpenGVLab's InternVL and Skywork's R1V folders. They are read by the code that the
 publishers have in such folders (`trust_remote_code`), which is not copied here; transformers' own classes and vLLM

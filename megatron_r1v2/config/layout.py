@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from megatron_r1v2.config.choices import Fp8
+
+
+class UnevenSizes(ValueError):
+    """A layout that does not divide the sizes of a model; transformers loads it: see `Unsupported` in checkpoint/."""
+
+    kind: Final = "uneven sizes"
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ def check_fp8_shapes(sizes: LanguageSizes, *, fp8: Fp8, tensor: int, sequence: b
     """Check TransformerEngine's constraints on the products of one rank before anything is built.
 
     Raises:
-        ValueError: naming the dimension that does not fit.
+        UnevenSizes: naming the dimension that does not fit.
     """
     if fp8 is Fp8.none:
         return
@@ -39,7 +46,7 @@ def check_fp8_shapes(sizes: LanguageSizes, *, fp8: Fp8, tensor: int, sequence: b
         ("query, key and value channels of a rank", (sizes.heads + 2 * sizes.kv_heads) * sizes.head_size // tensor),
     ):
         if size % multiple:
-            raise ValueError(
+            raise UnevenSizes(
                 f"model.fp8={fp8.value} needs a multiple of {multiple}, but the language model has {size} "
                 f"{what} at parallel.tensor={tensor}; lower parallel.tensor, or set model.fp8=none"
             )
@@ -49,10 +56,10 @@ def check_layout(sizes: LanguageSizes, *, tensor: int, pipeline: int, first_stag
     """Check that a layout divides the sizes of a language model.
 
     Raises:
-        ValueError: naming the setting and the size that it does not divide.
+        UnevenSizes: naming the setting and the size that it does not divide.
     """
     for mistake in (*tensor_mistakes(sizes, tensor), *pipeline_mistakes(sizes, pipeline, first_stage_layers)):
-        raise ValueError(mistake)
+        raise UnevenSizes(mistake)
 
 
 def tensor_mistakes(sizes: LanguageSizes, tensor: int) -> Iterator[str]:

@@ -244,7 +244,8 @@ def open_session(
         stream = loaded.training_stream()
         checkpoints = _open_checkpoints(recipe.checkpoint, loaded.context, run_dir)
         verifier = WeightVerifier(loaded.model, recipe.train.parts, loaded.context)
-        started_from = verifier.compute_exact_checksums()
+        checksums = verifier.compute_checksums()
+        started_from = verifier.exact_checksums(checksums)
         newest = choose_checkpoint(checkpoints, recipe.checkpoint.resume_step)
         restored = resume(newest, policy, stream, checkpoints, recipe, started_from=started_from)
         memory = DeviceMemory.of(loaded.context.device)
@@ -257,7 +258,8 @@ def open_session(
             survey = _survey_data(loaded, recipe, recorder, pairs=stage in ("mpo", "reward_model"))
             _note_resume(recorder, recipe, restored, newest)
             # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
-            verifier.verify_weights(restored.checksums, newest)
+            # What a checkpoint has loaded is looked at anew; without one the weights are still those of the start.
+            verifier.verify_weights(restored.checksums, newest, computed=None if newest else checksums)
             session = Session(
                 recipe=recipe,
                 loaded=loaded,

@@ -41,9 +41,8 @@ class WeightVerifier:
         """Collective over the replica: compute the checksum of each part of the model."""
         return compute_checksums(self.model, self.model.parts, self.context)
 
-    def compute_exact_checksums(self) -> dict[str, int]:
-        """Collective over the replica: compute those of the parts whose weights are the same on every device."""
-        checksums = self.compute_checksums()
+    def exact_checksums(self, checksums: Mapping[str, int]) -> dict[str, int]:
+        """Return those of the parts whose weights are the same on every device."""
         # The rounding of a language model to 8 bits is the GPU's own.
         return {name: value for name, value in checksums.items() if not (self._is_rounded and name == Part.language)}
 
@@ -73,13 +72,19 @@ class WeightVerifier:
         return {"checksums": checksums, "base": base}
 
     def verify_weights(
-        self, saved: Mapping[str, int], source: Path | None, *, trained_only: bool = False
+        self,
+        saved: Mapping[str, int],
+        source: Path | None,
+        *,
+        trained_only: bool = False,
+        computed: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
         """Collective over the world: compare replicas, what a checkpoint says, and frozen parts with what they were.
 
         Args:
             saved: by part; empty: nothing to compare with.
             trained_only: take the frozen parts for what they were at the last look, if there was one.
+            computed: checksums of all parts, where the weights have not changed since they were computed.
 
         Returns:
             The checksums of all parts.
@@ -87,7 +92,7 @@ class WeightVerifier:
         Raises:
             RuntimeError: something differs.
         """
-        known = self._at_first if trained_only else {}
+        known = dict(computed) if computed else self._at_first if trained_only else {}
         parts = [part for part in self.model.parts if part.value not in known]
         now = known | compute_checksums(self.model, parts, self.context)
         check_replicas(now, self.context)

@@ -66,7 +66,7 @@ def test_the_snippet_of_an_export_runs(made, tmp_path):
     card = (tmp_path / "out" / CARD).read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     Image.linear_gradient("L").resize((64, 32)).convert("RGB").save(tmp_path / "image.png")
-    code = code.replace("FOLDER", str(tmp_path / "out")).replace("1024", "2").replace(', device_map="auto"', "")
+    code = code.replace("FOLDER", str(tmp_path / "out"))  # nothing else: it must run as it is written
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()

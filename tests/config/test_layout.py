@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_r1v2.config.choices import Fp8
-from megatron_r1v2.config.layout import LanguageSizes, check_fp8_shapes, check_layout
+from megatron_r1v2.config.layout import LanguageSizes, UnevenSizes, check_fp8_shapes, check_layout
 
 SIZES = LanguageSizes(heads=8, kv_heads=2, head_size=8, hidden=64, ffn=96, layers=6)
 LAYOUT = {"tensor": 1, "pipeline": 1, "first_stage_layers": 0}
@@ -35,7 +35,7 @@ def test_a_layout_divides_the_model_or_names_what_it_does_not(changes, message):
     if message is None:
         check_layout(sizes, **layout)
         return
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UnevenSizes, match=message):
         check_layout(sizes, **layout)
 
 
@@ -57,5 +57,5 @@ def test_fp8_wants_multiples(fp8, sequence, changes, message):
     if message is None:
         check_fp8_shapes(sizes, fp8=fp8, tensor=2, sequence=sequence)
         return
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UnevenSizes, match=message):
         check_fp8_shapes(sizes, fp8=fp8, tensor=2, sequence=sequence)

@@ -11,6 +11,7 @@ import torch
 from megatron_r1v2.config.choices import Part
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import open_session
+from megatron_r1v2.training import weight_verification
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for
 
@@ -60,6 +61,21 @@ def test_a_look_at_the_trained_parts_takes_the_frozen_ones_for_known(root: Path,
         assert {name for name in before if after[name] != before[name]} == {"adapter"}
         with pytest.raises(RuntimeError, match="the vision weights do not train, but have changed"):
             verifier.verify_weights({}, None)
+
+
+def test_a_start_without_a_checkpoint_computes_the_checksums_once(root: Path, tmp_path: Path, monkeypatch) -> None:
+    computed, original = [], weight_verification.compute_checksums
+
+    def counting(model, parts, context):
+        computed.extend(part.value for part in parts)
+        return original(model, parts, context)
+
+    monkeypatch.setattr(weight_verification, "compute_checksums", counting)
+    with open_session(recipe_for(root, tmp_path / "run"), stage="grpo", shown=()) as session:
+        assert computed == [part.value for part in session.model.parts]
+        assert session.verifier.verify_weights({}, None) == original(
+            session.model, session.model.parts, session.context
+        )
 
 
 def test_a_checkpoint_of_other_weights_is_noticed(root: Path, tmp_path: Path) -> None:
