@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from megatron_r1v2.monitoring.metric import Metric
-from megatron_r1v2.monitoring.metrics import NOT_CHARTED, SECTIONS
+from megatron_r1v2.monitoring.metrics import NOT_CHARTED, SECTIONS, Metric
 
 _INTRODUCTION = """\
 # Metrics

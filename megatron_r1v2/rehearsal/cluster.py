@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.rehearsal.collectives import Collective
@@ -57,7 +58,8 @@ def install_fake_groups(mode: FakeTensors) -> None:
     backends: dict[object, str] = {}
     start, new_group = dist.init_process_group, dist.new_group
 
-    def init_process_group(backend: str | None = None, **kwargs: object) -> None:  # noqa: ARG001  # always the fake one
+    def init_process_group(**kwargs: object) -> None:
+        kwargs.pop("backend", None)  # always the fake one
         start("fake", **{**kwargs, "store": dist.HashStore()})  # type: ignore[attr-defined, arg-type]
 
     def make_group(ranks: Sequence[int] | None = None, *_: object, **kwargs: object) -> object:
@@ -76,7 +78,9 @@ def install_fake_groups(mode: FakeTensors) -> None:
 
 
 def note_object_collectives(watch: Watch) -> None:
-    """Note each collective of objects as one call: sizes and bytes of the pickled objects are no matter of code."""
+    """Note each collective of objects, and of a checkpoint's files, as one call: their sizes are no matter of code."""
+    for name in ("save", "load"):
+        replace(dist_checkpointing, name, _noted(watch, f"checkpoint_{name}", original(dist_checkpointing, name)))
     for name in ("all_gather_object", "broadcast_object_list"):
         _replace(dist, name, _noted(watch, name, getattr(dist, name)))
     replace(objects, "exchange", _noted(watch, "exchange", original(objects, "exchange")))

@@ -13,7 +13,7 @@ from megatron_r1v2.planning.known_models import find_hf_config
 
 _DESCRIPTION = """\
 Rehearse a run on a CPU before it is queued: the stage's own code as one rank of each pipeline stage, on tensors without
-memory, for one step on rows as long as the recipe allows. Prints the memory of each phase beside the plan's, the
+memory, for two steps on rows as long as the recipe allows. Prints the memory of each phase beside the plan's, the
 collectives, and every assumption. Exit status 1: it would not run, not fit, or hang.
 
 example:
@@ -27,13 +27,18 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: 1 or 2, see above.
     """
     parser = command_parser("rehearse", _DESCRIPTION, settings=describe_settings)
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="recipe of align, mpo or grpo")
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="recipe of a stage")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for the stages")
     add_cluster_options(parser)
     parser.add_argument(
         "--all-ranks",
         action="store_true",
         help="the first and the last tensor-parallel rank of each stage, in the first and the last replica",
+    )
+    parser.add_argument(
+        "--data",
+        action="store_true",
+        help="check the length of every row of data.train and data.validation, and rehearse on the longest ones",
     )
     parser.add_argument("--svg", type=Path, help="write the memory of the fullest rank over the step to this file")
     # Intermixed, because people write overrides before, between and after the options.
@@ -51,7 +56,9 @@ def main(argv: Sequence[str]) -> None:
 
         folder = Path(arguments.hf_config or recipe.model.hf_path)
         hf_path = folder if folder.is_dir() else None
-        found = rehearse(recipe, hf_config, plan, hf_path=hf_path, all_ranks=arguments.all_ranks)
+        found = rehearse(
+            recipe, hf_config, plan, hf_path=hf_path, all_ranks=arguments.all_ranks, own_data=arguments.data
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -247,6 +247,11 @@ class FakeTensors(Watch):
 
     def _ask(self, func: Operator, args: Sequence[object]) -> object:
         tensors = [leaf for leaf in args if isinstance(leaf, torch.Tensor)]
+        function = running_line(1).rpartition(" ")[2]
+        if function in DIFFERENCES:
+            # Also where numbers seem to be known: kernels that exist on a GPU alone have left zeros.
+            self.answer("the difference of two ways to compute the same: 0")
+            return 0.0
         if all(_has_values(tensor) for tensor in tensors):
             return self._run_on_values(func, args, {})
         if func is aten.equal.default:
@@ -259,10 +264,6 @@ class FakeTensors(Watch):
         if dtype is torch.bool:
             self.answer("an unknown condition: true")
             return True
-        function = running_line(1).rpartition(" ")[2]
-        if function in DIFFERENCES:
-            self.answer("the difference of two ways to compute the same: 0")
-            return 0.0
         # Not 0: of metrics as sum and count, those without a count are left out.
         self.answer("an unknown number: 1")
         return 1.0 if dtype.is_floating_point else 1

@@ -29,11 +29,14 @@ from megatron_r1v2.rehearsal.ledger import (
 from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.watch import Watch
 from megatron_r1v2.stages import loaded_model, session
+from megatron_r1v2.stages.pairs import PairMaker
 from megatron_r1v2.training.reference import ReferenceWeights
 from megatron_r1v2.training.store import CheckpointStore
 
 Result = TypeVar("Result")
 LOAD, SET_UP, LOAD_CHECKPOINT = "load", "set-up", "load checkpoint"
+GENERATE, CONTINUE = "generate", "continue"
+_CONTINUING = "_continue_without_images"
 
 
 def install(watch: Watch) -> None:
@@ -89,6 +92,8 @@ def install(watch: Watch) -> None:
         (loaded_model, "load_model", _in(watch.phase, LOAD, original(loaded_model, "load_model"))),
         (session, "_build_policy", _in(watch.phase, SET_UP, original(session, "_build_policy"))),
         (CheckpointStore, "load", _in(watch.phase_alone, LOAD_CHECKPOINT, original(CheckpointStore, "load"))),
+        (PairMaker, "_respond", _in(watch.phase, GENERATE, original(PairMaker, "_respond"))),
+        (PairMaker, _CONTINUING, _in(watch.phase, CONTINUE, original(PairMaker, _CONTINUING))),
         (loaded_model, "build_r1v2", _in(ledger.holding, PARAMETERS, original(loaded_model, "build_r1v2"))),
         (session, "build_optimizer", _in(ledger.holding, OPTIMIZER, original(session, "build_optimizer"))),
         (session, "ReferenceWeights", _in(ledger.holding, BUFFERS, ReferenceWeights)),

@@ -39,6 +39,8 @@ class PhaseMemory:
     """Bytes by category at the fullest moment."""
     line: str = ""
     """The lines of code that were running then, the innermost first."""
+    flops: int = 0
+    """Computed in it, those of phases inside it left out."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ class MemoryLedger:
     def current_phase(self) -> str:
         """Return the innermost phase."""
         return self._open[-1].name if self._open else "start"
+
+    def add_flops(self, number: int) -> None:
+        """Count FLOPs for the innermost phase."""
+        if self._open:
+            self._open[-1].flops += number
 
     def _count(self, key: int, storage: torch.UntypedStorage) -> None:
         size, category = storage.nbytes(), self._category

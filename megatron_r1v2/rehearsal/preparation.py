@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_r1v2.config.choices import Fp8, Layers, StageName
+from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.memory import Workload
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from megatron_r1v2.data.tokenizer import ChatTokenizer
+    from megatron_r1v2.rehearsal.own_rows import OwnRows
+    from megatron_r1v2.rehearsal.rows import RowWriter
 
 AnyTraining = TrainingRecipe | PairsRecipe
 
+STEPS = 2
+"""The second one finds what the first one leaves: the buffer's samples, the optimizer's state, lasting buffers."""
 _NO_BOUND = 1e9
+_PATHS = ("output_dir", "train", "validation", "hf_path")
 _LONG_PROMPTS = 2
 """Of a replica: the second one finds the cache of features as the first one left it."""
 
@@ -38,6 +48,14 @@ class Step:
     def prompts(self) -> int:
         """Return the prompts of the rehearsed step."""
         return self.long + self.short
+
+    def trained_rows(self, responses: int) -> int:
+        """Return the responses of full length that are trained on, over all replicas.
+
+        Args:
+            responses: to each prompt.
+        """
+        return (self.mixed_groups or self.long) * responses
 
 
 def plan_step(work: Workload, layout: Layout) -> Step:
@@ -70,7 +88,7 @@ def _rows_of_microbatch(work: Workload, layout: Layout) -> int:
 
 
 def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Path) -> AnyTraining:
-    """Return the recipe of the rehearsal: made data, one step with a validation and a checkpoint, no services.
+    """Return the recipe of the rehearsal: made data, two steps, then a validation and a checkpoint, no services.
 
     Args:
         folder: for what it writes; with the data sets of `write_rows`.
@@ -87,18 +105,20 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
     }
     if isinstance(recipe, TrainingRecipe):
         bound = _NO_BOUND if train.skip_above_grad_norm else 0.0
-        train = train.changed(steps=1, warmup_steps=0, skip_above_grad_norm=bound)
+        train = train.changed(steps=STEPS, warmup_steps=0, skip_above_grad_norm=bound)
         validates = bool(recipe.data.validation) and recipe.evaluation.every_steps > 0
         changes |= {
-            "checkpoint": recipe.checkpoint.changed(every_steps=1),
+            "checkpoint": recipe.checkpoint.changed(every_steps=STEPS),
             "evaluation": recipe.evaluation.changed(
-                every_steps=int(validates), prompts=0, runs=1, stop_at_pass_at_1=0.0
+                every_steps=STEPS if validates else 0, prompts=0, runs=1, stop_at_pass_at_1=0.0
             ),
             "logging": recipe.logging.changed(trackers=()),
         }
     if isinstance(recipe, GrpoRecipe | PairsRecipe):
-        # A served reward model answers from elsewhere, and takes no memory here.
+        # A served reward model answers from elsewhere, and takes no memory here; one in process needs its checkpoint.
         changes["reward"] = recipe.reward.changed(model_weight=0.0)
+    if isinstance(recipe, PairsRecipe) and recipe.pairs.dropout_ntp_fraction:
+        changes["pairs"] = recipe.pairs.changed(dropout_ntp_fraction=1.0)
     if isinstance(recipe, GrpoRecipe):
         # Numbers that nobody can know are 1, see `FakeTensors.constant_for`.
         changes["algorithm"] = recipe.algorithm.changed(max_log_prob_difference=_NO_BOUND)
@@ -106,8 +126,33 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
     return type(recipe)(**{**dict(recipe), **changes, "generation": generation, "model": model, "train": train})
 
 
+def changed_settings(recipe: AnyTraining, rehearsed: AnyTraining) -> list[str]:
+    """Return the settings that a rehearsal changes, in words."""
+    before, after = recipe.model_dump(mode="json"), rehearsed.model_dump(mode="json")
+    return [
+        f"{section}.{name}: {before[section][name]!r} -> {'made' if name in _PATHS else repr(after[section][name])}"
+        for section, names in recipe.settings().items()
+        for name in names
+        if before[section][name] != after[section][name]
+    ]
+
+
 def _validation(recipe: AnyTraining, folder: Path) -> str:
     return str(folder / "validation") if recipe.data.validation else ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of a rehearsal, and what there is to say of them."""
+
+    recipe: Path
+    step: Step
+    changes: tuple[str, ...]
+    """Settings that the rehearsal changes, in words."""
+    data: tuple[str, ...] = ()
+    """Of the recipe's own data sets, where these were read."""
+    ends_by_data: bool = False
+    """Whether the run would end by a row that is too long."""
 
 
 def write_rehearsal(
@@ -118,19 +163,21 @@ def write_rehearsal(
     *,
     folder: Path,
     hf_path: Path | None,
-) -> tuple[Path, Step]:
+    own_data: bool = False,
+) -> Inputs:
     """Write all that the rehearsed ranks read.
 
     Args:
         config: of the model, as transformers' InternVL has it.
         folder: a new one.
         hf_path: the model's folder; None, or without weights: one is made.
+        own_data: whether to take the longest rows of the recipe's data sets instead of made ones.
 
-    Returns:
-        The recipe of the rehearsal, and its step.
+    Raises:
+        ValueError: among others, a data set of the recipe is missing, or no row of it fits.
     """
     from megatron_r1v2.data.tokenizer import ChatTokenizer
-    from megatron_r1v2.rehearsal.rows import RowWriter, write_model_folder
+    from megatron_r1v2.rehearsal.rows import write_model_folder
 
     folder.mkdir(parents=True, exist_ok=True)
     if hf_path is None or not any(hf_path.glob("*.safetensors")):
@@ -138,7 +185,34 @@ def write_rehearsal(
         hf_path = folder / "hf"
     step = plan_step(Workload.from_recipe(recipe, architecture), layout)
     tokenizer = ChatTokenizer(hf_path)
-    writer = RowWriter(
+    sets = {"train": recipe.data.train} | ({"validation": recipe.data.validation} if recipe.data.validation else {})
+    sizes = {"train": (step.long, step.short, STEPS), "validation": (layout.data, 0, 1)}
+    said: list[str] = []
+    ends = False
+    if own_data:
+        rows = _own_rows(recipe, architecture, tokenizer)
+        step = changed(step, long=step.long + step.short, short=0)
+        for name, source in sets.items():
+            long, short, steps = sizes[name]
+            lengths = rows.measure(source, (long + short) * steps, given=name == "train")
+            said += lengths.sentences(recipe.data)
+            ends |= lengths.is_error
+            rows.write(lengths, folder / name, rows=long + short, steps=steps)
+    else:
+        writer = _row_writer(recipe, architecture, tokenizer)
+        for name in sets:
+            long, short, steps = sizes[name]
+            writer.write(folder / name, long=long, short=short, steps=steps)
+    path = folder / "recipe.yaml"
+    rehearsed = rehearsed_recipe(recipe, step, folder, hf_path)
+    path.write_text(recipe_yaml(rehearsed))
+    return Inputs(path, step, tuple(changed_settings(recipe, rehearsed)), tuple(said), ends)
+
+
+def _row_writer(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: ChatTokenizer) -> RowWriter:
+    from megatron_r1v2.rehearsal.rows import RowWriter
+
+    return RowWriter(
         tokenizer,
         recipe.data,
         tile_size=architecture.vision.image_size,
@@ -146,9 +220,26 @@ def write_rehearsal(
         max_response_tokens=recipe.generation.max_response_tokens,
         end_token=tokenizer.turn_end(recipe.generation.stop_tokens),
     )
-    writer.write(folder / "train", long=step.long, short=step.short)
-    if recipe.data.validation:
-        writer.write(folder / "validation", long=layout.data, short=0)
-    path = folder / "recipe.yaml"
-    path.write_text(recipe_yaml(rehearsed_recipe(recipe, step, folder, hf_path)))
-    return path, step
+
+
+def _own_rows(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: ChatTokenizer) -> OwnRows:
+    from megatron_r1v2.data.prompts import PromptBuilder
+    from megatron_r1v2.rehearsal.own_rows import OwnRows
+
+    assert recipe.stage is not None
+    builder = PromptBuilder(
+        settings=recipe.data,
+        tokenizer=tokenizer,
+        tile_size=architecture.vision.image_size,
+        tokens_per_tile=architecture.tokens_per_tile,
+    )
+    return OwnRows(
+        recipe.stage,
+        builder,
+        recipe.data,
+        end_token=tokenizer.turn_end(recipe.generation.stop_tokens),
+        max_positions=architecture.language.max_positions,
+        max_response_tokens=recipe.generation.max_response_tokens,
+        # See Session.trains_text.
+        needs_image=isinstance(recipe, TrainingRecipe) and not {Part.language, Part.score} & {*recipe.train.parts},
+    )

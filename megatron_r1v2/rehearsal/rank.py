@@ -78,6 +78,8 @@ class RankResult:
     flops: dict[str, int] = field(default_factory=dict)
     questions: list[tuple[str, str, int]] = field(default_factory=list)
     """Rule, line that asked, how often."""
+    engine_steps: dict[str, int] = field(default_factory=dict)
+    """Steps of the engine that prefill, decode or mix both, and evicted requests."""
     host_peak: int = 0
     """Bytes of the CPU tensors that live at once, files and samples not counted."""
     checkpoint_bytes: int = 0
@@ -112,7 +114,8 @@ def rehearse_rank(spec: RankSpec) -> RankResult:
     from megatron_r1v2.config.command_line import quiet_libraries
 
     quiet_libraries()
-    folder = Path(spec.recipe).parent / f"run-{spec.rank}"  # of its own: another rank's checkpoint is none to resume
+    # Fakes each have a folder of their own: another rank's checkpoint is none to resume.
+    folder = Path(spec.recipe).parent / (f"run-{spec.rank}" if spec.is_fake else "run")
     recipe = load_recipe_as(STAGES[spec.stage], spec.recipe, [f"run.output_dir={folder}"])
     watch = _start_watch(spec)
     result = RankResult(spec.rank)
@@ -154,41 +157,51 @@ def _install(watch: Watch, spec: RankSpec, recipe: TrainingRecipe | PairsRecipe)
     from megatron_r1v2.data.tokenizer import ChatTokenizer
     from megatron_r1v2.rehearsal import labels, stand_ins
     from megatron_r1v2.rehearsal.cluster import Place, note_object_collectives
+    from megatron_r1v2.rehearsal.hollow_files import install_load_after_save
     from megatron_r1v2.rehearsal.rows import RIGHT_END, WRONG_END
 
     Place(spec.rank, spec.world_size, spec.gpus_per_node).enter()
-    finish: Callable[[RankResult], None] = lambda _: None  # noqa: E731  # a real rank has nothing to add
     if isinstance(watch, FakeTensors):
         # Before the script, which these answers follow.
-        finish = _install_answers(watch, spec)
+        add_answers = _install_answers(watch, spec)
+    else:
+        stand_ins.install_shares(lambda _: None)
+        add_answers = lambda _: None  # noqa: E731  # a real rank has nothing to add
+    install_load_after_save(is_alone=spec.is_fake)
     note_object_collectives(watch)
     tokenizer = ChatTokenizer(recipe.model.hf_path)
     stop = tokenizer.stop_ids(recipe.generation.stop_tokens)[0]
-    filler = tokenizer.encode_text(" a")[0]
+    filler = tokenizer.encode_text(" a")[-1]  # of bytes, the first one is a blank: no reasoning
     stand_ins.install_script(
         stand_ins.Script(
             drawn=(filler, filler, filler, stop),
             filler=filler,
             right=(*tokenizer.encode_text(RIGHT_END), stop),
             wrong=(*tokenizer.encode_text(WRONG_END), stop),
+            max_prompt_tokens=recipe.data.max_prompt_tokens,
             max_response_tokens=recipe.generation.max_response_tokens,
             mixed_groups=spec.mixed_groups,
         )
     )
     stand_ins.install_files()
+    engine_steps = stand_ins.install_full_cache(lambda: watch.ledger.current_phase == labels.GENERATE)
     labels.install(watch)
     # After the labels, which the stand-ins get too.
     stand_ins.install_stand_in_features(rehearsed=spec.rehearsed_prompts, prompts_of_step=spec.prompts_of_step)
+
+    def finish(result: RankResult) -> None:
+        add_answers(result)
+        result.engine_steps = dict(engine_steps)
+
     return finish
 
 
 def _install_answers(watch: FakeTensors, spec: RankSpec) -> Callable[[RankResult], None]:
     """Install what stands in for other ranks, files and kernels; return what ends it and adds what it knows."""
     from megatron_r1v2.rehearsal import flash_attention
-    from megatron_r1v2.rehearsal.checkpoint_files import HollowCheckpoints
     from megatron_r1v2.rehearsal.cluster import install_fake_groups
-    from megatron_r1v2.rehearsal.others import OtherRanks
-    from megatron_r1v2.rehearsal.weights import install_hollow_weights
+    from megatron_r1v2.rehearsal.hollow_files import HollowCheckpoints, install_hollow_weights
+    from megatron_r1v2.rehearsal.other_ranks import OtherRanks
 
     install_fake_groups(watch)
     checkpoints, others = HollowCheckpoints(), OtherRanks(watch)

@@ -25,7 +25,9 @@ from megatron_r1v2.data.tokenizer import ChatTokenizer
 LONG = "rehearsed-long"
 """In the keys of rows of full length, which have an image; the others are short text."""
 SHORT = "rehearsed-short"
-ANSWER, WRONG_ANSWER = "8", "7"
+ANSWER = "8"
+MARGIN = 1e6
+"""Above every preference.min_margin."""
 RIGHT_END = "</think>\\boxed{8}"
 WRONG_END = "</think>\\boxed{7}"
 
@@ -51,17 +53,18 @@ class RowWriter:
     max_response_tokens: int
     end_token: str
 
-    def write(self, folder: Path, *, long: int, short: int) -> None:
-        """Write a data set: long rows first, then short ones."""
-        write_shards(self._rows(long, short), folder)
+    def write(self, folder: Path, *, long: int, short: int, steps: int = 1) -> None:
+        """Write a data set: for each step long rows first, then short ones."""
+        write_shards(self._rows(long, short, steps), folder)
 
-    def _rows(self, long: int, short: int) -> Iterator[ShardSample]:
+    def _rows(self, long: int, short: int, steps: int) -> Iterator[ShardSample]:
         content, image = self._longest_prompt()
         responses = {end: self._longest_response(end) for end in (RIGHT_END, WRONG_END)}
-        for index in range(long):
-            yield _sample(f"{LONG}-{index}", content, responses, {"0.png": image})
-        for index in range(short):
-            yield _sample(f"{SHORT}-{index}", "What is 3 + 5?", {end: end for end in responses}, {})
+        for step in range(steps):
+            for index in range(long):
+                yield _sample(f"{LONG}-{step}-{index}", content, responses, {"0.png": image})
+            for index in range(short):
+                yield _sample(f"{SHORT}-{step}-{index}", "What is 3 + 5?", {end: end for end in responses}, {})
 
     def _longest_prompt(self) -> tuple[str, bytes]:
         """Return the text and the picture of a prompt with the most tiles, as long as the limit."""
@@ -133,7 +136,7 @@ def _sample(key: str, content: str, responses: Mapping[str, str], images: dict[s
         response=responses[RIGHT_END],
         chosen=responses[RIGHT_END],
         rejected=responses[WRONG_END],
-        margin=1e6,  # above every preference.min_margin
+        margin=MARGIN,
     )
 
 

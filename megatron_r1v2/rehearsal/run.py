@@ -11,18 +11,36 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_r1v2.config.choices import StageName
+from megatron_r1v2.config.choices import Part, Recompute, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, TrainingRecipe
-from megatron_r1v2.planning.memory import RankMemory
+from megatron_r1v2.planning.memory import Phase, RankMemory, fp8_copies
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.plan import Plan
+from megatron_r1v2.planning.roofline import (
+    _training_tokens as training_tokens,
+)
+from megatron_r1v2.planning.roofline import (
+    adapter_flops,
+    head_flops,
+    language_layer_flops,
+    vision_flops,
+)
 from megatron_r1v2.rehearsal.collectives import find_mismatches
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
-from megatron_r1v2.rehearsal.preparation import write_rehearsal
+from megatron_r1v2.rehearsal.preparation import Step, write_rehearsal
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
 
-REHEARSED = (StageName.align, StageName.mpo, StageName.grpo)
-"""The stages whose step is known here."""
+PLANNED: Mapping[str, Phase] = {
+    "gate": "generation",
+    "generate": "generation",
+    "continue": "generation",
+    "evaluate": "generation",
+    "reference": "log-probs",
+    "log_probs": "log-probs",
+    "validate": "log-probs",
+    "update": "training",
+}
+"""The planner's phase for each of a stage's."""
 _LOG_LINES = 20
 
 
@@ -33,21 +51,69 @@ class Rehearsal:
     plan: Plan
     ranks: tuple[RankResult, ...]
     mismatches: tuple[str, ...]
+    step: Step
+    changes: tuple[str, ...] = ()
+    """Settings that the rehearsal has changed."""
+    data: tuple[str, ...] = ()
+    """The lengths of the recipe's own rows, where these were read."""
+    ends_by_data: bool = False
+    """Whether the run would end by a row that is too long."""
 
     @property
     def too_full(self) -> list[tuple[RankResult, PhaseMemory]]:
         """Return the phases whose peak the GPU does not hold, with their ranks."""
-        return [(rank, phase) for rank in self.ranks for phase in rank.phases if phase.peak > self.plan.cluster.limit]
+        limit = self.plan.cluster.limit
+        return [(rank, phase) for rank in self.ranks for phase in rank.phases if self.peak(rank, phase) > limit]
+
+    def fp8_bytes(self, rank: RankResult, phase: PhaseMemory) -> int:
+        """Return the bytes that FP8 adds by the planner: TransformerEngine's copies of weights are not rehearsed."""
+        plan, computes = self.plan, phase.name == "start" or planned_memory(self.plan, rank, phase) is not None
+        return fp8_copies(plan.architecture, plan.layout, plan.work, rank.stage) if computes else 0
+
+    def peak(self, rank: RankResult, phase: PhaseMemory) -> int:
+        """Return the bytes at the fullest moment of a phase: those rehearsed, and those of FP8 by the planner."""
+        return phase.peak + self.fp8_bytes(rank, phase)
 
     @property
     def passed(self) -> bool:
         """Return whether nothing was found."""
-        return not (self.too_full or self.mismatches or any(rank.error for rank in self.ranks))
+        return not (self.too_full or self.mismatches or self.ends_by_data or any(rank.error for rank in self.ranks))
 
 
 def planned_memory(plan: Plan, rank: RankResult, phase: PhaseMemory) -> RankMemory | None:
     """Return the planner's figures for a phase of a rank; None: it does not plan that phase."""
-    return next((each for each in plan.memory.ranks if each.stage == rank.stage and each.phase == phase.name), None)
+    name = PLANNED.get(phase.name)
+    return next((each for each in plan.memory.ranks if each.stage == rank.stage and each.phase == name), None)
+
+
+def planned_flops(plan: Plan, step: Step, stage: int) -> dict[str, float]:
+    """Compute the FLOPs of a rank in the phases of the first step, by the name of the phase.
+
+    Full prompts are counted in `generate`, and full rows in `update`; short prompts and the few drawn tokens are not.
+
+    Args:
+        stage: the rank's pipeline stage.
+    """
+    work, architecture, layout = plan.work, plan.architecture, plan.layout
+    share = layout.layers_of_stage(architecture, stage) / architecture.language.num_layers / layout.tensor
+    tile = (vision_flops(architecture.vision, tensor=layout.tensor) + adapter_flops(architecture)) / layout.tensor
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    rows = step.trained_rows(work.responses_per_prompt) / layout.data
+    tokens, context = training_tokens(work, rows, work.response_tokens)
+    forward = language_layer_flops(architecture, tokens, context) * share
+    forward += is_last * head_flops(architecture, tokens) / layout.tensor
+    # Forward and gradients of activations always; gradients of weights where they train.
+    passes = 2 + (Part.language in work.parts) + (work.recompute is Recompute.full)
+    flops = {"update": forward * passes}
+    if work.stage in (StageName.grpo, StageName.pairs):
+        prompts = step.long_of_replica
+        prefill = prompts * work.responses_per_prompt * work.prompt_tokens
+        flops["generate"] = language_layer_flops(architecture, prefill, work.prompt_tokens / 2) * share
+        # The gate has computed the features of its prompts before, unless they are asked for anew.
+        flops["generate"] += is_first * prompts * work.tiles * tile
+    if work.stage is StageName.pairs:
+        del flops["update"]
+    return flops
 
 
 def ranks_to_rehearse(layout: Layout, *, all_ranks: bool) -> list[int]:
@@ -74,6 +140,7 @@ def rehearse(
     *,
     hf_path: Path | None,
     all_ranks: bool,
+    own_data: bool,
 ) -> Rehearsal:
     """Rehearse a recipe on its cluster.
 
@@ -81,25 +148,28 @@ def rehearse(
         config: of the model, as transformers' InternVL has it.
         plan: of the recipe on the cluster.
         hf_path: the model's folder; None: there is none.
+        own_data: whether to rehearse on the longest rows of the recipe's data sets instead of made ones.
 
     Raises:
-        ValueError: the recipe is of a stage that is not rehearsed.
+        ValueError: among others, a data set of the recipe is missing.
     """
-    if recipe.stage not in REHEARSED:
-        raise ValueError(
-            f"run.stage={recipe.stage.value if recipe.stage else None!r} is not rehearsed; accepted: "
-            f"{', '.join(stage.value for stage in REHEARSED)}; r1v2 plan knows every stage"
-        )
     layout = plan.layout
     with tempfile.TemporaryDirectory(prefix="r1v2-rehearsal-") as name:
         folder = Path(name)
-        path, step = write_rehearsal(
-            recipe, config, plan.architecture, layout, folder=folder / "inputs", hf_path=hf_path
+        inputs = write_rehearsal(
+            recipe,
+            config,
+            plan.architecture,
+            layout,
+            folder=folder / "inputs",
+            hf_path=hf_path,
+            own_data=own_data,
         )
+        step = inputs.step
         assert recipe.stage is not None
         specs = [
             RankSpec(
-                recipe=str(path),
+                recipe=str(inputs.recipe),
                 stage=recipe.stage,
                 rank=rank,
                 world_size=layout.tensor * layout.pipeline * layout.data,
@@ -115,7 +185,15 @@ def rehearse(
     for result in results:
         result.stage, result.place = _place(result.rank, layout)
     complete = {result.rank: result.collectives for result in results if not result.error}
-    return Rehearsal(plan, tuple(results), tuple(find_mismatches(complete)))
+    return Rehearsal(
+        plan,
+        tuple(results),
+        tuple(find_mismatches(complete)),
+        step,
+        changes=inputs.changes,
+        data=inputs.data,
+        ends_by_data=inputs.ends_by_data,
+    )
 
 
 def rehearse_ranks(specs: Sequence[RankSpec], folder: Path) -> list[RankResult]:

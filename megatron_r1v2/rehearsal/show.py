@@ -9,11 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from megatron_r1v2.config.choices import Fp8, StageName
 from megatron_r1v2.planning.memory import GIB
 from megatron_r1v2.rehearsal.collectives import count_by_kind
 from megatron_r1v2.rehearsal.ledger import CATEGORIES, PhaseMemory
 from megatron_r1v2.rehearsal.rank import RankResult
-from megatron_r1v2.rehearsal.run import Rehearsal, planned_memory
+from megatron_r1v2.rehearsal.run import Rehearsal, planned_flops, planned_memory
 
 NOT_PROVEN = (
     "Not proven by a rehearsal: kernels and their workspace, numbers, speed, CUDA graphs, TransformerEngine and FP8, "
@@ -39,6 +40,8 @@ def print_rehearsal(found: Rehearsal, console: Console | None = None) -> None:
         f"[bold]{plan.name}[/bold], rehearsed as TP{layout.tensor} PP{layout.pipeline} DP{layout.data} on "
         f"{plan.cluster.gpus} x {plan.cluster.gpu_memory_gib:g} GiB"
     )
+    for sentence in found.data:
+        console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
     for rank in found.ranks:
         console.print(_memory_table(found, rank))
         for phase in _fullest(rank):
@@ -53,6 +56,9 @@ def print_rehearsal(found: Rehearsal, console: Console | None = None) -> None:
     console.print("Questions that a fake cannot answer, and the rule that did (how often):", highlight=False)
     for rule, count in _rules(found).most_common():
         console.print(f"- {rule} ({count})", highlight=False, markup=False, soft_wrap=True)
+    console.print("Settings that the rehearsal changes:", highlight=False)
+    for change in found.changes:
+        console.print(f"- {change}", highlight=False, markup=False, soft_wrap=True)
     console.print(_verdict(found), highlight=False, soft_wrap=True)
     for note in _notes(found):
         console.print(f"- {note}", highlight=False, soft_wrap=True)
@@ -69,23 +75,33 @@ def as_json(found: Rehearsal) -> dict[str, object]:
         "ranks": [_rank_json(found, rank) for rank in found.ranks],
         "mismatches": list(found.mismatches),
         "rules": dict(_rules(found)),
+        "changes": list(found.changes),
+        "data": list(found.data),
         "notes": [*_notes(found), NOT_PROVEN],
     }
 
 
 def _memory_table(found: Rehearsal, rank: RankResult) -> Table:
+    has_fp8 = found.plan.work.fp8 is not Fp8.none
     title = f"{rank.place}: GiB at the fullest moment of each phase"
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("phase")
-    for name in (*(_SHORT[category] for category in CATEGORIES), "total", "plan", "TFLOP"):
+    kinds = [_SHORT[category] for category in CATEGORIES]
+    for name in (*kinds, *["FP8"] * has_fp8, "total", "plan", "TFLOP", "plan"):
         table.add_column(name, justify="right")
+    flops = planned_flops(found.plan, found.step, rank.stage)
     for phase in rank.phases:
-        plan = planned_memory(found.plan, rank, phase)
+        plan, peak = planned_memory(found.plan, rank, phase), found.peak(rank, phase)
         numbers = [f"{phase.at_peak.get(category, 0) / GIB:.2f}" for category in CATEGORIES]
-        style = "red" if phase.peak > found.plan.cluster.limit else ""
+        if has_fp8:
+            numbers.append(f"{found.fp8_bytes(rank, phase) / GIB:.2f}")
         planned = f"{plan.total / GIB:.2f}" if plan is not None else ""
-        flops = f"{rank.flops.get(phase.name, 0) / 1e12:.1f}"
-        table.add_row(phase.name, *numbers, f"{phase.peak / GIB:.2f}", planned, flops, style=style)
+        # Of the first step: the second one has samples of the buffer too.
+        of_plan = f"{flops.pop(phase.name) / 1e12:.1f}" if phase.name in flops else ""
+        style = "red" if peak > found.plan.cluster.limit else ""
+        table.add_row(
+            phase.name, *numbers, f"{peak / GIB:.2f}", planned, f"{phase.flops / 1e12:.1f}", of_plan, style=style
+        )
     return table
 
 
@@ -96,7 +112,9 @@ def _fullest(rank: RankResult) -> list[PhaseMemory]:
 
 
 def _rank_summary(rank: RankResult) -> str:
-    return (
+    steps = ", ".join(f"{count} {kind}" for kind, count in sorted(rank.engine_steps.items()))
+    engine = f"  engine steps: {steps}\n" if steps else ""
+    return engine + (
         f"  in the host's memory: {rank.host_peak / GIB:.2f} GiB of tensors at most; to a checkpoint: "
         f"{rank.checkpoint_bytes / GIB:.2f} GiB. Rehearsed in {rank.seconds:.0f} s and {rank.own_peak / GIB:.2f} GiB, "
         f"{rank.operators} operators"
@@ -128,33 +146,46 @@ def _verdict(found: Rehearsal) -> str:
     failed = [f"{rank.place}, {rank.error_phase}" for rank in found.ranks if rank.error]
     if failed:
         return f"[red]It does not run[/red]: {'; '.join(failed)}"
+    if found.ends_by_data:
+        return "[red]It ends before its first step[/red]: rows of its data are too long, see above"
     if found.mismatches:
         return f"[red]It would hang[/red]: {len(found.mismatches)} groups whose ranks call different collectives"
     if found.too_full:
-        rank, phase = max(found.too_full, key=lambda each: each[1].peak)
-        return f"[red]It does not fit[/red]: {rank.place}, {phase.name}: {phase.peak / GIB:.1f} of {limit:.1f} GiB"
-    rank, phase = max(((rank, phase) for rank in found.ranks for phase in rank.phases), key=lambda each: each[1].peak)
+        rank, phase = max(found.too_full, key=lambda each: found.peak(*each))
+        peak = found.peak(rank, phase) / GIB
+        return f"[red]It does not fit[/red]: {rank.place}, {phase.name}: {peak:.1f} of {limit:.1f} GiB"
+    phases = ((rank, phase) for rank in found.ranks for phase in rank.phases)
+    rank, phase = max(phases, key=lambda each: found.peak(*each))
+    peak = found.peak(rank, phase) / GIB
     return (
-        f"[green]It runs and fits[/green]: at most {phase.peak / GIB:.1f} of {limit:.1f} GiB ({rank.place}, "
+        f"[green]It runs and fits[/green]: at most {peak:.1f} of {limit:.1f} GiB ({rank.place}, "
         f"{found.plan.cluster.reserve_gib:g} GiB of each GPU are kept for CUDA, NCCL and gaps)"
     )
 
 
 def _notes(found: Rehearsal) -> list[str]:
-    notes = ["one step, on rows as long as the recipe allows; what lies beside `images` of other prompts is made"]
-    if found.plan.work.fp8.value != "none":
+    notes = ["two steps, on rows as long as the recipe allows; what lies beside `images` of other prompts is made"]
+    if found.plan.work.fp8 is not Fp8.none:
         notes.append(
-            "FP8 and TransformerEngine: rehearsed with local layers in bf16; what FP8 adds or saves is the planner's"
+            "FP8 and TransformerEngine: rehearsed with local layers in bf16; what FP8 adds is the planner's, in every "
+            "total"
         )
+    if found.plan.work.stage is StageName.reward_model and not found.data:
+        notes.append("nothing limits responses of this stage: made ones have the default of 8192 tokens; see --data")
     return notes
 
 
 def _rank_json(found: Rehearsal, rank: RankResult) -> dict[str, object]:
     phases = []
+    flops = planned_flops(found.plan, found.step, rank.stage)
     for phase in rank.phases:
         plan = planned_memory(found.plan, rank, phase)
-        planned = None if plan is None else {**asdict(plan), "total": plan.total}
-        phases.append({**asdict(phase), "flops": rank.flops.get(phase.name, 0), "planned": planned})
+        values = {
+            "fp8_planned": found.fp8_bytes(rank, phase),
+            "planned": None if plan is None else {**asdict(plan), "total": plan.total},
+            "planned_flops": flops.pop(phase.name, None),  # of the first step
+        }
+        phases.append({**asdict(phase), **values})
     return {
         "rank": rank.rank,
         "place": rank.place,
@@ -164,6 +195,7 @@ def _rank_json(found: Rehearsal, rank: RankResult) -> dict[str, object]:
             for (kind, size, dtype), (count, num_bytes) in sorted(count_by_kind(rank.collectives).items())
         ],
         "questions": [{"rule": rule, "line": line, "count": count} for rule, line, count in rank.questions],
+        "engine_steps": rank.engine_steps,
         "host_bytes": rank.host_peak,
         "checkpoint_bytes": rank.checkpoint_bytes,
         "seconds": rank.seconds,

@@ -6,18 +6,22 @@ stage gets has the full length, the answer at its end. So every phase sees rows 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from itertools import count
 from typing import TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.generation.controller import DrawnToken, RolloutController
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
+from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.rows import LONG
 from megatron_r1v2.rehearsal.watch import unwatched
@@ -25,6 +29,7 @@ from megatron_r1v2.resilience.rollout_cache import RolloutCache
 from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.loaded_model import LoadedModel
+from megatron_r1v2.stages.pair_shards import UnfinishedPairs
 from megatron_r1v2.training.store import CheckpointStore
 from megatron_r1v2.types import Prompt, Rollout
 
@@ -42,6 +47,7 @@ class Script:
     right: tuple[int, ...]
     """Tokens that end a right response, the stop token included; the filler before them makes it long."""
     wrong: tuple[int, ...]
+    max_prompt_tokens: int
     max_response_tokens: int
     mixed_groups: int
     """Prompts of a replica whose responses are some right, some wrong: these are trained on."""
@@ -57,9 +63,12 @@ def install_script(script: Script) -> None:
         made: Rollout = original_rollout(self, tokens, prompt, sample_index, policy_version)
         if LONG not in prompt.key or len(made.token_ids) < len(script.drawn):
             return made  # short ones fill the engine; the gate's are compared token by token
-        index = int(prompt.key.rpartition("-")[2])
-        end = script.right if sample_index % 2 == 0 and index < script.mixed_groups else script.wrong
-        filled = (script.filler,) * (script.max_response_tokens - len(end)) + end
+        key, _, continued = prompt.key.partition("/")
+        is_mixed = int(key.rpartition("-")[2]) < script.mixed_groups
+        end = script.right if is_mixed and sample_index % 2 == 0 and not continued else script.wrong
+        # A prompt that ends with the beginning of a response leaves that much less.
+        begun = self.max_prompt_tokens - script.max_prompt_tokens
+        filled = (script.filler,) * (script.max_response_tokens - begun - len(end)) + end
         return changed(made, token_ids=filled, rollout_log_probs=(0.0,) * len(filled))
 
     def sample(self: RolloutController, logits: torch.Tensor | None) -> None:
@@ -82,6 +91,65 @@ def install_script(script: Script) -> None:
     replace(RolloutController, "_dynamic_step_sample_logits", sample)
 
 
+def install_shares(announce: Callable[[int], None]) -> None:
+    """Let each replica take every n-th prompt of a queue, as if the others had taken theirs just before.
+
+    Args:
+        announce: told the number before the leader of the replica broadcasts it.
+    """
+    taken: WeakKeyDictionary[SharedPromptQueue, count[int]] = WeakKeyDictionary()
+
+    def take(queue: SharedPromptQueue) -> object:
+        context = queue._context
+        if queue not in taken:
+            taken[queue] = count(context.data_rank, context.data_size)
+            queue._counter += f"/{context.data_rank}"
+        number = next(taken[queue])
+        if context.is_replica_leader:
+            context.store.set(queue._counter, str(number))
+        announce(number)
+        return original_take(queue)
+
+    original_take = original(SharedPromptQueue, "_take")
+    replace(SharedPromptQueue, "_take", take)
+
+
+def install_full_cache(is_due: Callable[[], bool]) -> Counter[str]:
+    """Let the cache of a phase be full once, so that a request is evicted and prefilled again.
+
+    Args:
+        is_due: whether the phase that runs is one for it.
+
+    Returns:
+        The engine's steps by kind, and the evicted requests, counted while it runs.
+    """
+    counts: Counter[str] = Counter()
+    done: WeakSet[DynamicInferenceContext] = WeakSet()
+
+    def update(self: DynamicInferenceContext, active: torch.Tensor, *args: object) -> object:
+        decoding = self.num_decode_requests
+        counts["mixed" if decoding and self.num_prefill_requests else "decode" if decoding else "prefill"] += 1
+        allocator, offsets = self.block_allocator, self.request_last_kv_block_offset
+        ends_block = offsets[self.paused_request_count : self.total_request_count] == self.block_size_tokens - 1
+        allowed = allocator.active_count
+        # One that stays must be left, and one that wants the block that is not there.
+        if self not in done and is_due() and int(active.sum()) > 1 and bool((ends_block & (active == 1)).any()):
+            allocator.active_count = allocator.get_active_used()
+        try:
+            result = original_update(self, active, *args)
+        finally:
+            allocator.active_count = allowed
+        evicted = result.get("evict_request_ids") if result else None
+        if evicted is not None and evicted.numel():
+            counts["evicted"] += evicted.numel()
+            done.add(self)
+        return result
+
+    original_update = original(DynamicInferenceContext, "update_requests")
+    replace(DynamicInferenceContext, "update_requests", update)
+    return counts
+
+
 def install_files() -> None:
     """Read and write files on real tensors that nobody counts."""
     for owner, name in (
@@ -93,6 +161,8 @@ def install_files() -> None:
         (CheckpointStore, "_write_small_files"),
         (CheckpointStore, "_publish"),
         (GrpoStage, "log_rollouts"),
+        (UnfinishedPairs, "write_round"),
+        (UnfinishedPairs, "finish"),
     ):
         replace(owner, name, _unwatched(original(owner, name)))
     replace(LoadedModel, "read_prompts", _all_at_once(LoadedModel.read_prompts))

@@ -65,8 +65,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch 
             yield
 
     def add_flops(self, number: int) -> None:
-        """Count the FLOPs of a kernel that torch does not know."""
+        """Count the FLOPs of an operator, or of a kernel that torch does not know."""
         self.flops[self.ledger.current_phase] += number
+        self.ledger.add_flops(number)
 
     def note(self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object], result: object) -> None:
         """Count the storages that an operator has made, and its FLOPs."""
@@ -76,7 +77,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch 
             self.count_tensors(made, inputs)
         packet = func._overloadpacket
         if packet in flop_registry:
-            self.flops[self.ledger.current_phase] += flop_registry[packet](*args, **kwargs, out_val=result)
+            self.add_flops(flop_registry[packet](*args, **kwargs, out_val=result))
 
     def count_tensors(self, made: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor] = ()) -> None:
         """Count the storages of tensors, each with its device."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch.distributed as dist
 
 from megatron_r1v2.monitoring.recorder import Recorder
@@ -68,7 +70,7 @@ class PreemptionHandler:
             self.rollouts.drop_before(self.checkpoints.newest_step())
 
     def poll_between_phases(self) -> None:
-        """Collective over the world: publish what has been written, and give the step up when that was asked for."""
+        """Collective over the world: publish what has been written, and give the step up when SIGTERM has come."""
         self.publish(blocking=False)
         self.stop_signals.abandon_step_if_asked()
 
@@ -96,7 +98,7 @@ class PreemptionHandler:
         written = self.checkpoints.written()
         if written is not None:
             self._commands.report(f"written {written}")
-        if self.stop_signals.is_abandon_asked:
+        if self.stop_signals.sigterm_received:
             self._commands.report(_ABANDON)
         if self.context.is_main:
             if self._commands.count_reports(_ABANDON):
@@ -107,19 +109,17 @@ class PreemptionHandler:
                 self._commands.send(_GO_ON)
         command = self._commands.receive(group)
         if command == _ABANDON:
-            raise StepAbandoned(self.stop_signals.reason)
+            raise StepAbandoned
         if command == _PUBLISH:
             self.publish(blocking=False)
         return command == _GO_ON
 
-    def log_step_abandoned(self, step: int, reason: str) -> None:
-        """Log that a step is given up, and what is kept of it.
-
-        Args:
-            reason: the signal that asked for it.
-        """
+    def log_step_abandoned(self, step: int) -> None:
+        """Log that a step is given up, and what is kept of it."""
         kept = "; finished rollouts are kept" if self.rollouts.enabled else ""
-        self.recorder.log(f"step {step + 1} is abandoned, as asked by {reason}{kept}; start again to go on")
+        self.recorder.log(
+            f"step {step + 1} is abandoned, as asked by {signal.SIGTERM.name}{kept}; start again to go on"
+        )
 
     def log_resumed_rollouts(self, step: int, found: int, total: int) -> None:
         """Log how many rollouts of a step an interrupted run has left.

@@ -12,7 +12,6 @@ from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.choices import OnResume
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import TrainingRecipe
-from megatron_r1v2.data.mixture import MixtureStream
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.resilience.fingerprint import Change, Fingerprint
 from megatron_r1v2.training.policy import Policy
@@ -139,7 +138,7 @@ def choose_checkpoint(checkpoints: CheckpointStore, resume_step: int) -> Path | 
 def resume(
     folder: Path | None,
     policy: Policy,
-    stream: PromptStream | MixtureStream,
+    stream: PromptStream,
     checkpoints: CheckpointStore,
     recipe: TrainingRecipe,
     *,

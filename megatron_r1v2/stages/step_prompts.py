@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-from megatron_r1v2.data.mixture import MixtureStream
 from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.types import Prompt
-
-
-class TooFewPrompts(DataError):
-    """Raised where a data set has fewer distinct prompts than a step takes."""
 
 
 def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
@@ -22,7 +17,7 @@ def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
         yield group
 
 
-def next_distinct(stream: PromptStream | MixtureStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
+def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
     """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
 
     Args:
@@ -30,7 +25,7 @@ def next_distinct(stream: PromptStream | MixtureStream, count: int, *, besides: 
         besides: prompts that the step has already.
 
     Raises:
-        TooFewPrompts: the data set has fewer.
+        DataError: the data set has fewer.
     """
     taken = {prompt.key for prompt in besides}
     found: dict[str, Prompt] = {}
@@ -41,13 +36,8 @@ def next_distinct(stream: PromptStream | MixtureStream, count: int, *, besides: 
                 found.setdefault(prompt.key, prompt)
         if len(found) == count:
             return list(found.values())
-    raise too_few_prompts(len(found), count, besides=len(taken))
-
-
-def too_few_prompts(found: int, count: int, *, besides: int = 0) -> TooFewPrompts:
-    """Return the error of a data set that has fewer distinct prompts than a step takes."""
-    further = f" beside the {besides} of earlier rounds (algorithm.dynamic_sampling_rounds)" if besides else ""
-    return TooFewPrompts(
-        f"data.train has only {found} distinct prompts{further} but train.prompts_per_step={count}; "
+    further = f" beside the {len(taken)} of earlier rounds (algorithm.dynamic_sampling_rounds)" if taken else ""
+    raise DataError(
+        f"data.train has only {len(found)} distinct prompts{further} but train.prompts_per_step={count}; "
         "lower train.prompts_per_step or give more data"
     )

@@ -45,7 +45,24 @@ def skips_collective() -> None:
     weight_checksums.dist = Silent
 
 
-FAULTS = {each.__name__: each for each in (cpu_index, raises_on_cuda, skips_collective)}
+def large_cache() -> None:
+    """Allocate 10 GiB more of the key-value cache than the recipe says."""
+    from megatron_r1v2.generation import phase
+
+    make = phase.make_context
+
+    def broken(*args):
+        context = make(*args)
+        tokens = 10 * 2**30 // context.memory_buffer[:, :, :1].nbytes + 1
+        context.memory_buffer = torch.cat([context.memory_buffer] * 2, dim=2).new_empty(
+            (*context.memory_buffer.shape[:2], tokens, *context.memory_buffer.shape[3:])
+        )
+        return context
+
+    phase.make_context = broken
+
+
+FAULTS = {each.__name__: each for each in (cpu_index, raises_on_cuda, skips_collective, large_cache)}
 
 
 def main() -> None:

@@ -23,12 +23,13 @@ def test_bad_input_is_that_of_plan(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_stage_that_is_not_rehearsed_is_refused(tmp_path, capsys):
+def test_data_that_is_not_there_is_an_error_before_anything_runs(tmp_path, capsys):
     model = tiny_model(tmp_path / "model")
+    layout = ["parallel.tensor=1", "parallel.sequence=false", f"model.hf_path={model}"]
     with pytest.raises(SystemExit) as stopped:
-        main([str(RECIPES.parent / "digits" / "pairs.yaml"), f"model.hf_path={model}", "--gpus", "1"])
+        main([str(RECIPES / "grpo.yaml"), *TINY, *layout, "data.train=nowhere", "--gpus", "1", "--data"])
     assert stopped.value.code == 2
-    assert "run.stage='pairs' is not rehearsed; accepted: align, mpo, grpo" in capsys.readouterr().err
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.slow

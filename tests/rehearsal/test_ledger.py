@@ -90,3 +90,13 @@ def test_the_course_is_thinned_out_and_keeps_its_end():
             made(ledger, 10)
     assert len(ledger.samples) <= 2000
     assert ledger.samples[-1].held == {ACTIVATIONS: 0}
+
+
+def test_flops_belong_to_the_innermost_phase():
+    ledger = MemoryLedger()
+    ledger.add_flops(1)
+    with ledger.phase("outer") as outer:
+        ledger.add_flops(2)
+        with ledger.phase("inner") as inner:
+            ledger.add_flops(5)
+    assert (outer.flops, inner.flops) == (2, 5)

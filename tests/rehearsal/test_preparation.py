@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.planning.memory import Workload
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.planning.workload import Workload
-from megatron_r1v2.rehearsal.preparation import plan_step, rehearsed_recipe
+from megatron_r1v2.rehearsal.preparation import changed_settings, plan_step, rehearsed_recipe
 from tests.planning.plans import ARCHITECTURE
 from tests.rehearsal.tiny_rehearsal import RECIPES
 
@@ -44,7 +44,24 @@ def test_lengths_layout_and_parts_stay_as_they_are():
     assert rehearsed.generation.max_response_tokens == recipe.generation.max_response_tokens
     assert rehearsed.train.tokens_per_microbatch == recipe.train.tokens_per_microbatch
     assert rehearsed.train.parts == recipe.train.parts
-    assert (rehearsed.train.steps, rehearsed.checkpoint.every_steps, rehearsed.evaluation.every_steps) == (1, 1, 1)
+    assert (rehearsed.train.steps, rehearsed.checkpoint.every_steps, rehearsed.evaluation.every_steps) == (2, 2, 2)
     assert (rehearsed.model.layers.value, rehearsed.model.fp8.value) == ("local", "none")
     assert rehearsed.train.skip_above_grad_norm > 1, "the gradient norm of a fake is 1"
     assert rehearsed.model.hf_path == "model"
+
+
+def test_every_changed_setting_is_told():
+    recipe, step = step_of("grpo_fp8.yaml", Layout(8, 1, 1, 0, True))
+    told = changed_settings(recipe, rehearsed_recipe(recipe, step, Path("folder"), Path("model")))
+    assert f"train.prompts_per_step: 64 -> {step.prompts}" in told
+    assert "model.layers: 'te' -> 'local'" in told
+    assert "data.train: 'data/multimodal-math/train' -> made" in told
+    assert not any(each.startswith(("parallel.", "algorithm.clip")) for each in told)
+
+
+def test_all_image_prompts_of_pairs_are_continued_where_some_are():
+    recipe, step = step_of("pairs.yaml", Layout(8, 1, 1, 0, True))
+    assert 0 < recipe.pairs.dropout_ntp_fraction < 1
+    assert rehearsed_recipe(recipe, step, Path("folder"), Path("model")).pairs.dropout_ntp_fraction == 1
+    never = recipe.changed(pairs=recipe.pairs.changed(dropout_ntp_fraction=0.0))
+    assert rehearsed_recipe(never, step, Path("folder"), Path("model")).pairs.dropout_ntp_fraction == 0

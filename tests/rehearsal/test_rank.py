@@ -10,9 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.rehearsal.collectives import find_mismatches
+from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
-from megatron_r1v2.rehearsal.run import rehearse_ranks
-from tests.rehearsal.tiny_rehearsal import ROOT, error_of, tiny_model, tiny_specs
+from megatron_r1v2.rehearsal.run import Rehearsal, ranks_to_rehearse, rehearse_ranks
+from tests.planning.plans import plan_of
+from tests.ranks import run_ranks
+from tests.rehearsal.tiny_rehearsal import ROOT, error_of, real_rank, tiny_model, tiny_specs
 
 ALONE = Layout(1, 1, 1, 0, False)
 TENSOR = Layout(2, 1, 1, 0, True)
@@ -35,26 +38,57 @@ def peaks(result):
     return {f"{number} {phase.name}": phase.peak for number, phase in enumerate(result.phases)}
 
 
-def phases_in_common(fake, real):
-    """Return the peaks of both by phase; a real save is followed by no load."""
-    return {name: (peaks(fake)[name], peak) for name, peak in peaks(real).items()}
+STEP = ("gate", "generate", "reward", "exchange", "log_probs", "update")
+END = ("evaluate", "save", "load checkpoint")
+REWARD_MODEL = "../digits/reward_model.yaml"
+FEW = (
+    *("generation.responses_per_prompt=2", "generation.max_requests=4", "train.prompts_per_step=4"),
+    *("data.max_tiles=1", "data.max_prompt_tokens=64", "generation.max_response_tokens=32"),
+)
+"""A step that 8 processes do on two processors."""
+STEP_OF_FEW = Step(long=2, short=0, mixed_groups=2, prompts_of_replica=4, long_of_replica=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden", [96, 192])
-def test_peaks_are_those_of_a_real_run(tmp_path, hidden):
+@pytest.mark.parametrize(
+    ("recipe", "phases"),
+    [
+        ("grpo.yaml", ("start", "load", "set-up", *STEP, *STEP, *END)),
+        ("mpo.yaml", ("start", "load", "set-up", "reference", "update", "update", *END)),
+        ("pairs.yaml", ("start", "load", "generate", "continue", "generate", "continue")),
+        (REWARD_MODEL, ("start", "load", "set-up", "update", "update", "save", "load checkpoint")),
+    ],
+)
+def test_peaks_are_those_of_a_real_run(tmp_path, hidden, recipe, phases):
     model = tiny_model(tmp_path / "model", hidden=hidden)
-    (spec,) = tiny_specs(tmp_path / "fake", model, ALONE, [0])
-    (other,) = tiny_specs(tmp_path / "real", model, ALONE, [0])
+    (spec,) = tiny_specs(tmp_path / "fake", model, ALONE, [0], recipe=recipe)
+    (other,) = tiny_specs(tmp_path / "real", model, ALONE, [0], recipe=recipe)
     (fake,) = results_of([replace(spec, device="cpu")], tmp_path / "of-fake")
     (real,) = results_of([replace(other, device="cpu", is_fake=False)], tmp_path / "of-real")
-    assert [phase.name for phase in real.phases] == [
-        *("start", "load", "set-up", "gate", "generate", "reward", "exchange", "log_probs", "update", "evaluate"),
-        "save",
-    ]
-    for name, (rehearsed, measured) in phases_in_common(fake, real).items():
-        assert rehearsed == pytest.approx(measured, rel=0.01), name
+    assert tuple(phase.name for phase in real.phases) == phases
+    rehearsed = peaks(fake)
+    for name, measured in peaks(real).items():
+        assert rehearsed[name] == pytest.approx(measured, rel=0.01), name
     assert fake.flops == real.flops
+    assert fake.engine_steps == real.engine_steps
+
+
+@pytest.mark.slow
+def test_collectives_are_those_of_real_processes(model, tmp_path):
+    specs = tiny_specs(tmp_path / "fake", model, CUBE, [0, 3, 4, 7], *FEW)
+    (other,) = tiny_specs(tmp_path / "real", model, CUBE, [0], *FEW)
+    fakes = results_of([replace(spec, device="cpu") for spec in specs], tmp_path / "out")
+    reals = run_ranks(8, real_rank, other)
+    assert not any(map(error_of, reals)), "\n".join(map(error_of, reals))
+    assert find_mismatches({real.rank: real.collectives for real in reals}) == []
+    for fake in fakes:
+        # Kind, group, dtype, count, bytes, peer and phase of each, in order.
+        assert fake.collectives == reals[fake.rank].collectives
+    first, last = fakes[0].collectives, fakes[3].collectives
+    kinds = {call.kind for call in first + last}
+    assert {"send", "recv_", "allreduce_", "broadcast_", "object:exchange", "object:checkpoint_save"} <= kinds
+    assert {call.phase for call in first} >= {"load", "generate", "update", "evaluate", "save", "load checkpoint"}
 
 
 @pytest.mark.slow
@@ -66,6 +100,8 @@ def test_the_cluster_branches_of_every_corner_run_and_fit_together(model, tmp_pa
         assert names[-3:] == ["evaluate", "save", "load checkpoint"]
     kinds = {call.kind for call in results[2].collectives}
     assert {"send", "recv_"} <= kinds, "stage 1 talks to stage 0"
+    assert results[0].engine_steps["evicted"] == 2, "one a step"
+    assert results[0].engine_steps["mixed"] > 0
     first, last = results[0], results[3]
     assert first.checkpoint_bytes > last.checkpoint_bytes == 0, "the adapter is on the first stage"
 
@@ -74,20 +110,51 @@ def test_the_cluster_branches_of_every_corner_run_and_fit_together(model, tmp_pa
 @pytest.mark.parametrize(
     ("recipe", "phases", "overrides"),
     [
-        ("align.yaml", ["update", "evaluate", "save", "load checkpoint"], ()),
-        ("mpo.yaml", ["reference", "update", "evaluate", "save", "load checkpoint"], ()),
+        ("align.yaml", ["update", "update", "evaluate", "save", "load checkpoint"], ()),
+        ("pairs.yaml", ["generate", "continue", "generate", "continue"], ()),
         (
-            "grpo.yaml",
-            ["evaluate", "save", "load checkpoint"],
-            ("algorithm.kl_coefficient=0.1", "train.recompute=full"),
+            REWARD_MODEL,
+            ["update", "update", "validate", "save", "load checkpoint"],
+            ("data.validation=held-out", "evaluation.every_steps=1"),
         ),
-        ("grpo.yaml", ["evaluate", "save", "load checkpoint"], ("train.parts=[vision, adapter, language]",)),
+        ("mpo.yaml", ["reference", "update", "update", "evaluate", "save", "load checkpoint"], ()),
     ],
 )
 def test_every_stage_runs(model, tmp_path, recipe, phases, overrides):
     (spec,) = tiny_specs(tmp_path / "inputs", model, ALONE, [0], *overrides, recipe=recipe)
     (result,) = results_of([spec], tmp_path / "out")
     assert [phase.name for phase in result.phases][-len(phases) :] == phases
+
+
+LAYOUTS = {"TP2": TENSOR, "PP2": Layout(1, 2, 1, 0, False), "DP2": Layout(1, 1, 2, 0, False), "TP2 PP2 DP2": CUBE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "parts", "recompute", "coefficient"),
+    [
+        ("TP2", "adapter", "full", 0.1),
+        ("PP2", "adapter, language", "selective", 0.1),
+        ("DP2", "adapter, vision", "none", 0.0),
+        ("TP2 PP2 DP2", "vision, adapter, language", "full", 0.1),
+        ("TP2 PP2 DP2", "adapter", "selective", 0.0),
+    ],
+)
+def test_all_ranks_of_layouts_parts_and_recomputations_fit_together(
+    model, tmp_path, layout, parts, recompute, coefficient
+):
+    shape = LAYOUTS[layout]
+    overrides = (
+        f"train.parts=[{parts}]",
+        f"train.recompute={recompute}",
+        f"algorithm.kl_coefficient={coefficient}",
+        "train.updates_per_step=2",
+    )
+    ranks = ranks_to_rehearse(shape, all_ranks=True)
+    results = results_of(tiny_specs(tmp_path / "inputs", model, shape, ranks, *FEW, *overrides), tmp_path / "out")
+    assert find_mismatches({result.rank: result.collectives for result in results}) == []
+    for result in results:
+        assert [phase.name for phase in result.phases][-3:] == list(END)
 
 
 def rehearse_with_fault(name, spec, folder):
@@ -119,6 +186,21 @@ def test_a_rank_that_skips_a_collective_is_found(model, tmp_path):
     assert not error_of(broken)
     (found, *_) = find_mismatches({0: sound.collectives, 1: broken.collectives})
     assert "in the group of 2 ranks (0, 1): rank 0: allreduce_" in found
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_too_large_does_not_fit(model, tmp_path):
+    (spec,) = tiny_specs(tmp_path / "inputs", model, ALONE, [0], *FEW)
+    result = rehearse_with_fault("large_cache", spec, tmp_path / "out")
+    assert not error_of(result)
+    plan = plan_of()
+    found = Rehearsal(
+        replace(plan, cluster=replace(plan.cluster, gpu_memory_gib=8, reserve_gib=0)), (result,), (), STEP_OF_FEW
+    )
+    assert not found.passed
+    assert {phase.name for _, phase in found.too_full} == {"start", "gate", "generate", "evaluate"}
+    _, phase = max(found.too_full, key=lambda each: each[1].at_peak["kv_cache"])
+    assert phase.at_peak["kv_cache"] > 10 * 2**30
 
 
 def test_a_weight_of_another_shape_is_found_while_loading(tmp_path):

@@ -1,13 +1,16 @@
 """Which ranks are rehearsed, and processes that end badly."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_r1v2.config.choices import StageName
-from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.parameters import Layout, language_layer_weights
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
+from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
-from megatron_r1v2.rehearsal.run import planned_memory, ranks_to_rehearse, rehearse_ranks
-from tests.planning.plans import plan_of
+from megatron_r1v2.rehearsal.run import planned_flops, planned_memory, ranks_to_rehearse, rehearse_ranks
+from tests.planning.plans import ARCHITECTURE, plan_of
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,7 @@ def test_phases_have_their_plan():
     of_phase = {
         name: planned_memory(plan, RankResult(0), PhaseMemory(name, 0, 0)) for name in ("generate", "update", "save")
     }
-    assert (of_phase["generate"].phase, of_phase["update"].phase, of_phase["save"]) == ("generate", "update", None)
+    assert (of_phase["generate"].phase, of_phase["update"].phase, of_phase["save"]) == ("generation", "training", None)
 
 
 def test_a_process_that_dies_is_a_finding(tmp_path):
@@ -36,3 +39,38 @@ def test_a_process_that_dies_is_a_finding(tmp_path):
     (result,) = rehearse_ranks([spec], tmp_path)
     assert "status 1" in result.error
     assert "missing.yaml" in result.error
+
+
+STEP = Step(long=2, short=14, mixed_groups=1, prompts_of_replica=64, long_of_replica=2)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return plan_of()
+
+
+def test_generation_computes_each_long_prompt_for_each_response(plan):
+    language = ARCHITECTURE.language
+    tokens = 2 * 8 * 4096
+    products = 2.0 * tokens * language.num_layers * language_layer_weights(language) / 8
+    attention = 4.0 * tokens * language.num_layers * language.num_heads * language.head_size * 2048 / 8
+    without_images = planned_flops(replace(plan, work=replace(plan.work, tiles=0)), STEP, 0)["generate"]
+    assert without_images == pytest.approx(products + attention)
+    assert planned_flops(plan, STEP, 0)["generate"] > without_images
+
+
+def test_an_update_has_three_passes_where_the_language_model_trains_and_one_more_recomputed(plan):
+    update = planned_flops(plan, STEP, 0)["update"]
+    language = planned_flops(plan_of("train.parts=[adapter, language]"), STEP, 0)["update"]
+    recomputed = planned_flops(plan_of("train.recompute=full"), STEP, 0)["update"]
+    assert language == pytest.approx(1.5 * update) == recomputed
+    more = planned_flops(plan, replace(STEP, mixed_groups=2), 0)["update"]
+    assert more == pytest.approx(2 * update)
+
+
+def test_a_stage_has_its_share_and_the_last_one_the_head(plan):
+    halves = replace(plan, layout=replace(plan.layout, pipeline=2))
+    first, last = (planned_flops(halves, STEP, stage)["update"] for stage in (0, 1))
+    whole = planned_flops(plan, STEP, 0)["update"]
+    assert first < last
+    assert first + last == pytest.approx(whole)

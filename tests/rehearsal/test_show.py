@@ -9,10 +9,13 @@ from rich.console import Console
 from megatron_r1v2.planning.memory import GIB
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
+from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.rank import RankResult
-from megatron_r1v2.rehearsal.run import Rehearsal
+from megatron_r1v2.rehearsal.run import Rehearsal, planned_flops
 from megatron_r1v2.rehearsal.show import NOT_PROVEN, as_json, print_rehearsal
 from tests.planning.plans import plan_of
+
+STEP = Step(long=2, short=14, mixed_groups=1, prompts_of_replica=64, long_of_replica=2)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,9 @@ def plan():
 def rank(peak=20.0, **changes):
     phases = [
         PhaseMemory("start", 0, int(peak * GIB)),
-        PhaseMemory("update", 0, int(peak * GIB), at_peak={"activations": GIB}, line="models/mlp.py:7 forward"),
+        PhaseMemory(
+            "update", 0, int(peak * GIB), at_peak={"activations": GIB}, line="models/mlp.py:7 forward", flops=3 * 10**12
+        ),
     ]
     result = RankResult(
         0,
@@ -43,10 +48,11 @@ def printed(found):
 
 
 def test_it_prints_peaks_beside_the_plan_with_lines_rules_and_limits(plan):
-    text = printed(Rehearsal(plan, (rank(),), ()))
-    planned = next(each for each in plan.memory.ranks if each.phase == "update").total / GIB
+    text = printed(Rehearsal(plan, (rank(),), (), STEP))
+    planned = next(each for each in plan.memory.ranks if each.phase == "training").total / GIB
     row = next(line for line in text.splitlines() if line.startswith("update"))
-    assert row.split()[-4:] == ["1.00", "20.00", f"{planned:.2f}", "3.0"]
+    of_plan = planned_flops(plan, STEP, 0)["update"] / 1e12
+    assert row.split()[-5:] == ["1.00", "20.00", f"{planned:.2f}", "3.0", f"{of_plan:.1f}"]
     assert "fullest in update: models/mlp.py:7 forward" in text
     assert "allreduce_" in text
     assert "- an unknown number: 1 (4)" in text
@@ -63,7 +69,7 @@ def test_it_prints_peaks_beside_the_plan_with_lines_rules_and_limits(plan):
     ],
 )
 def test_each_finding_is_said_and_fails_the_rehearsal(plan, changes, mismatches, words):
-    found = Rehearsal(plan, (rank(**changes),), mismatches)
+    found = Rehearsal(plan, (rank(**changes),), mismatches, STEP)
     assert not found.passed
     text = printed(found)
     assert words in text
@@ -71,17 +77,48 @@ def test_each_finding_is_said_and_fails_the_rehearsal(plan, changes, mismatches,
 
 
 def test_json_has_the_same_in_bytes(plan):
-    values = as_json(Rehearsal(plan, (rank(),), ()))
+    values = as_json(Rehearsal(plan, (rank(),), (), STEP))
     assert values["passed"] is True
     (told,) = values["ranks"]
     update = told["phases"][1]
     assert update["peak"] == 20 * GIB
-    assert update["planned"]["phase"] == "update"
+    assert update["planned"]["phase"] == "training"
     assert told["phases"][0]["planned"] is None
     assert told["collectives"] == [{"kind": "allreduce_", "ranks": 2, "dtype": "float32", "calls": 1, "bytes": 32}]
     assert values["rules"] == {"an unknown number: 1": 4}
 
 
-def test_fp8_is_marked_as_not_rehearsed():
-    text = printed(Rehearsal(plan_of("model.layers=te", "model.fp8=tensorwise"), (rank(),), ()))
+def test_fp8_is_the_planners_in_every_total_and_marked(plan):
+    # 8-bit weights take as much as those of bf16; copies beside these come on top.
+    copies = plan_of("model.layers=te", "model.fp8=tensorwise", "model.fp8_weights=false")
+    found = Rehearsal(copies, (rank(peak=75.0),), (), STEP)
+    added = found.fp8_bytes(found.ranks[0], found.ranks[0].phases[1])
+    assert added > 5 * GIB
+    assert found.too_full, "75 GiB alone would fit"
+    text = printed(found)
+    row = next(line for line in text.splitlines() if line.startswith("update"))
+    assert row.split()[-5:-3] == [f"{added / GIB:.2f}", f"{75 + added / GIB:.2f}"]
     assert "FP8 and TransformerEngine: rehearsed with local layers" in text
+    in_place = Rehearsal(
+        plan_of("model.layers=te", "model.fp8=tensorwise", "model.fp8_weights=true"), (rank(),), (), STEP
+    )
+    assert in_place.fp8_bytes(in_place.ranks[0], in_place.ranks[0].phases[1]) == 0
+
+
+def test_changed_settings_and_rows_of_the_data_are_told(plan):
+    found = Rehearsal(
+        plan, (rank(),), (), STEP, changes=("train.steps: 500 -> 2",), data=("9 rows",), ends_by_data=True
+    )
+    assert not found.passed
+    text = printed(found)
+    assert "- train.steps: 500 -> 2" in text
+    assert "- 9 rows" in text
+    assert "It ends before its first step" in text
+    assert as_json(found)["changes"] == ["train.steps: 500 -> 2"]
+    assert as_json(found)["data"] == ["9 rows"]
+
+
+def test_steps_of_the_engine_are_told(plan):
+    assert "engine steps: 2 evicted, 7 mixed" in printed(
+        Rehearsal(plan, (rank(engine_steps={"mixed": 7, "evicted": 2}),), (), STEP)
+    )

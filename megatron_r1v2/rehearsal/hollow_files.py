@@ -1,4 +1,4 @@
-"""Checkpoints without bytes: what would be saved is described, checked and given back, and nothing is written."""
+"""Files without bytes: the weights of a folder by their headers, and checkpoints that are described, not written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_inplace,
@@ -27,8 +28,14 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.optimizer import MegatronOptimizer
+from torch._subclasses.fake_tensor import FakeTensor
 
+from megatron_r1v2.checkpoint.hf import config, weights
+from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder
+from megatron_r1v2.checkpoint.megatron import tensor_checksum
+from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.r1v2 import R1V2Model
+from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
 from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.watch import unwatched
 from megatron_r1v2.training.store import CheckpointStore, Snapshot
@@ -57,24 +64,9 @@ class HollowCheckpoints:
         self._metadata_of_files = dist_checkpointing.load_tensors_metadata
 
     def install(self) -> None:
-        """Put it in the place of the files, and let every save be followed by a load into the same run."""
+        """Put it in the place of the files."""
         for name in ("save", "load", "load_tensors_metadata"):
             replace(dist_checkpointing, name, getattr(self, name))
-        save_checkpoint = original(CheckpointStore, "save")
-
-        def save(self: CheckpointStore, model: R1V2Model, optimizer: MegatronOptimizer, snapshot: Snapshot) -> Path:
-            own = self.context
-            # The first rank makes the folder and its small files, which a load reads.
-            self.context = changed(own, tensor_rank=0, pipeline_rank=0, data_rank=0)
-            try:
-                target: Path = save_checkpoint(self, model, optimizer, snapshot)
-                self.finish_pending(blocking=True)
-            finally:
-                self.context = own
-            self.load(target, model, optimizer, trained=snapshot.trained)
-            return target
-
-        replace(CheckpointStore, "save", save)
 
     def save(self, sharded: ShardedStateDict, folder: str, **_: object) -> None:
         """Describe a state instead of writing it; in the background or not is all the same."""
@@ -123,6 +115,30 @@ class HollowCheckpoints:
         }
 
 
+def install_load_after_save(*, is_alone: bool) -> None:
+    """Let every save be followed by a load into the same run.
+
+    Args:
+        is_alone: whether this rank must do what the first one does: make the folder and its small files.
+    """
+    save_checkpoint = original(CheckpointStore, "save")
+
+    def save(self: CheckpointStore, model: R1V2Model, optimizer: MegatronOptimizer, snapshot: Snapshot) -> Path:
+        own = self.context
+        if is_alone:
+            self.context = changed(own, tensor_rank=0, pipeline_rank=0, data_rank=0)
+        try:
+            target: Path = save_checkpoint(self, model, optimizer, snapshot)
+            self.finish_pending(blocking=True)
+        finally:
+            self.context = own
+        dist.barrier()  # the first rank has published it when the others load
+        self.load(target, model, optimizer, trained=snapshot.trained)
+        return target
+
+    replace(CheckpointStore, "save", save)
+
+
 def _final(folder: str) -> str:
     """Return the name that a folder has when it is published: it is written under another one."""
     return str(Path(folder).parent.name.removeprefix(".").removesuffix(".partial"))
@@ -148,3 +164,37 @@ def _given_back(leaf: object, objects: Mapping[str, object]) -> object:
         local = leaf.data if leaf.data is not None else torch.empty(leaf.local_shape, dtype=leaf.dtype)
         return torch.empty_like(local)
     return objects.get(leaf.unique_key) if isinstance(leaf, ShardedObject) else leaf
+
+
+def install_hollow_weights(mode: FakeTensors) -> None:
+    """Let folders give fakes; in a process of its own, where nothing is put back."""
+    read, are_tied = original(SafetensorsFolder, "tensor"), original(config, "are_tied")
+
+    def tensor(self: SafetensorsFolder, name: str) -> torch.Tensor:
+        real = read(self, name)
+        # On the CPU, as a mapped file is, and counted as little as that.
+        with unwatched(), mode.fakes:
+            return torch.empty(real.shape, dtype=real.dtype)
+
+    def info(self: SafetensorsFolder, name: str) -> TensorInfo:
+        return tensor_info(read(self, name))
+
+    def are_really_tied(folder: SafetensorsFolder, stored: Mapping[str, str]) -> bool:
+        replace(SafetensorsFolder, "tensor", read)
+        try:
+            with unwatched():
+                return bool(are_tied(folder, stored))
+        finally:
+            replace(SafetensorsFolder, "tensor", tensor)
+
+    replace(SafetensorsFolder, "tensor", tensor)
+    replace(SafetensorsFolder, "info", info)
+    # It casts what is no plain tensor (TransformerEngine's 8-bit weights), and would cast fakes.
+    tensor_checksum.type = _plain_type  # type: ignore[attr-defined]  # in the place of Python's own
+    for module in (config, weights):
+        replace(module, "are_tied", are_really_tied)
+
+
+def _plain_type(value: object) -> type:
+    """Return the type of a value, for a fake that of the tensor in whose place it is."""
+    return torch.Tensor if isinstance(value, FakeTensor) else type(value)

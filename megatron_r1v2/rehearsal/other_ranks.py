@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from megatron_r1v2.evaluation.evaluator import Evaluator
 from megatron_r1v2.generation.controller import RolloutController
-from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
 from megatron_r1v2.rehearsal.replacements import original, replace
+from megatron_r1v2.rehearsal.stand_ins import install_shares
 from megatron_r1v2.rehearsal.watch import unwatched
 from megatron_r1v2.resilience.rank_commands import RankCommands
 from megatron_r1v2.rewards import verifiers
@@ -29,6 +29,7 @@ from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages import preemption
 from megatron_r1v2.stages.grpo import replay_buffer, selection, updates
+from megatron_r1v2.stages.pairs import PairMaker
 from megatron_r1v2.training import policy, weight_verification
 from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.types import Prompt, Rollout, Sample, ScoredRollout, TrainingBatch
@@ -49,6 +50,8 @@ class OtherRanks:
     """The number of the prompt that the leader of the replica broadcasts next."""
     shapes: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     """Shapes of hidden states that each neighbour in the pipeline announces, in order."""
+    prompts: Sequence[Prompt] = ()
+    """The prompts of the round whose pairs are made, of all replicas."""
     losses: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The metrics that the last stage has computed."""
     _pool: VerifierPool | None = None
@@ -59,6 +62,7 @@ class OtherRanks:
         self.mode.incoming = self._send
         self._install_generation()
         self._install_scores()
+        self._install_pairs()
         self._install_training()
 
     def close(self) -> None:
@@ -81,20 +85,9 @@ class OtherRanks:
     # -- generation -----------------------------------------------------------------------------------------------
 
     def _install_generation(self) -> None:
-        """Let this replica take its share of the prompts, and draw on this rank what another one draws."""
+        """Draw on this rank what another one draws, and name the prompt that its leader takes."""
         sample = original(RolloutController, "_dynamic_step_sample_logits")
-        take = original(SharedPromptQueue, "_take")
         wait_for_all = original(preemption.PreemptionHandler, "wait_for_all")
-
-        def take_share(queue: SharedPromptQueue) -> object:
-            context = queue._context
-            taken = getattr(queue, "taken", 0)
-            queue.taken = taken + 1  # type: ignore[attr-defined]  # the queue lives as long as its numbers
-            number = context.data_rank + taken * context.data_size
-            # Of the counter in the store: as if the other replicas had taken theirs just before.
-            context.store.set(queue._counter, str(number))
-            self.index = _real([number])
-            return take(queue)
 
         def draw(controller: RolloutController, logits: torch.Tensor | None) -> None:
             if not controller._draws_here:
@@ -109,7 +102,10 @@ class OtherRanks:
                 commands.send(preemption._GO_ON)
             wait_for_all(handler, name)
 
-        replace(SharedPromptQueue, "_take", take_share)
+        def announce(number: int) -> None:
+            self.index = _real([number])
+
+        install_shares(announce)
         replace(RolloutController, "_dynamic_step_sample_logits", draw)
         replace(preemption.PreemptionHandler, "wait_for_all", wait)
 
@@ -166,6 +162,25 @@ class OtherRanks:
             pool = VerifierPool(verifiers.worker_count(), verifiers.TIMEOUT_SECONDS)
             self._pool = self._at_the_end.enter_context(pool)
         return self._pool
+
+    def _install_pairs(self) -> None:
+        """Complete the pairs and the beginnings of responses of other replicas: the same as here, to their prompts."""
+        make, gather = original(PairMaker, "make_pairs"), original(PairMaker, "_gather")
+
+        def make_pairs(maker: PairMaker, prompts: Sequence[Prompt], **kwargs: object) -> object:
+            self.prompts = prompts
+            return make(maker, prompts, **kwargs)
+
+        def gather_all(maker: PairMaker, mine: Mapping[str, Result]) -> Mapping[str, Result]:
+            found: Mapping[str, Result] = gather(maker, mine)
+            if maker.loaded.context.data_size == 1:
+                return found
+            kinds = {prompt.key: prompt.modality for prompt in self.prompts}
+            models = {kinds[key]: value for key, value in reversed(list(found.items()))}
+            return {key: found.get(key, models[kind]) for key, kind in kinds.items() if kind in models}
+
+        replace(PairMaker, "make_pairs", make_pairs)
+        replace(PairMaker, "_gather", gather_all)
 
     # -- training -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,161 @@
+"""The recipe's own rows: the length of each against the limits, and a data set of the longest ones."""
+
+from __future__ import annotations
+
+import heapq
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
+from pathlib import Path
+
+from megatron_r1v2.config.choices import StageName, TooLong
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.prompts import PromptBuilder, PromptTooLong
+from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
+from megatron_r1v2.data.shards import check_shards, write_shards
+from megatron_r1v2.data.survey import sample_heads
+from megatron_r1v2.rehearsal.rows import ANSWER, LONG, MARGIN
+
+_GIVEN = {
+    StageName.align: ("response",),
+    StageName.mpo: ("chosen", "rejected"),
+    StageName.reward_model: ("chosen", "rejected"),
+}
+"""The fields with the responses of a row, where they are in the data."""
+
+
+@dataclass(frozen=True, order=True)
+class RowLength:
+    """The length of one row."""
+
+    tokens: int
+    """Of the prompt and its longest response."""
+    prompt: int
+    shard: str
+    key: str
+
+    @property
+    def place(self) -> str:
+        """Return the row's place in the data set."""
+        return f"{self.shard}: {self.key}"
+
+
+@dataclass
+class DataLengths:
+    """The lengths of a data set."""
+
+    folder: str
+    rows: int = 0
+    longest_prompt: RowLength | None = None
+    longest: list[RowLength] = field(default_factory=list)
+    """The longest rows, the longest first."""
+    too_long: list[str] = field(default_factory=list)
+    """An error for each prompt above the limit, and each row that is longer than the model has positions."""
+    is_error: bool = False
+    """Whether the stage would end by them."""
+
+    def sentences(self, settings: DataConfig) -> list[str]:
+        """Return the findings in words."""
+        if self.longest_prompt is None or not self.longest:
+            return [f"{self.folder}: none of {self.rows} rows can be trained on", *self.too_long[:1]]
+        prompt, row = self.longest_prompt, self.longest[0]
+        found = [
+            f"{self.folder}: {self.rows} rows; the longest prompt has {prompt.prompt} of "
+            f"{settings.max_prompt_tokens} tokens ({prompt.place}), the longest row {row.tokens} ({row.place})"
+        ]
+        if self.too_long:
+            verb = "end the run" if self.is_error else "are left out"
+            found.append(f"{self.folder}: {len(self.too_long)} rows are too long and {verb}: {self.too_long[0]}")
+        return found
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """The data sets of a recipe, read for one model."""
+
+    stage: StageName
+    builder: PromptBuilder
+    settings: DataConfig
+    end_token: str
+    max_positions: int
+    max_response_tokens: int
+    needs_image: bool
+    """Whether a row without images has no gradient, so that it is in no step."""
+
+    def measure(self, folder: str, count: int, *, given: bool = True) -> DataLengths:
+        """Measure every row of a data set.
+
+        Args:
+            count: of the longest rows, to be kept.
+            given: whether the stage trains on the responses in the rows.
+
+        Raises:
+            ValueError: the data set is missing or incomplete.
+        """
+        found = DataLengths(folder)
+        heap: list[RowLength] = []
+        for shard in sorted(check_shards(folder)):
+            for sample, sizes in sample_heads(Path(folder) / shard):
+                found.rows += 1
+                try:
+                    length = self._measure(shard, sample, sizes, given=given)
+                except PromptTooLong as error:
+                    found.too_long.append(f"{shard}: {error}")
+                    found.is_error |= self.settings.too_long is not TooLong.skip
+                    continue
+                except SampleError:
+                    continue  # counted where it is read for training
+                if length.tokens > self.max_positions:
+                    found.is_error = True
+                    found.too_long.append(
+                        f"{length.place}: prompt and response have {length.tokens} tokens, the model has "
+                        f"{self.max_positions} positions; take the row out, or shorten its response"
+                    )
+                    continue
+                if found.longest_prompt is None or length.prompt > found.longest_prompt.prompt:
+                    found.longest_prompt = length
+                if sizes or not (given and self.needs_image):
+                    (heapq.heappush if len(heap) < count else heapq.heappushpop)(heap, length)
+        found.longest = sorted(heap, reverse=True)
+        return found
+
+    def _measure(self, shard: str, sample: ShardSample, sizes: list[tuple[int, int]], *, given: bool) -> RowLength:
+        prompt = self.builder.measure(sample.key, sample.messages, sizes).tokens
+        response = self.max_response_tokens
+        if given and self.stage in _GIVEN:
+            texts = [text for name in _GIVEN[self.stage] if (text := getattr(sample, name)) is not None]
+            encode = self.builder.tokenizer.encode_response
+            response = max((len(encode(text, self.end_token, key=sample.key)) for text in texts), default=0)
+        return RowLength(prompt + response, prompt, shard, sample.key)
+
+    def write(self, lengths: DataLengths, folder: Path, *, rows: int, steps: int = 1) -> None:
+        """Write a data set of the longest rows, one step after the other; where there are too few, they come again.
+
+        Raises:
+            ValueError: no row fits.
+        """
+        if not lengths.longest:
+            raise ValueError("; ".join(lengths.sentences(self.settings)))
+        samples = [read_sample(Path(lengths.folder) / row.shard, row.key) for row in lengths.longest]
+        write_shards(self._renamed(samples, rows, steps), folder)
+
+    def _renamed(self, samples: list[ShardSample], rows: int, steps: int) -> Iterator[ShardSample]:
+        for step in range(steps):
+            for index in range(rows):
+                sample = changed(samples[(step * rows + index) % len(samples)], key=f"{LONG}-{step}-{index}")
+                # Above every preference.min_margin; the scripted responses of a stage that samples give this answer.
+                yield changed(
+                    sample, margin=MARGIN, answer=ANSWER, answer_type="numeric", alternatives=(), tolerances=()
+                )
+
+
+def read_sample(shard: Path, key: str) -> ShardSample:
+    """Read one sample of a shard with its images."""
+    with tarfile.open(shard) as tar:
+        parts = {}
+        for member in tar:
+            name, _, part = member.name.partition(".")
+            if name == key and (file := tar.extractfile(member)) is not None:
+                parts[part] = file.read()
+    return parse_sample(key, parts)

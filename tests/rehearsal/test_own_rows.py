@@ -1,0 +1,124 @@
+"""The recipe's own rows: measured against the limits, the longest ones taken."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from megatron_r1v2.config.choices import StageName, TooLong
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.prompts import PromptBuilder
+from megatron_r1v2.data.samples import ShardSample
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.data.tokenizer import ChatTokenizer
+from megatron_r1v2.rehearsal.own_rows import OwnRows, read_sample
+from megatron_r1v2.rehearsal.rows import LONG
+from tests.rehearsal.tiny_rehearsal import tiny_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return ChatTokenizer(tiny_model(tmp_path_factory.mktemp("model") / "model"))
+
+
+def png(width=32):
+    encoded = io.BytesIO()
+    Image.new("RGB", (width, 32)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def sample(key, words, *, response=10, image=True):
+    return ShardSample(
+        key=key,
+        messages=({"role": "user", "content": ("<image>\n" if image else "") + "a" * words},),
+        answer="no number",
+        answer_type="exact",
+        images={"0.png": png()} if image else {},
+        chosen="b" * response,
+        rejected="c" * (response // 2),
+        margin=0.1,
+    )
+
+
+def own_rows(tokenizer, stage=StageName.mpo, **changes):
+    settings = DataConfig(max_prompt_tokens=120, max_tiles=1, **changes)
+    builder = PromptBuilder(settings=settings, tokenizer=tokenizer, tile_size=32, tokens_per_tile=16)
+    return OwnRows(stage, builder, settings, "<|im_end|>", max_positions=400, max_response_tokens=50, needs_image=True)
+
+
+SAMPLES = [
+    sample("short", 10),
+    sample("prompt", 60),
+    sample("response", 20, response=100),
+    sample("text", 70, response=200, image=False),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_shards(SAMPLES, tmp_path / "data", samples_per_shard=2)
+    return str(tmp_path / "data")
+
+
+def test_the_longest_prompt_and_row_are_named_with_their_place(tokenizer, folder):
+    rows = own_rows(tokenizer)
+    lengths = rows.measure(folder, 2)
+    assert lengths.rows == 4
+    assert [row.key for row in lengths.longest] == ["response", "prompt"], "text trains nothing in the adapter"
+    assert lengths.longest[0].tokens == lengths.longest[0].prompt + 101
+    (sentence,) = lengths.sentences(rows.settings)
+    assert f"4 rows; the longest prompt has {lengths.longest_prompt.prompt} of 120 tokens" in sentence
+    assert "(shard-000000.tar: prompt)" in sentence
+    assert f"the longest row {lengths.longest[0].tokens} (shard-000001.tar: response)" in sentence
+    assert not lengths.is_error
+
+
+def test_sampled_responses_are_as_long_as_the_limit(tokenizer, folder):
+    lengths = own_rows(tokenizer, StageName.grpo).measure(folder, 1)
+    assert lengths.longest[0].tokens == lengths.longest[0].prompt + 50
+    (row,) = own_rows(tokenizer).measure(folder, 1, given=False).longest
+    assert row.tokens == row.prompt + 50, "a validation samples too"
+
+
+@pytest.mark.parametrize(("policy", "is_error"), [(TooLong.error, True), (TooLong.skip, False)])
+def test_prompts_above_the_limit_are_named(tokenizer, tmp_path, policy, is_error):
+    write_shards([*SAMPLES, sample("huge", 300)], tmp_path / "data")
+    rows = own_rows(tokenizer, too_long=policy)
+    lengths = rows.measure(str(tmp_path / "data"), 2)
+    assert lengths.is_error is is_error
+    assert "shard-000000.tar: sample 'huge': the prompt has" in lengths.sentences(rows.settings)[1]
+
+
+def test_a_row_longer_than_the_model_is_an_error(tokenizer, tmp_path):
+    write_shards([*SAMPLES, sample("endless", 10, response=500)], tmp_path / "data")
+    lengths = own_rows(tokenizer, too_long=TooLong.skip).measure(str(tmp_path / "data"), 2)
+    assert lengths.is_error
+    assert "endless: prompt and response have" in lengths.too_long[0]
+    assert "the model has 400 positions" in lengths.too_long[0]
+
+
+@pytest.mark.parametrize("stage", [StageName.mpo, StageName.grpo])
+def test_the_longest_rows_make_a_data_set_of_long_ones(tokenizer, folder, tmp_path, stage):
+    rows = own_rows(tokenizer, stage)
+    lengths = rows.measure(folder, 3)
+    rows.write(lengths, tmp_path / "made", rows=2, steps=2)
+    made = list(read_shards(tmp_path / "made", rows.builder.build))
+    assert [prompt.key for prompt in made] == [f"{LONG}-{step}-{index}" for step in range(2) for index in range(2)]
+    assert len(made[0].token_ids) == lengths.longest[0].prompt
+    assert made[3].token_ids == made[0].token_ids, "three rows fit, so the longest comes again"
+    assert (made[0].answer, made[0].answer_type) == ("8", "numeric")
+
+
+def test_nothing_that_fits_is_an_error(tokenizer, tmp_path):
+    write_shards([sample("huge", 300)], tmp_path / "data")
+    rows = own_rows(tokenizer)
+    lengths = rows.measure(str(tmp_path / "data"), 2)
+    with pytest.raises(ValueError, match="none of 1 rows can be trained on"):
+        rows.write(lengths, tmp_path / "made", rows=1)
+
+
+def test_a_sample_is_read_with_its_images(folder):
+    from pathlib import Path
+
+    assert read_sample(Path(folder) / "shard-000000.tar", "prompt") == SAMPLES[1]
