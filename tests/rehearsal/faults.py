@@ -47,19 +47,14 @@ def skips_collective() -> None:
 
 def large_cache() -> None:
     """Allocate 10 GiB more of the key-value cache than the recipe says."""
-    from megatron_r1v2.generation import phase
+    from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
-    make = phase.make_context
+    begin = DynamicInferenceContext.__init__
 
-    def broken(*args):
-        context = make(*args)
-        tokens = 10 * 2**30 // context.memory_buffer[:, :, :1].nbytes + 1
-        context.memory_buffer = torch.cat([context.memory_buffer] * 2, dim=2).new_empty(
-            (*context.memory_buffer.shape[:2], tokens, *context.memory_buffer.shape[3:])
-        )
-        return context
+    def broken(self, *args, buffer_size_gb, **kwargs):
+        begin(self, *args, buffer_size_gb=buffer_size_gb + 10, **kwargs)
 
-    phase.make_context = broken
+    DynamicInferenceContext.__init__ = broken
 
 
 FAULTS = {each.__name__: each for each in (cpu_index, raises_on_cuda, skips_collective, large_cache)}

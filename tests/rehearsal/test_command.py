@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from megatron_r1v2.data.samples import ShardSample
+from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.rehearsal.command import main
+from tests.rehearsal.test_own_rows import png
 from tests.rehearsal.tiny_rehearsal import RECIPES, TINY, tiny_model
 
 
@@ -30,6 +33,33 @@ def test_data_that_is_not_there_is_an_error_before_anything_runs(tmp_path, capsy
         main([str(RECIPES / "grpo.yaml"), *TINY, *layout, "data.train=nowhere", "--gpus", "1", "--data"])
     assert stopped.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_own_data_is_measured_and_its_longest_rows_are_rehearsed(tmp_path, capsys):
+    model = tiny_model(tmp_path / "model")
+    rows = [
+        ShardSample(
+            key=key,
+            messages=({"role": "user", "content": "<image>\n" + "a" * length},),
+            answer="8",
+            answer_type="numeric",
+            images={"0.png": png()},
+            response="b" * 40,
+        )
+        for key, length in (("short", 5), ("long", 60), ("too-long", 400))
+    ]
+    write_shards(rows, tmp_path / "data")
+    data = [f"data.train={tmp_path / 'data'}", "data.validation=", "data.too_long=skip"]
+    layout = ["parallel.tensor=1", "parallel.sequence=false", f"model.hf_path={model}"]
+    main([str(RECIPES / "align.yaml"), *TINY, *layout, *data, "--gpus", "1", "--data", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["passed"] is True
+    longest, left_out = values["data"]
+    assert "3 rows; the longest prompt has" in longest
+    assert "shard-000000.tar: long" in longest
+    assert "1 rows are too long and are left out: shard-000000.tar: sample 'too-long'" in left_out
+    assert [phase["name"] for phase in values["ranks"][0]["phases"]].count("update") == 2
 
 
 @pytest.mark.slow
