@@ -70,6 +70,8 @@ class Prompt:
     """A reference response (supervised data only), without the end-of-turn token."""
     preference: Preference | None = None
     """A better and a worse response (preference data only)."""
+    data_set: str = ""
+    """The name of its data set, where data.train has several."""
 
     @property
     def modality(self) -> Modality:
@@ -213,3 +215,5 @@ class TrainingBatch:
     """float32 [B, S], where the loss has a KL term."""
     reference_sums_B: torch.Tensor | None = None
     """float64 [B]: log-probs of the whole responses under the reference, where the loss compares those."""
+    entropy_BS: torch.Tensor | None = None
+    """float32 [B, S], of the policy in training, where it is measured."""

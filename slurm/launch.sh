@@ -11,7 +11,8 @@
 #   R1V2_MAX_REQUEUES  how often a job is started over, whether we or SLURM put it back (preemption, a failed node);
 #                      default: 100
 #   R1V2_LAST_SECONDS  a step that the warning has not ended is given up so long before the end of the job: SIGTERM, of
-#                      which checkpoint.grace_seconds must fit in two thirds; default: 90
+#                      which checkpoint.grace_seconds must fit in two thirds; torchrun kills its ranks only then
+#                      (--shutdown-timeout); default: 90
 #   R1V2_RETRY_AFTER   a start that fails after so many seconds is put back too (a lost node ends the others' processes
 #                      before SLURM notices); one that fails earlier is not: bad settings fail at once; default: 600
 #   R1V2_MAX_FAILURES  how many starts of a job may fail and be put back; default: 3
@@ -57,7 +58,7 @@ launch() {
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
     --wait=300 "${container[@]}" bash -c "$R1V2_NODE_SCRIPT" node "$logs" \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$gpus" --rdzv-backend=c10d \
-    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --shutdown-timeout "${R1V2_LAST_SECONDS:-90}" \
     --rdzv-endpoint="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))" \
     -m megatron_r1v2 "$stage" "$recipe" "$@" &
   srun_pid=$!

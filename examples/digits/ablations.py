@@ -6,7 +6,8 @@
     parts       table 4: which parts of the model GRPO trains
 
 Every run starts from the same components; data order, sampling and the aligned adapter differ by seed. Finished runs
-are not run again, so a run that was interrupted goes on where it stopped.
+are not run again, so a run that was interrupted goes on where it stopped. When the buffer pays at all is a study of its
+own: ablation_buffer.py.
 
 python -m examples.digits.ablations --output runs/digits-ablations --seeds 3
 """

@@ -20,12 +20,11 @@ from megatron_r1v2.config.yaml_files import is_mapping, parse_yaml, read_yaml_ma
 
 BASE_KEY = "defaults"
 SCHEMA_KEY = "schema"
-SCHEMA = 2
+SCHEMA = 3
 """Of the settings, in recipes that are saved; raised with each line of `RENAMES`, and when a stage reads less."""
 RENAMES: Mapping[int, Mapping[str, str]] = {
     2: {
         "algorithm.gate_tokens": "",
-        "buffer.priority_exponent": "",
         "logging.sample_rollouts": "",
         "train.micro_batch_size": "",
     }
@@ -241,7 +240,8 @@ class _Findings:
             return kind(**given)
         except ValidationError as error:
             for detail in error.errors(include_url=False, include_input=False, include_context=False):
-                key, *inside = map(str, detail["loc"])
+                # Without the name that pydantic gives to one of several kinds of value.
+                key, *inside = (str(part) for part in detail["loc"] if not str(part).endswith("-tag"))
                 # Another item of a list that is refused already: one sentence a setting.
                 if key not in given:
                     continue
@@ -396,7 +396,7 @@ def _parse_override(override: str) -> dict[str, object]:
         )
     # A folder named 2026 or a pattern in brackets is text, whatever YAML makes of it.
     value: object = text
-    if not _is_text(parts):
+    if not _is_text(parts, text):
         try:
             value = parse_yaml(text)
         except ValueError as error:
@@ -406,8 +406,10 @@ def _parse_override(override: str) -> dict[str, object]:
     return {parts[0]: value}
 
 
-def _is_text(parts: Sequence[str]) -> bool:
-    """Return whether a dotted name leads to a setting that is a text."""
+def _is_text(parts: Sequence[str], text: str) -> bool:
+    """Return whether a dotted name leads to a setting that is a text, or that may be one and looks like no list."""
     section = every_section().get(parts[0])
     field = section.model_fields.get(parts[1]) if section and len(parts) == 2 else None
-    return field is not None and field.annotation is str
+    if field is None:
+        return False
+    return field.annotation is str or (parts == ["data", "train"] and not text.startswith("["))

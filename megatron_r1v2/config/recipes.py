@@ -45,6 +45,8 @@ class Without(frozenset[str]):
 _ONE_UPDATE = Without({"updates_per_step"})
 # Only GRPO and pairs compare responses to one prompt.
 _NO_GROUPS = Without({"responses_per_prompt"})
+# The likelihood of given responses is that of the model itself; a validation has a temperature of its own.
+_NO_SAMPLING = Without({"responses_per_prompt", "temperature"})
 # What a validation during training does not have: its prompts are data.validation, its model is in process.
 _BY_COMMAND = ("data", "endpoint_url", "endpoint_model", "judge_url", "judge_model")
 
@@ -113,7 +115,7 @@ class TrainingRecipe(Recipe):
 
     needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "data.train")
 
-    generation: Annotated[GenerationConfig, _NO_GROUPS] = Field(default_factory=GenerationConfig)
+    generation: Annotated[GenerationConfig, _NO_SAMPLING] = Field(default_factory=GenerationConfig)
     train: Annotated[TrainConfig, _ONE_UPDATE] = Field(default_factory=TrainConfig)
     checkpoint: Annotated[CheckpointConfig, Without({"keep_rollouts"})] = Field(default_factory=CheckpointConfig)
     evaluation: Annotated[EvaluationConfig, Without(_BY_COMMAND)] = Field(default_factory=EvaluationConfig)
@@ -183,6 +185,8 @@ class PairsRecipe(Recipe):
     def mistakes(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
+        if not isinstance(self.data.train, str):
+            yield "data.train is a list: the pairs stage reads one folder, once; run it for each of them"
         if self.pairs.max_pairs_per_prompt and self.generation.responses_per_prompt < 2:
             yield (
                 f"generation.responses_per_prompt={self.generation.responses_per_prompt} leaves nothing to compare; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from megatron_r1v2.config.choices import (
     EffectiveBy,
@@ -116,14 +116,33 @@ class ParallelConfig(Section):
     """A collective that waits longer ends the run."""
 
 
+class DataSource(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(pattern=r"\S")
+    """Folder of WebDataset shards made by `r1v2 prepare`."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the prompts is this over the sum of all weights."""
+
+
+def _kind_of_train(value: object) -> str:
+    return "mixture-tag" if isinstance(value, list | tuple) else "text-tag"
+
+
 class DataConfig(Section):
     """The prompts and how they are read."""
 
     on_resume: ClassVar[OnResume] = OnResume.asked
 
     # The position in the data refuses other shards by itself, wherever they lie.
-    train: Annotated[str, OnResume.free] = ""
-    """Folder of WebDataset shards made by `r1v2 prepare`."""
+    train: Annotated[
+        Annotated[str, Tag("text-tag")]
+        | Annotated[tuple[Annotated[DataSource, Field(strict=False)], ...], Field(strict=False), Tag("mixture-tag")],
+        Discriminator(_kind_of_train),
+        OnResume.free,
+    ] = ""
+    """Folder of WebDataset shards made by `r1v2 prepare`; or several, each {path, weight}: every step has the prompts
+    of each in the share of its weight, 1 if left out. Another mixture is another run."""
     validation: str = ""
     """The same, for evaluation during training; empty: none."""
     max_prompt_tokens: int = Field(4096, ge=1)
@@ -138,6 +157,20 @@ class DataConfig(Section):
     shuffle: bool = True
     """Draw a new order of the whole data set every epoch; false keeps the order of the shards."""
 
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """Return the data sets of `train`."""
+        if isinstance(self.train, str):
+            return (DataSource(path=self.train),) if self.train else ()
+        return self.train
+
+    @property
+    def train_text(self) -> str:
+        """Return `train` for people: a path, or each with its weight."""
+        if isinstance(self.train, str):
+            return self.train
+        return ", ".join(f"{source.path} x {source.weight:g}" for source in self.train)
+
 
 class GenerationConfig(Section):
     """The sampling of responses."""
@@ -149,7 +182,7 @@ class GenerationConfig(Section):
     max_response_tokens: int = Field(8192, ge=1)
     """A response that reaches this is cut and marked "length"."""
     temperature: float = Field(1.0, gt=0)
-    """Divides the logits; training uses the same."""
+    """Divides the logits; the training of GRPO uses the same."""
     stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
     """Tokens, as text, that end a response beside those of the model's generation_config.json; the first also ends the
     responses of SFT and of pairs."""
@@ -301,6 +334,8 @@ class BufferConfig(Section):
     by more than 0.01 (reward), for prompts without answers. Dynamic sampling counts groups in the same way."""
     target_effective_fraction: float = Field(0.6, ge=0, le=1)
     """Fresh effective responses are topped up to this part of the batch."""
+    priority_exponent: float = Field(1.0, ge=0)
+    """alpha: responses are drawn with p ~ |advantage|^alpha; 0: all alike."""
 
 
 class TrainConfig(Section):
@@ -373,9 +408,16 @@ class LoggingConfig(Section):
     """The places for metrics; `run.output_dir`/metrics.jsonl is always written."""
 
     trackers: tuple[Annotated[Tracker, Field(strict=False)], ...] = Field((), strict=False)
-    """Further places: wandb; wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`. wandb's
-    project is that of its environment variable WANDB_PROJECT, or megatron_r1v2; it reads WANDB_ENTITY, WANDB_RUN_GROUP
-    and WANDB_TAGS itself. It gets the whole recipe."""
+    """Further places: wandb, which gets the whole recipe and a table of sample rollouts every ten steps;
+    wandb_offline, to be synchronised later; tensorboard, below `run.output_dir`."""
+    wandb_project: str = ""
+    """Its project; empty: that of the environment variable WANDB_PROJECT, or megatron_r1v2."""
+    wandb_entity: str = ""
+    """Its user or team; empty: WANDB_ENTITY, or the user's own."""
+    wandb_group: str = ""
+    """The group of runs that this one belongs to; empty: WANDB_RUN_GROUP."""
+    wandb_tags: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    """Tags of the run; empty: WANDB_TAGS."""
 
 
 class CheckpointConfig(Section):
@@ -383,8 +425,8 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(10, ge=0)
     """Also saved at the end of the stage, and when validation Pass@1 is the best so far; 0: only then. SIGTERM costs
-    the step in progress and those since the newest checkpoint, less what `keep_rollouts` keeps of them: 1 where a
-    checkpoint is small against a step."""
+    the step in progress, less what `keep_rollouts` keeps of it, and those since the newest checkpoint where saving them
+    takes more than `grace_seconds`; a lost node always costs both: 1 where a checkpoint is small against a step."""
     keep_last: int = Field(2, ge=1)
     """Older checkpoints are deleted, but for the one with the best validation Pass@1 (evaluation.every_steps)."""
     asynchronous: bool = True
@@ -401,7 +443,9 @@ class CheckpointConfig(Section):
     lead_seconds: float = Field(1200.0, ge=0)
     """SIGUSR1 comes so long before the end (--signal of the sbatch script): a step and a save must fit in."""
     grace_seconds: float = Field(25.0, ge=1)
-    """After SIGTERM the step is abandoned, and the process ends within so many seconds."""
+    """After SIGTERM, or a second Ctrl-C, the step is abandoned, and the process ends within so many seconds; the first
+    Ctrl-C finishes the step, saves and ends, as SIGUSR1 does. torchrun waits 30 s for that, or its
+    --shutdown-timeout."""
 
 
 class HallucinationConfig(Section):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.recipes import EvaluateRecipe, PairsRecipe, Recipe
-from megatron_r1v2.config.schema import RewardConfig
+from megatron_r1v2.config.schema import DataConfig, RewardConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = (
@@ -31,7 +31,11 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
         # A server has weights of its own.
         if key not in read.get(section, ()) or (section == "model" and model_is_served(recipe)):
             continue
-        path = getattr(getattr(recipe, section), key)
+        value = getattr(getattr(recipe, section), key)
+        if name == "data.train" and not isinstance(value, str):
+            yield from _source_mistakes(recipe.data)
+            continue
+        path = str(value)
         if path and not Path(path).is_dir():
             hint = download_hint(path) if name == "model.hf_path" else ""
             yield f"{name}={path!r} is not a folder; give the path of an existing one{hint}"
@@ -52,6 +56,17 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.generation.cuda_graphs and not _has_cuda():
         yield "generation.cuda_graphs=true needs a CUDA device and there is none; set generation.cuda_graphs=false"
+
+
+def _source_mistakes(data: DataConfig) -> Iterator[str]:
+    """Yield a sentence for each entry of a mixture that is no folder, and for a mixture of nothing."""
+    if not data.sources:
+        yield "data.train is an empty list: give the path of an existing folder, or a list of {path, weight}"
+    for place, source in enumerate(data.sources):
+        if not Path(source.path).is_dir():
+            yield f"data.train[{place}].path={source.path!r} is not a folder; give the path of an existing one"
+        if source.path in [other.path for other in data.sources[:place]]:
+            yield f"data.train[{place}].path={source.path!r} is in the list twice; give it once, with a larger weight"
 
 
 def model_is_served(recipe: Recipe) -> bool:

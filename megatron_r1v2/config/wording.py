@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from enum import Enum
-from types import NoneType
+from types import NoneType, UnionType
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -51,6 +51,8 @@ def type_name(expected: object) -> str:
         return "a mapping"
     if NoneType in arguments:
         return type_name(next(argument for argument in arguments if argument is not NoneType))
+    if origin is typing.Union or origin is UnionType:
+        return ", or ".join(map(type_name, arguments))
     if isinstance(expected, type) and issubclass(expected, BaseModel):
         return "{" + ", ".join(expected.model_fields) + "}"
     if isinstance(expected, type) and issubclass(expected, Enum):

@@ -10,7 +10,7 @@ import pickle
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar, final
 
 import torch
 from megatron.energon import (
@@ -25,7 +25,6 @@ from megatron.energon import (
 from megatron.energon.epathlib import EPath
 
 from megatron_r1v2.config.schema import DataConfig
-from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.samples import DataError, SampleError
 from megatron_r1v2.data.shards import SPLIT, check_shards
 from megatron_r1v2.resilience.fingerprint import Fingerprint
@@ -41,6 +40,7 @@ _STATE_VERSION = 1
 Item = TypeVar("Item")
 RawSample = Mapping[str, object]
 """A sample as energon reads it: "__key__", and the contents of its files by name."""
+BuildPrompt = Callable[[str, Mapping[str, bytes]], Prompt | None]
 
 
 class TallyState(TypedDict):
@@ -54,6 +54,7 @@ class TallyState(TypedDict):
     left_out: NotRequired[int]  # not in older checkpoints
 
 
+@final
 class StreamState(TypedDict):
     """The position of a stream in a checkpoint."""
 
@@ -66,6 +67,22 @@ class StreamState(TypedDict):
     order: NotRequired[int]  # not in older checkpoints
 
 
+class SourceState(TypedDict):
+    """The position in one data set of a mixture."""
+
+    name: str
+    weight: float
+    drawn: int
+    stream: StreamState
+
+
+@final
+class MixtureState(TypedDict):
+    """The position of a mixture in a checkpoint."""
+
+    sources: list[SourceState]
+
+
 class PromptStream:
     """An endless stream of prompts, in a new order every epoch, with each sample once in an epoch.
 
@@ -74,17 +91,18 @@ class PromptStream:
 
     Args:
         folder: a folder of `r1v2 prepare`.
+        build: makes a prompt from a key and the files of its sample, `PromptBuilder.build`; None leaves it out.
 
     Raises:
         ValueError: the data set is incomplete.
     """
 
-    def __init__(self, folder: str | Path, builder: PromptBuilder, *, settings: DataConfig, seed: int) -> None:
+    def __init__(self, folder: str | Path, build: BuildPrompt, *, settings: DataConfig, seed: int) -> None:
         self._folder = Path(folder)
         self._shards = check_shards(folder)
         self._seed = seed
         self._shuffle = settings.shuffle
-        self._builder = builder
+        self._build = build
         self._order = 0
         self._loader = self._new_loader()
         self._tally = _Tally(self._folder, settings.max_corrupt_fraction, len(self._loader))
@@ -122,7 +140,7 @@ class PromptStream:
         if self._iterator is None:
             self._iterator = iter(self._loader)
         while len(prompts) < count:
-            prompt = _read_one(self._iterator, self._builder.build, self._tally, self._folder)
+            prompt = _read_one(self._iterator, self._build, self._tally, self._folder)
             if prompt is not None:
                 prompts.append(prompt)
         return prompts
@@ -140,7 +158,7 @@ class PromptStream:
             "order": self._order,
         }
 
-    def load_state_dict(self, state: StreamState) -> str | None:
+    def load_state_dict(self, state: StreamState | MixtureState) -> str | None:
         """Continue at the position of a `state_dict`, in this or another process.
 
         Where samples were taken out of the data set since, the position means nothing any more: a new order begins.
@@ -151,6 +169,11 @@ class PromptStream:
         Raises:
             ValueError: the position is of other shards, another seed or another order.
         """
+        if "sources" in state:
+            raise ValueError(
+                f"the saved data position cannot be used: data.train was {listed_sources(state)} when it was saved and "
+                f"is {self._folder} now; put it back, or start a new run"
+            )
         fewer = _is_reduced(self._shards, state["shards"])
         here = self.state_dict()
         if fewer:
@@ -180,6 +203,13 @@ class PromptStream:
 
     def _new_loader(self) -> SavableDataLoader:
         return _loader(self._folder, shuffle=self._shuffle, repeat=True, seed=self._seed + self._order)
+
+
+def listed_sources(state: StreamState | MixtureState) -> str:
+    """Return the data sets of a position with their weights, for people."""
+    if "sources" not in state:
+        return "one data set"
+    return ", ".join(f"{source['name']} x {source['weight']:g}" for source in state["sources"])
 
 
 def _is_reduced(shards: Mapping[str, int], before: Mapping[str, int]) -> bool:

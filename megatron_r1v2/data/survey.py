@@ -1,4 +1,4 @@
-"""A look at a data set before the first step: prompts that are too long, and `<think>` given twice or never closed.
+"""A look at a data set before the first step: what is too long, unanswered, or has `<think>` twice or never closed.
 
 The texts and the heads of the images are read; no pixel is decoded.
 """
@@ -36,6 +36,8 @@ class DataSurvey:
     """Samples with a response that begins with the `<think>` of the chat template."""
     unclosed: tuple[str, ...] = ()
     """Pairs with a response that never closes its `<think>`, and that nobody asked for."""
+    unanswered: tuple[str, ...] = ()
+    """Samples without an answer."""
 
     def __add__(self, other: DataSurvey) -> DataSurvey:
         return DataSurvey(
@@ -43,7 +45,14 @@ class DataSurvey:
             self.reduced + other.reduced,
             self.second_think + other.second_think,
             self.unclosed + other.unclosed,
+            self.unanswered + other.unanswered,
         )
+
+    def with_prefix(self, prefix: str) -> DataSurvey:
+        """Return the same findings about keys with a prefix."""
+        lists = (self.reduced, self.second_think, self.unclosed, self.unanswered)
+        too_long = {f"{prefix}{key}": error for key, error in self.too_long.items()}
+        return DataSurvey(too_long, *(tuple(f"{prefix}{key}" for key in keys) for keys in lists))
 
     def sentences(self, folder: str, settings: DataConfig, *, pairs: bool = False) -> list[str]:
         """Return what there is to say.
@@ -88,7 +97,7 @@ def survey_data(
     Raises:
         ValueError: the data set is incomplete, or a shard cannot be read.
     """
-    too_long, reduced, twice, unclosed = {}, [], [], []
+    too_long, reduced, twice, unclosed, unanswered = {}, [], [], [], []
     tokenizer = builder.tokenizer
     for name in sorted(check_shards(folder))[part::parts]:
         for sample, sizes in sample_heads(Path(folder) / name):
@@ -97,6 +106,8 @@ def survey_data(
                 twice.append(sample.key)
             if not sample.unclosed_think and any(never_closes_think(text, tokenizer) for text in pair):
                 unclosed.append(sample.key)
+            if not sample.answer.strip():
+                unanswered.append(sample.key)
             try:
                 length = builder.measure(sample.key, sample.messages, sizes)
             except PromptTooLong as error:
@@ -106,7 +117,7 @@ def survey_data(
             else:
                 if length.max_tiles < tile_limit(settings.max_tiles, max(1, len(sizes))):
                     reduced.append(sample.key)
-    return DataSurvey(too_long, tuple(reduced), tuple(twice), tuple(unclosed))
+    return DataSurvey(too_long, tuple(reduced), tuple(twice), tuple(unclosed), tuple(unanswered))
 
 
 def never_closes_think(response: str, tokenizer: ChatTokenizer) -> bool:

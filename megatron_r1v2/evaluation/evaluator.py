@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig
+from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED, Conditions, EvaluationResult, evaluate_outcomes
 from megatron_r1v2.evaluation.response_rows import evaluation_rows, outcome_of
 from megatron_r1v2.generation.engine import Progress, RolloutEngine, Sampling
@@ -73,8 +74,7 @@ class Evaluator:
         Raises:
             ValueError: a prompt has no answer.
         """
-        if missing := [prompt.key for prompt in prompts if not prompt.answer]:
-            raise ValueError(f"prompt {missing[0]!r} has no answer, which an evaluation compares; take it out")
+        check_answered(prompts)
         queue = SharedPromptQueue(prompts, context=self.context, name=f"evaluate-{name}-{step}")
         rollouts = self.engine.generate(
             queue,
@@ -108,3 +108,9 @@ class Evaluator:
         scored = [response for part in objects.all_gather(mine, self.context.groups.dp) for response in part]
         scored.sort(key=lambda response: (order[response.rollout.prompt_key], response.rollout.sample_index))
         return scored
+
+
+def check_answered(prompts: Sequence[Prompt | ShardSample]) -> None:
+    """Raise ValueError where a prompt has no answer: Pass@1 compares answers, whatever else judges a response."""
+    if missing := [prompt.key for prompt in prompts if not prompt.answer]:
+        raise ValueError(f"prompt {missing[0]!r} has no answer, which an evaluation compares; take it out")

@@ -262,11 +262,13 @@ class RolloutEngine:
             return {}
         image_token = self.model.architecture.image_token_id
         images = {}
-        for prompt, features_TFK in zip(prompts, features.fill(prompts, self.model), strict=True):
-            is_image_S = torch.tensor(prompt.token_ids) == image_token
-            images[prompt.key] = PromptImages(
-                positions_F=is_image_S.nonzero(as_tuple=True)[0], embeddings_FH=self.model.adapt(features_TFK)
-            )
+        # A validation begins with hundreds of prompts, whose features together would be tens of GiB.
+        for few in features.in_passes(prompts):
+            for prompt, features_TFK in zip(few, features.fill(few, self.model), strict=True):
+                is_image_S = torch.tensor(prompt.token_ids) == image_token
+                images[prompt.key] = PromptImages(
+                    positions_F=is_image_S.nonzero(as_tuple=True)[0], embeddings_FH=self.model.adapt(features_TFK)
+                )
         return images
 
     def _rollout(self, tokens: Sequence[DrawnToken], prompt: Prompt, sample_index: int, policy_version: int) -> Rollout:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.types import Prompt
+
+TILES_PER_PASS = 32
+"""Tiles that are encoded at once."""
 
 
 class FeatureCache:
@@ -20,7 +23,7 @@ class FeatureCache:
         limit_bytes: the limit of the kept features on each rank of the first pipeline stage.
     """
 
-    def __init__(self, limit_bytes: int, *, tiles_per_pass: int = 32) -> None:
+    def __init__(self, limit_bytes: int, *, tiles_per_pass: int = TILES_PER_PASS) -> None:
         self.limit_bytes = limit_bytes
         self.tiles_per_pass = tiles_per_pass
         self.bytes_used = 0
@@ -62,6 +65,20 @@ class FeatureCache:
             held[prompt.key] = features_TFK
             self._keep(prompt.key, features_TFK)
         return [held[prompt.key] for prompt in prompts]
+
+    def in_passes(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+        """Yield prompts in groups, each of one prompt or of as many as one pass of the tower encodes."""
+        group: list[Prompt] = []
+        tiles = 0
+        for prompt in prompts:
+            count = prompt.tiles_TCHW.shape[0]
+            if group and tiles + count > self.tiles_per_pass:
+                yield group
+                group, tiles = [], 0
+            group.append(prompt)
+            tiles += count
+        if group:
+            yield group
 
     def clear(self) -> None:
         """Drop all features; keep the counters."""

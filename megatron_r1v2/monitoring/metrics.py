@@ -1,66 +1,16 @@
 """Every metric that a run writes: name, unit, meaning, and the chart that the report draws it in.
 
 One table for the recorder's line on the console, the charts of the report and docs/metrics.md. A name that is written
-anywhere must be here; a new metric is a row, in a chart or in `NOT_CHARTED`.
+anywhere must be here (those of time and the machine are in machine_metrics.py); a new metric is a row, in a chart or
+in `NOT_CHARTED`.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
 
-FRACTION = "fraction"
-_BY_MODALITY = ("", "_image", "_text")
-"""All responses, those to prompts with images, those to prompts without."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number that is written once a step."""
-
-    name: str
-    """As in metrics.jsonl; `*` stands for anything."""
-    unit: str
-    meaning: str
-    short: str = ""
-    """On the console; the last part of the name where it is empty."""
-    suffixes: tuple[str, ...] = ("",)
-    """Each makes a metric of its own."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the name with each suffix."""
-        return tuple(self.name + suffix for suffix in self.suffixes)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One picture of the report."""
-
-    title: str
-    caption: str
-    """The sentence below it: what a reader should look for."""
-    metrics: tuple[Metric, ...]
-    """Its curves, in this order."""
-    stacked: bool = False
-    minus: float = 0.0
-    """The curves are drawn as the difference from this, which they are close to."""
-    target: str = ""
-    """A setting (section.key) of the recipe that is drawn as a line, if the run has a recipe."""
-
-    @property
-    def percent(self) -> bool:
-        """Return whether the values are shown as 0 to 100 %."""
-        return all(metric.unit == FRACTION for metric in self.metrics)
-
-
-@dataclass(frozen=True)
-class Section:
-    """Charts under one heading."""
-
-    title: str
-    charts: tuple[Chart, ...]
-
+from megatron_r1v2.monitoring.machine_metrics import TIME
+from megatron_r1v2.monitoring.metric import BY_MODALITY, FRACTION, Chart, Metric, Section
 
 _REWARD = Section(
     "Reward and correctness",
@@ -293,6 +243,19 @@ _OPTIMISATION = Section(
                 Metric("actor/kl_loss", "nats", "KL (k3) to the reference, before its coefficient."),
             ),
         ),
+        Chart(
+            "Entropy",
+            "Of the policy's distribution over the next token, at the response tokens trained on. One that falls to 0 "
+            "early has stopped to explore.",
+            (
+                Metric(
+                    "actor/entropy",
+                    "nats",
+                    "Entropy of the policy's next token, at the response tokens trained on.",
+                    suffixes=BY_MODALITY,
+                ),
+            ),
+        ),
         Chart("Gradient norm", "Before clipping.", (Metric("actor/grad_norm", "norm", "Before clipping."),)),
         Chart("Learning rate", "Of the optimizer step.", (Metric("actor/lr", "rate", "Of the optimizer step."),)),
         Chart(
@@ -317,7 +280,7 @@ _MISMATCH = Section(
                     "train/token_mult_prob_error",
                     "ratio",
                     "Mean of exp|engine - training| over the tokens.",
-                    suffixes=_BY_MODALITY,
+                    suffixes=BY_MODALITY,
                 ),
             ),
             minus=1.0,
@@ -326,62 +289,8 @@ _MISMATCH = Section(
             "Divergence",
             "KL between the engine's distribution and the trained one.",
             (
-                Metric("rollout_corr/k3_kl", "nats", "KL by the k3 estimator.", suffixes=_BY_MODALITY),
-                Metric("rollout_corr/kl", "nats", "KL by the mean log-ratio.", suffixes=_BY_MODALITY),
-            ),
-        ),
-    ),
-)
-
-_TIME = Section(
-    "Time and trouble",
-    (
-        Chart(
-            "Seconds by phase",
-            "Wall-clock seconds of a step.",
-            (
-                Metric("timing_s/evaluate", "s", "Sampled responses to held-back prompts."),
-                Metric("timing_s/exchange", "s", "Samples on the way to the ranks that train them."),
-                Metric("timing_s/gate", "s", "The check that engine and training compute with the same weights."),
-                Metric("timing_s/generate", "s", "Generation."),
-                Metric(
-                    "timing_s/log_probs",
-                    "s",
-                    "Old log-probs by the training forward; with one update a step its own forward gives them.",
-                ),
-                Metric("timing_s/reference", "s", "Log-probs of the reference, before the first step."),
-                Metric("timing_s/reward", "s", "Scoring."),
-                Metric("timing_s/save", "s", "The part of saving that training waits for."),
-                Metric("timing_s/step", "s", "The whole step."),
-                Metric("timing_s/update", "s", "Forward, backward and optimizer step."),
-                Metric("timing_s/validate", "s", "Scores of held-back pairs."),
-            ),
-            stacked=True,
-        ),
-        Chart(
-            "Speed",
-            "As reported by the run.",
-            (Metric("perf/generated_tokens_per_second", "tokens/s", "Generated tokens of all replicas."),),
-        ),
-        Chart(
-            "Tokens computed",
-            "Tokens of a step that go through the model in training, and those of rows with a prompt each.",
-            (
-                Metric("perf/update_tokens", "tokens", "Tokens of the updates."),
-                Metric("perf/update_tokens_separate", "tokens", "The same with a prompt in front of each response."),
-                Metric("perf/log_probs_tokens", "tokens", "Tokens of the old log-probs, where they are a phase."),
-                Metric("perf/log_probs_tokens_separate", "tokens", "The same with a prompt for each response."),
-            ),
-        ),
-        Chart(
-            "Trouble",
-            "Checks that timed out or crashed, samples that could not be read or were left out.",
-            (
-                Metric("verifier/timeouts", "checks", "Checks of a response that ran out of time; each scores 0."),
-                Metric("verifier/crashes", "checks", "Checks of a response that failed; each scores 0."),
-                Metric("data/corrupt_samples", "samples", "Samples that could not be read, since the start."),
-                Metric("data/too_long_left_out", "prompts", "Left out as too long, since the start."),
-                Metric("data/text_only_left_out", "prompts", "Left out, since no trained part sees them."),
+                Metric("rollout_corr/k3_kl", "nats", "KL by the k3 estimator.", suffixes=BY_MODALITY),
+                Metric("rollout_corr/kl", "nats", "KL by the mean log-ratio.", suffixes=BY_MODALITY),
             ),
         ),
     ),
@@ -395,7 +304,7 @@ SECTIONS = (
     _RESPONSES,
     _OPTIMISATION,
     _MISMATCH,
-    _TIME,
+    TIME,
 )
 """The charts of the report, in its order."""
 
@@ -413,18 +322,18 @@ NOT_CHARTED = (
     Metric("rollout/responses_filtered", "responses", "Responses left out by the filter of the groups."),
     Metric("rollout/rounds", "rounds", "Rounds of generation; above 1 with dynamic sampling."),
     Metric("rollout/tokens", "tokens", "Tokens generated."),
-    Metric("rollout_corr/chi2_seq", "1", "Chi-squared divergence by responses.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/chi2_token", "1", "Chi-squared divergence by tokens.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/log_ppl_abs_diff", "nats", "Mean |log_ppl_diff|.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/log_ppl_diff", "nats", "Engine minus training, mean over a response.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/log_ppl_diff_max", "nats", "The largest log_ppl_diff.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/log_ppl_diff_min", "nats", "The smallest log_ppl_diff.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/log_prob_abs_diff", "nats", "Mean |engine - training| of a token.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/ppl_ratio", "ratio", "exp(log_ppl_diff).", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/rollout_log_ppl", "nats", "Log-perplexity by the engine.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/rollout_ppl", "1", "Perplexity by the engine.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/training_log_ppl", "nats", "Log-perplexity by the training forward.", suffixes=_BY_MODALITY),
-    Metric("rollout_corr/training_ppl", "1", "Perplexity by the training forward.", suffixes=_BY_MODALITY),
+    Metric("rollout_corr/chi2_seq", "1", "Chi-squared divergence by responses.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/chi2_token", "1", "Chi-squared divergence by tokens.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/log_ppl_abs_diff", "nats", "Mean |log_ppl_diff|.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/log_ppl_diff", "nats", "Engine minus training, mean over a response.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/log_ppl_diff_max", "nats", "The largest log_ppl_diff.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/log_ppl_diff_min", "nats", "The smallest log_ppl_diff.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/log_prob_abs_diff", "nats", "Mean |engine - training| of a token.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/ppl_ratio", "ratio", "exp(log_ppl_diff).", suffixes=BY_MODALITY),
+    Metric("rollout_corr/rollout_log_ppl", "nats", "Log-perplexity by the engine.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/rollout_ppl", "1", "Perplexity by the engine.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/training_log_ppl", "nats", "Log-perplexity by the training forward.", suffixes=BY_MODALITY),
+    Metric("rollout_corr/training_ppl", "1", "Perplexity by the training forward.", suffixes=BY_MODALITY),
     Metric("ssb/ratio_mean_replayed", "ratio", "Mean importance ratio of the tokens of replayed responses."),
     Metric("validation/chosen_score", "raw score", "reward_model/chosen_score on held-back pairs."),
     Metric("validation/loss", "nats", "reward_model/loss on held-back pairs."),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from megatron_r1v2.monitoring.metrics import NOT_CHARTED, SECTIONS, Metric
+from megatron_r1v2.monitoring.metric import Metric
+from megatron_r1v2.monitoring.metrics import NOT_CHARTED, SECTIONS
 
 _INTRODUCTION = """\
 # Metrics

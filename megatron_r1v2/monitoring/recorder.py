@@ -7,13 +7,15 @@ import os
 import platform
 import subprocess
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,6 +29,7 @@ from megatron_r1v2.resilience.json_lines import append_json_lines, recover_json_
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
     from wandb import Run as WandbRun
+    from wandb import Table
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -35,6 +38,9 @@ STARTS_FILE = "starts.jsonl"
 
 _WANDB_PROJECT = "megatron_r1v2"
 _SECONDS_BETWEEN_LINES = 30.0
+_STEPS_BETWEEN_TABLES = 10
+"""wandb keeps every table with its pictures."""
+_TABLE_COLUMNS = ("step", "prompt_key", "question", "answer", "text", "correct", "total", "advantage", "finish_reason")
 
 
 @dataclass(frozen=True)
@@ -55,18 +61,38 @@ class RunInfo:
     """The name of the main rank's processor or GPU."""
 
 
+class PhaseMemory(Protocol):
+    """A meter of memory; device_memory.py, which needs torch, has it."""
+
+    def begin(self) -> None:
+        """Begin a phase."""
+
+    def end(self, phase: str) -> None:
+        """End the phase that began last."""
+
+
 class Recorder:
     """The collector of a step's numbers, which the main rank writes; on the others it only keeps time."""
 
-    def __init__(self, run_dir: Path, info: RunInfo, *, settings: LoggingConfig, is_main: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        info: RunInfo,
+        *,
+        settings: LoggingConfig,
+        is_main: bool,
+        memory: PhaseMemory | None = None,
+    ) -> None:
         """Open the files; lines of steps that will be done again after a resume are cut off.
 
         Args:
             is_main: whether this rank writes.
+            memory: hears of each phase that begins and ends; None: none.
         """
         self.run_dir = run_dir
         self.is_main = is_main
         self.shown = info.shown
+        self._memory = memory
         self.values: dict[str, float] = {}
         self.steps_done = info.first_step
         self.phase = "setup"
@@ -113,9 +139,13 @@ class Recorder:
         """Add the seconds that the block takes to `timing_s/PHASE` of this step."""
         start = time.perf_counter()
         self.phase = phase
+        if self._memory is not None:
+            self._memory.begin()
         try:
             yield
         finally:
+            if self._memory is not None:
+                self._memory.end(phase)
             # Added up: dynamic sampling generates several times in a step.
             key = f"timing_s/{phase}"
             self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - start
@@ -182,9 +212,12 @@ class Recorder:
             )
 
     def write_rollouts(self, records: Sequence[Mapping[str, object]]) -> None:
-        """Append sample rollouts for the report, on the main rank."""
-        if self.is_main:
-            append_json_lines(self.run_dir / ROLLOUTS_FILE, records)
+        """Append sample rollouts for the report, on the main rank, and now and then a table of them for wandb."""
+        if not self.is_main:
+            return
+        append_json_lines(self.run_dir / ROLLOUTS_FILE, records)
+        if self._wandb is not None and records and self.steps_done % _STEPS_BETWEEN_TABLES == 0:
+            self._wandb.log({"rollouts": wandb_table(records)}, step=self.steps_done + 1)
 
     def log(self, message: str) -> None:
         """Print a line on the main rank."""
@@ -216,7 +249,11 @@ class Recorder:
             import wandb
 
             self._wandb = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
+                # None leaves it to wandb's environment variable.
+                project=settings.wandb_project or os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
+                entity=settings.wandb_entity or None,
+                group=settings.wandb_group or None,
+                tags=settings.wandb_tags or None,
                 name=info.name,
                 config=dict(info.recipe),
                 job_type=info.stage,
@@ -230,6 +267,26 @@ class Recorder:
 
             # Steps that a killed run has written beyond its checkpoint are done, and written, again.
             self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=info.first_step + 1)
+
+
+def wandb_table(records: Sequence[Mapping[str, object]]) -> Table:
+    """Return sample rollouts as a table of wandb: picture, texts, the reward and its parts."""
+    import wandb
+    from PIL import Image
+
+    rewards = {name: None for record in records for name in _parts(record)}
+    table = wandb.Table(columns=["image", *_TABLE_COLUMNS, *(f"reward/{name}" for name in rewards)])
+    for record in records:
+        png = record.get("image_png")
+        picture = wandb.Image(Image.open(BytesIO(b64decode(png)))) if isinstance(png, str) else None
+        parts = _parts(record)
+        table.add_data(picture, *(record.get(name) for name in _TABLE_COLUMNS), *(parts.get(name) for name in rewards))
+    return table
+
+
+def _parts(record: Mapping[str, object]) -> Mapping[str, float]:
+    parts = record.get("rewards")
+    return parts if isinstance(parts, dict) else {}
 
 
 def _start_record(info: RunInfo) -> dict[str, object]:

@@ -119,10 +119,18 @@ class ActivationModel:
             saved += 2 * ((2 * 2 * heads if w == 2 else heads) + heads + heads)
         wide = 8 if w == 2 else 4
         norm_forward = m * vision.hidden_size * (3 * w + wide) if vision.norm == "rms_norm" else 3 * hidden
-        forward = max(norm_forward, 3 * hidden + 3 * ffn)
+        # The layer's input, what attention made of it, the norm's output and fc2's; bias, scale and residual added.
+        forward = max(norm_forward, 3 * hidden + 3 * ffn, 7 * hidden)
         norm_backward = m * vision.hidden_size * (16 if w == 2 else 12) if vision.norm == "rms_norm" else 3 * hidden
         backward = max(norm_backward, 2 * ffn + 2 * hidden) + hidden
         return Block(saved, forward, backward)
+
+    def vision_front(self, tiles: int) -> int:
+        """Return the bytes that stay beside the layers of the tower while it runs without a graph."""
+        vision = self.architecture.vision
+        # Float32 pixels; the patches, the same with class tokens and positions, and in the layers' order.
+        patches = tiles * (3 * vision.num_patches + 2) * vision.hidden_size * self.element_bytes
+        return tiles * 3 * vision.image_size**2 * 4 + patches
 
     def adapter(self, tiles: int) -> Block:
         """Return the bytes of pixel shuffle and adapter."""
@@ -148,9 +156,11 @@ class ActivationModel:
         # Kept: the softmax, in float32. On top: logits, their float32 copy and the quotient; later two float32
         # gradients.
         transient = logits * (w + 4 if w == 2 else 4)
-        weight = padded_vocabulary(language, tensor) // tensor * language.hidden_size * w
-        backward = max(transient, (logits * (w - 4) + weight + gathered) if self.trains_language else 0)
-        return Block(norm + 4 * logits, logits * 4 + transient + gathered, backward + (gathered if tensor > 1 else 0))
+        backward = transient
+        if self.trains_language:
+            weight = padded_vocabulary(language, tensor) // tensor * language.hidden_size * w
+            backward = max(transient, logits * (w - 4) + weight + gathered) + (gathered if tensor > 1 else 0)
+        return Block(norm + 4 * logits, logits * 4 + transient, backward)
 
     def _rms_norm(self, hidden: int, *, trained: bool) -> int:
         """Return the bytes that our RMSNorm keeps: its input in float32, and its result where the weight trains."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from megatron_r1v2.config.choices import Part, Recompute
+from megatron_r1v2.generation.features import TILES_PER_PASS
 from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
-
-TILES_PER_PASS = 32
-"""Tiles that the feature cache encodes at once (generation/features.py)."""
 
 
 def training_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int, microbatches: int) -> int:
@@ -63,7 +61,10 @@ def vision_peak(model: ActivationModel, tiles: int) -> int:
         return 0
     per_tile = model.architecture.tokens_per_tile * model.architecture.adapter_input_size * model.element_bytes
     at_once = tiles if model.trains_vision else min(tiles, TILES_PER_PASS)
-    return model.vision_layer(at_once).forward + 2 * tiles * per_tile
+    pixels = tiles * 3 * model.architecture.vision.image_size**2
+    # A pass runs beside the features of those before it; then they are put together, and copied for each prompt.
+    passes = model.vision_front(at_once) + model.vision_layer(at_once).forward + (tiles - at_once) * per_tile
+    return pixels + max(passes, 2 * tiles * per_tile)
 
 
 def _kept_for_backward(model: ActivationModel, batch: MicrobatchShape, stage: int) -> int:
@@ -73,6 +74,9 @@ def _kept_for_backward(model: ActivationModel, batch: MicrobatchShape, stage: in
     if model.recompute is Recompute.full:
         rotary = batch.tokens * model.architecture.language.head_size * 4
         kept = layers * hidden + rotary
+        if stage == 0 and model.layout.sequence:
+            # The first layer's input is a view of the embeddings of all ranks' tokens.
+            kept += (model.layout.tensor - 1) * hidden
     else:
         kept = layers * model.language_layer(batch).saved
     if model.layout.pipeline > 1:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, Recipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, largest_that_fits, plan_memory
+from megatron_r1v2.planning.memory import GIB, MemoryPlan, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
 from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
 from megatron_r1v2.planning.search import Proposal, propose_layout
+from megatron_r1v2.planning.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,23 @@ from dataclasses import dataclass
 
 from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.models.architecture import R1V2Architecture, VisionArchitecture
-from megatron_r1v2.planning.memory import GIB, Workload, kv_bytes_per_token, prompt_feature_bytes
+from megatron_r1v2.planning.memory import GIB, kv_bytes_per_token, prompt_feature_bytes
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vision_heads
+from megatron_r1v2.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Host:
+    """The seconds that the CPU needs for a step of decode. Counted in the code and assumed, not measured."""
+
+    launches_per_layer: int = 65
+    graph_launches_per_layer: int = 1
+    """With CUDA graphs."""
+    launch_seconds: float = 7e-6
+    step_seconds: float = 2.5e-3
+    """Outside of the layers: scheduling, the drawing of tokens, bookkeeping."""
+    response_seconds: float = 13e-6
+    """Of each response that gets a token."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class Hardware:
     """Attained part of the links. Assumed, not measured."""
     collective_seconds: float = 15e-6
     """Latency of one all-reduce in decode. Assumed, not measured."""
+    host: Host = Host()
 
 
 HARDWARE: dict[str, Hardware] = {
@@ -60,11 +76,13 @@ class StepTime:
     update: float
     decode_rows: float
     """Responses that decode at once on a replica."""
+    host: float = 0.0
+    """The part of decode in which the GPU waits for the CPU."""
 
     @property
     def total(self) -> float:
         """Return the whole step, without rewards and checkpoints."""
-        return self.vision + self.prefill + self.decode + self.log_probs + self.update
+        return self.vision + self.prefill + self.decode + self.host + self.log_probs + self.update
 
 
 def vision_flops(vision: VisionArchitecture, *, tensor: int = 1) -> float:
@@ -144,79 +162,154 @@ def step_time(
     prompt_tokens = rows * work.prompt_tokens
     prefill = _layer_seconds(architecture, work, hardware, prompt_tokens, work.prompt_tokens / 2) / layout.tensor
     prefill += _tensor_parallel_seconds(architecture, layout, work, prompt_tokens, hardware, collectives=2)
-    decode, decode_rows = _decode_seconds(architecture, layout, work, hardware, mean_response)
-    tokens, context = _training_tokens(work, rows, mean_response)
+    decode, host, decode_rows = _decode_seconds(architecture, layout, work, hardware, mean_response)
+    if work.stage is StageName.pairs:
+        return StepTime(vision, prefill, decode, 0.0, 0.0, decode_rows, host)
+    tokens, context = training_tokens(work, rows, mean_response)
     forward = _layer_seconds(architecture, work, hardware, tokens, context)
-    forward += head_flops(architecture, tokens) / attained
+    if Part.score not in work.parts:
+        forward += head_flops(architecture, tokens) / attained
     # Every stage waits for the one with the most layers.
     most = max(layout.layers_of_stage(architecture, stage) for stage in range(layout.pipeline))
     compute = forward / model_ranks * most * layout.pipeline / architecture.language.num_layers
     bubble = 1 + (layout.pipeline - 1) / max(1.0, tokens / work.packed_tokens)
     communication = _tensor_parallel_seconds(architecture, layout, work, tokens, hardware, collectives=2)
     communication /= layout.pipeline
-    # The forward pass of an only update gives the old log-probs.
-    log_probs = (compute + communication) * bubble * ((work.updates_per_step > 1) + work.has_reference)
+    log_probs = (compute + communication) * bubble * _forward_passes(work)
     # Forward and gradients of activations always; gradients of weights where they train.
     passes = 2.0 + (1 if Part.language in work.parts else 0)
     recomputed = 1 if work.recompute is Recompute.full else 0
     update = (compute * (passes + recomputed) + communication * (2 + recomputed)) * bubble
-    update += _vision_update_seconds(architecture, layout, work, rows, tile / attained)
-    if work.stage is StageName.pairs:
-        return StepTime(vision, prefill, decode, 0.0, 0.0, decode_rows)
+    update += _vision_update_seconds(architecture, layout, work, mean_response, tile / attained)
     if work.stage is not StageName.grpo:
-        return StepTime(vision, 0.0, 0.0, 0.0, update, 0.0)
-    return StepTime(vision, prefill, decode, log_probs, update, decode_rows)
+        # Its images are encoded in the update, once.
+        return StepTime(vision if Part.vision not in work.parts else 0.0, 0.0, 0.0, 0.0, update, 0.0)
+    return StepTime(vision, prefill, decode, log_probs, update, decode_rows, host)
 
 
-def _training_tokens(work: Workload, rows: float, mean_response: float) -> tuple[float, float]:
+def _forward_passes(work: Workload) -> int:
+    """Return the passes over the rows of a step before its updates."""
+    # The forward pass of an only update gives the old log-probs; those of the reference are a pass of their own.
+    return (1 if work.updates_per_step > 1 else 0) + (1 if work.has_reference else 0)
+
+
+def prompt_visits(work: Workload, mean_response: float) -> int:
+    """Return how many microbatches of a pass compute a prompt: those that its responses are spread over."""
+    units = work.responses_per_prompt // work.rows_together
+    if not work.shares_prompts:
+        return units
+    room = work.packed_tokens - (work.prompt_tokens - 1)
+    return -(-units // max(1, int(room / (work.rows_together * mean_response))))
+
+
+def training_tokens(work: Workload, rows: float, mean_response: float) -> tuple[float, float]:
     """Return the tokens of a pass over a replica's rows of a step, and how many others each sees on average."""
-    prompts = rows / work.responses_per_prompt if work.shares_prompts else rows
-    of_prompts, of_responses = prompts * work.prompt_tokens, rows * mean_response
+    visits = prompt_visits(work, mean_response) if work.shares_prompts else work.responses_per_prompt
+    of_prompts, of_responses = rows / work.responses_per_prompt * visits * work.prompt_tokens, rows * mean_response
     seen = of_prompts * work.prompt_tokens / 2 + of_responses * (work.prompt_tokens + mean_response / 2)
     return of_prompts + of_responses, seen / (of_prompts + of_responses)
 
 
 def _vision_update_seconds(
-    architecture: R1V2Architecture, layout: Layout, work: Workload, rows: float, tile_seconds: float
+    architecture: R1V2Architecture, layout: Layout, work: Workload, mean_response: float, tile_seconds: float
 ) -> float:
     """Return the seconds of the vision tower in log-probs and update: none where its features are cached."""
-    tiles = rows / work.rows_together * work.tiles
+    # A microbatch encodes the tiles of a prompt once for all of its rows.
+    prompts = work.prompts_per_step / layout.data
+    tiles = prompts * prompt_visits(work, mean_response) * work.tiles
     if Part.vision in work.parts:
-        # A forward pass for log-probs; forward and both gradients for the update.
-        passes = 1 + 3 + (1 if work.recompute is Recompute.full else 0)
+        # Forward and both gradients for the update.
+        passes = _forward_passes(work) + 3 + (1 if work.recompute is Recompute.full else 0)
         return tiles * tile_seconds * passes
+    if work.stage is not StageName.grpo:
+        return 0.0  # a prompt's rows are in one microbatch, which encodes its image
     held = work.feature_cache_gib * GIB / max(1, prompt_feature_bytes(architecture, work))
-    missing = max(0.0, 1 - held / max(1.0, work.prompts_per_step / layout.data))
-    return 2 * missing * tiles * tile_seconds
+    return (1 + _forward_passes(work)) * max(0.0, 1 - held / max(1.0, prompts)) * tiles * tile_seconds
 
 
-def _decode_seconds(
-    architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware, mean_response: float
-) -> tuple[float, float]:
-    """Return the seconds of decode, and the average number of responses in flight."""
-    language = architecture.language
-    rows = work.responses_per_step / layout.data
-    context = work.prompt_tokens + mean_response / 2
+@dataclass(frozen=True)
+class DecodeCost:
+    """The seconds of a step of decode on a replica, by the responses in flight and the tokens in the cache."""
+
+    weights: float
+    """To read the weights."""
+    cache_token: float
+    """To read the keys and values of a token."""
+    response: float
+    """Products for a token of a response."""
+    attended_token: float
+    """Products of its attention, for each token that it sees."""
+    latency: float
+    """Of collectives."""
+    launching: float
+    """Of the host, to launch the kernels of a step."""
+    host: Host
+
+    def device_seconds(self, in_flight: float, cached: float) -> float:
+        """Return the seconds on the GPU.
+
+        Args:
+            cached: tokens of all responses in flight.
+        """
+        memory = self.weights + cached * self.cache_token
+        return max(memory, in_flight * self.response + cached * self.attended_token) + self.latency
+
+    def host_seconds(self, in_flight: float, device_seconds: float) -> float:
+        """Return how long the host holds the GPU up."""
+        # The GPU runs behind the launches; it stands still while tokens are drawn and kept.
+        waiting = max(0.0, self.launching - device_seconds)
+        return waiting + self.host.step_seconds + in_flight * self.host.response_seconds
+
+    def step_seconds(self, in_flight: float, cached: float) -> float:
+        """Return the seconds of a step."""
+        device = self.device_seconds(in_flight, cached)
+        return device + self.host_seconds(in_flight, device)
+
+
+def decode_cost(architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware) -> DecodeCost:
+    """Derive the seconds of decode from sizes and hardware."""
+    language, host = architecture.language, hardware.host
     per_token = sum(
         kv_bytes_per_token(architecture, layout, work.element_bytes, stage) for stage in range(layout.pipeline)
     )
-    room = min(
-        work.kv_cache_gib * GIB / max(1, kv_bytes_per_token(architecture, layout, work.element_bytes, stage)) / context
-        for stage in range(layout.pipeline)
-    )
-    in_flight = max(1.0, min(rows, work.max_requests, room))
     weight_bytes = work.element_bytes - (work.element_bytes - 1) * _fp8_part(architecture, work)
     bytes_read = language.num_layers * language_layer_weights(language) * weight_bytes
     bytes_read += language.vocab_size * language.hidden_size * work.element_bytes
     # One token of each response passes all stages, one after the other: a pipeline does not make decode faster.
-    memory = bytes_read / layout.tensor + in_flight * context * per_token
-    compute = _layer_seconds(architecture, work, hardware, in_flight, context)
-    compute += head_flops(architecture, in_flight) / _attained_flops(work, hardware)
-    seconds = max(memory / (hardware.bandwidth * hardware.bandwidth_efficiency), compute / layout.tensor)
-    if layout.tensor > 1:
-        seconds += 2 * language.num_layers * hardware.collective_seconds
-    seconds += (layout.pipeline - 1) * hardware.collective_seconds
-    return seconds * rows * mean_response / in_flight, in_flight
+    bandwidth, attained = hardware.bandwidth * hardware.bandwidth_efficiency, _attained_flops(work, hardware)
+    response = _layer_seconds(architecture, work, hardware, 1, 0) + head_flops(architecture, 1) / attained
+    attended = language_layer_flops(architecture, 1, 1) - language_layer_flops(architecture, 1, 0)
+    latency = (2 * language.num_layers if layout.tensor > 1 else 0) + layout.pipeline - 1
+    of_layer = host.graph_launches_per_layer if work.cuda_graphs else host.launches_per_layer
+    return DecodeCost(
+        weights=bytes_read / layout.tensor / bandwidth,
+        cache_token=per_token / bandwidth,
+        response=response / layout.tensor,
+        attended_token=attended / attained / layout.tensor,
+        latency=latency * hardware.collective_seconds,
+        launching=language.num_layers * of_layer * host.launch_seconds,
+        host=host,
+    )
+
+
+def cache_tokens(architecture: R1V2Architecture, layout: Layout, work: Workload) -> float:
+    """Return the tokens that the cache of a replica holds: those of its fullest stage."""
+    return min(
+        work.kv_cache_gib * GIB / max(1, kv_bytes_per_token(architecture, layout, work.element_bytes, stage))
+        for stage in range(layout.pipeline)
+    )
+
+
+def _decode_seconds(
+    architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware, mean_response: float
+) -> tuple[float, float, float]:
+    """Return the seconds of decode on the GPU, those it waits for the host, and the responses in flight on average."""
+    rows = work.responses_per_step / layout.data
+    context = work.prompt_tokens + mean_response / 2
+    in_flight = max(1.0, min(rows, work.max_requests, cache_tokens(architecture, layout, work) / context))
+    cost = decode_cost(architecture, layout, work, hardware)
+    device, steps = cost.device_seconds(in_flight, in_flight * context), rows * mean_response / in_flight
+    return device * steps, cost.host_seconds(in_flight, device) * steps, in_flight
 
 
 def _tensor_parallel_seconds(

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_r1v2.config.choices import Fp8, Part, Recompute
+from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.config.layout import check_fp8_shapes
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.planning.memory import GIB, MemoryPlan, Workload, plan_memory
+from megatron_r1v2.planning.memory import GIB, MemoryPlan, plan_memory
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
+from megatron_r1v2.planning.workload import Workload
 
 # Powers of two: others divide neither the heads nor the GPUs of a node.
 _TENSOR_SIZES = (1, 2, 4, 8, 16)
@@ -25,6 +26,8 @@ class LayoutCandidate:
     recompute: Recompute
     fp8: Fp8
     fp8_weights: bool
+    packed_tokens: int
+    """Tokens of a microbatch."""
     memory: MemoryPlan
     time: StepTime
 
@@ -48,6 +51,7 @@ class LayoutCandidate:
             f"parallel.sequence={str(layout.sequence).lower()}",
             f"parallel.first_stage_layers={layout.first_stage_layers}",
             f"train.recompute={self.recompute.value}",
+            f"train.tokens_per_microbatch={self.packed_tokens}",
             *(() if self.fp8 is Fp8.none else ("model.layers=te",)),
             f"model.fp8={self.fp8.value}",
             f"model.fp8_weights={str(self.fp8_weights).lower()}",
@@ -78,7 +82,8 @@ def propose_layout(
     """Find the layout with the shortest step among those that fit.
 
     Args:
-        work: the demands of the run; its recompute setting is varied, and FP8 where the GPU has it.
+        work: the demands of the run; its recompute setting is varied, FP8 where the GPU has it, and the tokens of a
+            microbatch where rows share their prompts.
         gpus: all of them are used.
         gpus_per_node: bound of the TP size, since tensor parallelism stays within one node.
         limit: bytes of a rank.
@@ -87,7 +92,11 @@ def propose_layout(
     Returns:
         The best layout, and the reason in words.
     """
-    candidates = list(_candidates(architecture, work, hardware, gpus, gpus_per_node, mean_response))
+    variants = _variants(architecture, work, hardware, gpus, gpus_per_node)
+    candidates = [
+        _candidate(architecture, layout, tried, hardware, limit=limit, mean_response=mean_response)
+        for layout, tried in variants
+    ]
     fitting = [candidate for candidate in candidates if candidate.memory.peak.total <= limit]
     if not fitting:
         return Proposal(None, 0, len(candidates), _explain_no_fit(candidates, limit))
@@ -96,26 +105,58 @@ def propose_layout(
     return Proposal(best, len(fitting), len(candidates), _explain_choice(ranked, candidates, limit))
 
 
-def _candidates(
-    architecture: R1V2Architecture,
-    work: Workload,
-    hardware: Hardware,
-    gpus: int,
-    gpus_per_node: int,
-    mean_response: float,
-) -> Iterator[LayoutCandidate]:
+def _variants(
+    architecture: R1V2Architecture, work: Workload, hardware: Hardware, gpus: int, gpus_per_node: int
+) -> Iterator[tuple[Layout, Workload]]:
     for layout in _layouts(architecture, gpus, gpus_per_node):
         for recompute, fp8 in itertools.product((Recompute.none, Recompute.full), _fp8_choices(work, hardware)):
             # 8-bit weights lose the small updates of training, so only a frozen language model may have them.
             frozen = Part.language not in work.parts
             tried = replace(work, recompute=recompute, fp8=fp8, fp8_weights=fp8 is not Fp8.none and frozen)
             try:
-                memory = plan_memory(architecture, layout, tried)
+                plan_memory(architecture, layout, tried)
                 _check_fp8(architecture, layout, fp8)
             except ValueError:
                 continue  # heads or layers do not divide, or the cache holds no sequence
-            time = step_time(architecture, layout, tried, hardware, mean_response=mean_response)
-            yield LayoutCandidate(layout, recompute, fp8, tried.fp8_weights, memory, time)
+            yield layout, tried
+
+
+def _candidate(
+    architecture: R1V2Architecture,
+    layout: Layout,
+    work: Workload,
+    hardware: Hardware,
+    *,
+    limit: int,
+    mean_response: float,
+) -> LayoutCandidate:
+    """Choose the tokens of a microbatch: the fewest of those with the shortest step among what fits."""
+    best: tuple[float, Workload] | None = None
+    for packed_tokens in _microbatch_bounds(work, layout):
+        tried = replace(work, packed_tokens=packed_tokens)
+        time = step_time(architecture, layout, tried, hardware, mean_response=mean_response)
+        # More responses behind a prompt save time, and take memory that recomputation gives.
+        if best is None or time.total < best[0]:
+            if best is not None and plan_memory(architecture, layout, tried).peak.total > limit:
+                break
+            best = time.total, tried
+    assert best is not None
+    chosen = best[1]
+    memory = plan_memory(architecture, layout, chosen)
+    time = step_time(architecture, layout, chosen, hardware, mean_response=mean_response)
+    return LayoutCandidate(layout, chosen.recompute, chosen.fp8, chosen.fp8_weights, chosen.packed_tokens, memory, time)
+
+
+def _microbatch_bounds(work: Workload, layout: Layout) -> list[int]:
+    """Return the tokens of a microbatch to try: a prompt with one of its longest responses (or pairs), two, ..."""
+    if not work.shares_prompts or work.stage is StageName.pairs:
+        return [work.packed_tokens]
+    units = work.responses_per_prompt // work.rows_together
+    longest = work.rows_together * work.response_tokens
+    bounds = {work.padded(work.prompt_tokens - 1 + count * longest, layout.tensor) for count in range(1, units + 1)}
+    if units == 1:  # rows of different prompts share nothing: as the recipe has it
+        return [work.packed_tokens]
+    return sorted(bounds)
 
 
 def _fp8_choices(work: Workload, hardware: Hardware) -> tuple[Fp8, ...]:
@@ -164,7 +205,7 @@ def _explain_choice(ranked: list[LayoutCandidate], candidates: list[LayoutCandid
     best = ranked[0]
     time = best.time
     parts = {
-        "decode": time.decode,
+        "decode": time.decode + time.host,
         "prefill": time.prefill,
         "vision": time.vision,
         "log-probs": time.log_probs,

@@ -125,6 +125,7 @@ def _seconds(time: StepTime) -> dict[str, float]:
         "vision": time.vision,
         "prefill": time.prefill,
         "decode": time.decode,
+        "host": time.host,
         "log-probs": time.log_probs,
         "update": time.update,
         "step": time.total,

@@ -12,8 +12,8 @@ from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.planning.memory import Workload
 from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.workload import Workload
 
 if TYPE_CHECKING:
     from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -185,13 +185,20 @@ def write_rehearsal(
         hf_path = folder / "hf"
     step = plan_step(Workload.from_recipe(recipe, architecture), layout)
     tokenizer = ChatTokenizer(hf_path)
-    sets = {"train": recipe.data.train} | ({"validation": recipe.data.validation} if recipe.data.validation else {})
+    sets = {"train": recipe.data.train_text} | (
+        {"validation": recipe.data.validation} if recipe.data.validation else {}
+    )
     sizes = {"train": (step.long, step.short, STEPS), "validation": (layout.data, 0, 1)}
     said: list[str] = []
     ends = False
     if own_data:
         rows = _own_rows(recipe, architecture, tokenizer)
         step = changed(step, long=step.long + step.short, short=0)
+        if not isinstance(recipe.data.train, str):
+            raise ValueError(
+                f"data.train={recipe.data.train_text!r} is a mixture, and a rehearsal reads one data set: give "
+                "data.train the one with the longest rows"
+            )
         for name, source in sets.items():
             long, short, steps = sizes[name]
             lengths = rows.measure(source, (long + short) * steps, given=name == "train")

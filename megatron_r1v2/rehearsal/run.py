@@ -13,16 +13,14 @@ from pathlib import Path
 
 from megatron_r1v2.config.choices import Part, Recompute, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, TrainingRecipe
-from megatron_r1v2.planning.memory import Phase, RankMemory, fp8_copies
+from megatron_r1v2.planning.memory import RankMemory, fp8_copies
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.plan import Plan
-from megatron_r1v2.planning.roofline import (
-    _training_tokens as training_tokens,
-)
 from megatron_r1v2.planning.roofline import (
     adapter_flops,
     head_flops,
     language_layer_flops,
+    training_tokens,
     vision_flops,
 )
 from megatron_r1v2.rehearsal.collectives import find_mismatches
@@ -30,17 +28,6 @@ from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step, write_rehearsal
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
 
-PLANNED: Mapping[str, Phase] = {
-    "gate": "generation",
-    "generate": "generation",
-    "continue": "generation",
-    "evaluate": "generation",
-    "reference": "log-probs",
-    "log_probs": "log-probs",
-    "validate": "log-probs",
-    "update": "training",
-}
-"""The planner's phase for each of a stage's."""
 _LOG_LINES = 20
 
 
@@ -82,8 +69,7 @@ class Rehearsal:
 
 def planned_memory(plan: Plan, rank: RankResult, phase: PhaseMemory) -> RankMemory | None:
     """Return the planner's figures for a phase of a rank; None: it does not plan that phase."""
-    name = PLANNED.get(phase.name)
-    return next((each for each in plan.memory.ranks if each.stage == rank.stage and each.phase == name), None)
+    return next((each for each in plan.memory.ranks if each.stage == rank.stage and each.phase == phase.name), None)
 
 
 def planned_flops(plan: Plan, step: Step, stage: int) -> dict[str, float]:

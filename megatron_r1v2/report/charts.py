@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.typing import RcKeyType
 
-from megatron_r1v2.monitoring.metrics import Chart, Metric
+from megatron_r1v2.monitoring.metric import Chart, Metric
 from megatron_r1v2.report.read import Run
 
 MAX_POINTS = 240

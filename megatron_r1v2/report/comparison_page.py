@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_r1v2.monitoring.metrics import SECTIONS, Chart
+from megatron_r1v2.monitoring.metric import Chart
+from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.charts import draw_overlay, run_color
 from megatron_r1v2.report.html import template, write_page
 from megatron_r1v2.report.page import MEASURES, measure_cell, run_facts

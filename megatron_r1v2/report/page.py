@@ -109,13 +109,20 @@ def run_facts(run: Run) -> dict[str, str]:
     facts = {
         "stage": run.recipe.get("run.stage") or last.get("stage"),
         "model": run.recipe.get("model.checkpoint") or run.recipe.get("model.hf_path"),
-        "data": run.recipe.get("data.train"),
+        "data": _data_text(run.recipe.get("data.train")),
         "began": run.starts[0].get("time") if run.starts else None,
         "starts": len(run.starts) if len(run.starts) > 1 else None,
         "version": " ".join(filter(None, (_word(last.get("version")), _word(last.get("commit"))))),
         "hardware": f"{processes} x {last.get('device')} ({last.get('host')})" if processes else None,
     }
     return {name: _word(value) for name, value in facts.items() if value}
+
+
+def _data_text(value: object) -> object:
+    """Return the data set of a recipe, or those of its mixture with their weights."""
+    if not isinstance(value, list):
+        return value
+    return ", ".join(f"{entry.get('path')} x {entry.get('weight', 1)}" for entry in value if isinstance(entry, dict))
 
 
 def _word(value: object) -> str:

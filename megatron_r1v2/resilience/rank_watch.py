@@ -19,6 +19,10 @@ from megatron_r1v2.parallel.store import GroupStore
 
 _SECONDS_BETWEEN_BEATS = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.02
+_REPORT_SECONDS = 5.0
+"""A report may take so long: the store is out of reach where the first rank's node is lost."""
+_GATHER_SECONDS = 20.0
+"""Ranks that fail by the same cause do so within this time of each other."""
 
 
 class _Beat(TypedDict):
@@ -55,8 +59,10 @@ class RankWatch:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is not None and dist.get_world_size() > 1:
-            error.add_note(self.report())
+        # At once, not as a note of the error: the launcher may end this process before its traceback is printed. Bad
+        # settings and data (ValueError) are told alike on every rank.
+        if error is not None and not isinstance(error, ValueError) and dist.get_world_size() > 1:
+            self.print_report()
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2 * _SECONDS_BETWEEN_BEATS)
@@ -91,6 +97,46 @@ class RankWatch:
                 self._refuse_lost(missing, changes)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
+    def gather_failed(self, place: str) -> bool:
+        """Collective over the ranks that failed: return whether all have, so that they can still act together.
+
+        A rank that failed alone cannot know that the others wait for it in a collective: so it waits here for a while
+        only. The first rank decides, and the others wait for its word.
+
+        Args:
+            place: a name never used before.
+        """
+        ranks = dist.get_world_size()
+        if ranks == 1:
+            return True
+        try:
+            self._store.set(f"failed/{place}/{dist.get_rank()}", str(time.time()))
+            deadline = time.monotonic() + _GATHER_SECONDS
+            if dist.get_rank() == 0:
+                arrived = [f"failed/{place}/{rank}" for rank in range(ranks)]
+                while not (all_here := self._store.has(arrived)) and time.monotonic() < deadline:
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+                # One that came long before has given up waiting.
+                all_here = all_here and all(
+                    time.time() - float(self._store.get(key)) < _GATHER_SECONDS for key in arrived
+                )
+                self._store.set(f"failed/{place}", "all" if all_here else "some")
+            # Twice as long as the first rank looks back.
+            while not self._store.has([f"failed/{place}"]) and time.monotonic() < deadline + _GATHER_SECONDS:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            return self._store.has([f"failed/{place}"]) and self._store.get(f"failed/{place}") == "all"
+        except (RuntimeError, ValueError):
+            return False  # the first rank, which has the store, is gone
+
+    def print_report(self) -> None:
+        """Print the report, or that it takes too long: nothing may hold up a process that must end."""
+        lines: list[str] = []
+        reporter = threading.Thread(target=lambda: lines.append(self.report()), name="report", daemon=True)
+        reporter.start()
+        reporter.join(_REPORT_SECONDS)
+        missing = f"where the ranks were: the first rank, which would know, does not answer; {self._own_phase()}"
+        print(*(lines or [missing]), file=sys.stderr, flush=True)
+
     def report(self) -> str:
         """Return the last known phase of every rank, for people."""
         lines = []
@@ -100,8 +146,8 @@ class RankWatch:
             except (RuntimeError, ValueError) as error:  # the first rank has the store
                 reason = str(error).partition("\n")[0]
                 return (
-                    f"where the ranks were: the first rank, which would know, does not answer ({reason}); rank "
-                    f"{dist.get_rank()} itself: {self._current_phase()}"
+                    f"where the ranks were: the first rank, which would know, does not answer ({reason}); "
+                    f"{self._own_phase()}"
                 )
             if beat is None:
                 lines.append(f"  rank {rank}: not heard of")
@@ -109,6 +155,9 @@ class RankWatch:
             ago = time.time() - beat["time"]
             lines.append(f"  rank {rank}: {beat['phase']}, since {beat['since']:.0f} s; heard of {ago:.0f} s ago")
         return "\n".join(["where the ranks were:", *lines])
+
+    def _own_phase(self) -> str:
+        return f"rank {dist.get_rank()} itself: {self._current_phase()}"
 
     def _refuse_lost(self, ranks: Iterable[int], changes: _Changes) -> None:
         for rank in ranks:

@@ -16,8 +16,6 @@ from typing import Any
 from megatron_r1v2.types import Modality
 
 MODALITIES: tuple[Modality, ...] = ("image", "text")
-PRIORITY_EXPONENT = 1.0
-"""alpha in p ~ |advantage|^alpha, of a running stage."""
 
 
 @dataclass(frozen=True)

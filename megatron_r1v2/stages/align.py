@@ -33,7 +33,7 @@ def run_align(recipe: AlignRecipe) -> Path:
 def supervised_step(session: Session) -> None:
     """Collective over the world: take one optimizer step on reference responses."""
     prompts, microbatcher = session.next_prompts(), session.microbatcher
-    encoder, folder = session.response_encoder, session.recipe.data.train
+    encoder, folder = session.response_encoder, session.recipe.data.train_text
     samples = {prompt.key: supervised_sample(prompt, encoder, folder) for prompt in prompts}
     if samples:
         microbatches = shard_samples(samples, prompts, microbatcher=microbatcher, context=session.context)

@@ -15,6 +15,7 @@ from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.chat_endpoint import ChatEndpoint, Completion
+from megatron_r1v2.evaluation.evaluator import check_answered
 from megatron_r1v2.evaluation.pass_at_1 import EVALUATION_SEED, EvaluationResult, evaluation_path
 from megatron_r1v2.evaluation.response_log import ResponseRow
 from megatron_r1v2.evaluation.response_rows import Evaluation, evaluation_rows
@@ -43,6 +44,7 @@ def run_endpoint_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResu
     evaluation_path(Path(recipe.run.output_dir), name)  # refuses a bad name before anything is read
     fraction = recipe.data.max_corrupt_fraction
     samples = list(read_shards(settings.data, parse_sample, max_corrupt_fraction=fraction, count=settings.prompts))
+    check_answered(samples)
     endpoint = ChatEndpoint.from_settings(settings, "endpoint")
     evaluation = Evaluation(
         name,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.data.shards import check_shards
+from megatron_r1v2.evaluation.evaluator import check_answered
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, check_name
 from megatron_r1v2.evaluation.response_log import ResponseLog
 from megatron_r1v2.evaluation.response_rows import Evaluation, evaluation_rows
@@ -40,6 +41,7 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
     check_name(folder, name, model=model)  # before the model is read, whose step the log's check asks for too
     with open_model(recipe) as loaded:
         prompts = list(loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts))
+        check_answered(prompts)
         loaded.print_survey(recipe.evaluation.data)
         evaluation = Evaluation(
             name,

@@ -18,6 +18,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_che
 from megatron_r1v2.config.choices import Part, Recompute, StageName
 from megatron_r1v2.config.recipes import Recipe
 from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainConfig
+from megatron_r1v2.data.mixture import MixtureStream, open_train, read_train, source_names
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.data.survey import DataSurvey, survey_data
@@ -155,10 +156,23 @@ class LoadedModel:
         mine = survey_data(folder, self.prompt_builder, self.recipe.data, part=part, parts=parts)
         return sum(objects.all_gather(mine), DataSurvey())
 
-    def training_stream(self) -> PromptStream:
+    def survey_train(self) -> DataSurvey:
+        """Collective over the world: look at all data sets of `data.train`."""
+        sources = self.recipe.data.sources
+        found = DataSurvey()
+        for source, name in zip(sources, source_names(sources), strict=True):
+            survey = self.survey_data(source.path)
+            found += survey.with_prefix(f"{name}:") if len(sources) > 1 else survey
+        return found
+
+    def read_train(self) -> Iterator[Prompt]:
+        """Read `data.train` once in its order, a prompt at a time."""
+        data = self.recipe.data
+        return read_train(data, self.prompt_builder.build, max_corrupt_fraction=data.max_corrupt_fraction)
+
+    def training_stream(self) -> PromptStream | MixtureStream:
         """Return the endless stream of `data.train`."""
-        recipe = self.recipe
-        return PromptStream(recipe.data.train, self.prompt_builder, settings=recipe.data, seed=recipe.run.seed)
+        return open_train(self.recipe.data, self.prompt_builder, seed=self.recipe.run.seed)
 
 
 @contextmanager

@@ -32,8 +32,8 @@ def run_steps(
             step()
             try:
                 validated = validate()
-            except StepAbandoned:  # in its evaluation: the step is done, and saved below
-                session.recorder.log(f"the validation after step {session.step} is abandoned, as asked by SIGTERM")
+            except StepAbandoned as reason:  # in its evaluation: the step is done, and saved below
+                session.recorder.log(f"the validation after step {session.step} is abandoned, as asked by {reason}")
             finished = (validated is not None and validated.goal_reached) or session.is_finished
         # Once a step, here alone: all ranks must leave the loop after the same step.
         stopping = session.preemption.sync_stop_signal(session.step)

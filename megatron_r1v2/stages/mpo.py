@@ -13,9 +13,8 @@ import torch
 from megatron_r1v2.config.choices import LossAggregation
 from megatron_r1v2.config.recipes import MpoRecipe
 from megatron_r1v2.config.schema import PreferenceConfig, RewardConfig
+from megatron_r1v2.data.mixture import num_train_samples, read_train
 from megatron_r1v2.data.samples import parse_sample
-from megatron_r1v2.data.shards import check_shards
-from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rl.mpo import (
     MpoInputs,
@@ -68,12 +67,12 @@ def check_margins(recipe: MpoRecipe) -> None:
     if tau <= 0:
         return
     # A pair that nobody scored counts as one of margin 0, as in `split_by_margin`.
-    samples = read_shards(recipe.data.train, parse_sample)
+    samples = read_train(recipe.data, parse_sample)
     largest = max((sample.margin or 0.0 for sample in samples if sample.chosen), default=0.0)
     if largest < tau:
         raise ValueError(
-            f"{name}={tau:g} but the largest margin in data.train={recipe.data.train!r} is {largest:g}: no pair would "
-            "be left; lower it, or build the pairs with python -m megatron_r1v2 pairs, which writes margins"
+            f"{name}={tau:g} but the largest margin in data.train={recipe.data.train_text!r} is {largest:g}: no pair "
+            "would be left; lower it, or build the pairs with python -m megatron_r1v2 pairs, which writes margins"
         )
 
 
@@ -85,7 +84,7 @@ class MpoStage:
         self.session = session
         self.settings, self.aggregation = recipe.preference, recipe.loss.aggregation
         self._reference_dir = recipe.preference.reference_dir or f"{recipe.run.output_dir}/reference"
-        self.source = PairSource("mpo", f"data.train={session.recipe.data.train!r}")
+        self.source = PairSource("mpo", f"data.train={session.recipe.data.train_text!r}")
         self.calibrator = Calibrator(
             recipe.hallucination,
             session.recorder,
@@ -97,7 +96,7 @@ class MpoStage:
         self.delta = RewardShift(**session.restored.state.get("delta", {}))
         self.reference_fingerprint: Fingerprint | None = None
         self.reference: Mapping[str, float] = {}
-        self._num_pairs = sum(check_shards(session.recipe.data.train).values())
+        self._num_pairs = num_train_samples(session.recipe.data)
         self._passed_over = 0
 
     @property
@@ -208,10 +207,10 @@ class MpoStage:
         self._passed_over = 0 if num_kept else self._passed_over + self.session.recipe.train.prompts_per_step
         if self._passed_over > self._num_pairs:
             raise ValueError(
-                f"none of the {self._num_pairs} pairs of data.train={self.session.recipe.data.train!r} can be trained "
-                f"on: their margins are below preference.min_margin={self.calibrator.value:g} (a calibrator raises it "
-                "up to hallucination.max_margin), or they have no image and train.parts lacks language; lower the one "
-                "or add the other"
+                f"none of the {self._num_pairs} pairs of data.train={self.session.recipe.data.train_text!r} can be "
+                f"trained on: their margins are below preference.min_margin={self.calibrator.value:g} (a calibrator "
+                "raises it up to hallucination.max_margin), or they have no image and train.parts lacks language; "
+                "lower the one or add the other"
             )
 
 

@@ -216,7 +216,7 @@ def _pairs_fingerprint(recipe: PairsRecipe) -> Fingerprint:
     for section, names in _FREE.items():
         sections[section] = {key: value for key, value in sections[section].items() if key not in names}
     sections["run"] = {"seed": recipe.run.seed}
-    sections["data"] = {"train": recipe.data.train, "max_tiles": recipe.data.max_tiles}
+    sections["data"] = {"train": recipe.data.train_text, "max_tiles": recipe.data.max_tiles}
     if recipe.data.too_long is not TooLong.error:  # it decides which prompts there are, and which tiles they have
         limit = {"too_long": recipe.data.too_long.value, "max_prompt_tokens": recipe.data.max_prompt_tokens}
         sections["data"] |= limit

@@ -58,7 +58,7 @@ def run_pairs(recipe: PairsRecipe, *, reward_model: RewardModel | None = None) -
     # The process groups are gone: other ranks need not wait for the files.
     if is_main:
         remark = {"model": recipe.model.checkpoint or recipe.model.hf_path, "policy_version": version}
-        Console().print(counts_table(unfinished.finish(recipe.data.train, remark)))
+        Console().print(counts_table(unfinished.finish(recipe.data.train_text, remark)))
     return unfinished.output
 
 
@@ -70,10 +70,10 @@ def _generate(maker: PairMaker, unfinished: UnfinishedPairs) -> None:
     per_round = recipe.train.prompts_per_step
     # The main rank's word counts: another one may see the file system later.
     finished = set(objects.all_gather(unfinished.rounds())[0])
-    available = sum(check_shards(recipe.data.train).values())
+    available = sum(check_shards(recipe.data.train_text).values())
     total = available * num_responses
-    loaded.print_survey(recipe.data.train)
-    prompts = loaded.read_prompts(recipe.data.train)
+    loaded.print_survey(recipe.data.train_text)
+    prompts = loaded.read_prompts(recipe.data.train_text)
     with progress_bar("pairs", total, shown=is_main) as show:
         for number, of_round in enumerate(in_groups(prompts, per_round)):
             done = number * per_round * num_responses

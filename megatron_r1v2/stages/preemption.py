@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 import torch.distributed as dist
 
 from megatron_r1v2.monitoring.recorder import Recorder
@@ -70,7 +68,7 @@ class PreemptionHandler:
             self.rollouts.drop_before(self.checkpoints.newest_step())
 
     def poll_between_phases(self) -> None:
-        """Collective over the world: publish what has been written, and give the step up when SIGTERM has come."""
+        """Collective over the world: publish what has been written, and give the step up when that was asked for."""
         self.publish(blocking=False)
         self.stop_signals.abandon_step_if_asked()
 
@@ -98,7 +96,7 @@ class PreemptionHandler:
         written = self.checkpoints.written()
         if written is not None:
             self._commands.report(f"written {written}")
-        if self.stop_signals.sigterm_received:
+        if self.stop_signals.is_abandon_asked:
             self._commands.report(_ABANDON)
         if self.context.is_main:
             if self._commands.count_reports(_ABANDON):
@@ -109,17 +107,19 @@ class PreemptionHandler:
                 self._commands.send(_GO_ON)
         command = self._commands.receive(group)
         if command == _ABANDON:
-            raise StepAbandoned
+            raise StepAbandoned(self.stop_signals.reason)
         if command == _PUBLISH:
             self.publish(blocking=False)
         return command == _GO_ON
 
-    def log_step_abandoned(self, step: int) -> None:
-        """Log that a step is given up, and what is kept of it."""
+    def log_step_abandoned(self, step: int, reason: str) -> None:
+        """Log that a step is given up, and what is kept of it.
+
+        Args:
+            reason: the signal that asked for it.
+        """
         kept = "; finished rollouts are kept" if self.rollouts.enabled else ""
-        self.recorder.log(
-            f"step {step + 1} is abandoned, as asked by {signal.SIGTERM.name}{kept}; start again to go on"
-        )
+        self.recorder.log(f"step {step + 1} is abandoned, as asked by {reason}{kept}; start again to go on")
 
     def log_resumed_rollouts(self, step: int, found: int, total: int) -> None:
         """Log how many rollouts of a step an interrupted run has left.

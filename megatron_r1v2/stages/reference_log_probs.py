@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_r1v2.checkpoint.megatron.run_folder import TENSORS, resolve_checkpoint
 from megatron_r1v2.config.choices import TooLong
+from megatron_r1v2.data.mixture import num_train_samples, source_names
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.resilience.files import write_file
@@ -39,8 +40,12 @@ def compute_reference_fingerprint(session: Session) -> Fingerprint:
         session: the running stage; its ranks share the reading.
     """
     recipe = session.recipe
-    data, model = Path(recipe.data.train), Path(recipe.model.hf_path)
-    files = {path: f"data/{path.name}" for path in (data / name for name in check_shards(data))}
+    model = Path(recipe.model.hf_path)
+    files: dict[Path, str] = {}
+    for source, name in zip(recipe.data.sources, source_names(recipe.data.sources), strict=True):
+        # One data set without its name: it may be moved.
+        folder = f"data/{name}" if len(recipe.data.sources) > 1 else "data"
+        files |= {Path(source.path) / shard: f"{folder}/{shard}" for shard in check_shards(source.path)}
     files |= {path: f"model/{path.name}" for path in model.iterdir() if path.is_file()}
     if recipe.model.checkpoint:
         tensors = resolve_checkpoint(recipe.model.checkpoint) / TENSORS
@@ -52,7 +57,7 @@ def compute_reference_fingerprint(session: Session) -> Fingerprint:
         "precision": recipe.model.precision.value,
         "fp8": [recipe.model.fp8.value, recipe.model.fp8_weights],
         "transformer_config": recipe.model.transformer_config,
-        "temperature": recipe.generation.temperature,
+        "temperature": 1.0,  # of earlier versions, which tempered these too
         "end": session.response_encoder.end,
         "max_tiles": recipe.data.max_tiles,
         "text_only": session.trains_text,
@@ -119,11 +124,10 @@ def load_or_compute_log_probs(
 
 def _compute(session: Session, source: PairSource, sums: dict[str, float], unfinished: Path) -> bool:
     """Collective over the world: add missing pairs to `sums` and the file; return False when asked to stop."""
-    folder = session.recipe.data.train
-    done, total = 0, sum(check_shards(folder).values())
+    done, total = 0, num_train_samples(session.recipe.data)
     with session.recorder.progress("reference log-probs", total) as show:
         # The same chunks however often this is interrupted, so that the numbers are the same to the bit.
-        for chunk in in_groups(session.loaded.read_prompts(folder), session.recipe.train.prompts_per_step):
+        for chunk in in_groups(session.loaded.read_train(), session.recipe.train.prompts_per_step):
             if session.preemption.sync_stop_signal(session.step):
                 return False
             pairs = [prompt for prompt in chunk if session.trains(prompt)]

@@ -12,6 +12,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.choices import OnResume
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import TrainingRecipe
+from megatron_r1v2.data.mixture import MixtureStream
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.resilience.fingerprint import Change, Fingerprint
 from megatron_r1v2.training.policy import Policy
@@ -138,7 +139,7 @@ def choose_checkpoint(checkpoints: CheckpointStore, resume_step: int) -> Path | 
 def resume(
     folder: Path | None,
     policy: Policy,
-    stream: PromptStream,
+    stream: PromptStream | MixtureStream,
     checkpoints: CheckpointStore,
     recipe: TrainingRecipe,
     *,

@@ -47,7 +47,7 @@ def preference_step(session: Session, *, centring_weight: float) -> None:
         centring_weight: of (chosen score + rejected score)^2.
     """
     prompts = session.next_prompts()
-    batches = pair_batches(session, prompts, setting=f"data.train={session.recipe.data.train!r}")
+    batches = pair_batches(session, prompts, setting=f"data.train={session.recipe.data.train_text!r}")
     loss = partial(pair_loss, denominator=len(prompts), centring_weight=centring_weight)
     # Every rank takes the step: one without a pair runs one of weight zero.
     batches = batches or [session.microbatcher.filler(prompts[0], rows=len(SIDES))]

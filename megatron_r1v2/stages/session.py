@@ -7,38 +7,38 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
-from megatron_r1v2.config.choices import OnResume, Packing, Part, TooLong
+from megatron_r1v2.config.choices import OnResume, Packing, Part, StageName, TooLong
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
-from megatron_r1v2.data.samples import DataError
+from megatron_r1v2.data.mixture import MixtureStream, check_shares, num_train_samples, share_metrics
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
 from megatron_r1v2.models.shared_attention import check_shared_attention
+from megatron_r1v2.monitoring.device_memory import DeviceMemory
 from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
+from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.rank_watch import RankWatch
 from megatron_r1v2.resilience.rollout_cache import RolloutCache
 from megatron_r1v2.resilience.run_lock import hold_folder
-from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
+from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals, torchrun_patience
 from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
-from megatron_r1v2.rewards.replica import ScoringError
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
-from megatron_r1v2.stages.step_prompts import next_distinct
+from megatron_r1v2.stages.step_prompts import next_distinct, too_few_prompts
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import build_optimizer, release_grad_hooks, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.reference import ReferenceWeights
+from megatron_r1v2.training.speed import StepSpeed
 from megatron_r1v2.training.store import CheckpointStore, Snapshot
 from megatron_r1v2.training.weight_verification import WeightVerifier
 from megatron_r1v2.types import Prompt
@@ -53,7 +53,7 @@ class Session:
     recipe: TrainingRecipe
     loaded: LoadedModel
     policy: Policy
-    stream: PromptStream
+    stream: PromptStream | MixtureStream
     checkpoints: CheckpointStore
     recorder: Recorder
     reference: ReferenceWeights | None
@@ -69,6 +69,9 @@ class Session:
     """Those of them that the newest checkpoint has."""
     survey: DataSurvey
     """Of data.train."""
+    memory: DeviceMemory
+    """Of this rank's device."""
+    speed: StepSpeed
 
     @property
     def context(self) -> ParallelContext:
@@ -118,9 +121,10 @@ class Session:
         """Read the prompts of a step, with distinct keys, less those that nothing in training sees."""
         if self.policy.features is not None:
             self.policy.features.clear()
-        prompts = next_distinct(self.stream, self.recipe.train.prompts_per_step)
+        with self.recorder.timed("data"):
+            prompts = next_distinct(self.stream, self.recipe.train.prompts_per_step)
         trainable = [prompt for prompt in prompts if self.trains(prompt)]
-        self.recorder.note({"data/text_only_left_out": len(prompts) - len(trainable)})
+        self.recorder.note({"data/text_only_left_out": len(prompts) - len(trainable), **share_metrics(prompts)})
         return trainable
 
     def end_step(self) -> None:
@@ -128,10 +132,17 @@ class Session:
         self.recorder.note({"data/corrupt_samples": self.stream.corrupt, "data/samples_read": self.stream.samples_read})
         if self.recipe.data.too_long is TooLong.skip:
             self.recorder.note({"data/too_long_left_out": self.stream.left_out})
+        self.recorder.note({**self.speed.metrics(self.recorder.values), **self._gather_memory()})
         self.preemption.check_lead()
         self.recorder.end_step(self.step)
         # After the numbers: a run killed between the two does the step again, rather than lack its line for ever.
         self.preemption.publish(blocking=False)
+
+    def _gather_memory(self) -> dict[str, float]:
+        """Collective over the world: return the memory of the GPUs, the largest of all ranks; empty on a CPU."""
+        mine = self.memory.take()
+        every = objects.all_gather(mine) if mine else []
+        return {name: max(each.get(name, 0.0) for each in every) for name in mine}
 
     def save(
         self, state: Mapping[str, object], replay: Mapping[str, object], *, pass_at_1: float | None = None
@@ -168,7 +179,8 @@ class Session:
 
     @contextmanager
     def save_on_error(self, state: Callable[[], State], replay: Callable[[], State]) -> Iterator[None]:
-        """Collective over the world: run a step in the block; where it ends by an error, save the steps before first.
+        """Collective over the world: run a step in the block; where it ends by an error or is given up, save the steps
+        before first.
 
         Args:
             state: gives what the stage itself must restore.
@@ -177,16 +189,17 @@ class Session:
         step, version, position = self.step, self.policy.version, self.stream.state_dict()
         try:
             yield
-        except (ValueError, RuntimeError) as error:
-            # Another error may be this rank's alone, and the others would wait in another collective for ever.
-            everywhere = isinstance(error, DataError | ScoringError) or dist.get_world_size() == 1
+        except Exception as error:  # of any kind: it is raised again
+            # Of one rank alone: the others wait in another collective for ever.
+            together = self.preemption.watch.gather_failed(f"step-{step}")
             whole = self.step > step or self.policy.version == version
-            if everywhere and whole and not self.policy.skipped.in_a_row and self.step > self.saved_step:
+            if together and whole and not self.policy.skipped.in_a_row and self.step > self.saved_step:
                 if self.step == step:  # its prompts are read again
                     self.stream.load_state_dict(position)
                 self.save({"finished": False, **state()}, replay())
                 self.preemption.publish(blocking=True)
-                self.recorder.log(f"saved after step {self.step}, as the run ends by an error; start again to go on")
+                why = "is given up" if isinstance(error, StepAbandoned) else "ends by an error"
+                self.recorder.log(f"saved after step {self.step}, as the run {why}; start again to go on")
             raise
 
     def should_save(self, *, last: bool, pass_at_1: float | None = None) -> bool:
@@ -197,7 +210,12 @@ class Session:
 
 @contextmanager
 def open_session(
-    recipe: TrainingRecipe, *, stage: str, shown: Sequence[str], keep_reference: bool = False
+    recipe: TrainingRecipe,
+    *,
+    stage: str,
+    shown: Sequence[str],
+    keep_reference: bool = False,
+    temperature: float = 1.0,
 ) -> Iterator[Session]:
     """Collective over the world: start a stage, resumed from its newest checkpoint; everything ends with the block.
 
@@ -205,6 +223,10 @@ def open_session(
         stage: for the progress display.
         shown: metrics for the progress display.
         keep_reference: whether to keep a copy of the weights that the stage starts from.
+        temperature: of the distribution that the samples are drawn from; 1 for given responses.
+
+    Raises:
+        ValueError: among others, a data set with fewer samples than a step takes.
     """
     run_dir = Path(recipe.run.output_dir)
     with (
@@ -216,7 +238,7 @@ def open_session(
         freeze_all_but(loaded.model, recipe.train.parts)
         # Before a checkpoint of this stage is loaded: the reference is what the stage starts from.
         reference = ReferenceWeights(loaded.model) if keep_reference else None
-        policy = _build_policy(loaded, recipe, run_dir)
+        policy = _build_policy(loaded, recipe, run_dir, temperature)
         # The hooks hold the model and the threads of its groups in a cycle that Python does not collect.
         at_the_end.callback(release_grad_hooks, loaded.model)
         stream = loaded.training_stream()
@@ -226,15 +248,14 @@ def open_session(
         started_from = verifier.exact_checksums(checksums)
         newest = choose_checkpoint(checkpoints, recipe.checkpoint.resume_step)
         restored = resume(newest, policy, stream, checkpoints, recipe, started_from=started_from)
+        memory = DeviceMemory.of(loaded.context.device)
         with _open_supervision(
-            recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step
+            recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step, memory=memory
         ) as (
             recorder,
             preemption,
         ):
-            survey = loaded.survey_data(recipe.data.train)
-            for line in survey.sentences(recipe.data.train, recipe.data, pairs=stage in ("mpo", "reward_model")):
-                recorder.log(line)
+            survey = _survey_data(loaded, recipe, recorder, pairs=stage in ("mpo", "reward_model"))
             _note_resume(recorder, recipe, restored, newest)
             # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
             # What a checkpoint has loaded is looked at anew; without one the weights are still those of the start.
@@ -254,13 +275,31 @@ def open_session(
                 step=restored.step,
                 saved_step=restored.step,
                 survey=survey,
+                memory=memory,
+                speed=StepSpeed.measure(loaded.model, loaded.context),
             )
             try:
                 yield session
-            except StepAbandoned:
-                preemption.log_step_abandoned(session.step)
+            except StepAbandoned as reason:
+                preemption.log_step_abandoned(session.step, str(reason))
             # Also after a step that was given up: the checkpoint of the step before may not be written yet.
             preemption.publish(blocking=True)
+
+
+def _survey_data(loaded: LoadedModel, recipe: TrainingRecipe, recorder: Recorder, *, pairs: bool) -> DataSurvey:
+    """Collective over the world: look at data.train before the first step, and log the findings.
+
+    Raises:
+        ValueError: it holds what cannot be trained on, or not enough for a step.
+    """
+    survey, count = loaded.survey_train(), recipe.train.prompts_per_step
+    for line in survey.sentences(recipe.data.train_text, recipe.data, pairs=pairs):
+        recorder.log(line)
+    check_shares(recipe.data, count)
+    usable = num_train_samples(recipe.data) - len(survey.too_long)  # those that data.too_long=skip leaves out
+    if usable < count:
+        raise too_few_prompts(usable, count)
+    return survey
 
 
 def _note_resume(recorder: Recorder, recipe: TrainingRecipe, restored: Restored, newest: Path | None) -> None:
@@ -287,11 +326,16 @@ def _open_supervision(
     stage: str,
     shown: Sequence[str],
     first_step: int,
+    memory: DeviceMemory,
 ) -> Iterator[tuple[Recorder, PreemptionHandler]]:
     """Listen for signals, open the recorder, and watch the other ranks, while the block runs."""
     run_dir = Path(recipe.run.output_dir)
     with (
-        StopSignals(context.device, grace_seconds=recipe.checkpoint.grace_seconds) as stop_signals,
+        StopSignals(
+            context.device,
+            grace_seconds=recipe.checkpoint.grace_seconds,
+            patience_seconds=torchrun_patience(),
+        ) as stop_signals,
         Recorder(
             run_dir,
             RunInfo(
@@ -306,9 +350,11 @@ def _open_supervision(
             ),
             settings=recipe.logging,
             is_main=context.is_main,
+            memory=memory,
         ) as recorder,
         RankWatch(context.store, recorder.current_phase, limit_seconds=60 * recipe.parallel.timeout_minutes) as watch,
     ):
+        stop_signals.call_before_leaving(watch.print_report)
         yield (
             recorder,
             PreemptionHandler(
@@ -332,7 +378,7 @@ def _open_checkpoints(settings: CheckpointConfig, context: ParallelContext, run_
     )
 
 
-def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) -> Policy:
+def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path, temperature: float) -> Policy:
     """Wrap a model whose other parts are frozen, and build its optimizer."""
     model, context = loaded.model, loaded.context
     if recipe.train.packing is Packing.shared and context.device.type == "cuda":
@@ -352,7 +398,8 @@ def _build_policy(loaded: LoadedModel, recipe: TrainingRecipe, run_dir: Path) ->
         optimizer=optimizer,
         scheduler=scheduler,
         context=context,
-        temperature=recipe.generation.temperature,
+        temperature=temperature,
+        measures_entropy=recipe.stage is StageName.grpo,
         vocab_size=loaded.sampled_vocab_size,
         # A tower that trains has other features after every update.
         features=None if Part.vision in recipe.train.parts else loaded.feature_cache(),

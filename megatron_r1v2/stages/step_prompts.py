@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+from megatron_r1v2.data.mixture import MixtureStream
 from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.types import Prompt
+
+
+class TooFewPrompts(DataError):
+    """Raised where a data set has fewer distinct prompts than a step takes."""
 
 
 def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
@@ -17,7 +22,7 @@ def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
         yield group
 
 
-def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
+def next_distinct(stream: PromptStream | MixtureStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
     """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
 
     Args:
@@ -25,7 +30,7 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
         besides: prompts that the step has already.
 
     Raises:
-        DataError: the data set has fewer.
+        TooFewPrompts: the data set has fewer.
     """
     taken = {prompt.key for prompt in besides}
     found: dict[str, Prompt] = {}
@@ -36,8 +41,13 @@ def next_distinct(stream: PromptStream, count: int, *, besides: Sequence[Prompt]
                 found.setdefault(prompt.key, prompt)
         if len(found) == count:
             return list(found.values())
-    further = f" beside the {len(taken)} of earlier rounds (algorithm.dynamic_sampling_rounds)" if taken else ""
-    raise DataError(
-        f"data.train has only {len(found)} distinct prompts{further} but train.prompts_per_step={count}; "
+    raise too_few_prompts(len(found), count, besides=len(taken))
+
+
+def too_few_prompts(found: int, count: int, *, besides: int = 0) -> TooFewPrompts:
+    """Return the error of a data set that has fewer distinct prompts than a step takes."""
+    further = f" beside the {besides} of earlier rounds (algorithm.dynamic_sampling_rounds)" if besides else ""
+    return TooFewPrompts(
+        f"data.train has only {found} distinct prompts{further} but train.prompts_per_step={count}; "
         "lower train.prompts_per_step or give more data"
     )

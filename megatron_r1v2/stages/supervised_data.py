@@ -123,6 +123,8 @@ def take_update(
     """
     # Before the step: afterwards the optimizer has the rate of the next one.
     recorder.note({"actor/lr": current_learning_rate(policy.optimizer)})
+    # A rank without a sample has a row of weight zero.
+    recorder.note(policy.count_tokens("update", [batch for batch in batches if batch.weights_B.any()]))
     with recorder.timed("update"):
         result = policy.update(batches, loss)
     recorder.note({**result.logged(), "actor/skipped_updates": float(not result.applied)})

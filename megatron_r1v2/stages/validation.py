@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_r1v2.evaluation.evaluator import Evaluator
+from megatron_r1v2.evaluation.evaluator import Evaluator, check_answered
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.session import Session
@@ -40,6 +40,7 @@ class Validation:
         self.every_steps = settings.every_steps if folder else 0
         self.goal = settings.stop_at_pass_at_1
         self.prompts = list(session.loaded.read_prompts(folder, settings.prompts)) if self.every_steps else []
+        check_answered(self.prompts)
         if calibrator is not None:
             calibrator.check(self.prompts, folder)
 
@@ -49,9 +50,12 @@ class Validation:
         if not self.every_steps or session.step % self.every_steps:
             return None
         with session.recorder.timed("evaluate"):
-            # The tower may have been trained since the last time.
-            self.evaluator.features.clear()
+            # The step has read its images; the next one begins with an empty cache.
+            if session.policy.features is not None:
+                session.policy.features.clear()
             result = self.evaluator.run(self.prompts, name="validation", step=session.step)
+            # The tower may be trained before the next time, and training needs the memory.
+            self.evaluator.features.clear()
         session.recorder.note(validation_metrics(result))
         if self.calibrator is not None:
             self.calibrator.observe(result.hallucination_rate, result.claim_coverage)

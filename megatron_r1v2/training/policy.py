@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,13 +11,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_r1v2.models.log_probs import token_log_probs
+from megatron_r1v2.models.log_probs import token_entropy, token_log_probs
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.rl.aggregation import mean_metrics
 from megatron_r1v2.training.denominators import loss_scale
-from megatron_r1v2.training.forward import Forward
+from megatron_r1v2.training.forward import Finish, Forward, Result
+from megatron_r1v2.training.packing import PackedBatch
 from megatron_r1v2.types import TrainingBatch
 
 Metrics = dict[str, torch.Tensor]
@@ -75,6 +76,8 @@ class Policy(Forward):
     """Of the sampling distribution: log-probs are those of the tempered logits."""
     vocab_size: int
     """Ids from here on are padding, in sampling and in training."""
+    measures_entropy: bool = False
+    """Whether updates compute the entropy of their rows."""
     version: int = field(default=0)
     """Optimizer steps so far."""
 
@@ -98,6 +101,17 @@ class Policy(Forward):
             vocab_size=self.vocab_size,
             groups=self.context.groups,
         )
+
+    def _finish(
+        self, finish: Finish[Result], batch: TrainingBatch, row: PackedBatch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, Result]:
+        # Here the logits are; log-probs alone are computed without a graph.
+        if self.measures_entropy and torch.is_grad_enabled():
+            entropy_1S = token_entropy(
+                output, temperature=self.temperature, vocab_size=self.vocab_size, groups=self.context.groups
+            )
+            batch = replace(batch, entropy_BS=row.unpack(entropy_1S))
+        return super()._finish(finish, batch, row, output)
 
     def compute_log_probs(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
         """Collective over the replica: compute log-probs of the labels by the training forward, without a graph.

@@ -293,9 +293,9 @@ def test_a_saved_recipe_of_an_earlier_commit_is_refused_in_one_sentence(tmp_path
         load_recipe(path, saved=True)
 
 
-@pytest.mark.parametrize("schema", ["0", "3", "one"])
+@pytest.mark.parametrize("schema", ["0", "4", "one"])
 def test_a_schema_of_another_version_is_refused(tmp_path, schema):
-    with pytest.raises(ValueError, match=rf"has schema='?{schema}'?; this version reads 1 to 2"):
+    with pytest.raises(ValueError, match=rf"has schema='?{schema}'?; this version reads 1 to 3"):
         load_recipe(write(tmp_path, f"schema: {schema}\n"))
 
 
@@ -423,3 +423,33 @@ def test_own_reward_functions_are_read_and_saved(tmp_path):
     ]  # fmt: skip
     assert load_recipe(write(tmp_path, recipe_yaml(recipe)), saved=True) == recipe
     assert load_recipe(write(tmp_path, text), ["reward.functions=[]"]).reward.functions == ()
+
+
+def test_several_data_sets_are_a_list_with_weights(tmp_path):
+    path = write(tmp_path, "data: {train: [{path: a, weight: 3}, {path: b}]}\n")
+    recipe = load_recipe(path)
+    assert [(source.path, source.weight) for source in recipe.data.sources] == [("a", 3.0), ("b", 1.0)]
+    assert recipe.data.train_text == "a x 3, b x 1"
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(recipe_yaml(recipe))
+    assert load_recipe(saved, saved=True).data == recipe.data
+    # A path stays text, whatever YAML would make of it.
+    assert load_recipe(path, ["data.train=2026"]).data.train == "2026"
+    assert load_recipe(path, ["data.train=[{path: c}]"]).data.train_text == "c x 1"
+    assert load_recipe(path, ["data.train="]).data.sources == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[{path: a}, {path: b, weight: 0}]", "data.train[1].weight"),
+        ("[{path: a, weigth: 2}]", "data.train[0].weigth"),
+        ("[{weight: 2}]", "data.train[0].path"),
+        ("[a, b]", "data.train="),
+        ("7", "data.train=7 is not accepted; expected text, or a list, each {path, weight}"),
+    ],
+)
+def test_a_bad_entry_of_a_mixture_is_named(tmp_path, text, told):
+    with pytest.raises(ValueError, match=r"\{path, weight\}") as caught:
+        load_recipe(write(tmp_path, f"data: {{train: {text}}}\n"))
+    assert told in str(caught.value)

@@ -112,3 +112,14 @@ def test_a_config_json_is_read_or_refused(tmp_path):
         read_hf_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
     assert read_hf_config(tmp_path) == {"a": 1}
+
+
+def test_each_entry_of_a_mixture_must_be_a_folder_and_there_once(tmp_path):
+    here = str(tmp_path)
+    mixture = [{"path": here}, {"path": "gone", "weight": 2}, {"path": here}]
+    assert told(model__hf_path=here, data__train=mixture) == [
+        "data.train[1].path='gone' is not a folder; give the path of an existing one",
+        f"data.train[2].path={here!r} is in the list twice; give it once, with a larger weight",
+    ]
+    (empty,) = told(model__hf_path=here, data__train=[])
+    assert empty.startswith("data.train is an empty list: give the path")

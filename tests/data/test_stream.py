@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stream(folder: Path, tokenizer: ChatTokenizer, *, seed: int = 0, **changes: Any) -> PromptStream:
     config = DataConfig(**changes)
-    return PromptStream(folder, builder(tokenizer, config), settings=config, seed=seed)
+    return PromptStream(folder, builder(tokenizer, config).build, settings=config, seed=seed)
 
 
 def builder(tokenizer: ChatTokenizer, config: DataConfig | None = None) -> PromptBuilder:

@@ -53,3 +53,30 @@ def test_rollouts_do_not_depend_on_the_limit(one_rank):
     engine = make_engine(model, context)
     none, all_of_them = (generate(engine, prompts, FeatureCache(limit)) for limit in (0, 10**9))
     assert [rollout.token_ids for rollout in none] == [rollout.token_ids for rollout in all_of_them]
+
+
+def test_prompts_are_grouped_by_the_tiles_of_a_pass(one_rank):
+    model, _ = one_rank
+    prompts = [prompt for prompt in make_prompts(model, 5) if prompt.modality == "image"]
+    tiles = [prompt.tiles_TCHW.shape[0] for prompt in prompts]
+    assert len(prompts) > 2
+    for limit in (1, max(tiles), 2 * max(tiles), sum(tiles)):
+        groups = list(FeatureCache(0, tiles_per_pass=limit).in_passes(prompts))
+        assert [prompt for group in groups for prompt in group] == prompts
+        counts = [sum(prompt.tiles_TCHW.shape[0] for prompt in group) for group in groups]
+        assert all(count <= limit or len(group) == 1 for count, group in zip(counts, groups, strict=True))
+        # No group has room for the first prompt of the next.
+        assert all(
+            count + following[0].tiles_TCHW.shape[0] > limit
+            for count, following in zip(counts, groups[1:], strict=False)
+        )
+    assert list(FeatureCache(0).in_passes([])) == []
+
+
+def test_the_engine_embeds_prompts_pass_by_pass(one_rank, monkeypatch):
+    model, context = one_rank
+    prompts, together = make_prompts(model, 3), []
+    fill = FeatureCache.fill
+    monkeypatch.setattr(FeatureCache, "fill", lambda cache, few, of: together.append(len(few)) or fill(cache, few, of))
+    generate(make_engine(model, context), prompts, FeatureCache(0, tiles_per_pass=1), num_responses=1)
+    assert together == [1, 1], "two prompts with images, which never are in memory together"

@@ -1,10 +1,13 @@
 """Log-probs of given tokens, from whole logits and from logits split over ranks."""
 
+import math
+
 import pytest
 import torch
 
 from megatron_r1v2.config.schema import ParallelConfig
-from megatron_r1v2.models.log_probs import token_log_probs
+from megatron_r1v2.models import log_probs
+from megatron_r1v2.models.log_probs import token_entropy, token_log_probs
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from tests.ranks import run_ranks
@@ -72,3 +75,34 @@ def test_log_probs_of_bf16_logits_are_computed_in_fp32(context):
     got_BS = token_log_probs(rounded_BSV, labels_BS, **settings)
     assert got_BS.dtype == torch.float32
     assert torch.equal(got_BS, token_log_probs(rounded_BSV.float(), labels_BS, **settings))
+
+
+def entropies(context: ParallelContext) -> list[torch.Tensor]:
+    found = []
+    for temperature, vocab_size in SETTINGS:
+        mine_BSV = inputs(vocab_size)[0].chunk(context.tensor_size, dim=-1)[context.tensor_rank].requires_grad_()
+        found.append(token_entropy(mine_BSV, temperature=temperature, vocab_size=vocab_size, groups=context.groups))
+    return found
+
+
+def entropies_on_two_ranks() -> list[torch.Tensor]:
+    return entropies(groups.initialize(ParallelConfig(tensor=2), seed=1))
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_the_entropy_is_that_of_the_true_vocabulary(tensor_size, context, monkeypatch):
+    monkeypatch.setattr(log_probs, "_CHUNK", 2)  # of 5 positions
+    ranks = [entropies(context)] if tensor_size == 1 else run_ranks(2, entropies_on_two_ranks)
+    for index, (temperature, vocab_size) in enumerate(SETTINGS):
+        scores_BSV = inputs(vocab_size)[0][..., :vocab_size] / temperature
+        expected_BS = torch.distributions.Categorical(logits=scores_BSV).entropy()
+        for rank in ranks:
+            torch.testing.assert_close(rank[index], expected_BS, atol=1e-5, rtol=1e-5)
+            assert not rank[index].requires_grad
+
+
+def test_the_entropy_of_a_certain_and_of_a_uniform_distribution(context):
+    logits_BSV = torch.zeros(1, 2, 4)
+    logits_BSV[0, 1, 2] = 1e6
+    got_BS = token_entropy(logits_BSV, temperature=1.0, vocab_size=4, groups=context.groups)
+    torch.testing.assert_close(got_BS, torch.tensor([[math.log(4), 0.0]]))

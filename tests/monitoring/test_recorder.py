@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from base64 import b64encode
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from megatron_r1v2 import __version__
 from megatron_r1v2.config.choices import Tracker
@@ -171,3 +175,54 @@ def test_wandb_gets_the_settings_and_the_stage(tmp_path: Path, monkeypatch) -> N
     with Recorder(tmp_path, info, settings=LoggingConfig(trackers=(Tracker.wandb,)), is_main=True):
         pass
     assert (started["name"], started["job_type"], started["config"]) == ("tiny", "grpo", {"train": {"steps": 5}})
+    # None: wandb reads its own variables.
+    assert (started["entity"], started["group"], started["tags"]) == (None, None, None)
+    settings = LoggingConfig(
+        trackers=(Tracker.wandb,), wandb_project="p", wandb_entity="e", wandb_group="g", wandb_tags=("a", "b")
+    )
+    with Recorder(tmp_path, info, settings=settings, is_main=True):
+        pass
+    given = ("p", "e", "g", ("a", "b"))
+    assert (started["project"], started["entity"], started["group"], started["tags"]) == given
+
+
+def rollout(text: str, **values: object) -> dict[str, object]:
+    return {"step": 1, "prompt_key": "k", "question": "q", "answer": "8", "text": text, **values}
+
+
+def test_wandb_gets_a_table_of_rollouts_with_their_pictures_every_ten_steps(tmp_path: Path, monkeypatch) -> None:
+    logged: list[tuple[dict, int]] = []
+    service = SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda **_: None)
+    monkeypatch.setattr("wandb.init", lambda **_: service)
+    picture = BytesIO()
+    Image.new("RGB", (4, 3), "red").save(picture, "PNG")
+    rows = [
+        rollout("right", rewards={"answer": 1.0}, total=1.2, image_png=b64encode(picture.getvalue()).decode()),
+        rollout("wrong", rewards={"answer": 0.0, "format": 1.0}, total=0.2, image_png=None),
+    ]
+    with recorder(tmp_path, trackers=(Tracker.wandb,)) as opened:
+        for step in range(1, 12):
+            opened.write_rollouts(rows)
+            opened.end_step(step)
+    tables = [(values["rollouts"], step) for values, step in logged if "rollouts" in values]
+    assert [step for _, step in tables] == [1, 11]
+    table = tables[0][0]
+    (image, *first), (nothing, *second) = table.data
+    assert (image.image.size, nothing) == ((4, 3), None)
+    column = [name for name in table.columns if name != "image"].index
+    assert (first[column("text")], first[column("reward/answer")], first[column("reward/format")]) == (
+        "right",
+        1.0,
+        None,
+    )
+    assert (second[column("total")], second[column("reward/format")]) == (0.2, 1.0)
+
+
+def test_each_phase_begins_and_ends_for_the_meter_of_memory_too(tmp_path: Path) -> None:
+    heard: list[str] = []
+    memory = SimpleNamespace(begin=lambda: heard.append("begin"), end=heard.append)
+    info = RunInfo("tiny", "grpo", 5, 0, SHOWN)
+    opened = Recorder(tmp_path, info, settings=LoggingConfig(), is_main=False, memory=memory)
+    with pytest.raises(KeyError), opened.timed("update"):
+        raise KeyError
+    assert heard == ["begin", "update"]

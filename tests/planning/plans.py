@@ -7,9 +7,9 @@ from megatron_r1v2.config.choices import Fp8, Recompute, StageName
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
-from megatron_r1v2.planning.memory import Workload
 from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.planning.roofline import HARDWARE
+from megatron_r1v2.planning.workload import Workload
 from megatron_r1v2.stages.model_fit import fit_mistakes
 
 RECIPE = Path(__file__).parents[2] / "examples" / "r1v2_38b" / "grpo.yaml"
@@ -71,6 +71,7 @@ def small_work(**changes):
         "kv_cache_gib": 1.0,
         "max_requests": 2,
         "max_tokens_per_step": 32,
+        "cuda_graphs": False,
         "feature_cache_gib": 1.0,
         "buffer_capacity": 3,
         "target_effective_fraction": 0.5,

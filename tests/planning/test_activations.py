@@ -94,6 +94,8 @@ def test_a_layer_of_the_vision_tower():
     plain = 2 * 160 + 2 * 160 + 2 * 320 + (3 + 1) * 160 + 5 * 2 * 4
     assert block.saved == 2 * (160 + 160) + plain + 2 * (160 + 160 + 160) == 3_560
     assert block.forward == 3 * 160 + 3 * 320
+    # Float32 pixels of 4 x 4, four patches, and twice those with the class token.
+    assert model(VISION).vision_front(1) == 3 * 16 * 4 + (4 + 5 + 5) * 8 * 4
     assert block.backward == 2 * 320 + 2 * 160 + 160
     family_300m = replace(SMALL, vision=replace(SMALL.vision, norm="layer_norm", qk_norm=False))
     assert model(VISION, architecture=family_300m).vision_layer(1).saved == 2 * 160 + plain
@@ -122,11 +124,13 @@ def test_the_head_keeps_a_float32_softmax():
     logits = 16 * 64
     frozen = model().head(BATCH)
     assert frozen.saved == 1024 + 4 * logits
-    assert (frozen.forward, frozen.backward) == (4 * logits + 4 * logits + 1024, 4 * logits)
+    assert (frozen.forward, frozen.backward) == (4 * logits + 4 * logits, 4 * logits)
     trained = model(LANGUAGE).head(BATCH)
     assert trained.saved == 1024 + 1024 + 1024 + 4 * logits
     assert trained.backward == 64 * 16 * 4 + 1024, "the weight's gradient and the gathered input"
     half = model(element_bytes=2).head(BATCH)
     assert half.saved == 2 * 1024 + 4 * logits
     assert half.backward == 6 * logits
-    assert model(element_bytes=2, tensor=2).head(BATCH).backward == 3 * logits + 512
+    assert model(element_bytes=2, tensor=2).head(BATCH).backward == 3 * logits
+    both = model(LANGUAGE, tensor=2).head(BATCH).backward
+    assert both == 64 // 2 * 16 * 4 + 2 * 1024, "half of the weight's gradient, the gathered input and its gradient"

@@ -17,7 +17,7 @@ def test_the_command_prints_tables_and_json(capsys):
     main(arguments)
     text = capsys.readouterr().out
     assert "It fits" in text
-    for name in ("params", "grads", "optim.", "activ.", "KV", "images", "buffers", "total", "generation", "log-probs"):
+    for name in ("params", "grads", "optim.", "activ.", "KV", "images", "buffers", "total", "generate", "evaluate"):
         assert f"{name} " in text.replace("\n", " \n"), "cut off at eighty columns"
     assert "SSB up to" in text
     assert "38,392,158,592" in text
@@ -25,7 +25,7 @@ def test_the_command_prints_tables_and_json(capsys):
     main([*arguments, "--json"])
     values = json.loads(capsys.readouterr().out)
     assert values["fits"] is True
-    assert [rank["phase"] for rank in values["ranks"]] == ["generation", "log-probs", "training"]
+    assert [rank["phase"] for rank in values["ranks"]] == ["gate", "generate", "update", "evaluate"]
     for rank in values["ranks"]:
         names = ["parameters", "gradients", "optimizer", "activations", "kv_cache", "image_features", "buffers"]
         assert rank["total"] == sum(rank[name] for name in names)
@@ -93,11 +93,11 @@ def planned(capsys, *arguments):
 @pytest.mark.parametrize(
     ("stage", "phases"),
     [
-        ("align", ["generation", "training"]),
-        ("pairs", ["generation"]),
-        ("mpo", ["generation", "log-probs", "training"]),
-        ("reward_model", ["training"]),
-        ("grpo", ["generation", "log-probs", "training"]),
+        ("align", ["update"]),
+        ("pairs", ["generate"]),
+        ("mpo", ["reference", "update"]),
+        ("reward_model", ["update"]),
+        ("grpo", ["gate", "generate", "update"]),
     ],
 )
 def test_each_stage_has_its_phases_without_a_recipe(capsys, stage, phases):

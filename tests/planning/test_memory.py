@@ -9,7 +9,6 @@ from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.planning.activations import ActivationModel
 from megatron_r1v2.planning.memory import (
     GIB,
-    Workload,
     fits,
     kv_bytes_per_token,
     kv_cache_bytes,
@@ -20,6 +19,7 @@ from megatron_r1v2.planning.memory import (
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
 from megatron_r1v2.planning.plan import make_plan
+from megatron_r1v2.planning.workload import RehearsedStep, Workload
 from tests.planning.plans import ARCHITECTURE, HF_CONFIG, RECIPE, SMALL, cluster, plan_of, small_work, workload
 
 
@@ -44,7 +44,7 @@ def test_the_mpo_stage_has_two_responses_a_prompt_that_stay_together():
     separate = "train.packing=first_fit_decreasing"
     recipe = load_recipe(RECIPE, [separate])
     plan = make_plan(recipe, HF_CONFIG, cluster(), stage=StageName.mpo)
-    assert [rank.phase for rank in plan.memory.ranks] == ["generation", "log-probs", "training"]
+    assert [rank.phase for rank in plan.memory.ranks] == ["reference", "update", "evaluate"]
     assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
     assert plan.time.update == pytest.approx(plan_of(separate).time.update / 4, rel=1e-6)
     work = Workload.from_recipe(recipe, ARCHITECTURE, stage=StageName.mpo)
@@ -68,12 +68,19 @@ def test_the_cache_is_what_its_requests_can_use_and_holds_at_least_one_sequence(
 
 def test_image_features_stay_below_the_cache_limit_and_vanish_without_images():
     layout = Layout(tensor=8, data=2)
-    first = plan_memory(ARCHITECTURE, layout, workload("generation.feature_cache_gib=1")).ranks
-    embeddings = 32 * 13 * 256 * 5120 * 2
-    assert [rank.image_features for rank in first] == [GIB + embeddings, GIB, GIB]
+    work = replace(workload("generation.feature_cache_gib=1"), validated=8)
+    first = plan_memory(ARCHITECTURE, layout, work).ranks
+    features, embedding = 13 * 256 * 12800 * 2, 13 * 256 * 5120 * 2
+    # 12 whole prompts fit below a GiB; 32 are in the engine at once, the last two
+    # of which are encoded when memory is fullest.
+    assert [rank.phase for rank in first] == ["gate", "generate", "update", "evaluate"]
+    sizes = [0, (12 - 2) * features + 32 * embedding, 12 * features, 4 * features + 4 * embedding]
+    assert [rank.image_features for rank in first][1:3] == sizes[1:3]
+    assert first[3].image_features <= sizes[3], "those of a validation alone"
     text = replace(workload(), tiles=0)
     assert all(rank.image_features == 0 for rank in plan_memory(ARCHITECTURE, layout, text).ranks)
-    later = plan_memory(ARCHITECTURE, Layout(tensor=4, pipeline=2), workload()).ranks[3:]
+    ranks = plan_memory(ARCHITECTURE, Layout(tensor=4, pipeline=2), workload()).ranks
+    later = [rank for rank in ranks if rank.stage == 1]
     assert all(rank.image_features == 0 and rank.gradients == 0 for rank in later)
 
 
@@ -135,16 +142,23 @@ def test_features_and_host_memory_by_hand():
 def test_each_phase_has_its_own_peak():
     work = small_work()
     plan = plan_memory(SMALL, Layout(), work)
-    assert [rank.phase for rank in plan.ranks] == ["generation", "log-probs", "training"]
-    generation, log_probs, training = plan.ranks
+    assert [rank.phase for rank in plan.ranks] == ["gate", "generate", "update"]
+    several = plan_memory(SMALL, Layout(), small_work(updates_per_step=2)).ranks
+    assert [rank.phase for rank in several] == ["gate", "generate", "log_probs", "update"]
+    _, generation, training = plan.ranks
+    log_probs = several[2]
     model = ActivationModel(SMALL, Layout(), work.parts, 4, Recompute.none)
     batch = work.microbatch(1)
-    assert log_probs.activations == log_probs_peak(model, batch, stage=0)
-    assert training.activations == training_peak(model, batch, stage=0, microbatches=2)  # 4 rows, 3 at once
+    # A microbatch on the GPU: three rows of 16 tokens, tiles of two prompts as bytes. Four responses make two, or one
+    # of each of two updates.
+    uploaded = 3 * 16 * 37 + 2 * 2 * 3 * 16
+    assert log_probs.activations == log_probs_peak(model, batch, stage=0) + uploaded
+    assert training.activations == training_peak(model, batch, stage=0, microbatches=2) + 2 * uploaded
     # Two requests draw from 64 words each: a 4-byte logit and 20 bytes beside it; prefill of 32 tokens takes more.
     assert generation.activations > 2 * 64 * 24
-    crowded = plan_memory(SMALL, Layout(), small_work(max_requests=1000)).ranks[0]
+    crowded = plan_memory(SMALL, Layout(), small_work(max_requests=1000, prompts_per_step=500)).ranks[1]
     assert crowded.activations == 1000 * 64 * 24
+    assert plan_memory(SMALL, Layout(), small_work(max_requests=1000)).ranks[1].activations < crowded.activations
     assert generation.buffers == 2 * 1 * 4, "a block table of one entry for each request"
     assert (generation.kv_cache > 0, log_probs.kv_cache, training.kv_cache) == (True, 0, 0)
     for rank in plan.ranks:
@@ -175,7 +189,27 @@ def test_training_the_vision_tower_leaves_nothing_cached():
     # Two fresh prompts and up to two replayed ones, 256 bytes each.
     assert (frozen.image_features, trained.image_features) == (4 * 256, 0)
     cut = plan_memory(SMALL, Layout(), small_work(feature_cache_gib=300 / GIB)).ranks[2]
-    assert cut.image_features == 300
+    assert cut.image_features == 256, "whole prompts"
+    assert plan_memory(SMALL, Layout(), small_work(feature_cache_gib=255 / GIB)).ranks[2].image_features == 0
+
+
+def test_finiteness_is_looked_up_in_seven_bytes_a_gradient():
+    work = small_work(parts=(Part.language,), prompt_tokens=2, response_tokens=2, packed_tokens=8, tiles=0)
+    update = plan_memory(SMALL, Layout(), work).ranks[2]
+    uploaded = 4 * 1 * 8 * 37  # each response in a microbatch of its own
+    assert update.activations == update.gradients // 4 * 7 + uploaded
+
+
+def test_a_rehearsed_step_has_an_empty_buffer_and_full_rows():
+    work = small_work(shares_prompts=True, packed_tokens=40, feature_cache_gib=1.0)
+    step = replace(work, rehearsed=RehearsedStep(images=1, rows=2, validated=1))
+    # Two prompts, and none of those that the buffer would bring: 256 bytes each.
+    assert plan_memory(SMALL, Layout(), step).ranks[2].image_features == 2 * 256
+    assert plan_memory(SMALL, Layout(), work).ranks[2].image_features == 4 * 256
+    # A prompt of 9 shared tokens and two responses of 7, padded; and not four short prompts.
+    assert (step.microbatch(1).tokens, step.microbatch(1).tiles) == (24, 2)
+    assert (work.microbatch(1).tokens, work.microbatch(1).tiles) == (40, 8)
+    assert [each.microbatches(Layout()) for each in (step, work)] == [1, 2]
 
 
 def test_what_does_not_divide_does_not_fit_and_limits_end_where_fitting_does():

@@ -16,9 +16,11 @@ def test_the_38b_recipe_fits_the_node_that_it_names():
     plan = plan_of()
     assert plan.layout == Layout(tensor=8, pipeline=1, data=1, sequence=True)
     assert plan.fits
-    generation, log_probs, training = plan.memory.ranks
-    assert generation.kv_cache == pytest.approx(20 * GIB, rel=1e-3)
-    assert log_probs.kv_cache == training.kv_cache == 0
+    gate, generation, training, evaluation = plan.memory.ranks
+    assert [rank.phase for rank in plan.memory.ranks] == ["gate", "generate", "update", "evaluate"]
+    assert generation.kv_cache == evaluation.kv_cache == pytest.approx(20 * GIB, rel=1e-3)
+    assert gate.kv_cache <= generation.kv_cache
+    assert training.kv_cache == 0
     assert training.gradients == 2 * (training.gradients // 2)
     assert training.gradients < 50e6
     # 38.4 G weights of 2 bytes and 7 zero heads of 25 over 8 ranks; vision norms and such are whole on each.
@@ -30,7 +32,8 @@ def test_training_everything_on_one_node_does_not_fit():
     plan = plan_of("train.parts=[vision,adapter,language]")
     assert not plan.fits
     # 38.4 G parameters: 4 bytes of gradient and 12 of optimizer state each, over 8 ranks.
-    training = plan.memory.ranks[-1]
+    training = plan.memory.peak
+    assert training.phase == "update"
     assert training.gradients + training.optimizer > 16 * 38.4e9 / 8
     assert plan.proposal.best is None
     assert "nothing fits" in plan.proposal.reason
@@ -53,7 +56,7 @@ def test_the_align_stage_has_no_buffer_and_one_response_a_prompt():
     separate = "train.packing=first_fit_decreasing"
     recipe = load_recipe(RECIPE, [separate])
     plan = make_plan(recipe, HF_CONFIG, cluster(), stage=StageName.align)
-    assert [rank.phase for rank in plan.memory.ranks] == ["generation", "training"]
+    assert [rank.phase for rank in plan.memory.ranks] == ["update", "evaluate"]
     assert plan.memory.host_buffer == plan.time.decode == plan.time.log_probs == 0
     assert plan.time.update == pytest.approx(plan_of(separate).time.update / 8, rel=1e-6)
 

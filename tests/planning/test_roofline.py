@@ -10,10 +10,13 @@ from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import (
     HARDWARE,
     Hardware,
+    Host,
     adapter_flops,
     head_flops,
     language_layer_flops,
+    prompt_visits,
     step_time,
+    training_tokens,
     vision_flops,
 )
 from tests.planning.plans import ARCHITECTURE, SMALL, plan_of, small_work, workload
@@ -47,6 +50,7 @@ FORWARD = (4 * 30 * (4608 + 64 * 7.5) + 30 * 2 * 16 * 64) / TILE
 def test_an_align_step_of_a_small_model_by_hand():
     time = small_time()
     assert time.vision == 2.0, "two prompts of one tile"
+    assert small_time(parts=(Part.vision,)).vision == 0.0, "a tower that trains runs in the update alone"
     assert (time.prefill, time.decode, time.log_probs) == (0.0, 0.0, 0.0)
     assert time.update == pytest.approx(2 * FORWARD), "forward and the gradients of activations"
     assert time.total == time.vision + time.update
@@ -57,16 +61,46 @@ def test_an_align_step_of_a_small_model_by_hand():
     [
         ({"parts": (Part.language,)}, 3, 0),
         ({"recompute": Recompute.full}, 3, 0),
-        ({"feature_cache_gib": 0.0}, 2, 2 * 2),  # encoded again for log-probs and update
-        ({"parts": (Part.vision,)}, 2, 4 * 2),  # for log-probs, and forward and both gradients
-        ({"parts": (Part.vision,), "recompute": Recompute.full}, 3, 5 * 2),
-        ({"feature_cache_gib": 128 / GIB / 2}, 2, 0.5 * 2 * 2),  # one prompt of two is in the cache
+        ({"feature_cache_gib": 0.0}, 2, 0),  # its image is encoded once, with its only microbatch
+        ({"parts": (Part.vision,)}, 2, 3 * 2),  # forward and both gradients
+        ({"parts": (Part.vision,), "recompute": Recompute.full}, 3, 4 * 2),
     ],
 )
 def test_passes_over_language_model_and_vision_tower(changes, passes, vision):
-    if changes.get("feature_cache_gib"):
-        changes = changes | {"feature_cache_gib": 1 * 32 * 2 / GIB}  # one tile of 32 channels in bf16
     assert small_time(**changes).update == pytest.approx(passes * FORWARD + vision)
+
+
+@pytest.mark.parametrize(
+    ("changes", "vision"),
+    [
+        ({}, 0),
+        # Two prompts of two responses, three a microbatch of 48 tokens: a prompt goes through the model once.
+        ({"feature_cache_gib": 0.0}, 2),
+        ({"feature_cache_gib": 1 * 32 * 2 / GIB}, 1),  # one prompt of two is in the cache
+        ({"feature_cache_gib": 0.0, "updates_per_step": 2}, 2 * 2),  # encoded again for log-probs and update
+        ({"feature_cache_gib": 0.0, "packed_tokens": 16}, 2 * 2),  # each response in a microbatch of its own
+        ({"parts": (Part.vision,)}, 3 * 2),
+        ({"parts": (Part.vision,), "updates_per_step": 2}, 4 * 2),
+    ],
+)
+def test_a_grpo_update_encodes_the_images_that_are_not_cached_once_a_microbatch(changes, vision):
+    changes = {"shares_prompts": True, **changes}
+    cached = {"feature_cache_gib": 1.0, "parts": (Part.adapter,)}
+    time, plain = (small_time(StageName.grpo, **{**changes, **others}) for others in ({}, cached))
+    assert time.update - plain.update == pytest.approx(vision)
+
+
+def test_a_prompt_is_computed_once_for_each_microbatch_that_its_responses_fill():
+    # Ten tokens of prompt, eight responses of five.
+    work = small_work(shares_prompts=True, responses_per_prompt=8, packed_tokens=49)
+    assert prompt_visits(work, 5) == 1
+    assert training_tokens(work, 8, 5)[0] == 10 + 8 * 5
+    halves = replace(work, packed_tokens=29)
+    assert prompt_visits(halves, 5) == 2
+    assert training_tokens(halves, 16, 5)[0] == 2 * (2 * 10 + 8 * 5)
+    assert training_tokens(replace(work, shares_prompts=False), 8, 5)[0] == 8 * 15
+    pairs = replace(work, stage=StageName.mpo, responses_per_prompt=2)
+    assert (prompt_visits(pairs, 5), training_tokens(pairs, 2, 5)[0]) == (1, 20)
 
 
 def test_fp32_is_sixteen_times_slower_and_replicas_share_the_rows():
@@ -96,6 +130,21 @@ def test_decode_of_a_small_model_is_bound_by_what_it_reads():
     assert time.decode == pytest.approx(5 * (weights + cache) / 100.0)
 
 
+def test_the_host_holds_decode_up_unless_it_replays_graphs():
+    host = Host(
+        launches_per_layer=10, graph_launches_per_layer=1, launch_seconds=2.0, step_seconds=3.0, response_seconds=0.5
+    )
+    slow = replace(PLAIN, bandwidth=1000.0, bf16_flops=1e12, host=host)
+    time = small_time(StageName.grpo, hardware=slow, prompts_per_step=1)
+    step = time.decode / 5
+    assert 8 < step < 80, "between the launches of four layers in graphs and without"
+    assert time.host == pytest.approx(5 * (4 * 10 * 2.0 - step + 3.0 + 2 * 0.5))
+    graphs = small_time(StageName.grpo, hardware=slow, prompts_per_step=1, cuda_graphs=True)
+    assert graphs.decode == time.decode
+    assert graphs.host == pytest.approx(5 * (3.0 + 2 * 0.5))
+    assert small_time(hardware=slow).host == 0.0, "align decodes nothing"
+
+
 def test_operations_are_two_a_weight_and_token():
     # facts of the model: 31.2 G weights in the decoder's layers, 5.53 G in the vision tower.
     assert language_layer_flops(ARCHITECTURE, 1, 0) == pytest.approx(2 * 31.2e9, rel=0.01)
@@ -112,7 +161,7 @@ def test_times_follow_what_is_asked():
         return step_time(ARCHITECTURE, layout, workload(*overrides), hardware, mean_response=mean)
 
     base = seconds()
-    assert base.total == base.vision + base.prefill + base.decode + base.log_probs + base.update
+    assert base.total == base.vision + base.prefill + base.decode + base.host + base.log_probs + base.update
     # A frozen language model needs no weight gradients: 2 passes' worth instead of 3.
     assert seconds("train.parts=[adapter,language]").update > 1.2 * base.update
     assert seconds("train.recompute=full").update > 1.3 * base.update
@@ -127,9 +176,11 @@ def test_times_follow_what_is_asked():
     assert base.log_probs == 0 < several.log_probs == seconds("algorithm.kl_coefficient=0.1").log_probs
     both = seconds("train.updates_per_step=2", "algorithm.kl_coefficient=0.1")
     assert both.log_probs == 2 * several.log_probs
-    # Eight responses of 4,096 tokens behind a prompt of as many: 9 in place of 16.
+    # Eight responses of 4,096 tokens behind a prompt of as many: 9 in place of 16, in one microbatch; 12 in four.
     separate = seconds("train.packing=first_fit_decreasing")
-    assert 9 / 16 < base.update / separate.update < 0.65
+    whole = seconds("train.tokens_per_microbatch=36864")
+    assert 9 / 16 < whole.update / separate.update < 0.65
+    assert 12 / 16 < base.update / separate.update < 0.8
 
 
 def test_decode_reads_the_weights_once_a_token():

@@ -25,7 +25,7 @@ def test_a_plan_that_fits_is_shown_with_its_layout_and_its_best_one():
     assert "TP8 PP1 DP1, recompute none, FP8 none, on 8 x 80 GiB" in flat
     peak = plan.memory.peak
     free = (plan.cluster.limit - peak.total) / GIB
-    assert f"It fits: stage 0, training: {peak.total / GIB:.1f} of 76.0 GiB, {free:.1f} free" in flat
+    assert f"It fits: stage 0, {peak.phase}: {peak.total / GIB:.1f} of 76.0 GiB, {free:.1f} free" in flat
     assert " ".join(plan.proposal.best.settings) in flat
     assert all(note in flat for note in plan.notes)
     assert f"Assumed for the times: {plan.cluster.hardware.name}" in flat
@@ -47,9 +47,9 @@ def test_the_table_has_a_row_for_each_rank_and_phase_that_fits_eighty_columns():
 def test_the_seconds_of_a_step_are_those_of_the_plan():
     plan = plan_of()
     lines = [re.findall(r"[\w.-]+", line) for line in printed(plan).splitlines()]
-    header = lines.index(["vision", "prefill", "decode", "log-probs", "update", "step"])
+    header = lines.index(["vision", "prefill", "decode", "host", "log-probs", "update", "step"])
     time = plan.time
-    seconds = (time.vision, time.prefill, time.decode, time.log_probs, time.update, time.total)
+    seconds = (time.vision, time.prefill, time.decode, time.host, time.log_probs, time.update, time.total)
     assert [f"{value:.1f}" for value in seconds] in lines[header + 1 : header + 3]
 
 
@@ -75,7 +75,7 @@ def test_json_has_the_numbers_of_the_plan():
     assert (
         values["seconds"]["step"]
         == plan.time.total
-        == sum(values["seconds"][name] for name in ("vision", "prefill", "decode", "log-probs", "update"))
+        == sum(values["seconds"][name] for name in ("vision", "prefill", "decode", "host", "log-probs", "update"))
     )
     best = plan.proposal.best
     assert values["best"]["settings"] == list(best.settings)

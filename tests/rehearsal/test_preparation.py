@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.planning.memory import Workload
 from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.workload import Workload
 from megatron_r1v2.rehearsal.preparation import changed_settings, plan_step, rehearsed_recipe
 from tests.planning.plans import ARCHITECTURE
 from tests.rehearsal.tiny_rehearsal import RECIPES

@@ -31,7 +31,7 @@ def test_phases_have_their_plan():
     of_phase = {
         name: planned_memory(plan, RankResult(0), PhaseMemory(name, 0, 0)) for name in ("generate", "update", "save")
     }
-    assert (of_phase["generate"].phase, of_phase["update"].phase, of_phase["save"]) == ("generation", "training", None)
+    assert (of_phase["generate"].phase, of_phase["update"].phase, of_phase["save"]) == ("generate", "update", None)
 
 
 def test_a_process_that_dies_is_a_finding(tmp_path):

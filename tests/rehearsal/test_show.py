@@ -49,7 +49,7 @@ def printed(found):
 
 def test_it_prints_peaks_beside_the_plan_with_lines_rules_and_limits(plan):
     text = printed(Rehearsal(plan, (rank(),), (), STEP))
-    planned = next(each for each in plan.memory.ranks if each.phase == "training").total / GIB
+    planned = next(each for each in plan.memory.ranks if each.phase == "update").total / GIB
     row = next(line for line in text.splitlines() if line.startswith("update"))
     of_plan = planned_flops(plan, STEP, 0)["update"] / 1e12
     assert row.split()[-5:] == ["1.00", "20.00", f"{planned:.2f}", "3.0", f"{of_plan:.1f}"]
@@ -82,7 +82,7 @@ def test_json_has_the_same_in_bytes(plan):
     (told,) = values["ranks"]
     update = told["phases"][1]
     assert update["peak"] == 20 * GIB
-    assert update["planned"]["phase"] == "training"
+    assert update["planned"]["phase"] == "update"
     assert told["phases"][0]["planned"] is None
     assert told["collectives"] == [{"kind": "allreduce_", "ranks": 2, "dtype": "float32", "calls": 1, "bytes": 32}]
     assert values["rules"] == {"an unknown number: 1": 4}

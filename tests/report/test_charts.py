@@ -7,7 +7,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_r1v2.monitoring.metrics import FRACTION, SECTIONS, Chart, Metric
+from megatron_r1v2.monitoring.metric import FRACTION, Chart, Metric
+from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.charts import COLORS, MAX_POINTS, draw, draw_overlay, is_zero, run_color
 from megatron_r1v2.report.read import Run
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
-from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals
+from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals, shutdown_timeout, torchrun_patience
 from tests.ranks import run_ranks
 
 # In a process of its own, as torchrun starts it: one from a fork server has inherited a resource tracker, and starting
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_all_processes_does_not_end_the_checkpoint_writer_and_its_manager(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", TRAINER, name],
@@ -75,12 +75,62 @@ def test_the_most_urgent_signal_counts(heard: StopSignals) -> None:
     assert heard.sync_stop_signal() is None
     send(heard, signal.SIGUSR1)
     assert heard.sync_stop_signal() is signal.SIGUSR1
-    assert not heard.sigterm_received
+    assert not heard.is_abandon_asked
     heard.abandon_step_if_asked()  # SIGUSR1 lets the step finish
     send(heard, signal.SIGTERM)
     assert heard.sync_stop_signal() is signal.SIGTERM
     with pytest.raises(StepAbandoned):
         heard.abandon_step_if_asked()
+
+
+def test_ctrl_c_lets_the_step_finish_and_once_more_gives_it_up(heard: StopSignals, capsys) -> None:
+    send(heard, signal.SIGINT)
+    assert heard.sync_stop_signal() is signal.SIGINT
+    heard.abandon_step_if_asked()
+    assert "Ctrl-C once more gives it up" in capsys.readouterr().err
+    heard._received.clear()
+    heard._received.add(signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while not heard.is_abandon_asked and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(StepAbandoned, match="a second SIGINT"):
+        heard.abandon_step_if_asked()
+
+
+def test_ctrl_c_under_a_launcher_without_patience_gives_a_long_step_up_in_time(capsys) -> None:
+    """torchrun kills its workers some seconds after Ctrl-C: 1 s is kept beside the grace."""
+    groups.initialize(ParallelConfig(), seed=1)
+    with StopSignals(torch.device("cpu"), grace_seconds=5.0, patience_seconds=6.5) as stop_signals:
+        send(stop_signals, signal.SIGINT)
+        stop_signals.abandon_step_if_asked()
+        time.sleep(0.6)
+        with pytest.raises(StepAbandoned, match=r"SIGINT, 6.5 s before torchrun kills"):
+            stop_signals.abandon_step_if_asked()
+    groups.shut_down()
+    assert "start torchrun with --shutdown-timeout 3600" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "seconds"),
+    [
+        ("python torchrun --nproc-per-node 2 -m megatron_r1v2", {}, 30.0),
+        ("python torchrun --shutdown-timeout 3600 -m megatron_r1v2", {}, 3600.0),
+        ("python torchrun --shutdown_timeout=90 -m megatron_r1v2", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}, 90.0),
+        ("python torchrun -m megatron_r1v2", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}, 5.0),
+        ("", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "PET_SHUTDOWN_TIMEOUT": "7"}, 7.0),
+    ],
+)
+def test_the_patience_of_torchrun_is_that_of_its_command(command: str, environment: dict, seconds: float) -> None:
+    assert shutdown_timeout(command.split(), environment) == seconds
+
+
+def test_a_process_that_torchrun_did_not_start_is_not_killed_by_it(monkeypatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert torchrun_patience() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "8")
+    assert torchrun_patience() == 8.0
 
 
 def test_handlers_and_mask_are_as_before_when_the_block_ends(heard: StopSignals) -> None:
@@ -95,7 +145,8 @@ import os, signal, time
 import torch
 from megatron_r1v2.resilience.signals import StopSignals
 
-with StopSignals(torch.device("cpu"), grace_seconds=0.5):
+with StopSignals(torch.device("cpu"), grace_seconds=0.5) as stop_signals:
+    stop_signals.call_before_leaving(lambda: print("where the ranks were", flush=True))
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
@@ -105,6 +156,7 @@ def test_a_process_that_goes_on_after_sigterm_ends_within_its_grace() -> None:
     done = subprocess.run([sys.executable, "-c", GRACE], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 128 + signal.SIGTERM
     assert "since SIGTERM came checkpoint.grace_seconds=0.5 ago; start again" in done.stderr
+    assert done.stdout == "where the ranks were\n"
 
 
 def agree() -> tuple[signal.Signals | None, bool]:

@@ -85,7 +85,12 @@ def read_rollouts(run: Path) -> list[dict[str, Any]]:
 def without_timings(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     """Return metrics less those that depend on the clock."""
     return [
-        {k: v for k, v in line.items() if not k.startswith(("timing_s/", "perf/", "preemption/"))} for line in lines
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("timing_s/", "perf/", "preemption/", "rollout/wait_s/", "memory_gib/"))
+        }
+        for line in lines
     ]
 
 

@@ -98,7 +98,7 @@ def test_sigterm_gives_the_step_up(run: Scripted, where: str) -> None:
     run.receive(signal.SIGTERM)
     with pytest.raises(StepAbandoned):
         WHERE[where](run.handler)
-    run.handler.log_step_abandoned(3)
+    run.handler.log_step_abandoned(3, "SIGTERM")
     assert run.events[-1].startswith(
         "step 4 is abandoned, as asked by SIGTERM; finished rollouts are kept; start again"
     )

@@ -74,7 +74,7 @@ def test_what_has_changed_is_noticed(root: Path, tmp_path: Path, forwards: list[
         write_model(tmp_path / "changed", seed=1)
         override = f"model.hf_path={tmp_path / 'changed'}"
     else:
-        override = "generation.temperature=0.7"
+        override = "model.transformer_config.layernorm_epsilon=0.5"
     other_fingerprint, other = compute(recipe(root, tmp_path, override, name="other"))
     assert {each.setting.partition(".")[0] for each in other_fingerprint.changes_since(fingerprint)} == {change}
     assert sum(forwards) == 24
@@ -135,7 +135,15 @@ def test_a_resumed_run_refuses_other_data_or_a_lost_file(root: Path, tmp_path: P
     run = run_stage(recipe(root, tmp_path, *start))
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     with pytest.raises(ValueError, match="has changed since it was saved: settings"):
-        run_stage(recipe(root, tmp_path, *start, "generation.temperature=0.7", "checkpoint.accept_changes=true"))
+        run_stage(
+            recipe(
+                root,
+                tmp_path,
+                *start,
+                "model.transformer_config.layernorm_epsilon=0.5",
+                "checkpoint.accept_changes=true",
+            )
+        )
     (path,) = files(tmp_path)
     path.rename(tmp_path / "kept")
     with pytest.raises(ValueError, match="is gone, the reference log-probs that this run has trained against"):

@@ -13,12 +13,14 @@ from megatron_r1v2.config.schema import Part
 from megatron_r1v2.data.samples import DataError, parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import PromptStream, read_shards
+from megatron_r1v2.resilience import rank_watch
 from megatron_r1v2.rewards.replica import ScoringError
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.types import Prompt
 from tests.ranks import run_ranks
 from tests.stages.runs import (
+    assert_same_end,
     checkpoint_contents,
     differences,
     last_checkpoint,
@@ -153,6 +155,29 @@ def test_all_ranks_save_before_an_error_of_a_reward_function(root: Path, tmp_pat
     assert saved.name == "step-00000001"
 
 
+def _fail_in_the_second_step(root: str, folder: str, alone: bool) -> bool:
+    rank_watch._GATHER_SECONDS = 1.0  # type: ignore[attr-defined]
+    settings = ("train.steps=3", "checkpoint.every_steps=0")
+    with open_session(
+        recipe_for(Path(root), Path(folder) / "run", settings, stage="align"), stage="align", shown=()
+    ) as session:
+        supervised_step(session)
+        if not alone or session.context.is_main:
+            try:
+                with session.save_on_error(dict, dict):
+                    raise KeyError("a fault of the program")
+            except KeyError:
+                pass
+        return session.saved_step == 1
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_ranks_save_before_any_error_that_all_have(root: Path, tmp_path: Path, alone: bool) -> None:
+    saved = run_ranks(2, _fail_in_the_second_step, str(root), str(tmp_path), alone)
+    assert saved == [not alone] * 2
+    assert len(finished_checkpoints(tmp_path / "run" / "checkpoints")) == int(not alone)
+
+
 def test_a_step_whose_update_was_made_is_not_saved_as_the_one_before(root: Path, tmp_path: Path) -> None:
     with open_session(recipe_for(root, tmp_path / "run"), stage="align", shown=()) as session:
         supervised_step(session)
@@ -262,3 +287,43 @@ def test_pairs_that_never_stop_thinking_are_refused_unless_asked_for(root: Path,
     with pytest.raises(ValueError, match="16 pairs of .* never closes its <think> by </think>: sample-000"):
         train("False")
     train("True")
+
+
+def mixture_settings(folder: Path) -> tuple[str, ...]:
+    sets = (folder / "charts", folder / "more" / "plans")
+    if not sets[0].exists():
+        for seed, data in enumerate(sets):
+            write_data(data, images=12, texts=0, seed=seed)
+    # Each step of 6 has two prompts of the first and four of the second.
+    return ("train.steps=4", f"data.train=[{{path: {sets[0]}}}, {{path: {sets[1]}, weight: 2}}]")
+
+
+def _train_on_a_mixture(root: str, folder: str) -> list[dict[str, float]]:
+    settings = mixture_settings(Path(folder))
+    run = run_stage(recipe_for(Path(root), Path(folder) / "two", settings, stage="align"))
+    return read_metrics(run)
+
+
+def test_a_run_on_a_mixture_has_its_shares_and_depends_neither_on_replicas_nor_on_a_stop(
+    root: Path, tmp_path: Path
+) -> None:
+    settings = mixture_settings(tmp_path)
+    whole = run_stage(recipe_for(root, tmp_path / "whole", settings, stage="align"))
+    lines = read_metrics(whole)
+    assert [(line["data/share/charts"], line["data/share/plans"]) for line in lines] == [(1 / 3, 2 / 3)] * 4
+    shutil.copytree(whole, tmp_path / "run")
+    for step in (3, 4):  # killed after the second step
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    assert_same_end(run_stage(recipe_for(root, tmp_path / "run", settings, stage="align")), whole)
+    of_two, _ = run_ranks(2, _train_on_a_mixture, str(root), str(tmp_path))
+    for ours, theirs in zip(of_two, lines, strict=True):
+        assert ours["data/samples_read"] == theirs["data/samples_read"]
+        assert ours["actor/nll"] == pytest.approx(theirs["actor/nll"], rel=1e-4)
+
+
+def test_grpo_shows_what_each_set_of_a_mixture_teaches(root: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(root, tmp_path / "run", (*mixture_settings(tmp_path), "train.steps=1"))
+    (line,) = read_metrics(run_stage(recipe))
+    fractions = [line[f"data/effective_fraction/{name}"] for name in ("charts", "plans")]
+    assert (fractions[0] + 2 * fractions[1]) / 3 == pytest.approx(line["ssb/fresh_effective_fraction"])
+    assert line["data/share/plans"] == pytest.approx(2 / 3)

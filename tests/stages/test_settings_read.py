@@ -30,13 +30,16 @@ ELSEWHERE = {
     "evaluation.endpoint_url",
     "evaluation.endpoint_model",
     "evaluation.judge_model",  # the model, or a judge, is served
+    "logging.wandb_project",
+    "logging.wandb_entity",
+    "logging.wandb_group",
+    "logging.wandb_tags",  # wandb is on
 }
 # Read by what stages share, at the value that the stage's recipe always has.
 SHARED = {
     "data.max_corrupt_fraction",  # of a data set, which a server does not have
     "train.updates_per_step",  # the schedule counts updates
     "checkpoint.keep_rollouts",  # supervised stages have none
-    "generation.temperature",  # of log-probs, which a reward model does not compute
     "reward.model_weight",
     "reward.functions",  # they are checked before a model is loaded, if there are any
 }

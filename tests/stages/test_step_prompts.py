@@ -53,6 +53,15 @@ def test_prompts_of_a_step_are_distinct_over_the_border_of_two_epochs(root: Path
             next_distinct(session.stream, 17)
 
 
+def test_a_data_set_that_cannot_fill_a_step_is_refused_before_the_first(root: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(root, tmp_path / "run", ("train.prompts_per_step=17",))
+    with (
+        pytest.raises(ValueError, match=r"only 16 distinct prompts but train.prompts_per_step=17"),
+        open_session(recipe, stage="grpo", shown=()),
+    ):
+        pass
+
+
 def test_a_pass_in_groups_has_every_prompt_once_in_order() -> None:
     prompts = [make_prompt(key, tiles=0) for key in "abcde"]
     groups = list(in_groups(iter(prompts), 2))

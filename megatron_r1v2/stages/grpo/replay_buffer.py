@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1v2.config.schema import BufferConfig, RewardConfig
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rewards.functions import describe_functions
-from megatron_r1v2.rl.sample_buffer import PRIORITY_EXPONENT, SampleBuffer
+from megatron_r1v2.rl.sample_buffer import SampleBuffer
 from megatron_r1v2.stages.grpo.selection import Selection
 from megatron_r1v2.stages.resume import Restored
 from megatron_r1v2.training.replay import ReplayStore, send_to_trainers
@@ -46,7 +46,9 @@ class ReplayBuffer:
         self.model_weight = restored.state.get("buffer_weight", model_weight)
         if not settings.capacity:
             return
-        self.index = SampleBuffer(settings.capacity, settings.max_age, PRIORITY_EXPONENT, balance_modalities=True)
+        self.index = SampleBuffer(
+            settings.capacity, settings.max_age, settings.priority_exponent, balance_modalities=True
+        )
         if "buffer" not in restored.state:
             return
         if restored.state.get("buffer_functions", []) != self.functions:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
 from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.data.mixture import share_metrics
 from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.parallel import objects
@@ -16,9 +18,9 @@ from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.calibrator import Calibrator
-from megatron_r1v2.stages.grpo.selection import check_answers, count_effective_groups
+from megatron_r1v2.stages.grpo.selection import count_effective_groups
 from megatron_r1v2.stages.session import Session
-from megatron_r1v2.stages.step_prompts import next_distinct
+from megatron_r1v2.stages.step_prompts import TooFewPrompts, next_distinct
 from megatron_r1v2.training.weight_verification import FROZEN_EVERY, check_engine
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
@@ -48,6 +50,9 @@ class RolloutPhase:
         self.reward_model = reward_model
         self.calibrator = calibrator
         shared = session.policy.features
+        self._exhaustion_logged = False
+        self._waits: list[float] = []
+        """Seconds of each round of the step, after this replica's last response."""
         self.features = shared if shared is not None else session.loaded.feature_cache()
 
     def generate_and_score(self) -> tuple[list[Prompt], list[ScoredRollout]]:
@@ -61,10 +66,17 @@ class RolloutPhase:
         prompts: list[Prompt] = []
         scored: list[ScoredRollout] = []
         counts: Counter[str] = Counter()
+        exhausted, effective = False, 0
         self.features.clear()
         for done in range(1, rounds + 1):
-            more = next_distinct(session.stream, wanted, besides=prompts)
-            check_answers(more, self.recipe.buffer.effective_by)
+            try:
+                with timed("data"):
+                    more = next_distinct(session.stream, wanted, besides=prompts)
+            except TooFewPrompts:  # samples are left out or corrupt
+                if not prompts:
+                    raise
+                exhausted, done = True, done - 1
+                break
             if done == 1:
                 with timed("gate"):
                     self.verify_weights(more)
@@ -77,12 +89,28 @@ class RolloutPhase:
             counts.update(more_counts)
             # A small data set has no prompts for another round: the step goes on with what it has.
             exhausted = len(prompts) + wanted > session.stream.num_samples
-            if done == rounds or exhausted or self.sum_effective_groups(prompts, scored) >= wanted:
+            effective = self.sum_effective_groups(prompts, scored) if rounds > 1 else wanted
+            if done == rounds or exhausted or effective >= wanted:
                 break
+        if exhausted and effective < wanted:
+            self.log_exhausted(effective)
         if session.policy.features is None:
             self.features.clear()  # of a tower that trains: the update does not read them, and needs the memory
-        session.recorder.note({"rollout/rounds": done, **reward_metrics(counts)})
+        session.recorder.note(
+            {"rollout/rounds": done, **reward_metrics(counts), **self._gather_waits(), **share_metrics(prompts)}
+        )
         return prompts, scored
+
+    def log_exhausted(self, effective: int) -> None:
+        """Log once that dynamic sampling has no further prompts, and what the step trains on."""
+        if self._exhaustion_logged:
+            return
+        self._exhaustion_logged = True
+        self.session.recorder.log(
+            f"step {self.session.step + 1}: dynamic sampling has no prompts for a further round "
+            f"({self.session.stream.num_samples} samples in data.train): the step trains on the {effective} effective "
+            f"groups of train.prompts_per_step={self.recipe.train.prompts_per_step} that it found; said once"
+        )
 
     def verify_weights(self, prompts: Sequence[Prompt]) -> None:
         """Collective over the world: check that all replicas, and their engines, sample from the same weights."""
@@ -132,11 +160,19 @@ class RolloutPhase:
             progress=preemption.poll_between_engine_steps,
             on_finished=preemption.rollouts.save,
         )
+        done = time.perf_counter()
         preemption.wait_for_all(f"generated-{session.step}-{round_number}")
+        self._waits.append(time.perf_counter() - done)
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
         order = {prompt.key: place for place, prompt in enumerate(prompts)}
         # Which replica takes which prompt is a matter of time; the order of the prompts is not.
         return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])
+
+    def _gather_waits(self) -> dict[str, float]:
+        """Collective over the data-parallel ranks: return how long replicas have waited for the others in this step."""
+        waits = objects.all_gather(sum(self._waits), self.session.context.groups.dp)
+        self._waits.clear()
+        return {"rollout/wait_s/mean": sum(waits) / len(waits), "rollout/wait_s/max": max(waits)}
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
         """Collective over the world: score this replica's rollouts.

@@ -10,6 +10,7 @@ import torch
 
 from megatron_r1v2.config.choices import EffectiveBy, LossAggregation
 from megatron_r1v2.config.recipes import GrpoRecipe
+from megatron_r1v2.config.schema import RewardConfig
 from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -122,6 +123,7 @@ def select(
         metrics={
             **plan.metrics,
             **_response_metrics(everything, records),
+            **_effective_by_data_set(prompts, records),
             "data/text_only_left_out": len(records) - len(trainable),
             "rollout/responses_filtered": len(trainable) - len(eligible),
         },
@@ -151,13 +153,25 @@ def telling_responses(records: Sequence[SampleRecord], count: int) -> list[int]:
     return [place for *_, place in sorted(order, key=lambda item: item[:3])[:count]]
 
 
-def check_answers(prompts: Sequence[Prompt], effective_by: EffectiveBy) -> None:
-    """Raise DataError where answers decide which groups can teach something, and a prompt has none."""
-    missing = [prompt.key for prompt in prompts if not prompt.answer]
-    if missing and effective_by is EffectiveBy.answer:
+def check_answers(unanswered: Sequence[str], reward: RewardConfig, effective_by: EffectiveBy) -> None:
+    """Raise DataError where answers decide what a prompt can teach, and some have none.
+
+    Args:
+        unanswered: the keys of prompts without an answer.
+    """
+    if not unanswered:
+        return
+    those = f"prompt {unanswered[0]!r} has no answer"
+    others = f" ({len(unanswered)} prompts have none)" if len(unanswered) > 1 else ""
+    if effective_by is EffectiveBy.answer:
         raise DataError(
-            f"prompt {missing[0]!r} has no answer, and buffer.effective_by=answer compares answers to find the groups "
-            "that can teach something; set buffer.effective_by=reward"
+            f"{those}, and buffer.effective_by=answer compares answers to find the groups "
+            f"that can teach something; set buffer.effective_by=reward{others}"
+        )
+    if not reward.functions and not reward.model_weight:
+        raise DataError(
+            f"{those}, and nothing judges its responses: reward.functions is empty and reward.model_weight is 0; give "
+            f"it an answer, with answer_type, or set one of them{others}"
         )
 
 
@@ -304,6 +318,16 @@ def _group_by_prompt(entries: Sequence[BufferEntry]) -> dict[str, list[BufferEnt
     for entry in entries:
         groups.setdefault(entry.prompt_key, []).append(entry)
     return groups
+
+
+def _effective_by_data_set(prompts: Sequence[Prompt], records: Mapping[str, SampleRecord]) -> dict[str, float]:
+    """Return the part of the responses to each data set's prompts that is effective; empty where there is one set."""
+    data_set = {prompt.key: prompt.data_set for prompt in prompts if prompt.data_set}
+    by_set: dict[str, list[bool]] = {}
+    for record in records.values():
+        if name := data_set.get(record.entry.prompt_key):
+            by_set.setdefault(name, []).append(record.entry.effective)
+    return {f"data/effective_fraction/{name}": sum(found) / len(found) for name, found in sorted(by_set.items())}
 
 
 def _response_metrics(

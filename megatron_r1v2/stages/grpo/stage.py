@@ -13,7 +13,14 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.grpo.replay_buffer import ReplayBuffer
 from megatron_r1v2.stages.grpo.rollouts import RolloutPhase
-from megatron_r1v2.stages.grpo.selection import Selection, fresh_samples, sample_id, select, telling_responses
+from megatron_r1v2.stages.grpo.selection import (
+    Selection,
+    check_answers,
+    fresh_samples,
+    sample_id,
+    select,
+    telling_responses,
+)
 from megatron_r1v2.stages.grpo.updates import UpdatePhase
 from megatron_r1v2.stages.loaded_reward_model import open_reward_model
 from megatron_r1v2.stages.loop import run_steps
@@ -36,7 +43,9 @@ def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> 
     keep_reference = recipe.algorithm.kl_coefficient > 0
     shown = (*SHOWN, *(f"reward/{function.name}/mean" for function in recipe.reward.functions))
     with (
-        open_session(recipe, stage="grpo", shown=shown, keep_reference=keep_reference) as session,
+        open_session(
+            recipe, stage="grpo", shown=shown, keep_reference=keep_reference, temperature=recipe.generation.temperature
+        ) as session,
         session.loaded.verifiers() as pool,
     ):
         stage = GrpoStage(session, recipe, pool, reward_model)
@@ -64,7 +73,11 @@ class GrpoStage:
 
         Args:
             pool: answer checkers, on the leader of each replica.
+
+        Raises:
+            DataError: prompts that nothing can judge.
         """
+        check_answers(session.survey.unanswered, recipe.reward, recipe.buffer.effective_by)
         self.session, self.recipe = session, recipe
         self.calibrator = Calibrator(
             recipe.hallucination,

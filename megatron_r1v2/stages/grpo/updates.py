@@ -11,6 +11,7 @@ import torch
 from megatron_r1v2.config.choices import LossAggregation
 from megatron_r1v2.config.schema import AlgorithmConfig
 from megatron_r1v2.monitoring.recorder import Recorder
+from megatron_r1v2.rl.aggregation import sum_and_count, token_weights
 from megatron_r1v2.rl.grpo import GrpoInputs, GrpoSettings, grpo_loss
 from megatron_r1v2.rl.mismatch import check_mismatch, truncated_importance_weights
 from megatron_r1v2.stages.grpo.selection import Selection
@@ -218,4 +219,17 @@ def batch_loss(
         aggregation=aggregation,
         kl_coefficient=algorithm.kl_coefficient,
     )
-    return grpo_loss(inputs, settings, denominator=denominator)
+    loss, metrics = grpo_loss(inputs, settings, denominator=denominator)
+    return loss, {**metrics, **entropy_metrics(batch)}
+
+
+def entropy_metrics(batch: TrainingBatch) -> dict[str, torch.Tensor]:
+    """Return the entropy of the policy at the response tokens of a microbatch as (sum, count) pairs."""
+    if batch.entropy_BS is None:
+        return {}
+    weights_BS = token_weights(batch.response_mask_BS, "token", batch.weights_B)
+    rows = {"": torch.ones_like(batch.has_image_B), "_image": batch.has_image_B, "_text": ~batch.has_image_B}
+    return {
+        f"actor/entropy{suffix}": sum_and_count(batch.entropy_BS, weights_BS * rows_B[:, None])
+        for suffix, rows_B in rows.items()
+    }

@@ -108,6 +108,13 @@ def test_switched_off_it_stays_empty_but_still_brings_samples(context: ParallelC
     assert samples == {"p0/0/0": SAMPLES["p0/0/0"]}
 
 
+def test_the_settings_reach_the_index(context: ParallelContext) -> None:
+    settings = BufferConfig(capacity=7, max_age=3, priority_exponent=0.5)
+    index = ReplayBuffer(settings, context, reward=RewardConfig(), model_weight=1.0, restored=Restored()).index
+    assert index is not None
+    assert (index.capacity, index.max_age, index.priority_exponent) == (7, 3, 0.5)
+
+
 def test_another_reward_function_empties_it(context: ParallelContext, tmp_path: Path) -> None:
     path = tmp_path / "reward.py"
     path.write_text("def f(**_): return 1")

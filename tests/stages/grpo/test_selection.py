@@ -18,6 +18,7 @@ from megatron_r1v2.config.schema import (
     LossConfig,
     ParallelConfig,
     RewardConfig,
+    RewardFunction,
     TrainConfig,
 )
 from megatron_r1v2.parallel import groups
@@ -380,12 +381,14 @@ def test_groups_without_answers_are_effective_by_their_rewards(context):
 
 
 def test_answers_are_missed_before_anything_is_generated():
-    prompts = step_prompts(0)
-    check_answers(prompts, EffectiveBy.answer)
-    without = [prompts[0], replace(prompts[1], answer="")]
-    check_answers(without, EffectiveBy.reward)
-    with pytest.raises(ValueError, match=r"prompt 'p0-1' has no answer, .*set buffer.effective_by=reward"):
-        check_answers(without, EffectiveBy.answer)
+    judge = RewardFunction(path="reward.py", name="judge")
+    check_answers([], RewardConfig(), EffectiveBy.answer)
+    for judged in (RewardConfig(functions=(judge,)), RewardConfig(model_weight=1.0)):
+        check_answers(["p0-1"], judged, EffectiveBy.reward)
+        with pytest.raises(ValueError, match=r"prompt 'p0-1' has no answer, .*set buffer.effective_by=reward"):
+            check_answers(["p0-1"], judged, EffectiveBy.answer)
+    with pytest.raises(ValueError, match=r"'p0-1' has no answer, and nothing judges .*answer_type, or .* \(2 prompts"):
+        check_answers(["p0-1", "p0-2"], RewardConfig(), EffectiveBy.reward)
 
 
 def test_responses_to_show_are_of_several_prompts_right_and_wrong_first():

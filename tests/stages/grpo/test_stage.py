@@ -161,12 +161,16 @@ def test_dynamic_sampling_generates_until_enough_groups_are_effective(run: Run) 
         assert line["rollout/rounds"] == 3 or effective >= 16
 
 
-def test_dynamic_sampling_ends_where_the_data_does(run: Run) -> None:
+def test_dynamic_sampling_ends_where_the_data_does(run: Run, capsys) -> None:
     settings = ("train.steps=3", "train.prompts_per_step=6", "buffer.capacity=0", "reward.claim_pattern=")
     lines = read_metrics(run(*settings, "train.parts=[language]", "algorithm.dynamic_sampling_rounds=9"))
     # 16 prompts are two rounds of 6.
     assert max(line["rollout/rounds"] for line in lines) == 2
     assert all(line["rollout/responses"] == 24 * line["rollout/rounds"] for line in lines)
+    said = [line for line in capsys.readouterr().err.splitlines() if "no prompts for a further round" in line]
+    assert len(said) == 1
+    assert "(16 samples in data.train): the step trains on the" in said[0]
+    assert "effective groups of train.prompts_per_step=6" in said[0]
 
 
 def test_text_only_prompts_train_with_the_language_model_only(run: Run) -> None:

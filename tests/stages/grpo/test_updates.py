@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from megatron_r1v2.config.choices import LossAggregation
 from megatron_r1v2.config.schema import AlgorithmConfig
-from megatron_r1v2.stages.grpo.updates import UpdatePhase, batch_loss, mean_of_updates
+from megatron_r1v2.stages.grpo.updates import UpdatePhase, batch_loss, entropy_metrics, mean_of_updates
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.training.batches import RowFormat, collate, response_sample
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
@@ -211,6 +212,29 @@ def test_fresh_rows_of_an_only_update_have_a_ratio_of_one() -> None:
     )
     assert metrics["actor/ratio_mean"].tolist() == pytest.approx([2 + 2 * 2.7182818, 4.0])
     assert metrics["ssb/ratio_mean_replayed"].tolist() == pytest.approx([2 * 2.7182818, 2.0])
+
+
+def test_the_entropy_of_a_microbatch_is_that_of_its_response_tokens_by_modality() -> None:
+    targets = RLTargets((-1.0, -2.0), 3.0, 1.0, 0, group_effective=True, old_log_probs=(-1.0, -2.0))
+    batch = batch_of(*(response_sample(PROMPT, (5, 6), index=index, rl=targets) for index in range(3)))
+    values_B1 = torch.tensor([[1.0], [3.0], [9.0]])
+    batch = replace(
+        batch,
+        entropy_BS=torch.where(batch.response_mask_BS.bool(), values_B1, float("nan")),
+        has_image_B=torch.tensor([True, False, False]),
+        weights_B=torch.tensor([1.0, 1.0, 0.0]),  # the last one is a filler
+    )
+    pairs = {name: pair.tolist() for name, pair in entropy_metrics(batch).items()}
+    assert pairs == {"actor/entropy": [8.0, 4.0], "actor/entropy_image": [2.0, 2.0], "actor/entropy_text": [6.0, 2.0]}
+    assert entropy_metrics(replace(batch, entropy_BS=None)) == {}
+
+
+def test_an_update_measures_the_entropy_of_the_policy(session: Session) -> None:
+    samples, prompts = samples_of(session, old=(-1.0, -1.0))
+    phase_of(session).take_updates(only_update("s1"), samples, prompts, filler=next(iter(prompts.values())))
+    # An untrained model is near the uniform distribution.
+    most = math.log(session.policy.vocab_size)
+    assert 0.5 * most < session.recorder.values["actor/entropy"] <= most
 
 
 def test_a_filler_has_no_loss() -> None:
