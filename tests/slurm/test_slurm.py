@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import torch
 
 from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from tests.checkpoint.test_destinations import assert_same_weights
+from tests.examples.small_chain import write_chain
 from tests.slurm.cluster import NODES, Cluster, why_not
 from tests.stages.runs import Ranks, assert_same_end, differences, last_checkpoint, read_metrics, recipe_for
 from tests.stages.tiny_run import tiny_recipe
@@ -234,6 +237,26 @@ def test_a_job_that_fails_at_once_is_not_put_back(cluster: Cluster, root: Path, 
     assert cluster.wait_for_end(job.number)["JobState"] == "FAILED"
     assert "train.learning_rate=-1.0 is out of range" in job.log
     assert cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_the_38b_chain_runs_to_its_export_each_job_after_the_one_before(cluster: Cluster, tmp_path: Path) -> None:
+    """The pipeline script with the sbatch scripts and recipes of the 38B model; their sizes are those of a tiny one."""
+    write_chain(tmp_path)
+    submitted = subprocess.run(
+        ["bash", str(tmp_path / "slurm" / "pipeline_38b.sh"), "--nodes=1", "--gpus-per-node=1"],
+        env={**cluster.environment, **environment()},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    jobs = dict(re.findall(r"^(\w+): job (\d+)$", submitted.stdout, re.MULTILINE))
+    assert list(jobs) == ["align", "pairs", "mpo", "grpo", "evaluate", "export"]
+    for stage, number in jobs.items():
+        told = cluster.wait_for_end(int(number))
+        logs = "".join(path.read_text() for path in tmp_path.glob(f"*-{number}.log"))
+        assert told["JobState"] == "COMPLETED", f"{stage}: {logs}"
+    assert (tmp_path / "runs" / "r1v2-38b-grpo" / "evaluation-evaluation.json").is_file()
+    assert (tmp_path / "checkpoints" / "r1v2-38b-trained" / "model.safetensors").is_file()
 
 
 class Conversion:
