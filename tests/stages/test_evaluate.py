@@ -14,10 +14,12 @@ from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.evaluation.response_rows import Evaluation
 from megatron_r1v2.stages import evaluate
+from megatron_r1v2.stages.endpoint_evaluation import run_endpoint_evaluation
 from megatron_r1v2.stages.evaluate import run_evaluation
 from megatron_r1v2.stages.loaded_model import open_model
 from tests.ranks import run_ranks
 from tests.stages.runs import recipe_for, run_stage
+from tests.stages.tiny_run import write_data
 
 
 def test_an_evaluation_is_written_and_comes_out_the_same_again(root: Path, tmp_path: Path) -> None:
@@ -106,3 +108,28 @@ def test_two_replicas_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
             for folder in ("two", "one")
         )
         assert ours == theirs
+
+
+def unanswered_data(folder: Path) -> Path:
+    """Write prompts of which the last has no answer, and none has a response or a pair."""
+    write_data(folder / "answered", images=4, texts=0)
+    answered = read_shards(folder / "answered", parse_sample)
+    samples = [replace(sample, response=None, chosen=None, rejected=None) for sample in answered]
+    samples[-1] = replace(samples[-1], answer="", answer_type=None)
+    write_shards(samples, folder / "data")
+    return folder / "data"
+
+
+def test_a_prompt_without_an_answer_is_refused_before_anything_is_generated(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = unanswered_data(tmp_path)
+    monkeypatch.setattr(evaluate, "_respond", lambda *_: pytest.fail("it has begun to generate"))
+    for more in ((), ("evaluation.endpoint_url=http://127.0.0.1:9/v1", "evaluation.endpoint_model=served")):
+        recipe = recipe_for(root, tmp_path / "run", (f"evaluation.data={data}", *more), stage="evaluate")
+        run = run_endpoint_evaluation if more else run_evaluation
+        with pytest.raises(ValueError, match="prompt 'sample-003' has no answer, which an evaluation compares"):
+            run(recipe, "e")
+    training = (f"data.validation={data}", "evaluation.every_steps=1")
+    with pytest.raises(ValueError, match="prompt 'sample-003' has no answer, which an evaluation compares"):
+        run_stage(recipe_for(root, tmp_path / "align", training, stage="align"))
