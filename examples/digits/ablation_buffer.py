@@ -198,7 +198,10 @@ def run_study(study: Study, runner: StageRunner, *, arms: Sequence[Arm], jobs: i
     for stage in study.before_stages():
         runner.run(stage)
     for _, stages in waves(study, arms):
-        todo = [stage for stage in stages if not study.is_done(stage)]
+        done = [stage for stage in stages if study.is_done(stage)]
+        # Runs nothing, but refuses runs of other settings, such as another --steps.
+        runner.run_chains([[stage] for stage in done], at_once=jobs)
+        todo = [stage for stage in stages if stage not in done]
         # As many as run side by side at a time: the budget is asked before each.
         for first in range(0, len(todo), jobs):
             if budget_hours and study.spent_hours(jobs) + study.run_seconds() / 3600 > budget_hours:

@@ -1,15 +1,24 @@
 """The study's arms, order and budget, with stages that only leave what a run leaves."""
 
+import hashlib
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from examples.digits import ablation_buffer as study_module
 from examples.digits.ablation_buffer import ARMS, LEARNING_RATES, SEEDS, TUNING_SEED, BudgetSpent, Study
+from examples.stages import StageRunner
 from megatron_r1v2.config.load import load_recipe
 
 ROOT = Path("runs/digits-ablations")
+
+
+def recipe_checksums(stage):
+    recipes = [argument for argument in stage.command if argument.endswith(".yaml")]
+    return {recipe: hashlib.sha256(Path(recipe).read_bytes()).hexdigest() for recipe in recipes}
 
 
 def settings_of(stage):
@@ -128,6 +137,21 @@ def test_a_failed_run_keeps_the_finished_ones(tmp_path):
     study_module.run_study(study, again, arms=ARMS[:2], jobs=2, budget_hours=0)
     assert again.ran[0] == "buffer-middle-2e-05-seed-3"
     assert not set(runner.ran) & set(again.ran)
+
+
+def test_finished_runs_of_other_settings_are_refused(tmp_path):
+    study_module.run_study(Study(tmp_path), Recorder(tmp_path), arms=ARMS[:2], jobs=2, budget_hours=0)
+    runner = StageRunner(tmp_path, threads=1, console=Console(file=io.StringIO()))
+    other = Study(tmp_path, steps=7)
+    for stage in [*other.before_stages(), *(other.stage(arm, rate, 0) for arm in ARMS[:2] for rate in LEARNING_RATES)]:
+        # As the runner itself writes it: the sizes of the runs alone have changed.
+        made = Study(tmp_path).stage(ARMS[0], 1e-5, 0) if stage.name == "buffer-middle-plain-1e-05-seed-0" else stage
+        record = {"command": made.command, "recipes": recipe_checksums(made), "seconds": 1.0}
+        (tmp_path / "stages" / f"{stage.name}.json").write_text(json.dumps(record))
+    with pytest.raises(
+        study_module.StageError, match=r"buffer-middle-plain-1e-05-seed-0 was done with another command"
+    ):
+        study_module.run_study(other, runner, arms=ARMS[:2], jobs=2, budget_hours=0)
 
 
 def test_the_plan_says_what_is_left(tmp_path):
