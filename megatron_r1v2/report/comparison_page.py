@@ -108,14 +108,17 @@ def _summary(runs: Sequence[Run]) -> list[dict[str, object]]:
     """Return the rows of the table of runs, each with a cell for every run."""
     facts = [run_facts(run) for run in runs]
     last = [run.evaluations[-1] if run.evaluations else {} for run in runs]
-    rows: list[tuple[str, Sequence[object]]] = [
+    words: list[tuple[str, Sequence[object]]] = [
         ("folder", [run.path for run in runs]),
         *((name, [of_run.get(name, _ABSENT) for of_run in facts]) for name in FACTS),
         ("steps", [_steps(run) for run in runs]),
         ("last evaluation", [row.get("name", _ABSENT) for row in last]),
-        *((measure.title, [measure_cell(row, measure) for row in last]) for measure in MEASURES),
     ]
-    return [{"title": title, "cells": cells} for title, cells in rows]
+    figures = [(measure.title, [measure_cell(row, measure) for row in last]) for measure in MEASURES]
+    return [
+        *({"title": title, "cells": cells, "kind": "text-cell"} for title, cells in words),
+        *({"title": title, "cells": cells, "kind": "figure-cell"} for title, cells in figures),
+    ]
 
 
 def _steps(run: Run) -> str:

@@ -110,7 +110,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "stage": run.recipe.get("run.stage") or last.get("stage"),
         "model": run.recipe.get("model.checkpoint") or run.recipe.get("model.hf_path"),
         "data": _data_text(run.recipe.get("data.train")),
-        "began": run.starts[0].get("time") if run.starts else None,
+        "began": _time(run.starts[0].get("time")) if run.starts else None,
         "starts": len(run.starts) if len(run.starts) > 1 else None,
         "version": " ".join(filter(None, (_word(last.get("version")), _word(last.get("commit"))))),
         "hardware": f"{processes} x {last.get('device')} ({last.get('host')})" if processes else None,
@@ -123,6 +123,11 @@ def _data_text(value: object) -> object:
     if not isinstance(value, list):
         return value
     return ", ".join(f"{entry.get('path')} x {entry.get('weight', 1)}" for entry in value if isinstance(entry, dict))
+
+
+def _time(value: object) -> str:
+    """Return a time of ISO 8601, which is in UTC here, as one reads it."""
+    return _word(value).replace("T", " ").replace("+00:00", " UTC")
 
 
 def _word(value: object) -> str:

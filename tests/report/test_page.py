@@ -127,6 +127,7 @@ def test_a_finished_run_shows_everything(full_page):
         "version 0.1.0 abc1234",
         "hardware 8 x NVIDIA H100 (node7)",
         "starts 2",
+        "began 2026-11-28 10:00:00 UTC",
         "+40.0 points",
         "-40.0 points",
         "5 turned right, 0 turned wrong, 2 stayed wrong, 3 stayed right.",
