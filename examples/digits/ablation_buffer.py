@@ -1,6 +1,6 @@
 """When does the Selective Sample Buffer pay? GRPO on handwritten digits with and without it, at equal responses.
 
-    regime     prompts of which about 50, 25 and 10 % teach, each with and without the buffer
+    regime     prompts of which about 50, 25 and 10 % teach, each with and without the buffer (ablation_regimes.py)
     target     buffer.target_effective_fraction 0 (no buffer), 0.3, 0.6, 0.9
     age        buffer.max_age 2, 5, 20
     exponent   buffer.priority_exponent 0, 1, 2
@@ -35,8 +35,8 @@ from examples.stages import Stage, StageError, StageRunner
 STEPS = 60
 PROMPTS_PER_STEP = 24
 VALIDATE_EVERY = 4
-POOL_RUNS = 16
-"""Responses to a prompt that sort it: eight, a group of GRPO, and as many to measure."""
+POOL_RUNS = 24
+"""Responses to a prompt: sixteen sort it, and a group of GRPO measures how often it teaches."""
 LEARNING_RATES = (1e-5, 2e-5, 4e-5)
 TUNING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)

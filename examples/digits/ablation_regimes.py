@@ -1,8 +1,9 @@
 """Sets of prompts of which about a half, a quarter and a tenth teach a model something, made from its own responses.
 
-Half of its responses to a prompt sort it: into those with both right and wrong ones, which teach, and the rest. The
-other half says how often a prompt of either kind teaches, without the bias of having been sorted by it. Both kinds are
-then mixed in shares that give the wanted fraction of effective responses.
+The responses to a prompt but for the last eight sort it: into those with both right and wrong ones, which teach, and
+the rest. The last eight, a group of GRPO, say how often a prompt of either kind teaches, without the bias of having
+been sorted by it. Both kinds are then mixed in shares that give the wanted fraction of effective responses. The rest
+teach now and then too: where more often than wanted, a set has them alone, and regimes.json says what to expect.
 
 python -m examples.digits.ablation_regimes ROWS.rollouts.jsonl --data runs/shards/grpo --output runs/regimes
 """
@@ -23,6 +24,8 @@ from megatron_r1v2.resilience.files import atomic_folder, write_json
 
 REGIMES: Mapping[str, float] = {"easy": 0.5, "middle": 0.25, "hard": 0.1}
 """The wanted fraction of effective responses in the first steps, by name: the fewer, the harder it is to learn."""
+GROUP = 8
+"""Responses to a prompt in GRPO."""
 PROMPTS = 768
 """Of each set: alike, so that no arm sees a prompt more often than another."""
 
@@ -36,7 +39,7 @@ class Regime:
     expected: float
     """Fraction of effective responses by the responses that did not sort the prompts."""
     teaching_share: float
-    """Prompts with right and wrong responses in the half that sorts, over all."""
+    """Prompts with right and wrong ones among the responses that sort, over all."""
     prompts: int
 
 
@@ -49,7 +52,7 @@ def plan_regimes(results: Mapping[str, Sequence[bool]], prompts: int) -> list[tu
     """Return each regime with the keys of its prompts, in the order of the results.
 
     Args:
-        results: an even number of responses to each prompt, right or wrong.
+        results: responses to each prompt, right or wrong, more than a group.
         prompts: of each regime.
 
     Raises:
@@ -58,10 +61,9 @@ def plan_regimes(results: Mapping[str, Sequence[bool]], prompts: int) -> list[tu
     teaching, settled = [], []
     often: dict[bool, list[bool]] = {True: [], False: []}
     for key, responses in results.items():
-        half = len(responses) // 2
-        teaches = is_effective(responses[:half])
+        teaches = is_effective(responses[:-GROUP])
         (teaching if teaches else settled).append(key)
-        often[teaches].append(is_effective(responses[half:]))
+        often[teaches].append(is_effective(responses[-GROUP:]))
     if not teaching or not settled:
         raise ValueError(
             f"of {len(results)} prompts {len(teaching)} have right and wrong responses; some must, not all"
