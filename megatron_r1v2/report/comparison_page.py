@@ -114,11 +114,11 @@ def _summary(runs: Sequence[Run]) -> list[dict[str, object]]:
         ("steps", [_steps(run) for run in runs]),
         ("last evaluation", [row.get("name", _ABSENT) for row in last]),
     ]
-    figures = [(measure.title, [measure_cell(row, measure) for row in last]) for measure in MEASURES]
-    return [
-        *({"title": title, "cells": cells, "kind": "text-cell"} for title, cells in words),
-        *({"title": title, "cells": cells, "kind": "figure-cell"} for title, cells in figures),
-    ]
+    rows: list[dict[str, object]] = [{"title": title, "cells": cells, "kind": "text-cell"} for title, cells in words]
+    for measure in MEASURES:
+        cells = [measure_cell(row, measure) for row in last]
+        rows.append({"title": measure.title, "cells": cells, "kind": "figure-cell"})
+    return rows
 
 
 def _steps(run: Run) -> str:

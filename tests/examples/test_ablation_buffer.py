@@ -158,8 +158,8 @@ def test_the_plan_says_what_is_left(tmp_path):
     study = Study(tmp_path)
     empty = study_module.plan(study, ARMS, 2)
     assert "before the arms: 16 of 16 stages are left" in empty
-    assert "96 runs of 300 s, 2 at a time; 0.00 hours are spent" in empty
-    assert "middle-plain, middle: 6 runs to tune, 10 of the seeds; done 0.67 hours from now" in empty
+    assert "96 runs of 200 s, 2 at a time; 0.00 hours are spent" in empty
+    assert "middle-plain, middle: 6 runs to tune, 10 of the seeds; done 0.44 hours from now" in empty
     study_module.run_study(study, Recorder(tmp_path), arms=ARMS[:2], jobs=2, budget_hours=0)
     left = study_module.plan(study, ARMS, 2)
     assert "before the arms: 0 of 16" in left
