@@ -79,6 +79,31 @@ def never_drawn(case: Case, model: InternVLForConditionalGeneration, processor: 
     return {"suppress_tokens": [model.config.image_token_id, *([] if case.configured else ends)]}
 
 
+def trl_settings(case: Case, generation: Mapping[str, object], *, steps: int) -> dict[str, Any]:
+    """Return the settings of GRPOConfig."""
+    return {
+        "per_device_train_batch_size": case.prompts * RESPONSES,
+        "gradient_accumulation_steps": 1,
+        "num_generations": RESPONSES,
+        "max_completion_length": case.response_tokens,
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "beta": 0.0,
+        "loss_type": "grpo",
+        "temperature": 1.0,
+        "generation_kwargs": dict(generation),
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "optim": "adamw_torch_fused",
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
 def run_trl(work: Path, case: Case, *, warmup: int, steps: int) -> Turn:
     """Do steps of TRL's GRPOTrainer, all rows in one microbatch, so that it computes no old log-probs."""
     import trl
@@ -122,27 +147,7 @@ def run_trl(work: Path, case: Case, *, warmup: int, steps: int) -> Turn:
     features = Features(
         prompt=List({"role": Value("string"), "content": Value("string")}), image=ImageFeature(), answer=Value("string")
     )
-    settings = {
-        "per_device_train_batch_size": case.prompts * RESPONSES,
-        "gradient_accumulation_steps": 1,
-        "num_generations": RESPONSES,
-        "max_completion_length": case.response_tokens,
-        "max_steps": warmup + steps,
-        "learning_rate": 1e-6,
-        "beta": 0.0,
-        "loss_type": "grpo",
-        "temperature": 1.0,
-        "generation_kwargs": never_drawn(case, model, processor),
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "optim": "adamw_torch_fused",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    settings = trl_settings(case, never_drawn(case, model, processor), steps=warmup + steps)
     with TemporaryDirectory() as output:
         trainer = Trainer(
             model=model,

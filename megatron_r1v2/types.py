@@ -186,7 +186,7 @@ class TrainingBatch:
     image_mask_BS: torch.Tensor
     """bool [B, S]: the `<IMG_CONTEXT>` tokens of the prompt; one in a response is a word like any other."""
     tiles_TCHW: torch.Tensor
-    """uint8 [T, 3, height, width]: the tiles of the distinct prompts of the batch."""
+    """uint8 [T, 3, height, width]: the tiles of the distinct prompts of the batch, on the host until they are used."""
     tile_index: torch.Tensor
     """int64 [tiles of all rows in row order]: index of each among the distinct tiles; rows of one prompt share them."""
     image_prompts: tuple[Prompt, ...]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from typing_extensions import override
 
 from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.layout import check_layout
@@ -15,6 +19,7 @@ from megatron_r1v2.models.architecture import LanguageArchitecture
 from megatron_r1v2.models.layer_specs import language_block_spec
 from megatron_r1v2.models.rotary import StretchedRotaryEmbedding, softmax_scale
 from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.models.shared_attention import SharedRowParams
 
 
 def padded_vocab_size(architecture: LanguageArchitecture, tensor_size: int) -> int:
@@ -71,6 +76,42 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         ) from error
 
 
+class LanguageModel(GPTModel):
+    """megatron-core's GPTModel, whose output layer reads the response tokens of a shared row only."""
+
+    @override
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        *args: object,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        if self.post_process and isinstance(packed_seq_params, SharedRowParams):
+            assert packed_seq_params.responses is not None
+            return self._logits_at(hidden_states, packed_seq_params.responses)
+        output: torch.Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+        return output
+
+    def _logits_at(self, hidden_S1H: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Collective over the tensor-parallel ranks: compute the logits of some tokens as [1, tokens, V / TP]."""
+        layer = self.output_layer
+        scattered = layer.sequence_parallel
+        if scattered:
+            # Without sequence parallelism the output layer adds the gradients of all ranks itself, so each takes its
+            # part of the sum back; a reduce-scatter would add equal sums, and be too large by TP.
+            hidden_S1H = gather_from_sequence_parallel_region(
+                hidden_S1H, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        # As megatron-core does it for the last tokens of a generation step.
+        layer.sequence_parallel = False
+        logits, _ = layer(hidden_S1H.index_select(0, tokens), weight=weight)
+        layer.sequence_parallel = scattered
+        output: torch.Tensor = logits.transpose(0, 1)
+        return output
+
+
 def build_language_model(
     architecture: LanguageArchitecture,
     config: TransformerConfig,
@@ -80,7 +121,7 @@ def build_language_model(
     pre_process: bool,
     post_process: bool,
     output_layer: bool = True,
-) -> GPTModel:
+) -> LanguageModel:
     """Build this pipeline stage's part of the decoder.
 
     Args:
@@ -92,7 +133,7 @@ def build_language_model(
     Returns:
         The model. Its embedding returns the whole sequence, also under sequence parallelism.
     """
-    model = GPTModel(
+    model = LanguageModel(
         config=config,
         transformer_layer_spec=language_block_spec(architecture, config, layers=layers, groups=groups),
         vocab_size=padded_vocab_size(architecture, config.tensor_model_parallel_size),

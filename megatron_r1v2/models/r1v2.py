@@ -20,6 +20,7 @@ from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.models.language import build_language_model, language_transformer_config
 from megatron_r1v2.models.score_head import ScoreHead
 from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.models.shared_attention import SharedRowParams
 from megatron_r1v2.models.vision import VisionTower, pixel_shuffle, vision_transformer_config
 
 
@@ -186,11 +187,11 @@ class R1V2Model(MegatronModule):
             features_TFK: [T, F, K], the result of `encode_tiles` for these tiles.
             tile_index: see `adapt`.
             image_mask_BS: bool [B, S], see `embed`.
-            packed_seq_params: the bounds of the sequences, if one row packs several.
+            packed_seq_params: the bounds of the sequences, if one row packs several, or the groups of a shared row.
 
         Returns:
-            Logits [B, S, V / TP] on the last stage, or float32 scores [B, S] of a reward model; on other stages hidden
-            states [S, B, H] for the next one.
+            Logits [B, S, V / TP] on the last stage, or float32 scores [B, S] of a reward model, in both of a shared row
+            those of its responses [1, R]; on other stages hidden states [S, B, H] for the next one.
         """
         hidden_SBH = None
         if self.pre_process:
@@ -208,7 +209,13 @@ class R1V2Model(MegatronModule):
             decoder_input=hidden_SBH,
             packed_seq_params=packed_seq_params,
         )
-        return output if self.score is None else self.score(output)
+        if self.score is None:
+            return output
+        scores_BS: torch.Tensor = self.score(output)
+        if isinstance(packed_seq_params, SharedRowParams):
+            assert packed_seq_params.responses is not None
+            return scores_BS.index_select(1, packed_seq_params.responses)
+        return scores_BS
 
 
 def build_r1v2(

@@ -59,6 +59,8 @@ class SharedRowParams(PackedSeqParams):
     """They cover the row."""
     positions_S: torch.Tensor | None = None
     """int64 [S]: of each token in its own sequence, prompt included; megatron-core has no place for them."""
+    responses: torch.Tensor | None = None
+    """int64 [R]: the tokens of the row that predict a response token; only they get logits or scores."""
 
 
 class SharedRowAttention(torch.nn.Module):

@@ -25,6 +25,8 @@ class MicrobatchShape:
     """Tokens of a row, padding included."""
     tiles: int
     """Image tiles of all rows together; rows of one prompt share theirs."""
+    outputs: int | None = None
+    """Tokens of all rows that get logits; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class ActivationModel:
         """Return the bytes of final norm, output layer and log-probs on the last stage."""
         language, tensor, w = self.architecture.language, self.layout.tensor, self.element_bytes
         n, hidden = batch.rows * batch.tokens, self.hidden(batch)
-        logits = n * padded_vocabulary(language, tensor) // tensor
+        logits = (n if batch.outputs is None else batch.outputs) * padded_vocabulary(language, tensor) // tensor
         gathered = n * language.hidden_size * w
         norm = self._rms_norm(hidden, trained=self.trains_language) + (hidden if self.trains_language else 0)
         # Kept: the softmax, in float32. On top: logits, their float32 copy and the quotient; later two float32

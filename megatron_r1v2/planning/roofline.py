@@ -168,7 +168,7 @@ def step_time(
     tokens, context = training_tokens(work, rows, mean_response)
     forward = _layer_seconds(architecture, work, hardware, tokens, context)
     if Part.score not in work.parts:
-        forward += head_flops(architecture, tokens) / attained
+        forward += head_flops(architecture, rows * mean_response if work.shares_prompts else tokens) / attained
     # Every stage waits for the one with the most layers.
     most = max(layout.layers_of_stage(architecture, stage) for stage in range(layout.pipeline))
     compute = forward / model_ranks * most * layout.pipeline / architecture.language.num_layers

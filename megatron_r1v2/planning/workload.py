@@ -202,14 +202,18 @@ class Workload:
     def microbatch(self, tensor: int) -> MicrobatchShape:
         """Return the largest microbatch: one full of tokens, or the longest unit where that is longer."""
         if self.rehearsed:
-            tokens, prompts, _ = self._full_rows(tensor)
-            return MicrobatchShape(1, self.padded(tokens, tensor), prompts * self.tiles)
+            tokens, prompts, rows = self._full_rows(tensor)
+            outputs = rows * self.response_tokens if self.shares_prompts else None
+            return MicrobatchShape(1, self.padded(tokens, tensor), prompts * self.tiles, outputs)
         # The padding at the end of a row is part of it.
         multiple = math.lcm(LENGTH_MULTIPLE, tensor)
         tokens = max(self.unit_tokens(tensor), self.packed_tokens // multiple * multiple)
         prompts = 1 if self.shares_prompts else self.rows_together
         # No row is shorter than its image, which bounds the tiles.
-        return MicrobatchShape(1, tokens, max(1, tokens // max(1, prompts * self.prompt_tokens)) * self.tiles)
+        tiles = max(1, tokens // max(1, prompts * self.prompt_tokens)) * self.tiles
+        # The last prompt token predicts a response token too, and stands before each response of a shared row.
+        outputs = max(1, tokens - self.prompt_tokens + 1) if self.shares_prompts else None
+        return MicrobatchShape(1, tokens, tiles, outputs)
 
     def microbatches(self, layout: Layout) -> int:
         """Return the microbatches of an update on a replica, all responses being the longest."""

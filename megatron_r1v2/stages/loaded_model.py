@@ -79,13 +79,16 @@ class LoadedModel:
         )
         return Microbatcher(settings, rows)
 
-    def engine(self, *, prefix_tokens: int = 0) -> RolloutEngine:
+    def engine(self, *, prefix_tokens: int = 0, max_requests: int | None = None) -> RolloutEngine:
         """Return the rollout engine on the model's own weights.
 
         Args:
             prefix_tokens: the longest beginning of a response that a prompt may end with.
+            max_requests: fewer responses in flight than the recipe's, and so a smaller cache.
         """
         generation = self.recipe.generation
+        if max_requests is not None:
+            generation = generation.changed(max_requests=min(max_requests, generation.max_requests))
         return RolloutEngine(
             self.model,
             context=self.context,

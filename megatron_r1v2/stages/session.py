@@ -12,8 +12,8 @@ from megatron_r1v2.config.choices import OnResume, Packing, Part, StageName, Too
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig
-from megatron_r1v2.data.mixture import MixtureStream, check_shares, num_train_samples, share_metrics
-from megatron_r1v2.data.stream import PromptStream
+from megatron_r1v2.data.mixture import check_shares, num_train_samples, share_metrics
+from megatron_r1v2.data.read_ahead import ReadAhead
 from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.models.r1v2 import R1V2Model, freeze_all_but
@@ -53,7 +53,7 @@ class Session:
     recipe: TrainingRecipe
     loaded: LoadedModel
     policy: Policy
-    stream: PromptStream | MixtureStream
+    stream: ReadAhead
     checkpoints: CheckpointStore
     recorder: Recorder
     reference: ReferenceWeights | None
@@ -264,7 +264,7 @@ def open_session(
                 recipe=recipe,
                 loaded=loaded,
                 policy=policy,
-                stream=stream,
+                stream=ReadAhead(stream),
                 checkpoints=checkpoints,
                 recorder=recorder,
                 reference=reference,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from megatron_r1v2.data.mixture import MixtureStream
+from megatron_r1v2.data.read_ahead import ReadAhead
 from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.types import Prompt
@@ -22,7 +23,9 @@ def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
         yield group
 
 
-def next_distinct(stream: PromptStream | MixtureStream, count: int, *, besides: Sequence[Prompt] = ()) -> list[Prompt]:
+def next_distinct(
+    stream: PromptStream | MixtureStream | ReadAhead, count: int, *, besides: Sequence[Prompt] = ()
+) -> list[Prompt]:
     """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
 
     Args:

@@ -196,5 +196,7 @@ def _shared_tiles(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _to_device(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
-    moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    # Not the tiles: where the tower is frozen, their features are in the cache by now.
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    moved = {name: value.to(device) for name, value in tensors.items() if name != "tiles_TCHW"}
     return TrainingBatch(**{**vars(batch), **moved})

@@ -130,11 +130,13 @@ class Forward:
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Result]]]:
         batch = next(batches)
         row = self._lay_out(batch)
+        features_TFK = self._cached_features(batch)
+        runs_tower = features_TFK is None and self.context.is_first_stage
         output = module(
             row.token_ids_1S,
             row.position_ids_1S,
-            tiles_TCHW=batch.tiles_TCHW,
-            features_TFK=self._cached_features(batch),
+            tiles_TCHW=batch.tiles_TCHW.to(self.context.device) if runs_tower else None,
+            features_TFK=features_TFK,
             tile_index=row.tile_index,
             image_mask_BS=row.image_mask_1S,
             packed_seq_params=row.params,
@@ -144,7 +146,7 @@ class Forward:
     def _finish(
         self, finish: Finish[Result], batch: TrainingBatch, row: PackedBatch, output: torch.Tensor
     ) -> tuple[torch.Tensor, Result]:
-        return finish(row.unpack(self.read(output, row.labels_1S)), batch)
+        return finish(row.unpack(self.read(output, row.labels_1R)), batch)
 
     def _lay_out(self, batch: TrainingBatch) -> PackedBatch:
         lay_out = share if self.packing is Packing.shared else pack

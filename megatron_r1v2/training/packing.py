@@ -22,27 +22,22 @@ class PackedBatch:
 
     token_ids_1S: torch.Tensor
     position_ids_1S: torch.Tensor
-    labels_1S: torch.Tensor
+    labels_1R: torch.Tensor
+    """Of the tokens that the model gives a value: all of a packed row, the responses of a shared one."""
     image_mask_1S: torch.Tensor
     tile_index: torch.Tensor
     """int64: of the tiles of the row, among the distinct ones."""
     params: PackedSeqParams
     """Bounds of the sequences, or groups of them, for attention."""
-    tokens: torch.Tensor
-    """int64: those of the row whose values are laid out again."""
     columns: torch.Tensor
-    """int64: flat index into a [B, S] tensor of each of `tokens`."""
+    """int64 [R]: flat index into a [B, S] tensor of each label."""
     shape: torch.Size
     """Of the padded batch: [B, S]."""
 
-    def unpack(self, values_1S: torch.Tensor) -> torch.Tensor:
-        """Lay packed values out as rows [B, S] again, zero elsewhere; differentiable.
-
-        Args:
-            values_1S: float [1, packed tokens].
-        """
-        flat = values_1S.new_zeros(self.shape.numel())
-        return flat.index_put((self.columns,), values_1S[0, self.tokens]).view(self.shape)
+    def unpack(self, values_1R: torch.Tensor) -> torch.Tensor:
+        """Lay the values of the labels out as rows [B, S] again, zero elsewhere; differentiable."""
+        flat = values_1R.new_zeros(self.shape.numel())
+        return flat.index_put((self.columns,), values_1R[0]).view(self.shape)
 
 
 def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGTH_MULTIPLE) -> PackedBatch:
@@ -83,7 +78,6 @@ def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGT
         image_mask_1S,
         batch.tile_index,
         params,
-        torch.arange(len(columns), device=device),
         columns,
         batch.token_ids_BS.shape,
     )
@@ -125,24 +119,28 @@ def share(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENG
         groups.append(SharedGroup(end, end + padding))
     device = batch.token_ids_BS.device
     at, position_S = torch.cat(columns).to(device), F.pad(torch.cat(positions), (0, padding)).to(device)
-    token_ids_1S, labels_1S, image_mask_1S = (
-        F.pad(tensor.flatten()[at], (0, padding))[None]
-        for tensor in (batch.token_ids_BS, batch.labels_BS, batch.image_mask_BS)
-    )
-    longest = max(map(sum, zip(batch.num_prompt_tokens_B, batch.num_response_tokens_B, strict=True)))
-    params = SharedRowParams(
-        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, groups=tuple(groups), positions_S=position_S
+    token_ids_1S, image_mask_1S = (
+        F.pad(tensor.flatten()[at], (0, padding))[None] for tensor in (batch.token_ids_BS, batch.image_mask_BS)
     )
     responses = torch.cat(tokens).to(device)
+    of_labels = at[responses]
+    longest = max(map(sum, zip(batch.num_prompt_tokens_B, batch.num_response_tokens_B, strict=True)))
+    params = SharedRowParams(
+        qkv_format="sbhd",
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        groups=tuple(groups),
+        positions_S=position_S,
+        responses=responses,
+    )
     return PackedBatch(
         token_ids_1S,
         position_S[None],
-        labels_1S,
+        batch.labels_BS.flatten()[of_labels][None],
         image_mask_1S,
         _tiles_of_rows(batch, first_rows[:-1]),
         params,
-        responses,
-        at[responses],
+        of_labels,
         batch.token_ids_BS.shape,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.schema import AlgorithmConfig, GenerationConfig
@@ -19,10 +19,12 @@ from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.mismatch import compute_mismatch
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.weight_checksums import check_loaded, check_replicas, check_unchanged, compute_checksums
-from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample
+from megatron_r1v2.types import Modality, Prompt, RLTargets, Rollout, Sample
 
 FROZEN_EVERY = 8
 """Steps between two looks at the frozen parts: only a fault of the hardware changes them, and they are the most."""
+GATE_REQUESTS = len(get_args(Modality))
+"""Prompts that the gate generates from at once, which is what its cache must hold."""
 GATE_TOKENS = 8
 """The engine generates so many tokens to one prompt of each modality, which the training forward is compared on."""
 

@@ -8,6 +8,7 @@ import torch
 from megatron_r1v2.models.architecture import LanguageArchitecture
 from megatron_r1v2.models.language import language_transformer_config, padded_vocab_size
 from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.models.shared_attention import SharedGroup, SharedRowParams
 from tests.models.parity import difference, gradient_differences, model_pair
 from tests.tiny_hf import tiny_text_config
 
@@ -62,6 +63,27 @@ def test_logits_and_gradients_are_those_of_transformers(variant, tmp_path, conte
     differences = gradient_differences(ours, theirs, ["language"])
     assert any("k_proj.bias" in name for name in differences)
     assert max(differences.values()) < 1e-4, differences
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_response_tokens_of_a_shared_row_get_logits(tied, tmp_path, context):
+    ours, _ = model_pair(tmp_path, context, tied=tied)
+    token_ids_1S = torch.randint(0, 250, (1, 24), generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([3, 4, 20])
+    params = SharedRowParams(
+        qkv_format="sbhd",
+        max_seqlen_q=24,
+        max_seqlen_kv=24,
+        groups=(SharedGroup(0, 24),),
+        positions_S=torch.arange(24),
+        responses=places,
+    )
+    positions_1S = torch.arange(24)[None]
+    got = ours.language(
+        input_ids=token_ids_1S, position_ids=positions_1S, attention_mask=None, packed_seq_params=params
+    )
+    assert got.shape == (1, 3, run(ours, token_ids_1S).shape[-1])
+    assert difference(got, run(ours, token_ids_1S)[:, places]) < 1e-5
 
 
 def test_padding_on_the_right_changes_nothing(tmp_path, context):

@@ -96,6 +96,8 @@ def tiny_recipe(root: Path, *, parts: tuple[str, ...] = ("adapter",), steps: int
             "feature_cache_gib": 0.1,
         },
         "reward": {"claim_pattern": r"(?P<name>left) (?P<value>\d)"},
+        # Each step notes the same metrics, also where another process goes on.
+        "algorithm": {"gate_every": 1},
         "train": {
             "parts": parts,
             "steps": steps,

@@ -47,7 +47,7 @@ def test_what_is_packed_comes_back_in_its_place(lengths, tensor_size, multiple):
         length = end - begin
         assert packed.position_ids_1S[0, begin:end].tolist() == list(range(length)), "each sequence begins at 0"
         assert torch.equal(packed.token_ids_1S[0, begin:end], batch.token_ids_BS[row, :length])
-        assert torch.equal(packed.labels_1S[0, begin:end], batch.labels_BS[row, :length])
+        assert torch.equal(packed.labels_1R[0, begin:end], batch.labels_BS[row, :length])
         assert torch.equal(packed.image_mask_1S[0, begin:end], batch.image_mask_BS[row, :length])
         assert batch.response_mask_BS[row, length:].sum() == 0, "no response token is left behind"
     values_1S = torch.arange(1.0, packed.token_ids_1S.shape[1] + 1)[None].requires_grad_()
@@ -76,8 +76,10 @@ def test_a_shared_row_by_hand():
     assert tokens_in_shared_row(batch) == start + 2 + 3 + len(other.token_ids) - 1
     expected = [*before, last, first.token_ids[-2], last, *second.token_ids[-3:-1], *other.token_ids[:-1]]
     assert row.token_ids_1S[0, : len(expected)].tolist() == expected
-    labels = [*prompt.token_ids[1:], *first.token_ids[-2:], *second.token_ids[-3:], *other.token_ids[1:]]
-    assert row.labels_1S[0, : len(labels)].tolist() == labels
+    alone = other.token_ids[other.prompt_length :]
+    assert row.labels_1R[0].tolist() == [*first.token_ids[-2:], *second.token_ids[-3:], *alone]
+    places = [*range(start, start + 5), *range(len(expected) - len(alone), len(expected))]
+    assert row.params.responses.tolist() == places, "only tokens that predict a response token get logits"
     positions = [*range(start), start, start + 1, start, start + 1, start + 2, *range(len(other.token_ids) - 1)]
     assert row.params.positions_S.tolist()[: len(positions)] == positions
     shared, alone, padding = row.params.groups
@@ -106,14 +108,14 @@ def test_what_is_shared_comes_back_in_its_place(groups, tensor_size, multiple):
     assert size == math.ceil(tokens_in_shared_row(batch) / unit) * unit
     # Every token stands behind the prompt that it had in its own row.
     values_1S = torch.arange(1.0, size + 1)[None].requires_grad_()
-    unpacked_BS = row.unpack(values_1S)
+    unpacked_BS = row.unpack(values_1S[:, row.params.responses])
     mask_BS = batch.response_mask_BS.bool()
     assert unpacked_BS.shape == mask_BS.shape
     assert torch.equal(unpacked_BS != 0, mask_BS), "each response token once, nothing else"
     places = unpacked_BS[mask_BS].long() - 1
     assert len(set(places.tolist())) == len(places)
-    for packed, own in ((row.token_ids_1S, batch.token_ids_BS), (row.labels_1S, batch.labels_BS)):
-        assert torch.equal(packed[0, places], own[mask_BS])
+    assert torch.equal(row.token_ids_1S[0, places], batch.token_ids_BS[mask_BS])
+    assert torch.equal(row.unpack(row.labels_1R.float()).long()[mask_BS], batch.labels_BS[mask_BS])
     assert torch.equal(row.position_ids_1S[0, places], batch.position_ids_BS[mask_BS])
     assert int(row.image_mask_1S.sum()) == 2 * len(row.tile_index), "two tokens a tile"
     unpacked_BS.sum().backward()

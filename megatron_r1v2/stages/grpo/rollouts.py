@@ -21,7 +21,7 @@ from megatron_r1v2.stages.calibrator import Calibrator
 from megatron_r1v2.stages.grpo.selection import count_effective_groups
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.step_prompts import TooFewPrompts, next_distinct
-from megatron_r1v2.training.weight_verification import FROZEN_EVERY, check_engine
+from megatron_r1v2.training.weight_verification import FROZEN_EVERY, GATE_REQUESTS, check_engine
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
@@ -54,6 +54,10 @@ class RolloutPhase:
         self._waits: list[float] = []
         """Seconds of each round of the step, after this replica's last response."""
         self.features = shared if shared is not None else session.loaded.feature_cache()
+        # A cache for its few requests: that of a whole phase would take longer to allocate than they take.
+        self.gate_engine = session.loaded.engine(max_requests=GATE_REQUESTS)
+        self.gated_weight: float | None = None
+        """The reward model's weight when the gate was passed last; None: not yet in this process."""
 
     def generate_and_score(self) -> tuple[list[Prompt], list[ScoredRollout]]:
         """Collective over the world: generate and score, once or (dynamic sampling) until enough groups are effective.
@@ -113,21 +117,23 @@ class RolloutPhase:
         )
 
     def verify_weights(self, prompts: Sequence[Prompt]) -> None:
-        """Collective over the world: check that all replicas, and their engines, sample from the same weights."""
+        """Collective over the world: check that all replicas sample from the same weights; their engines if due."""
         session, recipe = self.session, self.recipe
         # All parts were verified when the run started or was resumed.
         weights = session.verifier.verify_weights({}, None, trained_only=session.step % FROZEN_EVERY > 0)
-        session.recorder.note(
-            check_engine(
-                self.engine,
-                prompts,
-                self.features,
-                policy=session.policy,
-                microbatcher=session.microbatcher,
-                generation=recipe.generation,
-                settings=recipe.algorithm,
+        if self.gated_weight != self.calibrator.value or session.step % recipe.algorithm.gate_every == 0:
+            session.recorder.note(
+                check_engine(
+                    self.gate_engine,
+                    prompts,
+                    self.features,
+                    policy=session.policy,
+                    microbatcher=session.microbatcher,
+                    generation=recipe.generation,
+                    settings=recipe.algorithm,
+                )
             )
-        )
+            self.gated_weight = self.calibrator.value
         session.preemption.rollouts.begin_step(
             session.step,
             rollout_fingerprint(
@@ -148,18 +154,20 @@ class RolloutPhase:
         settings = session.recipe.generation
         kept, missing = preemption.rollouts.load(prompts)
         preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
-        rollouts = self.engine.generate(
-            SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
-            Sampling(
-                num_responses=settings.responses_per_prompt,
-                policy_version=session.policy.version,
-                temperature=settings.temperature,
-                max_response_tokens=settings.max_response_tokens,
-            ),
-            features=self.features,
-            progress=preemption.poll_between_engine_steps,
-            on_finished=preemption.rollouts.save,
-        )
+        is_last = session.step + 1 >= self.recipe.train.steps
+        with session.stream.reading(0 if is_last else self.recipe.train.prompts_per_step):
+            rollouts = self.engine.generate(
+                SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
+                Sampling(
+                    num_responses=settings.responses_per_prompt,
+                    policy_version=session.policy.version,
+                    temperature=settings.temperature,
+                    max_response_tokens=settings.max_response_tokens,
+                ),
+                features=self.features,
+                progress=preemption.poll_between_engine_steps,
+                on_finished=preemption.rollouts.save,
+            )
         done = time.perf_counter()
         preemption.wait_for_all(f"generated-{session.step}-{round_number}")
         self._waits.append(time.perf_counter() - done)

@@ -62,6 +62,37 @@ def test_other_weights_than_at_the_start_are_noticed_before_generation(session: 
         phase.verify_weights(prompts)
 
 
+@pytest.mark.parametrize(("step", "moved", "expected"), [(1, False, False), (1, True, True), (3, False, True)])
+def test_the_gate_runs_first_and_after_a_change_and_now_and_then(
+    root: Path, tmp_path: Path, step: int, moved: bool, expected: bool
+) -> None:
+    recipe = recipe_for(root, tmp_path / "run", ("algorithm.gate_every=3",))
+    with open_session(recipe, stage="grpo", shown=()) as session, session.loaded.verifiers() as pool:
+        phase = GrpoStage(session, recipe, pool).rollouts
+        prompts = session.next_prompts()
+        session.step = 2  # resumed here, between two gates
+        for number, due in ((2, True), (step, expected)):
+            session.step = number
+            session.recorder.values.pop("gate/log_prob_abs_diff", None)
+            phase.verify_weights(prompts)
+            assert ("gate/log_prob_abs_diff" in session.recorder.values) == due
+            if moved:
+                phase.calibrator.configured += 0.5
+
+
+def test_the_prompts_of_the_next_step_are_read_while_this_one_generates(session: Session, phase: RolloutPhase) -> None:
+    phase.generate_and_score()
+    position = session.stream.state_dict()
+    assert session.stream.samples_read == position["tally"]["read"] == PROMPTS
+    ahead = session.stream._ahead
+    assert ahead is not None
+    read = ahead.prompts.result()
+    assert session.next_prompts() == [prompt for prompt in read if session.trains(prompt)]
+    session.step = session.recipe.train.steps - 1
+    phase.generate_and_score()
+    assert session.stream._ahead is None, "there is no step after the last"
+
+
 def test_groups_that_teach_something_are_counted(session: Session, phase: RolloutPhase) -> None:
     prompts, scored = phase.generate_and_score()
     images = {prompt.key for prompt in prompts if prompt.modality == "image"}
