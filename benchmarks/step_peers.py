@@ -193,7 +193,9 @@ class Loop:
         return embeddings.masked_scatter(places, self.model.model.multi_modal_projector(features))
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Any], features: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    def generate(
+        self, prompts: Sequence[Any], features: Sequence[torch.Tensor], *, responses: int = RESPONSES
+    ) -> list[list[torch.Tensor]]:
         """Return the responses to each prompt, all of them in one batch padded on the left."""
         embedded = [self.embed(ids, part)[0] for ids, part in zip(prompts, features, strict=True)]
         longest = max(map(len, embedded))
@@ -201,8 +203,8 @@ class Loop:
         mask = torch.stack([(torch.arange(longest) >= longest - len(part)).long() for part in embedded])
         self.model.eval()
         drawn = self.model.generate(
-            inputs_embeds=padded.repeat_interleave(RESPONSES, 0),
-            attention_mask=mask.repeat_interleave(RESPONSES, 0),
+            inputs_embeds=padded.repeat_interleave(responses, 0),
+            attention_mask=mask.repeat_interleave(responses, 0),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -212,7 +214,7 @@ class Loop:
         )
         self.model.train()
         rows = [row[: self._length(row)] for row in drawn]
-        return [rows[first : first + RESPONSES] for first in range(0, len(rows), RESPONSES)]
+        return [rows[first : first + responses] for first in range(0, len(rows), responses)]
 
     def _length(self, row: torch.Tensor) -> int:
         ended = torch.isin(row, torch.tensor(self.ends)).nonzero()

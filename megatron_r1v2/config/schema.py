@@ -296,11 +296,11 @@ class AlgorithmConfig(Section):
     """DAPO's dynamic sampling: while fewer than train.prompts_per_step groups are effective, as many further prompts
     are generated from, up to this many rounds in all or as the data has; only effective groups are trained on. 1:
     off."""
-    max_log_prob_difference: Annotated[float, OnResume.free] = Field(0.5, gt=0)
-    """The run stops when the mean |engine - training| log-prob exceeds this: of a step, or of the gate before it."""
     gate_every: Annotated[int, OnResume.free] = Field(10, ge=1)
     """The gate compares engine and training forward on a few tokens before a generation phase: at the start of a run,
     also of a resumed one, when the calibrator has moved the reward, and every so many steps."""
+    max_log_prob_difference: Annotated[float, OnResume.free] = Field(0.5, gt=0)
+    """The run stops when the mean |engine - training| log-prob exceeds this: of a step, or of the gate before it."""
 
 
 class PreferenceConfig(Section):
