@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(folder: Path, tokenizer: ChatTokenizer, **changes: object) -> PromptStream:
     config = DataConfig(**changes)
     builder = PromptBuilder(settings=config, tokenizer=tokenizer, tile_size=32, tokens_per_tile=4)
-    return PromptStream(folder, builder, settings=config, seed=3)
+    return PromptStream(folder, builder.build, settings=config, seed=3)
 
 
 def keys(source: PromptStream | ReadAhead, count: int) -> list[str]:
