@@ -161,8 +161,8 @@ def _check_saved(leaf: object, saved: _Saved, folder: str) -> None:
 
 def _given_back(leaf: object, objects: Mapping[str, object]) -> object:
     if isinstance(leaf, ShardedTensor):
-        local = leaf.data if leaf.data is not None else torch.empty(leaf.local_shape, dtype=leaf.dtype)
-        return torch.empty_like(local)
+        # As megatron-core, which reads into the tensors that it is given.
+        return leaf.data if leaf.data is not None else torch.empty(leaf.local_shape, dtype=leaf.dtype)
     return objects.get(leaf.unique_key) if isinstance(leaf, ShardedObject) else leaf
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
 from megatron_r1v2.config.load import recipe_yaml
-from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, TrainingRecipe
+from megatron_r1v2.config.recipes import GrpoRecipe, MpoRecipe, PairsRecipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.workload import Workload
@@ -117,6 +117,9 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
     if isinstance(recipe, GrpoRecipe | PairsRecipe):
         # A served reward model answers from elsewhere, and takes no memory here; one in process needs its checkpoint.
         changes["reward"] = recipe.reward.changed(model_weight=0.0)
+    if isinstance(recipe, MpoRecipe):
+        # Log-probs of fakes must not lie where a run looks for true ones.
+        changes["preference"] = recipe.preference.changed(reference_dir="")
     if isinstance(recipe, PairsRecipe) and recipe.pairs.dropout_ntp_fraction:
         changes["pairs"] = recipe.pairs.changed(dropout_ntp_fraction=1.0)
     if isinstance(recipe, GrpoRecipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import asdict
 
@@ -20,6 +21,7 @@ NOT_PROVEN = (
     "Not proven by a rehearsal: kernels and their workspace, numbers, speed, CUDA graphs, TransformerEngine and FP8, "
     "gaps of the allocator, NCCL's buffers."
 )
+_WIDTH = 110
 _SHORT = {
     "parameters": "params",
     "gradients": "grads",
@@ -33,7 +35,8 @@ _SHORT = {
 
 def print_rehearsal(found: Rehearsal, console: Console | None = None) -> None:
     """Print a rehearsal to a console; None: standard output."""
-    console = console or Console()
+    # Into a file or a job's log, tables as wide as they are.
+    console = console or Console(width=None if sys.stdout.isatty() else _WIDTH)
     plan = found.plan
     layout = plan.layout
     console.print(
@@ -54,8 +57,11 @@ def print_rehearsal(found: Rehearsal, console: Console | None = None) -> None:
     for mismatch in found.mismatches:
         console.print(f"would hang: {mismatch}", style="red", highlight=False, soft_wrap=True, markup=False)
     console.print("Questions that a fake cannot answer, and the rule that did (how often):", highlight=False)
+    lines = _lines_of_rules(found)
     for rule, count in _rules(found).most_common():
-        console.print(f"- {rule} ({count})", highlight=False, markup=False, soft_wrap=True)
+        (line, most), *others = lines[rule].most_common()
+        more = f", and {len(others)} other places" if others else ""
+        console.print(f"- {rule} ({count}): {line} ({most}){more}", highlight=False, markup=False, soft_wrap=True)
     console.print("Settings that the rehearsal changes:", highlight=False)
     for change in found.changes:
         console.print(f"- {change}", highlight=False, markup=False, soft_wrap=True)
@@ -85,7 +91,7 @@ def _memory_table(found: Rehearsal, rank: RankResult) -> Table:
     has_fp8 = found.plan.work.fp8 is not Fp8.none
     title = f"{rank.place}: GiB at the fullest moment of each phase"
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("phase")
+    table.add_column("phase", no_wrap=True)
     kinds = [_SHORT[category] for category in CATEGORIES]
     for name in (*kinds, *["FP8"] * has_fp8, "total", "plan", "TFLOP", "plan"):
         table.add_column(name, justify="right")
@@ -139,6 +145,15 @@ def _rules(found: Rehearsal) -> Counter[str]:
         for rule, _, count in rank.questions:
             rules[rule] += count
     return rules
+
+
+def _lines_of_rules(found: Rehearsal) -> dict[str, Counter[str]]:
+    """Return how often each line of code asked what a rule answered."""
+    lines: dict[str, Counter[str]] = {}
+    for rank in found.ranks:
+        for rule, line, count in rank.questions:
+            lines.setdefault(rule, Counter())[line.partition(" < ")[0]] += count
+    return lines
 
 
 def _verdict(found: Rehearsal) -> str:

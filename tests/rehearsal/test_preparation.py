@@ -65,3 +65,9 @@ def test_all_image_prompts_of_pairs_are_continued_where_some_are():
     assert rehearsed_recipe(recipe, step, Path("folder"), Path("model")).pairs.dropout_ntp_fraction == 1
     never = recipe.changed(pairs=recipe.pairs.changed(dropout_ntp_fraction=0.0))
     assert rehearsed_recipe(never, step, Path("folder"), Path("model")).pairs.dropout_ntp_fraction == 0
+
+
+def test_log_probs_of_fakes_stay_out_of_the_folder_that_runs_share():
+    recipe, step = step_of("mpo.yaml", Layout(8, 1, 1, 0, True))
+    shared = recipe.changed(preference=recipe.preference.changed(reference_dir="shared"))
+    assert rehearsed_recipe(shared, step, Path("folder"), Path("model")).preference.reference_dir == ""

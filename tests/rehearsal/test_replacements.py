@@ -41,6 +41,9 @@ def test_what_has_moved_is_an_error():
         "megatron.core.dist_checkpointing.state_dict_utils.load_preprocess",
         "megatron.core.utils.GlobalMemoryBuffer.get_tensor",
         "megatron.core.transformer.attention.flash_attn_with_kvcache",
+        "megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext.update_requests",
+        "megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext.num_decode_requests",
+        "megatron.core.inference.contexts.dynamic_block_allocator.BlockAllocator.get_active_used",
     ],
 )
 def test_private_names_are_where_they_were(name):

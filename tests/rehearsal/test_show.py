@@ -36,7 +36,11 @@ def rank(peak=20.0, **changes):
         phases=phases,
         flops={"update": 3 * 10**12},
         collectives=[Collective("allreduce_", (0, 1), "float32", 8, 32)],
-        questions=[("an unknown number: 1", "somewhere", 4)],
+        questions=[
+            ("an unknown number: 1", "models/mlp.py:9 forward < models/r1v2.py:3 forward", 4),
+            ("an unknown number: 1", "models/mlp.py:9 forward < models/r1v2.py:5 forward", 2),
+            ("an unknown number: 1", "models/norms.py:2 forward", 1),
+        ],
     )
     return replace(result, **changes)
 
@@ -55,7 +59,7 @@ def test_it_prints_peaks_beside_the_plan_with_lines_rules_and_limits(plan):
     assert row.split()[-5:] == ["1.00", "20.00", f"{planned:.2f}", "3.0", f"{of_plan:.1f}"]
     assert "fullest in update: models/mlp.py:7 forward" in text
     assert "allreduce_" in text
-    assert "- an unknown number: 1 (4)" in text
+    assert "- an unknown number: 1 (7): models/mlp.py:9 forward (6), and 1 other places" in text
     assert "It runs and fits" in text
     assert " ".join(text.split()).endswith(NOT_PROVEN)
 
@@ -85,7 +89,7 @@ def test_json_has_the_same_in_bytes(plan):
     assert update["planned"]["phase"] == "update"
     assert told["phases"][0]["planned"] is None
     assert told["collectives"] == [{"kind": "allreduce_", "ranks": 2, "dtype": "float32", "calls": 1, "bytes": 32}]
-    assert values["rules"] == {"an unknown number: 1": 4}
+    assert values["rules"] == {"an unknown number: 1": 7}
 
 
 def test_fp8_is_the_planners_in_every_total_and_marked(plan):
