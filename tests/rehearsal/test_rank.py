@@ -38,7 +38,9 @@ def peaks(result):
     return {f"{number} {phase.name}": phase.peak for number, phase in enumerate(result.phases)}
 
 
-STEP = ("gate", "generate", "reward", "exchange", "log_probs", "update")
+STEP = ("data", "gate", "generate", "reward", "exchange", "log_probs", "update")
+GIVEN = ("data", "update")
+"""The phases of a step on given responses."""
 END = ("evaluate", "save", "load checkpoint")
 REWARD_MODEL = "../digits/reward_model.yaml"
 FEW = (
@@ -55,9 +57,9 @@ STEP_OF_FEW = Step(long=2, short=0, mixed_groups=2, prompts_of_replica=4, long_o
     ("recipe", "phases"),
     [
         ("grpo.yaml", ("start", "load", "set-up", *STEP, *STEP, *END)),
-        ("mpo.yaml", ("start", "load", "set-up", "reference", "update", "update", *END)),
+        ("mpo.yaml", ("start", "load", "set-up", "reference", *GIVEN, *GIVEN, *END)),
         ("pairs.yaml", ("start", "load", "generate", "continue", "generate", "continue")),
-        (REWARD_MODEL, ("start", "load", "set-up", "update", "update", "save", "load checkpoint")),
+        (REWARD_MODEL, ("start", "load", "set-up", *GIVEN, *GIVEN, "save", "load checkpoint")),
     ],
 )
 def test_peaks_are_those_of_a_real_run(tmp_path, hidden, recipe, phases):
@@ -110,14 +112,14 @@ def test_the_cluster_branches_of_every_corner_run_and_fit_together(model, tmp_pa
 @pytest.mark.parametrize(
     ("recipe", "phases", "overrides"),
     [
-        ("align.yaml", ["update", "update", "evaluate", "save", "load checkpoint"], ()),
+        ("align.yaml", [*GIVEN, *GIVEN, *END], ()),
         ("pairs.yaml", ["generate", "continue", "generate", "continue"], ()),
         (
             REWARD_MODEL,
-            ["update", "update", "validate", "save", "load checkpoint"],
+            [*GIVEN, *GIVEN, "validate", "save", "load checkpoint"],
             ("data.validation=held-out", "evaluation.every_steps=1"),
         ),
-        ("mpo.yaml", ["reference", "update", "update", "evaluate", "save", "load checkpoint"], ()),
+        ("mpo.yaml", ["reference", *GIVEN, *GIVEN, *END], ()),
     ],
 )
 def test_every_stage_runs(model, tmp_path, recipe, phases, overrides):
