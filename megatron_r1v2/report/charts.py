@@ -25,6 +25,9 @@ MIN_SMOOTHED = 30
 """Points of a curve that may be averaged."""
 COLORS = ("#2563ab", "#d1603d", "#2f8f6b", "#8a5aa8", "#b8892b", "#5b6b7b", "#c2487a", "#3aa0b5")
 
+_OTHER_COLOR = "#aab4be"
+_LEAST_SHARE = 0.01
+"""Of all phases: a smaller one is a line of no height."""
 LINE_STYLES = ("-", "--", ":")
 """Of runs beyond the colours."""
 
@@ -188,18 +191,19 @@ def _draw_line(axes: Axes, curve: Curve, number: int) -> int:
 
 
 def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
-    """Stack the phases; what the whole step took beyond them is shown as "other"."""
+    """Stack the phases; what the whole step took beyond them, and the smallest of them, is shown as "other"."""
     phases = {label: dict(zip(steps, values, strict=True)) for label, steps, values in curves}
     whole = phases.pop("step", {})
     steps = sorted({step for values in phases.values() for step in values} | set(whole))
     heights = {label: [max(0.0, values.get(step, 0.0)) for step in steps] for label, values in phases.items()}
     if whole:
+        heights = _largest(heights)
         sums = [sum(column) for column in zip(*heights.values(), strict=True)] if heights else [0.0] * len(steps)
         heights["other"] = [max(0.0, whole.get(step, 0.0) - total) for step, total in zip(steps, sums, strict=True)]
     # All alike, and a phase of some steps only with its zeros: otherwise the means would not add up to the step.
     heights = {label: _thin(steps, values)[1] for label, values in heights.items()}
     steps, _ = _thin(steps, steps)
-    colors = [COLORS[i % len(COLORS)] for i in range(len(heights))]
+    colors = [_OTHER_COLOR if label == "other" else COLORS[i % len(COLORS)] for i, label in enumerate(heights)]
     if len(steps) == 1:
         bottom = 0.0
         for (label, values), color in zip(heights.items(), colors, strict=True):
@@ -210,6 +214,14 @@ def _draw_stack(axes: Axes, curves: list[Curve]) -> None:
         # Bars without gaps: a slope would say that a phase of every tenth step grows before it.
         axes.stackplot(steps, *heights.values(), labels=labels, colors=colors, alpha=0.85, linewidth=0, step="mid")
         _fit_to_later_steps(axes, steps, [sum(column) for column in zip(*heights.values(), strict=True)])
+
+
+def _largest(heights: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return the phases that can be seen, at most one for each colour, in their order."""
+    sums = {label: sum(values) for label, values in heights.items()}
+    seen = [label for label in sums if sums[label] > _LEAST_SHARE * sum(sums.values())]
+    kept = sorted(seen, key=lambda label: -sums[label])[: len(COLORS)]
+    return {label: values for label, values in heights.items() if label in kept}
 
 
 def _fit_to_later_steps(axes: Axes, steps: Sequence[float], totals: Sequence[float]) -> None:

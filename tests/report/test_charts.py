@@ -163,6 +163,21 @@ def test_phases_of_a_long_run_add_up_too(monkeypatch):
     assert sums == pytest.approx([5.0] * MAX_POINTS)
 
 
+def test_small_phases_are_part_of_the_rest_and_no_two_share_a_colour(monkeypatch):
+    drawn = {}
+
+    def stackplot(self, steps, *heights, labels, colors, **options):
+        drawn.update(heights=dict(zip(labels, heights, strict=True)), colors=colors)
+
+    monkeypatch.setattr(Axes, "stackplot", stackplot)
+    phases = {f"timing_s__{name}": [1.0 + place, 1.0] for place, name in enumerate("abcdefghij")}
+    run = make_run(**phases, timing_s__tiny=[0.01, 0.0], timing_s__step=[100.0, 50.0])
+    draw(chart_of("Seconds", "timing_s/*", stacked=True), run)
+    assert list(drawn["heights"]) == [*"cdefghij", "other"]
+    assert len(set(drawn["colors"])) == len(COLORS) + 1
+    assert [sum(column) for column in zip(*drawn["heights"].values(), strict=True)] == [100.0, 50.0]
+
+
 def test_a_first_step_that_sets_up_does_not_hide_the_others(monkeypatch):
     run = make_run(timing_s__reference=[58.0], timing_s__update=[0.5] * 5, timing_s__step=[60.0, 1.0, 1.0, 2.0, 1.0])
     chart = chart_of("Seconds", "timing_s/*", stacked=True)

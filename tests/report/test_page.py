@@ -272,6 +272,12 @@ def test_the_date_of_an_evaluation_stands_above_its_figures(tmp_path):
     assert "T10:00" not in page.text
 
 
+def test_a_mixture_is_told_with_its_weights(tmp_path):
+    mixture = [{"path": "data/one", "weight": 2}, {"path": "data/other", "weight": 0.5}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"data": {"train": mixture}}), encoding="utf-8")
+    assert "data data/one x 2, data/other x 0.5" in " ".join(read_page(tmp_path).text.split())
+
+
 def test_a_long_run_with_photographs_stays_small(tmp_path):
     noise = Image.effect_noise((1400, 900), 90).convert("RGB")
     buffer = io.BytesIO()
