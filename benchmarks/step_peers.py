@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -123,16 +124,19 @@ def run_trl(work: Path, case: Case, *, warmup: int, steps: int) -> Turn:
                 return super().compute_loss(*args, **kwargs)
 
     class EndOfStep(transformers.TrainerCallback):
+        whole: AbstractContextManager[None] | None = None
+
         def on_step_begin(self, *args: object, **kwargs: object) -> None:
-            if not clock.steps and "started" not in clock.now:
+            if self.whole is None:
                 self.start()
 
         def start(self) -> None:
+            # A step also fetches its prompts, which is done before the trainer says that it begins.
             self.whole = clock.timed("step")
             self.whole.__enter__()
-            clock.now["started"] = 0.0
 
         def on_step_end(self, *args: object, **kwargs: object) -> None:
+            assert self.whole is not None
             self.whole.__exit__(None, None, None)
             clock.end_step()
             self.start()
