@@ -5,6 +5,7 @@ python -m benchmarks.step_ours WORK CASE WARMUP STEPS OUTPUT
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import open_session
 
-DEMO_RECIPE = Path(__file__).parents[1] / "examples" / "digits" / "grpo.yaml"
+ROOT = Path(__file__).parents[1]
+DEMO_RECIPE = ROOT / "examples" / "digits" / "grpo.yaml"
 
 
 class ClockedRecorder:
@@ -108,7 +110,8 @@ def run_turn(work: Path, case: Case, *, warmup: int, steps: int) -> Turn:
             clock.tokens = int(generated)
             clock.end_step()
     shutil.rmtree(output)
-    return Turn("ours", case.name, {**settings}, clock.steps[warmup:])
+    shown = json.dumps(settings).replace(str(work), "WORK").replace(str(ROOT), ".")
+    return Turn("ours", case.name, json.loads(shown), clock.steps[warmup:])
 
 
 if __name__ == "__main__":
