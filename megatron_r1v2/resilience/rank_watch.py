@@ -51,7 +51,7 @@ class RankWatch:
         self._ticks = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="rank-watch", daemon=True)
-        self._warned = False
+        self._warned = self._reported = False
 
     def __enter__(self) -> RankWatch:
         if dist.get_world_size() > 1:
@@ -61,8 +61,8 @@ class RankWatch:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         # At once, not as a note of the error: the launcher may end this process before its traceback is printed. Bad
         # settings and data (ValueError) are told alike on every rank.
-        if error is not None and not isinstance(error, ValueError) and dist.get_world_size() > 1:
-            self.print_report()
+        if error is not None:
+            self.report_error(error)
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2 * _SECONDS_BETWEEN_BEATS)
@@ -127,6 +127,13 @@ class RankWatch:
             return self._store.has([f"failed/{place}"]) and self._store.get(f"failed/{place}") == "all"
         except (RuntimeError, ValueError):
             return False  # the first rank, which has the store, is gone
+
+    def report_error(self, error: BaseException) -> None:
+        """Print the report at the first error that may be this rank's alone."""
+        if isinstance(error, ValueError) or self._reported or dist.get_world_size() == 1:
+            return
+        self._reported = True
+        self.print_report()
 
     def print_report(self) -> None:
         """Print the report, or that it takes too long: nothing may hold up a process that must end."""

@@ -190,6 +190,9 @@ class Session:
         try:
             yield
         except Exception as error:  # of any kind: it is raised again
+            # Before anything is waited for: this process may be ended meanwhile.
+            if not isinstance(error, StepAbandoned):
+                self.preemption.watch.report_error(error)
             # Of one rank alone: the others wait in another collective for ever.
             together = self.preemption.watch.gather_failed(f"step-{step}")
             whole = self.step > step or self.policy.version == version

@@ -95,3 +95,19 @@ def test_a_report_that_does_not_come_holds_nothing_up(capsys, monkeypatch) -> No
     watch.print_report()
     groups.shut_down()
     assert "does not answer; rank 0 itself: step 3, update" in capsys.readouterr().err
+
+
+def report_twice() -> str:
+    """Rank 0 meets a ValueError, and then an error that it tells of twice."""
+    store = groups.initialize(ParallelConfig(), seed=1).store
+    printed = io.StringIO()
+    with redirect_stderr(printed):
+        watch = RankWatch(store, lambda: "update", limit_seconds=60)
+        for error in (ValueError("bad data, on every rank"), RuntimeError("a lost peer"), RuntimeError("and so on")):
+            watch.report_error(error)
+    return printed.getvalue()
+
+
+def test_an_error_is_reported_once_and_bad_input_not_at_all() -> None:
+    for printed in run_ranks(2, report_twice):
+        assert printed.count("where the ranks were:") == 1
