@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from megatron_r1v2.config.choices import TooLong
+from megatron_r1v2.config.choices import StageName, TooLong
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.images import image_size, tile_limit
 from megatron_r1v2.data.prompts import PromptBuilder, PromptTooLong
@@ -21,7 +21,43 @@ from megatron_r1v2.data.samples import THINK, THINK_END, SampleError, ShardSampl
 from megatron_r1v2.data.shards import check_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 
+GIVEN_FIELDS = {
+    StageName.align: ("response",),
+    StageName.mpo: ("chosen", "rejected"),
+    StageName.reward_model: ("chosen", "rejected"),
+}
+"""The fields with the responses of a row, for the stages that train on given ones."""
 _NAMED = 20
+
+
+@dataclass(frozen=True)
+class GivenResponses:
+    """The responses that a stage reads from the rows, and the positions that they share with their prompts."""
+
+    fields: tuple[str, ...]
+    end_token: str
+    max_positions: int
+    """Of the model: prompt and response together."""
+
+    def longest(self, sample: ShardSample, tokenizer: ChatTokenizer) -> int:
+        """Return the tokens of the longest response of a row, its end token counted; 0 where there is none.
+
+        Raises:
+            SampleError: a response contains a control token.
+        """
+        texts = [text for name in self.fields if (text := getattr(sample, name)) is not None]
+        encode = tokenizer.encode_response
+        return max((len(encode(text, self.end_token, key=sample.key)) for text in texts), default=0)
+
+    def mistake(self, key: str, prompt: int, response: int) -> str | None:
+        """Return an error for a row with more tokens than the model has positions, None for one that fits."""
+        if prompt + response <= self.max_positions:
+            return None
+        return (
+            f"sample {key!r}: prompt and response have {prompt} + {response} = {prompt + response} tokens, but the "
+            f"model has {self.max_positions} positions (max_position_embeddings); shorten the response, or take the "
+            "row out"
+        )
 
 
 @dataclass(frozen=True)
@@ -30,6 +66,8 @@ class DataSurvey:
 
     too_long: Mapping[str, str] = field(default_factory=dict)
     """Prompts that cannot be made to fit into `data.max_prompt_tokens`, with an error for each."""
+    past_positions: Mapping[str, str] = field(default_factory=dict)
+    """Rows whose prompt and given response have more tokens than the model has positions, with an error for each."""
     reduced: tuple[str, ...] = ()
     """Prompts that fit with fewer tiles."""
     second_think: tuple[str, ...] = ()
@@ -42,6 +80,7 @@ class DataSurvey:
     def __add__(self, other: DataSurvey) -> DataSurvey:
         return DataSurvey(
             {**self.too_long, **other.too_long},
+            {**self.past_positions, **other.past_positions},
             self.reduced + other.reduced,
             self.second_think + other.second_think,
             self.unclosed + other.unclosed,
@@ -51,8 +90,9 @@ class DataSurvey:
     def with_prefix(self, prefix: str) -> DataSurvey:
         """Return the same findings about keys with a prefix."""
         lists = (self.reduced, self.second_think, self.unclosed, self.unanswered)
-        too_long = {f"{prefix}{key}": error for key, error in self.too_long.items()}
-        return DataSurvey(too_long, *(tuple(f"{prefix}{key}" for key in keys) for keys in lists))
+        errors = (self.too_long, self.past_positions)
+        too_long, past = ({f"{prefix}{key}": error for key, error in each.items()} for each in errors)
+        return DataSurvey(too_long, past, *(tuple(f"{prefix}{key}" for key in keys) for keys in lists))
 
     def sentences(self, folder: str, settings: DataConfig, *, pairs: bool = False) -> list[str]:
         """Return what there is to say.
@@ -61,8 +101,8 @@ class DataSurvey:
             pairs: whether the stage trains on pairs.
 
         Raises:
-            ValueError: there are prompts that cannot be made to fit, and data.too_long does not skip them; or there are
-                unclosed pairs.
+            ValueError: there are prompts that cannot be made to fit, and data.too_long does not skip them; or rows
+                that are longer than the model has positions; or unclosed pairs.
         """
         if self.unclosed and pairs:
             raise ValueError(
@@ -73,6 +113,9 @@ class DataSurvey:
         if self.too_long and settings.too_long is not TooLong.skip:
             more = f". {len(self.too_long)} prompts of {folder} are too long: {_listed(self.too_long)}"
             raise ValueError(next(iter(self.too_long.values())) + more)
+        if self.past_positions:
+            more = f". {len(self.past_positions)} rows of {folder} are too long: {_listed(self.past_positions)}"
+            raise ValueError(next(iter(self.past_positions.values())) + more)
         kinds = {"left out": tuple(self.too_long), "cut into fewer tiles": self.reduced}
         twice = (
             f"responses of {len(self.second_think)} samples of {folder} begin with {THINK}, which the chat template "
@@ -87,17 +130,24 @@ class DataSurvey:
 
 
 def survey_data(
-    folder: str | Path, builder: PromptBuilder, settings: DataConfig, *, part: int = 0, parts: int = 1
+    folder: str | Path,
+    builder: PromptBuilder,
+    settings: DataConfig,
+    *,
+    given: GivenResponses | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> DataSurvey:
     """Look at the samples of a data set; a corrupt one is left to the reader.
 
     Args:
+        given: the responses that the stage trains on; None: it samples its own.
         part: of the shards: every `parts`-th from here.
 
     Raises:
         ValueError: the data set is incomplete, or a shard cannot be read.
     """
-    too_long, reduced, twice, unclosed, unanswered = {}, [], [], [], []
+    too_long, past, reduced, twice, unclosed, unanswered = {}, {}, [], [], [], []
     tokenizer = builder.tokenizer
     for name in sorted(check_shards(folder))[part::parts]:
         for sample, sizes in sample_heads(Path(folder) / name):
@@ -110,6 +160,7 @@ def survey_data(
                 unanswered.append(sample.key)
             try:
                 length = builder.measure(sample.key, sample.messages, sizes)
+                response = given.longest(sample, tokenizer) if given else 0
             except PromptTooLong as error:
                 too_long[sample.key] = str(error)
             except SampleError:
@@ -117,7 +168,9 @@ def survey_data(
             else:
                 if length.max_tiles < tile_limit(settings.max_tiles, max(1, len(sizes))):
                     reduced.append(sample.key)
-    return DataSurvey(too_long, tuple(reduced), tuple(twice), tuple(unclosed), tuple(unanswered))
+                if given and (mistake := given.mistake(sample.key, length.tokens, response)):
+                    past[sample.key] = mistake
+    return DataSurvey(too_long, past, tuple(reduced), tuple(twice), tuple(unclosed), tuple(unanswered))
 
 
 def never_closes_think(response: str, tokenizer: ChatTokenizer) -> bool:

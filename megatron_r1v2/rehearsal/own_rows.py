@@ -14,15 +14,8 @@ from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder, PromptTooLong
 from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
 from megatron_r1v2.data.shards import check_shards, write_shards
-from megatron_r1v2.data.survey import sample_heads
+from megatron_r1v2.data.survey import GIVEN_FIELDS, GivenResponses, sample_heads
 from megatron_r1v2.rehearsal.rows import ANSWER, LONG, MARGIN
-
-_GIVEN = {
-    StageName.align: ("response",),
-    StageName.mpo: ("chosen", "rejected"),
-    StageName.reward_model: ("chosen", "rejected"),
-}
-"""The fields with the responses of a row, where they are in the data."""
 
 
 @dataclass(frozen=True, order=True)
@@ -123,10 +116,9 @@ class OwnRows:
     def _measure(self, shard: str, sample: ShardSample, sizes: list[tuple[int, int]], *, given: bool) -> RowLength:
         prompt = self.builder.measure(sample.key, sample.messages, sizes).tokens
         response = self.max_response_tokens
-        if given and self.stage in _GIVEN:
-            texts = [text for name in _GIVEN[self.stage] if (text := getattr(sample, name)) is not None]
-            encode = self.builder.tokenizer.encode_response
-            response = max((len(encode(text, self.end_token, key=sample.key)) for text in texts), default=0)
+        if given and self.stage in GIVEN_FIELDS:
+            in_rows = GivenResponses(GIVEN_FIELDS[self.stage], self.end_token, self.max_positions)
+            response = in_rows.longest(sample, self.builder.tokenizer)
         return RowLength(prompt + response, prompt, shard, sample.key)
 
     def write(self, lengths: DataLengths, folder: Path, *, rows: int, steps: int = 1) -> None:

@@ -21,7 +21,7 @@ from megatron_r1v2.config.schema import EvaluationConfig, RewardConfig, TrainCon
 from megatron_r1v2.data.mixture import MixtureStream, open_train, read_train, source_names
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.stream import PromptStream, read_shards
-from megatron_r1v2.data.survey import DataSurvey, survey_data
+from megatron_r1v2.data.survey import GIVEN_FIELDS, DataSurvey, GivenResponses, survey_data
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.evaluation.evaluator import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
@@ -143,6 +143,15 @@ class LoadedModel:
         fraction = self.recipe.data.max_corrupt_fraction
         return read_shards(folder, self.prompt_builder.build, max_corrupt_fraction=fraction, count=count)
 
+    @property
+    def given_responses(self) -> GivenResponses | None:
+        """Return the responses that the stage reads from its rows, None where it samples its own."""
+        stage = self.recipe.stage
+        if stage not in GIVEN_FIELDS:
+            return None
+        end_token = self.tokenizer.turn_end(self.recipe.generation.stop_tokens)
+        return GivenResponses(GIVEN_FIELDS[stage], end_token, self.architecture.language.max_positions)
+
     def print_survey(self, folder: str) -> None:
         """Collective over the world: survey a data set where there is no recorder; the first rank prints.
 
@@ -156,7 +165,8 @@ class LoadedModel:
     def survey_data(self, folder: str) -> DataSurvey:
         """Collective over the world: look at a data set before its first use, each rank at a part of the shards."""
         part, parts = dist.get_rank(), dist.get_world_size()
-        mine = survey_data(folder, self.prompt_builder, self.recipe.data, part=part, parts=parts)
+        given = self.given_responses
+        mine = survey_data(folder, self.prompt_builder, self.recipe.data, given=given, part=part, parts=parts)
         return sum(objects.all_gather(mine), DataSurvey())
 
     def survey_train(self) -> DataSurvey:

@@ -30,6 +30,7 @@ def run_reward_model(recipe: RewardModelRecipe) -> Path:
         held_out = (
             list(session.loaded.read_prompts(recipe.data.validation, recipe.evaluation.prompts)) if validates else []
         )
+        check_positions(session, held_out)
 
         def step() -> None:
             preference_step(session, centring_weight=recipe.reward_model.centring_weight)
@@ -74,6 +75,21 @@ def validate(session: Session, prompts: Sequence[Prompt]) -> None:
     total = add_pairs(objects.all_gather(mine, session.context.groups.dp))
     means = mean_metrics(total)
     session.recorder.note({f"validation/{name.removeprefix('reward_model/')}": value for name, value in means.items()})
+
+
+def check_positions(session: Session, prompts: Sequence[Prompt]) -> None:
+    """Refuse a validation pair with more tokens than the model has positions, before the first step.
+
+    Raises:
+        ValueError: there is one; or a prompt has no pair.
+    """
+    source = PairSource("reward_model", f"data.validation={session.recipe.data.validation!r}")
+    samples, units = pair_samples(prompts, source, session.response_encoder)
+    given = session.loaded.given_responses
+    for key, names in units.items():
+        for sample in (samples[name] for name in names):
+            if given and (mistake := given.mistake(key, sample.prompt_length, sample.response_length)):
+                raise ValueError(f"{source.setting}: {mistake}")
 
 
 def pair_batches(session: Session, prompts: Sequence[Prompt], *, setting: str) -> list[TrainingBatch]:

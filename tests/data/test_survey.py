@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.schema import DataConfig
 from megatron_r1v2.data.prompts import PromptBuilder
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
-from megatron_r1v2.data.survey import DataSurvey, survey_data
+from megatron_r1v2.data.survey import GIVEN_FIELDS, DataSurvey, GivenResponses, survey_data
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from tests.tiny import tiny_png, tiny_sample, tiny_tokenizer
 
 LONG = ({"role": "user", "content": "<image>\n" + "left + right? " * 40},)
 LIMIT = 120
+END = "<|im_end|>"
 
 
 def samples() -> list[ShardSample]:
@@ -121,3 +124,48 @@ def test_think_tags_that_are_given_twice_or_never_closed(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"2 pairs of D have a response that never closes.*digits-0003, digits-0004"):
         found.sentences("D", settings, pairs=True)
     assert DataSurvey().sentences("D", settings, pairs=True) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [(StageName.align, ["digits-0001"]), (StageName.mpo, ["digits-0002", "digits-0003"])],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_with_more_tokens_than_positions_are_refused(
+    tmp_path: Path, stage: StageName, keys: list[str], parts: int
+) -> None:
+    short, long = "left 3</think>8", "left 3 right 4 " * 20 + "</think>8"
+    texts = {
+        0: {"response": short, "chosen": short, "rejected": short},
+        1: {"response": long, "chosen": short, "rejected": short},
+        2: {"response": short, "chosen": long, "rejected": short},
+        3: {"response": short, "chosen": short, "rejected": long},
+    }
+    folder = tmp_path / "rows"
+    write_shards([tiny_sample(number, **changes) for number, changes in texts.items()], folder, 2)
+    made, config = builder(tmp_path)
+    tokenizer = made.tokenizer
+    prompts = {prompt.key: prompt for prompt in read_shards(folder, made.build)}
+    longest = {
+        key: len(prompt.token_ids) + len(tokenizer.encode_response(long, END)) for key, prompt in prompts.items()
+    }
+
+    def survey(positions: int) -> DataSurvey:
+        given = GivenResponses(GIVEN_FIELDS[stage], END, positions)
+        found = (survey_data(folder, made, config, given=given, part=n, parts=parts) for n in range(parts))
+        return sum(found, DataSurvey())
+
+    most = max(longest[key] for key in keys)
+    assert survey(most).past_positions == {}, "as many as there are is not too many"
+    found = survey(min(longest[key] for key in keys) - 1)
+    assert sorted(found.past_positions) == keys
+    response = longest[keys[0]] - len(prompts[keys[0]].token_ids)
+    told = (
+        f"sample '{keys[0]}': prompt and response have {len(prompts[keys[0]].token_ids)} + {response} = "
+        f"{longest[keys[0]]} tokens, but the model has {min(longest[key] for key in keys) - 1} positions"
+    )
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        found.sentences("D", DataConfig(too_long="skip"))
+    assert f"{len(keys)} rows of D are too long: {', '.join(keys)}" in str(error.value)
+    assert found.with_prefix("a:").past_positions.keys() == {f"a:{key}" for key in keys}
+    assert survey_data(folder, made, config).past_positions == {}, "a stage that samples its own responses"

@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from checkpoint_tools import megatron_to_hf
 from megatron_r1v2.__main__ import main
 from megatron_r1v2.checkpoint.megatron.run_folder import resolve_checkpoint
 from megatron_r1v2.config.command_line import tell_bad_input
-from megatron_r1v2.data.samples import ShardSample
+from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import read_shards
 from tests.stages.runs import read_metrics, recipe_for, run_stage
 from tests.stages.tiny_run import write_data, write_model
 from tests.tiny_hf import tiny_hf_model, tiny_text_config
@@ -34,7 +36,7 @@ def run_entry(root: Path, tmp_path: Path, capsys) -> Entry:
     def run(*overrides: str, stage: str = "grpo") -> str:
         recipe_for(root, tmp_path / "run", SHORT, stage=stage)
         with pytest.raises(SystemExit) as ended:
-            main([stage, str(tmp_path / "run.yaml"), *SHORT, *overrides])
+            main([stage.replace("_", "-"), str(tmp_path / "run.yaml"), *SHORT, *overrides])
         told = capsys.readouterr().err
         assert ended.value.code == 2, told
         assert "Traceback" not in told
@@ -256,3 +258,41 @@ def test_a_librarys_error_keeps_its_traceback() -> None:
     with pytest.raises(SystemExit) as ended, tell_bad_input():
         resolve_checkpoint("nowhere")
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(("stage", "field"), [("align", "response"), ("mpo", "rejected"), ("reward_model", "chosen")])
+def test_a_row_with_more_tokens_than_the_model_has_positions_ends_the_start(
+    run_entry: Entry, model: Path, tmp_path: Path, stage: str, field: str
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 300
+    (model / "config.json").write_text(json.dumps(config))
+    write_data(tmp_path / "data")
+    long = "left 3, " * 300 + "</think>\\boxed{1}"
+    samples = [
+        replace(sample, **{field: long}) if number == 3 else sample
+        for number, sample in enumerate(read_shards(tmp_path / "data", parse_sample))
+    ]
+    write_shards(samples, tmp_path / "long")
+    message = run_entry(f"model.hf_path={model}", f"data.train={tmp_path / 'long'}", stage=stage)
+    assert "sample 'sample-003': prompt and response have " in message
+    assert "but the model has 300 positions (max_position_embeddings); shorten the response" in message
+
+
+def test_a_long_validation_pair_ends_the_start_of_a_reward_model(run_entry: Entry, model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 300
+    (model / "config.json").write_text(json.dumps(config))
+    write_data(tmp_path / "data")
+    samples = list(read_shards(tmp_path / "data", parse_sample))
+    write_shards(samples, tmp_path / "short")
+    write_shards([replace(sample, rejected="left 3, " * 300) for sample in samples], tmp_path / "long")
+    message = run_entry(
+        f"model.hf_path={model}",
+        f"data.train={tmp_path / 'short'}",
+        f"data.validation={tmp_path / 'long'}",
+        "evaluation.every_steps=1",
+        stage="reward_model",
+    )
+    assert "data.validation='" in message
+    assert "but the model has 300 positions" in message
