@@ -16,8 +16,8 @@ from megatron_r1v2.checkpoint.hf.mapping import LAYOUTS
 
 INTERRUPTED = """An output is written beside its final place and renamed when it is complete and on disk. If a run is
 interrupted, the same command goes on where it stopped; a damaged or unsuitable source leaves nothing behind."""
-_MAPPED = """Sources are read in place (mapped): leave them as they are until the command ends. A file that is truncated
-meanwhile ends it with "Bus error" and the line of code; nothing that looks finished is left."""
+_SOURCES = """Leave the sources as they are until the command ends. A file that is truncated meanwhile ends it with an
+error, or with "Bus error" and the line of code where it was mapped into memory; nothing that looks finished is left."""
 _UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 
 
@@ -26,7 +26,7 @@ def tool_parser(name: str, description: str, epilog: str) -> argparse.ArgumentPa
     return argparse.ArgumentParser(
         prog=f"python -m checkpoint_tools.{name}",
         description=description,
-        epilog=f"{epilog}\n{_MAPPED}",
+        epilog=f"{epilog}\n{_SOURCES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
