@@ -6,6 +6,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1v2.config.schema import GenerationConfig
+from megatron_r1v2.generation.blocks import SharedBlockAllocator
 from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -82,13 +83,15 @@ def make_context(
         # megatron-core divides by the block size again; half a block more keeps rounding from losing one.
         buffer_size_gb=(blocks + 0.5) * block_bytes / _GIB,
         max_requests=max_requests,
-        max_tokens=max(max_tokens, max_requests),
+        # A prompt in chunks has a token in the step already when the next chunk is scheduled: 1 would never do.
+        max_tokens=max(max_tokens, max_requests, 2),
         block_size_tokens=block_tokens,
         pg_collection=parallel.groups,
         # One graph for each padded number of requests.
         num_cuda_graphs=max_requests // kind.round_up_tokens(1, parallel.tensor_size) if settings.cuda_graphs else None,
         use_cuda_graphs_for_non_decode_steps=False,
     )
+    context.block_allocator = SharedBlockAllocator(context)
     # Fresh memory may hold NaN. A masked position spreads it in torch (see paged_attention), and flash-attn does not
     # promise that it would not.
     context.memory_buffer.zero_()

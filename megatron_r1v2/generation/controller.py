@@ -32,6 +32,11 @@ class PromptImages:
     embeddings_FH: torch.Tensor
     """[F, H]: the adapter's output, in the same order."""
 
+    @property
+    def end(self) -> int:
+        """Return the position behind the last image token."""
+        return int(self.positions_F[-1]) + 1
+
 
 class ImageInferenceWrapper(GPTInferenceWrapper):
     """The language model behind megatron-core's engine, with image embeddings in place of image tokens.
@@ -108,7 +113,7 @@ class ImageInferenceWrapper(GPTInferenceWrapper):
             strict=True,
         ):
             images = self.images.get(request)
-            if images is not None and count > 1:
+            if images is not None and start < images.end:
                 bounds = torch.tensor([start, start + count])
                 low, high = torch.searchsorted(images.positions_F, bounds).tolist()
                 indices.append(images.positions_F[low:high] + (first_row - start))

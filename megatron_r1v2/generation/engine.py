@@ -99,6 +99,8 @@ class RolloutEngine:
         self.seed = seed
         self.num_evictions = 0
         """The evictions of the last phase; many mean that `generation.kv_cache_gib` is too small."""
+        self.prefill_tokens = (0, 0)
+        """The tokens that the last phase prefilled, and what each response with its own prompt would have cost."""
 
     def generate(
         self,
@@ -174,7 +176,7 @@ class RolloutEngine:
             )
             try:
                 yield phase
-                self.num_evictions = phase.num_evictions
+                self.num_evictions, self.prefill_tokens = phase.num_evictions, phase.prefill_tokens
             finally:
                 phase.close()
 
@@ -189,6 +191,7 @@ class RolloutEngine:
                 draw=request.draw,
                 images=images.get(request.prompt.key),
                 max_response_tokens=request.max_response_tokens,
+                prompt_key=request.prompt.key,
             )
 
     def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, *, first: int) -> list[Request]:

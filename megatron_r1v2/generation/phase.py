@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 
@@ -22,6 +21,7 @@ from megatron_r1v2.generation.controller import (
 )
 from megatron_r1v2.generation.cuda_graphs import check_cuda_graphs, graphed_layers
 from megatron_r1v2.generation.sampling import Draw
+from megatron_r1v2.generation.shared_prompts import SharedPromptEngine
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
@@ -73,7 +73,7 @@ class GenerationPhase:
         with ExitStack() as undo:
             undo.callback(self.close)
             # megatron-core never reads the seed, but requires one; the controller draws (see sampling.py).
-            self._engine = DynamicInferenceEngine(
+            self._engine = SharedPromptEngine(
                 self._controller, self._context, random_seed=0, pg_collection=parallel.groups
             )
             undo.pop_all()
@@ -89,6 +89,12 @@ class GenerationPhase:
         count: int = self._engine.evicted_request_count
         return count
 
+    @property
+    def prefill_tokens(self) -> tuple[int, int]:
+        """Return how many tokens were prefilled, and how many it had been with the prompt of each response apart."""
+        computed: int = self._engine.num_prefill_tokens
+        return computed, computed + self._engine.num_shared_tokens
+
     def add(
         self,
         request_id: int,
@@ -97,12 +103,15 @@ class GenerationPhase:
         draw: Draw,
         images: PromptImages | None,
         max_response_tokens: int,
+        prompt_key: str,
     ) -> None:
         """Queue a request, which joins those in flight at the next step with room; all ranks must add the same.
 
         Args:
             request_id: an id that is unique in the phase.
             token_ids: the prompt.
+            prompt_key: the prompt's name; requests in flight with equal names have the same tokens and images, and
+                compute them once.
             images: None for a text-only prompt, and on all stages but the first.
         """
         self._controller.draws[request_id] = draw
@@ -110,7 +119,7 @@ class GenerationPhase:
             self._wrapper.images[request_id] = images
         # termination_id -1 matches no token: the controller decides where a response ends.
         sampling_params = SamplingParams(num_tokens_to_generate=max_response_tokens, termination_id=-1)
-        self._engine.add_request(request_id, list(token_ids), sampling_params)
+        self._engine.add_response(request_id, token_ids, sampling_params, prompt_key)
 
     def cancel(self, request_id: int) -> None:
         """End a request, so that no later step returns a token of it; ignore a request that has ended."""
@@ -149,4 +158,5 @@ class GenerationPhase:
     def _forget(self, request_id: int) -> None:
         del self._controller.draws[request_id]
         self._controller.cancelled.discard(request_id)
+        self._engine.forget(request_id)
         self._wrapper.images.pop(request_id, None)

@@ -63,8 +63,10 @@ TIME = Section(
         ),
         Chart(
             "Tokens computed",
-            "Tokens of a step that go through the model in training, and those of rows with a prompt each.",
+            "Tokens of a step in prefill and training, and those with a prompt for each response.",
             (
+                Metric("perf/prefill_tokens", "tokens", "Tokens prefilled in generation."),
+                Metric("perf/prefill_tokens_separate", "tokens", "The same with a prompt for each response."),
                 Metric("perf/update_tokens", "tokens", "Tokens of the updates."),
                 Metric("perf/update_tokens_separate", "tokens", "The same with a prompt in front of each response."),
                 Metric("perf/log_probs_tokens", "tokens", "Tokens of the old log-probs, where they are a phase."),

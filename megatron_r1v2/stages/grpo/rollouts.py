@@ -49,6 +49,8 @@ class RolloutPhase:
         self.pool = pool
         self.reward_model = reward_model
         self.calibrator = calibrator
+        self._prefill_tokens = (0, 0)
+        """Computed in the step so far, and with a prompt for each response."""
         shared = session.policy.features
         self._exhaustion_logged = False
         self._waits: list[float] = []
@@ -172,6 +174,7 @@ class RolloutPhase:
         preemption.wait_for_all(f"generated-{session.step}-{round_number}")
         self._waits.append(time.perf_counter() - done)
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
+        self._note_prefill(round_number)
         order = {prompt.key: place for place, prompt in enumerate(prompts)}
         # Which replica takes which prompt is a matter of time; the order of the prompts is not.
         return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])
@@ -181,6 +184,14 @@ class RolloutPhase:
         waits = objects.all_gather(sum(self._waits), self.session.context.groups.dp)
         self._waits.clear()
         return {"rollout/wait_s/mean": sum(waits) / len(waits), "rollout/wait_s/max": max(waits)}
+
+    def _note_prefill(self, round_number: int) -> None:
+        """Collective over the data-parallel ranks: note the tokens prefilled by all replicas in the step so far."""
+        replicas = objects.all_gather(self.engine.prefill_tokens, self.session.context.groups.dp)
+        before = self._prefill_tokens if round_number > 1 else (0, 0)
+        computed, separate = (sum(counts) for counts in zip(before, *replicas, strict=True))
+        self._prefill_tokens = computed, separate
+        self.session.recorder.note({"perf/prefill_tokens": computed, "perf/prefill_tokens_separate": separate})
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[ScoredRollout], Counter[str]]:
         """Collective over the world: score this replica's rollouts.

@@ -84,7 +84,8 @@ def test_every_metric_is_there_and_rollouts_are_kept(run: Run, monkeypatch: pyte
         reward/answer/mean reward/format/mean response_length/mean response_length/max response_length/clip_ratio
         ssb/fresh_effective_fraction ssb/trained_effective_fraction ssb/distinct_samples
         ssb/gradient_share_replayed ssb/size
-        perf/generated_tokens_per_second rollout/evictions ssb/replayed rollout_corr/kl rollout_corr/k3_kl
+        perf/generated_tokens_per_second perf/prefill_tokens perf/prefill_tokens_separate
+        rollout/evictions ssb/replayed rollout_corr/kl rollout_corr/k3_kl
         train/token_mult_prob_error train/token_mult_prob_error_image hallucination/rate hallucination/coverage
         timing_s/generate timing_s/reward timing_s/log_probs timing_s/update timing_s/step verifier/timeouts
         verifier/crashes data/corrupt_samples data/samples_read data/text_only_left_out"""
