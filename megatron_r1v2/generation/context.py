@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy
+import torch
+import torch.distributed as dist
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.transformer.transformer_config import TransformerConfig
+from typing_extensions import override
 
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.blocks import SharedBlockAllocator
+from megatron_r1v2.models.decode_plan import DecodePlan, plan_decode
 from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -18,10 +23,69 @@ _BLOCK_TOKENS_TORCH = 64
 
 
 class UnpaddedContext(DynamicInferenceContext):
-    """A context that pads a step only as far as sequence parallelism must divide it: one request decodes alone."""
+    """A context that pads a step only as far as sequence parallelism must divide it: one request decodes alone.
+
+    What all layers of a step need alike is computed once: the rotation of their tokens, and on a CPU how decoding
+    requests read the cache.
+    """
 
     # megatron-core rounds it up to the tensor-parallel ranks.
     TOKEN_ROUNDER = 1
+    decode_plan: DecodePlan | None = None
+    """None while nothing decodes, and on devices other than the CPU, whose numbers the host would wait for."""
+    _rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @override
+    def initialize_attention_state(self, **kwargs: object) -> None:
+        super().initialize_attention_state(**kwargs)
+        self._rotation = None
+        self.decode_plan = self._plan_decode() if self.memory_buffer.device.type == "cpu" else None
+
+    def _plan_decode(self) -> DecodePlan | None:
+        active = slice(self.paused_request_count, self.total_request_count)
+        is_decoding = self.request_query_lengths[active] == 1
+        if not is_decoding.any():
+            return None
+        lengths = self.get_active_sequence_lengths()[is_decoding].tolist()
+        tables = self.request_to_kv_block_ids[active][is_decoding].tolist()
+        return plan_decode(tables, lengths, self.block_size_tokens, self.params_dtype)
+
+    @override
+    def apply_rotary_emb_query(
+        self,
+        query: torch.Tensor,
+        query_emb: torch.Tensor,
+        config: TransformerConfig,
+        cu_seqlens_q: torch.Tensor,
+        cp_group: dist.ProcessGroup,
+        mscale: float = 1.0,
+    ) -> torch.Tensor:
+        return self._rotate(query, query_emb, config, mscale)
+
+    @override
+    def apply_rotary_emb_key(
+        self,
+        key: torch.Tensor,
+        key_emb: torch.Tensor,
+        config: TransformerConfig,
+        cp_group: dist.ProcessGroup,
+        mscale: float = 1.0,
+    ) -> torch.Tensor:
+        return self._rotate(key, key_emb, config, mscale)
+
+    def _rotate(
+        self, states: torch.Tensor, angles: torch.Tensor, config: TransformerConfig, mscale: float
+    ) -> torch.Tensor:
+        """Rotate the rows of a step, [tokens, 1, heads, D], by the angles of their positions, [positions, 1, 1, D]."""
+        assert not config.rotary_interleaved, "no model of this project interleaves the halves"
+        if self._rotation is None:
+            # megatron-core takes the cosines again in each layer, for queries and for keys.
+            own = angles[self.token_to_position_in_request[: self.padded_active_token_count]]
+            cos, sin = torch.cos(own) * mscale, torch.sin(own) * mscale
+            self._rotation = cos.to(states.dtype), sin.to(states.dtype)
+        cos, sin = self._rotation
+        first, second = states.chunk(2, dim=-1)
+        return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class BlockwiseContext(DynamicInferenceContext):
@@ -94,5 +158,15 @@ def make_context(
     context.block_allocator = SharedBlockAllocator(context)
     # Fresh memory may hold NaN. A masked position spreads it in torch (see paged_attention), and flash-attn does not
     # promise that it would not.
-    context.memory_buffer.zero_()
+    if parallel.device.type == "cpu":
+        context.memory_buffer = _lazy_zeros(context.memory_buffer)
+    else:
+        context.memory_buffer.zero_()
     return context
+
+
+def _lazy_zeros(like: torch.Tensor) -> torch.Tensor:
+    """Return zeros on the CPU whose pages take no memory, and no time, before something is written to them."""
+    # torch writes its zeros, numpy leaves them to the system. The gate and short phases use little of a cache.
+    zeros: torch.Tensor = torch.from_numpy(numpy.zeros(like.numel() * like.element_size(), dtype=numpy.uint8))
+    return zeros.view(like.dtype).view(like.shape)

@@ -130,8 +130,8 @@ class SharedPromptEngine(DynamicInferenceEngine):
 
     def _hold(self, request_id: int) -> None:
         """Let a request wait between two chunks, when there are no blocks for the next one."""
-        # Its one token in the step stands for nothing, but megatron-core would go on with it as in decoding, and without
-        # a new block: after a chunk that fills a block, keys and values at the block's beginning would be replaced.
+        # Its one token in the step stands for nothing, but megatron-core would go on with it as in decoding, without a
+        # new block: after a chunk that fills a block, keys and values at the block's beginning would be replaced.
         context = self.context
         context.token_to_block_idx[context.active_token_count - 1] = self._allocator.dummy_block_idx
         row = context.total_request_count - 1

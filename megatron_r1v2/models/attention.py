@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from typing_extensions import override
 
 from megatron_r1v2.models import paged_attention
+from megatron_r1v2.models.paged_attention import BlockTable
 from megatron_r1v2.models.shared_attention import SharedRowAttention, SharedRowParams
 
 
@@ -149,7 +150,7 @@ class PagedSelfAttention(SelfAttention):
         cu_seqlens_q: torch.Tensor,
         cu_seqlens_k: torch.Tensor,
         seqlens_k: torch.Tensor,
-        block_table: torch.Tensor,
+        block_table: torch.Tensor | BlockTable,
         is_decode_only: bool,
     ) -> torch.Tensor:
         """Attend over the paged key-value cache; see the base class for the arguments."""
@@ -161,5 +162,6 @@ class PagedSelfAttention(SelfAttention):
             arguments = (q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k)
             output: torch.Tensor = super().flash_decode_and_prefill(*arguments, block_table, is_decode_only)
             return output
+        assert isinstance(block_table, BlockTable), "the context is a TorchAttentionContext"
         lengths = (max_seqlen_q, max_seqlen_k, cu_seqlens_q, seqlens_k)
         return paged_attention.flash_decode_and_prefill(q, k, v, *lengths, block_table, is_decode_only)

@@ -1,13 +1,16 @@
 """Attention over megatron-core's paged key-value cache in plain torch, where flash-attn is not installed.
 
-The cache is divided into blocks; a request owns the blocks in its row of the block table. `_gather` puts the blocks of
-all requests into one padded batch, and one SDPA call attends to them (two when some requests decode while others
-prefill). No loop runs over requests. Lengths: R requests, L the longest sequence in the cache, Q the longest query.
+The cache is divided into blocks; a request owns the blocks in its row of the block table. Prefilling requests attend to
+a copy: `_gather` puts their blocks into one padded batch. Decoding ones read the blocks in place on a CPU, where a copy
+costs as much as the attention: see decode_plan.py. No loop runs over requests. Lengths: R requests, L the longest
+sequence in the cache, Q the longest query.
 
 The cache must hold finite numbers everywhere: a masked position has weight 0, and 0 x NaN is NaN.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +18,23 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.attention import HAVE_FA3, flash_attn_varlen_func
 from megatron.core.utils import is_fa_min_version
 
+from megatron_r1v2.models.decode_plan import DecodePlan, attend_in_place
+
 
 def is_flash_attention_usable(dtype: torch.dtype) -> bool:
     """Return whether megatron-core can use flash-attn (FA3, or FA2 from 2.7.3) for a cache of this dtype."""
     is_installed = HAVE_FA3 or (flash_attn_varlen_func is not None and is_fa_min_version("2.7.3"))
     # flash-attn has no kernels for fp32.
     return is_installed and dtype in (torch.bfloat16, torch.float16)
+
+
+class BlockTable(NamedTuple):
+    """The blocks of each request in a step."""
+
+    block_ids: torch.Tensor
+    """int32 [R, blocks of a request], -1 past the last block."""
+    plan: DecodePlan | None = None
+    """How decoding requests read them in place; None: they attend to a copy."""
 
 
 class TorchAttentionContext:
@@ -37,6 +51,12 @@ class TorchAttentionContext:
         value: object = getattr(self._context, name)
         return value
 
+    def key_value_cache(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor, BlockTable]:
+        """Return keys and values of a layer, and the block table with the plan of the step."""
+        # megatron-core hands the table through to `flash_decode_and_prefill`, which gets nothing else from the context.
+        keys, values, block_ids = self._context.key_value_cache(layer_number)
+        return keys, values, BlockTable(block_ids, getattr(self._context, "decode_plan", None))
+
     def is_dynamic_batching(self) -> bool:
         """Return False, so that megatron-core does not ask for flash-attn."""
         return False
@@ -50,7 +70,7 @@ def flash_decode_and_prefill(
     max_seqlen_k: int,
     cu_seqlens_q: torch.Tensor,
     seqlens_k: torch.Tensor,
-    block_table: torch.Tensor,
+    block_table: BlockTable,
     is_decode_only: bool,
     *,
     softmax_scale: float | None = None,
@@ -64,7 +84,6 @@ def flash_decode_and_prefill(
         max_seqlen_k: L, in tokens.
         cu_seqlens_q: int32 [R + 1]: the start of each request's queries.
         seqlens_k: int32 [R]: the tokens of each request in the cache; 0 for a padding request.
-        block_table: int32 [R, blocks of a request], -1 past the last block.
         is_decode_only: whether every request has one query, so that q has R rows.
         softmax_scale: the factor of the scores; None: 1 / sqrt(D).
 
@@ -72,10 +91,14 @@ def flash_decode_and_prefill(
         [tokens, 1, heads, D], zero for padding tokens.
     """
     # Only as many blocks as the longest sequence has. Missing blocks (-1) become block 0, which the mask hides.
-    table = block_table[:, : -(-max_seqlen_k // k.shape[1])].clamp(min=0).long()
+    table = block_table.block_ids[:, : -(-max_seqlen_k // k.shape[1])].clamp(min=0).long()
     queries = q.squeeze(1)
     out = torch.zeros_like(queries)
+    plan = block_table.plan
     if is_decode_only:
+        if plan is not None:
+            out[: plan.num_requests] = attend_in_place(queries[: plan.num_requests], k, v, plan, softmax_scale)
+            return out.unsqueeze(1)
         # Where megatron-core pads the requests (FP8), a last long one would be computed many times: leave the padding
         # out. A CUDA graph cannot, since its shapes are fixed.
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -88,8 +111,11 @@ def flash_decode_and_prefill(
     decoding = (lengths == 1).nonzero(as_tuple=True)[0]
     if len(decoding):
         tokens = starts[decoding]
-        rows = (seqlens_k[decoding], table[decoding], max_seqlen_k, softmax_scale)
-        out[tokens] = _decode(queries[tokens], k, v, *rows)
+        if plan is not None:
+            out[tokens] = attend_in_place(queries[tokens], k, v, plan, softmax_scale)
+        else:
+            rows = (seqlens_k[decoding], table[decoding], max_seqlen_k, softmax_scale)
+            out[tokens] = _decode(queries[tokens], k, v, *rows)
     prefilling = (lengths > 1).nonzero(as_tuple=True)[0]
     if len(prefilling):
         starts, lengths, table = starts[prefilling], lengths[prefilling], table[prefilling]

@@ -1,0 +1,174 @@
+"""Decode attention that reads the blocks of a paged cache in place, planned once a step for all layers.
+
+Requests with the same prompt share its blocks. They attend to these together, so that each key is read once, and each
+to its own blocks. The parts are merged by their log-sum-exp:
+out = sum_i exp(lse_i) out_i / sum_i exp(lse_i).
+
+Lengths: R requests, N query heads, K key heads, G = N / K, D the size of a head, P parts (request, keys) of a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens of the cache that requests attend to together."""
+
+    rows: torch.Tensor
+    """int64: the requests."""
+    start: int
+    """Position of the first token in the cache, counted over all blocks."""
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class OwnBlocks:
+    """Consecutive blocks of one owner each."""
+
+    rows: torch.Tensor
+    """int64: the owner of each block."""
+    first: int
+    """The first block."""
+    mask: torch.Tensor | None
+    """[blocks, 1, 1, block size]: added to the scores, 0 at filled places and -inf at others; None: all are filled."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """The parts of the cache that the decoding requests of a step attend to."""
+
+    num_requests: int
+    runs: tuple[Run, ...]
+    blocks: tuple[OwnBlocks, ...]
+    request_of_part: torch.Tensor
+    """int64 [P]: the requests of all runs, then of all blocks."""
+
+
+def plan_decode(
+    tables: Sequence[Sequence[int]], lengths: Sequence[int], block_size: int, dtype: torch.dtype
+) -> DecodePlan:
+    """Plan a step.
+
+    Args:
+        tables: the blocks of each request, at least as many as it needs.
+        lengths: the tokens of each request in the cache, at least one.
+        dtype: of the cache.
+    """
+    tables = [table[: -(-length // block_size)] for table, length in zip(tables, lengths, strict=True)]
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row, table in enumerate(tables):
+        groups[table[0]].append(row)
+    runs: list[Run] = []
+    owners: dict[int, tuple[int, int]] = {}
+    for rows in groups.values():
+        # A lone request has its blocks to itself, and one run of them is one part less to merge than blocks are.
+        alone = len(tables) == 1
+        num_shared = len(tables[0]) if alone else _count_shared([tables[row] for row in rows]) if len(rows) > 1 else 0
+        num_tokens = min(num_shared * block_size, lengths[rows[0]])
+        runs += _find_runs(rows, tables[rows[0]][:num_shared], num_tokens, block_size)
+        for row in rows:
+            for place, block in enumerate(tables[row][num_shared:], start=num_shared):
+                owners[block] = row, min(lengths[row] - place * block_size, block_size)
+    blocks = list(_find_own_blocks(owners, block_size, dtype))
+    parts = [part.rows for part in (*runs, *blocks)]
+    return DecodePlan(len(tables), tuple(runs), tuple(blocks), torch.cat(parts))
+
+
+def attend_in_place(
+    query_RND: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: DecodePlan, scale: float | None
+) -> torch.Tensor:
+    """Attend with one query for each request of a plan.
+
+    Args:
+        query_RND: on the CPU.
+        k: [blocks, block size, K, D]: the cache of a layer; as is `v`.
+        scale: of the scores; None: 1 / sqrt(D).
+
+    Returns:
+        [R, N, D].
+    """
+    requests, heads, size = query_RND.shape
+    # The query heads that share a key head become queries of that head, so no key has to be repeated.
+    query_RKGD = query_RND.reshape(requests, k.shape[2], -1, size)
+    keys_TKD, values_TKD = k.flatten(0, 1), v.flatten(0, 1)
+    parts = []
+    for run in plan.runs:
+        tokens = slice(run.start, run.start + run.num_tokens)
+        # [1, K, rows x G, D]: so are the queries of all requests.
+        query = query_RKGD[run.rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        key, value = (each[tokens].transpose(0, 1).unsqueeze(0) for each in (keys_TKD, values_TKD))
+        out, lse = _attend(query, key, value, None, scale)
+        shape = k.shape[2], len(run.rows), -1
+        parts.append((out.reshape(*shape, size).transpose(0, 1), lse.reshape(shape).transpose(0, 1)))
+    for blocks in plan.blocks:
+        ids = slice(blocks.first, blocks.first + len(blocks.rows))
+        key, value = (each[ids].transpose(1, 2) for each in (k, v))
+        parts.append(_attend(query_RKGD[blocks.rows], key, value, blocks.mask, scale))
+    if len(plan.request_of_part) == requests == 1:
+        return parts[0][0].reshape(1, heads, size)
+    out_PKGD, lse_PKG = (torch.cat(each) for each in zip(*parts, strict=True))
+    return _merge(out_PKGD, lse_PKG, plan).reshape(requests, heads, size).to(query_RND.dtype)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output, and the log-sum-exp of the scores in float32."""
+    out: torch.Tensor
+    lse: torch.Tensor
+    # torch's own flash kernel, which the public function calls too, but without returning the log-sum-exp.
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+        query, key, value, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out, lse
+
+
+def _merge(out_PKGD: torch.Tensor, lse_PKG: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+    """Return [R, K, G, D]: the mean of the parts of each request, weighted by the exponentials of their scores."""
+    index = plan.request_of_part
+    shape = plan.num_requests, *lse_PKG.shape[1:]
+    # The largest of each request is taken away first, so that no exponential overflows.
+    largest_RKG = lse_PKG.new_full(shape, -torch.inf).index_reduce_(0, index, lse_PKG, "amax")
+    weight_PKG = (lse_PKG - largest_RKG[index]).exp()
+    total_RKG = weight_PKG.new_zeros(shape).index_add_(0, index, weight_PKG)
+    sum_RKGD = weight_PKG.new_zeros(*shape, out_PKGD.shape[-1])
+    return sum_RKGD.index_add_(0, index, out_PKGD * weight_PKG.unsqueeze(-1)) / total_RKG.unsqueeze(-1)
+
+
+def _count_shared(tables: Sequence[Sequence[int]]) -> int:
+    """Return how many blocks all tables begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*tables, strict=False)))
+
+
+def _find_runs(rows: Sequence[int], table: Sequence[int], num_tokens: int, block_size: int) -> Iterator[Run]:
+    """Yield the runs of consecutive blocks in a table."""
+    begin = 0
+    for end in range(1, len(table) + 1):
+        if end == len(table) or table[end] != table[end - 1] + 1:
+            count = min(end * block_size, num_tokens) - begin * block_size
+            yield Run(torch.tensor(rows), table[begin] * block_size, count)
+            begin = end
+
+
+def _find_own_blocks(owners: dict[int, tuple[int, int]], block_size: int, dtype: torch.dtype) -> Iterator[OwnBlocks]:
+    """Yield runs of consecutive blocks.
+
+    Args:
+        owners: the owner of each block, and how many of its places are filled.
+    """
+    # The difference between id and rank is the same for all ids of a run.
+    for _, run in itertools.groupby(enumerate(sorted(owners)), key=lambda item: item[1] - item[0]):
+        ids = [block for _, block in run]
+        rows, filled = zip(*(owners[block] for block in ids), strict=True)
+        mask = None
+        if min(filled) < block_size:
+            is_empty = torch.arange(block_size) >= torch.tensor(filled).unsqueeze(1)
+            mask = torch.zeros(is_empty.shape, dtype=dtype).masked_fill(is_empty, -torch.inf)[:, None, None, :]
+        yield OwnBlocks(torch.tensor(rows), ids[0], mask)

@@ -1,0 +1,105 @@
+"""Decoding requests read a paged cache in place, whatever they share, and see what dense attention sees."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_r1v2.models.decode_plan import attend_in_place, plan_decode
+
+BLOCK, SIZE = 4, 8
+
+
+@st.composite
+def requests(draw) -> tuple[list[list[int]], list[int], int]:
+    """Return block tables, lengths and the number of blocks of groups that share the blocks of their prompts."""
+    tables, lengths = [], []
+    num_groups = draw(st.integers(1, 3))
+    ids = draw(st.permutations(range(40)))
+    for _ in range(num_groups):
+        num_shared = draw(st.integers(0, 3))
+        shared, ids = ids[:num_shared], ids[num_shared:]
+        for _ in range(draw(st.integers(1, 3))):
+            own = draw(st.integers(1, 3 * BLOCK))
+            count = -(-own // BLOCK, torch.float32)
+            tables.append([*shared, *ids[:count], *[-1] * draw(st.integers(0, 2))])
+            lengths.append(num_shared * BLOCK + own)
+            ids = ids[count:]
+    return tables, lengths, 40
+
+
+def dense(query_ND: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: list[int], length: int) -> torch.Tensor:
+    keys, values = (
+        cache[table[: -(-length // BLOCK, torch.float32)]]
+        .flatten(0, 1)[:length]
+        .repeat_interleave(len(query_ND) // k.shape[2], dim=1)
+        for cache in (k, v)
+    )
+    scores = torch.einsum("nd,tnd->nt", query_ND, keys) / math.sqrt(SIZE)
+    return torch.einsum("nt,tnd->nd", scores.softmax(dim=1), values)
+
+
+@settings(max_examples=80, deadline=None)
+@given(requests(), st.sampled_from([1, 2, 4]), st.integers(0, 100))
+def test_every_request_attends_to_its_own_tokens(case, kv_heads, seed):
+    tables, lengths, count = case
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(count, BLOCK, kv_heads, SIZE, generator=generator) for _ in range(2))
+    query = torch.randn(len(tables), 4, SIZE, generator=generator) * 3
+    out = attend_in_place(query, k, v, plan_decode(tables, lengths, BLOCK, torch.float32), None)
+    expected = [dense(query[row], k, v, tables[row], lengths[row]) for row in range(len(tables))]
+    torch.testing.assert_close(out, torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_a_shared_block_is_read_once_and_own_blocks_together():
+    """Two requests share blocks 7 and 8; their own, 1 and 2, and those of a third, 3 and 5, are read at once."""
+    plan = plan_decode([[7, 8, 1], [7, 8, 2], [3, 5]], [9, 12, 7], BLOCK, torch.float32)
+    assert [(run.rows.tolist(), run.start, run.num_tokens) for run in plan.runs] == [([0, 1], 28, 8)]
+    assert [(blocks.rows.tolist(), blocks.first) for blocks in plan.blocks] == [([0, 1, 2], 1), ([2], 5)]
+    first, second = plan.blocks
+    assert (first.mask == 0).sum(dim=-1).flatten().tolist() == [1, 4, 4]
+    assert (second.mask == 0).sum(dim=-1).flatten().tolist() == [3]
+    assert plan.request_of_part.tolist() == [0, 1, 0, 1, 2, 2]
+
+
+def test_a_lone_request_reads_runs_of_blocks():
+    plan = plan_decode([[4, 5, 6, 2, -1]], [14], BLOCK, torch.float32)
+    assert [(run.rows.tolist(), run.start, run.num_tokens) for run in plan.runs] == [([0], 16, 12), ([0], 8, 2)]
+    assert plan.blocks == ()
+
+
+def test_the_cache_is_not_copied(monkeypatch):
+    """What the kernel gets are views of the cache."""
+    seen: list[torch.Tensor] = []
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def spy(query, key, value, *args, **kwargs):
+        seen.extend((key, value))
+        return kernel(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", spy)
+    cache = torch.randn(2, 12, BLOCK, 2, SIZE)
+    attend_in_place(
+        torch.randn(3, 4, SIZE),
+        cache[0],
+        cache[1],
+        plan_decode([[7, 8, 1], [7, 8, 2], [3, 5]], [9, 12, 7], BLOCK, torch.float32),
+        None,
+    )
+    assert len(seen) == 6
+    assert {tensor.untyped_storage().data_ptr() for tensor in seen} == {cache.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_dtype(dtype):
+    query, cache = torch.randn(2, 4, SIZE), torch.randn(2, 9, BLOCK, 2, SIZE)
+    outputs = {}
+    for kind in (dtype, torch.float32):
+        plan = plan_decode([[7, 8, 1], [7, 8, 2]], [9, 12], BLOCK, kind)
+        outputs[kind] = attend_in_place(query.to(kind), *cache.to(kind), plan, None)
+    assert outputs[dtype].dtype is dtype
+    torch.testing.assert_close(outputs[dtype].float(), outputs[torch.float32], atol=0.03, rtol=0.03)
