@@ -4,7 +4,8 @@ Requests with the same prompt share its blocks. They attend to these together, s
 to its own blocks. The parts are merged by their log-sum-exp:
 out = sum_i exp(lse_i) out_i / sum_i exp(lse_i).
 
-Lengths: R requests, N query heads, K key heads, G = N / K, D the size of a head, P parts (request, keys) of a step.
+Lengths: R requests, N query heads, K key heads, G = N / K, D the size of a head, P parts (request, keys) of a step, M
+the most parts of a request.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ class DecodePlan:
     num_requests: int
     runs: tuple[Run, ...]
     blocks: tuple[OwnBlocks, ...]
-    request_of_part: torch.Tensor
-    """int64 [P]: the requests of all runs, then of all blocks."""
+    parts_RM: torch.Tensor
+    """int64 [R, M]: which parts are those of a request, counted over all runs, then over all blocks."""
+    is_padding_RM: torch.Tensor
+    """bool [R, M]: places past the last part of a request."""
 
 
 def plan_decode(
@@ -77,8 +80,13 @@ def plan_decode(
             for place, block in enumerate(tables[row][num_shared:], start=num_shared):
                 owners[block] = row, min(lengths[row] - place * block_size, block_size)
     blocks = list(_find_own_blocks(owners, block_size, dtype))
-    parts = [part.rows for part in (*runs, *blocks)]
-    return DecodePlan(len(tables), tuple(runs), tuple(blocks), torch.cat(parts))
+    parts: list[list[int]] = [[] for _ in tables]
+    for number, row in enumerate(torch.cat([each.rows for each in (*runs, *blocks)]).tolist()):
+        parts[row].append(number)
+    most = max(map(len, parts))
+    parts_RM = torch.tensor([numbers + [0] * (most - len(numbers)) for numbers in parts])
+    is_padding_RM = torch.arange(most) >= torch.tensor([[len(numbers)] for numbers in parts])
+    return DecodePlan(len(tables), tuple(runs), tuple(blocks), parts_RM, is_padding_RM)
 
 
 def attend_in_place(
@@ -111,10 +119,13 @@ def attend_in_place(
         ids = slice(blocks.first, blocks.first + len(blocks.rows))
         key, value = (each[ids].transpose(1, 2) for each in (k, v))
         parts.append(_attend(query_RKGD[blocks.rows], key, value, blocks.mask, scale))
-    if len(plan.request_of_part) == requests == 1:
+    if len(parts) == requests == 1:
         return parts[0][0].reshape(1, heads, size)
     out_PKGD, lse_PKG = (torch.cat(each) for each in zip(*parts, strict=True))
-    return _merge(out_PKGD, lse_PKG, plan).reshape(requests, heads, size).to(query_RND.dtype)
+    lse_RMKG = lse_PKG[plan.parts_RM].masked_fill(plan.is_padding_RM[:, :, None, None], -torch.inf)
+    weight_RMKG1 = lse_RMKG.softmax(dim=1).unsqueeze(-1)
+    out_RKGD = (out_PKGD[plan.parts_RM] * weight_RMKG1).sum(dim=1)
+    return out_RKGD.reshape(requests, heads, size).to(query_RND.dtype)
 
 
 def _attend(
@@ -128,18 +139,6 @@ def _attend(
         query, key, value, 0.0, False, attn_mask=mask, scale=scale
     )
     return out, lse
-
-
-def _merge(out_PKGD: torch.Tensor, lse_PKG: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
-    """Return [R, K, G, D]: the mean of the parts of each request, weighted by the exponentials of their scores."""
-    index = plan.request_of_part
-    shape = plan.num_requests, *lse_PKG.shape[1:]
-    # The largest of each request is taken away first, so that no exponential overflows.
-    largest_RKG = lse_PKG.new_full(shape, -torch.inf).index_reduce_(0, index, lse_PKG, "amax")
-    weight_PKG = (lse_PKG - largest_RKG[index]).exp()
-    total_RKG = weight_PKG.new_zeros(shape).index_add_(0, index, weight_PKG)
-    sum_RKGD = weight_PKG.new_zeros(*shape, out_PKGD.shape[-1])
-    return sum_RKGD.index_add_(0, index, out_PKGD * weight_PKG.unsqueeze(-1)) / total_RKG.unsqueeze(-1)
 
 
 def _count_shared(tables: Sequence[Sequence[int]]) -> int:

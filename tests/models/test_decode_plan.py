@@ -25,7 +25,7 @@ def requests(draw) -> tuple[list[list[int]], list[int], int]:
         shared, ids = ids[:num_shared], ids[num_shared:]
         for _ in range(draw(st.integers(1, 3))):
             own = draw(st.integers(1, 3 * BLOCK))
-            count = -(-own // BLOCK, torch.float32)
+            count = -(-own // BLOCK)
             tables.append([*shared, *ids[:count], *[-1] * draw(st.integers(0, 2))])
             lengths.append(num_shared * BLOCK + own)
             ids = ids[count:]
@@ -34,9 +34,7 @@ def requests(draw) -> tuple[list[list[int]], list[int], int]:
 
 def dense(query_ND: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: list[int], length: int) -> torch.Tensor:
     keys, values = (
-        cache[table[: -(-length // BLOCK, torch.float32)]]
-        .flatten(0, 1)[:length]
-        .repeat_interleave(len(query_ND) // k.shape[2], dim=1)
+        cache[table[: -(-length // BLOCK)]].flatten(0, 1)[:length].repeat_interleave(len(query_ND) // k.shape[2], dim=1)
         for cache in (k, v)
     )
     scores = torch.einsum("nd,tnd->nt", query_ND, keys) / math.sqrt(SIZE)
@@ -63,7 +61,8 @@ def test_a_shared_block_is_read_once_and_own_blocks_together():
     first, second = plan.blocks
     assert (first.mask == 0).sum(dim=-1).flatten().tolist() == [1, 4, 4]
     assert (second.mask == 0).sum(dim=-1).flatten().tolist() == [3]
-    assert plan.request_of_part.tolist() == [0, 1, 0, 1, 2, 2]
+    assert plan.parts_RM.tolist() == [[0, 2], [1, 3], [4, 5]]
+    assert not plan.is_padding_RM.any()
 
 
 def test_a_lone_request_reads_runs_of_blocks():
