@@ -45,6 +45,7 @@ class SharedPromptEngine(DynamicInferenceEngine):
     @override
     def reset(self) -> None:
         super().reset()
+        self.waiting_request_ids: deque[int]
         self._allocator: SharedBlockAllocator = self.context.block_allocator
         self._prompts: dict[Hashable, _Prompt] = {}
         self._prompt_of: dict[int, _Prompt] = {}

@@ -80,8 +80,9 @@ def plan_decode(
             for place, block in enumerate(tables[row][num_shared:], start=num_shared):
                 owners[block] = row, min(lengths[row] - place * block_size, block_size)
     blocks = list(_find_own_blocks(owners, block_size, dtype))
+    rows_of_parts = [run.rows for run in runs] + [each.rows for each in blocks]
     parts: list[list[int]] = [[] for _ in tables]
-    for number, row in enumerate(torch.cat([each.rows for each in (*runs, *blocks)]).tolist()):
+    for number, row in enumerate(torch.cat(rows_of_parts).tolist()):
         parts[row].append(number)
     most = max(map(len, parts))
     parts_RM = torch.tensor([numbers + [0] * (most - len(numbers)) for numbers in parts])
