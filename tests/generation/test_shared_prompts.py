@@ -268,6 +268,9 @@ def results_of(model, context) -> dict:
         arrivals = {0: requests[:5], 2: requests[5:]}
         cancel = {1: [requests[1].request_id], 6: [requests[8].request_id]}
         engine = make_engine(model, context, **engine_settings)
+        # Each rank holds a part of each token's keys and values.
+        gib = engine.settings.kv_cache_gib / (context.tensor_size * context.pipeline_size)
+        engine.settings = engine.settings.changed(kv_cache_gib=gib)
         engine.stop_ids = frozenset({100})
         shared = run(engine, arrivals, cancel=cancel, longest=100)
         counts = engine.prefill_tokens, engine.num_evictions
