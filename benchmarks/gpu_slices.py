@@ -254,6 +254,7 @@ def measure_decode(
                     draw=Draw(request, temperature=1.0),
                     images=None,
                     max_response_tokens=sizes.decode_steps,
+                    prompt_key=str(request),
                 )
             times = _step_times(phase, context.device)
         finally:

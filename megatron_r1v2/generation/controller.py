@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from megatron_r1v2.generation import sampling
 from megatron_r1v2.generation.sampling import Draw
+from megatron_r1v2.generation.tokens import StepTokens
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
@@ -133,20 +135,6 @@ class Vocabulary:
     stop_ids: frozenset[int]
 
 
-@dataclass(frozen=True)
-class DrawnToken:
-    """The token that one step of the engine drew for one request."""
-
-    request_id: int
-    token_id: int
-    log_prob: float
-    """Its log-prob under the sampling distribution; see `sampling.draw`."""
-    alternatives: tuple[tuple[int, float], ...] = ()
-    """The most probable tokens with their log-probs, best first."""
-    is_last: bool = False
-    """Whether the response ends with this token."""
-
-
 class RolloutController(TextGenerationController):
     """Sampling once per replica, with log-probs of the sampling distribution and sets of stop tokens."""
 
@@ -156,8 +144,13 @@ class RolloutController(TextGenerationController):
         """By request id."""
         self.cancelled: set[int] = set()
         """The ids of requests that end with their next token."""
-        self.drawn: list[DrawnToken] = []
-        """The tokens of the last step."""
+        self.drawn: StepTokens | None = None
+        """The tokens of the last step; none of them is marked as the last one of its response."""
+        self._request_ids: list[int] = []
+        """The active requests after the last step, in the order of the context."""
+        self._values: torch.Tensor | None = None
+        """What this step draws, on the device, and the draws of its requests."""
+        self._draws: Sequence[Draw] = ()
         self._context = model.inference_context
         self._vocab_size = vocabulary.size
         self._stop_ids = torch.tensor(sorted(vocabulary.stop_ids), dtype=torch.int64, device=parallel.device)
@@ -188,38 +181,40 @@ class RolloutController(TextGenerationController):
         """Switch megatron-core's log-probs off: theirs are of the raw logits, ours come with the draw."""
         return False, False
 
+    def _active_requests(self) -> list[int]:
+        """Return the ids of the active requests."""
+        # The host reads as little as it can, since it waits for the device each time. Who decodes is known from the end
+        # of the step before, unless requests were added since.
+        if self._context.is_decode_only() and len(self._request_ids) == self._context.get_active_request_count():
+            return self._request_ids
+        request_ids: list[int] = self._context.request_ids[self._active()].tolist()
+        return request_ids
+
     @override
     def _dynamic_step_sample_logits(self, logits: torch.Tensor | None) -> None:
         """Collective over the replica: draw a token for each active request, the same on all ranks."""
-        request_ids = self._context.request_ids[self._active()].tolist()
-        draws = [self.draws[request_id] for request_id in request_ids]
+        self._request_ids = self._active_requests()
+        self._draws = [self.draws[request_id] for request_id in self._request_ids]
         # One broadcast for everything, in float64, which holds every token id.
-        most = max(draw.num_alternatives for draw in draws)
+        most = max(draw.num_alternatives for draw in self._draws)
         # Rows: tokens, their log-probs, then ids and log-probs of the alternatives.
-        drawn = torch.empty(2 + 2 * most, len(draws), dtype=torch.float64, device=self._stop_ids.device)
+        drawn = torch.empty(2 + 2 * most, len(self._draws), dtype=torch.float64, device=self._stop_ids.device)
         if self._draws_here:
             assert logits is not None
-            self._draw(logits.squeeze(0), draws, drawn)
+            self._draw(logits.squeeze(0), self._draws, drawn)
         if self._model_group.size() > 1:
             dist.broadcast(drawn, src=self._drawing_rank, group=self._model_group)
-        self._sampled_tokens_cuda[: len(draws)] = drawn[0].long()
-        self.drawn = [
-            DrawnToken(request_id, int(token), log_prob, _alternatives(rest, draw.num_alternatives))
-            for request_id, draw, (token, log_prob, *rest) in zip(request_ids, draws, drawn.T.tolist(), strict=True)
-            # megatron-core throws away the token after a chunk that does not end the prompt.
-            if request_id != self._context.chunked_prefill_request_id
-        ]
+        self._sampled_tokens_cuda[: len(self._draws)] = drawn[0].long()
+        self._values = drawn
 
     def _draw(self, logits_RV: torch.Tensor, draws: Sequence[Draw], drawn: torch.Tensor) -> None:
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=drawn.device)
-
-        keys_R = column([draw.response_key for draw in draws], torch.int64)
+        keys_R = torch.tensor([draw.response_key for draw in draws], device=drawn.device)
         tokens_R, log_probs_RV = sampling.draw(
             logits_RV,
             sampling.uniforms(keys_R, self._context.get_active_sequence_lengths().long()),
-            temperatures_R=column([draw.temperature for draw in draws], torch.float32),
-            top_ps_R=column([draw.top_p for draw in draws], torch.float32),
+            # On the host, where `draw` looks which of its steps are needed.
+            temperatures_R=torch.tensor([draw.temperature for draw in draws], dtype=torch.float32),
+            top_ps_R=torch.tensor([draw.top_p for draw in draws], dtype=torch.float32),
             vocab_size=self._vocab_size,
         )
         drawn[0], drawn[1] = tokens_R, log_probs_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
@@ -236,20 +231,42 @@ class RolloutController(TextGenerationController):
         sampled = self._sampled_tokens_cuda[: self._context.get_active_request_count()]
         ends = torch.isin(sampled, self._stop_ids)
         if self.cancelled:
-            active = self._context.request_ids[self._active()].tolist()
-            ends |= torch.tensor([request_id in self.cancelled for request_id in active], device=ends.device)
+            cancelled = [request_id in self.cancelled for request_id in self._request_ids]
+            ends |= torch.tensor(cancelled, device=ends.device)
         termination = sampled.where(ends, -1)
         # The last request's token is thrown away while chunks of its prompt are to come: it cannot end the request.
         if self._context.chunked_prefill_request_id != -1:
             termination[-1] = -1
         self._request_metadata["termination_id"][self._active()] = termination
         finished: dict[str, torch.Tensor] = super()._dynamic_step_context_bookkeeping()
+        self._read_step()
         return finished
 
-
-def _alternatives(rest: Sequence[float], count: int) -> tuple[tuple[int, float], ...]:
-    most = len(rest) // 2
-    return tuple((int(token), log_prob) for token, log_prob in zip(rest[:count], rest[most:][:count], strict=True))
+    def _read_step(self) -> None:
+        """Read from the device what the step drew and, at once, the order of the requests after it."""
+        assert self._values is not None
+        after = self._context.request_ids[self._active()]
+        values = torch.cat((self._values.flatten(), after.double())).tolist()
+        count, rows = len(self._request_ids), self._values.shape[0]
+        tokens, log_probs, *rest = (values[row * count : (row + 1) * count] for row in range(rows))
+        alternatives = {
+            request_id: tuple(zip(map(int, column[: len(column) // 2]), column[len(column) // 2 :], strict=True))[
+                : draw.num_alternatives
+            ]
+            for request_id, draw, column in zip(self._request_ids, self._draws, zip(*rest, strict=True), strict=False)
+            if draw.num_alternatives
+        }
+        request_ids = np.array(self._request_ids, dtype=np.int64)
+        step = StepTokens(
+            request_ids,
+            np.array(tokens, dtype=np.int64),
+            np.array(log_probs),
+            np.zeros(count, dtype=np.bool_),
+            alternatives,
+        )
+        # megatron-core throws away the token after a chunk that does not end the prompt.
+        self.drawn = step.select(request_ids != self._context.chunked_prefill_request_id)
+        self._request_ids = [int(request_id) for request_id in values[rows * count :]]
 
 
 class _NoTokenizer:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from megatron_r1v2.config.schema import GenerationConfig
-from megatron_r1v2.generation.controller import DrawnToken, PromptImages, Vocabulary
+from megatron_r1v2.generation.controller import PromptImages, Vocabulary
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.generation.sampling import Draw, response_key
+from megatron_r1v2.generation.tokens import ResponseTokens
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt, Rollout
@@ -128,35 +129,28 @@ class RolloutEngine:
         """
         num_responses = sampling.num_responses
         admitted: list[Prompt] = []
-        tokens: dict[int, list[DrawnToken]] = {}
-
-        def rollouts_of(number: int) -> list[Rollout]:
-            """Return the rollouts of the prompt that was admitted as the n-th."""
-            first = number * num_responses
-            return [
-                self._rollout(tokens[first + sample], admitted[number], sample, sampling.policy_version)
-                for sample in range(num_responses)
-            ]
-
+        finished: list[list[Rollout | None]] = []
+        tokens = ResponseTokens(sampling.max_response_tokens)
         # Response j of the prompt that was admitted as the i-th has the request id i * num_responses + j.
         with self.phase(sampling.max_response_tokens) as phase:
             num_finished = num_finished_tokens = 0
-            unfinished: dict[int, int] = {}
             for new in self._admit(phase, prompts, num_responses):
                 self.add(phase, self._requests(new, sampling, first=len(admitted)), features)
                 admitted += new
-                for token in phase.step():
-                    response = tokens.setdefault(token.request_id, [])
-                    response.append(token)
-                    if token.is_last:
-                        num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(response)
-                        number = token.request_id // num_responses
-                        unfinished[number] = unfinished.get(number, num_responses) - 1
-                        if on_finished is not None and not unfinished[number]:
-                            on_finished(admitted[number], rollouts_of(number))
+                finished += [[None] * num_responses for _ in new]
+                step = phase.step()
+                tokens.append(step)
+                for request_id in step.request_ids[step.is_last].tolist():
+                    number, sample = divmod(request_id, num_responses)
+                    rollout = self._rollout(*tokens.pop(request_id), admitted[number], sample, sampling.policy_version)
+                    finished[number][sample] = rollout
+                    num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(rollout.token_ids)
+                    group = [rollout for rollout in finished[number] if rollout is not None]
+                    if on_finished is not None and len(group) == num_responses:
+                        on_finished(admitted[number], group)
                 if progress is not None:
                     progress(num_finished, num_finished_tokens)
-        return [rollout for number in range(len(admitted)) for rollout in rollouts_of(number)]
+        return [rollout for group in finished for rollout in group if rollout is not None]
 
     @contextmanager
     def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:
@@ -274,14 +268,21 @@ class RolloutEngine:
                 )
         return images
 
-    def _rollout(self, tokens: Sequence[DrawnToken], prompt: Prompt, sample_index: int, policy_version: int) -> Rollout:
+    def _rollout(
+        self,
+        token_ids: tuple[int, ...],
+        log_probs: tuple[float, ...],
+        prompt: Prompt,
+        sample_index: int,
+        policy_version: int,
+    ) -> Rollout:
         return Rollout(
             prompt_key=prompt.key,
             sample_index=sample_index,
-            token_ids=tuple(token.token_id for token in tokens),
-            rollout_log_probs=tuple(token.log_prob for token in tokens),
+            token_ids=token_ids,
+            rollout_log_probs=log_probs,
             policy_version=policy_version,
-            finish_reason="stop" if tokens[-1].token_id in self.stop_ids else "length",
+            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
         )
 
 

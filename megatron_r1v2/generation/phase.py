@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 import torch
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
@@ -13,7 +14,6 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.context import make_context
 from megatron_r1v2.generation.controller import (
-    DrawnToken,
     ImageInferenceWrapper,
     PromptImages,
     RolloutController,
@@ -22,8 +22,11 @@ from megatron_r1v2.generation.controller import (
 from megatron_r1v2.generation.cuda_graphs import check_cuda_graphs, graphed_layers
 from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.generation.shared_prompts import SharedPromptEngine
+from megatron_r1v2.generation.tokens import StepTokens
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
+
+_NO_TOKENS = StepTokens(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0, np.bool_))
 
 
 class GenerationPhase:
@@ -91,7 +94,7 @@ class GenerationPhase:
 
     @property
     def prefill_tokens(self) -> tuple[int, int]:
-        """Return how many tokens were prefilled, and how many it had been with the prompt of each response apart."""
+        """Return how many tokens were prefilled, and how many it would be with a prompt for each response."""
         computed: int = self._engine.num_prefill_tokens
         return computed, computed + self._engine.num_shared_tokens
 
@@ -133,18 +136,16 @@ class GenerationPhase:
             # megatron-core ends a request only when it draws a token.
             self._controller.cancelled.add(request_id)
 
-    def step(self) -> list[DrawnToken]:
+    def step(self) -> StepTokens:
         """Collective over the replica: draw one token for each active request and return them."""
-        self._controller.drawn = []
+        self._controller.drawn = None
         ended = {record.request_id for record in self._engine.step_modern()["finished_request_records"]}
-        tokens = [
-            replace(token, is_last=token.request_id in ended)
-            for token in self._controller.drawn
-            if token.request_id not in self._controller.cancelled
-        ]
+        tokens = self._controller.drawn or _NO_TOKENS
+        if self._controller.cancelled:
+            tokens = tokens.select(~np.isin(tokens.request_ids, list(self._controller.cancelled)))
         for request_id in ended:
             self._forget(request_id)
-        return tokens
+        return replace(tokens, is_last=np.isin(tokens.request_ids, list(ended)))
 
     def close(self) -> None:
         """Free the cache, also if something still refers to the engine, and give its memory back to the device."""

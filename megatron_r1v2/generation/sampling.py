@@ -73,8 +73,8 @@ def draw(
     Args:
         logits_RV: [R, padded vocabulary], any float dtype.
         uniforms_R: float64 [R] in [0, 1).
-        temperatures_R: float32 [R]: divide the logits; 0 takes the most probable token.
-        top_ps_R: float32 [R]: draw among the most probable tokens that hold this mass; 1 among all.
+        temperatures_R: float32 [R], on the host: divide the logits; 0 takes the most probable token.
+        top_ps_R: float32 [R], on the host: draw among the most probable tokens that hold this mass; 1 among all.
         vocab_size: ids from here on are padding and never drawn.
 
     Returns:
@@ -82,16 +82,17 @@ def draw(
         softmax(logits / temperature). Top-p does not change the log-probs; at temperature 0 they are those of 1.
     """
     logits_RV = logits_RV[:, :vocab_size].float()
+    is_any_sampled, is_any_cut = bool((temperatures_R > 0).any()), bool((top_ps_R < 1).any())
+    temperatures_R, top_ps_R = temperatures_R.to(logits_RV.device), top_ps_R.to(logits_RV.device)
     is_sampled_R = temperatures_R > 0
     log_probs_RV = torch.log_softmax(logits_RV / temperatures_R.where(is_sampled_R, 1.0).unsqueeze(1), dim=-1)
     best_R = logits_RV.argmax(dim=-1)
-    if not is_sampled_R.any():
+    if not is_any_sampled:
         return best_R, log_probs_RV
     probs_RV = log_probs_RV.exp()
-    is_cut_R = top_ps_R < 1
-    if is_cut_R.any():
+    if is_any_cut:
         # Rows with top-p 1 keep their bits: a response must not depend on the other rows of its batch.
-        probs_RV = _nucleus(probs_RV, top_ps_R).where(is_cut_R.unsqueeze(1), probs_RV)
+        probs_RV = _nucleus(probs_RV, top_ps_R).where((top_ps_R < 1).unsqueeze(1), probs_RV)
     # In float64: with a large vocabulary, the error of a cumulative sum in float32 exceeds the smallest probabilities.
     cumulative_RV = probs_RV.cumsum(dim=-1, dtype=torch.float64)
     # The sum is not exactly 1, and after top-p far from it, so the uniform number is scaled to it.

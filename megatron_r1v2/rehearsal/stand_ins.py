@@ -18,7 +18,7 @@ import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
 from megatron_r1v2.data.stream import PromptStream
-from megatron_r1v2.generation.controller import DrawnToken, RolloutController
+from megatron_r1v2.generation.controller import RolloutController
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
@@ -58,9 +58,14 @@ def install_script(script: Script) -> None:
     places: dict[tuple[int, int], count[int]] = {}
 
     def rollout(
-        self: RolloutEngine, tokens: Sequence[DrawnToken], prompt: Prompt, sample_index: int, policy_version: int
+        self: RolloutEngine,
+        token_ids: tuple[int, ...],
+        log_probs: tuple[float, ...],
+        prompt: Prompt,
+        sample_index: int,
+        policy_version: int,
     ) -> object:
-        made: Rollout = original_rollout(self, tokens, prompt, sample_index, policy_version)
+        made: Rollout = original_rollout(self, token_ids, log_probs, prompt, sample_index, policy_version)
         if LONG not in prompt.key or len(made.token_ids) < len(script.drawn):
             return made  # short ones fill the engine; the gate's are compared token by token
         key, _, continued = prompt.key.partition("/")

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_r1v2.generation.controller import DrawnToken
+from megatron_r1v2.generation.tokens import DrawnToken
 from megatron_r1v2.serve.chat_request import ChatRequest
 
 STREAM_END = "data: [DONE]\n\n"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_r1v2.generation.controller import DrawnToken
 from megatron_r1v2.generation.engine import Request, RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.phase import GenerationPhase
+from megatron_r1v2.generation.tokens import DrawnToken
 from megatron_r1v2.parallel import objects
 
 # How long rank 0 sleeps at most before it looks for a signal.
@@ -111,7 +111,7 @@ def _run(
         while not (command := next_command(not phase.num_in_flight)).stop:
             apply_command(engine, phase, command, features)
             if phase.num_in_flight:
-                deliver(phase.step())
+                deliver(list(phase.step()))
 
 
 def apply_command(engine: RolloutEngine, phase: GenerationPhase, command: Command, features: FeatureCache) -> None:

@@ -7,9 +7,9 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from megatron_r1v2.generation.controller import DrawnToken
 from megatron_r1v2.generation.engine import Request
 from megatron_r1v2.generation.sampling import Draw
+from megatron_r1v2.generation.tokens import DrawnToken
 from megatron_r1v2.serve.engine_loop import CommandQueue
 from megatron_r1v2.serve.web import RequestError
 from megatron_r1v2.types import Prompt

@@ -111,7 +111,7 @@ def test_an_idle_phase_can_be_asked_again(one_rank, alone):
     model, context = one_rank
     engine = make_engine(model, context)
     with engine.phase(24) as phase:
-        assert phase.step() == []
+        assert list(phase.step()) == []
         for _ in range(2):
             for request in make_requests(model, 3):
                 engine.add(phase, [request], FeatureCache(0))
@@ -119,7 +119,7 @@ def test_an_idle_phase_can_be_asked_again(one_rank, alone):
                 while phase.num_in_flight:
                     tokens += phase.step()
                 assert [t.token_id for t in tokens] == [t.token_id for t in alone[request.request_id]]
-                assert phase.step() == []
+                assert list(phase.step()) == []
 
 
 def test_cache_memory_is_given_back(one_rank):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1v2.generation.controller import DrawnToken
+from megatron_r1v2.generation.tokens import DrawnToken
 from megatron_r1v2.serve.chat_answer import ChatAnswer, ChoiceText, ReasoningSplit, TextDecoder, event
 from megatron_r1v2.serve.chat_request import ChatRequest
 from tests.tiny_hf import tiny_byte_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_r1v2.generation.controller import DrawnToken
+from megatron_r1v2.generation.tokens import DrawnToken
 from megatron_r1v2.serve.engine_loop import Command, CommandQueue, run_follower, run_leader
 from tests.ranks import run_ranks
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_r1v2.generation.controller import DrawnToken
+from megatron_r1v2.generation.tokens import DrawnToken
 from megatron_r1v2.serve.engine_loop import Command, CommandQueue
 from megatron_r1v2.serve.service import Service
 from megatron_r1v2.serve.web import RequestError

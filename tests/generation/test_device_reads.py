@@ -1,0 +1,92 @@
+"""How often the host waits for the device in a step that only decodes: by our code once, twice where responses end.
+
+On a CPU nobody waits, but the calls that would are the same ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_r1v2.generation.context import UnpaddedContext
+from megatron_r1v2.generation.features import FeatureCache
+from tests.generation.worlds import make_engine, make_requests
+
+READS = {
+    torch.Tensor.tolist,
+    torch.Tensor.item,
+    torch.Tensor.cpu,
+    torch.Tensor.numpy,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__index__,
+    torch.Tensor.__float__,
+    torch.Tensor.nonzero,
+    torch.nonzero,
+}
+ON_THE_HOST = {("sampling.py", "draw"): "which of its steps are needed: by temperatures that are on the host"}
+WITHOUT_FLASH_ATTN = {"paged_attention.py"}
+"""The stand-in for flash-attn, which a GPU has."""
+
+
+class CountReads(TorchFunctionMode):
+    """A count of the reads by the place of their caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: Counter[tuple[str, str]] = Counter()
+        self.theirs: Counter[tuple[str, str]] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in READS:
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            path = Path(frame.f_code.co_filename)
+            place = path.name, frame.f_code.co_name
+            if "megatron_r1v2" in path.parts:
+                if place not in ON_THE_HOST and path.name not in WITHOUT_FLASH_ATTN:
+                    self.ours[place] += 1
+            else:
+                self.theirs[place] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_reads(phase) -> CountReads:
+    with CountReads() as reads:
+        phase.step()
+    return reads
+
+
+def test_a_decode_step_reads_at_most_two_values(one_rank, monkeypatch):
+    monkeypatch.setattr(UnpaddedContext, "_plan_decode", lambda self: None)  # made on a CPU only
+    model, context = one_rank
+    engine = make_engine(model, context)
+    engine.stop_ids = frozenset()
+    requests = make_requests(model, 6, tokens=30)
+    with engine.phase(30) as phase:
+        engine.add(phase, requests, FeatureCache(0))
+        phase.step()
+        steps = []
+        while phase.num_in_flight:
+            in_flight = phase.num_in_flight
+            reads = count_reads(phase)
+            steps.append((in_flight - phase.num_in_flight, reads))
+    decoding = [reads.ours for ended, reads in steps if not ended]
+    ending = [reads.ours for ended, reads in steps if ended]
+    assert len(decoding) > 20
+    assert all(reads == {("controller.py", "_read_step"): 1} for reads in decoding)
+    assert ending
+    for reads in ending:
+        assert reads == {("controller.py", "_read_step"): 1, ("blocks.py", "release_memory_blocks"): 1}
+    # megatron-core's own: a list to look at when it is upgraded.
+    assert {name for name, _ in steps[0][1].theirs} <= {
+        "dynamic_context.py",
+        "dynamic_engine.py",
+        "mha_metadata.py",
+        "text_generation_controller.py",
+    }
