@@ -29,7 +29,9 @@ class SharedBlockAllocator(BlockAllocator):
     def reset(self) -> None:
         super().reset()
         # The last block is megatron-core's dummy, which padding tokens are written to.
-        self._free = list(range(self.total_count - 1))
+        # A stack, its top at the end. Blocks are given out in the order of their ids, so that those of a request are often
+        # neighbours, which the attention in torch reads at once.
+        self._free = list(reversed(range(self.total_count - 1)))
         self._references = [0] * self.total_count
         self._prompts: dict[Hashable, list[int]] = {}
         """Kept blocks by prompt; a block belongs to one prompt at most."""
@@ -48,7 +50,7 @@ class SharedBlockAllocator(BlockAllocator):
     @override
     def release_memory_blocks(self, blocks: torch.Tensor) -> None:
         """Drop a reference for each id; a block of N requests that end together is listed N times."""
-        for block in blocks.tolist():
+        for block in reversed(blocks.tolist()):
             self._references[block] -= 1
             assert self._references[block] >= 0, f"block {block} was released more often than taken"
             if not self._references[block]:
@@ -86,9 +88,7 @@ class SharedBlockAllocator(BlockAllocator):
         """Return the ids of available blocks, each with one reference; kept blocks are taken last."""
         while len(self._free) < num_blocks:
             self._reclaim()
-        first = len(self._free) - num_blocks
-        blocks = self._free[first:]
-        del self._free[first:]
+        blocks = [self._free.pop() for _ in range(num_blocks)]
         for block in blocks:
             self._references[block] = 1
         self.total_avail -= num_blocks

@@ -90,15 +90,14 @@ def flash_decode_and_prefill(
     Returns:
         [tokens, 1, heads, D], zero for padding tokens.
     """
+    queries, plan = q.squeeze(1), block_table.plan
+    if is_decode_only and plan is not None:
+        out = attend_in_place(queries[: plan.num_requests], k, v, plan, softmax_scale)
+        return F.pad(out, (0, 0, 0, 0, 0, len(queries) - plan.num_requests)).unsqueeze(1)
     # Only as many blocks as the longest sequence has. Missing blocks (-1) become block 0, which the mask hides.
     table = block_table.block_ids[:, : -(-max_seqlen_k // k.shape[1])].clamp(min=0).long()
-    queries = q.squeeze(1)
     out = torch.zeros_like(queries)
-    plan = block_table.plan
     if is_decode_only:
-        if plan is not None:
-            out[: plan.num_requests] = attend_in_place(queries[: plan.num_requests], k, v, plan, softmax_scale)
-            return out.unsqueeze(1)
         # Where megatron-core pads the requests (FP8), a last long one would be computed many times: leave the padding
         # out. A CUDA graph cannot, since its shapes are fixed.
         if q.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -32,6 +32,7 @@ def test_all_blocks_but_the_dummy_are_given_out_once(allocator):
     assert taken.dtype is torch.int32
     assert sorted(taken.tolist()) == list(range(9))
     assert allocator.allocate_memory_blocks(1) is None
+    assert taken.tolist() == list(range(9)), "neighbours for one request"
     assert allocator.total_avail == 0
     assert allocator.get_active_used() == 9
     release(allocator, *taken.tolist())
