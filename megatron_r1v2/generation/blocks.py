@@ -29,8 +29,8 @@ class SharedBlockAllocator(BlockAllocator):
     def reset(self) -> None:
         super().reset()
         # The last block is megatron-core's dummy, which padding tokens are written to.
-        # A stack, its top at the end. Blocks are given out in the order of their ids, so that those of a request are often
-        # neighbours, which the attention in torch reads at once.
+        # A stack, its top at the end. Blocks are given out in the order of their ids: those of a request are often
+        # neighbours then, which the attention in torch reads at once.
         self._free = list(reversed(range(self.total_count - 1)))
         self._references = [0] * self.total_count
         self._prompts: dict[Hashable, list[int]] = {}
