@@ -76,10 +76,10 @@ class SharedBlockAllocator(BlockAllocator):
     @override
     def get_active_avail(self) -> int:
         """Return the bound on the block counts of the paused requests that may resume."""
-        # megatron-core compares this with sums of counts by request, which hold a shared block several times. With this
-        # bound, which is the same for blocks that nobody shares, the comparison leaves the decision to `total_avail`:
-        # each request that resumes needs one more block.
-        bound: int = self.total_avail + self.get_paused_used()
+        # megatron-core compares this with sums of counts by request, which hold a shared block several times. Paused
+        # requests are in the sums and among the used blocks: added here, they leave the decision to `total_avail`, since
+        # each request that resumes needs one more block. For blocks that nobody shares nothing changes.
+        bound: int = self.active_count - self.get_active_used() + self.get_paused_used()
         return bound
 
     # -- what shares prompts -------------------------------------------------------------------------------------

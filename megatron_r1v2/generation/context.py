@@ -159,13 +159,13 @@ def make_context(
     # Fresh memory may hold NaN. A masked position spreads it in torch (see paged_attention), and flash-attn does not
     # promise that it would not.
     if parallel.device.type == "cpu":
-        context.memory_buffer = _lazy_zeros(context.memory_buffer)
+        context.memory_buffer = lazy_zeros(context.memory_buffer)
     else:
         context.memory_buffer.zero_()
     return context
 
 
-def _lazy_zeros(like: torch.Tensor) -> torch.Tensor:
+def lazy_zeros(like: torch.Tensor) -> torch.Tensor:
     """Return zeros on the CPU whose pages take no memory, and no time, before something is written to them."""
     # torch writes its zeros, numpy leaves them to the system. The gate and short phases use little of a cache.
     zeros: torch.Tensor = torch.from_numpy(numpy.zeros(like.numel() * like.element_size(), dtype=numpy.uint8))

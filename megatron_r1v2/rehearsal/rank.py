@@ -184,6 +184,7 @@ def _install(watch: Watch, spec: RankSpec, recipe: TrainingRecipe | PairsRecipe)
         )
     )
     stand_ins.install_files()
+    stand_ins.install_counted_cache()
     engine_steps = stand_ins.install_full_cache(lambda: watch.ledger.current_phase == labels.GENERATE)
     labels.install(watch)
     # After the labels, which the stand-ins get too.

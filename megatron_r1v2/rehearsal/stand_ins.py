@@ -18,6 +18,7 @@ import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
 from megatron_r1v2.data.stream import PromptStream
+from megatron_r1v2.generation import context
 from megatron_r1v2.generation.controller import RolloutController
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
@@ -153,6 +154,11 @@ def install_full_cache(is_due: Callable[[], bool]) -> Counter[str]:
     original_update = original(DynamicInferenceContext, "update_requests")
     replace(DynamicInferenceContext, "update_requests", update)
     return counts
+
+
+def install_counted_cache() -> None:
+    """Let torch write the zeros of a cache on a CPU: nobody counts the memory that numpy gives."""
+    replace(context, "lazy_zeros", torch.Tensor.zero_)
 
 
 def install_files() -> None:
