@@ -77,8 +77,8 @@ class SharedBlockAllocator(BlockAllocator):
     def get_active_avail(self) -> int:
         """Return the bound on the block counts of the paused requests that may resume."""
         # megatron-core compares this with sums of counts by request, which hold a shared block several times. Paused
-        # requests are in the sums and among the used blocks: added here, they leave the decision to `total_avail`, since
-        # each request that resumes needs one more block. For blocks that nobody shares nothing changes.
+        # requests are in the sums and among the used blocks: added here, they leave the decision to `total_avail`,
+        # since each request that resumes needs one more block. For blocks that nobody shares nothing changes.
         bound: int = self.active_count - self.get_active_used() + self.get_paused_used()
         return bound
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
+from megatron_r1v2.generation import context
 from megatron_r1v2.generation.controller import DrawnToken
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
@@ -129,6 +130,13 @@ def test_the_cache_is_full_once_where_a_request_wants_a_block(undone):
     assert allowed == [100, 100, 100, 12, 100, 100]
     assert cache.block_allocator.active_count == 100
     assert counts == {"prefill": 1, "mixed": 4, "decode": 1, "evicted": 1}
+
+
+def test_the_zeros_of_a_cache_are_written_by_torch(undone):
+    stand_ins.install_counted_cache()
+    cache = torch.ones(3)
+    assert context.lazy_zeros(cache) is cache
+    assert not cache.any()
 
 
 def test_files_are_read_and_written_unseen(undone, tmp_path):
