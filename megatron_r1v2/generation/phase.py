@@ -113,7 +113,7 @@ class GenerationPhase:
         Args:
             request_id: an id that is unique in the phase.
             token_ids: the prompt.
-            prompt_key: the prompt's name; requests in flight with equal names have the same tokens and images, and
+            prompt_key: the prompt's name; requests in flight with equal names and tokens have the same images, and
                 compute them once.
             images: None for a text-only prompt, and on all stages but the first.
         """

@@ -62,9 +62,11 @@ class SharedPromptEngine(DynamicInferenceEngine):
         """Queue a request.
 
         Args:
-            prompt_key: requests with equal keys have the same tokens and images.
+            prompt_key: requests with equal keys and tokens have the same images.
         """
-        prompt = self._prompts.setdefault(prompt_key, _Prompt(prompt_key, len(token_ids)))
+        # With the tokens: a prompt may end with the beginning of a response, under the same name.
+        key = prompt_key, tuple(token_ids)
+        prompt = self._prompts.setdefault(key, _Prompt(key, len(token_ids)))
         prompt.request_ids.add(request_id)
         self._prompt_of[request_id] = prompt
         self.add_request(request_id, list(token_ids), sampling_params)

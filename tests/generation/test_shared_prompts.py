@@ -320,3 +320,15 @@ def test_groups_of_a_rollout_count_what_they_save(one_rank):
     generate(engine, prompts, FeatureCache(10**9), num_responses=4)
     tokens = [len(prompt.token_ids) for prompt in prompts]
     assert engine.prefill_tokens == (sum(tokens) + 3 * 3, 4 * sum(tokens))
+
+
+def test_prompts_of_one_name_with_other_tokens_are_apart(one_rank):
+    """A prompt may end with the beginning of a response."""
+    model, context = one_rank
+    first, second = make_requests(model, 2)
+    longer = replace(first.prompt, token_ids=(*first.prompt.token_ids, 7))
+    second = replace(second, prompt=longer)
+    engine = make_engine(model, context)
+    together = run(engine, {0: [first, second]})
+    assert engine.prefill_tokens[0] == engine.prefill_tokens[1]
+    assert_same(together, run(engine, {0: [first]}) | run(engine, {0: [second]}))
