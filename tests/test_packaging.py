@@ -18,9 +18,9 @@ from packaging.version import Version
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.plan import Cluster, make_plan
-from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.stages.model_fit import fit_mistakes
 
 ROOT = Path(__file__).parents[1]

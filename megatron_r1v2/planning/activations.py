@@ -58,6 +58,11 @@ class ActivationModel:
         return Part.language in self.parts
 
     @property
+    def scores(self) -> bool:
+        """Return whether the last stage has the head of a reward model in place of logits."""
+        return Part.score in self.parts
+
+    @property
     def trains_vision(self) -> bool:
         """Return whether the vision tower keeps a graph."""
         return Part.vision in self.parts
@@ -65,7 +70,7 @@ class ActivationModel:
     def has_graph(self, batch: MicrobatchShape) -> bool:
         """Return whether the language model keeps a graph for this batch."""
         # Text alone has nothing to train where only adapter or vision do.
-        return self.trains_language or batch.tiles > 0
+        return self.trains_language or self.scores or batch.tiles > 0
 
     def hidden(self, batch: MicrobatchShape) -> int:
         """Return the bytes of the hidden states between layers on one rank."""
@@ -152,6 +157,10 @@ class ActivationModel:
         """Return the bytes of final norm, output layer and log-probs on the last stage."""
         language, tensor, w = self.architecture.language, self.layout.tensor, self.element_bytes
         n, hidden = batch.rows * batch.tokens, self.hidden(batch)
+        if self.scores:
+            # The hidden states in float32, from which the weight's gradient follows; the gradient of both kinds.
+            norm, wide = self._rms_norm(hidden, trained=self.trains_language), hidden * 4 // w
+            return Block(norm + wide, norm + wide, wide + hidden)
         logits = (n if batch.outputs is None else batch.outputs) * padded_vocabulary(language, tensor) // tensor
         gathered = n * language.hidden_size * w
         norm = self._rms_norm(hidden, trained=self.trains_language) + (hidden if self.trains_language else 0)

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.command_line import command_parser, describe_settings
 from megatron_r1v2.config.load import load_recipe, load_recipe_as
 from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRecipe
+from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
-from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.stages.model_fit import fit_mistakes
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     """
     # Intermixed, because people write overrides before, between and after the options.
     arguments = _parser().parse_intermixed_args(argv)
-    from megatron_r1v2.planning.plan import make_plan
+    from megatron_r1v2.planning.plan import AssumedLengths, make_plan
     from megatron_r1v2.planning.show import as_json, print_plan
 
     stage = StageName(arguments.stage) if arguments.stage else None
@@ -50,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
             cluster,
             stage=stage,
             tiles=arguments.tiles,
-            mean_response=arguments.mean_response_tokens,
+            lengths=AssumedLengths(
+                arguments.mean_response_tokens, arguments.spread, arguments.lengths, arguments.segment_tokens
+            ),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -124,6 +127,13 @@ def _mistakes(recipe: Recipe, *, hf_config: str) -> Iterator[str]:
         yield from fit_mistakes(recipe, architecture.language)
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0.01 <= number <= 3:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.01 and 3")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("plan", _DESCRIPTION, settings=describe_settings)
     parser.add_argument(
@@ -139,5 +149,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiles", type=int, default=0, help="image tiles of a prompt; default: the most possible")
     parser.add_argument(
         "--mean-response-tokens", type=int, default=0, help="for the times; default: half of the longest response"
+    )
+    parser.add_argument(
+        "--spread",
+        type=_positive,
+        default=0.8,
+        help="standard deviation of the logarithm of a response's tokens, for the tails (default: 0.8, an assumption)",
+    )
+    parser.add_argument(
+        "--lengths", type=Path, metavar="METRICS.jsonl", help="of a grpo run: mean and spread of its responses"
+    )
+    parser.add_argument(
+        "--segment-tokens", type=int, default=0, help="for the tails in segments; default: half of the mean response"
     )
     return parser

@@ -80,16 +80,25 @@ def whole_model_counts(architecture: R1V2Architecture) -> dict[Part, int]:
     return counts
 
 
-def stage_parameters(architecture: R1V2Architecture, layout: Layout, stage: int) -> list[Parameter]:
+def stage_parameters(
+    architecture: R1V2Architecture, layout: Layout, stage: int, *, scores: bool = False
+) -> list[Parameter]:
     """List the parameters of a rank of a pipeline stage (from 0) in the model's order.
 
     All tensor-parallel ranks of a stage have equal shapes.
+
+    Args:
+        scores: a reward model, with a score in place of the output layer.
     """
     front: list[Parameter] = []
     if stage == 0:
         front += [Parameter(f"vision.{name}", shape) for name, shape in _vision(architecture.vision, layout.tensor)]
         front += [Parameter(f"adapter.{name}", shape) for name, shape in _adapter(architecture, layout.tensor)]
-    return front + list(_language(architecture.language, layout, layout.layers_of_stage(architecture, stage), stage))
+    layers = layout.layers_of_stage(architecture, stage)
+    language = list(_language(architecture.language, layout, layers, stage, scores=scores))
+    is_last = stage == layout.pipeline - 1
+    score = [Parameter("score.weight", (1, architecture.language.hidden_size))] if scores and is_last else []
+    return front + language + score
 
 
 def trained_parameters(parameters: Collection[Parameter], parts: Collection[Part]) -> list[Parameter]:
@@ -152,13 +161,15 @@ def _adapter(architecture: R1V2Architecture, tensor: int) -> Iterator[tuple[str,
     yield "linear_fc2.bias", (size,)
 
 
-def _language(language: LanguageArchitecture, layout: Layout, layers: int, stage: int) -> Iterator[Parameter]:
+def _language(
+    language: LanguageArchitecture, layout: Layout, layers: int, stage: int, *, scores: bool
+) -> Iterator[Parameter]:
     size, ffn = language.hidden_size, language.ffn_size // layout.tensor
     heads = language.num_heads * language.head_size // layout.tensor
     qkv = heads + 2 * language.num_kv_heads * language.head_size // layout.tensor
     embedding = (padded_vocabulary(language, layout.tensor) // layout.tensor, size)
     is_last = stage == layout.pipeline - 1
-    own_bucket = language.tied_embeddings and layout.pipeline > 1
+    own_bucket = language.tied_embeddings and layout.pipeline > 1 and not scores
     if stage == 0:
         yield Parameter("language.embedding.word_embeddings.weight", embedding, own_bucket)
     for layer in range(layers):
@@ -178,5 +189,5 @@ def _language(language: LanguageArchitecture, layout: Layout, layers: int, stage
     if is_last:
         yield Parameter("language.decoder.final_layernorm.weight", (size,))
         # With one stage the output layer is the embedding's own tensor; a pipeline needs a copy on its last stage.
-        if not language.tied_embeddings or layout.pipeline > 1:
+        if not scores and (not language.tied_embeddings or layout.pipeline > 1):
             yield Parameter("language.output_layer.weight", embedding, own_bucket)

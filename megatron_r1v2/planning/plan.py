@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, Recipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.hardware import Hardware
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
-from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
+from megatron_r1v2.planning.roofline import StepTime, cache_tokens, decode_cost, step_time
 from megatron_r1v2.planning.search import Proposal, propose_layout
+from megatron_r1v2.planning.tails import Lengths, Replica, Tail, read_lengths, simulate_tails
 from megatron_r1v2.planning.workload import Workload
 
 
@@ -33,6 +37,37 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class AssumedLengths:
+    """The lengths of responses that the times are for."""
+
+    mean: int = 0
+    """0: half of the longest response."""
+    spread: float = 0.8
+    """Standard deviation of their logarithm."""
+    metrics: Path | None = None
+    """A run's metrics.jsonl, or its folder, which decides both."""
+    segment_tokens: int = 0
+    """Tokens of a response in a phase, where it is generated in segments; 0: half of the mean."""
+
+    def resolve(self, longest: int) -> Lengths:
+        """Return the lengths.
+
+        Args:
+            longest: `generation.max_response_tokens`.
+
+        Raises:
+            ValueError: the mean is more than the longest, or the metrics cannot be read.
+        """
+        if self.mean > longest:
+            raise ValueError(
+                f"--mean-response-tokens={self.mean} is more than generation.max_response_tokens={longest}; lower it"
+            )
+        if self.metrics is not None:
+            return read_lengths(self.metrics, longest)
+        return Lengths(self.mean or max(1, longest // 2), longest, self.spread)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The cost of a recipe on a cluster."""
 
@@ -41,7 +76,10 @@ class Plan:
     architecture: R1V2Architecture
     layout: Layout
     work: Workload
-    mean_response: int
+    lengths: Lengths
+    """Of responses, for the times."""
+    segment_tokens: int
+    """Tokens of a response in a phase, where it is generated in segments."""
     counts: Mapping[Part, int]
     memory: MemoryPlan
     limits: Mapping[str, float]
@@ -49,6 +87,29 @@ class Plan:
     time: StepTime
     proposal: Proposal
     notes: tuple[str, ...]
+
+    @property
+    def mean_response(self) -> float:
+        """Return the tokens of a response on average."""
+        return self.lengths.mean
+
+    @cached_property
+    def tails(self) -> Sequence[Tail]:
+        """Simulate decode on 1, 8 and 64 replicas, with whole responses and in segments, in seconds.
+
+        Returns:
+            Nothing where no responses are sampled for training.
+        """
+        if self.work.stage is not StageName.grpo:
+            return ()
+        replica = Replica(
+            cost=decode_cost(self.architecture, self.layout, self.work, self.cluster.hardware),
+            max_requests=self.work.max_requests,
+            cache_tokens=cache_tokens(self.architecture, self.layout, self.work),
+            prompt_tokens=self.work.prompt_tokens,
+            responses=max(1, self.work.responses_per_step // self.layout.data),
+        )
+        return simulate_tails(replica, self.lengths, segment_tokens=self.segment_tokens)
 
     @property
     def fits(self) -> bool:
@@ -63,7 +124,7 @@ def make_plan(
     *,
     stage: StageName | None = None,
     tiles: int = 0,
-    mean_response: int = 0,
+    lengths: AssumedLengths | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -71,7 +132,7 @@ def make_plan(
         recipe: the settings; paths in it need not exist.
         stage: the stage as which it is planned; None: its own.
         tiles: tiles of a prompt; 0: the most that the recipe allows.
-        mean_response: tokens of a response on average, for the times; 0: half of the longest response.
+        lengths: of responses, for the times; None: half of the longest response on average.
 
     Raises:
         ValueError: a layout that does not divide the model or the cluster, or a cache that holds no sequence.
@@ -83,19 +144,17 @@ def make_plan(
     architecture = r1v2_architecture(sizes_config(hf_config))
     layout = _layout(recipe, cluster)
     work = Workload.from_recipe(recipe, architecture, stage=stage, tiles=tiles)
-    mean_response = mean_response or max(1, work.response_tokens // 2)
-    if mean_response > work.response_tokens:
-        raise ValueError(
-            f"--mean-response-tokens={mean_response} is more than generation.max_response_tokens="
-            f"{work.response_tokens}; lower it"
-        )
+    lengths = lengths or AssumedLengths()
+    found = lengths.resolve(work.response_tokens)
+    mean_response = found.mean
     return Plan(
         name=recipe.run.name,
         cluster=cluster,
         architecture=architecture,
         layout=layout,
         work=work,
-        mean_response=mean_response,
+        lengths=found,
+        segment_tokens=lengths.segment_tokens or max(1, round(found.mean / 2)),
         counts=whole_model_counts(architecture),
         memory=plan_memory(architecture, layout, work),
         limits=largest_that_fits(architecture, layout, work, cluster.limit),

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.config.layout import check_fp8_shapes
 from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.hardware import Hardware
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, plan_memory
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.planning.roofline import Hardware, StepTime, step_time
+from megatron_r1v2.planning.roofline import StepTime, step_time
 from megatron_r1v2.planning.workload import Workload
 
 # Powers of two: others divide neither the heads nor the GPUs of a node.

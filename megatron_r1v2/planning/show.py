@@ -45,6 +45,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"Largest that fit, the other settings as they are: {limits}")
     console.print(_time_table(plan))
     console.print(_assumptions(plan), highlight=False)
+    if plan.tails:
+        console.print(_tail_table(plan))
+        console.print(_tail_assumptions(plan), highlight=False)
     console.print("[bold]Best layout[/bold]: " + plan.proposal.reason, highlight=False)
     if plan.proposal.best is not None:
         console.print("  " + " ".join(plan.proposal.best.settings), highlight=False, soft_wrap=True)
@@ -66,6 +69,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "largest": dict(plan.limits),
         "seconds": _seconds(plan.time),
         "mean_response_tokens": plan.mean_response,
+        "tails": [asdict(tail) for tail in plan.tails],
         "hardware": asdict(plan.cluster.hardware),
         "best": None if best is None else _candidate(best),
         "reason": plan.proposal.reason,
@@ -107,6 +111,27 @@ def _time_table(plan: Plan) -> Table:
     return table
 
 
+def _tail_table(plan: Plan) -> Table:
+    title = "Decode with its tail: seconds of a phase, tokens a second, and what waiting for the last responses costs"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in ("replicas", "segments", "seconds", "tokens/s", "lost"):
+        table.add_column(name, justify="right")
+    for tail in plan.tails:
+        segments = f"{tail.segment_tokens:,}" if tail.segment_tokens else "none"
+        rate = f"{tail.tokens / tail.seconds:,.0f}"
+        table.add_row(str(tail.replicas), segments, f"{tail.seconds:.0f}", rate, f"{tail.lost:.0%}")
+    return table
+
+
+def _tail_assumptions(plan: Plan) -> str:
+    lengths = plan.lengths
+    return (
+        f"Simulated, not measured: log-normal lengths of {lengths.mean:.0f} tokens on average with a spread of "
+        f"{lengths.spread:.2f}, cut at {lengths.cut} ({lengths.clipped():.0%} of them); in segments a response goes on "
+        "in the next phase. Each replica has the prompts of one in the recipe."
+    )
+
+
 def _assumptions(plan: Plan) -> str:
     hardware = plan.cluster.hardware
     decoding = f", {plan.time.decode_rows:.0f} responses decoding at once on a replica" if plan.time.decode else ""
@@ -115,8 +140,19 @@ def _assumptions(plan: Plan) -> str:
         f"{hardware.bandwidth / 1e12:.2f} TB/s), {hardware.matmul_efficiency:.0%} of the FLOP/s "
         f"({hardware.fp8_efficiency:.0%} of twice as many in FP8), "
         f"{hardware.bandwidth_efficiency:.0%} of the bandwidth, {hardware.link_efficiency:.0%} of the links, responses "
-        f"of {plan.mean_response} tokens on average, {plan.work.tiles} tiles a prompt{decoding}. "
-        "Not measured."
+        f"of {plan.mean_response:.0f} tokens on average, {plan.work.tiles} tiles a prompt{decoding}. "
+        f"{_host(plan)}Not measured."
+    )
+
+
+def _host(plan: Plan) -> str:
+    if not plan.time.decode:
+        return ""
+    host, graphs = plan.cluster.hardware.host, plan.work.cuda_graphs
+    launches = host.graph_launches_per_layer if graphs else host.launches_per_layer
+    return (
+        f"Host: where decode waits for the CPU, with {launches} launches a layer ({'with' if graphs else 'without'} "
+        f"CUDA graphs) of {host.launch_seconds * 1e6:.0f} us, counted in the code. "
     )
 
 

@@ -54,7 +54,7 @@ def model_state(
         element_bytes: 2 for bf16, 4 for fp32.
         data_rank: data-parallel rank, which decides the share of the optimizer state.
     """
-    parameters = stage_parameters(architecture, layout, stage)
+    parameters = stage_parameters(architecture, layout, stage, scores=Part.score in parts)
     trained = trained_parameters(parameters, parts)
     frozen_elements = sum(parameter.numel for parameter in parameters) - sum(part.numel for part in trained)
     places, buckets = _ddp_buffer(trained, layout.data)

@@ -156,9 +156,10 @@ class Workload:
         return 2 if _GIVEN_RESPONSES.get(self.stage) == 2 else 1
 
     @property
-    def row_end(self) -> int:
-        """Return the tokens of a response that are no input: its last one, but for a score, which is read there."""
-        return 0 if self.stage is StageName.reward_model else 1
+    def response_columns(self) -> int:
+        """Return the columns of a response: its first token is the label of the last prompt token."""
+        # A score is read at the last token, which is an input for that: one more column.
+        return self.response_tokens + (1 if self.stage is StageName.reward_model else 0)
 
     def images_in_flight(self, layout: Layout, phase: Phase) -> int:
         """Return the prompts whose image embeddings the engine of a replica holds at once."""
@@ -191,12 +192,12 @@ class Workload:
 
     def row_tokens(self, tensor: int) -> int:
         """Return the tokens of the longest row, padded as in training/batches.py."""
-        return self.padded(self.prompt_tokens + self.response_tokens - self.row_end, tensor)
+        return self.padded(self.prompt_tokens - 1 + self.response_columns, tensor)
 
     def unit_tokens(self, tensor: int) -> int:
         """Return the tokens of the longest unit (a row or a pair), each prompt with its own tokens."""
         prompts = 1 if self.shares_prompts else self.rows_together
-        longest = prompts * self.row_tokens(tensor) + (self.rows_together - prompts) * self.response_tokens
+        longest = prompts * self.row_tokens(tensor) + (self.rows_together - prompts) * self.response_columns
         return self.padded(longest, tensor)
 
     def microbatch(self, tensor: int) -> MicrobatchShape:
@@ -247,7 +248,7 @@ class Workload:
             count = max(1, self.packed_tokens // unit)
             return count * unit, -(-count // units), count * self.rows_together
         capacity = max(self.packed_tokens // multiple * multiple, unit)
-        prompt, responses = self.prompt_tokens - self.row_end, self.rows_together * self.response_tokens
+        prompt, responses = self.prompt_tokens - 1, self.rows_together * self.response_columns
         of_prompt = max(1, min(units, (capacity - prompt) // responses))
         prompts = max(1, capacity // (prompt + of_prompt * responses))
         return prompts * (prompt + of_prompt * responses), prompts, prompts * of_prompt * self.rows_together

@@ -6,9 +6,9 @@ from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.choices import Fp8, Recompute, StageName
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.models.architecture import LanguageArchitecture, R1V2Architecture, VisionArchitecture
+from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.plan import Cluster, make_plan
-from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.planning.workload import Workload
 from megatron_r1v2.stages.model_fit import fit_mistakes
 

@@ -134,3 +134,11 @@ def test_the_head_keeps_a_float32_softmax():
     assert model(element_bytes=2, tensor=2).head(BATCH).backward == 3 * logits
     both = model(LANGUAGE, tensor=2).head(BATCH).backward
     assert both == 64 // 2 * 16 * 4 + 2 * 1024, "half of the weight's gradient, the gathered input and its gradient"
+
+
+def test_the_head_of_a_reward_model_keeps_hidden_states_in_float32():
+    # 16 tokens of 16 channels.
+    block = model([*ADAPTER, Part.score], element_bytes=2).head(BATCH)
+    norm = 2 * 1024  # two copies in float32
+    assert (block.saved, block.forward, block.backward) == (norm + 1024, norm + 1024, 1024 + 512)
+    assert model([Part.score]).has_graph(replace(BATCH, tiles=0))

@@ -10,10 +10,10 @@ from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.load import load_recipe_as
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.planning.command import main
+from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
 from megatron_r1v2.planning.parameters import whole_model_counts
 from megatron_r1v2.planning.plan import Cluster, make_plan
-from megatron_r1v2.planning.roofline import HARDWARE
 from tests.checkpoint.hf.test_config import convert
 from tests.checkpoint.hf.test_shapes import transformers_shapes
 from tests.checkpoint.published_folders import write_tiny_published

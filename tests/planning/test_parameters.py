@@ -114,6 +114,20 @@ def test_tied_embeddings_are_one_tensor_or_a_copy_on_the_last_stage():
     assert embeddings(0, tensor=3) == [((22, 16), False)], "64 words and two more in three parts"
 
 
+def test_a_reward_model_has_a_score_in_place_of_the_output_layer():
+    for layout in (Layout(), Layout(tensor=2, pipeline=2)):
+        last = layout.pipeline - 1
+        plain, scores = (stage_parameters(SMALL, layout, last, scores=scores) for scores in (False, True))
+        assert [each.name for each in plain if each not in scores] == ["language.output_layer.weight"]
+        assert [(each.name, each.shape, each.part) for each in scores if each not in plain] == [
+            ("score.weight", (1, 16), Part.score)
+        ]
+    first = stage_parameters(SMALL, Layout(pipeline=2), 0, scores=True)
+    assert first == stage_parameters(SMALL, Layout(pipeline=2), 0)
+    tied = replace(SMALL, language=replace(SMALL.language, tied_embeddings=True))
+    assert not any(each.own_bucket for each in stage_parameters(tied, Layout(pipeline=2), 0, scores=True))
+
+
 def test_a_layout_is_one_rank_unless_it_says_more():
     assert Layout().ranks == 1
     assert Layout(tensor=2, pipeline=3, data=4).ranks == 24

@@ -8,7 +8,7 @@ from megatron_r1v2.config.choices import Part, StageName
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.planning.memory import GIB
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.planning.plan import make_plan
+from megatron_r1v2.planning.plan import AssumedLengths, make_plan
 from tests.planning.plans import HF_CONFIG, RECIPE, cluster, plan_of
 
 
@@ -78,10 +78,10 @@ def test_the_limit_of_a_rank_is_its_memory_without_the_reserve():
 def test_the_mean_response_is_half_of_the_longest_unless_it_is_given():
     recipe = load_recipe(RECIPE)
     assert plan_of().mean_response == recipe.generation.max_response_tokens // 2
-    assert make_plan(recipe, HF_CONFIG, cluster(), mean_response=5).mean_response == 5
+    assert make_plan(recipe, HF_CONFIG, cluster(), lengths=AssumedLengths(mean=5)).mean_response == 5
     longest = recipe.generation.max_response_tokens
     with pytest.raises(ValueError, match=f"--mean-response-tokens={longest + 1} is more than generation"):
-        make_plan(recipe, HF_CONFIG, cluster(), mean_response=longest + 1)
+        make_plan(recipe, HF_CONFIG, cluster(), lengths=AssumedLengths(mean=longest + 1))
 
 
 def test_a_cluster_that_the_layout_does_not_divide_is_refused():
@@ -97,3 +97,20 @@ def test_notes_name_what_the_numbers_leave_out():
     assert any(note.startswith("model.layers=te:") for note in notes)
     assert any(note.startswith("model.fp8=tensorwise:") for note in notes)
     assert any("uniform groups are left out" in note for note in notes)
+
+
+def test_tails_are_those_of_the_lengths_that_are_assumed_or_found_in_a_run(tmp_path):
+    recipe = load_recipe(RECIPE, ["train.prompts_per_step=8"])
+    given = make_plan(recipe, HF_CONFIG, cluster(), lengths=AssumedLengths(mean=1000, spread=0.5, segment_tokens=300))
+    assert (given.lengths.spread, given.segment_tokens) == (0.5, 300)
+    assert [(tail.replicas, tail.segment_tokens) for tail in given.tails] == [
+        (replicas, tokens) for replicas in (1, 8, 64) for tokens in (0, 300)
+    ]
+    assert all(0 <= tail.lost < 1 for tail in given.tails)
+    wide = make_plan(recipe, HF_CONFIG, cluster(), lengths=AssumedLengths(mean=1000, spread=1.2))
+    assert wide.segment_tokens == 500
+    assert wide.tails[0].seconds > given.tails[0].seconds
+    (tmp_path / "metrics.jsonl").write_text('{"response_length/mean": 700.0, "response_length/max": 1500}')
+    run = make_plan(recipe, HF_CONFIG, cluster(), lengths=AssumedLengths(metrics=tmp_path))
+    assert (run.mean_response, run.lengths.cut) == (700, 8192)
+    assert make_plan(recipe, HF_CONFIG, cluster(), stage=StageName.align).tails == ()

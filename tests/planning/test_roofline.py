@@ -5,12 +5,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
+from megatron_r1v2.planning.hardware import HARDWARE, Hardware, Host
 from megatron_r1v2.planning.memory import GIB
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import (
-    HARDWARE,
-    Hardware,
-    Host,
     adapter_flops,
     head_flops,
     language_layer_flops,

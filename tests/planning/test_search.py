@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_r1v2.config.choices import Fp8, Recompute
+from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.memory import GIB, plan_memory
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.planning.roofline import HARDWARE, step_time
+from megatron_r1v2.planning.roofline import step_time
 from megatron_r1v2.planning.search import LayoutCandidate, propose_layout
 from tests.planning.plans import ARCHITECTURE, HF_CONFIG, SMALL, plan_of, small_work, workload
 

@@ -83,3 +83,17 @@ def test_json_has_the_numbers_of_the_plan():
     assert values["best"]["seconds"]["step"] == best.time.total
     assert (values["name"], values["reason"], values["notes"]) == (plan.name, plan.proposal.reason, list(plan.notes))
     assert values["mean_response_tokens"] == plan.mean_response
+
+
+def test_tails_and_the_host_are_shown_as_what_they_are():
+    plan = plan_of("train.prompts_per_step=8")
+    flat = " ".join(printed(plan).split())
+    assert "what waiting for the last responses costs" in flat
+    assert "Simulated, not measured: log-normal lengths of 4096 tokens on average with a spread of 0.80, cut at" in flat
+    for tail in plan.tails:
+        assert f"{tail.tokens / tail.seconds:,.0f} {tail.lost:.0%}" in flat
+    assert "with 65 launches a layer (without CUDA graphs) of 7 us, counted in the code. Not measured." in flat
+    assert "with 1 launches a layer (with CUDA graphs)" in " ".join(
+        printed(plan_of("generation.cuda_graphs=true")).split()
+    )
+    assert [tail["lost"] for tail in as_json(plan)["tails"]] == [tail.lost for tail in plan.tails]

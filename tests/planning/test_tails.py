@@ -6,7 +6,8 @@ from statistics import fmean
 
 import pytest
 
-from megatron_r1v2.planning.roofline import DecodeCost, Host
+from megatron_r1v2.planning.hardware import Host
+from megatron_r1v2.planning.roofline import DecodeCost
 from megatron_r1v2.planning.tails import Lengths, Replica, cut_mean, read_lengths, simulate_tail, simulate_tails
 
 # A second a step, however many responses decode.

@@ -88,4 +88,5 @@ def test_a_validation_of_an_unknown_number_of_prompts_fills_the_engine():
 def test_a_score_is_read_at_the_last_token_of_a_response():
     work = small_work(stage=StageName.reward_model, responses_per_prompt=2, shares_prompts=True, packed_tokens=8)
     assert work.row_tokens(1) == 24, "10 + 7 tokens, all of them inputs"
+    assert work.microbatch(1).tokens == 32, "9 + 2 x 8"
     assert replace(work, stage=StageName.mpo).row_tokens(1) == 16
