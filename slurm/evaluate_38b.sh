@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source slurm/launch.sh
 launch evaluate examples/r1v2_38b/grpo.yaml model.checkpoint=runs/r1v2-38b-grpo \
   evaluation.data=data/multimodal-math/test "$@"

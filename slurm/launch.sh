@@ -22,6 +22,8 @@
 #                       that of the host's name otherwise, and hangs or refuses at the start where that is the loopback
 #   NCCL_SOCKET_IFNAME  the same for NCCL's start; the data goes over InfiniBand where there is one
 #
+#   R1V2_GPU           outside of a job: the GPU that the rehearsal is for (r1v2 rehearse --gpu); default: h100
+#
 # What sbatch reads from the scripts can be changed by its own options (--nodes, --time, ...) or SBATCH_* variables.
 
 # Runs on each node. SLURM passes a signal to every process of the step. torchrun would die of SIGUSR1, so it starts with
@@ -40,10 +42,30 @@ container_options() {
   fi
 }
 
+# rehearse_here STAGE RECIPE [section.key=value ...]: outside of a job, for the resources that the script asks for.
+rehearse_here() {
+  local stage=$1 recipe=$2 script nodes gpus
+  shift 2
+  script=slurm/$(basename "$0")
+  if [[ $stage == evaluate ]]; then
+    echo "$script: an evaluation is not rehearsed; submit it with sbatch" >&2
+    return 2
+  fi
+  nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
+  gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$script")
+  echo "$script: not in a job, so this rehearses $stage on $nodes x $gpus GPUs; sbatch $script runs it" >&2
+  python -m megatron_r1v2 rehearse "$recipe" --gpus $((nodes * gpus)) --gpus-per-node "$gpus" \
+    --gpu "${R1V2_GPU:-h100}" "$@"
+}
+
 # launch STAGE RECIPE [section.key=value ...]
 launch() {
   local stage=$1 recipe=${R1V2_RECIPE:-$2}
   shift 2
+  if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    rehearse_here "$stage" "$recipe" "$@"
+    return
+  fi
   check_bound || return 1
   local gpus warned=0 late=0 status=0 srun_pid timer='' logs
   local nodes=() container=() failed=()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Preference pairs from the aligned 38B model, for mpo_38b.sh. Submit from the top folder of the repository:
 #   sbatch slurm/pairs_38b.sh [section.key=value ...]
+# Outside of a job, bash slurm/pairs_38b.sh rehearses it on this machine, and ends.
 # Resources are here, every other setting in the recipe. Give sbatch --partition and --account as your site asks, and
 # --nodes to use more of them: each further node is one more data-parallel rank.
 #SBATCH --job-name=r1v2-pairs
@@ -14,6 +15,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source slurm/launch.sh
 launch pairs examples/r1v2_38b/pairs.yaml "$@"

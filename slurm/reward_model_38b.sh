@@ -2,6 +2,7 @@
 # A reward model on the pairs of pairs_38b.sh: the 38B model with a scalar head. Submit from the top folder of the
 # repository:
 #   sbatch slurm/reward_model_38b.sh [section.key=value ...]
+# Outside of a job, bash slurm/reward_model_38b.sh rehearses it on this machine, and ends.
 # Resources are here, every other setting in the recipe. Give sbatch --partition and --account as your site asks, and
 # --nodes to use more of them: each further node is one more data-parallel rank.
 #SBATCH --job-name=r1v2-reward-model
@@ -15,6 +16,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source slurm/launch.sh
 launch reward_model examples/r1v2_38b/reward_model.yaml "$@"

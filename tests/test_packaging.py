@@ -198,6 +198,42 @@ def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, r
     ) in lines
 
 
+def cluster_of(recipe):
+    """Return nodes, GPUs of a node and their GB as the header of a recipe says."""
+    return re.match(r"# Cluster: (\d+) nodes? x (\d+) GPUs x (\d+)", (ROOT / recipe).read_text()).groups()
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+printf '%s ' "$@" > "$LOG"
+exit 7
+"""
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if "launch " in path.read_text(encoding="utf-8")])
+def test_outside_of_a_job_a_script_rehearses_what_it_would_run(tmp_path, script):
+    if script.name in ("launch.sh", "pipeline_38b.sh"):
+        return
+    (tmp_path / "python").write_text(FAKE_PYTHON, encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(tmp_path / "log")}
+    # From elsewhere: there is no submit folder.
+    done = subprocess.run(
+        ["bash", str(script), "train.steps=7"], cwd=tmp_path, env=environment, timeout=30, check=False
+    )
+    if script.name == "evaluate_38b.sh":
+        assert done.returncode == 2
+        assert not (tmp_path / "log").exists()
+        return
+    assert done.returncode == 7, "that of the rehearsal"
+    text = script.read_text(encoding="utf-8")
+    recipe = re.search(r"^launch [\w-]+ (\S+)", text, re.MULTILINE)[1]
+    nodes, gpus, _ = map(int, cluster_of(recipe))
+    gpu = "h200" if script.name == "grpo_38b_one_gpu.sh" else "h100"
+    assert (tmp_path / "log").read_text().split() == (
+        f"-m megatron_r1v2 rehearse {recipe} --gpus {nodes * gpus} --gpus-per-node {gpus} --gpu {gpu} train.steps=7"
+    ).split()
+
+
 JOBS = {
     script: found[1]
     for script in SCRIPTS
@@ -217,8 +253,9 @@ def test_the_scripts_warn_as_early_as_the_settings_say(script):
 def test_the_warning_comes_early_enough_for_a_step_much_longer_than_planned(script):
     """The planner counts with responses half of the longest."""
     recipe = load_recipe(ROOT / JOBS[script])
-    gpus = 8 * int(re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(encoding="utf-8"), re.MULTILINE)[1])
-    cluster = Cluster(gpus, 8, 80.0, 4.0, HARDWARE["h100"])
+    nodes, gpus, memory = cluster_of(JOBS[script])
+    hardware = HARDWARE["h200" if memory == "141" else "h100"]
+    cluster = Cluster(int(nodes) * int(gpus), 8, float(memory), 4.0, hardware)
     plan = make_plan(recipe, KNOWN_MODELS["r1v2-38b"], cluster)
     assert recipe.checkpoint.lead_seconds >= 2.5 * plan.time.total
 
