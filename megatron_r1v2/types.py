@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Modality = Literal["image", "text"]
 AnswerType = Literal["numeric", "choice", "exact", "math"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "segment"]
+"""stop: it ended itself; length: it was cut; segment: it goes on in the next step (`generation.segment_tokens`)."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,12 @@ class Rollout:
     rollout_log_probs: tuple[float, ...]
     """The engine's log-probs of `token_ids` under the sampling distribution (divided by the temperature)."""
     policy_version: int
-    """Optimizer steps that the weights which sampled this had seen."""
+    """Optimizer steps that the weights which sampled this (its first segment) had seen."""
     finish_reason: FinishReason
+    step: int = 0
+    """Steps of the run that were done when it began."""
+    old_log_probs: tuple[float, ...] = ()
+    """Log-probs of the tokens of earlier segments, each by the training forward with the weights that sampled it."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +137,14 @@ class RLTargets:
     """Optimizer steps that the weights which sampled the response had seen."""
     group_effective: bool
     """Whether something could be learned from its group (`buffer.effective_by`)."""
-    old_log_probs: tuple[float, ...] | None = None
-    """Log-probs of the response by the training forward when it was generated; the ratio is taken against these. None:
-    the response is fresh, and they are not computed yet."""
+    old_log_probs: tuple[float, ...] = ()
+    """Log-probs of the response by the training forward when it was generated; the ratio is taken against these. Of the
+    first tokens only, or of none: those of the others are not computed yet."""
 
     @property
     def is_fresh(self) -> bool:
-        """Return whether the old log-probs are still to be computed."""
-        return self.old_log_probs is None
+        """Return whether old log-probs are still to be computed."""
+        return len(self.old_log_probs) < len(self.rollout_log_probs)
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class TrainingBatch:
     advantages_B: torch.Tensor
     """float32 [B]."""
     old_log_probs_BS: torch.Tensor
-    """float32 [B, S]."""
+    """float32 [B, S]; NaN at response tokens whose old log-probs the forward pass of the only update will give."""
     rollout_log_probs_BS: torch.Tensor
     """float32 [B, S]."""
     replayed_B: torch.Tensor

@@ -25,7 +25,7 @@ def test_a_sample_is_fresh_until_it_has_old_log_probs():
     targets = RLTargets((-1.0, -2.0), 0.5, 1.0, 3, group_effective=True)
     assert targets.is_fresh
     assert not replace(targets, old_log_probs=(-1.0, -2.0)).is_fresh
-    assert not replace(targets, old_log_probs=()).is_fresh
+    assert replace(targets, old_log_probs=(-1.0,)).is_fresh, "of the first segment only"
 
 
 @pytest.mark.parametrize(("tiles", "modality"), [(0, "text"), (1, "image")])

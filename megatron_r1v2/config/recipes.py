@@ -44,9 +44,9 @@ class Without(frozenset[str]):
 # Old log-probs, which several updates of a step are weighed against, exist in GRPO alone.
 _ONE_UPDATE = Without({"updates_per_step"})
 # Only GRPO and pairs compare responses to one prompt.
-_NO_GROUPS = Without({"responses_per_prompt"})
+_NO_GROUPS = Without({"responses_per_prompt", "segment_tokens"})
 # The likelihood of given responses is that of the model itself; a validation has a temperature of its own.
-_NO_SAMPLING = Without({"responses_per_prompt", "temperature"})
+_NO_SAMPLING = Without({"responses_per_prompt", "segment_tokens", "temperature"})
 # What a validation during training does not have: its prompts are data.validation, its model is in process.
 _BY_COMMAND = ("data", "endpoint_url", "endpoint_model", "judge_url", "judge_model")
 
@@ -176,6 +176,7 @@ class PairsRecipe(Recipe):
     data: Annotated[DataConfig, Without({"validation", "shuffle"})] = Field(default_factory=DataConfig)
     reward: Annotated[RewardConfig, Without({"shuffle"})] = Field(default_factory=RewardConfig)
     reward_model: Annotated[RewardModelConfig, Without({"centring_weight"})] = Field(default_factory=RewardModelConfig)
+    generation: Annotated[GenerationConfig, Without({"segment_tokens"})] = Field(default_factory=GenerationConfig)
     pairs: PairsConfig = Field(default_factory=PairsConfig)
     # The rows of a reward model in process are packed as in training.
     train: Annotated[TrainConfig, Only({"prompts_per_step", "packing", "tokens_per_microbatch"})] = Field(
@@ -277,6 +278,18 @@ class GrpoRecipe(TrainingRecipe):
         """Yield a sentence for each contradiction between settings."""
         yield from super().mistakes()
         yield from group_mistakes(self.generation, self.train)
+        if self.generation.segment_tokens and self.algorithm.dynamic_sampling_rounds > 1:
+            yield (
+                f"generation.segment_tokens={self.generation.segment_tokens} with algorithm.dynamic_sampling_rounds="
+                f"{self.algorithm.dynamic_sampling_rounds}: a round cannot count the effective groups that go on in "
+                "the next step; set one of them to its default"
+            )
+        if 0 < self.generation.segment_tokens * self.buffer.max_age < self.generation.max_response_tokens:
+            yield (
+                f"generation.segment_tokens={self.generation.segment_tokens} x buffer.max_age={self.buffer.max_age} is "
+                f"less than generation.max_response_tokens={self.generation.max_response_tokens}: the longest would be "
+                "dropped before they end; raise one of the first two"
+            )
         weights, held = self.reward.weights, self.hallucination
         if not any(weights.values()):
             names = ", ".join(name for name in type(self.reward).model_fields if name.endswith("_weight"))
@@ -303,7 +316,7 @@ class EvaluateRecipe(Recipe):
     needed: ClassVar[tuple[str, ...]] = ("model.hf_path", "evaluation.data")
 
     data: Annotated[DataConfig, Without({"train", "validation", "shuffle"})] = Field(default_factory=DataConfig)
-    generation: Annotated[GenerationConfig, Without({"responses_per_prompt", "temperature"})] = Field(
+    generation: Annotated[GenerationConfig, Without({"responses_per_prompt", "segment_tokens", "temperature"})] = Field(
         default_factory=GenerationConfig
     )
     reward: Annotated[RewardConfig, Without({"model_weight", "model_centre", "model_scale", "shuffle"})] = Field(

@@ -5,9 +5,10 @@ Both use the same layout, so nothing is copied or synchronised between training 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
@@ -40,6 +41,10 @@ class Sampling:
     """Divides the logits; 0 is greedy."""
     max_response_tokens: int
     """A response of this length ends with finish reason "length"."""
+    segment_tokens: int = 0
+    """A response that has drawn so many tokens in the phase ends with finish reason "segment"; 0: no bound."""
+    step: int = 0
+    """The steps of the run that are done."""
     top_p: float = 1.0
     """Below 1 for evaluation only: log-probs stay those of the full distribution."""
     seed: int | None = None
@@ -55,7 +60,9 @@ class Request:
     prompt: Prompt
     draw: Draw
     max_response_tokens: int
-    """The length at which the response is cut."""
+    """The number of tokens after which the phase ends the response."""
+    begun: tuple[int, ...] = ()
+    """The tokens that an earlier phase drew."""
 
 
 class RolloutEngine:
@@ -111,6 +118,7 @@ class RolloutEngine:
         features: FeatureCache,
         progress: Progress | None = None,
         on_finished: OnFinished | None = None,
+        begun: Mapping[str, Sequence[Rollout]] = MappingProxyType({}),
     ) -> list[Rollout]:
         """Collective over the replica: generate responses; the key-value cache lives as long as the call.
 
@@ -118,7 +126,8 @@ class RolloutEngine:
             prompts: taken one by one as there is room; the same on all ranks of the replica.
             features: the features of images, filled as needed.
             progress: called after every step.
-            on_finished: called as soon as all responses to a prompt have ended.
+            on_finished: called as soon as all responses to a prompt have ended in this phase.
+            begun: all responses to a prompt, by its key, of which some go on from an earlier phase.
 
         Returns:
             `sampling.num_responses` rollouts for each prompt, in the order of the prompts and then of `sample_index`,
@@ -129,28 +138,32 @@ class RolloutEngine:
         """
         num_responses = sampling.num_responses
         admitted: list[Prompt] = []
-        finished: list[list[Rollout | None]] = []
+        groups: list[list[Rollout]] = []
+        """The responses to each of them; one under way as it was before the phase."""
+        unfinished: list[int] = []
         tokens = ResponseTokens(sampling.max_response_tokens)
         # Response j of the prompt that was admitted as the i-th has the request id i * num_responses + j.
         with self.phase(sampling.max_response_tokens) as phase:
             num_finished = num_finished_tokens = 0
             for new in self._admit(phase, prompts, num_responses):
-                self.add(phase, self._requests(new, sampling, first=len(admitted)), features)
+                begin = [list(begun.get(prompt.key) or empty_rollouts(prompt, sampling)) for prompt in new]
+                self.add(phase, self._requests(new, begin, sampling, first=len(admitted)), features)
                 admitted += new
-                finished += [[None] * num_responses for _ in new]
+                groups += begin
+                unfinished += [sum(rollout.finish_reason == "segment" for rollout in group) for group in begin]
                 step = phase.step()
                 tokens.append(step)
                 for request_id in step.request_ids[step.is_last].tolist():
                     number, sample = divmod(request_id, num_responses)
-                    rollout = self._rollout(*tokens.pop(request_id), admitted[number], sample, sampling.policy_version)
-                    finished[number][sample] = rollout
-                    num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(rollout.token_ids)
-                    group = [rollout for rollout in finished[number] if rollout is not None]
-                    if on_finished is not None and len(group) == num_responses:
-                        on_finished(admitted[number], group)
+                    token_ids, log_probs = tokens.pop(request_id)
+                    groups[number][sample] = self._extend(groups[number][sample], token_ids, log_probs, sampling)
+                    num_finished, num_finished_tokens = num_finished + 1, num_finished_tokens + len(token_ids)
+                    unfinished[number] -= 1
+                    if on_finished is not None and not unfinished[number]:
+                        on_finished(admitted[number], groups[number])
                 if progress is not None:
                     progress(num_finished, num_finished_tokens)
-        return [rollout for group in finished for rollout in group if rollout is not None]
+        return [rollout for group in groups for rollout in group]
 
     @contextmanager
     def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:
@@ -186,21 +199,28 @@ class RolloutEngine:
                 images=images.get(request.prompt.key),
                 max_response_tokens=request.max_response_tokens,
                 prompt_key=request.prompt.key,
+                begun=request.begun,
             )
 
-    def _requests(self, prompts: Sequence[Prompt], sampling: Sampling, *, first: int) -> list[Request]:
-        """Return a request for each response to prompts, of which the first has the number `first`."""
+    def _requests(
+        self, prompts: Sequence[Prompt], begun: Sequence[Sequence[Rollout]], sampling: Sampling, *, first: int
+    ) -> list[Request]:
+        """Return a request for each response to prompts that has not ended; the first prompt has the number `first`."""
         seed = self.seed if sampling.seed is None else sampling.seed
         requests = []
-        for number, prompt in enumerate(prompts, start=first):
-            for sample in range(sampling.num_responses):
-                key = response_key(seed, sampling.policy_version, prompt.key, sample)
+        for number, (prompt, rollouts) in enumerate(zip(prompts, begun, strict=True), start=first):
+            for sample, rollout in enumerate(rollouts):
+                if rollout.finish_reason != "segment":
+                    continue
+                key = response_key(seed, rollout.policy_version, prompt.key, sample)
+                left = sampling.max_response_tokens - len(rollout.token_ids)
                 requests.append(
                     Request(
                         request_id=number * sampling.num_responses + sample,
                         prompt=prompt,
                         draw=Draw(key, sampling.temperature, sampling.top_p),
-                        max_response_tokens=sampling.max_response_tokens,
+                        max_response_tokens=min(left, sampling.segment_tokens or left),
+                        begun=rollout.token_ids,
                     )
                 )
         return requests
@@ -268,22 +288,26 @@ class RolloutEngine:
                 )
         return images
 
-    def _rollout(
-        self,
-        token_ids: tuple[int, ...],
-        log_probs: tuple[float, ...],
-        prompt: Prompt,
-        sample_index: int,
-        policy_version: int,
+    def _extend(
+        self, rollout: Rollout, token_ids: tuple[int, ...], log_probs: tuple[float, ...], sampling: Sampling
     ) -> Rollout:
-        return Rollout(
-            prompt_key=prompt.key,
-            sample_index=sample_index,
-            token_ids=token_ids,
-            rollout_log_probs=log_probs,
-            policy_version=policy_version,
-            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
+        """Return a rollout with the tokens of this phase behind its own."""
+        all_ids = rollout.token_ids + token_ids
+        is_cut = len(all_ids) >= sampling.max_response_tokens
+        return replace(
+            rollout,
+            token_ids=all_ids,
+            rollout_log_probs=rollout.rollout_log_probs + log_probs,
+            finish_reason="stop" if all_ids[-1] in self.stop_ids else "length" if is_cut else "segment",
         )
+
+
+def empty_rollouts(prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+    """Return the responses to a prompt before their first token."""
+    return [
+        Rollout(prompt.key, sample, (), (), sampling.policy_version, "segment", step=sampling.step)
+        for sample in range(sampling.num_responses)
+    ]
 
 
 @contextmanager

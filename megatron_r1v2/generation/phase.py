@@ -107,6 +107,7 @@ class GenerationPhase:
         images: PromptImages | None,
         max_response_tokens: int,
         prompt_key: str,
+        begun: Sequence[int] = (),
     ) -> None:
         """Queue a request, which joins those in flight at the next step with room; all ranks must add the same.
 
@@ -115,6 +116,7 @@ class GenerationPhase:
             token_ids: the prompt.
             prompt_key: the prompt's name; requests in flight with equal names and tokens have the same images, and
                 compute them once.
+            begun: the tokens of the response that an earlier phase drew.
             images: None for a text-only prompt, and on all stages but the first.
         """
         self._controller.draws[request_id] = draw
@@ -122,7 +124,7 @@ class GenerationPhase:
             self._wrapper.images[request_id] = images
         # termination_id -1 matches no token: the controller decides where a response ends.
         sampling_params = SamplingParams(num_tokens_to_generate=max_response_tokens, termination_id=-1)
-        self._engine.add_response(request_id, token_ids, sampling_params, prompt_key)
+        self._engine.add_response(request_id, token_ids, sampling_params, prompt_key, begun=begun)
 
     def cancel(self, request_id: int) -> None:
         """End a request, so that no later step returns a token of it; ignore a request that has ended."""

@@ -19,11 +19,16 @@ class SharedPromptQueue:
     Responses do not depend on the replica that generates them (see sampling.py).
 
     Args:
+        prompts: of all replicas, the same on every rank.
+        own: prompts that this replica alone takes, before the others.
         name: the counter's name, such as "step-12": the same on all ranks, and never used before in this run.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, context: ParallelContext, name: str) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], *, context: ParallelContext, name: str, own: Sequence[Prompt] = ()
+    ) -> None:
         self.prompts = prompts
+        self.own = own
         self._context = context
         self._counter = f"prompt-queue/{name}"
         self._group = context.groups.mp
@@ -32,10 +37,11 @@ class SharedPromptQueue:
     @property
     def fair_share(self) -> int:
         """Return how many prompts a replica may begin with, so that the first to arrive leaves the others some."""
-        return -(-len(self.prompts) // self._context.data_size)
+        return -(-len(self.prompts) // self._context.data_size) + len(self.own)
 
     def __iter__(self) -> Iterator[Prompt]:
         """Collective over `groups.mp` at each step: yield prompts until none is left."""
+        yield from self.own
         # Nobody to share with, so no question to the store.
         if self._context.data_size == 1:
             yield from self.prompts

@@ -57,19 +57,27 @@ class SharedPromptEngine(DynamicInferenceEngine):
         """Tokens that would have been computed too if no response shared its prompt."""
 
     def add_response(
-        self, request_id: int, token_ids: Sequence[int], sampling_params: SamplingParams, prompt_key: Hashable
+        self,
+        request_id: int,
+        token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        prompt_key: Hashable,
+        *,
+        begun: Sequence[int] = (),
     ) -> None:
         """Queue a request.
 
         Args:
+            token_ids: the prompt.
             prompt_key: requests with equal keys and tokens have the same images.
+            begun: the response so far; it is computed again, as after an eviction.
         """
         # With the tokens: a prompt may end with the beginning of a response, under the same name.
         key = prompt_key, tuple(token_ids)
         prompt = self._prompts.setdefault(key, _Prompt(key, len(token_ids)))
         prompt.request_ids.add(request_id)
         self._prompt_of[request_id] = prompt
-        self.add_request(request_id, list(token_ids), sampling_params)
+        self.add_request(request_id, [*token_ids, *begun], sampling_params)
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that has ended or left the queue."""

@@ -49,6 +49,7 @@ def rollout_fingerprint(
         generation={
             "responses_per_prompt": generation.responses_per_prompt,
             "max_response_tokens": generation.max_response_tokens,
+            "segment_tokens": generation.segment_tokens,
             "temperature": generation.temperature,
             "stop_ids": sorted(stop_ids),
         },
@@ -126,6 +127,24 @@ class RolloutCache:
                 cached[prompt.key] = rollouts
         return cached, missing
 
+    def load_begun(self, prompts: Sequence[Prompt], begun: Mapping[str, Sequence[Rollout]]) -> dict[str, list[Rollout]]:
+        """Collective over the replica: read what an interrupted run has kept of groups that go on in this step.
+
+        Args:
+            prompts: of the groups that this replica holds.
+            begun: their responses so far, by prompt key; what is kept must begin with the same tokens.
+
+        Returns:
+            The rollouts by prompt key; groups that are not here go on from `begun`.
+        """
+        found: dict[str, list[Rollout]] = {}
+        if self.enabled and self.context.is_replica_leader:
+            for prompt in prompts:
+                rollouts = self._read(prompt)
+                if rollouts is not None and _continue(begun[prompt.key], rollouts):
+                    found[prompt.key] = rollouts
+        return objects.all_gather(found, self.context.groups.mp)[0]
+
     def drop_before(self, step: int) -> None:
         """Delete the rollouts of all steps before `step`, that of the newest finished checkpoint."""
         if not self.context.is_main or not self.folder.is_dir():
@@ -153,6 +172,14 @@ class RolloutCache:
         if kept.get("fingerprint") != self._fingerprint or kept["prompt"] != _digest(prompt):
             return None
         return [Rollout(**fields) for fields in kept["rollouts"]]
+
+
+def _continue(begun: Sequence[Rollout], rollouts: Sequence[Rollout]) -> bool:
+    """Return whether rollouts begin with the tokens of others."""
+    return len(begun) == len(rollouts) and all(
+        later.token_ids[: len(earlier.token_ids)] == earlier.token_ids and later.step == earlier.step
+        for earlier, later in zip(begun, rollouts, strict=True)
+    )
 
 
 def _digest(prompt: Prompt) -> str:

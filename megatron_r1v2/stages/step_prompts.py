@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 
 from megatron_r1v2.data.mixture import MixtureStream
@@ -24,18 +24,18 @@ def in_groups(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
 
 
 def next_distinct(
-    stream: PromptStream | MixtureStream | ReadAhead, count: int, *, besides: Sequence[Prompt] = ()
+    stream: PromptStream | MixtureStream | ReadAhead, count: int, *, besides: Collection[str] = ()
 ) -> list[Prompt]:
     """Read prompts with distinct keys: at the border of two epochs one may come twice, and would be one group.
 
     Args:
         stream: endless.
-        besides: prompts that the step has already.
+        besides: keys of the prompts that the step has already.
 
     Raises:
         TooFewPrompts: the data set has fewer.
     """
-    taken = {prompt.key for prompt in besides}
+    taken = set(besides)
     found: dict[str, Prompt] = {}
     # A few rounds, not an endless loop: a data set may have fewer distinct prompts than are wanted.
     for _ in range(20):
@@ -49,7 +49,12 @@ def next_distinct(
 
 def too_few_prompts(found: int, count: int, *, besides: int = 0) -> TooFewPrompts:
     """Return the error of a data set that has fewer distinct prompts than a step takes."""
-    further = f" beside the {besides} of earlier rounds (algorithm.dynamic_sampling_rounds)" if besides else ""
+    further = (
+        f" beside the {besides} of earlier rounds (algorithm.dynamic_sampling_rounds) or steps "
+        "(generation.segment_tokens)"
+        if besides
+        else ""
+    )
     return TooFewPrompts(
         f"data.train has only {found} distinct prompts{further} but train.prompts_per_step={count}; "
         "lower train.prompts_per_step or give more data"

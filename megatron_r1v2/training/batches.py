@@ -87,8 +87,8 @@ def collate(
         mask[row, span] = 1.0
         if sample.rl is not None:
             rollout[row, span] = torch.tensor(sample.rl.rollout_log_probs)
-            if sample.rl.old_log_probs is not None:
-                old[row, span] = torch.tensor(sample.rl.old_log_probs)
+            missing = sample.response_length - len(sample.rl.old_log_probs)
+            old[row, span] = torch.tensor((*sample.rl.old_log_probs, *[math.nan] * missing))
     # An <IMG_CONTEXT> that the model wrote itself has no image behind it.
     in_prompt = torch.arange(length) < torch.tensor([[sample.prompt_length] for sample in samples])
     tiles, tile_index, image_prompts = _shared_tiles([prompts[sample.prompt_key] for sample in samples])
@@ -145,15 +145,16 @@ def response_sample(prompt: Prompt, response: Sequence[int], *, index: int = 0, 
 
 
 def with_old_log_probs(sample: Sample, log_probs_S: torch.Tensor) -> Sample:
-    """Return a fresh sample with its old log-probs.
+    """Return a fresh sample with the old log-probs that it lacks: all, or those of its last segment.
 
     Args:
         log_probs_S: float32 [S], by the training forward with the weights that sampled.
     """
     if sample.rl is None:
         raise ValueError(f"the sample of prompt {sample.prompt_key!r} was not sampled for reinforcement learning")
-    old = tuple(log_probs_S[sample.response_columns].tolist())
-    return replace(sample, rl=replace(sample.rl, old_log_probs=old))
+    known = sample.rl.old_log_probs
+    computed = log_probs_S[sample.response_columns][len(known) :].tolist()
+    return replace(sample, rl=replace(sample.rl, old_log_probs=(*known, *computed)))
 
 
 def prompt_of(sample: Sample) -> tuple[str, tuple[int, ...]]:

@@ -19,7 +19,8 @@ def compute_mismatch(
     """Collective over the world: compare engine and training forward on fresh samples.
 
     Args:
-        batches: this replica's microbatches; rows from the buffer do not count.
+        batches: this replica's microbatches; tokens with old log-probs, of the buffer or of earlier segments, do not
+            count.
         log_probs: float32 [B, S] for each, by the training forward with the weights that sampled.
 
     Returns:
@@ -29,12 +30,13 @@ def compute_mismatch(
         mismatch_sums(
             log_probs_BS,
             batch.rollout_log_probs_BS,
-            batch.response_mask_BS,
+            batch.response_mask_BS * fresh_BS,
             batch.has_image_B,
-            # Other weights sampled what is replayed, so there the two differ rightly.
-            batch.weights_B * ~batch.replayed_B,
+            batch.weights_B * fresh_BS.any(dim=1),
         )
         for batch, log_probs_BS in zip(batches, log_probs, strict=True)
+        # Other weights sampled the rest, so there the two differ rightly.
+        for fresh_BS in (batch.old_log_probs_BS.isnan(),)
     ]
     sums = {name: pair.cpu() for name, pair in add_pairs([pairs for pairs, _ in parts]).items()}
     maxima = {name: value.cpu() for name, value in _largest([values for _, values in parts]).items()}

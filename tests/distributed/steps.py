@@ -111,7 +111,7 @@ def make_samples(prompts: Mapping[str, Prompt], image_token_id: int) -> dict[str
     return samples
 
 
-def targets(length: int, *, advantage: float, old_log_probs: tuple[float, ...] | None = None) -> RLTargets:
+def targets(length: int, *, advantage: float, old_log_probs: tuple[float, ...] = ()) -> RLTargets:
     return RLTargets((0.0,) * length, advantage, 0.0, 0, group_effective=True, old_log_probs=old_log_probs)
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from megatron_r1v2.generation.features import FeatureCache
-from tests.generation.worlds import assert_same_rollouts, generate, make_engine, make_prompts
+from tests.generation.worlds import (
+    MAX_RESPONSE_TOKENS,
+    assert_same_rollouts,
+    generate,
+    generate_in_segments,
+    make_engine,
+    make_prompts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,33 @@ def test_eviction_does_not_change_rollouts(one_rank):
     assert tight.num_evictions > 0
     assert_same_rollouts(results, plenty)
     assert all(len(rollout.token_ids) == len(rollout.rollout_log_probs) for rollout in results)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_requests": 8, "max_tokens_per_step": 24}, {"max_requests": 4, "kv_cache_gib": 0.0006}],
+    ids=["roomy", "chunked prefill", "little memory"],
+)
+def test_a_response_in_segments_is_the_same(one_rank, expected, settings):
+    model, context = one_rank
+    engine = make_engine(model, context, **settings)
+    results, phases = generate_in_segments(engine, make_prompts(model, 6), FeatureCache(10**9), 5)
+    assert_same_rollouts(results, expected)
+    assert phases == -(-max(len(rollout.token_ids) for rollout in expected) // 5)
+    assert phases > 2
+
+
+def test_a_segment_ends_at_its_bound_and_says_so(one_rank, expected):
+    model, context = one_rank
+    engine = make_engine(model, context)
+    results = generate(engine, make_prompts(model, 6), FeatureCache(10**9), segment_tokens=5, step=3)
+    assert {rollout.step for rollout in results} == {3}
+    for rollout, whole in zip(results, expected, strict=True):
+        goes_on = len(whole.token_ids) > 5
+        assert rollout.finish_reason == ("segment" if goes_on else whole.finish_reason)
+        assert rollout.token_ids == whole.token_ids[:5]
+    exact = generate(engine, make_prompts(model, 6), FeatureCache(10**9), segment_tokens=MAX_RESPONSE_TOKENS)
+    assert_same_rollouts(exact, expected)
 
 
 def test_a_response_does_not_depend_on_its_batch(one_rank, expected):

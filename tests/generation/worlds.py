@@ -75,14 +75,31 @@ def make_engine(model: R1V2Model, context: ParallelContext, *, seed: int = 11, *
     )
 
 
-def generate(engine: RolloutEngine, prompts, features, *, progress=None, **sampling):
+def generate(engine: RolloutEngine, prompts, features, *, progress=None, begun=None, **sampling):
     defaults = {
         "num_responses": 2,
         "policy_version": 0,
         "temperature": 1.0,
         "max_response_tokens": MAX_RESPONSE_TOKENS,
     }
-    return engine.generate(prompts, Sampling(**(defaults | sampling)), features=features, progress=progress)
+    chosen = Sampling(**(defaults | sampling))
+    return engine.generate(prompts, chosen, features=features, progress=progress, begun=begun or {})
+
+
+def generate_in_segments(engine: RolloutEngine, prompts, features, segment_tokens: int, **sampling):
+    """Return rollouts that were generated a segment a phase, and how many phases there were."""
+    rollouts, phases = [], 0
+    while not rollouts or any(rollout.finish_reason == "segment" for rollout in rollouts):
+        begun = {}
+        for rollout in rollouts:
+            begun.setdefault(rollout.prompt_key, []).append(rollout)
+        going_on = [p for p in prompts if not begun or any(r.finish_reason == "segment" for r in begun[p.key])]
+        new = generate(engine, going_on, features, begun=begun, segment_tokens=segment_tokens, **sampling)
+        ended = [rollout for rollout in rollouts if rollout.prompt_key not in {p.key for p in going_on}]
+        order = {prompt.key: place for place, prompt in enumerate(prompts)}
+        rollouts = sorted(ended + new, key=lambda rollout: (order[rollout.prompt_key], rollout.sample_index))
+        phases += 1
+    return rollouts, phases
 
 
 def assert_same_rollouts(results, expected, atol=1e-5):

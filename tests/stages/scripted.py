@@ -39,7 +39,7 @@ def make_sample(prompt: Prompt, index: int = 0, *, length: int = 5, old: bool = 
         prompt_length=len(prompt.token_ids),
         modality=prompt.modality,
         rl=RLTargets(
-            old_log_probs=tuple(-1.0 - position for position in range(length)) if old else None,
+            old_log_probs=tuple(-1.0 - position for position in range(length)) if old else (),
             rollout_log_probs=tuple(-1.5 - position for position in range(length)),
             advantage=draw.uniform(-2, 2),
             reward=draw.random(),
@@ -69,6 +69,7 @@ def step_responses(prompts: Sequence[Prompt], step: int) -> list[ScoredRollout]:
                 rollout_log_probs=tuple(-draw.random() for _ in token_ids),
                 policy_version=step,
                 finish_reason="length" if len(token_ids) == 9 else "stop",
+                step=step,
             )
             rewards = {"answer": float(correct), "format": float(draw.random() < 0.8)}
             total = rewards["answer"] + 0.2 * rewards["format"]

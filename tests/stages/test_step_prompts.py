@@ -29,7 +29,7 @@ class Repeating:
 def test_a_prompt_that_comes_twice_is_read_past() -> None:
     stream: Any = Repeating("aabbc")
     assert [prompt.key for prompt in next_distinct(stream, 3)] == ["a", "b", "c"]
-    assert [prompt.key for prompt in next_distinct(stream, 1, besides=[make_prompt("a", tiles=0)])] == ["b"]
+    assert [prompt.key for prompt in next_distinct(stream, 1, besides=["a"])] == ["b"]
 
 
 def test_a_data_set_that_is_too_small_is_told_with_both_numbers() -> None:
@@ -37,7 +37,7 @@ def test_a_data_set_that_is_too_small_is_told_with_both_numbers() -> None:
     with pytest.raises(ValueError, match=r"only 3 distinct prompts but train.prompts_per_step=4; lower"):
         next_distinct(stream, 4)
     with pytest.raises(ValueError, match=r"only 2 distinct prompts beside the 1 of earlier rounds .*=3; lower"):
-        next_distinct(stream, 3, besides=[make_prompt("a", tiles=0)])
+        next_distinct(stream, 3, besides=["a"])
 
 
 def test_prompts_of_a_step_are_distinct_over_the_border_of_two_epochs(root: Path, tmp_path: Path) -> None:

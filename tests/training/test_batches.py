@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,8 +120,9 @@ def test_rows_keep_their_tokens_log_probs_and_tiles(rows, tensor_size):
         assert batch.token_ids_BS[row, len(ids) :].eq(PAD).all()
         mask_S = batch.response_mask_BS[row].bool()
         assert batch.labels_BS[row][mask_S].tolist() == ids[sample.prompt_length :]
-        expected = list(sample.rl.old_log_probs or [0.0] * sample.response_length)
-        assert batch.old_log_probs_BS[row][mask_S].tolist() == expected
+        expected = list(sample.rl.old_log_probs or [math.nan] * sample.response_length)
+        assert batch.old_log_probs_BS[row][mask_S].tolist() == pytest.approx(expected, nan_ok=True)
+        assert not batch.old_log_probs_BS[row][~mask_S].any()
         assert batch.rollout_log_probs_BS[row][mask_S].tolist() == list(sample.rl.rollout_log_probs)
         assert not batch.old_log_probs_BS[row][~mask_S].any()
         assert batch.image_mask_BS[row].sum() == ids[: sample.prompt_length].count(IMAGE_TOKEN)

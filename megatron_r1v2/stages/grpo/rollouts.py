@@ -18,6 +18,7 @@ from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.score import reward_metrics
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.calibrator import Calibrator
+from megatron_r1v2.stages.grpo.segments import GroupsInFlight, check_enough_prompts
 from megatron_r1v2.stages.grpo.selection import count_effective_groups
 from megatron_r1v2.stages.session import Session
 from megatron_r1v2.stages.step_prompts import TooFewPrompts, next_distinct
@@ -49,6 +50,11 @@ class RolloutPhase:
         self.pool = pool
         self.reward_model = reward_model
         self.calibrator = calibrator
+        check_enough_prompts(session.stream.num_samples, recipe)
+        self.in_flight = GroupsInFlight(session.context, max_age=recipe.buffer.max_age, shards=session.restored.replay)
+        """The groups that go on in the next step; none without generation.segment_tokens."""
+        self.generated_tokens = 0
+        """Response tokens of all replicas that the step has drawn so far, those of earlier segments left out."""
         self._prefill_tokens = (0, 0)
         """Computed in the step so far, and with a prompt for each response."""
         shared = session.policy.features
@@ -65,7 +71,8 @@ class RolloutPhase:
         """Collective over the world: generate and score, once or (dynamic sampling) until enough groups are effective.
 
         Returns:
-            The prompts of the step, the same on every rank, and this replica's responses.
+            The prompts of the step, the same on every rank, and this replica's responses. With
+            `generation.segment_tokens` they are those whose last response has ended, as `GroupsInFlight.settle` says.
         """
         session, timed = self.session, self.session.recorder.timed
         wanted, rounds = self.recipe.train.prompts_per_step, self.recipe.algorithm.dynamic_sampling_rounds
@@ -74,20 +81,28 @@ class RolloutPhase:
         counts: Counter[str] = Counter()
         exhausted, effective = False, 0
         self.features.clear()
+        dropped = self.in_flight.drop_old(session.step)
         for done in range(1, rounds + 1):
+            taken = [*self.in_flight.steps, *(prompt.key for prompt in prompts)]
             try:
                 with timed("data"):
-                    more = next_distinct(session.stream, wanted, besides=prompts)
+                    more = next_distinct(session.stream, wanted, besides=taken)
             except TooFewPrompts:  # samples are left out or corrupt
                 if not prompts:
                     raise
                 exhausted, done = True, done - 1
                 break
+            self.filler = more[0]
             if done == 1:
                 with timed("gate"):
                     self.verify_weights(more)
             with timed("generate"):
                 rollouts = self.generate(more, round_number=done)
+            if session.recipe.generation.segment_tokens:
+                more, rollouts = self.in_flight.settle(more, rollouts)
+                session.recorder.note(
+                    {"rollout/groups_in_flight": len(self.in_flight.steps), "rollout/groups_dropped": dropped}
+                )
             with timed("reward"):
                 more_scored, more_counts = self.score(more, rollouts)
             prompts += more
@@ -155,29 +170,39 @@ class RolloutPhase:
         session, preemption = self.session, self.session.preemption
         settings = session.recipe.generation
         kept, missing = preemption.rollouts.load(prompts)
+        held, begun = self.in_flight.prompts, self.in_flight.responses
+        kept |= preemption.rollouts.load_begun(held, begun)
         preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
+        own = [prompt for prompt in held if prompt.key not in kept]
         is_last = session.step + 1 >= self.recipe.train.steps
         with session.stream.reading(0 if is_last else self.recipe.train.prompts_per_step):
             rollouts = self.engine.generate(
-                SharedPromptQueue(missing, context=session.context, name=f"grpo-{session.step}-{round_number}"),
+                SharedPromptQueue(
+                    missing, context=session.context, name=f"grpo-{session.step}-{round_number}", own=own
+                ),
                 Sampling(
                     num_responses=settings.responses_per_prompt,
                     policy_version=session.policy.version,
                     temperature=settings.temperature,
                     max_response_tokens=settings.max_response_tokens,
+                    segment_tokens=settings.segment_tokens,
+                    step=session.step,
                 ),
                 features=self.features,
                 progress=preemption.poll_between_engine_steps,
                 on_finished=preemption.rollouts.save,
+                begun=begun,
             )
         done = time.perf_counter()
         preemption.wait_for_all(f"generated-{session.step}-{round_number}")
         self._waits.append(time.perf_counter() - done)
         session.recorder.note({"rollout/evictions": self.engine.num_evictions})
-        self._note_prefill(round_number)
-        order = {prompt.key: place for place, prompt in enumerate(prompts)}
+        rollouts = [*chain(*kept.values()), *rollouts]
+        before = sum(len(rollout.token_ids) for responses in begun.values() for rollout in responses)
+        self._count_tokens(sum(len(rollout.token_ids) for rollout in rollouts) - before, round_number)
+        order = {prompt.key: place for place, prompt in enumerate((*held, *prompts))}
         # Which replica takes which prompt is a matter of time; the order of the prompts is not.
-        return sorted((*chain(*kept.values()), *rollouts), key=lambda rollout: order[rollout.prompt_key])
+        return sorted(rollouts, key=lambda rollout: order[rollout.prompt_key])
 
     def _gather_waits(self) -> dict[str, float]:
         """Collective over the data-parallel ranks: return how long replicas have waited for the others in this step."""
@@ -185,11 +210,15 @@ class RolloutPhase:
         self._waits.clear()
         return {"rollout/wait_s/mean": sum(waits) / len(waits), "rollout/wait_s/max": max(waits)}
 
-    def _note_prefill(self, round_number: int) -> None:
-        """Collective over the data-parallel ranks: note the tokens prefilled by all replicas in the step so far."""
-        replicas = objects.all_gather(self.engine.prefill_tokens, self.session.context.groups.dp)
-        before = self._prefill_tokens if round_number > 1 else (0, 0)
-        computed, separate = (sum(counts) for counts in zip(before, *replicas, strict=True))
+    def _count_tokens(self, drawn: int, round_number: int) -> None:
+        """Collective over the data-parallel ranks: count the tokens of all replicas in the step so far.
+
+        Args:
+            drawn: by this replica in the round.
+        """
+        replicas = objects.all_gather((drawn, *self.engine.prefill_tokens), self.session.context.groups.dp)
+        before = (self.generated_tokens, *self._prefill_tokens) if round_number > 1 else (0, 0, 0)
+        self.generated_tokens, computed, separate = (sum(counts) for counts in zip(before, *replicas, strict=True))
         self._prefill_tokens = computed, separate
         self.session.recorder.note({"perf/prefill_tokens": computed, "perf/prefill_tokens_separate": separate})
 

@@ -46,8 +46,6 @@ class Selection:
     """Data-parallel rank that trains each sample; the samples of one prompt in an update have the same."""
     denominator: float
     """Of the loss of one optimizer step: sequences or response tokens, samples of zero advantage included."""
-    num_generated_tokens: int
-    """Response tokens of the step over all ranks."""
     metrics: Mapping[str, float]
 
     @property
@@ -56,9 +54,9 @@ class Selection:
         return [self.records[sample_id].entry for sample_id in self.plan.fresh]
 
 
-def sample_id(step: int, rollout: Rollout) -> str:
-    """Name a response: unique over the run, since prompts of one step are distinct."""
-    return f"{rollout.prompt_key}/{step}/{rollout.sample_index}"
+def sample_id(rollout: Rollout) -> str:
+    """Name a response by the step in which it began: unique over the run, since prompts of one step are distinct."""
+    return f"{rollout.prompt_key}/{rollout.step}/{rollout.sample_index}"
 
 
 def select(
@@ -87,7 +85,7 @@ def select(
     if recipe.reward.shuffle:
         rewarded = shuffle_rewards([response for response, _ in everything], seed=recipe.run.seed + step)
         everything = [(response, length) for response, (_, length) in zip(rewarded, everything, strict=True)]
-    records = _make_records(everything, prompts, recipe, step)
+    records = _make_records(everything, prompts, recipe)
     trainable = [item.entry for item in records.values() if trains_text or item.entry.modality == "image"]
     # Dynamic sampling may have found more effective groups than the step trains on.
     eligible = trainable
@@ -119,7 +117,6 @@ def select(
         updates=updates,
         trainer=trainer,
         denominator=total / max(1, len(updates)),
-        num_generated_tokens=sum(length for _, length in everything),
         metrics={
             **plan.metrics,
             **_response_metrics(everything, records),
@@ -221,13 +218,13 @@ def first_effective_groups(entries: Sequence[BufferEntry], count: int) -> list[B
 
 
 def fresh_samples(
-    selection: Selection, scored: Sequence[ScoredRollout], prompts: Sequence[Prompt], *, step: int
+    selection: Selection, scored: Sequence[ScoredRollout], prompts: Sequence[Prompt]
 ) -> dict[str, Sample]:
     """Make samples, by id, of this replica's responses that are trained somewhere, yet without old log-probs."""
     by_key = {prompt.key: prompt for prompt in prompts}
     samples = {}
     for response in scored:
-        name = sample_id(step, response.rollout)
+        name = sample_id(response.rollout)
         if name in selection.trainer:
             samples[name] = fresh_sample(response, by_key[response.rollout.prompt_key], selection.records[name])
     return samples
@@ -238,6 +235,7 @@ def fresh_sample(response: ScoredRollout, prompt: Prompt, record: SampleRecord) 
     rollout = response.rollout
     targets = RLTargets(
         rollout_log_probs=rollout.rollout_log_probs,
+        old_log_probs=rollout.old_log_probs,
         advantage=record.advantage,
         reward=record.reward,
         policy_version=rollout.policy_version,
@@ -255,7 +253,11 @@ def _gather_responses(
     """
     light = [
         (
-            replace(response, rollout=replace(response.rollout, token_ids=(), rollout_log_probs=()), text=""),
+            replace(
+                response,
+                rollout=replace(response.rollout, token_ids=(), rollout_log_probs=(), old_log_probs=()),
+                text="",
+            ),
             len(response.rollout.token_ids),
         )
         for response in scored
@@ -271,7 +273,6 @@ def _make_records(
     everything: Sequence[tuple[ScoredRollout, int]],
     prompts: Sequence[Prompt],
     recipe: GrpoRecipe,
-    step: int,
 ) -> dict[str, SampleRecord]:
     # In float64, as the rewards are: the buffer draws by these advantages.
     rewards_R = torch.tensor([response.total for response, _ in everything], dtype=torch.float64)
@@ -281,13 +282,13 @@ def _make_records(
     by_key = {prompt.key: prompt for prompt in prompts}
     records = {}
     for (response, length), advantage, is_effective in zip(everything, advantages, effective, strict=True):
-        name = sample_id(step, response.rollout)
+        name = sample_id(response.rollout)
         entry = BufferEntry(
             sample_id=name,
             prompt_key=response.rollout.prompt_key,
             priority=abs(advantage),
             modality=by_key[response.rollout.prompt_key].modality,
-            step=step,
+            step=response.rollout.step,
             response_length=length,
             effective=is_effective,
             prompt_length=len(by_key[response.rollout.prompt_key].token_ids),
@@ -335,6 +336,8 @@ def _response_metrics(
 ) -> dict[str, float]:
     """Describe all that was generated, text-only prompts that are left out included."""
     lengths = [length for _, length in everything]
+    if not lengths:  # all groups go on in the next step
+        return {"rollout/responses": 0, "rollout/tokens": 0}
     cut = sum(response.rollout.finish_reason == "length" for response, _ in everything)
     effective = sum(record.entry.effective for record in records.values())
     return {

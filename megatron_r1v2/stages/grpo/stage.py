@@ -57,7 +57,7 @@ def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> 
             session,
             stage.step,
             state=stage.state_dict,
-            replay=stage.buffer.samples.state_dict,
+            replay=stage.rank_state_dict,
             validate=validation.validate_if_due,
         )
     return Path(recipe.run.output_dir)
@@ -120,9 +120,10 @@ class GrpoStage:
         session.preemption.poll_between_phases()
         selection = self.select(prompts, scored)
         with timed("exchange"):
-            fresh = fresh_samples(selection, scored, prompts, step=session.step)
+            fresh = fresh_samples(selection, scored, prompts)
             samples, sample_prompts = self.buffer.exchange_samples(selection, fresh, prompts)
         with timed("log_probs"):
+            self.add_segment_log_probs()
             # The forward pass of an only update gives them.
             several = len(selection.updates) > 1
             trained = self.updates.add_old_log_probs(samples, sample_prompts) if several else samples
@@ -130,14 +131,24 @@ class GrpoStage:
         session.preemption.poll_between_phases()
         if trained is not None:
             with timed("update"):
-                trained = self.updates.take_updates(selection, trained, sample_prompts, filler=prompts[0])
+                trained = self.updates.take_updates(selection, trained, sample_prompts, filler=self.rollouts.filler)
         if trained is not None:
             # With the old log-probs of this step: a later ratio is taken against the policy that sampled.
             self.buffer.add(selection, trained, sample_prompts, step=session.step)
         self.log_rollouts(selection, prompts, scored)
-        speed = selection.num_generated_tokens / session.recorder.seconds("generate")
+        speed = self.rollouts.generated_tokens / session.recorder.seconds("generate")
         session.recorder.note({"perf/generated_tokens_per_second": speed})
         session.step += 1
+
+    def add_segment_log_probs(self) -> None:
+        """Collective over the world: compute the old log-probs of the responses that go on, with what sampled them."""
+        if not self.recipe.generation.segment_tokens:
+            return
+        groups = self.rollouts.in_flight
+        samples, prompts = groups.new_segments()
+        dropped = groups.add_old_log_probs(self.updates.add_old_log_probs(samples, prompts))
+        if dropped:
+            self.session.recorder.note({"rollout/groups_dropped": dropped})
 
     def select(self, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> Selection:
         """Collective over the data-parallel ranks: compute advantages, top effective samples up from the buffer.
@@ -164,13 +175,17 @@ class GrpoStage:
         if not session.context.is_main:
             return
         by_key = {prompt.key: prompt for prompt in prompts}
-        own = [(response, selection.records[sample_id(session.step, response.rollout)]) for response in scored]
+        own = [(response, selection.records[sample_id(response.rollout)]) for response in scored]
         rows = []
         for place in telling_responses([record for _, record in own], ROLLOUTS_KEPT):
             response, record = own[place]
             prompt = by_key[response.rollout.prompt_key]
             rows.append(rollout_record(session.step + 1, prompt, response, advantage=record.advantage))
         session.recorder.write_rollouts(rows)
+
+    def rank_state_dict(self) -> Mapping[str, Any]:
+        """Return what this replica holds for the steps to come: samples of the buffer, groups that go on."""
+        return {**self.buffer.samples.state_dict(), **self.rollouts.in_flight.state_dict()}
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what a resumed stage must know: the index of the buffer, and the reward model's weight."""

@@ -98,7 +98,6 @@ class UpdatePhase:
             algorithm=self.settings,
             aggregation=self.aggregation.value,
             denominator=selection.denominator,
-            is_only_update=_is_only_update(selection),
         )
         trained = dict(samples)
         results: list[UpdateResult] = []
@@ -182,22 +181,18 @@ def batch_loss(
     algorithm: AlgorithmConfig,
     aggregation: str,
     denominator: float,
-    is_only_update: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute the GRPO loss of a microbatch.
 
     Args:
         log_probs_BS: float32 [B, S] of the policy in training.
         denominator: of the whole batch over all ranks.
-        is_only_update: whether the weights are those that sampled the fresh rows.
 
     Returns:
         This microbatch's part of the loss, and metrics as (sum, count) pairs.
     """
-    old_log_probs_BS = batch.old_log_probs_BS
-    if is_only_update:
-        # Their ratio is 1; only its gradient matters.
-        old_log_probs_BS = torch.where(batch.replayed_B[:, None], old_log_probs_BS, log_probs_BS.detach())
+    # Tokens without an old log-prob were sampled with these weights: their ratio is 1, and only its gradient matters.
+    old_log_probs_BS = batch.old_log_probs_BS.where(~batch.old_log_probs_BS.isnan(), log_probs_BS.detach())
     importance_BS = None
     if algorithm.importance_cap > 0:
         importance_BS = truncated_importance_weights(

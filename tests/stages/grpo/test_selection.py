@@ -85,7 +85,7 @@ def run_steps(context: ParallelContext, settings: GrpoRecipe) -> list[dict[str, 
         selection = select(settings, buffer, prompts, scored, step=step, trains_text=True, context=context)
         held = dict(store.samples)
         for response in scored:
-            name = sample_id(step, response.rollout)
+            name = sample_id(response.rollout)
             held[name] = fresh_sample(response, by_key[response.rollout.prompt_key], selection.records[name])
         samples, sample_prompts = send_to_trainers(
             held, store.prompts | by_key, selection.trainer, group=context.groups.dp, device=context.device
@@ -209,7 +209,7 @@ def test_advantages_and_effectiveness_by_hand(context):
         for response, total in zip(step_responses([prompt], 0), (2.0, 0.0, 0.0, 2.0), strict=True)
     ]
     selection = select(recipe(), None, [prompt], responses, step=4, trains_text=True, context=context)
-    records = [selection.records[f"p/4/{index}"] for index in range(GROUP)]
+    records = [selection.records[f"p/0/{index}"] for index in range(GROUP)]
     assert [item.advantage for item in records] == pytest.approx(
         [1 / (1 + 1e-6), -1 / (1 + 1e-6), -1 / (1 + 1e-6), 1 / (1 + 1e-6)], rel=1e-9
     )
@@ -218,7 +218,7 @@ def test_advantages_and_effectiveness_by_hand(context):
     sample = fresh_sample(responses[1], prompt, records[1])
     assert sample.token_ids == prompt.token_ids + responses[1].rollout.token_ids
     assert sample.prompt_length == len(prompt.token_ids)
-    assert (sample.rl.advantage, sample.rl.reward, sample.rl.old_log_probs) == (records[1].advantage, 0.0, None)
+    assert (sample.rl.advantage, sample.rl.reward, sample.rl.old_log_probs) == (records[1].advantage, 0.0, ())
     assert (sample.sample_index, sample.rl.policy_version, sample.rl.group_effective) == (1, 0, True)
 
 

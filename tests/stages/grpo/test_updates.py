@@ -44,7 +44,7 @@ def phase_of(session: Session) -> UpdatePhase:
     )
 
 
-def samples_of(session: Session, old: tuple[float, ...] | None) -> tuple[dict[str, Sample], dict[str, Prompt]]:
+def samples_of(session: Session, old: tuple[float, ...]) -> tuple[dict[str, Sample], dict[str, Prompt]]:
     """Return a fresh and an old sample of two prompts, the engine's log-probs those of the training forward."""
     prompts = session.next_prompts()[:2]
     samples = {}
@@ -79,7 +79,7 @@ def test_fresh_samples_get_old_log_probs_and_replayed_ones_keep_theirs(session: 
 
 
 def test_an_engine_that_computed_something_else_ends_the_step(session: Session) -> None:
-    samples, prompts = samples_of(session, old=None)
+    samples, prompts = samples_of(session, old=())
     rl = samples["s0"].rl
     assert rl is not None
     samples["s0"] = replace(samples["s0"], rl=replace(rl, rollout_log_probs=(-30.0, -30.0)))
@@ -88,7 +88,7 @@ def test_an_engine_that_computed_something_else_ends_the_step(session: Session) 
 
 
 def test_log_probs_that_are_not_finite_give_no_samples(session: Session) -> None:
-    samples, prompts = samples_of(session, old=None)
+    samples, prompts = samples_of(session, old=())
     session.policy.temperature = float("nan")
     assert phase_of(session).add_old_log_probs(samples, prompts) is None
     assert session.recorder.values["actor/skipped_updates"] == 1.0
@@ -199,17 +199,11 @@ def test_the_loss_of_a_row_by_hand(cap: float, factor: float) -> None:
 def test_fresh_rows_of_an_only_update_have_a_ratio_of_one() -> None:
     """Their old log-probs are their own; the replayed row keeps its stored ones, here e times less likely."""
     targets = RLTargets((-1.0, -2.0), 3.0, 1.0, 0, group_effective=True, old_log_probs=(-1.0, -2.0))
-    fresh, replayed = (response_sample(PROMPT, (5, 6), index=i, rl=targets) for i in range(2))
+    fresh = response_sample(PROMPT, (5, 6), rl=replace(targets, old_log_probs=()))
+    replayed = response_sample(PROMPT, (5, 6), index=1, rl=targets)
     batch = replace(batch_of(fresh, replayed), replayed_B=torch.tensor([False, True]))
-    log_probs_BS = (batch.old_log_probs_BS + batch.response_mask_BS).requires_grad_()
-    _, metrics = batch_loss(
-        log_probs_BS,
-        batch,
-        algorithm=AlgorithmConfig(),
-        aggregation="sequence",
-        denominator=4.0,
-        is_only_update=True,
-    )
+    log_probs_BS = (batch.old_log_probs_BS.nan_to_num(-1.0) + batch.response_mask_BS).requires_grad_()
+    _, metrics = batch_loss(log_probs_BS, batch, algorithm=AlgorithmConfig(), aggregation="sequence", denominator=4.0)
     assert metrics["actor/ratio_mean"].tolist() == pytest.approx([2 + 2 * 2.7182818, 4.0])
     assert metrics["ssb/ratio_mean_replayed"].tolist() == pytest.approx([2 * 2.7182818, 2.0])
 
@@ -235,6 +229,19 @@ def test_an_update_measures_the_entropy_of_the_policy(session: Session) -> None:
     # An untrained model is near the uniform distribution.
     most = math.log(session.policy.vocab_size)
     assert 0.5 * most < session.recorder.values["actor/entropy"] <= most
+
+
+def test_each_token_is_weighed_against_its_own_segment() -> None:
+    """The first token is of an earlier segment, e times less likely then; the second was sampled with these weights."""
+    targets = RLTargets((-1.0, -2.0), 3.0, 1.0, 0, group_effective=True, old_log_probs=(-1.0,))
+    batch = batch_of(response_sample(PROMPT, (5, 6), rl=targets))
+    log_probs_BS = batch.old_log_probs_BS.nan_to_num(-5.0)
+    log_probs_BS[batch.old_log_probs_BS == -1.0] = 0.0
+    log_probs_BS.requires_grad_()
+    settings = AlgorithmConfig(clip_high=10.0)
+    loss, metrics = batch_loss(log_probs_BS, batch, algorithm=settings, aggregation="sequence", denominator=1.0)
+    assert metrics["actor/ratio_mean"].tolist() == pytest.approx([1 + 2.7182818, 2.0])
+    assert loss.item() == pytest.approx(-3.0 * (1 + 2.7182818) / 2)
 
 
 def test_a_filler_has_no_loss() -> None:
