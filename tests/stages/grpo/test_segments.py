@@ -11,9 +11,10 @@ import torch
 
 from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.schema import ParallelConfig
+from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.stages.grpo import stage
-from megatron_r1v2.stages.grpo.segments import GroupsInFlight
+from megatron_r1v2.stages.grpo.segments import GroupsInFlight, check_enough_prompts
 from megatron_r1v2.types import Prompt, Rollout
 from tests.ranks import run_ranks
 from tests.stages.runs import (
@@ -208,3 +209,19 @@ def test_two_replicas_train_what_one_does(root: Path, tmp_path: Path, uninterrup
 def test_segments_and_dynamic_sampling_are_refused_together(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"generation\.segment_tokens=2 with algorithm\.dynamic_sampling_rounds=3"):
         recipe_for(root, tmp_path / "run", (*SEGMENTS, "algorithm.dynamic_sampling_rounds=3"))
+
+
+def test_the_longest_response_must_end_within_the_age_of_the_buffer(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"segment_tokens=2 x buffer\.max_age=2 is less than .*max_response_tokens=6"):
+        recipe_for(root, tmp_path / "run", (*SEGMENTS, "buffer.max_age=2"))
+    recipe_for(root, tmp_path / "run", (*SEGMENTS, "buffer.max_age=3"))
+
+
+def test_the_prompts_in_flight_must_not_be_all_there_are(root: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(root, tmp_path / "run", SEGMENTS)
+    check_enough_prompts(9, recipe)
+    with pytest.raises(
+        DataError, match=r"data\.train has 8 prompts.* 3 x train\.prompts_per_step=3"
+    ):
+        check_enough_prompts(8, recipe)
+    check_enough_prompts(3, recipe.changed(generation=recipe.generation.changed(segment_tokens=0)))
