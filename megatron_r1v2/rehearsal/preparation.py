@@ -93,7 +93,8 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
     Args:
         folder: for what it writes; with the data sets of `write_rows`.
     """
-    generation = recipe.generation.changed(cuda_graphs=False)
+    # The longest response is rehearsed in one phase: the cache is as full as it gets.
+    generation = recipe.generation.changed(cuda_graphs=False, segment_tokens=0)
     # Graphs and TransformerEngine need a device that computes.
     model = recipe.model.changed(hf_path=str(hf_path), layers=Layers.local, fp8=Fp8.none, fp8_weights=False)
     if recipe.model.checkpoint and not Path(recipe.model.checkpoint).exists():

@@ -220,8 +220,6 @@ def test_the_longest_response_must_end_within_the_age_of_the_buffer(root: Path, 
 def test_the_prompts_in_flight_must_not_be_all_there_are(root: Path, tmp_path: Path) -> None:
     recipe = recipe_for(root, tmp_path / "run", SEGMENTS)
     check_enough_prompts(9, recipe)
-    with pytest.raises(
-        DataError, match=r"data\.train has 8 prompts.* 3 x train\.prompts_per_step=3"
-    ):
+    with pytest.raises(DataError, match=r"data\.train has 8 prompts.* 3 x train\.prompts_per_step=3"):
         check_enough_prompts(8, recipe)
     check_enough_prompts(3, recipe.changed(generation=recipe.generation.changed(segment_tokens=0)))
