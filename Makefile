@@ -9,8 +9,12 @@
 # make docs          the pages of docs/ that are made from the code, and the site in build/site; links are checked
 # make slurm-test    sbatch scripts and faults, on a SLURM cluster that is installed first where apt-get and root allow
 # make gpu-test      what needs a CUDA device, with the Python of the container (nothing is installed)
+# make gpu-report    all that a lent or rented GPU is asked, in 8 minutes, into benchmarks/results/gpu-DEVICE.json; on a
+#                    bare machine without a network it needs Python 3.12, torch, transformers and the folder .gpu
+# make gpu-38b       one step of examples/r1v2_38b/grpo_one_gpu.yaml, all weights drawn on the device (141 GB)
+# make gpu-carry     .gpu: wheels, the demo's data (from make demo) and rehearsals (half an hour)
 #
-# All but gpu-test install the versions of requirements.lock into .venv first, once: they need Python 3.11 or newer.
+# All but gpu-test, gpu-report and gpu-38b install the versions of requirements.lock into .venv first, once: they need Python 3.11 or newer.
 # PIP_ARGS is passed to pip, for instance
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -32,7 +36,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # What lm-eval needs to ask an endpoint and to judge IFEval; none of it needs torch.
 HARNESS := 'lm-eval[api,ifeval]==0.4.13' pillow==13.0.0
 
-.PHONY: demo real-weights test test-full lint harness-test vllm-test slurm-test gpu-test docs install clean
+.PHONY: demo real-weights test test-full lint harness-test vllm-test slurm-test gpu-test gpu-report gpu-38b gpu-carry docs install clean
 
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/digits/run.sh
@@ -82,6 +86,16 @@ slurm-test: install
 
 gpu-test:
 	$(or $(PYTHON),python3) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+# GPU_ARGS, for instance --on-cpu, or --results FOLDER.
+gpu-report:
+	$(or $(PYTHON),python3) -m benchmarks.gpu_report $(GPU_ARGS)
+
+gpu-38b:
+	$(or $(PYTHON),python3) -m benchmarks.gpu_report --38b $(GPU_ARGS)
+
+gpu-carry: install
+	$(BIN)/python -m benchmarks.gpu_carry wheels demo rehearsals size --pip="$(PIP_ARGS)"
 
 docs: install
 	$(BIN)/python -m megatron_r1v2.monitoring.metrics_page > docs/metrics.md

@@ -311,12 +311,15 @@ def measure_vision(
     return measure_passes(lambda: tower(tiles), flops, ceilings["bf16 FLOP/s"], context.device, sizes.repeats)
 
 
-def measure(sizes: Sizes, architecture: R1V2Architecture) -> dict[str, Any]:
+def measure(
+    sizes: Sizes, architecture: R1V2Architecture, *, on_slice: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Measure everything on this process's device.
 
     Args:
         sizes: the sizes; 0 layers are as many as fit.
         architecture: the widths.
+        on_slice: called with all that is known after each slice.
 
     Returns:
         Numbers by slice, with the ceilings of the same run; a text in the place of numbers that cannot be measured.
@@ -343,18 +346,24 @@ def measure(sizes: Sizes, architecture: R1V2Architecture) -> dict[str, Any]:
         "flash attention": is_flash_attention_usable(torch.bfloat16),
         "sizes": asdict(sizes),
         "ceilings": ceilings,
-        "vision": measure_vision(sliced, sizes, context, ceilings),
-        "language": measure_language(sliced, sizes, context, ceilings),
+    }
+    te = {"layers": Layers.te}
+    slices: dict[str, Callable[[], object]] = {
+        "language": lambda: measure_language(sliced, sizes, context, ceilings),
+        "vision": lambda: measure_vision(sliced, sizes, context, ceilings),
     }
     if not has_fp8(device):
-        figures["language in FP8"] = "not measured: the device has no 8-bit products"
+        slices["language in FP8"] = lambda: "not measured: the device has no 8-bit products"
     elif HAS_TE:
-        te = {"layers": Layers.te}
-        figures["language, TransformerEngine"] = measure_language(sliced, sizes, context, ceilings, **te)
-        figures["language in FP8"] = measure_language(sliced, sizes, context, ceilings, fp8=Fp8.tensorwise, **te)
+        slices["language, TransformerEngine"] = lambda: measure_language(sliced, sizes, context, ceilings, **te)
+        slices["language in FP8"] = lambda: measure_language(sliced, sizes, context, ceilings, fp8=Fp8.tensorwise, **te)
     else:
-        figures["language in FP8"] = "whole layers not measured: TransformerEngine is not installed"
-        figures["products of a layer"] = measure_torch_fp8(sliced, sizes, device)
+        slices["language in FP8"] = lambda: "whole layers not measured: TransformerEngine is not installed"
+        slices["products of a layer"] = lambda: measure_torch_fp8(sliced, sizes, device)
+    for name, call in slices.items():
+        on_slice(figures)
+        figures[name] = call()
+    on_slice(figures)
     groups.shut_down()
     return figures
 
@@ -376,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=0, help="of a row; default: 4096")
     parser.add_argument("--requests", type=int, default=0, help="that decode at once; default: 64")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/gpu_slices_DEVICE.json")
+    parser.add_argument("--output", type=Path, help="write this file, after each slice")
     arguments = parser.parse_args(argv)
     sizes = TINY if arguments.tiny else Sizes()
     asked = {
@@ -387,7 +397,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = replace(sizes, **{name: value for name, value in asked.items() if value})
     if not torch.cuda.is_available() and not (sizes.language_layers and sizes.vision_layers):
         parser.error("there is no CUDA device: give --tiny, or --layers and --vision-layers")
-    figures = measure(sizes, tiny_architecture() if arguments.tiny else r1v2_architecture(KNOWN_MODELS["r1v2-38b"]))
+
+    def write(figures: dict[str, Any]) -> None:
+        if arguments.output is not None:
+            write_file(arguments.output, json.dumps(figures, indent=1) + "\n")
+
+    architecture = tiny_architecture() if arguments.tiny else r1v2_architecture(KNOWN_MODELS["r1v2-38b"])
+    figures = measure(sizes, architecture, on_slice=write)
     print(json.dumps(figures, indent=1))
     if arguments.save:
         print(f"written to {save(figures)}")

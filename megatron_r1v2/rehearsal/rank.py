@@ -44,13 +44,15 @@ class RankSpec:
     device: str = "cuda"
     """cuda: the branches of the cluster, on fakes; cpu: those of this machine."""
     is_fake: bool = True
-    """False: tensors with memory, to check the rehearsal itself; only on the CPU."""
+    """False: tensors with memory, to check the rehearsal itself."""
     rehearsed_prompts: int = 1
     """Long prompts that a replica generates from."""
     prompts_of_step: int = 1
     """Prompts of a replica in a step of the recipe."""
     mixed_groups: int = 1
     """Long prompts over all replicas whose responses are trained on."""
+    decoded_tokens: int = 4
+    """Of each response, before the rest is filled in."""
 
     @classmethod
     def read(cls, path: Path) -> RankSpec:
@@ -109,15 +111,19 @@ class RankResult:
         path.write_text(json.dumps(asdict(self)))
 
 
-def rehearse_rank(spec: RankSpec) -> RankResult:
-    """Run the stage of a recipe as one rank, and return what was seen, an exception included."""
+def rehearse_rank(spec: RankSpec, watch: Watch | None = None) -> RankResult:
+    """Run the stage of a recipe as one rank, and return what was seen, an exception included.
+
+    Args:
+        watch: sees it; None: one that counts the bytes of tensors.
+    """
     from megatron_r1v2.config.command_line import quiet_libraries
 
     quiet_libraries()
     # Fakes each have a folder of their own: another rank's checkpoint is none to resume.
     folder = Path(spec.recipe).parent / (f"run-{spec.rank}" if spec.is_fake else "run")
     recipe = load_recipe_as(STAGES[spec.stage], spec.recipe, [f"run.output_dir={folder}"])
-    watch = _start_watch(spec)
+    watch = watch or _start_watch(spec)
     result = RankResult(spec.rank)
     started = time.perf_counter()
     finish = _install(watch, spec, recipe)
@@ -174,7 +180,7 @@ def _install(watch: Watch, spec: RankSpec, recipe: TrainingRecipe | PairsRecipe)
     filler = tokenizer.encode_text(" a")[-1]  # of bytes, the first one is a blank: no reasoning
     stand_ins.install_script(
         stand_ins.Script(
-            drawn=(filler, filler, filler, stop),
+            drawn=(*(filler,) * (spec.decoded_tokens - 1), stop),
             filler=filler,
             right=(*tokenizer.encode_text(RIGHT_END), stop),
             wrong=(*tokenizer.encode_text(WRONG_END), stop),

@@ -1,0 +1,59 @@
+"""The folder that goes with the tree to a machine without a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_carry
+from benchmarks.gpu_carry import PACKAGES, copy_demo, download_wheels, locked, main, tree_bytes
+from benchmarks.gpu_demo import run_demo
+from megatron_r1v2.config.load import load_recipe
+from tests.stages.runs import recipe_for, run_stage
+from tests.stages.tiny_run import tiny_recipe
+
+
+def test_every_wheel_has_the_version_of_the_lock_for_the_python_of_the_device(monkeypatch, tmp_path) -> None:
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    download_wheels(tmp_path / "wheels", ["--index-url=somewhere"])
+    (command,) = commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:", "--python-version=3.12", "--index-url=somewhere"} <= set(command)
+    versions = locked()
+    assert {f"{name}=={versions[name]}" for name in PACKAGES} <= set(command)
+
+
+def test_a_made_demo_is_copied_and_runs_where_it_lies(tmp_path: Path) -> None:
+    made, tiny = tmp_path / "digits", tmp_path / "tiny"
+    tiny_recipe(tiny)
+    run_stage(recipe_for(tiny, made / "mpo", ("train.steps=1",), stage="align"))
+    (tiny / "model").rename(made / "base")
+    (made / "shards").mkdir()
+    (tiny / "data").rename(made / "shards" / "grpo")
+    copy_demo(made, tmp_path / "demo")
+    recipe = load_recipe(tmp_path / "demo" / "recipe.yaml")
+    for path in (recipe.model.hf_path, recipe.model.checkpoint, recipe.data.train):
+        assert Path(path).is_dir()
+        assert Path(path).is_relative_to(tmp_path / "demo")
+    assert run_demo(tmp_path / "demo", tmp_path / "found.json", 1) == 0
+    with pytest.raises(ValueError, match="holds no demo with a finished mpo stage; make demo makes it"):
+        copy_demo(tmp_path / "nowhere", tmp_path / "other")
+
+
+def test_a_tree_that_is_too_large_to_travel_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    alone = tree_bytes(tmp_path)
+    assert alone > 2**20
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "one.whl").write_bytes(bytes(1000))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "unpacked.py").write_bytes(bytes(5000))
+    assert tree_bytes(tmp_path) == alone + 1000
+    monkeypatch.setattr(gpu_carry, "CARRIED", tmp_path)
+    assert main(["size"]) == 0, "the tree alone"
+    monkeypatch.setattr(gpu_carry, "LIMIT", alone)
+    assert main(["size"]) == 1
+    assert "MiB of" in capsys.readouterr().out

@@ -1,0 +1,104 @@
+"""Steps against their rehearsals, with models for a CPU; and what a device's allocator would be asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_step
+from benchmarks.gpu_step import CASES, AllocatorWatch, compare, hf_config, prepare, rehearse
+from megatron_r1v2.rehearsal.ledger import PhaseMemory
+from megatron_r1v2.rehearsal.rank import RankResult
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_tiny_step_takes_what_its_rehearsal_says(tmp_path: Path, case: str) -> None:
+    rehearsal, output = tmp_path / "rehearsal.json", tmp_path / "found.json"
+    rehearse(case, rehearsal, tiny=True, device="cpu")
+    command = [sys.executable, "-m", "benchmarks.gpu_step", "measure", case, str(rehearsal), "--tiny"]
+    done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(output.read_text())
+    assert found["error"] == ""
+    assert found["metrics"]["step"] >= 1
+    assert found["metrics"]["actor/grad_norm"] > 0, "an update was made"
+    rows = {row["phase"]: row for row in found["phases"]}
+    assert {"gate", "generate", "log_probs", "update", "save"} <= rows.keys()
+    for name in ("generate", "log_probs", "update"):
+        assert rows[name]["rehearsed / measured"] == pytest.approx(1, abs=0.01), name
+        assert rows[name]["planned"] > 0
+    if CASES[case].decodes_all:
+        lengths = found["metrics"]["response_length/mean"]
+        assert lengths > 4
+
+
+def test_a_thin_model_has_the_true_widths() -> None:
+    whole, thin = (hf_config(replace(CASES["thin"], language_layers=n, vision_layers=n), tiny=False) for n in (0, 2))
+    for part in ("text_config", "vision_config"):
+        assert whole[part].pop("num_hidden_layers") > 40
+        assert thin[part].pop("num_hidden_layers") == 2
+    assert thin == whole
+
+
+def test_the_rehearsal_of_another_step_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rehearsal.json"
+    file.write_text(json.dumps({"case": gpu_step._identity("thin", True), "phases": [["load", 7]]}))
+    assert gpu_step._rehearsed_peaks("thin", file, tiny=True) == [("load", 7)]
+    assert gpu_step._rehearsed_peaks("thin", tmp_path / "none.json", tiny=True) == []
+    with pytest.raises(ValueError, match="is the rehearsal of \\['thin', True\\], or of other settings; make it again"):
+        gpu_step._rehearsed_peaks("thin", file, tiny=False)
+    monkeypatch.setitem(CASES, "thin", replace(CASES["thin"], vision_layers=5))
+    with pytest.raises(ValueError, match="make it again"):
+        gpu_step._rehearsed_peaks("thin", file, tiny=True)
+
+
+def test_phases_get_the_peaks_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of those inside, and not of one that stands alone."""
+    held, peak = [0], [0]
+
+    def allocate(size: int) -> None:
+        held[0] += size
+        peak[0] = max(peak[0], held[0])
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, held[0]))
+    watch = AllocatorWatch()
+    with watch, watch.phase("step"):
+        allocate(10)
+        with watch.phase("generate"):
+            allocate(50)
+            allocate(-50)
+        with watch.phase("update"):
+            allocate(20)
+            allocate(-5)
+        with watch.phase_alone("load"):
+            allocate(100)
+            allocate(-100)
+    found = {phase.name: (phase.held_before, phase.peak) for phase in watch.ledger.phases}
+    assert found == {"step": (0, 60), "generate": (10, 60), "update": (10, 30), "load": (25, 125)}
+
+
+def test_rows_are_compared_by_phase_and_order(tmp_path: Path) -> None:
+    _, plan = prepare(CASES["thin"], tmp_path, tiny=True, device="cpu")
+    measured = RankResult(0, phases=[PhaseMemory("load", 0, 100), PhaseMemory("update", 0, 200)])
+    rows = compare(plan, [("load", 110), ("update", 190), ("load checkpoint", 5)], measured)
+    assert rows[0] == {
+        "phase": "load",
+        "planned": None,
+        "rehearsed": 110,
+        "measured": 100,
+        "rehearsed / measured": 1.1,
+    }
+    assert (rows[1]["rehearsed"], rows[1]["rehearsed / measured"]) == (190, 0.95)
+    assert rows[1]["planned / measured"] == round(rows[1]["planned"] / 200, 4)
+    assert compare(plan, [("update", 190)], measured)[0]["rehearsed"] is None
