@@ -194,7 +194,8 @@ def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, r
     assert "srun --container-image=image.sqsh" in lines
     assert (
         "--redirects 3 --tee 0:3 --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=123456-0 "
-        "--rdzv-endpoint=n1:23456 -m megatron_r1v2 grpo examples/r1v2_38b/grpo.yaml train.steps=7"
+        "--shutdown-timeout 90 --rdzv-endpoint=n1:23456 -m megatron_r1v2 grpo examples/r1v2_38b/grpo.yaml "
+        "train.steps=7"
     ) in lines
 
 
