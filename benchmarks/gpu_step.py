@@ -30,10 +30,10 @@ from megatron_r1v2.checkpoint.hf.config import sizes_config
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.plan import Cluster, Plan, make_plan
-from megatron_r1v2.planning.roofline import HARDWARE
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import write_rehearsal
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec, rehearse_rank

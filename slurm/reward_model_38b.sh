@@ -18,4 +18,4 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 source slurm/launch.sh
-launch reward_model examples/r1v2_38b/reward_model.yaml "$@"
+launch reward-model examples/r1v2_38b/reward_model.yaml "$@"

@@ -183,7 +183,7 @@ class GenerationConfig(Section):
     """A response that reaches this is cut and marked "length"."""
     segment_tokens: int = Field(0, ge=0)
     """A response generates at most so many tokens in a step and goes on in the next, so that no step waits for the
-    longest; groups are trained when they are complete, and dropped beyond buffer.max_age. 0: to its end."""
+    longest; groups are trained when they are complete, and dropped when too old for the buffer. 0: to its end."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits; the training of GRPO uses the same."""
     stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)

@@ -20,7 +20,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.generation import context
 from megatron_r1v2.generation.controller import RolloutController
-from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.rehearsal.replacements import original, replace
@@ -58,20 +58,19 @@ def install_script(script: Script) -> None:
     """Let the engine draw the script, and give out rollouts of full length."""
     places: dict[tuple[int, int], count[int]] = {}
 
-    def rollout(
+    def extend(
         self: RolloutEngine,
+        rollout: Rollout,
         token_ids: tuple[int, ...],
         log_probs: tuple[float, ...],
-        prompt: Prompt,
-        sample_index: int,
-        policy_version: int,
+        sampling: Sampling,
     ) -> object:
-        made: Rollout = original_rollout(self, token_ids, log_probs, prompt, sample_index, policy_version)
-        if LONG not in prompt.key or len(made.token_ids) < len(script.drawn):
+        made: Rollout = original_extend(self, rollout, token_ids, log_probs, sampling)
+        if LONG not in made.prompt_key or len(made.token_ids) < len(script.drawn):
             return made  # short ones fill the engine; the gate's are compared token by token
-        key, _, continued = prompt.key.partition("/")
+        key, _, continued = made.prompt_key.partition("/")
         is_mixed = int(key.rpartition("-")[2]) < script.mixed_groups
-        end = script.right if is_mixed and sample_index % 2 == 0 and not continued else script.wrong
+        end = script.right if is_mixed and made.sample_index % 2 == 0 and not continued else script.wrong
         # A prompt that ends with the beginning of a response leaves that much less.
         begun = self.max_prompt_tokens - script.max_prompt_tokens
         filled = (script.filler,) * (script.max_response_tokens - begun - len(end)) + end
@@ -90,9 +89,9 @@ def install_script(script: Script) -> None:
         original_draw(self, logits_RV, draws, drawn)
         drawn[0] = torch.tensor(self.scripted, dtype=drawn.dtype, device=drawn.device)
 
-    original_rollout, original_draw = original(RolloutEngine, "_rollout"), original(RolloutController, "_draw")
+    original_extend, original_draw = original(RolloutEngine, "_extend"), original(RolloutController, "_draw")
     original_sample = original(RolloutController, "_dynamic_step_sample_logits")
-    replace(RolloutEngine, "_rollout", rollout)
+    replace(RolloutEngine, "_extend", extend)
     replace(RolloutController, "_draw", draw)
     replace(RolloutController, "_dynamic_step_sample_logits", sample)
 

@@ -127,7 +127,7 @@ def test_all_that_does_not_fit_is_told_at_once():
     ("kind", "section", "unread"),
     [
         (AlignRecipe, "train", {"updates_per_step"}),
-        (AlignRecipe, "generation", {"responses_per_prompt", "temperature"}),
+        (AlignRecipe, "generation", {"responses_per_prompt", "segment_tokens", "temperature"}),
         (GrpoRecipe, "generation", set()),
         (GrpoRecipe, "hallucination", {"max_margin"}),
         (PairsRecipe, "reward", {"shuffle"}),

@@ -7,8 +7,7 @@ import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
 from megatron_r1v2.generation import context
-from megatron_r1v2.generation.controller import DrawnToken
-from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.engine import RolloutEngine, Sampling, empty_rollouts
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.rehearsal import stand_ins
@@ -29,8 +28,9 @@ SCRIPT = stand_ins.Script(
 
 def rollout_of(key, sample_index, *, count=3, begun=0):
     engine = SimpleNamespace(stop_ids={STOP}, max_prompt_tokens=20 + begun)
-    tokens = [DrawnToken(0, 1, -0.5)] * (count - 1) + [DrawnToken(0, STOP, -0.5)]
-    return RolloutEngine._rollout(engine, tokens, SimpleNamespace(key=key), sample_index, 7)
+    sampling = Sampling(num_responses=2, policy_version=7, temperature=1.0, max_response_tokens=10)
+    empty = empty_rollouts(SimpleNamespace(key=key), sampling)[sample_index]
+    return RolloutEngine._extend(engine, empty, (1,) * (count - 1) + (STOP,), (-0.5,) * count, sampling)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def test_an_update_is_noted_with_its_rate_and_whether_it_was_made(reason: str | 
     noted: dict[str, float] = {}
     recorder: Any = SimpleNamespace(note=noted.update, timed=lambda phase: nullcontext())
     policy: Any = SimpleNamespace(
-        optimizer=SimpleNamespace(param_groups=[{"lr": 0.25}]), update=lambda batches, loss: result
+        optimizer=SimpleNamespace(param_groups=[{"lr": 0.25}]),
+        update=lambda batches, loss: result,
+        count_tokens=lambda phase, batches: {},
     )
     assert take_update(policy, [], lambda values_BS, batch: (values_BS, {}), recorder=recorder) is result
     made = {"actor/nll": 0.5, "actor/loss": 0.5, "actor/grad_norm": 1.5}

@@ -34,7 +34,7 @@ def measure(microbatches: Sequence, context: ParallelContext) -> dict[str, float
     """Let the training forward differ from the engine by 0.1 (position - 2) at each response token."""
     batches, log_probs = [], []
     for rows in microbatches:
-        samples = [make_sample(PROMPTS[key], length=length) for key, length in rows]
+        samples = [make_sample(PROMPTS[key], length=length, old=False) for key, length in rows]
         batch = collate(
             samples,
             PROMPTS,
@@ -52,7 +52,7 @@ def measure(microbatches: Sequence, context: ParallelContext) -> dict[str, float
 
 def test_what_is_replayed_does_not_count(context):
     rows = RowFormat(0, IMAGE_TOKEN, tensor_size=1, device=context.device)
-    fresh, replayed = make_sample(PROMPTS["p1"], length=3), make_sample(PROMPTS["p1"], 1, length=4)
+    fresh, replayed = make_sample(PROMPTS["p1"], length=3, old=False), make_sample(PROMPTS["p1"], 1, length=4)
     batch = collate([fresh, replayed], PROMPTS, rows, replayed=[False, True])
     log_probs_BS = batch.rollout_log_probs_BS + torch.tensor([[0.5], [9.0]])
     metrics = compute_mismatch([batch], [log_probs_BS], context)

@@ -171,7 +171,8 @@ class RolloutPhase:
         settings = session.recipe.generation
         kept, missing = preemption.rollouts.load(prompts)
         held, begun = self.in_flight.prompts, self.in_flight.responses
-        kept |= preemption.rollouts.load_begun(held, begun)
+        if held:
+            kept |= preemption.rollouts.load_begun(held, begun)
         preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
         own = [prompt for prompt in held if prompt.key not in kept]
         is_last = session.step + 1 >= self.recipe.train.steps
