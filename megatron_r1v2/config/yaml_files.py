@@ -23,11 +23,13 @@ _RESOLVERS = {
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
+        keys: list[object] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
             # PyYAML keeps the last of two equal keys without a word.
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key!r}", node.start_mark)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key!r}", key_node.start_mark)
+            keys.append(key)
         return super().construct_mapping(node, deep=deep)
 
 

@@ -176,6 +176,7 @@ def test_recipes_that_start_from_each_other_are_refused(tmp_path):
         ("train: {parts: adapter}", [], r"train.parts='adapter' is not accepted; expected a list"),
         ("train: {steps: 1", [], "is not valid YAML"),
         ("train: {steps: 1, steps: 2}", [], "is not valid YAML.*duplicate key"),
+        ("train:\n  seed: 1\nrun: {}\ntrain: {}", [], "(?s)duplicate key 'train'.*line 4, column 1"),
         ("defaults: [a]", [], r"defaults=\['a'\] must be the path of one recipe"),
         ("", ["train.steps"], "override 'train.steps' is not understood; write section.key=value"),
         (
