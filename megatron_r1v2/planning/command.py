@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.choices import StageName
-from megatron_r1v2.config.command_line import command_parser, describe_settings
+from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries
 from megatron_r1v2.config.load import load_recipe, load_recipe_as
 from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRecipe
 from megatron_r1v2.planning.hardware import HARDWARE
@@ -37,18 +37,19 @@ def main(argv: Sequence[str]) -> None:
     """
     # Intermixed, because people write overrides before, between and after the options.
     arguments = _parser().parse_intermixed_args(argv)
-    from megatron_r1v2.planning.plan import AssumedLengths, make_plan
-    from megatron_r1v2.planning.show import as_json, print_plan
-
+    quiet_libraries()
     stage = StageName(arguments.stage) if arguments.stage else None
     try:
-        cluster = read_cluster(arguments)
         recipe = recipe_to_plan(arguments.recipe, stage, arguments.hf_config)
         hf_config = find_hf_config(recipe.model.hf_path, arguments.hf_config)
+        # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
+        from megatron_r1v2.planning.plan import AssumedLengths, make_plan
+        from megatron_r1v2.planning.show import as_json, print_plan
+
         plan = make_plan(
             recipe,
             hf_config,
-            cluster,
+            read_cluster(arguments),
             stage=stage,
             tiles=arguments.tiles,
             lengths=AssumedLengths(
@@ -116,11 +117,12 @@ def recipe_to_plan(given: Sequence[str], stage: StageName | None, hf_config: str
 
 def _mistakes(recipe: Recipe, *, hf_config: str) -> Iterator[str]:
     """Yield a sentence when the model's sizes cannot be found, or for each that does not fit."""
-    from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
-    from megatron_r1v2.checkpoint.hf.config import sizes_config
-
     try:
-        architecture = r1v2_architecture(sizes_config(find_hf_config(recipe.model.hf_path, hf_config)))
+        config = find_hf_config(recipe.model.hf_path, hf_config)
+        from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
+        from megatron_r1v2.checkpoint.hf.config import sizes_config
+
+        architecture = r1v2_architecture(sizes_config(config))
     except ValueError as error:
         yield str(error)
     else:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_r1v2.config.command_line import command_parser, describe_settings
+from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries
 from megatron_r1v2.planning.command import add_cluster_options, read_cluster, recipe_to_plan
 from megatron_r1v2.planning.known_models import find_hf_config
 
@@ -43,12 +43,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--svg", type=Path, help="write the memory of the fullest rank over the step to this file")
     # Intermixed, because people write overrides before, between and after the options.
     arguments = parser.parse_intermixed_args(argv)
-    # Imported here: they take seconds that --help does not wait for.
-    from megatron_r1v2.checkpoint.hf.config import sizes_config
-    from megatron_r1v2.planning.plan import make_plan
-
+    quiet_libraries()
     try:
         recipe = recipe_to_plan([arguments.recipe, *arguments.overrides], None, arguments.hf_config)
+        # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
+        from megatron_r1v2.checkpoint.hf.config import sizes_config
+        from megatron_r1v2.planning.plan import make_plan
+
         hf_config = sizes_config(find_hf_config(recipe.model.hf_path, arguments.hf_config))
         plan = make_plan(recipe, hf_config, read_cluster(arguments))
         from megatron_r1v2.rehearsal.run import rehearse
