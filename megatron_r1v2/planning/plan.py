@@ -13,7 +13,7 @@ from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.hardware import Hardware
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
-from megatron_r1v2.planning.roofline import StepTime, cache_tokens, decode_cost, step_time
+from megatron_r1v2.planning.roofline import StepTime, step_time
 from megatron_r1v2.planning.search import Proposal, propose_layout
 from megatron_r1v2.planning.tails import Lengths, Replica, Tail, read_lengths, simulate_tails
 from megatron_r1v2.planning.workload import Workload
@@ -102,13 +102,7 @@ class Plan:
         """
         if self.work.stage is not StageName.grpo:
             return ()
-        replica = Replica(
-            cost=decode_cost(self.architecture, self.layout, self.work, self.cluster.hardware),
-            max_requests=self.work.max_requests,
-            cache_tokens=cache_tokens(self.architecture, self.layout, self.work),
-            prompt_tokens=self.work.prompt_tokens,
-            responses=max(1, self.work.responses_per_step // self.layout.data),
-        )
+        replica = Replica.planned(self.architecture, self.layout, self.work, self.cluster.hardware)
         return simulate_tails(replica, self.lengths, segment_tokens=self.segment_tokens)
 
     @property

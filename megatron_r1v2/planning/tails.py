@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
 
-from megatron_r1v2.planning.roofline import DecodeCost
+from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.planning.hardware import Hardware
+from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.roofline import DecodeCost, cache_tokens, decode_cost
+from megatron_r1v2.planning.workload import Workload
 
 REPLICAS = (1, 8, 64)
 _SEED = 1
@@ -111,6 +115,17 @@ class Replica:
     responses: int
     """Of a step, on this replica."""
 
+    @classmethod
+    def planned(cls, architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware) -> Replica:
+        """Return the engine of a workload."""
+        return cls(
+            cost=decode_cost(architecture, layout, work, hardware),
+            max_requests=work.max_requests,
+            cache_tokens=cache_tokens(architecture, layout, work),
+            prompt_tokens=work.prompt_tokens,
+            responses=max(1, work.responses_per_step // layout.data),
+        )
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -125,6 +140,8 @@ class Tail:
     """Generated in it, over all replicas."""
     lost: float
     """The part of the time that a phase takes longer than if all replicas were full to its end."""
+    continued: float = 0.0
+    """Tokens of earlier phases in front of its segments: they are computed again, over all replicas."""
 
 
 def simulate_tails(replica: Replica, lengths: Lengths, *, segment_tokens: int) -> list[Tail]:
@@ -150,19 +167,20 @@ def simulate_tail(replica: Replica, lengths: Lengths, *, replicas: int, segment_
         seconds, tokens = max(each[0] for each in whole), float(sum(each[1] for each in whole))
         return Tail(replicas, 0, seconds, tokens, max(0.0, 1 - tokens / full_rate / seconds))
     carried = [[(0, length) for length in each] for each in drawn]
-    total = [0.0, 0.0]
+    total = [0.0, 0.0, 0.0]
     for phase in range(_WARM_UP_PHASES + _PHASES):
         parts = [[(start, min(length, start + segment_tokens)) for start, length in each] for each in carried]
         ran = [_run(replica, each) for each in parts]
         if phase >= _WARM_UP_PHASES:
             total[0] += max(each[0] for each in ran)
             total[1] += sum(each[1] for each in ran)
+            total[2] += sum(start for each in parts for start, _ in each)
         for index, each in enumerate(carried):
             going_on = [(start + segment_tokens, length) for start, length in each if length > start + segment_tokens]
             new = lengths.draw(replica.responses - len(going_on), source)
             carried[index] = going_on + [(0, length) for length in new]
-    seconds, tokens = total[0] / _PHASES, total[1] / _PHASES
-    return Tail(replicas, segment_tokens, seconds, tokens, max(0.0, 1 - tokens / full_rate / seconds))
+    seconds, tokens, continued = (each / _PHASES for each in total)
+    return Tail(replicas, segment_tokens, seconds, tokens, max(0.0, 1 - tokens / full_rate / seconds), continued)
 
 
 def _run(replica: Replica, responses: Sequence[tuple[int, int]]) -> tuple[float, int, int, float]:

@@ -6,9 +6,11 @@ from statistics import fmean
 
 import pytest
 
-from megatron_r1v2.planning.hardware import Host
+from megatron_r1v2.planning.hardware import HARDWARE, Host
+from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import DecodeCost
 from megatron_r1v2.planning.tails import Lengths, Replica, cut_mean, read_lengths, simulate_tail, simulate_tails
+from tests.planning.plans import ARCHITECTURE, workload
 
 # A second a step, however many responses decode.
 FREE = Host(0, 0, 0.0, 0.0, 0.0)
@@ -114,3 +116,19 @@ def test_metrics_without_lengths_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a metrics.jsonl"):
         read_lengths(tmp_path, 100)
+
+
+def test_what_goes_on_is_computed_again():
+    class Twice(Lengths):
+        def draw(self, count, source):
+            return [20] * count
+
+    tail = simulate_tail(replica(responses=2), Twice(mean=20.0, cut=20, spread=1.0), replicas=1, segment_tokens=10)
+    assert tail.continued == 10.0, "two responses go on with ten tokens each in every other phase"
+
+
+def test_a_replica_has_its_share_of_a_step():
+    work = workload()
+    planned = Replica.planned(ARCHITECTURE, Layout(8, 1, 4, 0, True), work, HARDWARE["h100"])
+    assert (planned.responses, planned.prompt_tokens) == (64 * 8 // 4, 4096)
+    assert planned.max_requests == work.max_requests
