@@ -80,11 +80,17 @@ def _has_cuda() -> bool:
     return cuda.is_available()
 
 
+_LOCAL_FOLDERS = ("checkpoints", "models")
+"""Where our own recipes have models: no owner on the hub is meant."""
+
+
 def download_hint(path: Path | str) -> str:
     """Return the command for a missing folder that looks like a model's name on the hub; empty: it does not."""
     if not _HUB_NAME.fullmatch(str(path)) or Path(path).exists():
         return ""
-    local = str(path).split("/")[1]
+    owner, local = str(path).split("/")
+    if owner in _LOCAL_FOLDERS:
+        return f"; to download it from the Hugging Face hub run `hf download OWNER/{local} --local-dir {path}`"
     return (
         "; nothing is downloaded here: if it is a model on the Hugging Face hub, run "
         f"`hf download {path} --local-dir {local}` and give {local}"

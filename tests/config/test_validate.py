@@ -50,6 +50,7 @@ def test_a_name_on_the_hub_gets_the_command_that_downloads_it(tmp_path, monkeypa
     assert [download_hint(path) for path in ("gone", "/gone/too", "./a/b", "a/b/c", tmp_path)] == [""] * 5
     (tmp_path / "runs" / "base").mkdir(parents=True)
     assert download_hint("runs/base") == ""
+    assert "`hf download OWNER/R1V2-38B --local-dir checkpoints/R1V2-38B`" in download_hint("checkpoints/R1V2-38B")
 
 
 def test_a_folder_that_is_not_read_need_not_exist(tmp_path):
