@@ -37,7 +37,7 @@ class ReplayStore:
         """Return the contents as tensors, numbers, strings, and lists and dictionaries of them."""
         return {
             "samples": {sample_id: asdict(sample) for sample_id, sample in sorted(self.samples.items())},
-            "prompts": {key: _plain_prompt(prompt) for key, prompt in sorted(self.prompts.items())},
+            "prompts": {key: plain_prompt(prompt) for key, prompt in sorted(self.prompts.items())},
         }
 
     def load_state_dicts(self, shards: Sequence[Mapping[str, Any]], *, data_rank: int, data_size: int) -> None:
@@ -123,10 +123,12 @@ def _sample(saved: Mapping[str, Any]) -> Sample:
     return Sample(**{**saved, "rl": RLTargets(**saved["rl"])})
 
 
-def _plain_prompt(prompt: Prompt) -> dict[str, Any]:
+def plain_prompt(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as tensors, numbers, texts and dictionaries, without its encoded images and its pair."""
     # What is replayed has its reward, so encoded images (for a served reward model) and the pair are not needed again;
     # a Preference would not be read back by torch.load(weights_only=True) either.
     plain = dict(vars(prompt)) | {"images": (), "preference": None}
     plain["messages"] = tuple(dict(message) for message in prompt.messages)
     plain["facts"] = dict(prompt.facts)
+    plain["metadata"] = dict(prompt.metadata)
     return plain

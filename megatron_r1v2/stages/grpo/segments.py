@@ -19,6 +19,7 @@ from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.stages.grpo.selection import sample_id
 from megatron_r1v2.training.batches import response_sample
+from megatron_r1v2.training.replay import plain_prompt
 from megatron_r1v2.types import Prompt, RLTargets, Rollout, Sample
 
 
@@ -191,12 +192,8 @@ def _with_log_probs(rollout: Rollout, samples: Mapping[str, Sample]) -> Rollout:
 
 
 def _plain(group: Group) -> dict[str, Any]:
-    prompt = dict(vars(group.prompt)) | {
-        "messages": tuple(dict(message) for message in group.prompt.messages),
-        "facts": dict(group.prompt.facts),
-        "metadata": dict(group.prompt.metadata),
-        "preference": None,  # torch.load(weights_only=True) would not read it back
-    }
+    # Unlike what is replayed, it is still to be scored: a served reward model wants the images.
+    prompt = plain_prompt(group.prompt) | {"images": group.prompt.images}
     return {"prompt": prompt, "place": group.place, "responses": [vars(rollout) for rollout in group.responses]}
 
 
