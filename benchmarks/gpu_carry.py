@@ -1,4 +1,4 @@
-"""What a GPU machine without a network needs beside the tree, in one folder: `make gpu-carry`, then carry `.gpu`.
+"""The needs of a GPU machine without a network beside the tree, in one folder: `make gpu-carry`, then carry `.gpu`.
 
 python -m benchmarks.gpu_carry wheels          # .gpu/wheels: for Python 3.12 beside torch 2.11 and transformers
 python -m benchmarks.gpu_carry demo            # .gpu/demo: from runs/digits, which `make demo` makes
@@ -44,9 +44,9 @@ PACKAGES = (
     "pluggy",
     "iniconfig",
 )
-"""What the report imports and neither torch nor transformers brings; a test runs the report with all others blocked."""
+"""The packages that the report imports beside those of torch and transformers; a test blocks all others."""
 GIVEN = ("torch", "transformers", "pip", "setuptools")
-"""What the machine has, with what these require."""
+"""The packages of the machine, with those that they require."""
 
 
 def locked() -> dict[str, str]:

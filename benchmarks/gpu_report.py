@@ -37,7 +37,7 @@ from megatron_r1v2.resilience.files import write_file
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CARRIED = ROOT / ".gpu"
-"""What `make gpu-carry` fills: wheels/, demo/, thin.json, 38b.json."""
+"""The contents that `make gpu-carry` makes: wheels/, demo/, thin.json, 38b.json."""
 _LOG_LINES = 30
 _NOT_NEEDED = (
     "serve",

@@ -1,4 +1,4 @@
-"""What an example has made: the evaluations beside each other, the buffer's numbers, and where to look next.
+"""The results of an example: the evaluations beside each other, the buffer's numbers, and where to look next.
 
 python -m examples.results runs/digits
 """
@@ -30,7 +30,7 @@ BUFFER_METRICS = {
     "ssb/gradient_share_replayed": "gradient share of the replayed",
 }
 PLACES = {"report": "grpo/report.html", "answers": "grpo/evaluation.html", "picture": "demo.svg", "HF export": "export"}
-"""What people look at, relative to the example's folder."""
+"""The places that people look at, relative to the example's folder."""
 
 
 def buffer_table(metrics: Path) -> Table:

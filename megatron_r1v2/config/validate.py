@@ -81,7 +81,7 @@ def _has_cuda() -> bool:
 
 
 _LOCAL_FOLDERS = ("checkpoints", "models")
-"""Where our own recipes have models: no owner on the hub is meant."""
+"""Folders in which our own recipes have models: no owner on the hub is meant."""
 
 
 def download_hint(path: Path | str) -> str:

@@ -149,7 +149,7 @@ class RolloutController(TextGenerationController):
         self._request_ids: list[int] = []
         """The active requests after the last step, in the order of the context."""
         self._values: torch.Tensor | None = None
-        """What this step draws, on the device, and the draws of its requests."""
+        """The values that this step draws, on the device, by the draws of its requests."""
         self._draws: Sequence[Draw] = ()
         self._context = model.inference_context
         self._vocab_size = vocabulary.size
