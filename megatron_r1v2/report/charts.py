@@ -26,6 +26,8 @@ MIN_SMOOTHED = 30
 COLORS = ("#2563ab", "#d1603d", "#2f8f6b", "#8a5aa8", "#b8892b", "#5b6b7b", "#c2487a", "#3aa0b5")
 
 _OTHER_COLOR = "#aab4be"
+_TARGET_COLOR = "#5a6572"
+_CHANGE_COLOR = "#b8892b"
 _LEAST_SHARE = 0.01
 """Of all phases: a smaller one is a line of no height."""
 LINE_STYLES = ("-", "--", ":")
@@ -51,11 +53,8 @@ _STYLE: dict[RcKeyType, object] = {
 }
 
 
-def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
-    """Draw one chart.
-
-    Args:
-        target: a height to mark with a dashed line.
+def draw(chart: Chart, run: Run) -> str | None:
+    """Draw one chart, with the target of the recipe and the steps after which settings changed.
 
     Returns:
         An `<svg>` element, or None where the run has none of the metrics.
@@ -69,10 +68,9 @@ def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
             _draw_stack(axes, curves)
         else:
             averaged = max(_draw_line(axes, curve, number) for number, curve in enumerate(_thinned(curves)))
-        if target is not None:
-            axes.axhline(target, color="#5a6572", linewidth=1, linestyle=(0, (4, 3)), label="target")
-        for step in run.changes:
-            axes.axvline(step + 0.5, color="#b8892b", linewidth=1, linestyle=(0, (1, 2)))
+        if (target := target_of(chart, run)) is not None:
+            _mark_target(axes, target, _TARGET_COLOR)
+        _mark_changes(axes, run, _CHANGE_COLOR)
         _finish(axes, chart, averaged=averaged)
         _add_legend(axes)
         return _svg(axes)
@@ -80,6 +78,8 @@ def draw(chart: Chart, run: Run, *, target: float | None = None) -> str | None:
 
 def draw_overlay(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Draw each metric of a chart for several runs, of which every one has its `run_color` in all pictures.
+
+    Its changes of settings are lines of that colour, and so is its target, unless all runs have the same one.
 
     Returns:
         The label of each metric that a run has, and its `<svg>` element; metrics that are zero in all are left out.
@@ -95,6 +95,12 @@ def draw_overlay(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, str]]:
         # The label makes the ids of two pictures of one chart differ.
         with _canvas(f"{chart.title} {label}") as axes:
             averaged = max(_draw_line(axes, curve, number) for number, curve in of_runs.items())
+            targets = {number: target_of(chart, runs[number]) for number in of_runs}
+            for number, target in targets.items():
+                color, _ = run_color(number)
+                if target is not None:
+                    _mark_target(axes, target, _TARGET_COLOR if len({*targets.values()}) == 1 else color)
+                _mark_changes(axes, runs[number], color)
             _finish(axes, chart, averaged=averaged)
             pictures.append((label, _svg(axes)))
     return pictures
@@ -103,6 +109,13 @@ def draw_overlay(chart: Chart, runs: Sequence[Run]) -> list[tuple[str, str]]:
 def run_color(number: int) -> tuple[str, str]:
     """Return the colour and the line style of a run, or of a curve, by its place."""
     return COLORS[number % len(COLORS)], LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
+
+
+def target_of(chart: Chart, run: Run) -> float | None:
+    """Return the height that the recipe of a run sets for a chart; None where it sets none."""
+    target = run.recipe.get(chart.target)
+    # A target of 0 is one that was not set.
+    return float(target) if isinstance(target, (int, float)) and target else None
 
 
 def is_zero(chart: Chart, run: Run) -> bool:
@@ -231,6 +244,16 @@ def _fit_to_later_steps(axes: Axes, steps: Sequence[float], totals: Sequence[flo
         axes.set_ylim(top=1.1 * later)
         text = f"step {steps[0]:.0f}: {totals[0]:.3g} s"
         axes.annotate(text, (0.04, 0.97), xycoords="axes fraction", va="top", fontsize=9, color="#5a6572")
+
+
+def _mark_target(axes: Axes, height: float, color: str) -> None:
+    axes.axhline(height, color=color, linewidth=1, linestyle=(0, (4, 3)), label="target")
+
+
+def _mark_changes(axes: Axes, run: Run, color: str) -> None:
+    """Draw a line after each step at which a run went on with other settings."""
+    for step in run.changes:
+        axes.axvline(step + 0.5, color=color, linewidth=1, linestyle=(0, (1, 2)))
 
 
 def _finish(axes: Axes, chart: Chart, *, averaged: int) -> None:

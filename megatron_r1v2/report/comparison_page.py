@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_r1v2.monitoring.metric import Chart
 from megatron_r1v2.monitoring.metrics import SECTIONS
-from megatron_r1v2.report.charts import draw_overlay, run_color
+from megatron_r1v2.report.charts import draw_overlay, run_color, target_of
 from megatron_r1v2.report.html import template, write_page
 from megatron_r1v2.report.page import MEASURES, measure_cell, run_facts
 from megatron_r1v2.report.read import Run, read_run
@@ -68,6 +68,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
         rows=_summary(runs),
         settings=differing_settings(runs),
         groups=_groups(runs),
+        has_targets=any(target_of(chart, run) for section in SECTIONS for chart in section.charts for run in runs),
         notes=[f"{name}: {note}" for run, name in zip(runs, names, strict=True) for note in run.notes],
         changes=[
             (name, step, changed)

@@ -91,10 +91,7 @@ def _groups(run: Run) -> list[dict[str, object]]:
         zero = [chart.title for chart in section.charts if is_zero(chart, run)]
         drawn = []
         for chart in section.charts:
-            target = run.recipe.get(chart.target)
-            # A target of 0 is one that was not set.
-            height = float(target) if isinstance(target, (int, float)) and target else None
-            svg = None if chart.title in zero else draw(chart, run, target=height)
+            svg = None if chart.title in zero else draw(chart, run)
             if svg is not None:
                 drawn.append((chart, svg))
         if drawn or zero:

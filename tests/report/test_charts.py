@@ -38,7 +38,8 @@ def test_a_chart_without_data_is_not_drawn():
 
 def test_labels_and_targets_are_in_the_legend():
     run = make_run(ssb__fresh_effective_fraction=[0.1, 0.2], ssb__trained_effective_fraction=[0.6, 0.6])
-    found = texts(draw(chart_of("Effective", "ssb/*", unit=FRACTION), run, target=0.6))
+    run.recipe = {"buffer.target_effective_fraction": 0.6}
+    found = texts(draw(chart_of("Effective", "ssb/*", unit=FRACTION, target="buffer.target_effective_fraction"), run))
     assert {"fresh effective fraction", "trained effective fraction", "target", "60%", "step"} <= set(found)
 
 
@@ -50,39 +51,45 @@ def test_parts_of_two_functions_with_one_name_are_two_curves():
     assert {"near/shown", "tone/shown", "tone"} <= set(found)
 
 
-def drawn_axes(monkeypatch, chart, run, **options):
-    """Return the axes of a chart."""
+@pytest.fixture
+def kept_axes(monkeypatch):
+    """Return a list that gets the axes of every picture that is drawn."""
     kept = []
     finish = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self.axes[0]), finish(self, *a, **k))[1])
-    assert draw(chart, run, **options) is not None
-    return kept[0]
+    return kept
+
+
+def drawn_axes(kept_axes, chart, run):
+    """Return the axes of a chart."""
+    assert draw(chart, run) is not None
+    return kept_axes[-1]
 
 
 @pytest.mark.parametrize(
     ("values", "low", "high"),
     [([0.04, 0.12], 0.0, 0.1240), ([0.0, 1.0], 0.0, 1.0), ([0.9, 1.0], 0.895, 1.0), ([0.1, 0.5], 0.0, 0.52)],
 )
-def test_the_axis_of_fractions_fits_the_curve(monkeypatch, values, low, high):
+def test_the_axis_of_fractions_fits_the_curve(kept_axes, values, low, high):
     run = make_run(a__rate=values)
-    bottom, top = drawn_axes(monkeypatch, chart_of("Rate", "a/rate", unit=FRACTION), run).get_ylim()
+    bottom, top = drawn_axes(kept_axes, chart_of("Rate", "a/rate", unit=FRACTION), run).get_ylim()
     margin = 0.02 * (high - low)
     assert (bottom, top) == pytest.approx((low - margin, high + margin), abs=1e-9)
 
 
-def test_what_is_close_to_a_number_is_drawn_as_the_difference(monkeypatch):
+def test_what_is_close_to_a_number_is_drawn_as_the_difference(kept_axes):
     run = make_run(train__error=[1.0, 1.0 + 2e-7, 1.0 + 4e-7])
-    axes = drawn_axes(monkeypatch, chart_of("Mismatch", "train/error", minus=1.0), run)
+    axes = drawn_axes(kept_axes, chart_of("Mismatch", "train/error", minus=1.0), run)
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.0, 2e-7, 4e-7], abs=1e-12)
 
 
-def test_noise_is_averaged_and_a_schedule_is_not(monkeypatch):
+def test_noise_is_averaged_and_a_schedule_is_not(kept_axes):
     noisy = make_run(a__x=[float(i * 7919 % 13) for i in range(90)])
-    axes = drawn_axes(monkeypatch, chart_of("Noise", "a/x"), noisy)
+    axes = drawn_axes(kept_axes, chart_of("Noise", "a/x"), noisy)
     assert len(axes.lines) == 2
     assert axes.get_xlabel() == "step (bold: mean of 7 points)"
     schedule = make_run(a__x=[min(i / 10, 1.0 - i / 100) for i in range(90)])
-    axes = drawn_axes(monkeypatch, chart_of("Schedule", "a/x"), schedule)
+    axes = drawn_axes(kept_axes, chart_of("Schedule", "a/x"), schedule)
     assert len(axes.lines) == 1
     assert list(axes.lines[0].get_ydata()) == schedule.series("a/x")[1]
     assert axes.get_xlabel() == "step"
@@ -178,14 +185,14 @@ def test_small_phases_are_part_of_the_rest_and_no_two_share_a_colour(monkeypatch
     assert [sum(column) for column in zip(*drawn["heights"].values(), strict=True)] == [100.0, 50.0]
 
 
-def test_a_first_step_that_sets_up_does_not_hide_the_others(monkeypatch):
+def test_a_first_step_that_sets_up_does_not_hide_the_others(kept_axes):
     run = make_run(timing_s__reference=[58.0], timing_s__update=[0.5] * 5, timing_s__step=[60.0, 1.0, 1.0, 2.0, 1.0])
     chart = chart_of("Seconds", "timing_s/*", stacked=True)
-    axes = drawn_axes(monkeypatch, chart, run)
+    axes = drawn_axes(kept_axes, chart, run)
     assert axes.get_ylim() == pytest.approx((0.0, 2.2))
     assert [text.get_text() for text in axes.texts] == ["step 0: 60 s"]
     run.metrics[0]["timing_s/step"] = run.metrics[0]["timing_s/reference"] = 3.0
-    axes = drawn_axes(monkeypatch, chart, run)
+    axes = drawn_axes(kept_axes, chart, run)
     assert axes.get_ylim()[1] > 3.0
     assert not axes.texts
 
@@ -211,3 +218,25 @@ def test_runs_beyond_the_colours_have_other_lines():
     assert len(set(marks)) == len(marks)
     svg = draw_overlay(chart_of("Loss", "a/x"), [make_run(a__x=[float(n), 1.0]) for n in range(len(COLORS) + 1)])[0][1]
     assert "stroke-dasharray" in svg
+
+
+TARGET = "buffer.target_effective_fraction"
+
+
+@pytest.mark.parametrize(
+    ("targets", "colors"),
+    [((0.6, 0.6), ["#5a6572"] * 2), ((0.6, 0.3), list(COLORS[:2])), ((0.6, 0.0), [COLORS[0]]), ((0.0, 0.0), [])],
+)
+def test_an_overlay_marks_the_target_of_each_run_and_its_changes_of_settings(kept_axes, targets, colors):
+    runs = [make_run(a__x=[0.1, 0.2, 0.3, 0.4]), make_run(a__x=[0.2, 0.3, 0.4, 0.5]), make_run(a__y=[0.5, 0.4])]
+    for run, target in zip(runs, (*targets, 0.9), strict=True):
+        run.recipe = {TARGET: target}
+    runs[1].changes = {2: ["generation.temperature: 1.0 -> 0.7"]}
+    draw_overlay(chart_of("Pair", "a/x", "a/y", target=TARGET), runs)
+    x, y = ([line for line in axes.lines if line.get_linewidth() == 1] for axes in kept_axes)
+    (change,) = (line for line in x if line.get_ydata()[0] != line.get_ydata()[1])
+    assert (list(change.get_xdata()), change.get_color()) == ([2.5, 2.5], COLORS[1])
+    level = [line for line in x if line is not change]
+    assert [line.get_color() for line in level] == colors
+    assert [line.get_ydata()[0] for line in level] == [target for target in targets if target]
+    assert [(line.get_ydata()[0], line.get_color()) for line in y] == [(0.9, "#5a6572")]

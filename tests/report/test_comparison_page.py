@@ -60,6 +60,22 @@ def test_the_page_shows_runs_settings_and_curves_in_one_colour_each(tmp_path):
     assert not {"script", "link", "iframe"} & set(page.elements)
 
 
+def test_changed_settings_and_targets_are_in_the_page(tmp_path):
+    one = write_run(tmp_path / "a", name="plain", recipe="hallucination: {target_rate: 0.1}\n")
+    other = write_run(tmp_path / "b", name="other")
+    plain = " ".join(Page(write_comparison([other, one / ".." / "a"]).read_text(encoding="utf-8")).text.split())
+    assert "dotted vertical line" not in plain
+    assert "dashed horizontal line: target" in plain
+    changed = {"step": 2, "settings_changed": [f"generation.temperature: {HOSTILE} -> 0.7"]}
+    write_lines(other / "metrics.jsonl", [{"step": s, "actor/loss": 2.0 * s} for s in range(1, 5)] + [changed])
+    source = write_comparison([one, other]).read_text(encoding="utf-8")
+    text = " ".join(Page(source).text.split())
+    assert "dotted vertical line: settings changed" in text
+    assert "After step 2 other went on with other settings (dotted line of its colour in the charts): gene" in text
+    assert "stroke-dasharray: 1,2" in source
+    assert "script" not in Page(source).elements
+
+
 def test_hostile_names_and_settings_stay_text(tmp_path):
     recipe = f"data: {{train: {json.dumps(HOSTILE[:60])}}}\n"
     one = write_run(tmp_path / "a", name=json.dumps(HOSTILE[:60]), recipe=recipe)
