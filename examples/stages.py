@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,7 +84,7 @@ class StageRunner:
         """Run stages side by side until all are done; the first that fails ends the others.
 
         Raises:
-            StageError: a stage failed, or was done before with another command.
+            StageError: a stage failed, its program is missing, or it was done before with another command.
         """
         self.run_chains([[stage] for stage in stages], at_once=len(stages))
 
@@ -95,7 +96,7 @@ class StageRunner:
             at_once: how many chains at a time; they share the threads.
 
         Raises:
-            StageError: a stage failed, or was done before with another command.
+            StageError: a stage failed, its program is missing, or it was done before with another command.
         """
         waiting = deque(deque(stage for stage in chain if not self._is_done(stage)) for chain in chains)
         threads = max(1, self._threads // max(1, min(at_once, sum(bool(chain) for chain in waiting))))
@@ -141,6 +142,13 @@ class StageRunner:
 
     def _start(self, stage: Stage, threads: int) -> _Running:
         log = self._logs / f"{stage.name}.log"
+        environment = _environment(threads)
+        program = stage.command[0]
+        if shutil.which(program, path=environment["PATH"]) is None:
+            raise StageError(
+                f"stage {stage.name} needs {program!r}, which is not on PATH; install what the repository needs and "
+                "activate its environment: make install && source .venv/bin/activate"
+            )
         self._print(f"{stage.name:<18} $ {stage}")
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -148,7 +156,7 @@ class StageRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=_environment(threads),
+                env=environment,
             )
         return _Running(stage, process, log, time.perf_counter())
 

@@ -41,6 +41,12 @@ def test_a_failing_stage_is_named_with_its_command_and_the_end_of_its_log(tmp_pa
     assert not (tmp_path / "run" / "stages" / "broken.json").exists()
 
 
+def test_a_program_that_is_not_on_path_is_named_with_what_to_do(tmp_path, runner):
+    with pytest.raises(StageError, match=r"stage one needs 'r1v3', which is not on PATH; .* make install"):
+        runner.run(Stage("one", ("r1v3", "align", "recipe.yaml")))
+    assert not (tmp_path / "run" / "stages" / "one.json").exists()
+
+
 def test_a_failure_ends_the_stages_beside_it_at_once(tmp_path, runner):
     endless = Stage("endless", ("python", "-m", "http.server", "--bind", "127.0.0.1", "0"))
     start = time.perf_counter()
