@@ -195,6 +195,9 @@ class Session:
                 self.preemption.watch.report_error(error)
             # Of one rank alone: the others wait in another collective for ever.
             together = self.preemption.watch.gather_failed(f"step-{step}")
+            if not together:
+                # All give a step up together. One that is missing is lost, which may be why SLURM sent SIGTERM here.
+                self.preemption.watch.report_error(error)
             whole = self.step > step or self.policy.version == version
             if together and whole and not self.policy.skipped.in_a_row and self.step > self.saved_step:
                 if self.step == step:  # its prompts are read again

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from megatron_r1v2.data.samples import DataError, parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.resilience import rank_watch
+from megatron_r1v2.resilience.signals import StepAbandoned
 from megatron_r1v2.rewards.replica import ScoringError
 from megatron_r1v2.stages.align import supervised_step
 from megatron_r1v2.stages.session import open_session
@@ -155,27 +158,35 @@ def test_all_ranks_save_before_an_error_of_a_reward_function(root: Path, tmp_pat
     assert saved.name == "step-00000001"
 
 
-def _fail_in_the_second_step(root: str, folder: str, alone: bool) -> bool:
+def _fail_in_the_second_step(root: str, folder: str, alone: bool, error: Exception) -> tuple[bool, str]:
     rank_watch._GATHER_SECONDS = 1.0  # type: ignore[attr-defined]
-    settings = ("train.steps=3", "checkpoint.every_steps=0")
+    settings, printed = ("train.steps=3", "checkpoint.every_steps=0"), io.StringIO()
     with open_session(
         recipe_for(Path(root), Path(folder) / "run", settings, stage="align"), stage="align", shown=()
     ) as session:
         supervised_step(session)
         if not alone or session.context.is_main:
-            try:
-                with session.save_on_error(dict, dict):
-                    raise KeyError("a fault of the program")
-            except KeyError:
-                pass
-        return session.saved_step == 1
+            with redirect_stderr(printed), suppress(type(error)), session.save_on_error(dict, dict):
+                raise error
+        return session.saved_step == 1, printed.getvalue()
 
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_ranks_save_before_any_error_that_all_have(root: Path, tmp_path: Path, alone: bool) -> None:
-    saved = run_ranks(2, _fail_in_the_second_step, str(root), str(tmp_path), alone)
-    assert saved == [not alone] * 2
+    error = KeyError("a fault of the program")
+    found = run_ranks(2, _fail_in_the_second_step, str(root), str(tmp_path), alone, error)
+    assert [saved for saved, _ in found] == [not alone] * 2
     assert len(finished_checkpoints(tmp_path / "run" / "checkpoints")) == int(not alone)
+    assert "where the ranks were:" in found[0][1]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_rank_that_is_missing_where_a_step_is_given_up_is_told_of(root: Path, tmp_path: Path, alone: bool) -> None:
+    """SLURM ends the ranks of the other nodes when a node is lost: SIGTERM may come before any error does."""
+    (saved, printed), _ = run_ranks(2, _fail_in_the_second_step, str(root), str(tmp_path), alone, StepAbandoned("it"))
+    assert saved is not alone
+    assert ("where the ranks were:" in printed) is alone
+    assert ("rank 1: " in printed) is alone
 
 
 def test_a_step_whose_update_was_made_is_not_saved_as_the_one_before(root: Path, tmp_path: Path) -> None:
