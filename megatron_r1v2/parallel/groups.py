@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_r1v2.config.schema import ParallelConfig
@@ -171,6 +172,8 @@ def make_control_group(settings: ParallelConfig) -> dist.ProcessGroup | None:
 
 def shut_down() -> None:
     """Destroy the process groups."""
+    # megatron-core's cache of rotary embeddings holds their groups, whose threads would outlive every run of a process.
+    RotaryEmbedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

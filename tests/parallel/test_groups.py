@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups, host_staged
@@ -128,3 +130,22 @@ def test_the_backend_depends_on_how_many_ranks_share_a_gpu(monkeypatch):
     assert groups._backend() == host_staged.NAME
     assert groups._device() == torch.device("cuda", 2)
     assert chosen == [torch.device("cuda", 2)]
+
+
+def gloo_threads() -> int:
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
+def test_no_thread_of_a_group_outlives_the_run_that_started_it():
+    """A model that has computed positions is in a cache of megatron-core, with its groups."""
+    counts = []
+    for _ in range(3):
+        context = groups.initialize(ParallelConfig(), seed=7)
+        assert gloo_threads() > 10
+        positions = RotaryEmbedding(8, 1.0, use_cpu_initialization=True, cp_group=context.groups.cp)
+        assert positions(4).shape == (4, 1, 1, 8)
+        del context, positions
+        groups.shut_down()
+        counts.append(gloo_threads())
+    # megatron-core keeps a few groups of the last run.
+    assert counts[0] == counts[1] == counts[2]
