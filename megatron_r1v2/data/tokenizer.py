@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_r1v2.data.samples import IMAGE_PLACEHOLDER, THINK, THINK_END, SampleError, count_placeholders
 
@@ -18,6 +19,27 @@ IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_END = "</img>"
 # Answers are made of them, so they stay text even where a tokenizer marks them as special.
 _REASONING = (THINK, THINK_END)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local HF folder with transformers.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: as transformers raises them, for files that are missing or damaged.
+    """
+    # transformers looks for the tokenizer's class in config.json too. It knows no `skywork_chat` or `internvl_chat`,
+    # and warns that the model "can yield errors". But we read that model ourselves: only this message is left out.
+    log = logging.getLogger("transformers.configuration_utils")
+    log.addFilter(_is_not_about_the_model_type)
+    try:
+        # Nothing is downloaded, and no code of a checkpoint runs.
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    finally:
+        log.removeFilter(_is_not_about_the_model_type)
+
+
+def _is_not_about_the_model_type(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("You are using a model of type")
 
 
 class ChatTokenizer:
@@ -32,8 +54,7 @@ class ChatTokenizer:
         if not folder.is_dir():
             raise ValueError(f"tokenizer folder {str(hf_path)!r} does not exist; give the folder of the HF model")
         try:
-            # Nothing is downloaded, and no code of a checkpoint runs.
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            self._tokenizer = load_tokenizer(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}") from error
         if not self._tokenizer.chat_template:

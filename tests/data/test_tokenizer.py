@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -245,3 +246,23 @@ def test_missing_folder_tokenizer_or_template(tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path / "plain", chat_template="")
     with pytest.raises(ValueError, match="chat template"):
         ChatTokenizer(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("model_type", ["skywork_chat", "internvl_chat"])
+def test_a_model_type_that_transformers_lacks_does_not_frighten(tmp_path: Path, model_type: str) -> None:
+    """Its warning that the model "can yield errors" is about a model that we read ourselves; others stay."""
+    folder = tiny_tokenizer(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    log, told = logging.getLogger("transformers.configuration_utils"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        ChatTokenizer(folder)
+        assert told == []
+        AutoTokenizer.from_pretrained(str(folder))
+        log.warning("something else")
+    finally:
+        log.removeHandler(handler)
+    assert any(model_type in text for text in told), "the filter is for our own loading, and needed"
+    assert told[-1] == "something else"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from megatron_r1v2.checkpoint.hf.architecture import Config, language_architecture, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.chat_template import give_image_parts
@@ -35,6 +35,7 @@ from megatron_r1v2.checkpoint.hf.folders import (
 )
 from megatron_r1v2.checkpoint.hf.mapping import Layout
 from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder
+from megatron_r1v2.data.tokenizer import load_tokenizer
 from megatron_r1v2.models.architecture import PixelShuffle
 from megatron_r1v2.resilience.files import write_json
 
@@ -260,7 +261,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def _build_tokenizer(folder: Path) -> Tokenizer:
     """Build the tokenizer of a folder without tokenizer.json, as transformers does."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no tokenizer can be loaded from it: {error}; copy its files again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
