@@ -26,4 +26,7 @@ if [[ -n ${LIST_STEPS:-} ]]; then
     printf '\n'
   }
   beside() { step "$@"; }
+elif ! python -c "import rich, pydantic" 2> /dev/null; then
+  echo "error: \`python\` is not that of this repository; run: make install && source .venv/bin/activate" >&2
+  exit 1
 fi

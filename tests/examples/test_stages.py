@@ -147,6 +147,16 @@ def test_a_step_that_fails_ends_the_script_and_the_steps_beside_it(script):
     assert not (script.parent / "out" / "order").exists()
 
 
+def test_a_script_outside_of_the_environment_says_how_to_enter_it(script, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho 'No module named rich' >&2; exit 1\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = run_script(script, "given", environment={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("make install && source .venv/bin/activate")
+    assert not (script.parent / "out" / "order").exists()
+
+
 def test_steps_of_a_script_are_read_without_running_them(script):
     text = script.read_text().replace('"$1"', "'two words'")
     script.write_text(text)
