@@ -13,7 +13,10 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -83,6 +86,26 @@ class RolloutCache:
             self._step_folder.mkdir(parents=True, exist_ok=True)
         if self.enabled:
             dist.barrier()  # the others write into the folder that the first rank makes
+
+    @contextmanager
+    def saving(self) -> Iterator[Callable[[Prompt, Sequence[Rollout]], None]]:
+        """Give a `save` that returns at once; when the block ends, also by an error, the files are on the disk.
+
+        Raises:
+            OSError: a file could not be written; raised at the next call, or at the end of the block.
+        """
+        pending: deque[Future[None]] = deque()
+
+        def save(prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
+            while pending and pending[0].done():
+                pending.popleft().result()
+            pending.append(pool.submit(self.save, prompt, tuple(rollouts)))
+
+        # A disk takes milliseconds to confirm a file, in which the engine draws tokens.
+        with ThreadPoolExecutor(1, thread_name_prefix="rollout-cache") as pool:
+            yield save
+        for write in pending:
+            write.result()
 
     def save(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> None:
         """Write all responses to a prompt of this step, in the order of `sample_index`."""

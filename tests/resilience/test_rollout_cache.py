@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
 from megatron_r1v2.parallel import groups
+from megatron_r1v2.resilience import rollout_cache
 from megatron_r1v2.resilience.rollout_cache import RolloutCache, rollout_fingerprint
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.session import open_session
@@ -131,6 +134,61 @@ def test_what_was_saved_is_dealt_out_to_the_replicas_and_deleted_with_its_step(t
     first, second = run_ranks(2, save_and_load, str(tmp_path))
     assert first == ({"digits-0": rollouts(0)}, ["digits-2"], ["step-00000004"])
     assert second == ({"digits-1": rollouts(1)}, ["digits-2"], ["step-00000004"])
+
+
+def test_saving_holds_nobody_up_and_is_done_when_the_block_ends(tmp_path: Path, monkeypatch) -> None:
+    context = groups.initialize(ParallelConfig(), seed=1)
+    cache = RolloutCache(tmp_path, context, enabled=True)
+    cache.begin_step(4, fingerprint())
+    is_given, write = threading.Event(), rollout_cache.write_file
+
+    def slow(path: Path, content: bytes) -> None:
+        assert is_given.wait(60)
+        write(path, content)
+
+    monkeypatch.setattr(rollout_cache, "write_file", slow)
+    prompts = [prompt(number) for number in range(3)]
+
+    def abandon() -> None:
+        with cache.saving() as save:
+            for number, each in enumerate(prompts):
+                save(each, rollouts(number))
+            assert cache.load(prompts) == ({}, prompts), "no file is waited for"
+            is_given.set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        abandon()
+    assert cache.load(prompts) == ({each.key: rollouts(number) for number, each in enumerate(prompts)}, [])
+    groups.shut_down()
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_file_that_cannot_be_written_ends_the_phase(tmp_path: Path, monkeypatch, is_last: bool) -> None:
+    context = groups.initialize(ParallelConfig(), seed=1)
+    cache = RolloutCache(tmp_path, context, enabled=True)
+    cache.begin_step(4, fingerprint())
+    has_failed = threading.Event()
+
+    def fail(path: Path, content: bytes) -> None:
+        has_failed.set()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(rollout_cache, "write_file", fail)
+    saved = []
+
+    def generate() -> None:
+        with cache.saving() as save:
+            for number in range(1 if is_last else 1000):
+                save(prompt(number), rollouts(number))
+                saved.append(number)
+                assert has_failed.wait(60)
+                time.sleep(0.01)
+
+    with pytest.raises(OSError, match="the disk is full"):
+        generate()
+    assert len(saved) < 1000
+    groups.shut_down()
 
 
 def test_what_does_not_belong_to_the_step_is_generated_again(tmp_path: Path) -> None:

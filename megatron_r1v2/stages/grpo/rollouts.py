@@ -176,7 +176,10 @@ class RolloutPhase:
         preemption.log_resumed_rollouts(session.step, len(prompts) - len(missing), len(prompts))
         own = [prompt for prompt in held if prompt.key not in kept]
         is_last = session.step + 1 >= self.recipe.train.steps
-        with session.stream.reading(0 if is_last else self.recipe.train.prompts_per_step):
+        with (
+            session.stream.reading(0 if is_last else self.recipe.train.prompts_per_step),
+            preemption.rollouts.saving() as save,
+        ):
             rollouts = self.engine.generate(
                 SharedPromptQueue(
                     missing, context=session.context, name=f"grpo-{session.step}-{round_number}", own=own
@@ -191,7 +194,7 @@ class RolloutPhase:
                 ),
                 features=self.features,
                 progress=preemption.poll_between_engine_steps,
-                on_finished=preemption.rollouts.save,
+                on_finished=save,
                 begun=begun,
             )
         done = time.perf_counter()
