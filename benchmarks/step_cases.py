@@ -35,6 +35,9 @@ class Case:
     """As a user runs it: stop tokens, answers as rewards, and ours with its buffer. False: compute-matched, all
     responses of full length, each with a reward and so an advantage of its own, no buffer."""
 
+    at_most: tuple[tuple[str, float], ...] = ()
+    """The part of other systems' CPU seconds that ours may take."""
+
     @property
     def warmup(self) -> int:
         """Return the steps of a turn that are not counted; imports and buffers are small beside a long step."""
@@ -60,14 +63,17 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        *(Case("33m", parts, 1, 48, 4) for parts in ("adapter", "all")),
+        Case("33m", "adapter", 1, 48, 4, at_most=(("trl", 0.8), ("loop", 1.0))),
+        Case("33m", "adapter", 16, 200, 1, at_most=(("trl", 0.45),)),
+        Case("demo", "adapter", 0, 32, 48, configured=True, at_most=(("trl", 0.43),)),
+        Case("33m", "all", 1, 48, 4),
         *(Case("33m", parts, 4, 48, 2) for parts in ("adapter", "all")),
-        *(Case("33m", parts, 16, 200, 1) for parts in ("adapter", "all")),
-        *(Case("33m", "adapter", *sizes) for sizes in ((4, 200, 2), (16, 48, 1))),
+        *(Case("33m", "adapter", *sizes) for sizes in ((1, 200, 4), (4, 200, 2), (16, 48, 1))),
         *(Case("demo", parts, 0, 32, 48) for parts in ("adapter", "all")),
-        Case("demo", "adapter", 0, 32, 48, configured=True),
+        Case("33m", "all", 16, 200, 1),
     )
 }
+"""The most telling first."""
 
 
 @dataclass

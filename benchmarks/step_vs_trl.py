@@ -5,14 +5,14 @@
         --cases 33m-image64-response48-adapter --output benchmarks/results/step_vs_trl_cpu.json
 
 Each turn is a process of one system that does a few steps on one thread and writes their numbers into the work
-folder; the systems take turns, so that a machine that gets slower or faster moves all of them. `--seconds` ends a run
-before the next turn would exceed it; the same command goes on from there, and writes the report of the turns that
-there are.
+folder; the systems take turns, so that a machine that gets slower or faster moves all of them. The report is written
+after each turn. `--seconds` ends a run before the next turn would exceed it; the same command goes on from there, also
+after it was interrupted: a turn is a process group of its own, which ends with it.
 
 Cases are the demo's step (48 prompts, 0.58 M parameters) and one of a random InternVL of 33 M (hidden 512, 8 layers,
 vocabulary 8192), with 100 tokens of text and template and 64, 256 or 1024 of an image before 8 responses of 48 or 200
 tokens. Compute-matched: responses of full length, all of them trained, no buffer. A random model answers nothing right,
-so only the demo has a case as a user configures it. The settings of every system are in the report.
+so only the demo has a case as a user configures it. The settings of every system are printed and in the report.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.step_cases import CASES, Case
+from megatron_r1v2.resilience.files import write_file
 
 SYSTEMS = ("ours", "trl", "loop")
 ROOT = Path(__file__).parents[1]
@@ -46,17 +49,45 @@ def command_of(system: str, case: Case, work: Path, output: Path, peers: Path) -
     return [str(peers), "-m", "benchmarks.step_peers", str(work), case.name, system, *numbers]
 
 
+def run_in_group(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a command in a process group that is gone when this returns or raises.
+
+    Raises:
+        CalledProcessError: the command failed.
+    """
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            code = process.wait()
+        finally:
+            # Workers that check answers would outlive a turn that was killed, and take CPU from the next one.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
 def run_turns(
-    work: Path, cases: Sequence[Case], *, label: str, turns: int, systems: Sequence[str], peers: Path, until: float
+    work: Path,
+    cases: Sequence[Case],
+    *,
+    label: str,
+    turns: int,
+    systems: Sequence[str],
+    peers: Path,
+    until: float,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> bool:
     """Do the turns that are missing; return whether there are none left.
 
     Args:
         label: names our commit in the turns of ours, such as "before".
         until: of `time.monotonic`.
+        on_turn: called after each turn.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-    longest: dict[tuple[str, str], float] = {}
+    (work / "turns").mkdir(exist_ok=True)
     for case in cases:
         for turn in range(turns):
             for system in systems:
@@ -64,14 +95,23 @@ def run_turns(
                 if output.exists():
                     continue
                 started = time.monotonic()
-                if started + longest.get((case.name, system), _EXPECTED_SECONDS) > until:
+                if started + expected_seconds(work, case, system) > until:
                     return False
-                output.parent.mkdir(exist_ok=True)
-                command = command_of(system, case, work, output, peers)
-                subprocess.run(command, env=environment, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-                longest[case.name, system] = time.monotonic() - started
-                print(f"{output.stem}: {longest[case.name, system]:.0f} s", flush=True)
+                # Under this name a turn that was cut is not taken for a whole one.
+                partial = work / "turns" / f"unfinished-{system}.json"
+                run_in_group(command_of(system, case, work, partial, peers), environment)
+                seconds = time.monotonic() - started
+                write_file(output, json.dumps({**json.loads(partial.read_text()), "seconds": round(seconds, 1)}))
+                partial.unlink()
+                print(f"{output.stem}: {seconds:.0f} s", flush=True)
+                on_turn()
     return True
+
+
+def expected_seconds(work: Path, case: Case, system: str) -> float:
+    """Return how long the longest turn of a system took in a case, whatever its label."""
+    turns = [json.loads(path.read_text()) for path in (work / "turns").glob(f"*-{case.name}-{system}-*.json")]
+    return max((float(turn.get("seconds", 0)) for turn in turns), default=0) or _EXPECTED_SECONDS
 
 
 def report(work: Path, label: str) -> dict[str, Any]:
@@ -95,9 +135,21 @@ def report(work: Path, label: str) -> dict[str, Any]:
                 for system, numbers in medians.items()
                 if system != "ours" and "ours" in medians
             },
+            "at_most": dict(CASES[name].at_most),
             "settings": settings[name],
         }
     return found
+
+
+def print_report(found: Mapping[str, Any]) -> None:
+    """Print settings, then CPU seconds of a step by system, and ours against the others' with the bounds."""
+    for name, case in found.items():
+        for system, settings in case["settings"].items():
+            print(f"{name} {system}: {json.dumps(settings)}")
+    for name, case in found.items():
+        seconds = {system: numbers["step"] for system, numbers in case["cpu_seconds_and_wall"].items()}
+        print(f"{name}: CPU seconds {json.dumps(seconds)}")
+        print(f"  ours of {json.dumps(case['ours_of'])}, wanted at most {json.dumps(case['at_most'])}")
 
 
 def _median(steps: Sequence[dict[str, float]], key: str) -> float:
@@ -128,24 +180,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for case in missing:
             make_materials(options.work.resolve(), case, options.demo and options.demo.resolve())
-    load = os.getloadavg()[0]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM: run the same command again"))
+    work, load = options.work.resolve(), os.getloadavg()[0]
+
+    def write(*, finished: bool = False) -> None:
+        if options.output:
+            machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "threads": 1}
+            machine["load_average"] = [round(load, 1), round(os.getloadavg()[0], 1)]
+            content = {
+                "machine": machine,
+                "finished": finished,
+                "label": options.label,
+                "cases": report(work, options.label),
+            }
+            write_file(options.output, json.dumps(content, indent=1) + "\n")
+
     finished = run_turns(
-        options.work.resolve(),
+        work,
         cases,
         label=options.label,
         turns=options.turns,
         systems=options.systems,
         peers=options.peers.absolute(),
         until=until,
+        on_turn=write,
     )
-    found = report(options.work, options.label)
-    for name, numbers in found.items():
-        print(name, json.dumps(numbers["ours_of"]), flush=True)
-    if options.output:
-        machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "threads": 1}
-        machine["load_average"] = [round(load, 1), round(os.getloadavg()[0], 1)]
-        content = {"machine": machine, "finished": finished, "label": options.label, "cases": found}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+    write(finished=finished)
+    print_report(report(work, options.label))
     if not finished:
         print("turns are missing: run the same command again")
 

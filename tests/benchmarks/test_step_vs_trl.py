@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import decode
 from benchmarks.step_cases import CASES, Clock, Turn, pseudo
-from benchmarks.step_vs_trl import report, run_turns
+from benchmarks.step_vs_trl import ROOT, expected_seconds, report, run_turns
 
 CASE = CASES["33m-image64-response48-adapter"]
 
@@ -37,6 +39,33 @@ def test_systems_take_turns_and_only_missing_turns_are_done(tmp_path: Path, peer
     (tmp_path / "turns" / f"a-{CASE.name}-loop-0.json").unlink()
     assert run(time.monotonic() + 1000)
     assert (tmp_path / "order").read_text().split()[4:] == ["loop"]
+    turn = tmp_path / "turns" / f"a-{CASE.name}-loop-1.json"
+    assert json.loads(turn.read_text())["seconds"] >= 0
+    turn.write_text('{"seconds": 500}')
+    assert expected_seconds(tmp_path, CASE, "loop") == 500
+    assert len(list((tmp_path / "turns").iterdir())) == 4, "nothing unfinished is left"
+
+
+def test_a_turn_that_is_interrupted_leaves_no_process_and_no_result(tmp_path: Path) -> None:
+    """The program ends by SIGTERM while its turn runs, with a worker of its own."""
+    pids = tmp_path / "pids"
+    peers = tmp_path / "peers"
+    peers.write_text(f"#!/bin/sh\nsleep 600 &\necho $$ $! > {pids}.new\nmv {pids}.new {pids}\nwait\n")
+    peers.chmod(0o755)
+    (tmp_path / CASE.data).mkdir()
+    command = [sys.executable, "-m", "benchmarks.step_vs_trl", "--work", str(tmp_path), "--peers", str(peers)]
+    command += ["--cases", CASE.name, "--systems", "trl", "--output", str(tmp_path / "report.json")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while not pids.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "run the same command again" in errors
+    for pid in pids.read_text().split():
+        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    assert not list((tmp_path / "turns").iterdir())
 
 
 def test_a_report_has_medians_over_the_steps_of_all_turns(tmp_path: Path) -> None:
@@ -48,6 +77,7 @@ def test_a_report_has_medians_over_the_steps_of_all_turns(tmp_path: Path) -> Non
     found = report(tmp_path, "a")[CASE.name]
     assert found["cpu_seconds_and_wall"]["ours"] == {"steps": 3, "step": 3.0, "update": 1.0}
     assert found["ours_of"] == {"trl": 0.5, "loop": 1.5}
+    assert found["at_most"] == {"trl": 0.8, "loop": 1.0}
     assert found["settings"]["loop"] == {"of": "loop"}
 
 
@@ -77,7 +107,7 @@ def test_a_clock_adds_the_blocks_of_a_phase_and_begins_each_step_at_zero() -> No
 
 def test_cases_have_names_of_their_own_and_the_peers_need_none_of_our_packages() -> None:
     assert {case.name for case in CASES.values()} == set(CASES)
-    assert len(CASES) == 11
+    assert len(CASES) == 12
     assert pseudo("a") != pseudo("b")
     assert 0 <= pseudo("a") <= 1
     assert not any(name in Path(sys.modules[Turn.__module__].__file__ or "").read_text() for name in ("megatron_r1v2",))
