@@ -21,15 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.digits.verify_endpoint import MODEL, evaluate, served
-from examples.wider_heads import widen_heads
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.stream import read_shards
 
 Answers = Mapping[str, str]
 """By the key of the prompt."""
-_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Channels of a head in vLLM 0.32's kernels for CPUs."""
 
 
 def write_questions(samples: Sequence[ShardSample], folder: Path) -> Path:
@@ -71,17 +68,6 @@ def ask(python: str, reader: str, export: Path, questions: Path, max_tokens: int
     return f"{reader} {found['version']}", found["answers"]
 
 
-def for_cpu_kernels(export: Path, folder: Path) -> tuple[Path, str]:
-    """Return the export, or one with wider heads where vLLM has no kernel for its own, and a remark about it."""
-    text = json.loads((export / "config.json").read_text(encoding="utf-8"))["text_config"]
-    size = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    if size in _CPU_HEAD_SIZES:
-        return export, ""
-    wider = min(each for each in _CPU_HEAD_SIZES if each > size)
-    widen_heads(export, folder / "wider", wider)
-    return folder / "wider", f", heads of {size} channels widened to {wider}"
-
-
 def compare(by_reader: Mapping[str, Answers]) -> list[dict[str, str | int]]:
     """Return, for each reader, the number of answers, and of those that equal the first reader's."""
     first = next(iter(by_reader.values()))
@@ -119,9 +105,8 @@ def measure(run: Path, export: Path, data: Path, count: int, pythons: Sequence[t
             verdicts = evaluate(run, "endpoint", folder / "evaluations", [*common, *endpoint])
         by_reader["r1v2 serve"] = {key: text for key, (text, _) in verdicts.items()}
         for reader, python in pythons:
-            read, remark = for_cpu_kernels(export, folder) if reader == "vllm" else (export, "")
-            name, answers = ask(python, reader, read, questions, max_tokens)
-            by_reader[name + remark] = answers
+            name, answers = ask(python, reader, export, questions, max_tokens)
+            by_reader[name] = answers
     return by_reader
 
 

@@ -34,7 +34,7 @@ class Settings:
     hidden_size: int = 64
     layers: int = 3
     heads: int = 4
-    steps: int = 350
+    steps: int = 280
     batch: int = 64
     muon: float = 0.02
     adam: float = 3e-3

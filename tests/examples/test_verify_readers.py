@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from examples.verify_readers import ask, compare, for_cpu_kernels, write_questions
+from examples.verify_readers import ask, compare, write_questions
 from tests.tiny import tiny_sample
-from tests.tiny_hf import tiny_hf_model, tiny_text_config
+from tests.tiny_hf import tiny_hf_model
 
 
 def test_answers_are_counted_against_the_first_reader():
@@ -45,12 +45,3 @@ def test_a_reader_that_fails_is_told_with_what_it_said(tmp_path):
 def test_a_text_without_a_picture_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not one question that begins with its one <image>"):
         write_questions([tiny_sample(0, images={})], tmp_path)
-
-
-def test_heads_that_vllm_has_kernels_for_stay(tmp_path):
-    for heads, size, remark in ((2, 32, ""), (4, 16, ", heads of 16 channels widened to 32")):
-        export = tmp_path / str(heads)
-        tiny_hf_model(export, text=tiny_text_config(hidden=64, heads=heads, kv_heads=2), seed=1)
-        read, told = for_cpu_kernels(export, tmp_path / f"{heads}-work")
-        assert told == remark
-        assert (read == export) == (size == 32)
