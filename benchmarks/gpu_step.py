@@ -169,6 +169,7 @@ def prepare(case: Case, folder: Path, *, tiny: bool, device: str) -> tuple[RankS
         rehearsed_prompts=step.long_of_replica,
         prompts_of_step=step.prompts_of_replica,
         mixed_groups=step.mixed_groups,
+        whole_groups=step.whole_groups,
         decoded_tokens=recipe.generation.max_response_tokens if case.decodes_all else 4,
     )
     return spec, plan

@@ -87,14 +87,17 @@ class UnknownValues(RuntimeError):
 class FakeTensors(Watch):
     """The dispatch mode under which every new tensor is a fake."""
 
-    def __init__(self, device_type: str, *, hides_device: bool = False) -> None:
+    def __init__(
+        self, device_type: str, *, hides_device: bool = False, on_phase: Callable[[str], object] = lambda _: None
+    ) -> None:
         """Begin with nothing.
 
         Args:
             hides_device: whether C++ is told that fakes are on the CPU: on a build without CUDA it has no device guard
                 for others, and would end the process.
+            on_phase: see Watch.
         """
-        super().__init__(device_type)
+        super().__init__(device_type, on_phase=on_phase)
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self.hides_device = hides_device
         self.moves_to_cpu = False

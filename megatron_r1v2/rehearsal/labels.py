@@ -28,7 +28,7 @@ from megatron_r1v2.rehearsal.ledger import (
 )
 from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.watch import Watch
-from megatron_r1v2.stages import loaded_model, session
+from megatron_r1v2.stages import loaded_model, loaded_reward_model, session
 from megatron_r1v2.stages.pairs import PairMaker
 from megatron_r1v2.training.reference import ReferenceWeights
 from megatron_r1v2.training.store import CheckpointStore
@@ -90,6 +90,7 @@ def install(watch: Watch) -> None:
         (FeatureCache, "_keep", keep),
         (RolloutEngine, "_images", images),
         (loaded_model, "load_model", _in(watch.phase, LOAD, original(loaded_model, "load_model"))),
+        (loaded_reward_model, "load_model", _in(watch.phase, LOAD, original(loaded_reward_model, "load_model"))),
         (session, "_build_policy", _in(watch.phase, SET_UP, original(session, "_build_policy"))),
         (CheckpointStore, "load", _in(watch.phase_alone, LOAD_CHECKPOINT, original(CheckpointStore, "load"))),
         (PairMaker, "_respond", _in(watch.phase, GENERATE, original(PairMaker, "_respond"))),

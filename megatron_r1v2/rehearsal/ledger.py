@@ -24,6 +24,7 @@ CATEGORIES = (PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS, KV_CACHE, IMAGE_FEATURE
 _MOST_SAMPLES = 2000
 _OWN_CODE = ("/megatron_r1v2/", "/megatron/core/")
 _NOT_SHOWN = "/megatron_r1v2/rehearsal/"
+_RAISED_IN = "rehearsed phase: "
 
 
 @dataclass
@@ -35,12 +36,14 @@ class PhaseMemory:
     peak: int
     """Bytes at the fullest moment, those held before included."""
     held_after: int = 0
-    at_peak: Mapping[str, int] = field(default_factory=dict)
+    at_peak: dict[str, int] = field(default_factory=dict)
     """Bytes by category at the fullest moment."""
     line: str = ""
     """The lines of code that were running then, the innermost first."""
     flops: int = 0
     """Computed in it, those of phases inside it left out."""
+    storages_at_peak: int = 0
+    """The number of storages that had been made in the rehearsal at the fullest moment."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Sample:
 class _Storage:
     size: int
     category: str
+    number: int
+    """Of all that were made."""
     alive: weakref.ref[torch.UntypedStorage]
 
 
@@ -71,6 +76,7 @@ class MemoryLedger:
         self._category = ACTIVATIONS
         self._live: dict[int, _Storage] = {}
         self._open: list[PhaseMemory] = []
+        self._made = 0
         self._between_samples = 0
         self._since_sample = 0
 
@@ -101,13 +107,16 @@ class MemoryLedger:
             self._category = former
 
     def assign(self, tensors: Iterable[torch.Tensor], category: str) -> None:
-        """Count tensors that were made before as a category."""
+        """Count tensors that were made before as a category, also in the peaks of open phases that they are part of."""
         for tensor in tensors:
             found = self._live.get(tensor.untyped_storage()._cdata)
-            if found is not None:
-                self.by_category[found.category] -= found.size
-                self.by_category[category] += found.size
-                found.category = category
+            if found is None:
+                continue
+            peaks = [phase.at_peak for phase in self._open if found.number <= phase.storages_at_peak]
+            for held in (self.by_category, *peaks):
+                held[found.category] -= found.size
+                held[category] = held.get(category, 0) + found.size
+            found.category = category
 
     @contextmanager
     def phase(self, name: str, *, alone: bool = False) -> Iterator[PhaseMemory]:
@@ -117,12 +126,17 @@ class MemoryLedger:
             alone: its peak is none of the phases around it.
         """
         around, self._open = self._open, [] if alone else self._open
-        phase = PhaseMemory(name, self.held, self.held, at_peak=dict(self.by_category))
+        phase = PhaseMemory(name, self.held, self.held, at_peak=dict(self.by_category), storages_at_peak=self._made)
         self.phases.append(phase)
         self._open.append(phase)
         self._sample()
         try:
             yield phase
+        except BaseException as error:
+            # On the error itself: what is raised on its way out, and phases that begin then, must not hide it.
+            if not phase_of(error):
+                error.add_note(f"{_RAISED_IN}{name}")
+            raise
         finally:
             self._open.pop()
             self._open = around
@@ -141,7 +155,9 @@ class MemoryLedger:
 
     def _count(self, key: int, storage: torch.UntypedStorage) -> None:
         size, category = storage.nbytes(), self._category
-        self._live[key] = _Storage(size, category, weakref.ref(storage, lambda _: self._forget(key)))
+        self._made += 1
+        alive = weakref.ref(storage, lambda _: self._forget(key))
+        self._live[key] = _Storage(size, category, self._made, alive)
         self.held += size
         self.by_category[category] += size
         self._since_sample += size
@@ -150,6 +166,7 @@ class MemoryLedger:
             if self.held > phase.peak:
                 line = line or running_line()
                 phase.peak, phase.line, phase.at_peak = self.held, line, dict(self.by_category)
+                phase.storages_at_peak = self._made
         if self._since_sample > self.held // 200:
             self._sample()
 
@@ -165,6 +182,13 @@ class MemoryLedger:
         if len(self.samples) > _MOST_SAMPLES:
             # Every second one: the chart has no more columns, and no step may fill the memory.
             del self.samples[1::2]
+
+
+def phase_of(error: BaseException) -> str:
+    """Return the innermost phase that an exception, or the first one that led to it, has ended; empty: none."""
+    cause = error.__cause__ or error.__context__
+    notes = (note.removeprefix(_RAISED_IN) for note in getattr(error, "__notes__", ()) if note.startswith(_RAISED_IN))
+    return (phase_of(cause) if cause is not None else "") or next(notes, "")
 
 
 def running_line(count: int = 3) -> str:

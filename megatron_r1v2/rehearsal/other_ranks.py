@@ -21,7 +21,7 @@ from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
 from megatron_r1v2.rehearsal.replacements import original, replace
-from megatron_r1v2.rehearsal.stand_ins import install_shares
+from megatron_r1v2.rehearsal.stand_ins import Script, install_shares
 from megatron_r1v2.rehearsal.watch import unwatched
 from megatron_r1v2.resilience.rank_commands import RankCommands
 from megatron_r1v2.rewards import verifiers
@@ -29,6 +29,7 @@ from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages import preemption
 from megatron_r1v2.stages.grpo import replay_buffer, selection, updates
+from megatron_r1v2.stages.grpo.segments import GroupsInFlight
 from megatron_r1v2.stages.pairs import PairMaker
 from megatron_r1v2.training import policy, weight_verification
 from megatron_r1v2.training.forward import Forward
@@ -44,6 +45,7 @@ class OtherRanks:
     """The rules, and what they are about to answer."""
 
     mode: FakeTensors
+    script: Script
     drawn: torch.Tensor | None = None
     """Tokens that the drawing rank broadcasts next."""
     index: torch.Tensor | None = None
@@ -54,6 +56,10 @@ class OtherRanks:
     """The prompts of the round whose pairs are made, of all replicas."""
     losses: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The metrics that the last stage has computed."""
+    going_on: list[Prompt] = field(default_factory=list)
+    """The prompts of other replicas whose responses go on in the next step."""
+    order: dict[str, int] = field(default_factory=dict)
+    """The number of each prompt of the run, by key."""
     _pool: VerifierPool | None = None
     _at_the_end: ExitStack = field(default_factory=ExitStack)
 
@@ -62,6 +68,7 @@ class OtherRanks:
         self.mode.incoming = self._send
         self._install_generation()
         self._install_scores()
+        self._install_segments()
         self._install_pairs()
         self._install_training()
 
@@ -162,6 +169,28 @@ class OtherRanks:
             pool = VerifierPool(verifiers.worker_count(), verifiers.TIMEOUT_SECONDS)
             self._pool = self._at_the_end.enter_context(pool)
         return self._pool
+
+    def _install_segments(self) -> None:
+        """Let groups of other replicas go on, and end, as those of this one do."""
+        settle = original(GroupsInFlight, "settle")
+
+        def settle_all(
+            groups: GroupsInFlight, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+        ) -> tuple[list[Prompt], list[Rollout]]:
+            complete, mine = settle(groups, prompts, rollouts)
+            own = {rollout.prompt_key for rollout in rollouts}
+            others = [prompt for prompt in prompts if prompt.key not in own]
+            ended = [*self.going_on, *(prompt for prompt in others if not self.script.goes_on(prompt.key))]
+            self.going_on = [prompt for prompt in others if self.script.goes_on(prompt.key)]
+            if others:
+                self.mode.answer("the groups of other replicas that go on: those after which the script does so here")
+            step = max((rollout.step for rollout in rollouts), default=0)
+            groups.steps |= {prompt.key: step for prompt in self.going_on}
+            for prompt in prompts:
+                self.order.setdefault(prompt.key, len(self.order))
+            return sorted([*complete, *ended], key=lambda prompt: self.order[prompt.key]), mine
+
+        replace(GroupsInFlight, "settle", settle_all)
 
     def _install_pairs(self) -> None:
         """Complete the pairs and the beginnings of responses of other replicas: the same as here, to their prompts."""

@@ -24,6 +24,8 @@ AnyTraining = TrainingRecipe | PairsRecipe
 
 STEPS = 2
 """The second one finds what the first one leaves: the buffer's samples, the optimizer's state, lasting buffers."""
+MADE = "made"
+"""In the place of a checkpoint that is not here: weights of the base, with a head that is drawn."""
 _NO_BOUND = 1e9
 _PATHS = ("output_dir", "train", "validation", "hf_path")
 _LONG_PROMPTS = 2
@@ -41,8 +43,10 @@ class Step:
     mixed_groups: int
     """Long prompts whose responses are trained on."""
     prompts_of_replica: int
-    """In a step of the recipe."""
+    """In a step of the recipe, with those that go on from earlier ones."""
     long_of_replica: int
+    whole_groups: int | None = None
+    """Long prompts over all replicas whose responses end in the step in which they began; None: all."""
 
     @property
     def prompts(self) -> int:
@@ -58,11 +62,15 @@ class Step:
         return (self.mixed_groups or self.long) * responses
 
 
-def plan_step(work: Workload, layout: Layout) -> Step:
+def plan_step(work: Workload, layout: Layout, *, segments: int = 1) -> Step:
     """Choose as many rows as every way through the code needs, and no more.
 
     An update gets one microbatch more than the pipeline has stages on each replica, so that all are in flight at once;
     the engine gets as many requests as it has slots.
+
+    Args:
+        segments: steps in which the longest response is generated. Where these are several, a further group of each
+            replica goes on in the next step.
     """
     of_replica = -(-work.prompts_per_step // layout.data)
     microbatches = layout.pipeline + 1
@@ -71,14 +79,17 @@ def plan_step(work: Workload, layout: Layout) -> Step:
         units = min(work.prompts_per_step, -(-rows // work.responses_per_prompt) * layout.data)
         return Step(units, 0, 0, of_replica, units)
     groups = -(-rows // work.responses_per_prompt)
-    long = min(of_replica, max(_LONG_PROMPTS, groups))
+    going_on = int(segments > 1 and of_replica > 1)
+    long = min(of_replica, max(_LONG_PROMPTS, groups + going_on))
     slots = min(of_replica, -(-work.max_requests // work.responses_per_prompt))
     return Step(
         long=long * layout.data,
         short=max(0, slots - long) * layout.data,
-        mixed_groups=min(long, groups) * layout.data,
-        prompts_of_replica=of_replica,
+        mixed_groups=min(long - going_on, groups) * layout.data,
+        # At most: every prompt that began in the last steps may have a response that goes on.
+        prompts_of_replica=of_replica * segments,
         long_of_replica=long,
+        whole_groups=(long - going_on) * layout.data if going_on else None,
     )
 
 
@@ -93,9 +104,8 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
     Args:
         folder: for what it writes; with the data sets of `write_rows`.
     """
-    # The longest response is rehearsed in one phase: the cache is as full as it gets.
-    generation = recipe.generation.changed(cuda_graphs=False, segment_tokens=0)
     # Graphs and TransformerEngine need a device that computes.
+    generation = recipe.generation.changed(cuda_graphs=False)
     model = recipe.model.changed(hf_path=str(hf_path), layers=Layers.local, fp8=Fp8.none, fp8_weights=False)
     if recipe.model.checkpoint and not Path(recipe.model.checkpoint).exists():
         model = model.changed(checkpoint="")
@@ -116,8 +126,12 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
             "logging": recipe.logging.changed(trackers=()),
         }
     if isinstance(recipe, GrpoRecipe | PairsRecipe):
-        # A served reward model answers from elsewhere, and takes no memory here; one in process needs its checkpoint.
-        changes["reward"] = recipe.reward.changed(model_weight=0.0)
+        if recipe.reward_model.url:
+            # It answers from elsewhere, and takes no memory here.
+            changes["reward"] = recipe.reward.changed(model_weight=0.0)
+            changes["reward_model"] = recipe.reward_model.changed(url="")
+        elif recipe.reward_model.checkpoint and not Path(recipe.reward_model.checkpoint).exists():
+            changes["reward_model"] = recipe.reward_model.changed(checkpoint=MADE)
     if isinstance(recipe, MpoRecipe):
         # Log-probs of fakes must not lie where a run looks for true ones.
         changes["preference"] = recipe.preference.changed(reference_dir="")
@@ -128,6 +142,14 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
         changes["algorithm"] = recipe.algorithm.changed(max_log_prob_difference=_NO_BOUND)
         changes["hallucination"] = recipe.hallucination.changed(target_rate=0.0)
     return type(recipe)(**{**dict(recipe), **changes, "generation": generation, "model": model, "train": train})
+
+
+def segments_of_response(recipe: AnyTraining) -> int:
+    """Return the steps in which the longest response is generated."""
+    generation = recipe.generation
+    if not isinstance(recipe, GrpoRecipe) or not generation.segment_tokens:
+        return 1
+    return -(-generation.max_response_tokens // generation.segment_tokens)
 
 
 def changed_settings(recipe: AnyTraining, rehearsed: AnyTraining) -> list[str]:
@@ -187,12 +209,14 @@ def write_rehearsal(
     if hf_path is None or not any(hf_path.glob("*.safetensors")):
         write_model_folder(folder / "hf", config, hf_path)
         hf_path = folder / "hf"
-    step = plan_step(Workload.from_recipe(recipe, architecture), layout)
+    segments = segments_of_response(recipe)
+    step = plan_step(Workload.from_recipe(recipe, architecture), layout, segments=segments)
     tokenizer = ChatTokenizer(hf_path)
     sets = {"train": recipe.data.train_text} | (
         {"validation": recipe.data.validation} if recipe.data.validation else {}
     )
-    sizes = {"train": (step.long, step.short, STEPS), "validation": (layout.data, 0, 1)}
+    # A run with segments wants as many prompts as there can be in flight.
+    sizes = {"train": (step.long, step.short, max(STEPS, segments)), "validation": (layout.data, 0, 1)}
     said: list[str] = []
     ends = False
     if own_data:
@@ -228,7 +252,11 @@ def _row_writer(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: 
         recipe.data,
         tile_size=architecture.vision.image_size,
         tokens_per_tile=architecture.tokens_per_tile,
-        max_response_tokens=recipe.generation.max_response_tokens,
+        # Nothing limits given responses but the model.
+        max_response_tokens=min(
+            recipe.generation.max_response_tokens,
+            architecture.language.max_positions - recipe.data.max_prompt_tokens,
+        ),
         end_token=tokenizer.turn_end(recipe.generation.stop_tokens),
     )
 

@@ -12,22 +12,29 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.load import load_recipe_as
 from megatron_r1v2.config.recipes import STAGES, PairsRecipe, TrainingRecipe
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
-from megatron_r1v2.rehearsal.ledger import PhaseMemory, Sample
+from megatron_r1v2.rehearsal.ledger import PhaseMemory, Sample, phase_of
 from megatron_r1v2.rehearsal.watch import Watch
+
+if TYPE_CHECKING:
+    from megatron_r1v2.rehearsal.stand_ins import Script
 
 _MOST_TEXT = 600
 """Of an error: torch lists all its kernels where one is missing."""
 _MODULES = {StageName.grpo: "grpo.stage"}
+_START = "start"
+PHASE_FILE = "phase"
+"""Beside the result, while a rank is rehearsed: the phase in which its process is."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class RankSpec:
     """Prompts of a replica in a step of the recipe."""
     mixed_groups: int = 1
     """Long prompts over all replicas whose responses are trained on."""
+    whole_groups: int | None = None
+    """Long prompts over all replicas whose responses end in the step in which they began; None: all."""
     decoded_tokens: int = 4
     """Of each response, before the rest is filled in."""
 
@@ -111,11 +120,14 @@ class RankResult:
         path.write_text(json.dumps(asdict(self)))
 
 
-def rehearse_rank(spec: RankSpec, watch: Watch | None = None) -> RankResult:
+def rehearse_rank(
+    spec: RankSpec, watch: Watch | None = None, *, on_phase: Callable[[str], object] = lambda _: None
+) -> RankResult:
     """Run the stage of a recipe as one rank, and return what was seen, an exception included.
 
     Args:
         watch: sees it; None: one that counts the bytes of tensors.
+        on_phase: told the name of each phase that begins, by the watch that is made here.
     """
     from megatron_r1v2.config.command_line import quiet_libraries
 
@@ -123,34 +135,34 @@ def rehearse_rank(spec: RankSpec, watch: Watch | None = None) -> RankResult:
     # Fakes each have a folder of their own: another rank's checkpoint is none to resume.
     folder = Path(spec.recipe).parent / (f"run-{spec.rank}" if spec.is_fake else "run")
     recipe = load_recipe_as(STAGES[spec.stage], spec.recipe, [f"run.output_dir={folder}"])
-    watch = watch or _start_watch(spec)
+    watch = watch or _start_watch(spec, on_phase)
     result = RankResult(spec.rank)
     started = time.perf_counter()
-    finish = _install(watch, spec, recipe)
-    run = _stage_function(spec.stage)
-    try:
-        with watch, watch.phase("start"):
-            run(recipe)
-    except BaseException as error:  # whatever it is, it is what the rehearsal has found
-        result.error, result.error_phase = _describe(error), watch.ledger.phases[-1].name
-    finally:
-        finish(result)
+    with ExitStack() as at_the_end:
+        try:
+            with watch.phase(_START):
+                at_the_end.callback(_install(watch, spec, recipe), result)
+                run = _stage_function(spec.stage)
+                with watch:
+                    run(recipe)
+        except BaseException as error:  # whatever it is, it is what the rehearsal has found
+            result.error, result.error_phase = _describe(error), phase_of(error)
     result.seconds = time.perf_counter() - started
     _collect(result, watch)
     return result
 
 
-def _start_watch(spec: RankSpec) -> Watch:
+def _start_watch(spec: RankSpec, on_phase: Callable[[str], object]) -> Watch:
     """Make the watch of a rank; where it is fake, with its GPU."""
     if not spec.is_fake:
-        return Watch(spec.device)
+        return Watch(spec.device, on_phase=on_phase)
     from megatron_r1v2.rehearsal import fake_cuda
 
     if spec.device == "cuda":
         # Before megatron-core is imported, which asks while it is and keeps some functions.
         fake_cuda.install(gpus_per_node=spec.gpus_per_node, memory_bytes=int(spec.gpu_memory_gib * 2**30))
     fake_cuda.install_for_fakes()
-    return FakeTensors(spec.device, hides_device=spec.device == "cuda")
+    return FakeTensors(spec.device, hides_device=spec.device == "cuda", on_phase=on_phase)
 
 
 def _stage_function(stage: StageName) -> Callable[[object], object]:
@@ -160,36 +172,23 @@ def _stage_function(stage: StageName) -> Callable[[object], object]:
 
 def _install(watch: Watch, spec: RankSpec, recipe: TrainingRecipe | PairsRecipe) -> Callable[[RankResult], None]:
     """Install labels and stand-ins; return what ends the processes of the latter and adds what they know."""
-    from megatron_r1v2.data.tokenizer import ChatTokenizer
     from megatron_r1v2.rehearsal import labels, stand_ins
     from megatron_r1v2.rehearsal.cluster import Place, note_object_collectives
     from megatron_r1v2.rehearsal.hollow_files import install_load_after_save
-    from megatron_r1v2.rehearsal.rows import RIGHT_END, WRONG_END
 
     Place(spec.rank, spec.world_size, spec.gpus_per_node).enter()
+    script = _make_script(spec, recipe)
     if isinstance(watch, FakeTensors):
         # Before the script, which these answers follow.
-        add_answers = _install_answers(watch, spec)
+        add_answers = _install_answers(watch, spec, script)
     else:
         stand_ins.install_shares(lambda _: None)
         add_answers = lambda _: None  # noqa: E731  # a real rank has nothing to add
     install_load_after_save(is_alone=spec.is_fake)
     note_object_collectives(watch)
-    tokenizer = ChatTokenizer(recipe.model.hf_path)
-    stop = tokenizer.stop_ids(recipe.generation.stop_tokens)[0]
-    filler = tokenizer.encode_text(" a")[-1]  # of bytes, the first one is a blank: no reasoning
-    stand_ins.install_script(
-        stand_ins.Script(
-            drawn=(*(filler,) * (spec.decoded_tokens - 1), stop),
-            filler=filler,
-            right=(*tokenizer.encode_text(RIGHT_END), stop),
-            wrong=(*tokenizer.encode_text(WRONG_END), stop),
-            max_prompt_tokens=recipe.data.max_prompt_tokens,
-            max_response_tokens=recipe.generation.max_response_tokens,
-            mixed_groups=spec.mixed_groups,
-        )
-    )
+    stand_ins.install_script(script)
     stand_ins.install_files()
+    stand_ins.install_reward_model()
     stand_ins.install_counted_cache()
     engine_steps = stand_ins.install_full_cache(lambda: watch.ledger.current_phase == labels.GENERATE)
     labels.install(watch)
@@ -203,7 +202,27 @@ def _install(watch: Watch, spec: RankSpec, recipe: TrainingRecipe | PairsRecipe)
     return finish
 
 
-def _install_answers(watch: FakeTensors, spec: RankSpec) -> Callable[[RankResult], None]:
+def _make_script(spec: RankSpec, recipe: TrainingRecipe | PairsRecipe) -> Script:
+    from megatron_r1v2.data.tokenizer import ChatTokenizer
+    from megatron_r1v2.rehearsal.rows import RIGHT_END, WRONG_END
+    from megatron_r1v2.rehearsal.stand_ins import Script
+
+    tokenizer = ChatTokenizer(recipe.model.hf_path)
+    stop = tokenizer.stop_ids(recipe.generation.stop_tokens)[0]
+    filler = tokenizer.encode_text(" a")[-1]  # of bytes, the first one is a blank: no reasoning
+    return Script(
+        drawn=(*(filler,) * (spec.decoded_tokens - 1), stop),
+        filler=filler,
+        right=(*tokenizer.encode_text(RIGHT_END), stop),
+        wrong=(*tokenizer.encode_text(WRONG_END), stop),
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        max_response_tokens=recipe.generation.max_response_tokens,
+        mixed_groups=spec.mixed_groups,
+        whole_groups=spec.whole_groups,
+    )
+
+
+def _install_answers(watch: FakeTensors, spec: RankSpec, script: Script) -> Callable[[RankResult], None]:
     """Install what stands in for other ranks, files and kernels; return what ends it and adds what it knows."""
     from megatron_r1v2.rehearsal import flash_attention
     from megatron_r1v2.rehearsal.cluster import install_fake_groups
@@ -211,7 +230,7 @@ def _install_answers(watch: FakeTensors, spec: RankSpec) -> Callable[[RankResult
     from megatron_r1v2.rehearsal.other_ranks import OtherRanks
 
     install_fake_groups(watch)
-    checkpoints, others = HollowCheckpoints(), OtherRanks(watch)
+    checkpoints, others = HollowCheckpoints(), OtherRanks(watch, script)
     checkpoints.install()
     others.install()
     install_hollow_weights(watch)
@@ -249,7 +268,8 @@ def _collect(result: RankResult, watch: Watch) -> None:
 def main(argv: Sequence[str]) -> int:
     """Rehearse the rank of a specification and write the result."""
     specification, output = map(Path, argv)
-    result = rehearse_rank(RankSpec.read(specification))
+    phase = output.with_name(PHASE_FILE)
+    result = rehearse_rank(RankSpec.read(specification), on_phase=phase.write_text)
     result.write(output)
     # Not through Python's exit: threads and process groups of the rank would wait for others.
     sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,10 @@ from megatron_r1v2.planning.roofline import (
 from megatron_r1v2.rehearsal.collectives import find_mismatches
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step, write_rehearsal
-from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
+from megatron_r1v2.rehearsal.rank import PHASE_FILE, RankResult, RankSpec
 
 _LOG_LINES = 20
+_BEFORE = "before its start"
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def rehearse(
                 rehearsed_prompts=step.long_of_replica,
                 prompts_of_step=step.prompts_of_replica,
                 mixed_groups=step.mixed_groups,
+                whole_groups=step.whole_groups,
             )
             for rank in ranks_to_rehearse(layout, all_ranks=all_ranks)
         ]
@@ -204,11 +207,18 @@ def _rehearse_in_process(spec: RankSpec, folder: Path) -> RankResult:
         ).returncode
     if status or not (own / "result.json").is_file():
         lines = (own / "log").read_text().splitlines()[-_LOG_LINES:]
-        return RankResult(spec.rank, error="\n".join([f"the process ended with status {status}", *lines]))
+        phase = (own / PHASE_FILE).read_text() if (own / PHASE_FILE).is_file() else _BEFORE
+        return RankResult(spec.rank, error="\n".join([_ended_with(status), *lines]), error_phase=phase)
     return RankResult.read(own / "result.json")
+
+
+def _ended_with(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "the process was killed, as Linux does where the memory of this machine is used up"
+    return f"the process ended with status {status}"
 
 
 def _place(rank: int, layout: Layout) -> tuple[int, str]:
     tensor, rest = rank % layout.tensor, rank // layout.tensor
     stage = rest // layout.data
-    return stage, f"stage {stage}, TP {tensor}, DP {rest % layout.data}"
+    return stage, f"rank {rank}, stage {stage}, TP {tensor}, DP {rest % layout.data}"

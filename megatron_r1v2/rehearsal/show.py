@@ -186,7 +186,9 @@ def _notes(found: Rehearsal) -> list[str]:
             "total"
         )
     if found.plan.work.stage is StageName.reward_model and not found.data:
-        notes.append("nothing limits responses of this stage: made ones have the default of 8192 tokens; see --data")
+        positions = found.plan.architecture.language.max_positions
+        tokens = min(found.plan.work.response_tokens, positions - found.plan.work.prompt_tokens)
+        notes.append(f"nothing limits responses of this stage: made ones have {tokens} tokens; see --data")
     return notes
 
 

@@ -2,6 +2,9 @@
 
 Responses are not decoded to their length: the engine draws a few scripted tokens to each, and the rollout that the
 stage gets has the full length, the answer at its end. So every phase sees rows as long as the recipe allows.
+
+With `generation.segment_tokens` a response that goes on is as long after its first phase as before its last one: the
+next step prefills the longest beginning, draws the last segment and trains on the whole.
 """
 
 from __future__ import annotations
@@ -11,23 +14,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from itertools import count
-from typing import TypeVar
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
+from megatron_r1v2.config.choices import Part
+from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, Recipe
 from megatron_r1v2.data.stream import PromptStream
 from megatron_r1v2.generation import context
 from megatron_r1v2.generation.controller import RolloutController
 from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.rehearsal.preparation import MADE
 from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.rows import LONG
 from megatron_r1v2.rehearsal.watch import unwatched
 from megatron_r1v2.resilience.rollout_cache import RolloutCache
 from megatron_r1v2.rewards import verifiers
+from megatron_r1v2.stages import loaded_reward_model
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.loaded_model import LoadedModel
 from megatron_r1v2.stages.pair_shards import UnfinishedPairs
@@ -51,12 +58,23 @@ class Script:
     max_prompt_tokens: int
     max_response_tokens: int
     mixed_groups: int
-    """Prompts of a replica whose responses are some right, some wrong: these are trained on."""
+    """Prompts of a step whose responses are some right, some wrong: these are trained on."""
+    whole_groups: int | None = None
+    """Long prompts of a step whose responses end in it; None: all."""
+
+    def goes_on(self, prompt_key: str) -> bool:
+        """Return whether the responses to a prompt go on in the step after that in which they began."""
+        return self.whole_groups is not None and LONG in prompt_key and index_of(prompt_key) >= self.whole_groups
+
+
+def index_of(prompt_key: str) -> int:
+    """Return the number of a made prompt among those of its kind in its step."""
+    return int(prompt_key.rpartition("-")[2])
 
 
 def install_script(script: Script) -> None:
     """Let the engine draw the script, and give out rollouts of full length."""
-    places: dict[tuple[int, int], count[int]] = {}
+    places: WeakKeyDictionary[RolloutController, dict[int, count[int]]] = WeakKeyDictionary()
 
     def extend(
         self: RolloutEngine,
@@ -66,10 +84,16 @@ def install_script(script: Script) -> None:
         sampling: Sampling,
     ) -> object:
         made: Rollout = original_extend(self, rollout, token_ids, log_probs, sampling)
-        if LONG not in made.prompt_key or len(made.token_ids) < len(script.drawn):
+        if LONG not in made.prompt_key or len(token_ids) < len(script.drawn):
             return made  # short ones fill the engine; the gate's are compared token by token
         key, _, continued = made.prompt_key.partition("/")
-        is_mixed = int(key.rpartition("-")[2]) < script.mixed_groups
+        goes_on = sampling.segment_tokens > 0 and script.goes_on(key)
+        if goes_on and not rollout.token_ids:
+            begun_ids = (script.filler,) * (script.max_response_tokens - sampling.segment_tokens)
+            return changed(
+                made, token_ids=begun_ids, rollout_log_probs=(0.0,) * len(begun_ids), finish_reason="segment"
+            )
+        is_mixed = goes_on or index_of(key) < script.mixed_groups
         end = script.right if is_mixed and made.sample_index % 2 == 0 and not continued else script.wrong
         # A prompt that ends with the beginning of a response leaves that much less.
         begun = self.max_prompt_tokens - script.max_prompt_tokens
@@ -78,9 +102,10 @@ def install_script(script: Script) -> None:
 
     def sample(self: RolloutController, logits: torch.Tensor | None) -> None:
         requests = self._context.request_ids[self._active()].tolist()
+        of_requests = places.setdefault(self, {})
         self.scripted = []
         for request in requests:
-            place = places.setdefault((id(self), request), count())
+            place = of_requests.setdefault(request, count())
             is_chunk = request == self._context.chunked_prefill_request_id
             self.scripted.append(script.drawn[0 if is_chunk else min(next(place), len(script.drawn) - 1)])
         original_sample(self, logits)
@@ -179,6 +204,25 @@ def install_files() -> None:
     for name in ("load", "save"):
         replace(torch, name, _unwatched(original(torch, name)))
     replace(verifiers, "worker_count", lambda: 1)
+
+
+def install_reward_model() -> None:
+    """Let a reward model whose checkpoint is not here be the base of the policy with a head that is drawn."""
+
+    def with_reward_model(recipe: GrpoRecipe | PairsRecipe) -> Recipe:
+        if recipe.reward_model.checkpoint != MADE:
+            return cast(Recipe, original_with(recipe))
+        return recipe.changed(model=recipe.model.changed(checkpoint=""))
+
+    def load(recipe: Recipe, *args: object, **kwargs: object) -> LoadedModel:
+        loaded: LoadedModel = original_load(recipe, *args, **kwargs)
+        return loaded if recipe.model.checkpoint else changed(loaded, changed_parts=[Part.score])
+
+    original_with, original_load = (
+        original(loaded_reward_model, name) for name in ("_with_reward_model", "load_model")
+    )
+    replace(loaded_reward_model, "_with_reward_model", with_reward_model)
+    replace(loaded_reward_model, "load_model", load)
 
 
 def install_stand_in_features(*, rehearsed: int, prompts_of_step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,16 @@ _PEER_KINDS = ("send", "recv_", "broadcast_")
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch leaves the base class untyped
     """Watches real tensors; `FakeTensors` watches those without memory in the same way."""
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, *, on_phase: Callable[[str], object] = lambda _: None) -> None:
         """Begin with nothing.
 
         Args:
             device_type: of the device whose bytes are the rank's memory; all other tensors are the host's.
+            on_phase: told the name of each phase that begins, and of the one around it when it has ended.
         """
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves the base class untyped
         self.device_type = device_type
+        self.on_phase = on_phase
         self.ledger = MemoryLedger()
         self.host = MemoryLedger()
         self.collectives = CollectiveLog()
@@ -55,14 +57,21 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name what happens inside the block."""
-        with self.ledger.phase(name), self.host.phase(name):
+        with self._announced(name), self.ledger.phase(name), self.host.phase(name):
             yield
 
     @contextmanager
     def phase_alone(self, name: str) -> Iterator[None]:
         """Name what happens inside the block, and is no part of the phases around it."""
-        with self.ledger.phase(name, alone=True), self.host.phase(name, alone=True):
+        with self._announced(name), self.ledger.phase(name, alone=True), self.host.phase(name, alone=True):
             yield
+
+    @contextmanager
+    def _announced(self, name: str) -> Iterator[None]:
+        around = self.ledger.current_phase
+        self.on_phase(name)
+        yield
+        self.on_phase(around)  # not after an error: the phase that it has ended stays the last one
 
     def add_flops(self, number: int) -> None:
         """Count the FLOPs of an operator, or of a kernel that torch does not know."""

@@ -58,8 +58,9 @@ def test_functions_where_others_say_nothing_exist():
     from megatron_r1v2.evaluation.evaluator import Evaluator
     from megatron_r1v2.stages import reference_log_probs
     from megatron_r1v2.stages.grpo import selection
+    from megatron_r1v2.stages.grpo.segments import GroupsInFlight
     from megatron_r1v2.stages.pairs import PairMaker
     from megatron_r1v2.training import mismatch, policy
 
-    owners = (Evaluator, reference_log_probs, selection, PairMaker, mismatch, policy)
+    owners = (Evaluator, reference_log_probs, selection, PairMaker, mismatch, policy, GroupsInFlight)
     assert all(any(hasattr(owner, name) for owner in owners) for name in OTHERS_SAY_NOTHING)

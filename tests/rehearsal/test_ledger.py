@@ -2,9 +2,10 @@
 
 import gc
 
+import pytest
 import torch
 
-from megatron_r1v2.rehearsal.ledger import ACTIVATIONS, KV_CACHE, PARAMETERS, MemoryLedger
+from megatron_r1v2.rehearsal.ledger import ACTIVATIONS, KV_CACHE, PARAMETERS, MemoryLedger, phase_of
 
 
 def made(ledger, elements, before=()):
@@ -100,3 +101,67 @@ def test_flops_belong_to_the_innermost_phase():
         with ledger.phase("inner") as inner:
             ledger.add_flops(5)
     assert (outer.flops, inner.flops) == (2, 5)
+
+
+def test_what_is_named_later_has_its_name_in_the_peak_too():
+    ledger = MemoryLedger()
+    with ledger.phase("gate") as phase:
+        cache = made(ledger, 100)
+        temporary = made(ledger, 50)
+        del temporary
+        gc.collect()
+        later = made(ledger, 20)
+        ledger.assign([cache, later], KV_CACHE)
+    assert phase.at_peak == {ACTIVATIONS: 200, KV_CACHE: 400}, "what was made behind the peak is no part of it"
+    assert ledger.by_category == {ACTIVATIONS: 0, KV_CACHE: 480}
+
+
+def raised_in_update(ledger):
+    with ledger.phase("step"):
+        with ledger.phase("gate"):
+            pass
+        with ledger.phase("update"):
+            raise RuntimeError("first")
+
+
+def saved_meanwhile(ledger):
+    """Run a phase while an exception is on its way out, as a run that saves before it ends."""
+    try:
+        raised_in_update(ledger)
+    finally:
+        with ledger.phase("save"):
+            pass
+
+
+def raised_again(ledger):
+    with ledger.phase("around"):
+        try:
+            raised_in_update(ledger)
+        except RuntimeError as error:
+            raise ValueError("second") from error
+
+
+def raised_between_phases(ledger):
+    with ledger.phase("step"):
+        with ledger.phase("gate"):
+            pass
+        raise RuntimeError("between")
+
+
+@pytest.mark.parametrize(
+    ("fail", "phase"),
+    [
+        (raised_in_update, "update"),
+        (saved_meanwhile, "update"),
+        (raised_again, "update"),
+        (raised_between_phases, "step"),
+    ],
+)
+def test_an_exception_names_the_innermost_phase_that_it_ended(fail, phase):
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        fail(MemoryLedger())
+    assert phase_of(raised.value) == phase
+
+
+def test_an_exception_outside_of_phases_has_none():
+    assert phase_of(RuntimeError("outside")) == ""

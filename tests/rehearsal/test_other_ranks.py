@@ -1,5 +1,6 @@
 """What other ranks do and say, where this rank cannot stand for them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,9 @@ from megatron_r1v2.rehearsal import other_ranks
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
 from megatron_r1v2.rehearsal.other_ranks import OtherRanks
+from megatron_r1v2.rehearsal.rows import LONG, SHORT
+from megatron_r1v2.rehearsal.stand_ins import Script
+from megatron_r1v2.stages.grpo.segments import GroupsInFlight
 from megatron_r1v2.stages.pairs import PairMaker
 from megatron_r1v2.types import Rollout, Sample, ScoredRollout
 
@@ -28,7 +32,8 @@ def response(key, index=0):
 
 @pytest.fixture
 def others():
-    return OtherRanks(FakeTensors("cpu"))
+    script = Script((1, 9), 1, (5, 9), (6, 9), max_prompt_tokens=20, max_response_tokens=10, mixed_groups=2)
+    return OtherRanks(FakeTensors("cpu"), replace(script, whole_groups=2))
 
 
 def test_neighbours_announce_their_shapes_in_order(others):
@@ -63,6 +68,32 @@ def test_samples_that_others_send_are_as_long_as_an_own_one():
     assert set(complete) == {"a/0/0", "b/0/3"}
     assert (complete["b/0/3"].prompt_key, complete["b/0/3"].sample_index) == ("b", 3)
     assert complete["b/0/3"].token_ids == own.token_ids
+
+
+def test_groups_of_other_replicas_go_on_and_end_as_those_here(undone, others):
+    """Two replicas: of each four prompts the long 0 and 2 and the short 0 are taken here, and 2 and 3 go on."""
+
+    def settle(groups, prompts, rollouts):
+        own = [*groups.prompts, *(each for each in prompts if each.key in {rollout.prompt_key for rollout in rollouts})]
+        groups.prompts = [each for each in own if others.script.goes_on(each.key) and each in prompts]
+        groups.steps = dict.fromkeys((each.key for each in groups.prompts), 0)
+        return [each for each in own if each not in groups.prompts], list(rollouts)
+
+    def step(number):
+        prompts = [prompt(f"{LONG}-{number}-{index}") for index in range(4)]
+        prompts += [prompt(f"{SHORT}-{number}-{index}", "text") for index in range(2)]
+        taken = [response(each.key).rollout for each in (*groups.prompts, *prompts[0:5:2])]
+        complete, mine = GroupsInFlight.settle(groups, prompts, taken)
+        assert mine == taken
+        return [each.key.removeprefix("rehearsed-") for each in complete]
+
+    undone.setattr(GroupsInFlight, "settle", settle)
+    groups = SimpleNamespace(prompts=[], steps={})
+    others._install_segments()
+    assert step(0) == ["long-0-0", "long-0-1", "short-0-0", "short-0-1"]
+    assert set(groups.steps) == {f"{LONG}-0-2", f"{LONG}-0-3"}, "no prompt in flight is drawn anew"
+    assert step(1) == ["long-0-2", "long-0-3", "long-1-0", "long-1-1", "short-1-0", "short-1-1"]
+    assert set(groups.steps) == {f"{LONG}-1-2", f"{LONG}-1-3"}
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,21 @@ import pytest
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.workload import Workload
-from megatron_r1v2.rehearsal.preparation import changed_settings, plan_step, rehearsed_recipe
+from megatron_r1v2.rehearsal.preparation import (
+    MADE,
+    changed_settings,
+    plan_step,
+    rehearsed_recipe,
+    segments_of_response,
+)
 from tests.planning.plans import ARCHITECTURE
 from tests.rehearsal.tiny_rehearsal import RECIPES
 
 
 def step_of(name, layout, *overrides):
     recipe = load_recipe(RECIPES / name, overrides)
-    return recipe, plan_step(Workload.from_recipe(recipe, ARCHITECTURE), layout)
+    work = Workload.from_recipe(recipe, ARCHITECTURE)
+    return recipe, plan_step(work, layout, segments=segments_of_response(recipe))
 
 
 def test_every_slot_of_the_engine_is_filled_and_every_stage_has_a_microbatch():
@@ -29,6 +36,24 @@ def test_more_replicas_have_more_rows():
     _, one = step_of("grpo_language.yaml", Layout(8, 2, 1, 28, True))
     _, two = step_of("grpo_language.yaml", Layout(8, 2, 2, 28, True))
     assert (two.long, two.short, two.mixed_groups) == (2 * one.long, 2 * one.short, 2 * one.mixed_groups)
+
+
+def test_with_segments_a_group_of_each_replica_goes_on():
+    recipe, step = step_of("grpo_64k.yaml", Layout(8, 1, 4, 0, True))
+    assert segments_of_response(recipe) == 8
+    assert (step.long, step.mixed_groups, step.whole_groups) == (8, 4, 4)
+    assert step.prompts_of_replica == 8 * 8, "those of eight steps may be in flight"
+    assert rehearsed_recipe(recipe, step, Path("folder"), Path("model")).generation.segment_tokens == 8192
+    _, whole = step_of("grpo_64k.yaml", Layout(8, 1, 4, 0, True), "generation.segment_tokens=0")
+    assert (whole.whole_groups, whole.prompts_of_replica) == (None, 8)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "segments"), [(0, 1), (8192, 8), (8000, 9), (65536, 1)], ids=["none", "even", "uneven", "whole"]
+)
+def test_the_longest_response_takes_so_many_steps(tokens, segments):
+    recipe = load_recipe(RECIPES / "grpo_64k.yaml", [f"generation.segment_tokens={tokens}", "buffer.max_age=9"])
+    assert segments_of_response(recipe) == segments
 
 
 @pytest.mark.parametrize(("name", "long"), [("align.yaml", 4), ("mpo.yaml", 2)])
@@ -71,3 +96,19 @@ def test_log_probs_of_fakes_stay_out_of_the_folder_that_runs_share():
     recipe, step = step_of("mpo.yaml", Layout(8, 1, 1, 0, True))
     shared = recipe.changed(preference=recipe.preference.changed(reference_dir="shared"))
     assert rehearsed_recipe(shared, step, Path("folder"), Path("model")).preference.reference_dir == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "weight", "checkpoint"),
+    [
+        ("reward_model.url=http://127.0.0.1:1/pooling", 0.0, ""),
+        ("reward_model.checkpoint=nowhere", 0.5, MADE),
+        ("reward_model.checkpoint=tests", 0.5, "tests"),
+    ],
+)
+@pytest.mark.parametrize("name", ["grpo.yaml", "pairs.yaml"])
+def test_a_reward_model_is_rehearsed_where_it_lies_beside_the_policy(monkeypatch, name, source, weight, checkpoint):
+    monkeypatch.chdir(RECIPES.parents[1])
+    recipe, step = step_of(name, Layout(8, 1, 1, 0, True), "reward.model_weight=0.5", source)
+    rehearsed = rehearsed_recipe(recipe, step, Path("folder"), Path("model"))
+    assert (rehearsed.reward.model_weight, rehearsed.reward_model.checkpoint) == (weight, checkpoint)

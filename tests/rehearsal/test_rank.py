@@ -48,6 +48,8 @@ FEW = (
     *("data.max_tiles=1", "data.max_prompt_tokens=64", "generation.max_response_tokens=32"),
 )
 """A step that 8 processes do on two processors."""
+SEGMENTS = ("generation.segment_tokens=16", "buffer.max_age=9")
+"""Responses that go on in the next step."""
 STEP_OF_FEW = Step(long=2, short=0, mixed_groups=2, prompts_of_replica=4, long_of_replica=2)
 
 
@@ -77,9 +79,51 @@ def test_peaks_are_those_of_a_real_run(tmp_path, hidden, recipe, phases):
 
 
 @pytest.mark.slow
-def test_collectives_are_those_of_real_processes(model, tmp_path):
-    specs = tiny_specs(tmp_path / "fake", model, CUBE, [0, 3, 4, 7], *FEW)
-    (other,) = tiny_specs(tmp_path / "real", model, CUBE, [0], *FEW)
+def test_segments_are_those_of_a_real_run(model, tmp_path):
+    (spec,) = tiny_specs(tmp_path / "fake", model, ALONE, [0], *SEGMENTS)
+    (other,) = tiny_specs(tmp_path / "real", model, ALONE, [0], *SEGMENTS)
+    (fake,) = results_of([replace(spec, device="cpu")], tmp_path / "of-fake")
+    (real,) = results_of([replace(other, device="cpu", is_fake=False)], tmp_path / "of-real")
+    assert peaks(fake) == pytest.approx(peaks(real), rel=0.01)
+    assert fake.flops == real.flops
+    assert fake.engine_steps == real.engine_steps
+    first, second = (each for each in fake.phases if each.name == "log_probs")
+    assert first.flops > 0, "the group that goes on gets its old log-probs"
+    assert second.flops == first.flops, "so does that of the second step"
+    first, second = (each for each in fake.phases if each.name == "generate")
+    assert second.flops > first.flops, "the second step prefills a beginning too"
+    first, second = (each for each in fake.phases if each.name == "update")
+    assert second.flops > first.flops, "and trains on the group that has ended"
+
+
+REWARD_MODEL_BESIDE = ("reward.model_weight=0.5", "reward_model.checkpoint=nowhere")
+
+
+@pytest.mark.slow
+def test_a_reward_model_beside_the_policy_is_that_of_a_real_run(model, tmp_path):
+    (spec,) = tiny_specs(tmp_path / "fake", model, ALONE, [0], *FEW, *REWARD_MODEL_BESIDE)
+    (other,) = tiny_specs(tmp_path / "real", model, ALONE, [0], *FEW, *REWARD_MODEL_BESIDE)
+    (fake,) = results_of([replace(spec, device="cpu")], tmp_path / "of-fake")
+    (real,) = results_of([replace(other, device="cpu", is_fake=False)], tmp_path / "of-real")
+    assert peaks(fake) == pytest.approx(peaks(real), rel=0.01)
+    assert fake.flops == real.flops
+    policy, reward_model = (phase for phase in fake.phases if phase.name == "load")
+    assert reward_model.held_after - reward_model.held_before > 0.8 * (policy.held_after - policy.held_before)
+    assert all(phase.flops > 0 for phase in fake.phases if phase.name == "reward"), "it scores the responses"
+
+
+@pytest.mark.slow
+def test_a_reward_model_beside_the_policy_runs_on_every_corner(model, tmp_path):
+    specs = tiny_specs(tmp_path / "inputs", model, CUBE, [0, 1, 4, 7], *FEW, *REWARD_MODEL_BESIDE)
+    results = results_of(specs, tmp_path / "out")
+    assert find_mismatches({result.rank: result.collectives for result in results}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), SEGMENTS], ids=["whole", "segments"])
+def test_collectives_are_those_of_real_processes(model, tmp_path, overrides):
+    specs = tiny_specs(tmp_path / "fake", model, CUBE, [0, 3, 4, 7], *FEW, *overrides)
+    (other,) = tiny_specs(tmp_path / "real", model, CUBE, [0], *FEW, *overrides)
     fakes = results_of([replace(spec, device="cpu") for spec in specs], tmp_path / "out")
     reals = run_ranks(8, real_rank, other)
     assert not any(map(error_of, reals)), "\n".join(map(error_of, reals))

@@ -1,6 +1,9 @@
 """Which ranks are rehearsed, and processes that end badly."""
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +42,21 @@ def test_a_process_that_dies_is_a_finding(tmp_path):
     (result,) = rehearse_ranks([spec], tmp_path)
     assert "status 1" in result.error
     assert "missing.yaml" in result.error
+    assert result.error_phase == "before its start"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(3, "ended with status 3"), (-9, "memory of this machine is used up")], ids=["exit", "killed"]
+)
+def test_a_process_that_dies_in_a_phase_names_it(tmp_path, monkeypatch, status, words):
+    def run(command, **_):
+        Path(command[-1]).with_name("phase").write_text("update")
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    (result,) = rehearse_ranks([RankSpec("recipe.yaml", StageName.grpo, 3, 8, 8, 80.0)], tmp_path)
+    assert (result.rank, result.error_phase) == (3, "update")
+    assert words in result.error
 
 
 STEP = Step(long=2, short=14, mixed_groups=1, prompts_of_replica=64, long_of_replica=2)

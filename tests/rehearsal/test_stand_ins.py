@@ -1,18 +1,25 @@
 """Scripted responses, shares of a queue, a full cache, unseen files and features of prompts that are not there."""
 
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
+from megatron_r1v2.config.choices import Part
+from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.generation import context
+from megatron_r1v2.generation.controller import RolloutController
 from megatron_r1v2.generation.engine import RolloutEngine, Sampling, empty_rollouts
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.rehearsal import stand_ins
+from megatron_r1v2.rehearsal.preparation import MADE
 from megatron_r1v2.rehearsal.rows import LONG, SHORT
 from megatron_r1v2.rehearsal.watch import Watch
+from megatron_r1v2.stages import loaded_reward_model
+from tests.rehearsal.tiny_rehearsal import RECIPES
 
 STOP = 9
 SCRIPT = stand_ins.Script(
@@ -26,11 +33,11 @@ SCRIPT = stand_ins.Script(
 )
 
 
-def rollout_of(key, sample_index, *, count=3, begun=0):
+def rollout_of(key, sample_index, *, count=3, begun=0, segment_tokens=0, before=None):
     engine = SimpleNamespace(stop_ids={STOP}, max_prompt_tokens=20 + begun)
-    sampling = Sampling(num_responses=2, policy_version=7, temperature=1.0, max_response_tokens=10)
-    empty = empty_rollouts(SimpleNamespace(key=key), sampling)[sample_index]
-    return RolloutEngine._extend(engine, empty, (1,) * (count - 1) + (STOP,), (-0.5,) * count, sampling)
+    sampling = Sampling(2, policy_version=7, temperature=1.0, max_response_tokens=10, segment_tokens=segment_tokens)
+    before = before or empty_rollouts(SimpleNamespace(key=key), sampling)[sample_index]
+    return RolloutEngine._extend(engine, before, (1,) * (count - 1) + (STOP,), (-0.5,) * count, sampling)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,44 @@ def test_responses_to_long_prompts_have_the_full_length_and_a_scripted_end(undon
     assert rollout.token_ids == (1,) * 8 + (end, STOP)
     assert len(rollout.rollout_log_probs) == 10
     assert (rollout.policy_version, rollout.finish_reason) == (7, "stop")
+
+
+def test_a_response_of_segments_is_whole_but_for_the_last_one_and_then_whole(undone):
+    stand_ins.install_script(replace(SCRIPT, whole_groups=1))
+    begun = rollout_of(f"{LONG}-0-1", 0, segment_tokens=4)
+    assert (begun.token_ids, begun.finish_reason, len(begun.rollout_log_probs)) == ((1,) * 6, "segment", 6)
+    begun = replace(begun, old_log_probs=(-1.0,) * 6)
+    # The engine draws more tokens to it in the next step, the same script as always.
+    ended = rollout_of(f"{LONG}-0-1", 0, segment_tokens=4, before=begun)
+    assert (ended.token_ids, ended.finish_reason) == ((1,) * 8 + (5, STOP), "stop"), "right: it is trained on"
+    assert (len(ended.rollout_log_probs), ended.old_log_probs) == (10, (-1.0,) * 6)
+
+
+@pytest.mark.parametrize(
+    ("key", "segment_tokens"),
+    [
+        (f"{LONG}-0-0", 4),  # a whole group
+        (f"{LONG}-0-1", 0),  # of a validation, which has no segments
+    ],
+)
+def test_other_responses_end_in_their_phase_with_segments_too(undone, key, segment_tokens):
+    stand_ins.install_script(replace(SCRIPT, whole_groups=1))
+    rollout = rollout_of(key, 0, segment_tokens=segment_tokens)
+    assert (len(rollout.token_ids), rollout.finish_reason) == (10, "stop")
+
+
+def test_each_engine_draws_its_script_from_the_beginning(undone):
+    drawn = []
+    undone.setattr(RolloutController, "_dynamic_step_sample_logits", lambda self, _: drawn.append(list(self.scripted)))
+    stand_ins.install_script(SCRIPT)
+    for _ in range(2):
+        controller = RolloutController.__new__(RolloutController)
+        controller._context = SimpleNamespace(request_ids=torch.tensor([0, 1]), chunked_prefill_request_id=1)
+        controller._active = lambda: slice(0, 2)
+        for _ in range(3):
+            controller._dynamic_step_sample_logits(None)
+        del controller
+    assert drawn == 2 * [[1, 1], [1, 1], [STOP, 1]], "a prompt that is not all there draws nothing that counts"
 
 
 def test_a_continued_response_is_shorter_by_its_beginning_and_wrong(undone):
@@ -158,3 +203,24 @@ def test_features_of_the_prompts_of_a_whole_step_fill_the_cache(undone):
     assert len(cache._features) == 1
     cache._keep(f"{LONG}-0-1", features)
     assert len(cache._features) == 5
+
+
+@dataclass(frozen=True)
+class Loaded:
+    changed_parts: list[Part]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "own", "parts"), [(MADE, "", [Part.score]), ("elsewhere", "elsewhere", [Part.adapter])]
+)
+def test_a_reward_model_that_is_not_here_is_the_base_with_a_head(undone, checkpoint, own, parts):
+    def with_reward_model(recipe):
+        return recipe.changed(model=recipe.model.changed(checkpoint=recipe.reward_model.checkpoint))
+
+    undone.setattr(loaded_reward_model, "_with_reward_model", with_reward_model)
+    undone.setattr(loaded_reward_model, "load_model", lambda *_, **__: Loaded([Part.adapter]))
+    stand_ins.install_reward_model()
+    recipe = load_recipe(RECIPES / "grpo.yaml", ["reward.model_weight=0.5", f"reward_model.checkpoint={checkpoint}"])
+    read = loaded_reward_model._with_reward_model(recipe)
+    assert (read.model.checkpoint, read.model.hf_path) == (own, recipe.model.hf_path)
+    assert loaded_reward_model.load_model(read, None, score_head=True).changed_parts == parts

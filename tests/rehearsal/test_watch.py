@@ -44,3 +44,14 @@ def test_it_notes_collectives_with_group_dtype_and_size(alone):
         6,
         "sum",
     )
+
+
+def test_phases_are_announced_and_the_one_that_an_error_ended_stays_the_last():
+    announced = []
+    watch = Watch("cpu", on_phase=announced.append)
+    with watch.phase("step"), watch.phase_alone("load"):
+        pass
+    assert announced == ["step", "load", "step", "start"]
+    with pytest.raises(RuntimeError), watch.phase("update"):
+        raise RuntimeError
+    assert announced[4:] == ["update"]

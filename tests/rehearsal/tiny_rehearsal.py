@@ -66,6 +66,7 @@ def tiny_specs(
         rehearsed_prompts=step.long_of_replica,
         prompts_of_step=step.prompts_of_replica,
         mixed_groups=step.mixed_groups,
+        whole_groups=step.whole_groups,
     )
     return [replace(first, rank=rank) for rank in ranks]
 
