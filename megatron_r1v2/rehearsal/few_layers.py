@@ -56,17 +56,13 @@ class Line:
         found = []
         for vision, language in product(range(at_least, whole.vision), range(at_least, whole.language)):
             steps = gcd(whole.vision - vision, whole.language - language)
-            more = Layers(
-                vision + (whole.vision - vision) // steps, language + (whole.language - language) // steps
-            )
+            more = Layers(vision + (whole.vision - vision) // steps, language + (whole.language - language) // steps)
             found.append(cls(Layers(vision, language), more, whole))
         return min(found, key=lambda line: line.more.vision + line.more.language)
 
     def extend(self, few: float, more: float) -> float:
         """Return the value for all layers of what has two values for few and for more layers."""
-        return few + (more - few) * (self.whole.language - self.few.language) / (
-            self.more.language - self.few.language
-        )
+        return few + (more - few) * (self.whole.language - self.few.language) / (self.more.language - self.few.language)
 
     def peaks(self, few: Sequence[PhaseMemory], more: Sequence[PhaseMemory]) -> list[tuple[str, float]]:
         """Return the peak of each phase of a rank with all layers, by its name, in their order.

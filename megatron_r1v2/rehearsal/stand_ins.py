@@ -3,8 +3,8 @@
 Responses are not decoded to their length: the engine draws a few scripted tokens to each, and the rollout that the
 stage gets has the full length, the answer at its end. So every phase sees rows as long as the recipe allows.
 
-With `generation.segment_tokens` a response that goes on is as long after its first phase as before its last one: the
-next step prefills the longest beginning, draws the last segment and trains on the whole.
+With `generation.segment_tokens` two responses of some groups go on, each as long after its first phase as before its
+last one: the next step prefills the longest beginning, draws the last segment and trains on the whole group.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from megatron_r1v2.stages.pair_shards import UnfinishedPairs
 from megatron_r1v2.training.store import CheckpointStore
 from megatron_r1v2.types import Prompt, Rollout
 
+_RESPONSES_GOING_ON = 2
+"""Of a group: each is prefilled by itself in the next step, the whole of its beginning."""
 Result = TypeVar("Result")
 Function = Callable[..., object]
 
@@ -88,7 +90,7 @@ def install_script(script: Script) -> None:
             return made  # short ones fill the engine; the gate's are compared token by token
         key, _, continued = made.prompt_key.partition("/")
         goes_on = sampling.segment_tokens > 0 and script.goes_on(key)
-        if goes_on and not rollout.token_ids:
+        if goes_on and not rollout.token_ids and made.sample_index < _RESPONSES_GOING_ON:
             begun_ids = (script.filler,) * (script.max_response_tokens - sampling.segment_tokens)
             return changed(
                 made, token_ids=begun_ids, rollout_log_probs=(0.0,) * len(begun_ids), finish_reason="segment"

@@ -35,7 +35,7 @@ SCRIPT = stand_ins.Script(
 
 def rollout_of(key, sample_index, *, count=3, begun=0, segment_tokens=0, before=None):
     engine = SimpleNamespace(stop_ids={STOP}, max_prompt_tokens=20 + begun)
-    sampling = Sampling(2, policy_version=7, temperature=1.0, max_response_tokens=10, segment_tokens=segment_tokens)
+    sampling = Sampling(3, policy_version=7, temperature=1.0, max_response_tokens=10, segment_tokens=segment_tokens)
     before = before or empty_rollouts(SimpleNamespace(key=key), sampling)[sample_index]
     return RolloutEngine._extend(engine, before, (1,) * (count - 1) + (STOP,), (-0.5,) * count, sampling)
 
@@ -69,15 +69,16 @@ def test_a_response_of_segments_is_whole_but_for_the_last_one_and_then_whole(und
 
 
 @pytest.mark.parametrize(
-    ("key", "segment_tokens"),
+    ("key", "sample_index", "segment_tokens"),
     [
-        (f"{LONG}-0-0", 4),  # a whole group
-        (f"{LONG}-0-1", 0),  # of a validation, which has no segments
+        (f"{LONG}-0-0", 0, 4),  # a whole group
+        (f"{LONG}-0-1", 2, 4),  # beside two that go on
+        (f"{LONG}-0-1", 0, 0),  # of a validation, which has no segments
     ],
 )
-def test_other_responses_end_in_their_phase_with_segments_too(undone, key, segment_tokens):
+def test_other_responses_end_in_their_phase_with_segments_too(undone, key, sample_index, segment_tokens):
     stand_ins.install_script(replace(SCRIPT, whole_groups=1))
-    rollout = rollout_of(key, 0, segment_tokens=segment_tokens)
+    rollout = rollout_of(key, sample_index, segment_tokens=segment_tokens)
     assert (len(rollout.token_ids), rollout.finish_reason) == (10, "stop")
 
 
