@@ -37,10 +37,9 @@ from megatron_r1v2.planning.plan import Cluster, Plan, make_plan
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import write_rehearsal
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec, rehearse_rank
-from megatron_r1v2.rehearsal.replacements import original
-from megatron_r1v2.rehearsal.replacements import replace as put
 from megatron_r1v2.rehearsal.run import planned_memory, rehearse_ranks
-from megatron_r1v2.rehearsal.watch import Watch
+from megatron_r1v2.rehearsal.watch import Watch, original
+from megatron_r1v2.rehearsal.watch import replace as put
 from megatron_r1v2.resilience.files import write_file
 
 RECIPES = Path(__file__).parents[1] / "examples" / "r1v2_38b"

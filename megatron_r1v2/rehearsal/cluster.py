@@ -20,8 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
-from megatron_r1v2.rehearsal.replacements import original, replace
-from megatron_r1v2.rehearsal.watch import Watch, unwatched
+from megatron_r1v2.rehearsal.watch import Watch, original, replace, unwatched
 
 Item = TypeVar("Item")
 Function = Callable[..., object]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors, set_values, values_of
-from megatron_r1v2.rehearsal.replacements import original, replace
+from megatron_r1v2.rehearsal.watch import original, replace
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_r1v2.rehearsal.replacements import replace
+from megatron_r1v2.rehearsal.watch import replace
 
 _BLOCK_TOKENS = 256
 

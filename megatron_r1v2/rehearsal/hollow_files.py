@@ -36,8 +36,7 @@ from megatron_r1v2.checkpoint.megatron import tensor_checksum
 from megatron_r1v2.checkpoint.tensor_files import TensorInfo, tensor_info
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
-from megatron_r1v2.rehearsal.replacements import original, replace
-from megatron_r1v2.rehearsal.watch import unwatched
+from megatron_r1v2.rehearsal.watch import original, replace, unwatched
 from megatron_r1v2.training.store import CheckpointStore, Snapshot
 
 _STATE = re.compile(r"^optimizer\.state\.[a-z_]+\.")

@@ -26,8 +26,7 @@ from megatron_r1v2.rehearsal.ledger import (
     OPTIMIZER,
     PARAMETERS,
 )
-from megatron_r1v2.rehearsal.replacements import original, replace
-from megatron_r1v2.rehearsal.watch import Watch
+from megatron_r1v2.rehearsal.watch import Watch, original, replace
 from megatron_r1v2.stages import loaded_model, loaded_reward_model, session
 from megatron_r1v2.stages.pairs import PairMaker
 from megatron_r1v2.training.reference import ReferenceWeights

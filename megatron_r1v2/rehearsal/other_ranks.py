@@ -20,9 +20,8 @@ from megatron_r1v2.generation.controller import RolloutController
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
-from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.stand_ins import Script, install_shares
-from megatron_r1v2.rehearsal.watch import unwatched
+from megatron_r1v2.rehearsal.watch import original, replace, unwatched
 from megatron_r1v2.resilience.rank_commands import RankCommands
 from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.rewards.replica import ReplicaScorer

@@ -29,9 +29,8 @@ from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.rehearsal.preparation import MADE
-from megatron_r1v2.rehearsal.replacements import original, replace
 from megatron_r1v2.rehearsal.rows import LONG
-from megatron_r1v2.rehearsal.watch import unwatched
+from megatron_r1v2.rehearsal.watch import original, replace, unwatched
 from megatron_r1v2.resilience.rollout_cache import RolloutCache
 from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.stages import loaded_reward_model

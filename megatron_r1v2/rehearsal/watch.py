@@ -124,6 +124,22 @@ def unwatched() -> Iterator[None]:
         yield
 
 
+def original(owner: object, name: str) -> Any:
+    """Return an attribute that is about to be replaced."""
+    # Through a class, so that a static method or a property would show.
+    return getattr(owner, name)
+
+
+def replace(owner: object, name: str, value: object) -> None:
+    """Replace an attribute of a module or a class: the one way to do so in a rehearsal, in its own process, for good.
+
+    Raises:
+        AttributeError: it has none of this name: what is replaced has moved.
+    """
+    original(owner, name)
+    setattr(owner, name, value)
+
+
 def _is_group(leaf: object) -> bool:
     return type(leaf).__name__ == "ScriptObject" and "ProcessGroup" in str(leaf._type())  # type: ignore[attr-defined]
 
