@@ -331,7 +331,8 @@ def _cut_after(path: Path, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["step"] <= step:
+        # The changes of a resume from this very step, which left no checkpoint, are noted again.
+        if record["step"] < step or (record["step"] == step and "settings_changed" not in record):
             kept.append(line + b"\n")
     write_file(path, b"".join(kept))
 

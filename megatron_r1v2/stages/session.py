@@ -35,7 +35,12 @@ from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
 from megatron_r1v2.stages.step_prompts import next_distinct, too_few_prompts
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
-from megatron_r1v2.training.optimizer import build_optimizer, release_grad_hooks, wrap_with_ddp
+from megatron_r1v2.training.optimizer import (
+    build_optimizer,
+    current_learning_rate,
+    release_grad_hooks,
+    wrap_with_ddp,
+)
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.reference import ReferenceWeights
 from megatron_r1v2.training.speed import StepSpeed
@@ -262,7 +267,7 @@ def open_session(
             preemption,
         ):
             survey = _survey_data(loaded, recipe, recorder, pairs=stage in ("mpo", "reward_model"))
-            _note_resume(recorder, recipe, restored, newest)
+            _note_resume(recorder, recipe, restored, newest, learning_rate=current_learning_rate(policy.optimizer))
             # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
             # What a checkpoint has loaded is looked at anew; without one the weights are still those of the start.
             verifier.verify_weights(restored.checksums, newest, computed=None if newest else checksums)
@@ -308,12 +313,23 @@ def _survey_data(loaded: LoadedModel, recipe: TrainingRecipe, recorder: Recorder
     return survey
 
 
-def _note_resume(recorder: Recorder, recipe: TrainingRecipe, restored: Restored, newest: Path | None) -> None:
-    """Log what a run goes on from and what has changed since; write its recipe, and keep the one before."""
+def _note_resume(
+    recorder: Recorder, recipe: TrainingRecipe, restored: Restored, newest: Path | None, *, learning_rate: float
+) -> None:
+    """Log what a run goes on from and what has changed since; write its recipe, and keep the one before.
+
+    Args:
+        learning_rate: of the next step.
+    """
     if newest is not None:
         recorder.log(f"resuming from {newest}, step {restored.step} of {recipe.train.steps}")
         for change in restored.changes:
             recorder.log(f"  {change}")
+            if change.rule is OnResume.larger:
+                recorder.log(
+                    f"  the learning rate follows the schedule of train.steps={recipe.train.steps} from here on: "
+                    f"{learning_rate:.3g} in the next step, {recipe.train.min_learning_rate:.3g} at the end"
+                )
         recorder.note_changes([str(each) for each in restored.changes if each.rule is not OnResume.free])
     if restored.taken_out:
         recorder.log(restored.taken_out)

@@ -100,6 +100,18 @@ def test_lines_that_will_be_written_again_are_cut_off(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl", "starts.jsonl"]
 
 
+def test_changes_of_a_resume_that_left_no_checkpoint_are_those_of_the_last_one(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 3))
+    for change in ("generation.temperature: 1.0 -> 0.7", "generation.temperature: 1.0 -> 0.8"):
+        with recorder(tmp_path, first_step=2) as opened:
+            opened.note_changes([change])
+    with recorder(tmp_path, first_step=4):
+        pass
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert lines[2]["settings_changed"] == ["generation.temperature: 1.0 -> 0.8"]
+
+
 def test_each_start_is_noted_with_its_machine(tmp_path: Path) -> None:
     write(tmp_path, range(1, 3))
     write(tmp_path, range(3, 4), first_step=2)

@@ -236,7 +236,7 @@ def changed_lines(run: Path) -> list[dict[str, object]]:
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_other_settings_that_are_accepted(
-    root: Path, tmp_path: Path, uninterrupted: Path
+    root: Path, tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
@@ -251,7 +251,10 @@ def test_a_finished_run_goes_on_with_more_steps_and_other_settings_that_are_acce
     assert noted["settings_changed"] == ["reward.format_weight: 0.2 -> 0.5", "train.steps: 6 -> 8"]
     assert (run / f"recipe-{STEPS}.yaml").read_bytes() == (uninterrupted / "recipe.yaml").read_bytes()
     # The cosine of eight steps, not of six: the rate of a step that six would have ended with is higher.
-    assert metrics[6]["actor/lr"] > metrics[5]["actor/lr"]
+    rate = metrics[6]["actor/lr"]
+    assert rate > metrics[5]["actor/lr"]
+    told = f"follows the schedule of train.steps=8 from here on: {rate:.3g} in the next step, 0 at the end"
+    assert told in capsys.readouterr().err
 
 
 def test_a_run_goes_on_from_a_step_that_is_named(root: Path, tmp_path: Path, uninterrupted: Path) -> None:
