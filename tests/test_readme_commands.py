@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from megatron_r1v2.__main__ import main
+from tests.ranks import run_ranks
 from tests.stages.tiny_run import write_model
 
 ROOT = Path(__file__).parents[1]
@@ -41,23 +41,23 @@ def reader(tmp_path):
     return tmp_path
 
 
+def run_command(folder, arguments):
+    """Run `r1v2` in a folder; a process of `run_ranks` has everything imported."""
+    os.chdir(folder)
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code or 0
+
+
 def test_own_data_in_three_commands(reader):
     commands = [line for line in block_below("Your data").splitlines() if line]
     assert len(commands) == 3
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for line in commands:
         program, command, *arguments = shlex.split(line, comments=True)
         assert program == "r1v2"
         small = SMALL if command == "grpo" else ()
-        done = subprocess.run(
-            [sys.executable, "-m", "megatron_r1v2", command, *arguments, *small],
-            cwd=reader,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert run_ranks(1, run_command, reader, [command, *arguments, *small]) == [0], line
     assert (reader / "runs" / "mine" / "report.html").is_file()
 
 

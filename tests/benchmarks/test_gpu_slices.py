@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.gpu_slices import TINY, measure, tiny_architecture
+from benchmarks.gpu_slices import TINY, main, measure, tiny_architecture
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.roofline import language_layer_flops
 from tests.ranks import run_ranks
-
-ROOT = Path(__file__).parents[2]
 
 
 def measure_tiny() -> dict[str, Any]:
@@ -53,8 +49,9 @@ def test_operations_are_those_of_the_slice(found):
     assert language_layer_flops(real, 1, 0) / 64 == pytest.approx(2 * 487_587_840)
 
 
-def test_without_a_device_sizes_have_to_be_named():
-    command = [sys.executable, "-m", "benchmarks.gpu_slices"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert result.returncode == 2
-    assert "there is no CUDA device: give --tiny, or --layers and --vision-layers" in result.stderr
+def test_without_a_device_sizes_have_to_be_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+    assert "there is no CUDA device: give --tiny, or --layers and --vision-layers" in capsys.readouterr().err

@@ -17,18 +17,19 @@ from tests.ranks import run_ranks
 
 
 def watched(limit: float) -> tuple[str, str, str]:
-    """Rank 1 works for three times the limit, and then stops working."""
+    """Rank 1 works for twice the limit, and then stops working until rank 0 has noticed."""
     store = groups.initialize(ParallelConfig(), seed=1).store
     rank = dist.get_rank()
     told, printed = "", io.StringIO()
     with RankWatch(store, lambda: f"phase of {rank}", limit_seconds=limit) as watch:
         if rank == 1:
-            for _ in range(30):
+            for _ in range(20):
                 time.sleep(limit / 10)
                 watch.tick()
         watch.wait_for_all("first")
         if rank == 1:
-            time.sleep(3 * limit)
+            while not store.has(["noticed"]):
+                time.sleep(0.05)
         else:
             try:
                 # Printed when the block ends, not with the traceback: the launcher may end the process before that.
@@ -36,6 +37,7 @@ def watched(limit: float) -> tuple[str, str, str]:
                     inner.wait_for_all("second")
             except RuntimeError as error:
                 told = str(error)
+            store.set("noticed", "yes")
         report = watch.report()
     return told, printed.getvalue(), report
 

@@ -5,45 +5,44 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_r1v2.resilience import run_lock
 from megatron_r1v2.resilience.run_lock import LOCK_FILE, hold_folder
 from tests.models.conftest import context
+from tests.ranks import forked_context
 
 __all__ = ["context"]
 
-HOLDER = """
-import os, signal, sys
-from pathlib import Path
-from types import SimpleNamespace
-from megatron_r1v2.resilience import run_lock
-run_lock.objects = SimpleNamespace(all_gather=lambda item: [item])
-with run_lock.hold_folder(Path(sys.argv[1]), SimpleNamespace(is_main=True)):
-    if os.fork() == 0:  # a checkpoint writer
+
+def hold(folder: Path, held: Connection) -> None:
+    os.setsid()
+    os.environ["SLURM_JOB_ID"] = "417"
+    run_lock.objects = SimpleNamespace(all_gather=lambda item: [item])
+    with hold_folder(folder, SimpleNamespace(is_main=True)):
+        if os.fork() == 0:  # a checkpoint writer
+            signal.pause()
+        held.send("held")
         signal.pause()
-    print("held", flush=True)
-    signal.pause()
-"""
 
 
 def test_the_folder_of_a_run_is_refused_to_another_until_it_ends_or_is_killed(tmp_path: Path, context) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    holder = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"SLURM_JOB_ID": "417"}
-    )
+    ours, theirs = Pipe()
+    # Everything is imported there already.
+    holder = forked_context().Process(target=hold, args=(tmp_path / "run", theirs))
+    holder.start()
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+        assert ours.recv() == "held"
         told = rf"run.output_dir='.*run' is in use by process {holder.pid} on .* \(job 417\) since 20"
         with pytest.raises(ValueError, match=told), hold_folder(tmp_path / "run", context):
             pass
         holder.kill()
-        holder.wait()
+        holder.join()
         # Its child lives on.
         with hold_folder(tmp_path / "run", context):
             assert f"process {os.getpid()} on " in (tmp_path / "run" / LOCK_FILE).read_text()

@@ -80,18 +80,30 @@ def make_prompt(content: str, *images: bytes) -> Prompt:
     )
 
 
-def expected(folder: Path, parts: list[Any], response: str) -> float:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": response}]
-    images = [Image.open(io.BytesIO(part)).convert("RGB") for part in parts if not isinstance(part, str)]
+RESPONSES = ("three", "3</think>\\boxed{3}", "3")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[float]:
+    """Return what transformers gives for the prompts of the test below, with `RESPONSES`."""
     # In a process of its own: with parallel/cpu.py installed, as other tests leave it, transformers leaves the rotary
     # frequencies of a loaded Qwen2.5-VL uninitialised.
+    questions = ([PICTURES[0], "\nHow many?"], ["First ", PICTURES[0], " and ", PICTURES[1]], ["What is 1 + 2?"])
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(direct_score, folder, messages, images).result()
+        return [
+            process.submit(direct_score, folder, *conversation(parts, response)).result()
+            for parts, response in zip(questions, RESPONSES, strict=True)
+        ]
+
+
+def conversation(parts: list[Any], response: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": response}]
+    return messages, [Image.open(io.BytesIO(part)).convert("RGB") for part in parts if not isinstance(part, str)]
 
 
 @pytest.mark.parametrize("endpoint", ScoreEndpoint)
-def test_the_client_gets_the_scores_of_transformers(folder, address, monkeypatch, endpoint):
+def test_the_client_gets_the_scores_of_transformers(expected, address, monkeypatch, endpoint):
     monkeypatch.setenv("R1V2_REWARD_MODEL_API_KEY", KEY)
     settings = RewardModelConfig(url=f"{address}/{endpoint.value}")
     prompts = [
@@ -99,12 +111,8 @@ def test_the_client_gets_the_scores_of_transformers(folder, address, monkeypatch
         make_prompt("First <image> and <image>", *PICTURES),
         make_prompt("What is 1 + 2?"),
     ]
-    scores = ServedRewardModel(settings, ALONE).score(prompts, ["three", "3</think>\\boxed{3}", "3"])
-    assert scores == [
-        pytest.approx(expected(folder, [PICTURES[0], "\nHow many?"], "three"), abs=1e-4),
-        pytest.approx(expected(folder, ["First ", PICTURES[0], " and ", PICTURES[1]], "3</think>\\boxed{3}"), abs=1e-4),
-        pytest.approx(expected(folder, ["What is 1 + 2?"], "3"), abs=1e-4),
-    ]
+    scores = ServedRewardModel(settings, ALONE).score(prompts, RESPONSES)
+    assert scores == [pytest.approx(score, abs=1e-4) for score in expected]
     assert len(set(scores)) == 3
 
 
