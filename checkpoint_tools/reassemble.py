@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--language", type=Path, required=True, help="folder of the language model and its tokenizer")
     parser.add_argument("--adapter", type=Path, help="folder or file with multi_modal_projector.* or mlp1.*")
     parser.add_argument("--downsample-ratio", type=float, default=0.5, help="0.5: four patches become an image token")
-    parser.add_argument("--pixel-shuffle", choices=("v1", "v2"), help="default: the adapter's own, else v2")
+    parser.add_argument("--pixel-shuffle", choices=("v1", "v2"), help="default: the adapter's own; random: v2")
     parser.add_argument(
         "--max-tiles", type=int, default=DEFAULT_MAX_TILES, help="tiles an image is cut into at most (processor)"
     )

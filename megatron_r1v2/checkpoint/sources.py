@@ -25,7 +25,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     stored_names,
 )
-from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_folder, check_tensor_names
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_folder, check_tensors
 from megatron_r1v2.checkpoint.hf.shapes import parameter_shapes
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.megatron.parameter_names import dist_entry
@@ -238,7 +238,7 @@ class HfSource(TableSource):
             raise
 
     def _index(self, spec: HfSpec) -> None:
-        check_tensor_names(self._folder.names(), spec.folder)
+        check_tensors(self._folder.dtypes(), spec.folder)
         tied = self.architecture.language.tied_embeddings
         self._stored = stored_names(self._folder.names(), self.layout, tied=tied)
         if len(self._stored) != len(self._folder.names()):
@@ -322,7 +322,7 @@ class CheckpointSource(Source):
         if spec.base is not None:
             check_folder(spec.base)
         config = spec.base or spec.folder / HF_IN_CHECKPOINT
-        if not (config / "config.json").is_file():
+        if spec.base is None and not (config / "config.json").is_file():
             raise ValueError(
                 f"{spec.folder} does not say which model it is of; give --base: the Hugging Face folder that the run "
                 "started from (model.hf_path in its recipe.yaml)"

@@ -27,6 +27,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     canonical_hf_name,
     parameter_map,
 )
+from megatron_r1v2.checkpoint.hf.refusals import check_tensors
 from megatron_r1v2.checkpoint.manifest import Manifest
 from megatron_r1v2.checkpoint.sources import TableSource
 from megatron_r1v2.models.architecture import R1V2Architecture
@@ -134,8 +135,13 @@ class ComponentsSource(TableSource):
         folders = {part: getattr(self._components, part) for part in ("vision", "language", "adapter")}
         return folders[ours.split(".")[0]] or Path("the random adapter")
 
+    def _open(self, path: Path) -> SafetensorsFolder:
+        folder = self._stack.enter_context(SafetensorsFolder(path))
+        check_tensors(folder.dtypes(), path)
+        return folder
+
     def _open_vision(self) -> Layout:
-        folder = self._stack.enter_context(SafetensorsFolder(self._components.vision))
+        folder = self._open(self._components.vision)
         model_type = read_json(self._components.vision / "config.json").get("model_type")
         layout: Layout = "chat" if model_type in VISION_TYPES_OF_CHAT else "transformers"
         prefix = _PREFIXES[layout]["vision"]
@@ -152,7 +158,7 @@ class ComponentsSource(TableSource):
     def _open_adapter(self) -> Layout:
         if self._components.adapter is None:
             return "transformers"
-        folder = self._stack.enter_context(SafetensorsFolder(self._components.adapter))
+        folder = self._open(self._components.adapter)
         layout: Layout = "transformers"
         for stored in folder.names():
             name = canonical_hf_name(stored)
@@ -163,7 +169,7 @@ class ComponentsSource(TableSource):
         return layout
 
     def _open_language(self) -> Layout:
-        folder = self._stack.enter_context(SafetensorsFolder(self._components.language))
+        folder = self._open(self._components.language)
         for stored in folder.names():
             # Old Llama files hold the rotations too, which nobody reads: they follow from the configuration.
             if not stored.endswith(".rotary_emb.inv_freq"):

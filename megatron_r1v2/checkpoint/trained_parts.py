@@ -13,6 +13,7 @@ from megatron_r1v2.checkpoint.destinations import HfCompanions, HfConversion, Hf
 from megatron_r1v2.checkpoint.hf.config import folder_layout
 from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.mapping import LAYOUTS, Layout
+from megatron_r1v2.checkpoint.hf.refusals import check_folder
 from megatron_r1v2.checkpoint.identity import model_digest
 from megatron_r1v2.checkpoint.manifest import ALL_PARTS
 from megatron_r1v2.checkpoint.megatron.run_folder import load_state, resolve_checkpoint
@@ -104,6 +105,7 @@ def apply_parts(folder: Path, output: Path, *, base: Path, form: HfFormat, optio
     Raises:
         ValueError: the parts were trained on another model.
     """
+    check_folder(folder)
     described = read_parts(folder)
     found = _digest_of_rest(base, described.parts, workers=options.workers)
     if found != described.base_sha256:

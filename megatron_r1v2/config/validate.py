@@ -13,6 +13,8 @@ from megatron_r1v2.config.recipes import EvaluateRecipe, PairsRecipe, Recipe
 from megatron_r1v2.config.schema import DataConfig, RewardConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A Path has one slash of the two.
+_HUB_ADDRESS = re.compile(r"^https?:/{1,2}(www\.)?(huggingface\.co|hf\.co)/")
 _FOLDERS = (
     "model.hf_path",
     "model.checkpoint",
@@ -86,14 +88,15 @@ _LOCAL_FOLDERS = ("checkpoints", "models")
 
 def download_hint(path: Path | str) -> str:
     """Return the command for a missing folder that looks like a model's name on the hub; empty: it does not."""
-    if not _HUB_NAME.fullmatch(str(path)) or Path(path).exists():
+    name = _HUB_ADDRESS.sub("", str(path))
+    if not _HUB_NAME.fullmatch(name) or Path(path).exists():
         return ""
-    owner, local = str(path).split("/")
+    owner, local = name.split("/")
     if owner in _LOCAL_FOLDERS:
         return f"; to download it from the Hugging Face hub run `hf download OWNER/{local} --local-dir {path}`"
     return (
         "; nothing is downloaded here: if it is a model on the Hugging Face hub, run "
-        f"`hf download {path} --local-dir {local}` and give {local}"
+        f"`hf download {name} --local-dir {local}` and give {local}"
     )
 
 

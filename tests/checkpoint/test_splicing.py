@@ -14,9 +14,11 @@ from checkpoint_tools import hf_to_hf, hf_to_megatron, megatron_to_hf
 from megatron_r1v2.checkpoint.conversion import RunOptions
 from megatron_r1v2.checkpoint.hf.companions import Components
 from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported
 from megatron_r1v2.checkpoint.manifest import MANIFEST, Manifest
 from megatron_r1v2.checkpoint.splicing import reassemble as splice
 from megatron_r1v2.resilience.files import write_json
+from tests.checkpoint.chat_reference import write_chat_folder
 from tests.tiny_hf import InternVLForConditionalGeneration, tiny_hf_language, tiny_hf_model, tiny_hf_vision
 
 
@@ -138,6 +140,41 @@ def test_adapter_comes_from_a_file_or_a_folder(components, tmp_path, prefix):
         reassemble(dataclasses.replace(components, adapter=source), tmp_path / "out", overwrite=True)
         whole = load(tmp_path / "out")
         assert all(torch.equal(whole["model." + name], value) for name, value in adapter.items())
+
+
+@pytest.mark.parametrize(("version", "keys"), [("v1", {}), ("v2", {"ps_version": "v2"})])
+def test_the_pixel_shuffle_is_the_adapters_own(components, tmp_path, version, keys):
+    write_chat_folder(tmp_path / "whole", family="6b", version="v2")
+    config = {key: value for key, value in read_json(tmp_path / "whole" / "config.json").items() if key != "ps_version"}
+    write_json(tmp_path / "whole" / "config.json", config | keys)
+    for number, source in enumerate((tmp_path / "whole", tmp_path / "whole" / "model.safetensors")):
+        given = dataclasses.replace(components, adapter=source)
+        assert reassemble(given, tmp_path / str(number), layout="chat").pixel_shuffle == version
+        other = dataclasses.replace(given, pixel_shuffle="v1" if version == "v2" else "v2")
+        with pytest.raises(ValueError, match=f"is not that of the adapter in .*trained with {version}"):
+            reassemble(other, tmp_path / "other", layout="chat")
+
+
+def test_an_adapter_that_says_nothing_of_its_pixel_shuffle_needs_a_word(components, tmp_path):
+    write_chat_folder(tmp_path / "whole", family="6b", version="v1")
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    adapter = {name: value for name, value in tensors.items() if name.startswith("mlp1.")}
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    given = dataclasses.replace(components, adapter=tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match="no config.json, which would say its pixel shuffle"):
+        reassemble(given, tmp_path / "out", layout="chat")
+    for version in ("v1", "v2"):
+        chosen = dataclasses.replace(given, pixel_shuffle=version)
+        assert reassemble(chosen, tmp_path / version, layout="chat").pixel_shuffle == version
+
+
+def test_components_are_refused_by_what_they_are(components, tmp_path):
+    path = components.language / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, f"{name}_scale_inv": torch.ones(1)}, path, {"format": "pt"})
+    with pytest.raises(Unsupported, match="quantized by FP8"):
+        reassemble(components, tmp_path / "out")
 
 
 def test_vision_tower_of_a_whole_model_is_taken(components, tmp_path):

@@ -69,6 +69,9 @@ def test_a_folder_of_the_first_pixel_shuffle_keeps_its_layout(tmp_path):
     assert differing(again, load_file(folder / "model.safetensors")) == []
     config = read_json(tmp_path / "again" / "config.json")
     assert (config["ps_version"], config["model_type"]) == ("v1", "skywork_chat")
+    # The name that the publishers' code reads.
+    assert "torch_dtype" in config
+    assert "dtype" not in config
 
 
 @pytest.mark.parametrize("publisher", ["internvl", "skywork"])

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,8 @@ def test_a_name_on_the_hub_gets_the_command_that_downloads_it(tmp_path, monkeypa
     assert [download_hint(path) for path in ("gone", "/gone/too", "./a/b", "a/b/c", tmp_path)] == [""] * 5
     (tmp_path / "runs" / "base").mkdir(parents=True)
     assert download_hint("runs/base") == ""
+    for address in ("https://huggingface.co/a/b", Path("https://huggingface.co/a/b")):
+        assert "`hf download a/b --local-dir b`" in download_hint(address)
     assert "`hf download OWNER/R1V2-38B --local-dir checkpoints/R1V2-38B`" in download_hint("checkpoints/R1V2-38B")
 
 

@@ -33,14 +33,16 @@ class _Family:
     config: type[PreTrainedConfig]
     qkv_bias: bool = False
     qk_norm: bool = False
+    windowed: bool = False
+    """Whether `layer_types` may give a layer a sliding window."""
     refused: tuple[str, ...] = ()
     """Settings that must be off: biases where the language model has none."""
 
 
 # A new family is a new row.
 FAMILIES: Mapping[str, _Family] = {
-    "qwen2": _Family(Qwen2Config, qkv_bias=True),
-    "qwen3": _Family(Qwen3Config, qk_norm=True, refused=("attention_bias",)),
+    "qwen2": _Family(Qwen2Config, qkv_bias=True, windowed=True),
+    "qwen3": _Family(Qwen3Config, qk_norm=True, windowed=True, refused=("attention_bias",)),
     "llama": _Family(LlamaConfig, refused=("attention_bias", "mlp_bias")),
 }
 # Settings of each kind of rotations that its formula reads.
@@ -60,6 +62,8 @@ _ROPE_SETTINGS: Mapping[RopeType, tuple[str, ...]] = {
     ),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# Settings whose zero is no setting, for transformers.
+_ROPE_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 # Far above every published model; a larger number is damage, and would be allocated.
 _Size = Annotated[int, Field(ge=1, le=2**24)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -179,6 +183,10 @@ def language_architecture(hf: Config) -> LanguageArchitecture:
             raise Unsupported("biases", sentence)
     completed = _complete(family.config, hf, "text_config")
     _require(completed, "hidden_act", ("silu",), "the language model")
+    kinds = completed.get("layer_types")
+    if family.windowed and isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}:
+        sentence = f"text_config.layer_types={str(kinds)[:200]} is not supported; accepted: 'full_attention' alone"
+        raise Unsupported("sliding window", sentence)
     language = _check(_Language, completed, "text_config")
     pad, size = completed.get("pad_token_id"), language.vocab_size
     if isinstance(pad, int) and not -size <= pad < size:
@@ -285,27 +293,37 @@ def _rotations(completed: Config, max_positions: int) -> tuple[RopeType, float, 
             "rotations",
             f"text_config rope's partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported; accepted: 1",
         )
+    if nested := next((name for name, value in rope.items() if isinstance(value, Mapping)), None):
+        sentence = f"text_config rope's settings for {nested!r} alone are not supported; accepted: the same for all"
+        raise Unsupported("rotations", sentence)
     kind: RopeType = next(name for name in _ROPE_SETTINGS if name == rope_type)
-    names = ("rope_theta", *_ROPE_SETTINGS[kind])
+    original = "original_max_position_embeddings"
+    if kind in ("yarn", "llama3") and original in completed:
+        # Beside the rotations, where Phi's and others' files have it, it comes before the one among them.
+        rope = {**rope, original: completed[original]}
     settings: dict[str, float | bool] = {}
-    for name in names:
+    for name in ("rope_theta", *_ROPE_SETTINGS[kind]):
         value = rope.get(name)
-        if value is None:
-            continue
-        number = isinstance(value, bool) if name == "truncate" else _is_positive(value)
-        if not (number and isinstance(value, (int, float))):
-            raise ValueError(f"text_config rope's {name}={value!r} is not accepted; accepted: a number above 0")
-        settings[name] = value
+        if name == "truncate":
+            settings |= {name: bool(value)} if name in rope else {}
+        elif value is not None and (value or name not in _ROPE_OPTIONAL):
+            settings[name] = _positive(value, name)
+    if kind == "yarn" and original in settings:
+        settings.setdefault("factor", max_positions / settings[original])
+    required = (*(["rope_theta"] if rope else []), *([original] if kind == "yarn" else _ROPE_SETTINGS[kind]))
+    if missing := [name for name in required if name not in settings]:
+        raise ValueError(f"text_config rope's {missing[0]}=None is not accepted; accepted: a number above 0")
     theta = float(settings.pop("rope_theta", 10000.0))
     if kind in ("linear", "dynamic") and settings["factor"] == 1.0:
         return "default", theta, {}
-    if kind == "yarn":
-        settings.setdefault("original_max_position_embeddings", max_positions)
     return kind, theta, settings
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+def _positive(value: object, name: str) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
+        return value
+    sentence = f"text_config rope's {name}={repr(value)[:200]} is not accepted; accepted: a number above 0"
+    raise Unsupported("rotations", sentence)
 
 
 def _complete(kind: type[PreTrainedConfig], hf: Config, where: str) -> dict[str, object]:

@@ -22,7 +22,6 @@ from megatron_r1v2.checkpoint.hf.config import (
     are_tied,
     chat_config,
     read_hf_config,
-    stated_processor,
     transformers_vision_config,
 )
 from megatron_r1v2.checkpoint.hf.folders import (
@@ -34,6 +33,7 @@ from megatron_r1v2.checkpoint.hf.folders import (
     with_dtype,
 )
 from megatron_r1v2.checkpoint.hf.mapping import Layout
+from megatron_r1v2.checkpoint.hf.processor import Colours, pixel_statistics, stated_processor
 from megatron_r1v2.checkpoint.hf.refusals import check_config, check_folder
 from megatron_r1v2.data.tokenizer import load_tokenizer
 from megatron_r1v2.models.architecture import PixelShuffle
@@ -65,7 +65,8 @@ class Components:
     downsample_ratio: float = 0.5
     """0.5 makes one image token of four patches."""
     pixel_shuffle: PixelShuffle | None = None
-    """None: that of the whole model that the adapter comes from, else v2; only the chat layout can hold v1."""
+    """Of a random adapter, or of one that does not say it; None: the adapter's own, else v2. Only the chat layout can
+    hold v1."""
     max_tiles: int = DEFAULT_MAX_TILES
     """Tiles that the image processor cuts an image into at most."""
     dtype: torch.dtype | None = None
@@ -117,7 +118,7 @@ def components_config(components: Components) -> JsonObject:
         with SafetensorsFolder(components.language) as tensors:
             tied = are_tied(tensors, {f"language_model.{name}": name for name in tensors.names()})
     whole["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
-    version = components.pixel_shuffle or _pixel_shuffle_of(components.adapter)
+    version = _pixel_shuffle_of(components)
     if version != "v2":
         whole["ps_version"] = version
     architecture = r1v2_architecture(whole)
@@ -164,7 +165,7 @@ def make_components_companions(
         whole = chat_config(config, max_tiles=components.max_tiles)
     else:
         whole = dict(config)
-    write_processor(folder, config, max_tiles=components.max_tiles, stated=stated_processor(components.vision))
+    write_processor(folder, config, max_tiles=components.max_tiles, statistics=pixel_statistics(components.vision))
     write_json(folder / "config.json", with_dtype(whole, dtypes))
 
 
@@ -179,19 +180,18 @@ def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: I
     """
     copy_companions(source, folder)
     config, found = read_hf_config(source)
-    stated = stated_processor(source)
+    stated, statistics = stated_processor(source), pixel_statistics(source)
     if layout in (None, found):
         if found == "transformers":
             # transformers 5 may have the image processor in processor_config.json alone, where 4.57 does not look.
-            write_processor(folder, config, max_tiles=_max_tiles(stated), stated=stated, replace=False)
+            write_processor(folder, config, max_tiles=_max_tiles(stated), statistics=statistics, replace=False)
         config = read_json(source / "config.json")
     elif layout == "chat":
         config = chat_config(config, max_tiles=_max_tiles(stated))
     else:
         _add_image_tokens(source, folder)
         give_image_parts(folder)
-        max_tiles = read_json(source / "config.json").get("max_dynamic_patch", DEFAULT_MAX_TILES)
-        write_processor(folder, config, max_tiles=max_tiles, stated=stated)
+        write_processor(folder, config, max_tiles=_chat_max_tiles(source), statistics=statistics)
     if layout is not None:
         _write_portable_tokenizer(folder)
     write_json(folder / "config.json", with_dtype(config, dtypes))
@@ -200,6 +200,18 @@ def make_companions(source: Path, folder: Path, layout: Layout | None, dtypes: I
 def _max_tiles(stated: Config) -> int:
     value = stated.get("max_patches")
     return value if isinstance(value, int) else DEFAULT_MAX_TILES
+
+
+def _chat_max_tiles(source: Path) -> int:
+    """Return the most tiles of an image in a folder of the chat layout; keys left out as its class has them."""
+    config = read_json(source / "config.json")
+    value = config.get("max_dynamic_patch", 6)
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f"{source}: max_dynamic_patch={str(value)[:200]!r} is not accepted; accepted: a whole number from 1; copy "
+            "the folder's config.json again"
+        )
+    return value if config.get("dynamic_image_size") else 1
 
 
 def _write_portable_tokenizer(folder: Path) -> None:
@@ -220,12 +232,39 @@ def _write_portable_tokenizer(folder: Path) -> None:
     write_json(path, {**settings, **({"extra_special_tokens": named} if named else {})})
 
 
-def _pixel_shuffle_of(adapter: Path | None) -> PixelShuffle:
-    if adapter is None or not (adapter / "config.json").is_file():
-        return "v2"
-    config = read_json(adapter / "config.json")
-    # A chat folder without the key has the first shuffle, its class's default; transformers' layout has the second.
-    return config.get("ps_version") or "v1" if config.get("model_type") in CHAT_TYPES else "v2"
+def _pixel_shuffle_of(components: Components) -> PixelShuffle:
+    """Return the pixel shuffle that the adapter was trained with; for a random one, the chosen one.
+
+    Raises:
+        ValueError: another one is chosen, or nothing says which it is.
+    """
+    chosen, adapter = components.pixel_shuffle, components.adapter
+    if adapter is None:
+        return chosen or "v2"
+    own = _stated_pixel_shuffle(adapter)
+    if own is None and chosen is None:
+        raise ValueError(
+            f"{adapter} has an adapter of the chat layout and no config.json, which would say its pixel shuffle "
+            "(ps_version); give --pixel-shuffle v1 or v2, or the whole model's folder as --adapter"
+        )
+    if own is not None and chosen not in (None, own):
+        raise ValueError(
+            f"--pixel-shuffle={chosen} is not that of the adapter in {adapter}, which was trained with {own}; leave "
+            "--pixel-shuffle out"
+        )
+    return own or chosen or "v2"
+
+
+def _stated_pixel_shuffle(adapter: Path) -> PixelShuffle | None:
+    """Return the pixel shuffle that an adapter's config.json says, or its tensors' names; None: neither does."""
+    path = (adapter.parent if adapter.is_file() else adapter) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.get("model_type") in CHAT_TYPES:
+        # The first is the default of the publishers' class.
+        return config.get("ps_version") or "v1"
+    with SafetensorsFolder(adapter) as tensors:
+        is_chat = any(name.startswith("mlp1.") for name in tensors.names())
+    return None if is_chat else "v2"
 
 
 def _with_image_tokens(language: Path) -> tuple[Tokenizer, list[str], int, int]:
@@ -293,25 +332,30 @@ def _add_image_tokens(source: Path, folder: Path) -> None:
 
 
 def write_processor(
-    folder: Path, config: JsonObject, *, max_tiles: int, stated: JsonObject, replace: bool = True
+    folder: Path,
+    config: JsonObject,
+    *,
+    max_tiles: int,
+    statistics: tuple[Colours, Colours] | None,
+    replace: bool = True,
 ) -> None:
     """Write the processor files that transformers' InternVLProcessor reads.
 
     Args:
         config: in transformers' layout, with `image_seq_length`.
-        stated: preprocessor_config.json of the tower's own folder; empty: ImageNet's statistics.
+        statistics: of the tower's own folder; None: ImageNet's.
     """
     architecture = r1v2_architecture(config)
     vision = architecture.vision
     side = vision.image_size
+    mean, std = statistics or (vision.pixel_mean, vision.pixel_std)
     common = {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        # A tower that was trained with other statistics says so in its own folder.
-        "image_mean": list(stated.get("image_mean", vision.pixel_mean)),
-        "image_std": list(stated.get("image_std", vision.pixel_std)),
+        "image_mean": list(mean),
+        "image_std": list(std),
         "processor_class": "InternVLProcessor",
         "resample": 3,
         "rescale_factor": 1 / 255,

@@ -17,6 +17,7 @@ import torch
 from megatron_r1v2.checkpoint.hf.architecture import Config, r1v2_architecture
 from megatron_r1v2.checkpoint.hf.folders import SafetensorsFolder, read_json
 from megatron_r1v2.checkpoint.hf.mapping import HF_EMBEDDING, HF_OUTPUT, Layout, stored_names
+from megatron_r1v2.checkpoint.hf.processor import pixel_statistics
 from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_config, check_folder
 from megatron_r1v2.models.architecture import R1V2Architecture
 
@@ -129,45 +130,11 @@ def read_hf_architecture(folder: Path | str) -> tuple[R1V2Architecture, Layout]:
 
 def folder_architecture(config: Config, folder: Path | str) -> R1V2Architecture:
     """Return the sizes of the model that a configuration describes, with the pixel statistics of a folder."""
-    architecture = r1v2_architecture(config)
-    stated, vision = stated_processor(folder), architecture.vision
-    vision = replace(
-        vision,
-        pixel_mean=_colours(stated, "image_mean", vision.pixel_mean, folder),
-        pixel_std=_colours(stated, "image_std", vision.pixel_std, folder),
-    )
-    return replace(architecture, vision=vision)
-
-
-def stated_processor(folder: Path | str) -> dict[str, object]:
-    """Return the settings of a folder's image processor; empty where it has none.
-
-    transformers 5 writes them into processor_config.json, and reads those first; older ones stand in
-    preprocessor_config.json.
-    """
-    folder = Path(folder)
-    if (folder / "processor_config.json").is_file():
-        nested = read_json(folder / "processor_config.json").get("image_processor")
-        if isinstance(nested, dict):
-            return nested
-    path = folder / "preprocessor_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _colours(
-    stated: Config, key: str, default: tuple[float, float, float], folder: Path | str
-) -> tuple[float, float, float]:
-    values = stated.get(key, default)
-    numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
-    if not (isinstance(values, (list, tuple)) and numbers and len(values) == 3):
-        raise ValueError(
-            f"{folder}: {key}={str(values)[:200]!r} of the image processor is not accepted; accepted: three numbers, "
-            "one a colour"
-        )
-    red, green, blue = (float(value) for value in values)
-    if key == "image_std" and min(red, green, blue) <= 0:
-        raise ValueError(f"{folder}: {key}={values!r} of the image processor is not accepted; accepted: above 0")
-    return red, green, blue
+    architecture, statistics = r1v2_architecture(config), pixel_statistics(folder)
+    if statistics is None:
+        return architecture
+    mean, std = statistics
+    return replace(architecture, vision=replace(architecture.vision, pixel_mean=mean, pixel_std=std))
 
 
 def _with_tie_of_tensors(config: dict[str, object], folder: Path, layout: Layout) -> dict[str, object]:
@@ -176,7 +143,9 @@ def _with_tie_of_tensors(config: dict[str, object], folder: Path, layout: Layout
     The outer setting (true where it is left out) says what is meant. Where the file has both tensors and they differ,
     they are two all the same; transformers warns then, and keeps both.
     """
-    tied = config.get("tie_word_embeddings", True) is True
+    tied = config.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise ValueError(f"config.json has tie_word_embeddings={repr(tied)[:200]}; accepted: true or false")
     if tied:
         with SafetensorsFolder(folder) as tensors:
             tied = are_tied(tensors, stored_names(tensors.names(), layout, tied=False))
@@ -200,9 +169,9 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare piece by piece: matrices that differ do so in the first rows, and those of 38B are 1.5 GB each."""
     if one.shape != other.shape:
         return False
-    return all(
-        torch.equal(a, b.to(a.dtype)) for a, b in zip(torch.split(one, 1024), torch.split(other, 1024), strict=True)
-    )
+    wide = torch.promote_types(one.dtype, other.dtype)
+    pieces = zip(torch.split(one, 1024), torch.split(other, 1024), strict=True)
+    return all(torch.equal(a.to(wide), b.to(wide)) for a, b in pieces)
 
 
 def image_token_id(folder: Path | str) -> int:

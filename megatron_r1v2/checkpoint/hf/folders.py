@@ -111,6 +111,10 @@ class SafetensorsFolder:
         """
         return tensor_info(self.tensor(name))
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtype of each tensor, by name."""
+        return {name: self._tensors[name].dtype for name in self.names()}
+
     def paths(self) -> list[Path]:
         """Return the files."""
         return list(self._paths)
@@ -219,7 +223,7 @@ def with_dtype(config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> J
     # With auto_map, transformers would ask for the remote code that is left behind.
     changed = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "auto_map")}
     # The readers of the chat layout (remote code, vLLM) know only the older name.
-    key = "torch_dtype" if config.get("model_type") == "internvl_chat" else "dtype"
+    key = "torch_dtype" if "llm_config" in config else "dtype"
     changed[key] = str(widest).removeprefix("torch.")
     for part in ("text_config", "vision_config", "llm_config"):
         nested = changed.get(part)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from megatron_r1v2.config.validate import download_hint
 
@@ -89,16 +91,18 @@ def check_config(config: Mapping[str, object], folder: Path | str) -> None:
             raise _quantized(folder, _QUANTIZED.get(str(method), str(method)[:40]), "quantization_config")
 
 
-def check_tensor_names(names: Iterable[str], folder: Path | str) -> None:
-    """Refuse quantized weights and LoRA adapters by the names of their tensors.
+def check_tensors(dtypes: Mapping[str, torch.dtype], folder: Path | str) -> None:
+    """Refuse quantized weights and LoRA adapters by the names and dtypes of their tensors.
 
     Raises:
         Unsupported: with what they are.
     """
-    for name in names:
+    for name, dtype in dtypes.items():
         for ending, kind in _QUANTIZED_NAMES.items():
             if name.endswith(ending):
                 raise _quantized(folder, kind, name)
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            raise _quantized(folder, "FP8", f"{name} is {dtype}")
         if any(mark in name for mark in _LORA_NAMES):
             raise Unsupported(
                 "LoRA adapters",

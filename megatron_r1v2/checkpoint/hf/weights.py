@@ -21,7 +21,7 @@ from megatron_r1v2.checkpoint.hf.mapping import (
     parameter_map,
     stored_names,
 )
-from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_tensor_names
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported, check_tensors
 from megatron_r1v2.models.architecture import FUSED_NORM_NAMES, R1V2Architecture
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -112,7 +112,7 @@ def _local_name(name: str) -> str:
 
 def _stored_tensors(folder: SafetensorsFolder, architecture: R1V2Architecture, layout: Layout) -> dict[str, str]:
     """Return `stored_names` of a folder, where it holds all tensors of the model and no other."""
-    check_tensor_names(folder.names(), folder.folder)
+    check_tensors(folder.dtypes(), folder.folder)
     stored = stored_names(folder.names(), layout, tied=architecture.language.tied_embeddings)
     unused, missing = hf_leftovers(architecture, stored, layout)
     problems = [

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_r1v2.config.choices import Part
+from megatron_r1v2.config.validate import download_hint
 from megatron_r1v2.resilience.files import atomic_file
 
 STATE_FILE = "state.pt"
@@ -45,7 +46,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
             return finished[-1]
     raise ValueError(
         f"no finished checkpoint in {folder}; expected tensors/metadata.json in it, or step-NNNNNNNN folders in it "
-        "or in its checkpoints/"
+        f"or in its checkpoints/{'' if folder.exists() else f'; it does not exist{download_hint(path)}'}"
     )
 
 

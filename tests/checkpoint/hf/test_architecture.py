@@ -3,9 +3,13 @@
 import json
 
 import pytest
-from transformers import InternVLConfig
+import torch
+from transformers import InternVLConfig, Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from megatron_r1v2.checkpoint.hf.architecture import language_architecture, r1v2_architecture, vision_architecture
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported
+from megatron_r1v2.models.rotary import rotary_frequencies
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
 
@@ -106,6 +110,64 @@ def test_rotations_are_found_where_transformers_finds_them(hf, rope, kind, theta
     text = {key: value for key, value in hf["text_config"].items() if key not in ("rope_parameters", "rope_theta")}
     found = language_architecture({**text, "max_position_embeddings": 96, **rope})
     assert (found.rope_type, found.rope_theta, dict(found.rope_parameters)) == (kind, theta, settings)
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_parameters": _YARN | {"factor": 0.5}},
+        {"rope_parameters": _YARN | {"factor": None}},
+        {"rope_parameters": _YARN | {"truncate": None}},
+        {"rope_parameters": _YARN | {"truncate": 0}},
+        {"rope_parameters": _YARN | {"truncate": True}},
+        {"rope_parameters": _YARN | {"mscale": 0, "mscale_all_dim": 0}},
+        {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+        {"rope_parameters": _YARN | {"beta_fast": 0, "beta_slow": 0}},
+        {"rope_parameters": _YARN | {"beta_fast": None, "attention_factor": None}},
+        {"rope_parameters": _YARN | {"attention_factor": 2}},
+        {"rope_parameters": _YARN, "original_max_position_embeddings": 64},
+        {"rope_parameters": _YARN, "rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 700.5},
+        {"rope_parameters": {"rope_type": "linear", "factor": 3}, "original_max_position_embeddings": 64},
+        {"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}},
+    ],
+)
+def test_odd_rotations_turn_as_those_of_transformers(hf, text):
+    text = {**hf["text_config"], "max_position_embeddings": 96, **text}
+    frequencies, factor = rotary_frequencies(language_architecture(text))
+    theirs = Qwen2RotaryEmbedding(Qwen2Config.from_dict(json.loads(json.dumps(text))))
+    assert torch.equal(frequencies, theirs.inv_freq)
+    assert factor == theirs.attention_scaling
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ({"rope_parameters": _YARN | {"attention_factor": 0}}, "attention_factor=0 is not accepted"),
+        ({"rope_parameters": _YARN | {"rope_theta": -5.0}}, "rope_theta=-5.0 is not accepted"),
+        ({"rope_parameters": {"full_attention": _YARN}}, "settings for 'full_attention' alone"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*sliding_attention.*not supported"),
+    ],
+)
+def test_settings_that_transformers_loads_and_we_do_not_are_on_the_list(hf, text, told):
+    with pytest.raises(Unsupported, match=told):
+        language_architecture({**hf["text_config"], **text})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        {"rope_parameters": {"rope_type": "linear", "factor": None}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": None}},
+        {"rope_parameters": _YARN, "original_max_position_embeddings": None},
+    ],
+)
+def test_a_null_that_transformers_does_not_take_is_refused(hf, text):
+    with pytest.raises(ValueError, match=r"None"):
+        language_architecture({**hf["text_config"], **text})
 
 
 def test_rope_is_read_from_both_places(hf):

@@ -161,3 +161,30 @@ def test_an_image_processor_that_stands_elsewhere_is_written_where_older_version
     written = read_json(tmp_path / "out" / "preprocessor_config.json")
     assert (written["image_mean"], written["max_patches"]) == ([0.5, 0.4, 0.3], 3)
     assert "image_processor" in read_json(tmp_path / "out" / "processor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "tiles"),
+    [
+        ({"max_dynamic_patch": 4}, 4),
+        ({"max_dynamic_patch": None}, 6),
+        ({"dynamic_image_size": False}, 1),
+        ({"dynamic_image_size": None}, 1),
+    ],
+)
+def test_tiles_that_a_chat_folder_leaves_out_are_those_of_its_class(tmp_path, keys, tiles):
+    write_chat_folder(tmp_path / "chat", family="6b", version="v2")
+    config = {**read_json(tmp_path / "chat" / "config.json"), **keys}
+    write_json(tmp_path / "chat" / "config.json", {key: value for key, value in config.items() if value is not None})
+    convert(tmp_path / "chat", tmp_path / "out", "transformers")
+    assert read_json(tmp_path / "out" / "preprocessor_config.json")["max_patches"] == tiles
+
+
+def test_the_statistics_of_another_range_are_written_in_the_usual_one(tmp_path):
+    write_chat_folder(tmp_path / "chat", family="6b", version="v2")
+    stated = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 2.0, 4.0], "rescale_factor": 1 / 127.5}
+    write_json(tmp_path / "chat" / "preprocessor_config.json", stated)
+    convert(tmp_path / "chat", tmp_path / "out", "transformers")
+    written = read_json(tmp_path / "out" / "preprocessor_config.json")
+    assert (written["image_mean"], written["image_std"]) == ([0.0, 0.0, 0.0], [0.5, 1.0, 2.0])
+    assert written["rescale_factor"] == 1 / 255

@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from checkpoint_tools import hf_to_hf, reassemble
-from megatron_r1v2.checkpoint.hf.config import chat_config, image_token_id, layout_of, transformers_config
+from megatron_r1v2.checkpoint.hf.config import (
+    chat_config,
+    image_token_id,
+    layout_of,
+    read_hf_config,
+    transformers_config,
+)
 from megatron_r1v2.checkpoint.hf.folders import read_json
 from megatron_r1v2.checkpoint.hf.weights import fill_whole
 from megatron_r1v2.checkpoint.sources import HfSpec
@@ -20,7 +26,7 @@ from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.resilience.files import write_json
 from tests.checkpoint.chat_reference import SIDE, image_embeddings, write_chat_folder
-from tests.tiny_hf import tiny_hf_language
+from tests.tiny_hf import tiny_hf_language, tiny_hf_model
 
 
 def convert(source: Path, output: Path, layout: str, *more: str) -> None:
@@ -161,3 +167,23 @@ def test_layouts_are_told_apart():
     assert layout_of({"model_type": "internvl_chat"}) == "chat"
     with pytest.raises(ValueError, match="reassemble"):
         layout_of({"model_type": "qwen2"})
+
+
+@pytest.mark.parametrize("said", [None, "true", 1])
+def test_a_tie_that_is_no_truth_value_is_refused(tmp_path, said):
+    tiny_hf_model(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    write_json(path, read_json(path) | {"tie_word_embeddings": said})
+    with pytest.raises(ValueError, match="tie_word_embeddings=.*accepted: true or false"):
+        read_hf_config(tmp_path / "model")
+
+
+def test_matrices_that_are_equal_only_when_they_are_rounded_are_two(tmp_path):
+    """As transformers has it, which compares them in the dtype of the model."""
+    tiny_hf_model(tmp_path / "model", tied=True)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    head, embedding = "language_model.lm_head.weight", tensors["language_model.model.embed_tokens.weight"]
+    for stored, tied in ((embedding.half(), False), (embedding.clone(), True), (embedding.double(), True)):
+        save_file({**tensors, head: stored}, path, {"format": "pt"})
+        assert read_hf_config(tmp_path / "model")[0]["tie_word_embeddings"] is tied

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools import hf_to_hf, hf_to_megatron, inspect, megatron_to_hf, reassemble, verify
+from checkpoint_tools import hf_to_hf, hf_to_megatron, inspect, megatron_to_hf, parts, reassemble, verify
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture, transformers_config
 from megatron_r1v2.checkpoint.hf.folders import read_json
-from megatron_r1v2.checkpoint.hf.refusals import Kind, Unsupported, check_config, check_folder, check_tensor_names
+from megatron_r1v2.checkpoint.hf.refusals import Kind, Unsupported, check_config, check_folder, check_tensors
+from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors
 from megatron_r1v2.checkpoint.sources import HfSpec
 from megatron_r1v2.resilience.files import write_json
 from tests.checkpoint.damage import run
@@ -51,9 +52,24 @@ def test_other_configurations_pass(config):
     ],
 )
 def test_tensors_tell_what_a_configuration_hides(name, told):
-    check_tensor_names(["a.weight", "lora.weight", "qweight"], "here")
+    check_tensors(dict.fromkeys(("a.weight", "lora.weight", "qweight"), torch.bfloat16), "here")
     with pytest.raises(ValueError, match=told):
-        check_tensor_names(["a.weight", name], "here")
+        check_tensors(dict.fromkeys(("a.weight", name), torch.bfloat16), "here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits_are_fp8_whatever_a_configuration_says(made, tmp_path, capsys, dtype):
+    shutil.copytree(made / "hf", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    name = "language_model.model.layers.0.mlp.down_proj.weight"
+    tensors = load_file(path)
+    save_file({**tensors, name: tensors[name].to(dtype)}, path, {"format": "pt"})
+    architecture, layout = read_hf_architecture(tmp_path / "model")
+    told = f"quantized by FP8 \\({re.escape(name)} is torch.float8"
+    with pytest.raises(Unsupported, match=told):
+        check_hf_tensors(tmp_path / "model", architecture, layout)
+    run(verify, tmp_path / "model", code=1)
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_a_name_on_the_hub_gets_the_command_that_downloads_it(tmp_path, monkeypatch):
@@ -64,6 +80,25 @@ def test_a_name_on_the_hub_gets_the_command_that_downloads_it(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"is missing; give the folder"):
         check_folder(tmp_path / "nowhere")
     check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["Skywork/Skywork-R1V2-38B", "https://huggingface.co/Skywork/Skywork-R1V2-38B"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (megatron_to_hf, "--checkpoint", "X", "--output", "out"),
+        (parts, "export", "--checkpoint", "X", "--output", "out"),
+        (parts, "apply", "--parts", "X", "--base", ".", "--output", "out"),
+        (verify, "X"),
+        (hf_to_hf, "--hf", "X", "--output", "out"),
+    ],
+)
+def test_every_place_of_a_folder_tells_how_to_download_it(tmp_path, monkeypatch, capsys, command, missing):
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "config.json", {"model_type": "internvl"})  # all of a base that is read before
+    tool, *arguments = command
+    run(tool, *(missing if argument == "X" else argument for argument in arguments), code=1)
+    assert "`hf download Skywork/Skywork-R1V2-38B --local-dir Skywork-R1V2-38B`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["awq", "lora", "hub", "shards", "scale"])
