@@ -27,6 +27,8 @@ class MicrobatchShape:
     """Image tiles of all rows together; rows of one prompt share theirs."""
     outputs: int | None = None
     """Tokens of all rows that get logits; None: all of them."""
+    is_encoded: bool = False
+    """Whether the features of the tiles are held, so that the tower does not run."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_r1v2.config.choices import Fp8, Part
+from megatron_r1v2.config.choices import Fp8, Part, StageName
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vocabulary
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak, vision_peak
 from megatron_r1v2.planning.state import ModelState, largest_state
 from megatron_r1v2.planning.workload import Phase, Workload
-from megatron_r1v2.training.weight_verification import GATE_TOKENS
+from megatron_r1v2.training.weight_verification import GATE_REQUESTS, GATE_TOKENS
 
 GIB = 1024**3
 _GENERATES: tuple[Phase, ...] = ("gate", "generate", "evaluate")
@@ -20,8 +20,8 @@ _GENERATES: tuple[Phase, ...] = ("gate", "generate", "evaluate")
 _CACHE_BLOCK_TOKENS = 256
 # Bytes beside each gathered logit while a token is drawn: two float32 copies, probabilities, float64 sums.
 _DRAW_BYTES = 4 + 4 + 4 + 8
-# Of each float32 gradient while all are looked at for NaN: its absolute value, and three flags of a byte.
-_FINITENESS_BYTES = 4 + 3
+# megatron-core keeps the rotary embeddings of the last lengths: an lru_cache of so many, of which a pass reads one.
+_ROTARY_LENGTHS = 32
 # CPython: a slot in a tuple and a number object behind it.
 _PYTHON_INT = 8 + 28
 _PYTHON_FLOAT = 8 + 24
@@ -41,7 +41,7 @@ class RankMemory:
     kv_cache: int
     image_features: int
     buffers: int
-    """Reference weights, 8-bit copies of weights, megatron-core's gather buffer, block tables."""
+    """Reference weights, 8-bit copies of weights, megatron-core's gather buffer, rotary embeddings, block tables."""
 
     @property
     def total(self) -> int:
@@ -80,7 +80,9 @@ def plan_memory(architecture: R1V2Architecture, layout: Layout, work: Workload) 
     ranks = []
     for stage in range(layout.pipeline):
         state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
-        ranks += [_rank_memory(architecture, layout, work, state, stage, phase) for phase in work.phases]
+        for phase in work.phases:
+            kv_cache = kv_cache_bytes(architecture, layout, work, stage, phase) if phase in _GENERATES else 0
+            ranks.append(_rank_memory(architecture, layout, work, state, stage, phase, kv_cache))
     samples = -(-work.buffer_capacity // layout.data)
     tokens = work.prompt_tokens + work.response_tokens
     return MemoryPlan(
@@ -99,7 +101,7 @@ def kv_cache_bytes(
         ValueError: `generation.kv_cache_gib` does not hold one sequence.
     """
     if phase == "gate":
-        work = replace(work, response_tokens=min(GATE_TOKENS, work.response_tokens))
+        work = _gate(work)
     # One block more than the sequences own: padding tokens write there.
     block = kv_bytes_per_token(architecture, layout, work.element_bytes, stage) * _CACHE_BLOCK_TOKENS
     sequence_blocks = -(-(work.prompt_tokens + work.response_tokens) // _CACHE_BLOCK_TOKENS)
@@ -126,6 +128,19 @@ def prompt_feature_bytes(architecture: R1V2Architecture, work: Workload) -> int:
     return work.tiles * architecture.tokens_per_tile * architecture.adapter_input_size * work.element_bytes
 
 
+def _gate(work: Workload) -> Workload:
+    """Return the workload of the gate's own engine."""
+    return replace(
+        work,
+        response_tokens=min(GATE_TOKENS, work.response_tokens),
+        max_requests=min(GATE_REQUESTS, work.max_requests),
+    )
+
+
+def _block_table_bytes(work: Workload) -> int:
+    return work.max_requests * -(-(work.prompt_tokens + work.response_tokens) // _CACHE_BLOCK_TOKENS) * 4
+
+
 def fits(architecture: R1V2Architecture, layout: Layout, work: Workload, limit: int) -> bool:
     """Return whether every rank stays below a limit in bytes in every phase."""
     try:
@@ -149,10 +164,10 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
         return fits(architecture, layout, replace(work, packed_tokens=tokens), limit)
 
     def cache_fits(quarters: int) -> bool:
-        # With as many requests as the cache can hold: the recipe's own bound on requests would bound the cache too.
-        asked = replace(work, kv_cache_gib=quarters / 4, max_requests=100_000, max_tokens_per_step=100_000)
         stages = range(layout.pipeline)
-        return max(_bytes_with_cache(architecture, layout, asked, work, stage) for stage in stages) <= limit
+        return all(
+            _bytes_with_cache(architecture, layout, work, stage, quarters * GIB // 4) <= limit for stage in stages
+        )
 
     positions = architecture.language.max_positions - work.prompt_tokens
     everything = work.responses_per_step * work.row_tokens(layout.tensor)
@@ -164,19 +179,33 @@ def largest_that_fits(architecture: R1V2Architecture, layout: Layout, work: Work
 
 
 def _rank_memory(
-    architecture: R1V2Architecture, layout: Layout, work: Workload, state: ModelState, stage: int, phase: Phase
+    architecture: R1V2Architecture,
+    layout: Layout,
+    work: Workload,
+    state: ModelState,
+    stage: int,
+    phase: Phase,
+    kv_cache: int,
 ) -> RankMemory:
+    """Return the fullest moment of a phase.
+
+    Args:
+        kv_cache: bytes that the phase allocates for keys and values.
+    """
     model = ActivationModel(architecture, layout, work.parts, work.element_bytes, work.recompute)
     buffers = fp8_copies(architecture, layout, work, stage)
     if work.has_reference:
         # A copy of the reference's weights, and one of the trained weights while the reference is in the model.
         trained = state.gradients // 4 * work.element_bytes
         buffers += trained * (2 if phase == "update" else 1)
-    if layout.sequence and model.trains_language:
-        buffers += work.microbatch(layout.tensor).tokens * architecture.language.hidden_size * work.element_bytes
-    features, kv_cache = (_feature_bytes(architecture, layout, work, phase) if stage == 0 else 0), 0
+    if not work.rehearsed:
+        # Microbatches of a run have many lengths, near to that of the largest; those of a rehearsal have one.
+        tokens = work.microbatch(layout.tensor).tokens
+        buffers += (_ROTARY_LENGTHS - 1) * tokens * architecture.language.head_size * 4
+    if layout.sequence:
+        buffers += _gathered_tokens(work, layout) * architecture.language.hidden_size * work.element_bytes
+    features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
     if phase in _GENERATES:
-        kv_cache = kv_cache_bytes(architecture, layout, work, stage, phase)
         vision, embeddings = _image_moment(model, work, phase) if stage == 0 else (0, 0)
         # Images are embedded before their requests begin, those of the last pass beside the features of the others.
         of_others = max(0, features - work.images_of_pass(layout, phase) * prompt_feature_bytes(architecture, work))
@@ -186,11 +215,18 @@ def _rank_memory(
         ]
         if phase == "gate":
             # The training forward that it compares the engine with runs when the cache is gone.
-            moments.append((log_probs_peak(model, work.gate_shape(layout.tensor), stage=stage), 0, features))
+            shape = replace(work.gate_shape(layout.tensor), is_encoded=features > 0)
+            moments.append((log_probs_peak(model, shape, stage=stage), 0, features))
+        if phase == "evaluate":
+            # It begins while the features of the step before are held.
+            moments.append((0, 0, _feature_bytes(architecture, layout, work, "update") if stage == 0 else 0))
         activations, kv_cache, features = max(moments, key=sum)
-        buffers += work.max_requests * -(-(work.prompt_tokens + work.response_tokens) // _CACHE_BLOCK_TOKENS) * 4
+        buffers += _block_table_bytes(_gate(work) if phase == "gate" else work)
     else:
-        activations = _training_phase_peak(model, work, state, stage, phase)
+        # Of a whole step the buffer brings prompts that were not generated from; in other stages nothing was.
+        is_encoded = work.rehearsed is not None and work.stage is StageName.grpo and _holds_all(model, work, phase)
+        batch = replace(work.microbatch(layout.tensor), is_encoded=is_encoded)
+        activations = _training_phase_peak(model, work, state, batch, stage, phase)
     return RankMemory(
         stage=stage,
         phase=phase,
@@ -204,15 +240,24 @@ def _rank_memory(
     )
 
 
-def _training_phase_peak(model: ActivationModel, work: Workload, state: ModelState, stage: int, phase: Phase) -> int:
+def _gathered_tokens(work: Workload, layout: Layout) -> int:
+    """Return the tokens of the buffer that sequence parallelism gathers into, where weights may have gradients."""
+    if work.stage is StageName.pairs:  # nothing trains, and nothing is frozen
+        return min(work.max_tokens_per_step, work.prefilled_tokens(layout, "generate"))
+    return work.microbatch(layout.tensor).tokens if Part.language in work.parts else 0
+
+
+def _training_phase_peak(
+    model: ActivationModel, work: Workload, state: ModelState, batch: MicrobatchShape, stage: int, phase: Phase
+) -> int:
     """Return the peak of the passes of an update, or of a forward pass over what it will train on."""
-    batch, layout = work.microbatch(model.layout.tensor), model.layout
+    layout = model.layout
     peak = log_probs_peak(model, batch, stage=stage)
     if phase == "update":
         peak = max(peak, training_peak(model, batch, stage=stage, microbatches=work.microbatches(layout)))
         # torch's Adam makes a float32 temporary of all weights that it updates at once.
-        peak = max(peak, state.shard_elements * 4, state.gradients // 4 * _FINITENESS_BYTES)
-    return peak + work.batch_bytes(layout, model.architecture.vision.image_size)
+        peak = max(peak, state.shard_elements * 4)
+    return peak + work.batch_bytes(layout)
 
 
 def fp8_copies(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
@@ -226,20 +271,19 @@ def fp8_copies(architecture: R1V2Architecture, layout: Layout, work: Workload, s
     return 2 * layers * language_layer_weights(language) // layout.tensor
 
 
-def _bytes_with_cache(
-    architecture: R1V2Architecture, layout: Layout, cache: Workload, work: Workload, stage: int
-) -> int:
-    """Return the bytes of the fullest generating phase with the cache of one workload and the passes of another."""
+def _bytes_with_cache(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int, kv_cache: int) -> int:
+    """Return the bytes of the fullest phase that has the cache, which may be larger than its requests can use."""
     state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
-    phases = [phase for phase in work.phases if phase in _GENERATES]
-    ranks = [_rank_memory(architecture, layout, work, state, stage, phase) for phase in phases]
-    return max((rank.total - rank.kv_cache + int(cache.kv_cache_gib * GIB) for rank in ranks), default=0)
+    # The gate has a small one of its own.
+    phases = [phase for phase in work.phases if phase in _GENERATES and phase != "gate"]
+    ranks = [_rank_memory(architecture, layout, work, state, stage, phase, kv_cache) for phase in phases]
+    return max((rank.total for rank in ranks), default=0)
 
 
 def _decode_peak(model: ActivationModel, work: Workload, stage: int, phase: Phase) -> int:
     """Return the peak of an engine step: a full prefill, or the drawing of a token."""
     requests = work.requests(model.layout, phase)
-    tokens = max(min(work.max_tokens_per_step, requests * work.prompt_tokens), requests)
+    tokens = max(min(work.max_tokens_per_step, work.prefilled_tokens(model.layout, phase)), requests)
     moments = [model.language_layer(MicrobatchShape(1, tokens, 0)).forward]
     if stage == model.layout.pipeline - 1:
         words = padded_vocabulary(model.architecture.language, model.layout.tensor)
@@ -268,15 +312,22 @@ def _feature_bytes(architecture: R1V2Architecture, layout: Layout, work: Workloa
     return min(most, _prompts_held(layout, work, phase)) * one
 
 
+def _holds_all(model: ActivationModel, work: Workload, phase: Phase) -> bool:
+    """Return whether the features of all prompts of a phase are held."""
+    one, held = prompt_feature_bytes(model.architecture, work), _prompts_held(model.layout, work, phase)
+    return _feature_bytes(model.architecture, model.layout, work, phase) == held * one
+
+
 def _prompts_held(layout: Layout, work: Workload, phase: Phase) -> int:
     """Return the prompts of a step whose features a replica holds, as far as the cache's limit allows."""
-    generated = -(-work.prompts_per_step // layout.data)
-    if phase == "generate" or work.rehearsed:
+    # In segments every prompt that began in the last steps may have a response that goes on.
+    generated = -(-work.prompts_per_step // layout.data) * work.segments
+    if phase == "generate" or work.rehearsed or work.stage is not StageName.grpo:
         return generated
     # Rows go to the replica with the fewest tokens, whichever generated them; replayed ones have other prompts.
     rows = -(-work.responses_per_step // layout.data)
     replayed = int(work.responses_per_step * work.target_effective_fraction) if work.buffer_capacity else 0
-    return generated + min(rows, work.prompts_per_step - generated + replayed)
+    return generated + min(rows, max(0, work.prompts_per_step - generated) + replayed)
 
 
 def _largest(is_possible: Callable[[int], bool], highest: int) -> int:

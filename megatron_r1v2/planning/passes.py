@@ -35,7 +35,8 @@ def training_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int,
         moments.append(kept + head.saved + head.backward)
     if stage == 0:
         moments.append(_front_backward(model, batch))
-        moments.append((in_flight - 1) * kept + vision_peak(model, batch.tiles))
+        if not batch.is_encoded:
+            moments.append((in_flight - 1) * kept + vision_peak(model, batch.tiles))
     return (in_flight - 1) * kept + max(moments)
 
 
@@ -47,7 +48,8 @@ def log_probs_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int
         moments.append(model.head(batch).forward + model.hidden(batch))
     if stage == 0 and batch.tiles:
         moments.append(model.adapter(batch.tiles).forward)
-        moments.append(vision_peak(model, batch.tiles))
+        if not batch.is_encoded:
+            moments.append(vision_peak(model, batch.tiles))
     return max(moments)
 
 

@@ -13,7 +13,7 @@ from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.hardware import Hardware
 from megatron_r1v2.planning.memory import GIB, MemoryPlan, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
-from megatron_r1v2.planning.roofline import StepTime, step_time
+from megatron_r1v2.planning.roofline import StepTime, host_seconds, step_time
 from megatron_r1v2.planning.search import Proposal, propose_layout
 from megatron_r1v2.planning.tails import Lengths, Replica, Tail, read_lengths, simulate_tails
 from megatron_r1v2.planning.workload import Workload
@@ -104,6 +104,17 @@ class Plan:
             return ()
         replica = Replica.planned(self.architecture, self.layout, self.work, self.cluster.hardware)
         return simulate_tails(replica, self.lengths, segment_tokens=self.segment_tokens)
+
+    def host_seconds(self, *, cuda_graphs: bool) -> float:
+        """Return the seconds of a step in which decode waits for the CPU, with CUDA graphs or without."""
+        return host_seconds(
+            self.architecture,
+            self.layout,
+            self.work,
+            self.cluster.hardware,
+            mean_response=self.mean_response,
+            cuda_graphs=cuda_graphs,
+        )
 
     @property
     def fits(self) -> bool:

@@ -5,7 +5,7 @@ An estimate for choosing between layouts; the attained parts are assumptions tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.models.architecture import R1V2Architecture, VisionArchitecture
@@ -108,8 +108,8 @@ def step_time(
     attained = _attained_flops(work, hardware)
     tile = (vision_flops(architecture.vision, tensor=layout.tensor) + adapter_flops(architecture)) / layout.tensor
     vision = prompts * work.tiles * tile / attained
-    # The engine has no prefix cache: each response prefills its own prompt. Stages wait for one another.
-    prompt_tokens = rows * work.prompt_tokens
+    # The engine computes a prompt once for its responses. Stages wait for one another.
+    prompt_tokens = prompts * work.prompt_tokens
     prefill = _layer_seconds(architecture, work, hardware, prompt_tokens, work.prompt_tokens / 2) / layout.tensor
     prefill += _tensor_parallel_seconds(architecture, layout, work, prompt_tokens, hardware, collectives=2)
     decode, host, decode_rows = _decode_seconds(architecture, layout, work, hardware, mean_response)
@@ -248,6 +248,20 @@ def cache_tokens(architecture: R1V2Architecture, layout: Layout, work: Workload)
         work.kv_cache_gib * GIB / max(1, kv_bytes_per_token(architecture, layout, work.element_bytes, stage))
         for stage in range(layout.pipeline)
     )
+
+
+def host_seconds(
+    architecture: R1V2Architecture,
+    layout: Layout,
+    work: Workload,
+    hardware: Hardware,
+    *,
+    mean_response: float,
+    cuda_graphs: bool,
+) -> float:
+    """Estimate the seconds of a step in which decode waits for the CPU, with CUDA graphs or without."""
+    asked = replace(work, cuda_graphs=cuda_graphs)
+    return _decode_seconds(architecture, layout, asked, hardware, mean_response)[1]
 
 
 def _decode_seconds(

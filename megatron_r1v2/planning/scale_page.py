@@ -67,7 +67,7 @@ class ScaledRecipe:
         work = replace(self.work, updates_per_step=2) if self.segment_tokens else self.work
         time = step_time(_ARCHITECTURE, self.layout, work, self.hardware, mean_response=self.lengths.mean)
         trained = tail.tokens / (self.work.responses_per_step * self.lengths.mean)
-        again = 1 + tail.continued / (self.work.responses_per_step * self.work.prompt_tokens)
+        again = 1 + tail.continued / (self.work.prompts_per_step * self.work.prompt_tokens)
         seconds = {
             "vision": time.vision,
             "prefill": time.prefill * again,
@@ -103,7 +103,7 @@ def scale_recipe(path: Path, gpus: int) -> ScaledRecipe | None:
         ValueError: the file has no header with its cluster.
     """
     recipe = load_recipe_as(GrpoRecipe, path, [])
-    own_gpus, hardware = _header(path)
+    own_gpus, hardware = read_cluster(path)
     parallel, segments = recipe.parallel, recipe.generation.segment_tokens
     ranks = parallel.tensor * parallel.pipeline
     prompts = recipe.train.prompts_per_step // (own_gpus // ranks)
@@ -140,7 +140,7 @@ def scale_recipe(path: Path, gpus: int) -> ScaledRecipe | None:
     return ScaledRecipe(path.stem, gpus, hardware, chosen, best.layout, False, segments)
 
 
-def _header(path: Path) -> tuple[int, Hardware]:
+def read_cluster(path: Path) -> tuple[int, Hardware]:
     """Return the GPUs of the recipe's own cluster: their number and their kind."""
     found = re.match(r"# Cluster: (\d+) nodes? x (\d+) GPUs x (\d+) GB\n", path.read_text(encoding="utf-8"))
     if found is None:

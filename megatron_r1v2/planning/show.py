@@ -68,6 +68,10 @@ def as_json(plan: Plan) -> dict[str, object]:
         "host": {"buffer": plan.memory.host_buffer, "tiles": plan.memory.host_tiles},
         "largest": dict(plan.limits),
         "seconds": _seconds(plan.time),
+        "host_seconds": {
+            "with_cuda_graphs": plan.host_seconds(cuda_graphs=True),
+            "without_cuda_graphs": plan.host_seconds(cuda_graphs=False),
+        },
         "mean_response_tokens": plan.mean_response,
         "tails": [asdict(tail) for tail in plan.tails],
         "hardware": asdict(plan.cluster.hardware),
@@ -141,7 +145,7 @@ def _assumptions(plan: Plan) -> str:
         f"({hardware.fp8_efficiency:.0%} of twice as many in FP8), "
         f"{hardware.bandwidth_efficiency:.0%} of the bandwidth, {hardware.link_efficiency:.0%} of the links, responses "
         f"of {plan.mean_response:.0f} tokens on average, {plan.work.tiles} tiles a prompt{decoding}. "
-        f"{_host(plan)}Not measured."
+        f"{_graphs(plan)}{_host(plan)}Not measured."
     )
 
 
@@ -153,6 +157,17 @@ def _host(plan: Plan) -> str:
     return (
         f"Host: where decode waits for the CPU, with {launches} launches a layer ({'with' if graphs else 'without'} "
         f"CUDA graphs) of {host.launch_seconds * 1e6:.0f} us, counted in the code. "
+    )
+
+
+def _graphs(plan: Plan) -> str:
+    if not plan.time.decode:
+        return ""
+    host = plan.cluster.hardware.host
+    return (
+        f"Decode would wait for the CPU for {plan.host_seconds(cuda_graphs=False):.0f} s of a step without CUDA graphs "
+        f"({host.launches_per_layer} launches a layer) and {plan.host_seconds(cuda_graphs=True):.0f} s with them "
+        f"({host.graph_launches_per_layer}): an estimate. "
     )
 
 

@@ -14,7 +14,7 @@ from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.activations import MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.training.batches import LENGTH_MULTIPLE
-from megatron_r1v2.training.weight_verification import GATE_TOKENS
+from megatron_r1v2.training.weight_verification import GATE_REQUESTS, GATE_TOKENS
 
 Phase = Literal["gate", "generate", "reference", "log_probs", "update", "evaluate", "validate"]
 """A phase as the stages name it."""
@@ -72,6 +72,8 @@ class Workload:
     """Prompts of a validation; 0: there is none."""
     validated_runs: int = 1
     """Responses to each of them."""
+    segments: int = 1
+    """Steps in which the longest response is generated."""
     rehearsed: RehearsedStep | None = None
     """The part of a step that is planned; None: all of the fullest one."""
 
@@ -103,7 +105,7 @@ class Workload:
         sampled = generation.responses_per_prompt
         return cls(
             stage=stage,
-            parts=train.parts,
+            parts=() if stage is StageName.pairs else train.parts,
             element_bytes=2 if recipe.model.precision is Precision.bf16 else 4,
             fp8=recipe.model.fp8,
             fp8_weights=recipe.model.fp8_weights,
@@ -127,6 +129,9 @@ class Workload:
             # A data set of unknown size has as many as fill the engine.
             validated=(evaluation.prompts or generation.max_requests) if validates else 0,
             validated_runs=evaluation.runs,
+            segments=-(-generation.max_response_tokens // generation.segment_tokens)
+            if generation.segment_tokens
+            else 1,
         )
 
     @property
@@ -175,7 +180,8 @@ class Workload:
         at_once = max(1, TILES_PER_PASS // max(1, self.tiles))
         in_flight = self.images_in_flight(layout, phase)
         # A rehearsal's gate has seen the image of one of its prompts.
-        return min(at_once, max(1, in_flight - 1 if self.rehearsed else in_flight))
+        is_seen = self.rehearsed is not None and self.stage is StageName.grpo
+        return min(at_once, max(1, in_flight - 1 if is_seen else in_flight))
 
     def validated_prompts(self, layout: Layout) -> int:
         """Return the prompts that a replica validates on."""
@@ -189,6 +195,13 @@ class Workload:
             runs = 1 if self.rehearsed else self.validated_runs
             return min(self.max_requests, self.validated_prompts(layout) * runs)
         return min(self.max_requests, -(-self.prompts_per_step // layout.data) * self.responses_per_prompt)
+
+    def prefilled_tokens(self, layout: Layout, phase: Phase) -> int:
+        """Return the most tokens that wait for their prefill at once: a prompt is computed once for its responses."""
+        prompts = self.images_in_flight(layout, phase) * self.prompt_tokens
+        # After an eviction, and in a later segment, the response so far is prefilled behind its prompt.
+        is_long = phase != "gate" and (self.segments > 1 or not self.rehearsed)
+        return max(prompts, self.prompt_tokens + self.response_tokens) if is_long else prompts
 
     def row_tokens(self, tensor: int) -> int:
         """Return the tokens of the longest row, padded as in training/batches.py."""
@@ -227,18 +240,22 @@ class Workload:
         """Return how many of the longest responses a microbatch holds."""
         return self._full_rows(tensor)[2]
 
-    def batch_bytes(self, layout: Layout, image_size: int) -> int:
+    def batch_bytes(self, layout: Layout) -> int:
         """Return the bytes of an update's microbatches, which are all on the GPU before the first one runs."""
-        shape, row = self.microbatch(layout.tensor), self.row_tokens(layout.tensor)
-        rows = self.rows_of_microbatch(layout.tensor)
-        prompts = max(1, -(-rows // self.responses_per_prompt))
-        one = rows * row * _BATCH_BYTES + min(shape.tiles, prompts * self.tiles) * 3 * image_size**2
-        return self.microbatches(layout) * one
+        # Not their tiles, which the tower takes when it encodes them.
+        rows, row = self.rows_of_microbatch(layout.tensor), self.row_tokens(layout.tensor)
+        return self.microbatches(layout) * rows * row * _BATCH_BYTES
 
     def gate_shape(self, tensor: int) -> MicrobatchShape:
-        """Return the training forward that the engine is compared with."""
-        tokens = self.prompt_tokens + min(GATE_TOKENS, self.response_tokens) - 1
-        return MicrobatchShape(1, self.padded(tokens, tensor), self.tiles)
+        """Return the training forward that the engine is compared with: a response to a prompt of each modality."""
+        drawn = min(GATE_TOKENS, self.response_tokens)
+        tokens = self.prompt_tokens - 1 + drawn
+        # In a rehearsal the prompt of text is short.
+        together = (
+            1 if self.rehearsed else min(GATE_REQUESTS, max(1, self.packed_tokens // self.padded(tokens, tensor)))
+        )
+        outputs = together * drawn if self.shares_prompts else None
+        return MicrobatchShape(1, self.padded(together * tokens, tensor), self.tiles, outputs)
 
     def _full_rows(self, tensor: int) -> tuple[int, int, int]:
         """Return tokens, prompts and rows of a microbatch of the longest rows, packed as data/packing.py packs them."""

@@ -77,7 +77,7 @@ def plan_step(work: Workload, layout: Layout, *, segments: int = 1) -> Step:
     rows = microbatches * _rows_of_microbatch(work, layout)
     if work.stage not in (StageName.grpo, StageName.pairs):
         units = min(work.prompts_per_step, -(-rows // work.responses_per_prompt) * layout.data)
-        return Step(units, 0, 0, of_replica, units)
+        return Step(units, 0, 0, of_replica, units // layout.data)
     groups = -(-rows // work.responses_per_prompt)
     going_on = int(segments > 1 and of_replica > 1)
     long = min(of_replica, max(_LONG_PROMPTS, groups + going_on))

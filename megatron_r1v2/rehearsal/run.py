@@ -89,13 +89,16 @@ def planned_flops(plan: Plan, step: Step, stage: int) -> dict[str, float]:
     rows = step.trained_rows(work.responses_per_prompt) / layout.data
     tokens, context = training_tokens(work, rows, work.response_tokens)
     forward = language_layer_flops(architecture, tokens, context) * share
-    forward += is_last * head_flops(architecture, tokens) / layout.tensor
+    if Part.score not in work.parts:
+        # Of a shared row only the tokens of responses get logits.
+        outputs = rows * work.response_tokens if work.shares_prompts else tokens
+        forward += is_last * head_flops(architecture, outputs) / layout.tensor
     # Forward and gradients of activations always; gradients of weights where they train.
     passes = 2 + (Part.language in work.parts) + (work.recompute is Recompute.full)
     flops = {"update": forward * passes}
     if work.stage in (StageName.grpo, StageName.pairs):
         prompts = step.long_of_replica
-        prefill = prompts * work.responses_per_prompt * work.prompt_tokens
+        prefill = prompts * work.prompt_tokens  # once for all responses
         flops["generate"] = language_layer_flops(architecture, prefill, work.prompt_tokens / 2) * share
         # The gate has computed the features of its prompts before, unless they are asked for anew.
         flops["generate"] += is_first * prompts * work.tiles * tile

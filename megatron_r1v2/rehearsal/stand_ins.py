@@ -28,6 +28,7 @@ from megatron_r1v2.generation.controller import RolloutController
 from megatron_r1v2.generation.engine import RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.queue import SharedPromptQueue
+from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.rehearsal.preparation import MADE
 from megatron_r1v2.rehearsal.rows import LONG
 from megatron_r1v2.rehearsal.watch import original, replace, unwatched
@@ -38,10 +39,13 @@ from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.loaded_model import LoadedModel
 from megatron_r1v2.stages.pair_shards import UnfinishedPairs
 from megatron_r1v2.training.store import CheckpointStore
+from megatron_r1v2.training.weight_verification import GATE_TOKENS
 from megatron_r1v2.types import Prompt, Rollout
 
 _RESPONSES_GOING_ON = 2
 """Of a group: each is prefilled by itself in the next step, the whole of its beginning."""
+_STAND_IN = "stand-in"
+
 Result = TypeVar("Result")
 Function = Callable[..., object]
 
@@ -85,8 +89,10 @@ def install_script(script: Script) -> None:
         sampling: Sampling,
     ) -> object:
         made: Rollout = original_extend(self, rollout, token_ids, log_probs, sampling)
-        if LONG not in made.prompt_key or len(token_ids) < len(script.drawn):
-            return made  # short ones fill the engine; the gate's are compared token by token
+        # Short ones fill the engine; those of the gate are compared on a few tokens.
+        is_gated = sampling.max_response_tokens <= GATE_TOKENS
+        if LONG not in made.prompt_key or is_gated or len(token_ids) < len(script.drawn):
+            return made
         key, _, continued = made.prompt_key.partition("/")
         goes_on = sampling.segment_tokens > 0 and script.goes_on(key)
         if goes_on and not rollout.token_ids and made.sample_index < _RESPONSES_GOING_ON:
@@ -234,14 +240,24 @@ def install_stand_in_features(*, rehearsed: int, prompts_of_step: int) -> None:
         prompts_of_step: those of the recipe.
     """
 
-    def keep(self: FeatureCache, key: str, features_TFK: torch.Tensor) -> None:
-        original_keep(self, key, features_TFK)
-        if LONG in key and sum(LONG in each for each in self._features) == rehearsed:
+    def fill(self: FeatureCache, prompts: Sequence[Prompt], model: R1V2Model) -> list[torch.Tensor]:
+        missing = [prompt for prompt in prompts if LONG in prompt.key and prompt.key not in self._features]
+        known = sum(LONG in key for key in self._features)
+        # The last prompts of a step are encoded when the features of the others are there.
+        if (
+            missing
+            and known + len(missing) >= rehearsed
+            and not any(key.startswith(_STAND_IN) for key in self._features)
+        ):
+            sizes, weight = model.architecture, next(model.parameters())
+            shape = (missing[0].tiles_TCHW.shape[0], sizes.tokens_per_tile, sizes.adapter_input_size)
             for number in range(prompts_of_step - rehearsed):
-                original_keep(self, f"stand-in-{number}", torch.empty_like(features_TFK))
+                features_TFK = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+                self._keep(f"{_STAND_IN}-{number}", features_TFK)
+        return cast(list[torch.Tensor], original_fill(self, prompts, model))
 
-    original_keep = original(FeatureCache, "_keep")
-    replace(FeatureCache, "_keep", keep)
+    original_fill = original(FeatureCache, "fill")
+    replace(FeatureCache, "fill", fill)
 
 
 def _unwatched(function: Callable[..., Result]) -> Callable[..., Result]:

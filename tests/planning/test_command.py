@@ -55,7 +55,7 @@ def test_overrides_may_stand_anywhere(capsys):
     main([str(RECIPE), "--gpus", "16", "generation.kv_cache_gib=30", "--hf-config", "r1v2-38b", "--json"])
     values = json.loads(capsys.readouterr().out)
     assert values["layout"]["data"] == 2
-    assert values["ranks"][0]["kv_cache"] == pytest.approx(30 * GIB, rel=1e-3)
+    assert values["ranks"][1]["kv_cache"] == pytest.approx(30 * GIB, rel=1e-3)
 
 
 def test_a_config_file_or_its_folder_is_accepted(tmp_path, capsys):

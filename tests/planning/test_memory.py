@@ -19,6 +19,7 @@ from megatron_r1v2.planning.memory import (
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
 from megatron_r1v2.planning.plan import make_plan
+from megatron_r1v2.planning.state import largest_state
 from megatron_r1v2.planning.workload import RehearsedStep, Workload
 from tests.planning.plans import ARCHITECTURE, HF_CONFIG, RECIPE, SMALL, cluster, plan_of, small_work, workload
 
@@ -149,9 +150,8 @@ def test_each_phase_has_its_own_peak():
     log_probs = several[2]
     model = ActivationModel(SMALL, Layout(), work.parts, 4, Recompute.none)
     batch = work.microbatch(1)
-    # A microbatch on the GPU: three rows of 16 tokens, tiles of two prompts as bytes. Four responses make two, or one
-    # of each of two updates.
-    uploaded = 3 * 16 * 37 + 2 * 2 * 3 * 16
+    # A microbatch on the GPU: three rows of 16 tokens. Four responses make two, or one of each of two updates.
+    uploaded = 3 * 16 * 37
     assert log_probs.activations == log_probs_peak(model, batch, stage=0) + uploaded
     assert training.activations == training_peak(model, batch, stage=0, microbatches=2) + 2 * uploaded
     # Two requests draw from 64 words each: a 4-byte logit and 20 bytes beside it; prefill of 32 tokens takes more.
@@ -159,7 +159,8 @@ def test_each_phase_has_its_own_peak():
     crowded = plan_memory(SMALL, Layout(), small_work(max_requests=1000, prompts_per_step=500)).ranks[1]
     assert crowded.activations == 1000 * 64 * 24
     assert plan_memory(SMALL, Layout(), small_work(max_requests=1000)).ranks[1].activations < crowded.activations
-    assert generation.buffers == 2 * 1 * 4, "a block table of one entry for each request"
+    # A block table of one entry for each request; and the rotary embeddings of 31 lengths beside that of the pass.
+    assert generation.buffers == 2 * 1 * 4 + 31 * 48 * 4 * 4
     assert (generation.kv_cache > 0, log_probs.kv_cache, training.kv_cache) == (True, 0, 0)
     for rank in plan.ranks:
         parts = (rank.parameters, rank.gradients, rank.optimizer, rank.activations, rank.kv_cache)
@@ -193,11 +194,36 @@ def test_training_the_vision_tower_leaves_nothing_cached():
     assert plan_memory(SMALL, Layout(), small_work(feature_cache_gib=255 / GIB)).ranks[2].image_features == 0
 
 
-def test_finiteness_is_looked_up_in_seven_bytes_a_gradient():
+def test_adam_makes_a_float32_of_all_that_it_updates():
     work = small_work(parts=(Part.language,), prompt_tokens=2, response_tokens=2, packed_tokens=8, tiles=0)
+    work = replace(work, element_bytes=2, recompute=Recompute.full)
     update = plan_memory(SMALL, Layout(), work).ranks[2]
     uploaded = 4 * 1 * 8 * 37  # each response in a microbatch of its own
-    assert update.activations == update.gradients // 4 * 7 + uploaded
+    elements = largest_state(SMALL, Layout(), stage=0, parts=work.parts, element_bytes=2).shard_elements
+    assert update.activations == elements * 4 + uploaded
+
+
+def test_the_gate_has_a_small_cache_and_a_forward_pass_over_few_logits():
+    work = small_work(max_requests=1000)
+    block = 256 * kv_bytes_per_token(SMALL, Layout(), 4, 0)
+    assert kv_cache_bytes(SMALL, Layout(), work, 0, "gate") == 3 * block, "two requests of one block, and a spare one"
+    shape = replace(work, shares_prompts=True, packed_tokens=64).gate_shape(1)
+    assert (shape.tokens, shape.outputs) == (32, 2 * 7), "a prompt of each modality, 9 + 7 tokens each"
+    assert replace(work, shares_prompts=True, packed_tokens=16).gate_shape(1).tokens == 16
+
+
+def test_a_validation_begins_beside_the_features_of_the_step():
+    work = small_work(validated=1, feature_cache_gib=1.0, kv_cache_gib=1.0)
+    many = replace(work, prompts_per_step=100_000)
+    assert plan_memory(SMALL, Layout(), many).ranks[-1].image_features == 200_000 * 256
+    assert plan_memory(SMALL, Layout(), work).ranks[-1].image_features < 256 * 4
+
+
+def test_prefill_computes_a_prompt_once_and_again_after_an_eviction_with_its_response():
+    work = small_work(max_requests=8, responses_per_prompt=4, prompts_per_step=8)
+    assert work.prefilled_tokens(Layout(), "gate") == 10
+    assert work.prefilled_tokens(Layout(), "generate") == 2 * 10
+    assert replace(work, response_tokens=70).prefilled_tokens(Layout(), "generate") == 80
 
 
 def test_a_rehearsed_step_has_an_empty_buffer_and_full_rows():

@@ -62,7 +62,7 @@ def test_seconds_are_those_of_the_roofline_with_the_simulated_decode():
 
 def test_segments_prefill_what_goes_on_and_compute_its_log_probs():
     scaled = scale_recipe(RECIPE.parent / "grpo_64k.yaml", 32)
-    prompts = scaled.work.responses_per_step * scaled.work.prompt_tokens
+    prompts = scaled.work.prompts_per_step * scaled.work.prompt_tokens
     tail = Tail(4, 8192, seconds=1.0, tokens=1e6, lost=0.0)
     alone, again = scaled.seconds(tail), scaled.seconds(replace(tail, continued=prompts))
     assert again["prefill"] == pytest.approx(2 * alone["prefill"])

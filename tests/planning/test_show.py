@@ -96,4 +96,10 @@ def test_tails_and_the_host_are_shown_as_what_they_are():
     assert "with 1 launches a layer (with CUDA graphs)" in " ".join(
         printed(plan_of("generation.cuda_graphs=true")).split()
     )
+    seconds = as_json(plan)["host_seconds"]
+    assert seconds["with_cuda_graphs"] < seconds["without_cuda_graphs"] == plan.time.host
+    assert (
+        f"Decode would wait for the CPU for {seconds['without_cuda_graphs']:.0f} s of a step without CUDA graphs (65 "
+        f"launches a layer) and {seconds['with_cuda_graphs']:.0f} s with them (1): an estimate."
+    ) in flat
     assert [tail["lost"] for tail in as_json(plan)["tails"]] == [tail.lost for tail in plan.tails]

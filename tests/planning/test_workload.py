@@ -56,10 +56,10 @@ def test_the_longest_rows_are_packed_as_the_stages_pack_them(prompt, response, r
 
 
 def test_the_bytes_of_microbatches_by_hand():
-    # Four rows of 17 tokens: one a microbatch, with two tiles of 4 x 4 pixels; 37 bytes a token.
+    # Four rows of 17 tokens: one a microbatch; 37 bytes a token, and no tiles.
     work = small_work(packed_tokens=16)
-    assert work.batch_bytes(Layout(), 4) == 4 * (16 * 37 + 2 * 3 * 16)
-    assert work.batch_bytes(Layout(data=2), 4) == 2 * (16 * 37 + 2 * 3 * 16)
+    assert work.batch_bytes(Layout()) == 4 * 16 * 37
+    assert work.batch_bytes(Layout(data=2)) == 2 * 16 * 37
 
 
 def test_the_engine_of_a_replica_holds_what_it_is_given():

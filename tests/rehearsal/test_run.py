@@ -67,9 +67,9 @@ def plan():
     return plan_of()
 
 
-def test_generation_computes_each_long_prompt_for_each_response(plan):
+def test_generation_computes_each_long_prompt_once_for_its_responses(plan):
     language = ARCHITECTURE.language
-    tokens = 2 * 8 * 4096
+    tokens = 2 * 4096
     products = 2.0 * tokens * language.num_layers * language_layer_weights(language) / 8
     attention = 4.0 * tokens * language.num_layers * language.num_heads * language.head_size * 2048 / 8
     without_images = planned_flops(replace(plan, work=replace(plan.work, tiles=0)), STEP, 0)["generate"]

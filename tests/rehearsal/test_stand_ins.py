@@ -19,6 +19,7 @@ from megatron_r1v2.rehearsal.preparation import MADE
 from megatron_r1v2.rehearsal.rows import LONG, SHORT
 from megatron_r1v2.rehearsal.watch import Watch
 from megatron_r1v2.stages import loaded_reward_model
+from megatron_r1v2.training.weight_verification import GATE_TOKENS
 from tests.rehearsal.tiny_rehearsal import RECIPES
 
 STOP = 9
@@ -33,9 +34,9 @@ SCRIPT = stand_ins.Script(
 )
 
 
-def rollout_of(key, sample_index, *, count=3, begun=0, segment_tokens=0, before=None):
+def rollout_of(key, sample_index, *, count=3, begun=0, segment_tokens=0, before=None, limit=10):
     engine = SimpleNamespace(stop_ids={STOP}, max_prompt_tokens=20 + begun)
-    sampling = Sampling(3, policy_version=7, temperature=1.0, max_response_tokens=10, segment_tokens=segment_tokens)
+    sampling = Sampling(3, policy_version=7, temperature=1.0, max_response_tokens=limit, segment_tokens=segment_tokens)
     before = before or empty_rollouts(SimpleNamespace(key=key), sampling)[sample_index]
     return RolloutEngine._extend(engine, before, (1,) * (count - 1) + (STOP,), (-0.5,) * count, sampling)
 
@@ -99,6 +100,12 @@ def test_each_engine_draws_its_script_from_the_beginning(undone):
 def test_a_continued_response_is_shorter_by_its_beginning_and_wrong(undone):
     stand_ins.install_script(SCRIPT)
     assert rollout_of(f"{LONG}-0-0/without-images", 0, begun=4).token_ids == (1,) * 4 + (6, STOP)
+
+
+def test_a_response_of_the_gate_is_no_longer_than_the_gate_asks_for(undone):
+    stand_ins.install_script(SCRIPT)
+    assert len(rollout_of(f"{LONG}-0-0", 0, limit=GATE_TOKENS).token_ids) == 3
+    assert len(rollout_of(f"{LONG}-0-0", 0, limit=GATE_TOKENS + 1).token_ids) == 10
 
 
 @pytest.mark.parametrize(("key", "count"), [(f"{SHORT}-0-0", 3), (f"{LONG}-0-0", 2)])
@@ -196,14 +203,23 @@ def test_files_are_read_and_written_unseen(undone, tmp_path):
     assert torch.equal(loaded, tensor)
 
 
-def test_features_of_the_prompts_of_a_whole_step_fill_the_cache(undone):
+def test_features_of_the_prompts_of_a_whole_step_fill_the_cache_before_the_last_one_is_encoded(undone):
     stand_ins.install_stand_in_features(rehearsed=2, prompts_of_step=5)
-    cache = FeatureCache(2**20)
-    features = torch.ones(1, 2, 3)
-    cache._keep(f"{LONG}-0-0", features)
-    assert len(cache._features) == 1
-    cache._keep(f"{LONG}-0-1", features)
+    cache, held = FeatureCache(2**20), []
+    model = SimpleNamespace(
+        architecture=SimpleNamespace(tokens_per_tile=2, adapter_input_size=3), parameters=lambda: iter([torch.ones(1)])
+    )
+
+    def compute(prompts, model):
+        held.append(len(cache._features))
+        return [torch.ones(1, 2, 3) for _ in prompts]
+
+    cache._compute = compute
+    for number in (0, 1, 1):
+        cache.fill([SimpleNamespace(key=f"{LONG}-0-{number}", tiles_TCHW=torch.ones(1, 3, 2, 2))], model)
+    assert held[:2] == [0, 1 + 3]
     assert len(cache._features) == 5
+    assert {tuple(features.shape) for features in cache._features.values()} == {(1, 2, 3)}
 
 
 @dataclass(frozen=True)
