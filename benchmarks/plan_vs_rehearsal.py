@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_r1v2.checkpoint.hf.config import sizes_config
 from megatron_r1v2.config.load import load_recipe
@@ -19,6 +17,7 @@ from megatron_r1v2.planning.memory import RankMemory, plan_memory
 from megatron_r1v2.planning.plan import Cluster, Plan, make_plan
 from megatron_r1v2.planning.scale_page import read_cluster
 from megatron_r1v2.planning.workload import RehearsedStep
+from megatron_r1v2.rehearsal.few_layers import Layers
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.run import rehearse
@@ -77,7 +76,7 @@ def compare(
     Raises:
         RuntimeError: the rehearsal has failed, or a phase of the plan was not rehearsed.
     """
-    config = sizes_config(shortened(model or MODELS.get(path.stem, "r1v2-38b"), *layers))
+    config = sizes_config(Layers(*layers).given_to(KNOWN_MODELS[model or MODELS.get(path.stem, "r1v2-38b")]))
     recipe = load_recipe(path, overrides)
     own_gpus, hardware = read_cluster(path)
     plan = make_plan(recipe, config, Cluster(gpus or own_gpus, 8, hardware.memory_gib, 4.0, hardware))
@@ -95,14 +94,6 @@ def compare(
     if missing := planned.keys() - fullest.keys():
         raise RuntimeError(f"planned, but not rehearsed: {sorted(missing)}")
     return [Compared(place[0], fullest[place], memory) for place, memory in planned.items()]
-
-
-def shortened(model: str, vision: int, language: int) -> Mapping[str, object]:
-    """Return the config of a known model with few layers."""
-    config: dict[str, Any] = deepcopy(dict(KNOWN_MODELS[model]))
-    config["vision_config"]["num_hidden_layers"] = vision
-    config["text_config"]["num_hidden_layers"] = language
-    return config
 
 
 def plan_as_rehearsed(plan: Plan, step: Step) -> tuple[RankMemory, ...]:

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import plan_vs_rehearsal
-from benchmarks.plan_vs_rehearsal import Compared, plan_as_rehearsed, shortened, table_rows
+from benchmarks.plan_vs_rehearsal import Compared, plan_as_rehearsed, table_rows
 from megatron_r1v2.planning.memory import RankMemory
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step
@@ -41,13 +41,6 @@ def test_the_fuller_of_two_steps_is_compared(monkeypatch):
     monkeypatch.setattr(plan_vs_rehearsal, "rehearse", lambda *_, **__: Found)
     found = plan_vs_rehearsal.compare(RECIPE, (), layers=(1, 1))
     assert [(each.planned.phase, each.rehearsed.peak) for each in found] == [(phase, 3 * MIB) for phase in phases]
-
-
-def test_a_shortened_model_differs_in_its_layers_alone():
-    short, whole = shortened("r1v2-38b", 1, 3), plan_vs_rehearsal.KNOWN_MODELS["r1v2-38b"]
-    assert (short["vision_config"]["num_hidden_layers"], short["text_config"]["num_hidden_layers"]) == (1, 3)
-    assert whole["text_config"]["num_hidden_layers"] == 64, "the known one stays"
-    assert short["text_config"]["hidden_size"] == whole["text_config"]["hidden_size"]
 
 
 def test_the_plan_of_what_was_rehearsed_has_fewer_rows_than_the_fullest_step():

@@ -4,10 +4,9 @@ import random
 
 import pytest
 
-from benchmarks.plan_vs_rehearsal import FEW_REQUESTS, RECIPES, compare, shortened
+from benchmarks.plan_vs_rehearsal import FEW_REQUESTS, RECIPES, compare
 from tests.planning.plans import RECIPE
 
-__all__ = ["shortened"]
 WITHIN = 0.05
 FOLDER = RECIPE.parent
 
