@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.rewards.served_model import ScoringFailed
-from tests.rewards.test_served_model import Server
+from tests.rewards.test_served_model import Server, shorten_pauses
 from tests.stages.runs import read_metrics, recipe_for, run_stage
 
 
-def test_a_dead_server_costs_no_rollouts(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_server_costs_no_rollouts(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_pauses(monkeypatch)
     server = Server(tmp_path)
     settings = (
         "train.steps=2",

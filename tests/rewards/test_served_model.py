@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 
 from megatron_r1v2.config.schema import RewardModelConfig
 from megatron_r1v2.rewards.served_model import PATIENCE, ScoreEndpoint, ScoringFailed, ServedRewardModel, split_url
+from megatron_r1v2.stages import loaded_reward_model
 from megatron_r1v2.types import Prompt
 from tests.tiny import tiny_png
 
@@ -51,6 +53,13 @@ class Server:
     def told(self) -> dict[str, Any]:
         with urllib.request.urlopen(self.address) as answer:
             return json.loads(answer.read())
+
+
+def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run in this process ask a server as often as ever, but with short pauses between: they are 15 seconds."""
+    patience = dataclasses.replace(PATIENCE, first_pause_seconds=0.05)
+    quick = functools.partial(ServedRewardModel, patience=patience)
+    monkeypatch.setattr(loaded_reward_model, "ServedRewardModel", quick)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.recipes import GrpoRecipe, RewardModelRecipe
 from megatron_r1v2.rewards.served_model import ScoringFailed
-from tests.rewards.test_served_model import Server
+from tests.rewards.test_served_model import Server, shorten_pauses
 from tests.stages.runs import (
     checkpoint_contents,
     differences,
@@ -119,7 +119,10 @@ def test_grpo_counts_the_scores_of_a_checkpoint(root: Path, tmp_path: Path, trai
         assert row["total"] == pytest.approx(total, abs=1e-6)
 
 
-def test_grpo_counts_the_scores_of_a_server_and_ends_when_it_is_gone(root: Path, tmp_path: Path) -> None:
+def test_grpo_counts_the_scores_of_a_server_and_ends_when_it_is_gone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_pauses(monkeypatch)
     server = Server(tmp_path)
     scored = ("reward.model_weight=0.5", "reward.model_centre=0", "train.steps=1")
     folder = run_stage(recipe_for(root, tmp_path / "grpo", (*scored, f"reward_model.url={server.address}/ok")))
