@@ -273,7 +273,12 @@ def transformers_config(chat: Config, *, image_token_id: int) -> dict[str, objec
             f"downsample_ratio={repr(ratio)[:200]} is not accepted; accepted: a number above 0 and up to 1"
         )
     text = {key: value for key, value in parts["llm_config"].items() if key not in NOT_IN_PARTS}
-    text.setdefault("model_type", _model_type_of(text))
+    named = _model_type_of(text)
+    model_type = text.setdefault("model_type", named)
+    if model_type in tuple(_LANGUAGE_CLASSES) and named not in (None, model_type):
+        # The publishers' code goes by the class, so one of the two is not that of the weights.
+        sentence = f"llm_config has model_type={model_type!r} and architectures of {str(named)[:200]!r}; correct one"
+        raise Unsupported("model family", sentence)
     # The language model's own class ties; a key beside the parts says nothing.
     tied = text.get("tie_word_embeddings") is True
     version, dtype = chat["ps_version"], chat.get("dtype") or chat.get("torch_dtype")

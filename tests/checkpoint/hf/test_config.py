@@ -20,6 +20,7 @@ from megatron_r1v2.checkpoint.hf.config import (
     transformers_config,
 )
 from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.hf.refusals import Unsupported
 from megatron_r1v2.checkpoint.hf.weights import fill_whole
 from megatron_r1v2.checkpoint.sources import HfSpec
 from megatron_r1v2.models.r1v2 import build_r1v2
@@ -187,3 +188,15 @@ def test_matrices_that_are_equal_only_when_they_are_rounded_are_two(tmp_path):
     for stored, tied in ((embedding.half(), False), (embedding.clone(), True), (embedding.double(), True)):
         save_file({**tensors, head: stored}, path, {"format": "pt"})
         assert read_hf_config(tmp_path / "model")[0]["tie_word_embeddings"] is tied
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", "OtherForCausalLM"])
+def test_a_language_model_of_two_names_is_refused(tmp_path, named):
+    """The publishers' code goes by the class, other programs by model_type."""
+    write_chat_folder(tmp_path / "chat", family="6b", version="v2")
+    config = read_json(tmp_path / "chat" / "config.json")
+    config["llm_config"]["architectures"] = [named]
+    with pytest.raises(Unsupported, match="model_type='qwen2' and architectures of"):
+        transformers_config(config, image_token_id=0)
+    del config["llm_config"]["architectures"]
+    assert transformers_config(config, image_token_id=0)["text_config"]["model_type"] == "qwen2"
