@@ -3,6 +3,8 @@
 Requests with the same prompt share its blocks. They attend to these together, so that each key is read once, and each
 to its own blocks. The parts are merged by their log-sum-exp:
 out = sum_i exp(lse_i) out_i / sum_i exp(lse_i).
+A call of the kernel costs as much as reading a few blocks. So runs of own blocks are read with small gaps between them,
+and short shared prompts are copied into one batch.
 
 Lengths: R requests, N query heads, K key heads, G = N / K, D the size of a head, P parts (request, keys) of a step, M
 the most parts of a request.
@@ -17,6 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
+_COPIED_TOKENS = 192
+"""Of a shared prompt. Up to here copies of 2 to 48 prompts were faster than a call for each (heads of 24 and 64)."""
+_GAP_PART = 4
+"""A gap is read where it has at most this part of the blocks of the run before it."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -30,11 +37,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class CopiedRuns:
+    """Short runs of equal length, each shared by some requests."""
+
+    rows_UR: torch.Tensor
+    """int64 [runs, most requests of a run]: the requests, then -1."""
+    blocks_UB: torch.Tensor
+    """int64 [runs, blocks of a run], all of them full."""
+
+
+@dataclass(frozen=True)
 class OwnBlocks:
-    """Consecutive blocks of one owner each."""
+    """Consecutive blocks of at most one owner each."""
 
     rows: torch.Tensor
-    """int64: the owner of each block."""
+    """int64: the owner of each block; -1: none, its part is dropped."""
     first: int
     """The first block."""
     mask: torch.Tensor | None
@@ -47,9 +64,10 @@ class DecodePlan:
 
     num_requests: int
     runs: tuple[Run, ...]
+    copied: tuple[CopiedRuns, ...]
     blocks: tuple[OwnBlocks, ...]
     parts_RM: torch.Tensor
-    """int64 [R, M]: which parts are those of a request, counted over all runs, then over all blocks."""
+    """int64 [R, M]: which parts are those of a request, counted over all runs, copied runs, then blocks."""
     is_padding_RM: torch.Tensor
     """bool [R, M]: places past the last part of a request."""
 
@@ -69,25 +87,39 @@ def plan_decode(
     for row, table in enumerate(tables):
         groups[table[0]].append(row)
     runs: list[Run] = []
+    short: dict[int, list[tuple[Sequence[int], Sequence[int]]]] = defaultdict(list)
     owners: dict[int, tuple[int, int]] = {}
     for rows in groups.values():
         # A lone request has its blocks to itself, and one run of them is one part less to merge than blocks are.
         alone = len(tables) == 1
         num_shared = len(tables[0]) if alone else _count_shared([tables[row] for row in rows]) if len(rows) > 1 else 0
         num_tokens = min(num_shared * block_size, lengths[rows[0]])
-        runs += _find_runs(rows, tables[rows[0]][:num_shared], num_tokens, block_size)
+        shared = tables[rows[0]][:num_shared]
+        if shared and not alone and num_tokens == num_shared * block_size <= _COPIED_TOKENS:
+            short[num_shared].append((rows, shared))
+        else:
+            runs += _find_runs(rows, shared, num_tokens, block_size)
         for row in rows:
             for place, block in enumerate(tables[row][num_shared:], start=num_shared):
                 owners[block] = row, min(lengths[row] - place * block_size, block_size)
+    copied: list[CopiedRuns] = []
+    for num_shared, groups_of_length in short.items():
+        if len(groups_of_length) > 1:
+            copied.append(_copy_runs(groups_of_length))
+        else:
+            ((members, prompt),) = groups_of_length
+            runs += _find_runs(members, prompt, num_shared * block_size, block_size)
     blocks = list(_find_own_blocks(owners, block_size, dtype))
-    rows_of_parts = [run.rows for run in runs] + [each.rows for each in blocks]
+    rows_of_parts = [run.rows for run in runs]
+    rows_of_parts += [each.rows_UR.flatten() for each in copied] + [each.rows for each in blocks]
     parts: list[list[int]] = [[] for _ in tables]
     for number, row in enumerate(torch.cat(rows_of_parts).tolist()):
-        parts[row].append(number)
+        if row >= 0:
+            parts[row].append(number)
     most = max(map(len, parts))
     parts_RM = torch.tensor([numbers + [0] * (most - len(numbers)) for numbers in parts])
     is_padding_RM = torch.arange(most) >= torch.tensor([[len(numbers)] for numbers in parts])
-    return DecodePlan(len(tables), tuple(runs), tuple(blocks), parts_RM, is_padding_RM)
+    return DecodePlan(len(tables), tuple(runs), tuple(copied), tuple(blocks), parts_RM, is_padding_RM)
 
 
 def attend_in_place(
@@ -110,16 +142,21 @@ def attend_in_place(
     parts = []
     for run in plan.runs:
         tokens = slice(run.start, run.start + run.num_tokens)
-        # [1, K, rows x G, D]: so are the queries of all requests.
-        query = query_RKGD[run.rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
         key, value = (each[tokens].transpose(0, 1).unsqueeze(0) for each in (keys_TKD, values_TKD))
-        out, lse = _attend(query, key, value, None, scale)
-        shape = k.shape[2], len(run.rows), -1
-        parts.append((out.reshape(*shape, size).transpose(0, 1), lse.reshape(shape).transpose(0, 1)))
+        parts.append(_attend_together(query_RKGD[run.rows].unsqueeze(0), key, value, scale))
+    for copied in plan.copied:
+        blocks_UB = copied.blocks_UB
+        key, value = (
+            each.flatten(1).index_select(0, blocks_UB.flatten()).view(len(blocks_UB), -1, *each.shape[2:])
+            for each in (k, v)
+        )
+        # Missing requests stand for the first one: nobody reads their part.
+        query_UMKGD = query_RKGD[copied.rows_UR.clamp(min=0)]
+        parts.append(_attend_together(query_UMKGD, key.transpose(1, 2), value.transpose(1, 2), scale))
     for blocks in plan.blocks:
         ids = slice(blocks.first, blocks.first + len(blocks.rows))
         key, value = (each[ids].transpose(1, 2) for each in (k, v))
-        parts.append(_attend(query_RKGD[blocks.rows], key, value, blocks.mask, scale))
+        parts.append(_attend(query_RKGD[blocks.rows.clamp(min=0)], key, value, blocks.mask, scale))
     if len(parts) == requests == 1:
         return parts[0][0].reshape(1, heads, size)
     out_PKGD, lse_PKG = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -127,6 +164,20 @@ def attend_in_place(
     weight_RMKG1 = lse_RMKG.softmax(dim=1).unsqueeze(-1)
     out_RKGD = (out_PKGD[plan.parts_RM] * weight_RMKG1).sum(dim=1)
     return out_RKGD.reshape(requests, heads, size).to(query_RND.dtype)
+
+
+def _attend_together(
+    query_UMKGD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend with M requests to each of U runs, [U, K, tokens, D]; return their parts, U times M."""
+    runs, requests, kv_heads, _, size = query_UMKGD.shape
+    # As queries of one sequence, so that each key is read once for all of them.
+    out, lse = _attend(query_UMKGD.transpose(1, 2).flatten(2, 3), key, value, None, scale)
+    shape = runs, kv_heads, requests, -1
+    return (
+        out.reshape(*shape, size).transpose(1, 2).flatten(0, 1),
+        lse.reshape(shape).transpose(1, 2).flatten(0, 1),
+    )
 
 
 def _attend(
@@ -157,18 +208,34 @@ def _find_runs(rows: Sequence[int], table: Sequence[int], num_tokens: int, block
             begin = end
 
 
+def _copy_runs(groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> CopiedRuns:
+    """Return runs as one batch.
+
+    Args:
+        groups: requests, and the blocks that they share, as many in each.
+    """
+    most = max(len(rows) for rows, _ in groups)
+    rows_UR = torch.tensor([[*rows, *[-1] * (most - len(rows))] for rows, _ in groups])
+    return CopiedRuns(rows_UR, torch.tensor([blocks for _, blocks in groups]))
+
+
 def _find_own_blocks(owners: dict[int, tuple[int, int]], block_size: int, dtype: torch.dtype) -> Iterator[OwnBlocks]:
     """Yield runs of consecutive blocks.
 
     Args:
         owners: the owner of each block, and how many of its places are filled.
     """
-    # The difference between id and rank is the same for all ids of a run.
-    for _, run in itertools.groupby(enumerate(sorted(owners)), key=lambda item: item[1] - item[0]):
-        ids = [block for _, block in run]
-        rows, filled = zip(*(owners[block] for block in ids), strict=True)
+    spans: list[tuple[int, int]] = []
+    for block in sorted(owners):
+        first, end = spans[-1] if spans else (block, block)
+        if (block - end) * _GAP_PART <= end - first and spans:
+            spans[-1] = first, block + 1
+        else:
+            spans.append((block, block + 1))
+    for first, end in spans:
+        rows, filled = zip(*(owners.get(block, (-1, block_size)) for block in range(first, end)), strict=True)
         mask = None
         if min(filled) < block_size:
             is_empty = torch.arange(block_size) >= torch.tensor(filled).unsqueeze(1)
             mask = torch.zeros(is_empty.shape, dtype=dtype).masked_fill(is_empty, -torch.inf)[:, None, None, :]
-        yield OwnBlocks(torch.tensor(rows), ids[0], mask)
+        yield OwnBlocks(torch.tensor(rows), first, mask)

@@ -65,6 +65,37 @@ def test_a_shared_block_is_read_once_and_own_blocks_together():
     assert not plan.is_padding_RM.any()
 
 
+def test_short_prompts_of_equal_length_are_one_batch():
+    """Prompts of one block, 3, 5 and 9, have two, three and two requests; one of two blocks stands alone."""
+    tables = [[3, 20], [3, 21], [5, 22], [5, 23], [5, 24], [9, 25], [9, 26], [11, 12, 27], [11, 12, 28]]
+    plan = plan_decode(tables, [5] * 7 + [9] * 2, BLOCK, torch.float32)
+    (copied,) = plan.copied
+    assert copied.rows_UR.tolist() == [[0, 1, -1], [2, 3, 4], [5, 6, -1]]
+    assert copied.blocks_UB.tolist() == [[3], [5], [9]]
+    assert [(run.rows.tolist(), run.start, run.num_tokens) for run in plan.runs] == [([7, 8], 44, 8)]
+    # Two parts of the run, nine of the batch, then the blocks.
+    assert plan.parts_RM[:, 0].tolist() == [2, 3, 5, 6, 7, 8, 9, 0, 1]
+
+
+@pytest.mark.parametrize(("blocks", "is_copied"), [(192 // BLOCK, True), (192 // BLOCK + 1, False)])
+def test_long_prompts_are_not_copied(blocks: int, is_copied: bool):
+    prompts = [list(range(begin, begin + blocks)) for begin in (0, 100)]
+    tables = [[*prompt, 200 + 2 * number + own] for number, prompt in enumerate(prompts) for own in range(2)]
+    plan = plan_decode(tables, [blocks * BLOCK + 1] * 4, BLOCK, torch.float32)
+    assert (len(plan.copied), len(plan.runs)) == ((1, 0) if is_copied else (0, 2))
+
+
+def test_own_blocks_are_read_over_small_gaps():
+    """Of 12 blocks of two requests, 4 to 11 and 14 to 17: the gap of two is a quarter of what stands before it."""
+    tables = [[*range(4, 12)], [*range(14, 18)]]
+    plan = plan_decode(tables, [32, 16], BLOCK, torch.float32)
+    (blocks,) = plan.blocks
+    assert (blocks.first, blocks.rows.tolist()) == (4, [0] * 8 + [-1] * 2 + [1] * 4)
+    assert blocks.mask is None
+    wider = plan_decode([[*range(4, 12)], [*range(15, 19)]], [32, 16], BLOCK, torch.float32)
+    assert [each.first for each in wider.blocks] == [4, 15]
+
+
 def test_a_lone_request_reads_runs_of_blocks():
     plan = plan_decode([[4, 5, 6, 2, -1]], [14], BLOCK, torch.float32)
     assert [(run.rows.tolist(), run.start, run.num_tokens) for run in plan.runs] == [([0], 16, 12), ([0], 8, 2)]
