@@ -29,7 +29,8 @@ import torch
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.choices import Fp8, Layers, Part, Recompute
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
-from megatron_r1v2.generation.controller import Vocabulary
+from megatron_r1v2.generation.engine import RolloutEngine
+from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.models.architecture import R1V2Architecture
@@ -236,30 +237,30 @@ def measure_decode(
         max_tokens_per_step=sizes.requests * sizes.prompt_tokens,
         cuda_graphs=cuda_graphs,
     )
-    vocabulary = Vocabulary(architecture.language.vocab_size, frozenset())
-    model.eval()
+    engine = RolloutEngine(
+        model,
+        context=context,
+        settings=settings,
+        stop_ids=frozenset(),
+        vocab_size=architecture.language.vocab_size,
+        max_prompt_tokens=sizes.prompt_tokens,
+        seed=0,
+    )
     start = time.perf_counter()
-    with torch.no_grad():
-        phase = GenerationPhase(
-            model, parallel=context, settings=settings, vocabulary=vocabulary, max_sequence_tokens=longest
-        )
-        try:
-            set_up = time.perf_counter() - start
-            generator = torch.Generator().manual_seed(0)
-            for request in range(sizes.requests):
-                prompt = torch.randint(0, architecture.image_token_id, (sizes.prompt_tokens,), generator=generator)
-                phase.add(
-                    request,
-                    prompt.tolist(),
-                    draw=Draw(request, temperature=1.0),
-                    images=None,
-                    max_response_tokens=sizes.decode_steps,
-                    prompt_key=str(request),
-                )
-            times = _step_times(phase, context.device)
-        finally:
-            phase.close()
-    model.train()
+    with engine.open_phase(sizes.decode_steps, FeatureCache(0)) as phase:
+        set_up = time.perf_counter() - start
+        generator = torch.Generator().manual_seed(0)
+        for request in range(sizes.requests):
+            prompt = torch.randint(0, architecture.image_token_id, (sizes.prompt_tokens,), generator=generator)
+            phase.add(
+                request,
+                prompt.tolist(),
+                draw=Draw(request, temperature=1.0),
+                images=None,
+                max_response_tokens=sizes.decode_steps,
+                prompt_key=str(request),
+            )
+        times = _step_times(phase, context.device)
     # The first steps prefill.
     seconds = statistics.median(times[len(times) // 2 :])
     weight_bytes = 1 if model.config.fp8 else 2

@@ -48,6 +48,7 @@ def pretended_device(gpus: int = 8) -> Iterator[Operators]:
         if replacement.needed_by.startswith("CudaRNGStatesTracker"):
             replacement.install()  # this device draws with the CPU's generator
     groups._backend = lambda: "gloo"
+    torch.compiler.set_stance("force_eager")  # what is compiled for a GPU
     with _Requests(), Operators() as operators:
         yield operators
 

@@ -37,7 +37,7 @@ def compute_mistakes(model: ModelConfig, parallel: ParallelConfig, generation: G
             f"model.fp8={model.fp8.value} needs TransformerEngine's layers but model.layers={model.layers.value}; "
             "set model.layers=te, or model.fp8=none"
         )
-    if generation.cuda_graphs and model.fp8 is Fp8.blockwise:
+    if generation.cuda_graphs is True and model.fp8 is Fp8.blockwise:
         yield (
             "generation.cuda_graphs=true with model.fp8=blockwise: each rank needs blocks of 128 tokens, more than the "
             "64 requests that megatron-core's graphs are cut to; set model.fp8=tensorwise or "

@@ -7,8 +7,9 @@ configuration; `model.transformer_config` passes anything else through to megatr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
+from annotated_types import Gt
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from megatron_r1v2.config.choices import (
@@ -172,6 +173,10 @@ class DataConfig(Section):
         return ", ".join(f"{source.path} x {source.weight:g}" for source in self.train)
 
 
+def _kind_of_value(value: object) -> str:
+    return "auto-tag" if value == "auto" else "value-tag"
+
+
 class GenerationConfig(Section):
     """The sampling of responses."""
 
@@ -189,18 +194,27 @@ class GenerationConfig(Section):
     stop_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
     """Tokens, as text, that end a response beside those of the model's generation_config.json; the first also ends the
     responses of SFT and of pairs."""
-    kv_cache_gib: Annotated[float, OnResume.free] = Field(20.0, gt=0)
-    """Memory for keys and values of a generation phase, given back afterwards."""
+    kv_cache_gib: Annotated[
+        Annotated[float, Gt(0), Tag("value-tag")] | Annotated[Literal["auto"], Tag("auto-tag")],
+        Discriminator(_kind_of_value),
+        OnResume.free,
+    ] = 20.0
+    """Memory for keys and values of a generation phase, given back afterwards. auto: what is free on the fullest GPU of
+    the replica when a phase begins, less what images, a step and the allocator's gaps take; 1 GiB on a CPU."""
     max_requests: Annotated[int, OnResume.free] = Field(256, ge=1)
     """Responses in flight at once on one model replica."""
     max_tokens_per_step: Annotated[int, OnResume.free] = Field(8192, ge=1)
     """Tokens one engine step may process: longer prefills are cut into chunks."""
     feature_cache_gib: Annotated[float, OnResume.free] = Field(16.0, ge=0)
     """Image features kept for a step; what does not fit is computed again."""
-    cuda_graphs: Annotated[bool, OnResume.free] = False
-    """Replay captured graphs in steps that only decode, instead of launching their kernels one by one; needs CUDA, and
-    NCCL where tensor > 1; without flash-attn a graph attends over the longest sequence there may be. Captured anew in
-    each generation phase, so no graph outlives an update."""
+    cuda_graphs: Annotated[
+        Annotated[bool, Tag("value-tag")] | Annotated[Literal["auto"], Tag("auto-tag")],
+        Discriminator(_kind_of_value),
+        OnResume.free,
+    ] = "auto"
+    """Replay captured graphs in steps that only decode, instead of launching their kernels one by one. auto: where they
+    hold, which the log says: CUDA with flash-attn, and NCCL where tensor > 1. true: refuse to run without. Captured
+    once in each generation phase, so no graph outlives an update; never for the gate."""
 
 
 class RewardFunction(Section):

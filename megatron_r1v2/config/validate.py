@@ -56,7 +56,7 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
             "model.layers=te needs TransformerEngine, which is not installed; "
             "set model.layers=local, or run in a container that has it (see Dockerfile)"
         )
-    if recipe.generation.cuda_graphs and not _has_cuda():
+    if recipe.generation.cuda_graphs is True and not _has_cuda():
         yield "generation.cuda_graphs=true needs a CUDA device and there is none; set generation.cuda_graphs=false"
 
 

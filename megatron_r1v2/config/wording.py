@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from types import NoneType, UnionType
 
@@ -45,6 +45,8 @@ def type_name(expected: object) -> str:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is typing.Annotated:
         return type_name(arguments[0])
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
     if origin is tuple:
         return f"a list, each {type_name(arguments[0])}"
     if origin is dict:
@@ -64,7 +66,7 @@ def range_text(field: FieldInfo) -> str:
     """Return the bounds of a number in words, "" where there are none: "1 or more", "more than 0, at most 1", ..."""
     low: str | None = None
     high: str | None = None
-    for bound in field.metadata:
+    for bound in (*field.metadata, *_inner_metadata(field.annotation)):
         if isinstance(bound, Ge):
             low = f"{_number(bound.ge)}"
         elif isinstance(bound, Gt):
@@ -76,6 +78,13 @@ def range_text(field: FieldInfo) -> str:
     if low is None or high is None:
         return low if low is not None and low.startswith("more") else f"{low} or more" if low is not None else ""
     return f"{low}, at most {high}" if low.startswith("more") else f"{low} to {high}"
+
+
+def _inner_metadata(annotation: object) -> Iterator[object]:
+    """Yield the annotations of the alternatives of a type: a number with bounds, or a word."""
+    for alternative in typing.get_args(annotation):
+        if typing.get_origin(alternative) is typing.Annotated:
+            yield from typing.get_args(alternative)[1:]
 
 
 def _number(bound: object) -> str:

@@ -11,12 +11,19 @@ from typing_extensions import override
 
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.blocks import SharedBlockAllocator
+from megatron_r1v2.generation.cache_size import (
+    GIB,
+    CacheShape,
+    PhaseLoad,
+    agree_on_blocks,
+    count_given_blocks,
+    measure_room,
+)
 from megatron_r1v2.models.decode_plan import DecodePlan, plan_decode
 from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
-_GIB = 1024**3
 # flash-attn requires blocks of 256 tokens; the attention in torch copies whole blocks, so small ones save work.
 _BLOCK_TOKENS_FLASH = 256
 _BLOCK_TOKENS_TORCH = 64
@@ -106,53 +113,54 @@ def context_kind(config: TransformerConfig, *, cuda_graphs: bool) -> type[Dynami
 
 
 def make_context(
-    model: R1V2Model, parallel: ParallelContext, settings: GenerationConfig, max_sequence_tokens: int
+    model: R1V2Model,
+    parallel: ParallelContext,
+    settings: GenerationConfig,
+    load: PhaseLoad,
+    max_sequence_tokens: int,
 ) -> DynamicInferenceContext:
-    """Allocate the cache of a phase.
+    """Collective over the replica: allocate the cache of a phase.
 
     Args:
+        load: the demands of the phase beside the cache.
         max_sequence_tokens: the longest prompt and response together.
 
     Raises:
-        ValueError: `generation.kv_cache_gib` does not hold one sequence.
+        ValueError: the cache has no room for one sequence.
     """
     config = model.config
     flash = is_flash_attention_usable(config.params_dtype)
     block_tokens = _BLOCK_TOKENS_FLASH if flash else _BLOCK_TOKENS_TORCH
-    layers = len(model.language.decoder.layers)
     # With more ranks than key heads, each rank has one: megatron-core repeats them.
     kv_heads = max(config.num_query_groups, parallel.tensor_size)
     head_bytes = 2 * config.kv_channels * config.params_dtype.itemsize
-    block_bytes = layers * block_tokens * kv_heads // parallel.tensor_size * head_bytes
-    sequence_blocks = -(-max_sequence_tokens // block_tokens)
+    block_bytes = load.num_layers * block_tokens * kv_heads // parallel.tensor_size * head_bytes
+    shape = CacheShape(block_tokens, block_bytes, max_sequence_tokens, settings.max_requests)
     # Sequence parallelism splits the tokens of a step, so their limit must be a multiple of the class's padding. The
     # limit of requests must be too: it caps the padded tokens of a step that only decodes.
-    kind = context_kind(config, cuda_graphs=settings.cuda_graphs)
+    kind = context_kind(config, cuda_graphs=load.cuda_graphs)
     max_requests = kind.round_up_tokens(settings.max_requests, parallel.tensor_size)
     max_tokens = kind.round_up_tokens(settings.max_tokens_per_step, parallel.tensor_size)
-    # One block more than the sequences own, because padding tokens are written to it.
-    blocks = min(int(settings.kv_cache_gib * _GIB) // block_bytes, settings.max_requests * sequence_blocks + 1)
-    if blocks < sequence_blocks + 1:
-        raise ValueError(
-            f"generation.kv_cache_gib={settings.kv_cache_gib} holds {max(blocks - 1, 0)} blocks of {block_tokens} "
-            f"tokens, but one sequence of {max_sequence_tokens} tokens (prompt and response) needs {sequence_blocks}; "
-            f"give at least {(sequence_blocks + 1) * block_bytes / _GIB:.3g}, or lower generation.max_response_tokens"
-        )
+    if settings.kv_cache_gib == "auto":
+        room = measure_room(model.architecture, load, parallel.device, flash=flash)
+        blocks = agree_on_blocks(shape, room, parallel)
+    else:
+        blocks = count_given_blocks(settings, shape)
     context = kind(
         params_dtype=config.params_dtype,
-        num_layers=layers,
+        num_layers=load.num_layers,
         kv_channels=config.kv_channels,
         num_attention_heads=kv_heads,
-        max_sequence_length=sequence_blocks * block_tokens,
+        max_sequence_length=shape.sequence_blocks * block_tokens,
         # megatron-core divides by the block size again; half a block more keeps rounding from losing one.
-        buffer_size_gb=(blocks + 0.5) * block_bytes / _GIB,
+        buffer_size_gb=(blocks + 0.5) * block_bytes / GIB,
         max_requests=max_requests,
         # A prompt in chunks has a token in the step already when the next chunk is scheduled: 1 would never do.
         max_tokens=max(max_tokens, max_requests, 2),
         block_size_tokens=block_tokens,
         pg_collection=parallel.groups,
         # One graph for each padded number of requests.
-        num_cuda_graphs=max_requests // kind.round_up_tokens(1, parallel.tensor_size) if settings.cuda_graphs else None,
+        num_cuda_graphs=max_requests // kind.round_up_tokens(1, parallel.tensor_size) if load.cuda_graphs else None,
         use_cuda_graphs_for_non_decode_steps=False,
     )
     context.block_allocator = SharedBlockAllocator(context)

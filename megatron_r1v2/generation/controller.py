@@ -16,11 +16,12 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from megatron_r1v2.generation import sampling
 from megatron_r1v2.generation.sampling import Draw
-from megatron_r1v2.generation.tokens import StepTokens
+from megatron_r1v2.generation.tokens import Alternatives, StepTokens
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel.groups import ParallelContext
 
@@ -135,6 +136,30 @@ class Vocabulary:
     stop_ids: frozenset[int]
 
 
+@dataclass(frozen=True)
+class DrawParameters:
+    """The parameters of drawing for the requests of a step, in their order."""
+
+    request_ids: list[int]
+    keys_R: torch.Tensor
+    """On the device."""
+    temperatures_R: torch.Tensor
+    """On the host, as `top_ps_R`: `sampling.draw` looks which of its steps are needed."""
+    top_ps_R: torch.Tensor
+    most_alternatives: int
+
+    @classmethod
+    def of(cls, request_ids: list[int], draws: Sequence[Draw], device: torch.device) -> DrawParameters:
+        """Collect the parameters of requests."""
+        return cls(
+            request_ids,
+            torch.tensor([draw.response_key for draw in draws], device=device),
+            torch.tensor([draw.temperature for draw in draws], dtype=torch.float32),
+            torch.tensor([draw.top_p for draw in draws], dtype=torch.float32),
+            max(draw.num_alternatives for draw in draws),
+        )
+
+
 class RolloutController(TextGenerationController):
     """Sampling once per replica, with log-probs of the sampling distribution and sets of stop tokens."""
 
@@ -151,6 +176,8 @@ class RolloutController(TextGenerationController):
         self._values: torch.Tensor | None = None
         """The values that this step draws, on the device, by the draws of its requests."""
         self._draws: Sequence[Draw] = ()
+        self._parameters: DrawParameters | None = None
+        """Those of `_draws`, which stay as long as the same requests decode."""
         self._context = model.inference_context
         self._vocab_size = vocabulary.size
         self._stop_ids = torch.tensor(sorted(vocabulary.stop_ids), dtype=torch.int64, device=parallel.device)
@@ -194,27 +221,27 @@ class RolloutController(TextGenerationController):
     def _dynamic_step_sample_logits(self, logits: torch.Tensor | None) -> None:
         """Collective over the replica: draw a token for each active request, the same on all ranks."""
         self._request_ids = self._active_requests()
-        self._draws = [self.draws[request_id] for request_id in self._request_ids]
+        if self._parameters is None or self._parameters.request_ids != self._request_ids:
+            self._draws = [self.draws[request_id] for request_id in self._request_ids]
+            self._parameters = DrawParameters.of(self._request_ids, self._draws, self._stop_ids.device)
         # One broadcast for everything, in float64, which holds every token id.
-        most = max(draw.num_alternatives for draw in self._draws)
+        most = self._parameters.most_alternatives
         # Rows: tokens, their log-probs, then ids and log-probs of the alternatives.
         drawn = torch.empty(2 + 2 * most, len(self._draws), dtype=torch.float64, device=self._stop_ids.device)
         if self._draws_here:
             assert logits is not None
-            self._draw(logits.squeeze(0), self._draws, drawn)
+            self._draw(logits.squeeze(0), self._parameters, drawn)
         if self._model_group.size() > 1:
             dist.broadcast(drawn, src=self._drawing_rank, group=self._model_group)
         self._sampled_tokens_cuda[: len(self._draws)] = drawn[0].long()
         self._values = drawn
 
-    def _draw(self, logits_RV: torch.Tensor, draws: Sequence[Draw], drawn: torch.Tensor) -> None:
-        keys_R = torch.tensor([draw.response_key for draw in draws], device=drawn.device)
+    def _draw(self, logits_RV: torch.Tensor, parameters: DrawParameters, drawn: torch.Tensor) -> None:
         tokens_R, log_probs_RV = sampling.draw(
             logits_RV,
-            sampling.uniforms(keys_R, self._context.get_active_sequence_lengths().long()),
-            # On the host, where `draw` looks which of its steps are needed.
-            temperatures_R=torch.tensor([draw.temperature for draw in draws], dtype=torch.float32),
-            top_ps_R=torch.tensor([draw.top_p for draw in draws], dtype=torch.float32),
+            sampling.uniforms(parameters.keys_R, self._context.get_active_sequence_lengths().long()),
+            temperatures_R=parameters.temperatures_R,
+            top_ps_R=parameters.top_ps_R,
             vocab_size=self._vocab_size,
         )
         drawn[0], drawn[1] = tokens_R, log_probs_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
@@ -246,27 +273,29 @@ class RolloutController(TextGenerationController):
         """Read from the device what the step drew and, at once, the order of the requests after it."""
         assert self._values is not None
         after = self._context.request_ids[self._active()]
-        values = torch.cat((self._values.flatten(), after.double())).tolist()
+        values = np.asarray(torch.cat((self._values.flatten(), after.double())).cpu())
         count, rows = len(self._request_ids), self._values.shape[0]
-        tokens, log_probs, *rest = (values[row * count : (row + 1) * count] for row in range(rows))
-        alternatives = {
-            request_id: tuple(zip(map(int, column[: len(column) // 2]), column[len(column) // 2 :], strict=True))[
-                : draw.num_alternatives
-            ]
-            for request_id, draw, column in zip(self._request_ids, self._draws, zip(*rest, strict=True), strict=False)
-            if draw.num_alternatives
-        }
-        request_ids = np.array(self._request_ids, dtype=np.int64)
+        drawn = values[: rows * count].reshape(rows, count)
         step = StepTokens(
-            request_ids,
-            np.array(tokens, dtype=np.int64),
-            np.array(log_probs),
+            np.array(self._request_ids, dtype=np.int64),
+            drawn[0].astype(np.int64),
+            drawn[1],
             np.zeros(count, dtype=np.bool_),
-            alternatives,
+            self._alternatives(drawn[2:]) if rows > 2 else {},
         )
         # megatron-core throws away the token after a chunk that does not end the prompt.
-        self.drawn = step.select(request_ids != self._context.chunked_prefill_request_id)
-        self._request_ids = [int(request_id) for request_id in values[rows * count :]]
+        self.drawn = step.select(step.request_ids != self._context.chunked_prefill_request_id)
+        self._request_ids = values[rows * count :].astype(np.int64).tolist()
+
+    def _alternatives(self, drawn: NDArray[np.float64]) -> dict[int, Alternatives]:
+        """Return the alternatives of requests that ask for them, from rows of ids and then of log-probs."""
+        ids, log_probs = np.split(drawn, 2)
+        found = {}
+        for column, (request_id, draw) in enumerate(zip(self._request_ids, self._draws, strict=True)):
+            if most := draw.num_alternatives:
+                chosen = ids[:most, column].astype(np.int64).tolist()
+                found[request_id] = tuple(zip(chosen, log_probs[:most, column].tolist(), strict=True))
+        return found
 
 
 class _NoTokenizer:

@@ -8,24 +8,54 @@ graph remains that reads a freed cache or the weights before an update.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, initialize_rng_tracker
 from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model
-from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.parallel.groups import ParallelContext, reserve_gather_buffer
+
+
+def decide_cuda_graphs(wanted: bool | Literal["auto"], config: TransformerConfig, parallel: ParallelContext) -> str:
+    """Return the reason why decode goes without graphs; empty: it replays them.
+
+    Args:
+        wanted: `generation.cuda_graphs`.
+
+    Raises:
+        ValueError: they are wanted in so many words, and cannot be captured here.
+    """
+    if wanted is False:
+        return "generation.cuda_graphs=false"
+    if wanted is True:
+        check_cuda_graphs(parallel)
+        return ""
+    if parallel.device.type != "cuda":
+        return "there is no CUDA device"
+    backend = dist.get_backend(parallel.groups.tp)
+    if parallel.tensor_size > 1 and backend != "nccl":
+        return f"tensor-parallel ranks talk over {backend}, whose collectives cannot be captured"
+    if config.fp8 and config.fp8_recipe == "blockwise":
+        return "blockwise FP8 needs more padding than megatron-core's graphs have"
+    if not is_flash_attention_usable(config.params_dtype):
+        return "without flash-attn a graph attends over the longest sequence there may be"
+    return f"{_SEGMENTS} without NCCL_GRAPH_REGISTER=0" if _has_moving_segments() else ""
 
 
 def check_cuda_graphs(parallel: ParallelContext) -> None:
     """Check that graphs can be captured in this layout.
 
     Raises:
-        ValueError: the device is no GPU, or tensor-parallel ranks communicate over gloo.
+        ValueError: the device is no GPU, tensor-parallel ranks communicate over gloo, or its memory may move.
     """
     if parallel.device.type != "cuda":
         raise ValueError(
@@ -38,26 +68,47 @@ def check_cuda_graphs(parallel: ParallelContext) -> None:
             f"can be captured, but the ranks talk over {backend}; give each rank a GPU, or set "
             "generation.cuda_graphs=false"
         )
+    if _has_moving_segments():
+        raise ValueError(
+            f"generation.cuda_graphs=true with {_SEGMENTS}: set NCCL_GRAPH_REGISTER=0 too, without which replays read "
+            "memory that has moved, or set generation.cuda_graphs=false"
+        )
+
+
+_SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
+
+def _has_moving_segments() -> bool:
+    """Return whether megatron-core's manager refuses the allocator's settings; it does so on GPUs before Blackwell."""
+    variable, _, value = _SEGMENTS.partition("=")
+    is_moving = value in os.environ.get(variable, "") and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
+    return is_moving and torch.cuda.get_device_capability()[0] < 10
 
 
 @contextmanager
-def graphed_layers(model: R1V2Model) -> Iterator[None]:
+def graphed_layers(model: R1V2Model, max_tokens: int) -> Iterator[None]:
     """Let megatron-core capture and replay graphs of the decoder's layers inside the block; drop them after it.
 
     Args:
         model: this rank's part, in eval mode.
+        max_tokens: the most of an engine step.
     """
     layers = [layer for layer in model.language.decoder.layers if isinstance(layer, TransformerLayer)]
+    config = model.config
+    if config.sequence_parallel:
+        # The local layers gather the tokens of all ranks into one buffer of megatron-core, which a longer step would
+        # replace: graphs would go on writing where it was.
+        reserve_gather_buffer((max_tokens, 1, config.hidden_size), config.params_dtype)
     # The first manager switches the process to a stream of its own, on which it can capture.
     stream = torch.cuda.current_stream()
     random_states = get_cuda_rng_tracker().get_states()
     torch.cuda.synchronize()
     # A graph cannot hold the random states of training. Layers draw nothing here, so an empty tracker will do.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-    model.config.cuda_graph_impl = "local"
+    config.cuda_graph_impl = "local"
     try:
         for layer in layers:
-            layer.cudagraph_manager = CudaGraphManager(model.config)
+            layer.cudagraph_manager = CudaGraphManager(config)
         yield
     finally:
         # A replay may still run, and reads what is deleted below.
@@ -66,7 +117,7 @@ def graphed_layers(model: R1V2Model) -> Iterator[None]:
             # A failed capture may have left some layers without a manager.
             if hasattr(layer, "cudagraph_manager"):
                 del layer.cudagraph_manager
-        model.config.cuda_graph_impl = "none"
+        config.cuda_graph_impl = "none"
         delete_cuda_graphs()
         initialize_rng_tracker(force_reset=True)
         get_cuda_rng_tracker().set_states(random_states)

@@ -5,7 +5,7 @@ Both use the same layout, so nothing is copied or synchronised between training 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -13,7 +13,9 @@ from types import MappingProxyType
 import torch
 
 from megatron_r1v2.config.schema import GenerationConfig
+from megatron_r1v2.generation.cache_size import PhaseLoad
 from megatron_r1v2.generation.controller import PromptImages, Vocabulary
+from megatron_r1v2.generation.cuda_graphs import decide_cuda_graphs
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.queue import SharedPromptQueue
@@ -68,7 +70,7 @@ class Request:
 class RolloutEngine:
     """Generation of responses on one model replica; every rank of the replica makes the same calls.
 
-    `generate` makes rollouts for prompts that are known from the start. A server opens a `phase` instead, adds requests
+    `generate` makes rollouts for prompts that are known from the start. A server opens a phase instead, adds requests
     while others decode, and takes the tokens of each step.
     """
 
@@ -91,7 +93,8 @@ class RolloutEngine:
             vocab_size: the size of the tokenizer; ids from here on are padding and never drawn.
 
         Raises:
-            ValueError: `generation.max_tokens_per_step` is below `generation.max_requests`.
+            ValueError: `generation.max_tokens_per_step` is below `generation.max_requests`, or
+                `generation.cuda_graphs` is true where they do not hold.
         """
         if settings.max_tokens_per_step < settings.max_requests:
             raise ValueError(
@@ -105,6 +108,10 @@ class RolloutEngine:
         self.vocab_size = vocab_size
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
+        self.without_graphs = decide_cuda_graphs(settings.cuda_graphs, model.config, context)
+        """The reason why decode launches its kernels one by one; empty: it replays CUDA graphs."""
+        self.cache_bytes = 0
+        """The bytes of the key-value cache of the last phase, on this rank."""
         self.num_evictions = 0
         """The evictions of the last phase; many mean that `generation.kv_cache_gib` is too small."""
         self.prefill_tokens = (0, 0)
@@ -143,7 +150,8 @@ class RolloutEngine:
         unfinished: list[int] = []
         tokens = ResponseTokens(sampling.max_response_tokens)
         # Response j of the prompt that was admitted as the i-th has the request id i * num_responses + j.
-        with self.phase(sampling.max_response_tokens) as phase:
+        in_flight = self._count_in_flight(prompts, num_responses)
+        with self.open_phase(sampling.max_response_tokens, features, prompts_in_flight=in_flight) as phase:
             num_finished = num_finished_tokens = 0
             for new in self._admit(phase, prompts, num_responses):
                 begin = [list(begun.get(prompt.key) or empty_rollouts(prompt, sampling)) for prompt in new]
@@ -166,11 +174,17 @@ class RolloutEngine:
         return [rollout for group in groups for rollout in group]
 
     @contextmanager
-    def phase(self, max_response_tokens: int) -> Iterator[GenerationPhase]:
-        """Open a generation phase for prompts of up to `max_prompt_tokens`; free its cache after the block.
+    def open_phase(
+        self, max_response_tokens: int, features: FeatureCache, *, prompts_in_flight: int | None = None
+    ) -> Iterator[GenerationPhase]:
+        """Collective over the replica: open a phase for prompts of up to `max_prompt_tokens`; free its cache after it.
+
+        Args:
+            features: the features that the prompts of the phase will fill.
+            prompts_in_flight: the most at once; None: as many as requests.
 
         Raises:
-            ValueError: the cache holds no sequence.
+            ValueError: the cache has no room for one sequence.
         """
         # no_grad and not inference_mode, whose tensors no later training step could use.
         with _evaluating(self.model), torch.no_grad():
@@ -179,13 +193,33 @@ class RolloutEngine:
                 parallel=self.parallel,
                 settings=self.settings,
                 vocabulary=Vocabulary(self.vocab_size, self.stop_ids),
+                load=self._load(features, prompts_in_flight or self.settings.max_requests),
                 max_sequence_tokens=self.max_prompt_tokens + max_response_tokens,
             )
+            self.cache_bytes = phase.cache_bytes
             try:
                 yield phase
                 self.num_evictions, self.prefill_tokens = phase.num_evictions, phase.prefill_tokens
             finally:
                 phase.close()
+
+    def _load(self, features: FeatureCache, prompts_in_flight: int) -> PhaseLoad:
+        """Return the demands of a phase on this rank."""
+        config = self.model.config
+        return PhaseLoad(
+            element_bytes=config.params_dtype.itemsize,
+            tensor=self.parallel.tensor_size,
+            sequence=config.sequence_parallel,
+            num_layers=len(self.model.language.decoder.layers),
+            is_first_stage=self.parallel.is_first_stage,
+            is_last_stage=self.parallel.is_last_stage,
+            max_tokens_per_step=self.settings.max_tokens_per_step,
+            max_requests=self.settings.max_requests,
+            prompt_tokens=self.max_prompt_tokens,
+            prompts_in_flight=prompts_in_flight,
+            feature_bytes=max(0, features.limit_bytes - features.bytes_used),
+            cuda_graphs=not self.without_graphs,
+        )
 
     def add(self, phase: GenerationPhase, requests: Sequence[Request], features: FeatureCache) -> None:
         """Collective over the replica: queue requests in a phase, with the embeddings of their images."""
@@ -224,6 +258,11 @@ class RolloutEngine:
                     )
                 )
         return requests
+
+    def _count_in_flight(self, prompts: Iterable[Prompt], num_responses: int) -> int:
+        """Return how many prompts there may be in flight at once."""
+        slots = -(-self.settings.max_requests // num_responses)
+        return min(slots, max(1, len(prompts))) if isinstance(prompts, Sized) else slots
 
     def _admit(self, phase: GenerationPhase, prompts: Iterable[Prompt], num_responses: int) -> Iterator[list[Prompt]]:
         """Yield the prompts to begin with before each engine step; end when all responses have."""

@@ -12,6 +12,7 @@ from megatron.core.inference.model_inference_wrappers.inference_wrapper_config i
 from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_r1v2.config.schema import GenerationConfig
+from megatron_r1v2.generation.cache_size import PhaseLoad
 from megatron_r1v2.generation.context import make_context
 from megatron_r1v2.generation.controller import (
     ImageInferenceWrapper,
@@ -19,7 +20,7 @@ from megatron_r1v2.generation.controller import (
     RolloutController,
     Vocabulary,
 )
-from megatron_r1v2.generation.cuda_graphs import check_cuda_graphs, graphed_layers
+from megatron_r1v2.generation.cuda_graphs import graphed_layers
 from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.generation.shared_prompts import SharedPromptEngine
 from megatron_r1v2.generation.tokens import StepTokens
@@ -30,17 +31,18 @@ _NO_TOKENS = StepTokens(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0
 
 
 class GenerationPhase:
-    """megatron-core's engine with requests in flight.
+    """megatron-core's engine with requests in flight. Collective over the replica to make.
 
     Each phase has a new engine, which frees the cache at its end. megatron-core's `suspend()` and `resume()` are not an
     alternative: they leave the controller with the request metadata, and so the stop tokens, of the previous phase.
 
     Args:
         model: this rank's part, in eval mode.
+        load: the demands of the phase beside its cache; with CUDA graphs these must hold here.
         max_sequence_tokens: the longest prompt and response together.
 
     Raises:
-        ValueError: `generation.kv_cache_gib` does not hold one sequence, or graphs cannot be captured here.
+        ValueError: the cache has no room for one sequence.
     """
 
     def __init__(
@@ -50,12 +52,11 @@ class GenerationPhase:
         parallel: ParallelContext,
         settings: GenerationConfig,
         vocabulary: Vocabulary,
+        load: PhaseLoad,
         max_sequence_tokens: int,
     ) -> None:
         config = model.config
-        if settings.cuda_graphs:
-            check_cuda_graphs(parallel)
-        self._context = make_context(model, parallel, settings, max_sequence_tokens)
+        self._context = make_context(model, parallel, settings, load, max_sequence_tokens)
         wrapper_config = InferenceWrapperConfig(
             hidden_size=config.hidden_size,
             params_dtype=config.params_dtype,
@@ -70,8 +71,8 @@ class GenerationPhase:
         # them.
         model.set_is_first_microbatch()
         self._graphs = ExitStack()
-        if settings.cuda_graphs:
-            self._graphs.enter_context(graphed_layers(model))
+        if load.cuda_graphs:
+            self._graphs.enter_context(graphed_layers(model, self._context.max_tokens))
         # If the engine fails to start, nobody holds this phase to close it.
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -85,6 +86,12 @@ class GenerationPhase:
     def num_in_flight(self) -> int:
         """Return the number of requests that have not finished."""
         return len(self._engine.requests)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of the cache on this rank."""
+        buffer: torch.Tensor = self._context.memory_buffer
+        return buffer.numel() * buffer.element_size()
 
     @property
     def num_evictions(self) -> int:

@@ -39,6 +39,10 @@ class SharedPromptQueue:
         """Return how many prompts a replica may begin with, so that the first to arrive leaves the others some."""
         return -(-len(self.prompts) // self._context.data_size) + len(self.own)
 
+    def __len__(self) -> int:
+        """Return how many prompts this replica may get."""
+        return len(self.own) + len(self.prompts)
+
     def __iter__(self) -> Iterator[Prompt]:
         """Collective over `groups.mp` at each step: yield prompts until none is left."""
         yield from self.own

@@ -7,8 +7,10 @@ are those of their first token. A response that was evicted joins in the same wa
 
 from __future__ import annotations
 
+import io
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +57,12 @@ class SharedPromptEngine(DynamicInferenceEngine):
         """Tokens of prompts, and of responses again after an eviction, that were computed."""
         self.num_shared_tokens = 0
         """Tokens that would have been computed too if no response shared its prompt."""
+
+    @override
+    def create_cuda_graphs(self, reset_context: bool = True) -> None:
+        # megatron-core would show a progress bar on each rank and in each phase.
+        with redirect_stderr(io.StringIO()):
+            super().create_cuda_graphs(reset_context)
 
     def add_response(
         self,

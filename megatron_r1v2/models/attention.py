@@ -9,7 +9,6 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,6 +20,7 @@ from typing_extensions import override
 
 from megatron_r1v2.models import paged_attention
 from megatron_r1v2.models.paged_attention import BlockTable
+from megatron_r1v2.models.sdpa import attend
 from megatron_r1v2.models.shared_attention import SharedRowAttention, SharedRowParams
 
 
@@ -93,14 +93,7 @@ class SDPACoreAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=causal,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        return attend(query, key, value, scale=self.softmax_scale, is_causal=causal)
 
 
 class SharedRowSDPA(SharedRowAttention, SDPACoreAttention):

@@ -63,6 +63,8 @@ def language_transformer_config(architecture: LanguageArchitecture, settings: Co
         # The model has no experts, but megatron-core refuses variable lengths with its default dispatcher.
         "moe_token_dispatcher_type": "alltoall",
         **settings.shared_arguments(),
+        "bias_activation_fusion": settings.fused,
+        "bias_dropout_fusion": settings.fused,
         **settings.fp8_arguments(),
     }
     # Last, so that `model.transformer_config` can replace anything above.

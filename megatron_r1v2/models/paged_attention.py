@@ -19,6 +19,7 @@ from megatron.core.transformer.attention import HAVE_FA3, flash_attn_varlen_func
 from megatron.core.utils import is_fa_min_version
 
 from megatron_r1v2.models.decode_plan import DecodePlan, attend_in_place
+from megatron_r1v2.models.sdpa import attend
 
 
 def is_flash_attention_usable(dtype: torch.dtype) -> bool:
@@ -100,7 +101,7 @@ def flash_decode_and_prefill(
     if is_decode_only:
         # Where megatron-core pads the requests (FP8), a last long one would be computed many times: leave the padding
         # out. A CUDA graph cannot, since its shapes are fixed.
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(q):
             return _decode(queries, k, v, seqlens_k, table, max_seqlen_k, softmax_scale).unsqueeze(1)
         active = seqlens_k.nonzero(as_tuple=True)[0]
         out[active] = _decode(queries[active], k, v, seqlens_k[active], table[active], max_seqlen_k, softmax_scale)
@@ -128,6 +129,11 @@ def flash_decode_and_prefill(
     return out.unsqueeze(1)
 
 
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, with the device of a tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _decode(
     query_RND: torch.Tensor,
     k: torch.Tensor,
@@ -142,13 +148,8 @@ def _decode(
     # The query heads that share a key head become the queries of that head, so no key has to be repeated.
     grouped = query_RND.view(requests, k.shape[2], heads // k.shape[2], size)
     mask = torch.arange(length, device=k.device) < seqlens_k[:, None]
-    out = F.scaled_dot_product_attention(
-        grouped,
-        _gather(k, table, length),
-        _gather(v, table, length),
-        attn_mask=mask[:, None, None, :],
-        scale=scale,
-    )
+    keys, values = _gather(k, table, length), _gather(v, table, length)
+    out = attend(grouped, keys, values, mask=mask[:, None, None, :], scale=scale)
     return out.reshape(requests, heads, size)
 
 
@@ -163,14 +164,8 @@ def _prefill(
 ) -> torch.Tensor:
     """Attend with several queries for each request, each to the keys up to its own position."""
     mask = torch.arange(length, device=k.device) <= last_key_RQ[:, :, None]
-    out = F.scaled_dot_product_attention(
-        query_RQND.transpose(1, 2),
-        _gather(k, table, length),
-        _gather(v, table, length),
-        attn_mask=mask[:, None],
-        scale=scale,
-        enable_gqa=query_RQND.shape[2] != k.shape[2],
-    )
+    keys, values = _gather(k, table, length), _gather(v, table, length)
+    out = attend(query_RQND.transpose(1, 2), keys, values, mask=mask[:, None], scale=scale)
     return out.transpose(1, 2)
 
 

@@ -24,12 +24,16 @@ class ComputeSettings:
     layers: Layers = Layers.local
     fp8: Fp8 = Fp8.none
     fp8_weights: bool = False
+    fused: bool = False
+    """Whether the language model's SwiGLU and dropout with residual are one kernel each, which needs a GPU."""
     language_overrides: Mapping[str, object] = field(default_factory=dict)
     """Arguments of the language model's TransformerConfig that replace ours."""
 
     @classmethod
-    def from_recipe(cls, model: ModelConfig, parallel: ParallelConfig, recompute: Recompute) -> ComputeSettings:
-        """Collect the settings from the sections of a recipe."""
+    def from_recipe(
+        cls, model: ModelConfig, parallel: ParallelConfig, recompute: Recompute, *, device: torch.device
+    ) -> ComputeSettings:
+        """Collect the settings from the sections of a recipe, for a device."""
         return cls(
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
@@ -40,6 +44,7 @@ class ComputeSettings:
             layers=model.layers,
             fp8=model.fp8,
             fp8_weights=model.fp8_weights,
+            fused=device.type == "cuda",
             language_overrides=dict(model.transformer_config),
         )
 
@@ -71,7 +76,8 @@ class ComputeSettings:
             # Old log-probs, reference and update must see the same network.
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
-            # The fused kernels need CUDA extensions, and they change no result.
+            # Most fused kernels need CUDA extensions; those that torch compiles are the language model's, see `fused`.
+            # megatron-core's fused GELU is an approximation, so the vision tower has none.
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
             "bias_dropout_fusion": False,

@@ -18,6 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch.autograd.function import FunctionCtx, once_differentiable
 from typing_extensions import override
 
+from megatron_r1v2.models.sdpa import attend, repeat_heads
+
 # The memory-efficient kernel of CUDA pads the log-sum-exp to a multiple of this.
 _LSE_MULTIPLE = 32
 
@@ -169,8 +171,7 @@ def _with_gradients(
     if groups is not None:
         output = shared_attention(query, key, value, groups)
     else:
-        enable_gqa = query.shape[1] != key.shape[1]
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=enable_gqa)
+        output = attend(query, key, value, scale=None, is_causal=True)
     return output.detach(), *torch.autograd.grad(output, (query, key, value), grad)
 
 
@@ -257,7 +258,7 @@ def _attend(
         output, lse, *_ = _CUDA(query, key, value, 0.0, causal, scale=scale)
     else:
         # The flash kernel of CUDA has no float32; this one has, but it knows no groups of heads.
-        key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+        key, value = (repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
         output, lse, *_ = _CUDA_FP32(query, key, value, None, True, 0.0, causal, scale=scale)
         lse = lse[:, :, : query.shape[2]]
     return output, lse
@@ -287,7 +288,7 @@ def _attend_backward(
             scale=scale,
         )
     lse = F.pad(lse_BNS, (0, -query.shape[2] % _LSE_MULTIPLE), value=torch.inf)
-    repeated = tuple(_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+    repeated = tuple(repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     offset = torch.zeros((), dtype=torch.int64, device=query.device)
     dq, dk, dv, _ = _CUDA_FP32_BACKWARD(
         *(grad, query, *repeated, None, output, lse, offset, offset, 0.0, [True, True, True, False], causal),
@@ -295,7 +296,3 @@ def _attend_backward(
     )
     shape = (key.shape[0], key.shape[1], -1, *key.shape[2:])
     return dq, dk.reshape(shape).sum(2), dv.reshape(shape).sum(2)
-
-
-def _repeat_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)

@@ -320,6 +320,7 @@ NOT_CHARTED = (
     Metric("rollout/evictions", "requests", "Requests that lost their KV cache for want of room, and began anew."),
     Metric("rollout/groups_dropped", "prompts", "Groups dropped: older than buffer.max_age, or not finite."),
     Metric("rollout/groups_in_flight", "prompts", "Groups that go on in the next step (generation.segment_tokens)."),
+    Metric("rollout/kv_cache_gib", "GiB", "The key-value cache of the step's generation, on a GPU of replica 0."),
     Metric("rollout/responses", "responses", "Responses of the step's complete groups."),
     Metric("rollout/responses_filtered", "responses", "Responses left out by the filter of the groups."),
     Metric("rollout/rounds", "rounds", "Rounds of generation; above 1 with dynamic sampling."),

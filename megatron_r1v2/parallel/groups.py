@@ -77,6 +77,11 @@ class ParallelContext:
         return dist.get_process_group_ranks(self.groups.pp)[-1]
 
 
+def reserve_gather_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Give megatron-core's buffer for gathered inputs of linears room for a shape, so that it stays in place."""
+    parallel_state.get_global_memory_buffer().get_tensor(shape, dtype, "mpu")
+
+
 def check_world_size(settings: ParallelConfig, world_size: int) -> None:
     """Check that the number of processes fits the layout.
 

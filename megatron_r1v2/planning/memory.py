@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_r1v2.config.choices import Fp8, Part, StageName
+from megatron_r1v2.generation.cache_size import DRAW_BYTES, CacheShape, PhaseLoad, Room, no_room, working_bytes
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.activations import ActivationModel, MicrobatchShape
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vocabulary
@@ -18,8 +20,6 @@ GIB = 1024**3
 _GENERATES: tuple[Phase, ...] = ("gate", "generate", "evaluate")
 # flash-attn's block of the paged cache (generation/context.py); without flash-attn blocks are smaller.
 _CACHE_BLOCK_TOKENS = 256
-# Bytes beside each gathered logit while a token is drawn: two float32 copies, probabilities, float64 sums.
-_DRAW_BYTES = 4 + 4 + 4 + 8
 # megatron-core keeps the rotary embeddings of the last lengths: an lru_cache of so many, of which a pass reads one.
 _ROTARY_LENGTHS = 32
 # CPython: a slot in a tuple and a number object behind it.
@@ -98,21 +98,71 @@ def kv_cache_bytes(
     """Compute the bytes of the paged cache, as generation/context.py allocates it with flash-attn.
 
     Raises:
-        ValueError: `generation.kv_cache_gib` does not hold one sequence.
+        ValueError: the cache has no room for one sequence.
     """
     if phase == "gate":
         work = _gate(work)
-    # One block more than the sequences own: padding tokens write there.
+    shape = _cache_shape(architecture, layout, work, stage)
+    if work.kv_cache_gib != "auto":
+        blocks = shape.count_blocks(int(work.kv_cache_gib * GIB))
+        if blocks <= shape.sequence_blocks:
+            raise ValueError(
+                f"generation.kv_cache_gib={work.kv_cache_gib} does not hold one sequence of "
+                f"{work.prompt_tokens + work.response_tokens} tokens on stage {stage}; give at least "
+                f"{shape.least_bytes / GIB:.3g}"
+            )
+        return blocks * shape.block_bytes
+    return _count_free_blocks(architecture, layout, work, phase) * shape.block_bytes
+
+
+# A search asks for every stage of many stages.
+@lru_cache(maxsize=8)
+def _count_free_blocks(architecture: R1V2Architecture, layout: Layout, work: Workload, phase: Phase) -> int:
+    """Return the blocks of a cache that takes what is free on the fullest stage.
+
+    Raises:
+        ValueError: a stage has no room for one sequence.
+    """
+    counts = []
+    for stage in range(layout.pipeline):
+        working = working_bytes(architecture, _phase_load(architecture, layout, work, stage, phase))
+        room = Room(_free_bytes(architecture, layout, work, stage), working)
+        shape = _cache_shape(architecture, layout, work, stage)
+        counts.append(shape.count_blocks(room.free - room.working))
+        if counts[-1] <= shape.sequence_blocks:
+            raise no_room(shape, room)
+    return min(counts)
+
+
+def _cache_shape(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> CacheShape:
     block = kv_bytes_per_token(architecture, layout, work.element_bytes, stage) * _CACHE_BLOCK_TOKENS
-    sequence_blocks = -(-(work.prompt_tokens + work.response_tokens) // _CACHE_BLOCK_TOKENS)
-    blocks = min(int(work.kv_cache_gib * GIB) // block, work.max_requests * sequence_blocks + 1)
-    if blocks < sequence_blocks + 1:
-        raise ValueError(
-            f"generation.kv_cache_gib={work.kv_cache_gib} does not hold one sequence of "
-            f"{work.prompt_tokens + work.response_tokens} tokens on stage {stage}; give at least "
-            f"{(sequence_blocks + 1) * block / GIB:.3g}"
-        )
-    return blocks * block
+    return CacheShape(_CACHE_BLOCK_TOKENS, block, work.prompt_tokens + work.response_tokens, work.max_requests)
+
+
+def _free_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
+    """Return the bytes that weights and training leave on a rank of a stage while it generates."""
+    state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
+    held = state.parameters + state.gradients + state.optimizer
+    return work.gpu_bytes - held - _held_buffers(architecture, layout, work, state, stage, "generate")
+
+
+def _phase_load(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int, phase: Phase) -> PhaseLoad:
+    prompts = {"generate": work.prompts_per_step, "evaluate": work.validated, "gate": GATE_REQUESTS}[phase]
+    responses = {"generate": work.responses_per_prompt, "evaluate": work.validated_runs, "gate": 1}[phase]
+    return PhaseLoad(
+        element_bytes=work.element_bytes,
+        tensor=layout.tensor,
+        sequence=layout.sequence,
+        num_layers=layout.layers_of_stage(architecture, stage),
+        is_first_stage=stage == 0,
+        is_last_stage=stage == layout.pipeline - 1,
+        max_tokens_per_step=work.max_tokens_per_step,
+        max_requests=work.max_requests,
+        prompt_tokens=work.prompt_tokens,
+        prompts_in_flight=min(-(-work.max_requests // responses), prompts),
+        feature_bytes=int(work.feature_cache_gib * GIB),
+        cuda_graphs=work.cuda_graphs,
+    )
 
 
 def kv_bytes_per_token(architecture: R1V2Architecture, layout: Layout, element_bytes: int, stage: int) -> int:
@@ -193,17 +243,7 @@ def _rank_memory(
         kv_cache: bytes that the phase allocates for keys and values.
     """
     model = ActivationModel(architecture, layout, work.parts, work.element_bytes, work.recompute)
-    buffers = fp8_copies(architecture, layout, work, stage)
-    if work.has_reference:
-        # A copy of the reference's weights, and one of the trained weights while the reference is in the model.
-        trained = state.gradients // 4 * work.element_bytes
-        buffers += trained * (2 if phase == "update" else 1)
-    if not work.rehearsed:
-        # Microbatches of a run have many lengths, near to that of the largest; those of a rehearsal have one.
-        tokens = work.microbatch(layout.tensor).tokens
-        buffers += (_ROTARY_LENGTHS - 1) * tokens * architecture.language.head_size * 4
-    if layout.sequence:
-        buffers += _gathered_tokens(work, layout) * architecture.language.hidden_size * work.element_bytes
+    buffers = _held_buffers(architecture, layout, work, state, stage, phase)
     features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
     if phase in _GENERATES:
         vision, embeddings = _image_moment(model, work, phase) if stage == 0 else (0, 0)
@@ -238,6 +278,24 @@ def _rank_memory(
         image_features=features,
         buffers=buffers,
     )
+
+
+def _held_buffers(
+    architecture: R1V2Architecture, layout: Layout, work: Workload, state: ModelState, stage: int, phase: Phase
+) -> int:
+    """Return the bytes beside weights, gradients and optimizer that a rank holds in every phase."""
+    buffers = fp8_copies(architecture, layout, work, stage)
+    if work.has_reference:
+        # A copy of the reference's weights, and one of the trained weights while the reference is in the model.
+        trained = state.gradients // 4 * work.element_bytes
+        buffers += trained * (2 if phase == "update" else 1)
+    if not work.rehearsed:
+        # Microbatches of a run have many lengths, near to that of the largest; those of a rehearsal have one.
+        tokens = work.microbatch(layout.tensor).tokens
+        buffers += (_ROTARY_LENGTHS - 1) * tokens * architecture.language.head_size * 4
+    if layout.sequence:
+        buffers += _gathered_tokens(work, layout) * architecture.language.hidden_size * work.element_bytes
+    return buffers
 
 
 def _gathered_tokens(work: Workload, layout: Layout) -> int:
@@ -287,7 +345,7 @@ def _decode_peak(model: ActivationModel, work: Workload, stage: int, phase: Phas
     moments = [model.language_layer(MicrobatchShape(1, tokens, 0)).forward]
     if stage == model.layout.pipeline - 1:
         words = padded_vocabulary(model.architecture.language, model.layout.tensor)
-        moments.append(requests * words * (work.element_bytes + _DRAW_BYTES))
+        moments.append(requests * words * (work.element_bytes + DRAW_BYTES))
     return max(moments)
 
 

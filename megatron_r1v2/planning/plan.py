@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,9 @@ from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, Recipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.hardware import Hardware
-from megatron_r1v2.planning.memory import GIB, MemoryPlan, largest_that_fits, plan_memory
+from megatron_r1v2.planning.memory import GIB, MemoryPlan, kv_cache_bytes, largest_that_fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout, whole_model_counts
-from megatron_r1v2.planning.roofline import StepTime, host_seconds, step_time
+from megatron_r1v2.planning.roofline import StepTime, cache_tokens, host_seconds, step_time
 from megatron_r1v2.planning.search import Proposal, propose_layout
 from megatron_r1v2.planning.tails import Lengths, Replica, Tail, read_lengths, simulate_tails
 from megatron_r1v2.planning.workload import Workload
@@ -148,7 +148,7 @@ def make_plan(
 
     architecture = r1v2_architecture(sizes_config(hf_config))
     layout = _layout(recipe, cluster)
-    work = Workload.from_recipe(recipe, architecture, stage=stage, tiles=tiles)
+    work = Workload.from_recipe(recipe, architecture, stage=stage, tiles=tiles, gpu_bytes=cluster.limit)
     lengths = lengths or AssumedLengths()
     found = lengths.resolve(work.response_tokens)
     mean_response = found.mean
@@ -173,7 +173,7 @@ def make_plan(
             limit=cluster.limit,
             mean_response=mean_response,
         ),
-        notes=_notes(recipe, work.stage),
+        notes=(*_notes(recipe, work.stage), *_cache_notes(architecture, layout, work)),
     )
 
 
@@ -195,6 +195,15 @@ def _layout(recipe: Recipe, cluster: Cluster) -> Layout:
         recipe.parallel.first_stage_layers,
         recipe.parallel.sequence,
     )
+
+
+def _cache_notes(architecture: R1V2Architecture, layout: Layout, work: Workload) -> Iterator[str]:
+    """Yield the size of a cache that takes what is free, if there is one."""
+    if work.kv_cache_gib != "auto" or "generate" not in work.phases:
+        return
+    most = max(kv_cache_bytes(architecture, layout, work, stage) for stage in range(layout.pipeline))
+    tokens = cache_tokens(architecture, layout, work)
+    yield f"generation.kv_cache_gib=auto: {most / GIB:.1f} GiB of a GPU in generate, {tokens:.0f} tokens on a replica"
 
 
 def _notes(recipe: Recipe, stage: StageName) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.models.architecture import R1V2Architecture, VisionArchitecture
 from megatron_r1v2.planning.hardware import Hardware, Host
-from megatron_r1v2.planning.memory import GIB, kv_bytes_per_token, prompt_feature_bytes
+from megatron_r1v2.planning.memory import GIB, kv_bytes_per_token, kv_cache_bytes, prompt_feature_bytes
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights, padded_vision_heads
 from megatron_r1v2.planning.workload import Workload
 
@@ -245,7 +245,8 @@ def decode_cost(architecture: R1V2Architecture, layout: Layout, work: Workload, 
 def cache_tokens(architecture: R1V2Architecture, layout: Layout, work: Workload) -> float:
     """Return the tokens that the cache of a replica holds: those of its fullest stage."""
     return min(
-        work.kv_cache_gib * GIB / max(1, kv_bytes_per_token(architecture, layout, work.element_bytes, stage))
+        (kv_cache_bytes(architecture, layout, work, stage) if work.kv_cache_gib == "auto" else work.kv_cache_gib * GIB)
+        / max(1, kv_bytes_per_token(architecture, layout, work.element_bytes, stage))
         for stage in range(layout.pipeline)
     )
 

@@ -17,7 +17,7 @@ from megatron_r1v2.config.load import load_recipe_as
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.planning.hardware import HARDWARE, Hardware
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
-from megatron_r1v2.planning.memory import GIB, plan_memory
+from megatron_r1v2.planning.memory import GIB, fits, plan_memory
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.plan import Cluster
 from megatron_r1v2.planning.roofline import step_time
@@ -107,14 +107,14 @@ def scale_recipe(path: Path, gpus: int) -> ScaledRecipe | None:
     parallel, segments = recipe.parallel, recipe.generation.segment_tokens
     ranks = parallel.tensor * parallel.pipeline
     prompts = recipe.train.prompts_per_step // (own_gpus // ranks)
-    work = Workload.from_recipe(recipe, _ARCHITECTURE)
     limit = _limit(gpus, hardware)
+    work = Workload.from_recipe(recipe, _ARCHITECTURE, gpu_bytes=limit)
     if gpus % ranks == 0:
         layout = Layout(
             parallel.tensor, parallel.pipeline, gpus // ranks, parallel.first_stage_layers, parallel.sequence
         )
         own = replace(work, prompts_per_step=prompts * layout.data)
-        if plan_memory(_ARCHITECTURE, layout, own).peak.total <= limit:
+        if fits(_ARCHITECTURE, layout, own, limit):
             return ScaledRecipe(path.stem, gpus, hardware, own, layout, True, segments)
     # FP8 rounds more: a recipe in bf16 stays in it.
     allowed = hardware if work.fp8 is not Fp8.none else replace(hardware, fp8_flops=0.0)

@@ -94,10 +94,11 @@ def propose_layout(
         The best layout, and the reason in words.
     """
     variants = _variants(architecture, work, hardware, gpus, gpus_per_node)
-    candidates = [
+    found = (
         _candidate(architecture, layout, tried, hardware, limit=limit, mean_response=mean_response)
         for layout, tried in variants
-    ]
+    )
+    candidates = [candidate for candidate in found if candidate is not None]
     fitting = [candidate for candidate in candidates if candidate.memory.peak.total <= limit]
     if not fitting:
         return Proposal(None, 0, len(candidates), _explain_no_fit(candidates, limit))
@@ -130,18 +131,22 @@ def _candidate(
     *,
     limit: int,
     mean_response: float,
-) -> LayoutCandidate:
-    """Choose the tokens of a microbatch: the fewest of those with the shortest step among what fits."""
+) -> LayoutCandidate | None:
+    """Choose the tokens of a microbatch: the fewest of those with the shortest step among what fits; None: no room."""
     best: tuple[float, Workload] | None = None
     for packed_tokens in _microbatch_bounds(work, layout):
         tried = replace(work, packed_tokens=packed_tokens)
-        time = step_time(architecture, layout, tried, hardware, mean_response=mean_response)
+        try:
+            time = step_time(architecture, layout, tried, hardware, mean_response=mean_response)
+        except ValueError:
+            break  # buffers of longer rows leave a cache that takes what is free no room
         # More responses behind a prompt save time, and take memory that recomputation gives.
         if best is None or time.total < best[0]:
             if best is not None and plan_memory(architecture, layout, tried).peak.total > limit:
                 break
             best = time.total, tried
-    assert best is not None
+    if best is None:
+        return None
     chosen = best[1]
     memory = plan_memory(architecture, layout, chosen)
     time = step_time(architecture, layout, chosen, hardware, mean_response=mean_response)

@@ -58,7 +58,7 @@ class Workload:
     response_tokens: int
     tiles: int
     """Tiles of a prompt, the thumbnail included."""
-    kv_cache_gib: float
+    kv_cache_gib: float | Literal["auto"]
     max_requests: int
     max_tokens_per_step: int
     cuda_graphs: bool
@@ -74,6 +74,8 @@ class Workload:
     """Responses to each of them."""
     segments: int = 1
     """Steps in which the longest response is generated."""
+    gpu_bytes: int = 0
+    """Bytes of a rank that tensors may take, of which a cache that is "auto" takes what is left."""
     rehearsed: RehearsedStep | None = None
     """The part of a step that is planned; None: all of the fullest one."""
 
@@ -85,10 +87,12 @@ class Workload:
         *,
         stage: StageName | None = None,
         tiles: int = 0,
+        gpu_bytes: int = 0,
     ) -> Workload:
         """Derive the workload of a recipe.
 
         Args:
+            gpu_bytes: bytes of a rank that tensors may take, which a cache that is "auto" depends on.
             stage: the stage as which it is planned; None: its own. Align trains on one given response a prompt, mpo
                 and reward_model on two; all without a buffer.
             tiles: tiles of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
@@ -121,8 +125,10 @@ class Workload:
             kv_cache_gib=generation.kv_cache_gib,
             max_requests=generation.max_requests,
             max_tokens_per_step=generation.max_tokens_per_step,
-            cuda_graphs=generation.cuda_graphs,
+            # On the GPUs that are planned for they hold, but for blockwise FP8.
+            cuda_graphs=bool(generation.cuda_graphs) and recipe.model.fp8 is not Fp8.blockwise,
             feature_cache_gib=generation.feature_cache_gib,
+            gpu_bytes=gpu_bytes,
             buffer_capacity=buffer.capacity if is_grpo else 0,
             target_effective_fraction=buffer.target_effective_fraction,
             has_reference=is_grpo and algorithm.kl_coefficient > 0,

@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import cast
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_r1v2.rehearsal.fake_tensors import FakeTensors, set_values, values_of
 from megatron_r1v2.rehearsal.watch import original, replace
@@ -78,9 +80,15 @@ class _Event:
         return (end._seconds - self._seconds) * 1000
 
 
-def install(*, gpus_per_node: int, memory_bytes: int) -> None:
-    """Make torch say that it has GPUs."""
-    for name, value in _cuda_functions(gpus_per_node, memory_bytes).items():
+def install(*, gpus_per_node: int, memory_bytes: int, usable_bytes: int | None = None) -> None:
+    """Make torch say that it has GPUs.
+
+    Args:
+        usable_bytes: the part of a GPU's memory that tensors may take; None: all.
+    """
+    functions = _cuda_functions(gpus_per_node, memory_bytes)
+    functions["mem_get_info"] = _free_memory(memory_bytes, memory_bytes if usable_bytes is None else usable_bytes)
+    for name, value in functions.items():
         replace(torch.cuda, name, value)
         if hasattr(torch.cuda.random, name):
             replace(torch.cuda.random, name, value)
@@ -100,6 +108,7 @@ def install_for_fakes() -> None:
     replace(torch, "tensor", _tensor_maker(torch.tensor))
     replace(torch.nn.Module, "_apply", _apply)
     replace(FakeTensor, "tolist", _tolist)
+    replace(FakeTensor, "__array__", lambda self, *_, **__: numpy.array(self.tolist()))
     replace(FakeTensor, "__deepcopy__", _deepcopy)
 
 
@@ -126,7 +135,6 @@ def _cuda_functions(gpus_per_node: int, memory_bytes: int) -> dict[str, object]:
         "get_device_properties": properties,
         "get_device_capability": (9, 0),
         "get_device_name": properties.name,
-        "mem_get_info": (memory_bytes, memory_bytes),
         "memory_allocated": 0,
         "max_memory_allocated": 0,
         "memory_reserved": 0,
@@ -145,6 +153,22 @@ def _cuda_functions(gpus_per_node: int, memory_bytes: int) -> dict[str, object]:
         "default_stream": lambda *_: _Stream(),
         "stream": lambda stream: stream or _Stream(),
     }
+
+
+def _free_memory(memory_bytes: int, usable_bytes: int) -> Function:
+    """Make a torch.cuda.mem_get_info that knows what is counted."""
+
+    def mem_get_info(*_: object) -> tuple[int, int]:
+        from megatron_r1v2.generation.cache_size import GAPS  # megatron-core is not imported before this is installed
+
+        mode = _current_mode()
+        if mode is None:
+            return usable_bytes, memory_bytes
+        mode.answer("free memory of a GPU: what tensors may take of it, less what is counted")
+        # The rest is the share of CUDA, NCCL and the allocator's gaps; who asks takes the gaps off again.
+        return usable_bytes + int(memory_bytes * GAPS) - mode.ledger.held, memory_bytes
+
+    return mem_get_info
 
 
 def _returns(value: object) -> Function:
@@ -304,7 +328,9 @@ def _attention_chooser(function: Function) -> Function:
         if isinstance(query, FakeTensor) and is_flash:
             flash = aten._scaled_dot_product_flash_attention
             return flash(query, key, value, dropout_p, is_causal, scale=how.get("scale"))[0]
-        return function(query, key, value, attn_mask, dropout_p, is_causal, **how)
+        # The device that C++ is told of has these.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return function(query, key, value, attn_mask, dropout_p, is_causal, **how)
 
     return attend
 

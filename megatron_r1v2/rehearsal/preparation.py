@@ -104,9 +104,16 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
     Args:
         folder: for what it writes; with the data sets of `write_rows`.
     """
-    # Graphs and TransformerEngine need a device that computes.
+    # Graphs, TransformerEngine and compiled kernels need a device that computes; those keep less than the ones here.
     generation = recipe.generation.changed(cuda_graphs=False)
-    model = recipe.model.changed(hf_path=str(hf_path), layers=Layers.local, fp8=Fp8.none, fp8_weights=False)
+    unfused = {"bias_activation_fusion": False, "bias_dropout_fusion": False}
+    model = recipe.model.changed(
+        hf_path=str(hf_path),
+        layers=Layers.local,
+        fp8=Fp8.none,
+        fp8_weights=False,
+        transformer_config=recipe.model.transformer_config | unfused,
+    )
     if recipe.model.checkpoint and not Path(recipe.model.checkpoint).exists():
         model = model.changed(checkpoint="")
     train = recipe.train.changed(prompts_per_step=step.prompts)

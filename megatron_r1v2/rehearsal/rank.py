@@ -48,6 +48,8 @@ class RankSpec:
     world_size: int
     gpus_per_node: int
     gpu_memory_gib: float
+    gpu_reserve_gib: float = 0.0
+    """Of it: not for tensors."""
     device: str = "cuda"
     """cuda: the branches of the cluster, on fakes; cpu: those of this machine."""
     is_fake: bool = True
@@ -160,7 +162,11 @@ def _start_watch(spec: RankSpec, on_phase: Callable[[str], object]) -> Watch:
 
     if spec.device == "cuda":
         # Before megatron-core is imported, which asks while it is and keeps some functions.
-        fake_cuda.install(gpus_per_node=spec.gpus_per_node, memory_bytes=int(spec.gpu_memory_gib * 2**30))
+        fake_cuda.install(
+            gpus_per_node=spec.gpus_per_node,
+            memory_bytes=int(spec.gpu_memory_gib * 2**30),
+            usable_bytes=int((spec.gpu_memory_gib - spec.gpu_reserve_gib) * 2**30),
+        )
     fake_cuda.install_for_fakes()
     return FakeTensors(spec.device, hides_device=spec.device == "cuda", on_phase=on_phase)
 

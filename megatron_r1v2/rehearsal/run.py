@@ -166,6 +166,7 @@ def rehearse(
                 world_size=layout.tensor * layout.pipeline * layout.data,
                 gpus_per_node=plan.cluster.gpus_per_node,
                 gpu_memory_gib=plan.cluster.gpu_memory_gib,
+                gpu_reserve_gib=plan.cluster.reserve_gib,
                 rehearsed_prompts=step.long_of_replica,
                 prompts_of_step=step.prompts_of_replica,
                 mixed_groups=step.mixed_groups,

@@ -117,8 +117,8 @@ def install_script(script: Script) -> None:
             self.scripted.append(script.drawn[0 if is_chunk else min(next(place), len(script.drawn) - 1)])
         original_sample(self, logits)
 
-    def draw(self: RolloutController, logits_RV: torch.Tensor, draws: Sequence[object], drawn: torch.Tensor) -> None:
-        original_draw(self, logits_RV, draws, drawn)
+    def draw(self: RolloutController, logits_RV: torch.Tensor, parameters: object, drawn: torch.Tensor) -> None:
+        original_draw(self, logits_RV, parameters, drawn)
         drawn[0] = torch.tensor(self.scripted, dtype=drawn.dtype, device=drawn.device)
 
     original_extend, original_draw = original(RolloutEngine, "_extend"), original(RolloutController, "_draw")

@@ -107,7 +107,7 @@ def _run(
 ) -> None:
     # A cache that keeps nothing: the embeddings of an image live as long as the requests that look at it.
     features = FeatureCache(0)
-    with engine.phase(max_response_tokens) as phase:
+    with engine.open_phase(max_response_tokens, features) as phase:
         while not (command := next_command(not phase.num_in_flight)).stop:
             apply_command(engine, phase, command, features)
             if phase.num_in_flight:

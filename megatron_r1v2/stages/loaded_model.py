@@ -84,12 +84,13 @@ class LoadedModel:
 
         Args:
             prefix_tokens: the longest beginning of a response that a prompt may end with.
-            max_requests: fewer responses in flight than the recipe's, and so a smaller cache.
+            max_requests: fewer responses in flight than the recipe's, and so a smaller cache; such a phase is too
+                short for CUDA graphs.
         """
         generation = self.recipe.generation
         if max_requests is not None:
-            generation = generation.changed(max_requests=min(max_requests, generation.max_requests))
-        return RolloutEngine(
+            generation = generation.changed(max_requests=min(max_requests, generation.max_requests), cuda_graphs=False)
+        engine = RolloutEngine(
             self.model,
             context=self.context,
             settings=generation,
@@ -98,6 +99,10 @@ class LoadedModel:
             max_prompt_tokens=self.recipe.data.max_prompt_tokens + prefix_tokens,
             seed=self.recipe.run.seed,
         )
+        # On a CPU nobody expects graphs.
+        if generation.cuda_graphs and engine.without_graphs and self.context.device.type == "cuda":
+            logger.warning("generation.cuda_graphs=auto: decode goes without graphs, as %s", engine.without_graphs)
+        return engine
 
     def feature_cache(self) -> FeatureCache:
         """Return an empty cache of image features."""
@@ -233,7 +238,7 @@ def load_model(
     stop_ids = tokenizer.stop_ids(recipe.generation.stop_tokens)
     # A config.json that lost its sizes means a model of billions of parameters: transformers' defaults.
     check_hf_tensors(hf_path, architecture, layout)
-    settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recompute)
+    settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recompute, device=context.device)
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
     # model.precision decides the dtype, whatever the folder's is.

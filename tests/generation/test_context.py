@@ -11,6 +11,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.context import BlockwiseContext, UnpaddedContext, context_kind, make_context
+from tests.generation.worlds import phase_load
 
 GIB = 1024**3
 # 2 layers x 64 tokens x 2 key heads x 24 channels x 4 bytes, for keys and for values.
@@ -20,7 +21,8 @@ BLOCK_BYTES = 2 * 64 * 2 * 24 * 4 * 2
 def make(one_rank, *, tokens: int = 100, **settings) -> DynamicInferenceContext:
     model, parallel = one_rank
     defaults = {"kv_cache_gib": 1.0, "max_requests": 3, "max_tokens_per_step": 40}
-    return make_context(model, parallel, GenerationConfig(**(defaults | settings)), tokens)
+    generation = GenerationConfig(**(defaults | settings))
+    return make_context(model, parallel, generation, phase_load(model, parallel, generation), tokens)
 
 
 @pytest.mark.parametrize(

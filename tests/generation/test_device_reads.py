@@ -68,7 +68,7 @@ def test_a_decode_step_reads_at_most_two_values(one_rank, monkeypatch):
     engine = make_engine(model, context)
     engine.stop_ids = frozenset()
     requests = make_requests(model, 6, tokens=30)
-    with engine.phase(30) as phase:
+    with engine.open_phase(30, FeatureCache(0)) as phase:
         engine.add(phase, requests, FeatureCache(0))
         phase.step()
         steps = []

@@ -79,7 +79,7 @@ def test_a_cancelled_request_makes_room_at_once(one_rank):
     results = run(engine, {0: [first, second], 1: [third]}, cancel={5: [first.request_id]}, longest=40)
     assert len(results[first.request_id]) == 5
     assert results[third.request_id][-1].is_last
-    with engine.phase(40) as phase:
+    with engine.open_phase(40, FeatureCache(0)) as phase:
         engine.add(phase, [first, second, third], FeatureCache(0))
         for _ in range(5):
             phase.step()
@@ -110,7 +110,7 @@ def test_an_idle_phase_can_be_asked_again(one_rank, alone):
     """A server's phase lives as long as the server."""
     model, context = one_rank
     engine = make_engine(model, context)
-    with engine.phase(24) as phase:
+    with engine.open_phase(24, FeatureCache(0)) as phase:
         assert list(phase.step()) == []
         for _ in range(2):
             for request in make_requests(model, 3):
@@ -152,7 +152,7 @@ def test_the_memory_of_the_cache_goes_back_to_the_device(one_rank, monkeypatch):
     """Only then: what torch's allocator keeps, tensors that outlive the phase would settle in."""
     model, context = one_rank
     given_back = []
-    with make_engine(model, context).phase(8) as phase:
+    with make_engine(model, context).open_phase(8, FeatureCache(0)) as phase:
         cache = weakref.ref(phase._context.memory_buffer.untyped_storage())
         assert cache() is not None
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(cache() is None))

@@ -20,7 +20,7 @@ from megatron_r1v2.generation.controller import Vocabulary
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.phase import GenerationPhase
 from megatron_r1v2.generation.sampling import Draw
-from tests.generation.worlds import generate, make_engine, make_prompts, make_requests, run, start
+from tests.generation.worlds import generate, make_engine, make_prompts, make_requests, phase_load, run, start
 from tests.ranks import run_ranks
 
 BLOCK = 4
@@ -157,6 +157,7 @@ def open_phase(one_rank, *, blocks: int, max_requests: int, max_tokens: int) -> 
         parallel=parallel,
         settings=config,
         vocabulary=Vocabulary(100, frozenset()),
+        load=phase_load(model, parallel, config),
         max_sequence_tokens=LONGEST_PROMPT + LONGEST_RESPONSE,
     )
 

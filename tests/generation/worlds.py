@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core import parallel_state
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
+from megatron_r1v2.generation.cache_size import PhaseLoad
 from megatron_r1v2.generation.engine import Request, RolloutEngine, Sampling
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.sampling import Draw
@@ -75,6 +77,12 @@ def make_engine(model: R1V2Model, context: ParallelContext, *, seed: int = 11, *
     )
 
 
+def phase_load(model: R1V2Model, parallel: ParallelContext, settings: GenerationConfig, **changes) -> PhaseLoad:
+    """Return the demands of a phase as the engine states them."""
+    engine = make_engine(model, parallel, **dict(settings))
+    return replace(engine._load(FeatureCache(0), 1), **changes)
+
+
 def generate(engine: RolloutEngine, prompts, features, *, progress=None, begun=None, **sampling):
     defaults = {
         "num_responses": 2,
@@ -134,7 +142,7 @@ def run(engine, arrivals, *, cancel=None, longest=24) -> dict[int, list]:
         cancel: request ids by step.
     """
     results: dict[int, list] = {}
-    with engine.phase(longest) as phase:
+    with engine.open_phase(longest, FeatureCache(0)) as phase:
         step = 0
         while step <= max(arrivals) or phase.num_in_flight:
             engine.add(phase, arrivals.get(step, []), FeatureCache(0))

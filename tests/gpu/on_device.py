@@ -13,8 +13,10 @@ from megatron.core import parallel_state
 from transformers import InternVLForConditionalGeneration
 
 from megatron_r1v2.config.schema import AlgorithmConfig, Packing, ParallelConfig, Recompute, TrainConfig
+from megatron_r1v2.generation.cache_size import measure_room
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.log_probs import token_log_probs
+from megatron_r1v2.models.paged_attention import is_flash_attention_usable
 from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -184,6 +186,28 @@ def rollouts_with_graphs(folder: str, compute: dict[str, Any]) -> dict[str, Any]
         with torch.no_grad():
             for parameter in model.language.parameters():
                 parameter.mul_(1.5)
+    return found
+
+
+def rollouts_as_the_device_allows(folder: str, compute: dict[str, Any]) -> dict[str, Any]:
+    """Roll out with a cache and graphs that are "auto", and with neither."""
+    policy, context = policy_of(folder, compute)
+    model, found = policy.model, {}
+    for how, settings in (
+        ("auto", {"kv_cache_gib": "auto", "cuda_graphs": "auto"}),
+        ("given", {"kv_cache_gib": 0.5, "cuda_graphs": False}),
+    ):
+        engine = make_engine(model, context, **settings)
+        found[how] = generate(engine, make_prompts(model, 4), FeatureCache(0), temperature=0.0)
+        found[f"{how}, cache"], found[f"{how}, without graphs"] = engine.cache_bytes, engine.without_graphs
+    free, total = torch.cuda.mem_get_info()
+    load = make_engine(model, context)._load(FeatureCache(0), 1)
+    room = measure_room(model.architecture, load, context.device, flash=True)
+    held = torch.zeros(2**30, dtype=torch.uint8, device=context.device)
+    fuller = measure_room(model.architecture, load, context.device, flash=True)
+    found |= {"free": free, "total": total, "room": room.free, "with a GiB held": fuller.free, "held": held.numel()}
+    found["flash"] = is_flash_attention_usable(model.config.params_dtype)
+    found["fused"] = model.config.bias_activation_fusion
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.on_device import generate_and_score, rollouts_with_graphs, tokens_of
+from tests.gpu.on_device import generate_and_score, rollouts_as_the_device_allows, rollouts_with_graphs, tokens_of
 from tests.gpu.test_training import BF16, FP8, TE, needs_te
 from tests.ranks import run_ranks
 
@@ -44,3 +44,15 @@ def test_graphs_replay_what_the_eager_engine_does_also_after_an_update(compute, 
         assert found[f"managers {when}"] == 0
         assert found[f"impl {when}"] == "none"
     assert tokens_of(found["graphs before"]) != tokens_of(found["graphs after"]), "the weights were the old ones"
+
+
+@pytest.mark.parametrize("compute", [pytest.param({}, id="fp32"), pytest.param(BF16, id="bf16")])
+def test_auto_takes_what_is_free_and_graphs_where_they_hold(compute, needs_cuda, inputs):
+    (found,) = run_ranks(1, rollouts_as_the_device_allows, inputs[0], compute, timeout=600)
+    assert (found["auto, without graphs"] == "") is found["flash"], found["auto, without graphs"]
+    assert found["given, without graphs"] == "generation.cuda_graphs=false"
+    assert found["auto, cache"] == found["given, cache"], "all that the requests need fits in both"
+    assert 0.9 * found["free"] < found["room"] + 0.03 * found["total"] <= found["free"] + 2**26
+    assert found["room"] - found["with a GiB held"] == pytest.approx(2**30, rel=0.1)
+    same = sum(one == other for one, other in zip(tokens_of(found["auto"]), tokens_of(found["given"]), strict=True))
+    assert same >= len(found["auto"]) / 2

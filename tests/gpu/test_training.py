@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_r1v2.config.schema import Fp8, Layers, Packing
+from megatron_r1v2.models.sdpa import attend
 from megatron_r1v2.models.shared_attention import check_shared_attention
 from tests.distributed.test_step import ALONE, SHARED, TOGETHER, UNEQUAL, difference
 from tests.gpu.on_device import errors, steps_around_a_rollout, take_step, transformers_in_bf16
@@ -72,6 +73,34 @@ def test_shared_rows_in_bf16_are_within_the_noise_of_bf16(inputs, noise):
     (outcome,) = run_ranks(1, take_step, *inputs, {}, SHARED, BF16, Packing.shared, timeout=600)
     found = errors(outcome, inputs[1])
     assert {name: found[name] / noise[name] for name in noise if found[name] > 2 * noise[name]} == {}
+
+
+def test_fused_kernels_in_fp32_give_the_step_of_the_cpu(needs_cuda, inputs):
+    folder, exact = inputs
+    (outcome,) = run_ranks(1, take_step, folder, exact, {}, TOGETHER, {"fused": True}, timeout=600)
+    assert outcome.metrics["actor/loss"] == pytest.approx(exact.loss, rel=FP32)
+    wrong = [n for n, gradient in exact.gradients.items() if not difference(outcome.gradients[n], gradient) < FP32]
+    assert wrong == []
+
+
+def test_fused_kernels_in_bf16_are_within_the_noise_of_bf16(needs_cuda, inputs, noise):
+    (outcome,) = run_ranks(1, take_step, *inputs, {}, TOGETHER, BF16 | {"fused": True}, timeout=600)
+    found = errors(outcome, inputs[1])
+    assert {name: found[name] / noise[name] for name in noise if found[name] > 2 * noise[name]} == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_the_chosen_attention_kernel_takes_groups_of_heads(needs_cuda, dtype, has_mask):
+    query, key, value = (torch.randn(2, heads, 37, 64) for heads in (8, 2, 2))
+    mask = torch.ones(37, 37, dtype=torch.bool).tril() if has_mask else None
+    expected = attend(query, key, value, scale=None, is_causal=not has_mask, mask=mask)
+    on_gpu = [tensor.to("cuda", dtype).requires_grad_() for tensor in (query, key, value)]
+    mask = None if mask is None else mask.cuda()
+    found = attend(*on_gpu, scale=None, is_causal=not has_mask, mask=mask)
+    assert ("Flash" if dtype is torch.bfloat16 and not has_mask else "Efficient") in type(found.grad_fn).__name__
+    bound = 1e-4 if dtype is torch.float32 else 4e-2
+    torch.testing.assert_close(found.detach().float().cpu(), expected, atol=bound, rtol=bound)
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,30 @@ def test_logits_and_gradients_are_those_of_transformers(variant, tmp_path, conte
     assert max(differences.values()) < 1e-4, differences
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_layers_compute_the_same(training, tmp_path, context):
+    ours, _ = model_pair(tmp_path, context)
+    ours.train(training)
+    token_ids_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+    results = []
+    for fused in (False, True):
+        settings = ComputeSettings(fused=fused)
+        config = language_transformer_config(ARCHITECTURE, settings)
+        for name in ("bias_activation_fusion", "bias_dropout_fusion"):
+            assert getattr(config, name) is fused
+            setattr(ours.language.config, name, fused)
+        ours.zero_grad()
+        # The functions that a GPU compiles, as they are written.
+        with torch.compiler.set_stance("force_eager"):
+            logits_BSV = run(ours, token_ids_BS)
+            logits_BSV.square().mean().backward()
+        gradients = [parameter.grad.clone() for parameter in ours.language.parameters()]
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            results.append([logits_BSV.detach(), run(ours, token_ids_BS), *gradients])
+    for fused, unfused in zip(*results, strict=True):
+        assert difference(fused, unfused) < 1e-5
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_only_response_tokens_of_a_shared_row_get_logits(tied, tmp_path, context):
     ours, _ = model_pair(tmp_path, context, tied=tied)

@@ -10,6 +10,7 @@ from megatron_r1v2.config.choices import Fp8, Layers, Precision, Recompute
 from megatron_r1v2.config.schema import ModelConfig, ParallelConfig
 from megatron_r1v2.models.settings import ComputeSettings
 
+CPU = torch.device("cpu")
 SIZES = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
 
 
@@ -22,7 +23,7 @@ def test_the_sections_of_a_recipe_are_collected():
         transformer_config={"layernorm_epsilon": 0.25},
     )
     parallel = ParallelConfig(tensor=2, pipeline=4, sequence=True, first_stage_layers=3)
-    assert ComputeSettings.from_recipe(model, parallel, Recompute.selective) == ComputeSettings(
+    assert ComputeSettings.from_recipe(model, parallel, Recompute.selective, device=CPU) == ComputeSettings(
         tensor=2,
         pipeline=4,
         sequence=True,
@@ -34,7 +35,15 @@ def test_the_sections_of_a_recipe_are_collected():
         fp8_weights=True,
         language_overrides={"layernorm_epsilon": 0.25},
     )
-    assert ComputeSettings.from_recipe(ModelConfig(), ParallelConfig(), Recompute.none).dtype is torch.bfloat16
+    assert (
+        ComputeSettings.from_recipe(ModelConfig(), ParallelConfig(), Recompute.none, device=CPU).dtype is torch.bfloat16
+    )
+
+
+def test_a_gpu_fuses_what_torch_compiles():
+    on_gpu = ComputeSettings.from_recipe(ModelConfig(), ParallelConfig(), Recompute.none, device=torch.device("cuda"))
+    assert on_gpu.fused
+    assert not ComputeSettings.from_recipe(ModelConfig(), ParallelConfig(), Recompute.none, device=CPU).fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

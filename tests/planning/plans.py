@@ -90,8 +90,12 @@ def plan_of(*overrides, gpus=8, memory=80.0, hf=HF_CONFIG):
     def check(recipe):
         return fit_mistakes(recipe, r1v2_architecture(hf).language)
 
-    return make_plan(load_recipe(RECIPE, overrides, check=check), hf, cluster(gpus, memory))
+    return make_plan(load_recipe(RECIPE, (*BEFORE, *overrides), check=check), hf, cluster(gpus, memory))
+
+
+BEFORE = ("generation.kv_cache_gib=20.0", "generation.cuda_graphs=false")
+"""Settings that the expected numbers were made with, in place of "auto"."""
 
 
 def workload(*overrides):
-    return Workload.from_recipe(load_recipe(RECIPE, overrides), ARCHITECTURE)
+    return Workload.from_recipe(load_recipe(RECIPE, (*BEFORE, *overrides)), ARCHITECTURE, gpu_bytes=cluster().limit)

@@ -6,9 +6,11 @@ import pytest
 
 from megatron_r1v2.config.choices import Fp8, Part, Recompute, StageName
 from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.generation.cache_size import working_bytes
 from megatron_r1v2.planning.activations import ActivationModel
 from megatron_r1v2.planning.memory import (
     GIB,
+    _phase_load,
     fits,
     kv_bytes_per_token,
     kv_cache_bytes,
@@ -65,6 +67,31 @@ def test_the_cache_is_what_its_requests_can_use_and_holds_at_least_one_sequence(
         kv_cache_bytes(ARCHITECTURE, layout, workload("generation.kv_cache_gib=0.1"), 0)
     # With fewer heads than ranks each rank still has one.
     assert kv_cache_bytes(ARCHITECTURE, Layout(tensor=20), one, 0) == (48 + 1) * 256 * token
+
+
+def test_a_cache_that_takes_what_is_free_fills_the_fullest_gpu_and_no_more():
+    plan = plan_of("generation.kv_cache_gib=auto", "generation.max_requests=400")
+    (generate,) = (rank for rank in plan.memory.ranks if rank.phase == "generate")
+    limit, block = plan.cluster.limit, 256 * 64 * 2 * 128 * 2
+    assert plan.fits
+    working = working_bytes(ARCHITECTURE, _phase_load(ARCHITECTURE, plan.layout, plan.work, 0, "generate"))
+    rest = limit - generate.parameters - generate.gradients - generate.optimizer - generate.buffers - working
+    assert rest - block <= generate.kv_cache <= rest + 2**21, "block tables, which are among the buffers, are small"
+    beside = generate.activations + generate.image_features
+    assert beside <= working, "the rule of the engine covers what the planner counts"
+    assert any("kv_cache_gib=auto: " in note and f"{generate.kv_cache / GIB:.1f} GiB" in note for note in plan.notes)
+    with pytest.raises(ValueError, match="kv_cache_gib=auto finds"):
+        plan_of("generation.kv_cache_gib=auto", memory=20.0)
+
+
+def test_the_stage_with_the_least_room_decides_the_blocks_of_all():
+    work = workload("generation.kv_cache_gib=auto")
+    layout = Layout(tensor=4, pipeline=2, sequence=True)
+    first, second = (kv_cache_bytes(ARCHITECTURE, layout, work, stage) for stage in (0, 1))
+    assert first == second, "as many layers, as many blocks"
+    uneven = Layout(tensor=4, pipeline=2, sequence=True, first_stage_layers=24)
+    first, second = (kv_cache_bytes(ARCHITECTURE, uneven, work, stage) for stage in (0, 1))
+    assert first * 40 == second * 24
 
 
 def test_image_features_stay_below_the_cache_limit_and_vanish_without_images():

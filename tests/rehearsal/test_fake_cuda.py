@@ -31,6 +31,13 @@ for made in (torch.empty(3, device="cuda"), torch.zeros(3, device=0), torch.tens
     assert made.device == cuda and made.is_cuda and "cuda" in made.type(), made
 assert torch.zeros_like(torch.empty(3, device=cuda)).device == cuda
 """,
+    "free memory": """
+before, total = torch.cuda.mem_get_info()
+held = torch.empty(2**20, device=cuda)
+assert total == 2**30 and before - torch.cuda.mem_get_info()[0] == 4 * 2**20
+assert 2**30 < before < 1.05 * 2**30, "what is asked for is without the gaps, which the cache takes off"
+assert [rule.partition(":")[0] for rule, _ in mode.questions] == ["free memory of a GPU"]
+""",
     "values travel": """
 there = torch.tensor([1, 2, 3]).cuda()
 assert there.tolist() == [1, 2, 3] and there.cpu().device.type == "cpu" and there.cpu().tolist() == [1, 2, 3]

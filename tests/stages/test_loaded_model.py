@@ -37,6 +37,14 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(root: Path, tmp_
         assert loaded.sampled_vocab_size == loaded.tokenizer.vocab_size < loaded.architecture.language.vocab_size
 
 
+def test_the_gate_has_a_small_engine_that_never_captures_graphs(root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_r1v2.generation.engine.decide_cuda_graphs", lambda wanted, *_: f"wanted: {wanted}")
+    with open_model(recipe_for(root, tmp_path / "run")) as loaded:
+        assert loaded.engine().without_graphs == "wanted: auto"
+        gate = loaded.engine(max_requests=2)
+        assert (gate.without_graphs, gate.settings.max_requests) == ("wanted: False", 2)
+
+
 def test_prompts_are_read_in_their_order(root: Path, tmp_path: Path) -> None:
     with open_model(recipe_for(root, tmp_path / "run")) as loaded:
         folder = loaded.recipe.data.train
