@@ -19,6 +19,7 @@ import torch
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from megatron_r1v2.rehearsal.collectives import Collective
@@ -62,6 +63,12 @@ _FACTORIES = frozenset(
         "zeros_like",
     ]
 )
+_MOST_BOOKKEEPING = 4096
+"""Elements of the tensors that a step's bookkeeping is done on."""
+# In place, but not of values.
+_RESHAPING = frozenset(["as_strided_", "detach_", "resize_", "set_", "squeeze_", "t_", "transpose_", "unsqueeze_"])
+# They make large tensors of small ones.
+_GROWING = frozenset(["constant_pad_nd", "new_empty", "new_full", "new_ones", "new_zeros", "repeat", "tile"])
 # The shape of what they return is in the values.
 _DYNAMIC = (
     aten.nonzero.default,
@@ -145,6 +152,9 @@ class FakeTensors(Watch):
             args = (args[0], self._indices_of_masks(cast(Sequence[object], args[1])), *args[2:])
         if func in _DYNAMIC:
             return self._run_dynamic(func, args, kwargs)
+        known = self._run_bookkeeping(func, args, kwargs)
+        if known is not None:
+            return known
         result = func(*args, **kwargs)
         self.note(func, args, kwargs, result)
         self._compute_values(func, args, kwargs, result)
@@ -171,6 +181,44 @@ class FakeTensors(Watch):
         return fake
 
     # -- operators ------------------------------------------------------------------------------------------------
+
+    def _run_bookkeeping(
+        self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> torch.Tensor | None:
+        """Run an operator of few known values on these alone: torch's fakes take several times as long.
+
+        Returns:
+            The result; None: fakes must give it, since values are not known, or are views or refused.
+        """
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        name, returned = func._schema.name.partition("::")[2], func._schema.returns
+        is_writing = func._schema.is_mutable
+        if not inputs or len(returned) != 1 or func._overloadpacket in flop_registry:
+            return None
+        if name in _RESHAPING | _GROWING or is_writing is not name.endswith("_"):
+            return None
+        if not is_writing and returned[0].alias_info is not None:
+            return None  # a view, whose storage the fake must share
+        device = cast(FakeTensor, inputs[0]).fake_device
+        for tensor in inputs:
+            # Tensors on two devices are torch's to judge.
+            is_elsewhere = cast(FakeTensor, tensor).fake_device != device and func is not aten.copy_.default
+            if is_elsewhere or tensor.numel() > _MOST_BOOKKEEPING or not _has_values(tensor):
+                return None
+        try:
+            values = self._run_on_values(func, args, kwargs)
+        except (RuntimeError, NotImplementedError, TypeError, IndexError):
+            return None
+        if is_writing:
+            return inputs[0]
+        if not isinstance(values, torch.Tensor) or not _is_small(values):
+            return None
+        with torch._C._DisableTorchDispatch():
+            shape = aten.empty_strided.default(values.shape, values.stride(), dtype=values.dtype, device="meta")
+        fake = FakeTensor(self.fakes, shape, cast(torch.device, kwargs.get("device")) or device)
+        setattr(fake, _KNOWN, values)
+        self.count_tensors([fake], inputs)
+        return fake
 
     def _compute_values(
         self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object], result: object

@@ -85,3 +85,41 @@ def test_data_of_another_shape_forgets_the_values(mode):
     tensor = torch.zeros(1)
     tensor.data = torch.zeros(3)
     assert values_of(tensor) is None
+
+
+def test_bookkeeping_on_known_values_is_what_fakes_would_say(mode, monkeypatch):
+    """Every operator gives the same shapes, strides, dtypes, devices, bytes and values without torch's fakes."""
+
+    def run():
+        table = torch.zeros(6, 4, dtype=torch.int32)
+        table[1, 2:] = torch.tensor([7, 8], dtype=torch.int32)
+        table[table == 7] = 5
+        column = table.t()[2]
+        results = [table + 1, table.t() * 2.5, column.cumsum(0), table[torch.tensor([1, 0])], table.float().mean()]
+        column.add_(1)
+        results += [torch.cat([table, table]), torch.where(table > 1, table, 0), table.argsort(1), column.clone()]
+        results += [table.repeat(3, 1), torch.ones_like(table), table.to(torch.float16), table.max()]
+        return [
+            (
+                values_of(each).tolist(),
+                each.shape,
+                each.stride(),
+                each.dtype,
+                each.device,
+                each.untyped_storage().nbytes(),
+            )
+            for each in results
+        ]
+
+    fast, held = run(), mode.ledger.held
+    monkeypatch.setattr(mode, "_run_bookkeeping", lambda *_: None)
+    slow = run()
+    assert fast == slow
+    assert held == mode.ledger.held == 0
+    assert mode.ledger.phases[0].peak > 0
+
+
+def test_bookkeeping_on_two_devices_is_refused_as_always(mode):
+    elsewhere = torch.ones(3, device="meta")
+    with pytest.raises(RuntimeError, match="at least two devices"):
+        torch.ones(3) + elsewhere
