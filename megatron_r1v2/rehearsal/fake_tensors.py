@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.ledger import running_line
-from megatron_r1v2.rehearsal.watch import Operator, Watch
+from megatron_r1v2.rehearsal.watch import Operator, Watch, tensors_in
 
 aten = torch.ops.aten
 Number = bool | int | float
@@ -65,10 +65,10 @@ _FACTORIES = frozenset(
 )
 _MOST_BOOKKEEPING = 4096
 """Elements of the tensors that a step's bookkeeping is done on."""
-# In place, but not of values.
-_RESHAPING = frozenset(["as_strided_", "detach_", "resize_", "set_", "squeeze_", "t_", "transpose_", "unsqueeze_"])
-# They make large tensors of small ones.
-_GROWING = frozenset(["constant_pad_nd", "new_empty", "new_full", "new_ones", "new_zeros", "repeat", "tile"])
+_RESHAPING = ("as_strided_", "detach_", "resize_", "set_", "squeeze_", "t_", "transpose_", "unsqueeze_")
+_GROWING = ("constant_pad_nd", "new_empty", "new_full", "new_ones", "new_zeros", "repeat", "tile")
+# In place but not of values, or large tensors of small ones.
+_NO_BOOKKEEPING = frozenset([*_RESHAPING, *_GROWING])
 # The shape of what they return is in the values.
 _DYNAMIC = (
     aten.nonzero.default,
@@ -138,26 +138,28 @@ class FakeTensors(Watch):
         self.num_operators += 1
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs)
-        leaves = tree_leaves((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         is_told_cpu = self.hides_device and not self.moves_to_cpu and kwargs.get("device") == torch.device("cpu")
-        if is_told_cpu and any(isinstance(leaf, FakeTensor) and leaf.fake_device.type == "cuda" for leaf in leaves):
+        if is_told_cpu and any(isinstance(each, FakeTensor) and each.fake_device.type == "cuda" for each in inputs):
             # C++ has filled in the device of an input, as it was told.
             kwargs["device"] = torch.device("cuda", 0)
-        if any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) for leaf in leaves):
+        if not all(isinstance(each, FakeTensor) for each in inputs):
             # Operators on real tensors alone would run, which those of "cuda" cannot.
             args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
+            inputs = tensors_in((args, kwargs))
         if func in _ASKING:
             return self._ask(func, args)
         if func in _INDEXING and any(_is_mask(index) for index in cast(Sequence[object], args[1])):
             args = (args[0], self._indices_of_masks(cast(Sequence[object], args[1])), *args[2:])
+            inputs = tensors_in((args, kwargs))
         if func in _DYNAMIC:
-            return self._run_dynamic(func, args, kwargs)
-        known = self._run_bookkeeping(func, args, kwargs)
+            return self._run_dynamic(func, args, kwargs, inputs)
+        known = self._run_bookkeeping(func, args, kwargs, inputs)
         if known is not None:
             return known
         result = func(*args, **kwargs)
-        self.note(func, args, kwargs, result)
-        self._compute_values(func, args, kwargs, result)
+        self.note(func, args, kwargs, result, inputs)
+        self._compute_values(func, args, kwargs, result, inputs)
         return result
 
     def from_values(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -183,19 +185,18 @@ class FakeTensors(Watch):
     # -- operators ------------------------------------------------------------------------------------------------
 
     def _run_bookkeeping(
-        self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object]
+        self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object], inputs: Sequence[torch.Tensor]
     ) -> torch.Tensor | None:
         """Run an operator of few known values on these alone: torch's fakes take several times as long.
 
         Returns:
             The result; None: fakes must give it, since values are not known, or are views or refused.
         """
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         name, returned = func._schema.name.partition("::")[2], func._schema.returns
         is_writing = func._schema.is_mutable
         if not inputs or len(returned) != 1 or func._overloadpacket in flop_registry:
             return None
-        if name in _RESHAPING | _GROWING or is_writing is not name.endswith("_"):
+        if name in _NO_BOOKKEEPING or is_writing is not name.endswith("_"):
             return None
         if not is_writing and returned[0].alias_info is not None:
             return None  # a view, whose storage the fake must share
@@ -221,12 +222,16 @@ class FakeTensors(Watch):
         return fake
 
     def _compute_values(
-        self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object], result: object
+        self,
+        func: Operator,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        result: object,
+        inputs: Sequence[torch.Tensor],
     ) -> None:
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
         for fake in made:
             fake.constant = None  # torch would move it to the device, which does not exist
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         is_known = all(_has_values(tensor) for tensor in inputs)
         if func._schema.is_mutable and not is_known:
             self._spoil(made, inputs)
@@ -288,8 +293,9 @@ class FakeTensors(Watch):
             result += [self.from_values(place, mask.device) for place in places]
         return result
 
-    def _run_dynamic(self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    def _run_dynamic(
+        self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object], inputs: Sequence[torch.Tensor]
+    ) -> object:
         if not all(_has_values(tensor) for tensor in inputs):
             raise UnknownValues(f"{func} of unknown values at {running_line()}")
         device = inputs[0].device

@@ -51,7 +51,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch 
             self.note_collective(func, args, kwargs)
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        self.note(func, args, kwargs, result)
+        self.note(func, args, kwargs, result, tensors_in((args, kwargs)))
         return result
 
     @contextmanager
@@ -78,11 +78,21 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch 
         self.flops[self.ledger.current_phase] += number
         self.ledger.add_flops(number)
 
-    def note(self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object], result: object) -> None:
-        """Count the storages that an operator has made, and its FLOPs."""
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    def note(
+        self,
+        func: Operator,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        result: object,
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Count the storages that an operator has made, and its FLOPs.
+
+        Args:
+            inputs: the tensors among its arguments.
+        """
+        made = [result] if isinstance(result, torch.Tensor) else tensors_in(result)
         if made:
-            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             self.count_tensors(made, inputs)
         packet = func._overloadpacket
         if packet in flop_registry:
@@ -115,6 +125,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch 
         )
         self.collectives.add(call)
         return call
+
+
+def tensors_in(values: object) -> list[torch.Tensor]:
+    """Return the tensors in nested values."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager
