@@ -313,8 +313,9 @@ def _training_phase_peak(
     peak = log_probs_peak(model, batch, stage=stage)
     if phase == "update":
         peak = max(peak, training_peak(model, batch, stage=stage, microbatches=work.microbatches(layout)))
-        # torch's Adam makes a float32 temporary of all weights that it updates at once.
-        peak = max(peak, state.shard_elements * 4)
+        # torch's Adam makes a float32 temporary of all weights that it updates at once: on a GPU all of them; tensors
+        # without memory one parameter after the other, with two temporaries.
+        peak = max(peak, 4 * (2 * state.largest_shard if work.rehearsed else state.shard_elements))
     return peak + work.batch_bytes(layout)
 
 

@@ -31,6 +31,8 @@ class ModelState:
     """This data-parallel rank's share: Adam's two moments, and float32 weights beside bf16 ones."""
     shard_elements: int
     """Trained elements whose optimizer state is on this rank."""
+    largest_shard: int = 0
+    """Those of the parameter with the most of them."""
 
     @property
     def total(self) -> int:
@@ -70,6 +72,7 @@ def model_state(
         gradients=buffer * _FLOAT32,
         optimizer=owned * copies * _FLOAT32 + len(shards) * _STEP_BYTES,
         shard_elements=owned,
+        largest_shard=max(shards, default=0),
     )
 
 

@@ -97,9 +97,10 @@ class Workload:
                 and reward_model on two; all without a buffer.
             tiles: tiles of a prompt; 0: as many as `data.max_tiles` and `data.max_prompt_tokens` allow.
         """
-        # A prompt of several tiles gets a thumbnail too.
+        # A prompt of several tiles gets a thumbnail too, so that none has two; two tokens enclose an image.
         most = recipe.data.max_tiles + (1 if recipe.data.max_tiles > 1 else 0)
-        most = min(most, recipe.data.max_prompt_tokens // architecture.tokens_per_tile)
+        most = min(most, (recipe.data.max_prompt_tokens - 2) // architecture.tokens_per_tile)
+        most = 1 if most == 2 else most
         stage = stage or recipe.stage or StageName.grpo
         generation, train, is_grpo = recipe.generation, recipe.train, stage is StageName.grpo
         buffer = recipe.buffer if isinstance(recipe, GrpoRecipe) else BufferConfig()

@@ -228,6 +228,8 @@ def test_adam_makes_a_float32_of_all_that_it_updates():
     uploaded = 4 * 1 * 8 * 37  # each response in a microbatch of its own
     elements = largest_state(SMALL, Layout(), stage=0, parts=work.parts, element_bytes=2).shard_elements
     assert update.activations == elements * 4 + uploaded
+    rehearsed = replace(work, rehearsed=RehearsedStep(images=2, rows=4, validated=1))
+    assert plan_memory(SMALL, Layout(), rehearsed).ranks[2].activations < update.activations
 
 
 def test_the_gate_has_a_small_cache_and_a_forward_pass_over_few_logits():
