@@ -43,6 +43,7 @@ _NOT_NEEDED = (
     "serve",
     "evaluation.lm_eval",
     "evaluation.benchmarks",
+    "evaluation.bfcl",
     "rewards.served_model",
     "report",
     "stages.prepare",

@@ -22,13 +22,15 @@ ROOT = Path(__file__).parents[2]
 HEAVY = {"pyarrow", "scipy", "sklearn", "pandas", "wandb"}
 BLOCKER = """
 import sys
+from importlib.machinery import PathFinder
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r} on a bare machine", name=name.partition(".")[0])
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        # Not an error: who only asks whether a package is there must hear that it is not.
+        return None if name.partition(".")[0] in BLOCKED else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 
