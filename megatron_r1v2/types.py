@@ -222,3 +222,7 @@ class TrainingBatch:
     """float64 [B]: log-probs of the whole responses under the reference, where the loss compares those."""
     entropy_BS: torch.Tensor | None = None
     """float32 [B, S], of the policy in training, where it is measured."""
+
+
+class NoRoomError(ValueError):
+    """A key-value cache of what is free has no room for one sequence."""

@@ -14,6 +14,7 @@ from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.features import TILES_PER_PASS
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.types import NoRoomError
 
 GIB = 1024**3
 GRAPH_ROWS = 64
@@ -138,7 +139,7 @@ def agree_on_blocks(shape: CacheShape, room: Room, parallel: ParallelContext) ->
     """Collective over the replica: return the blocks that every rank has room for.
 
     Raises:
-        ValueError: on all ranks, if one of them has no room for a sequence.
+        NoRoomError: on all ranks, if one of them has no room for a sequence.
     """
     # The scheduler of each rank counts blocks: with other numbers the ranks would run other steps.
     blocks = torch.tensor([max(0, shape.count_blocks(room.free - room.working))], device=parallel.device)
@@ -148,9 +149,9 @@ def agree_on_blocks(shape: CacheShape, room: Room, parallel: ParallelContext) ->
     return int(blocks)
 
 
-def no_room(shape: CacheShape, room: Room) -> ValueError:
+def no_room(shape: CacheShape, room: Room) -> NoRoomError:
     """Return the error of a cache that takes what is free, where that is too little."""
-    return ValueError(
+    return NoRoomError(
         f"generation.kv_cache_gib=auto finds {room.free / GIB:.3g} GiB free beside weights and training, of which "
         f"images and a step may take {room.working / GIB:.3g}; one sequence of {shape.sequence_tokens} tokens (prompt "
         f"and response) needs {shape.least_bytes / GIB:.3g} on each rank of the replica. Lower "

@@ -18,6 +18,7 @@ from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRe
 from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
 from megatron_r1v2.stages.model_fit import fit_mistakes
+from megatron_r1v2.types import NoRoomError
 
 if TYPE_CHECKING:
     from megatron_r1v2.planning.plan import Cluster
@@ -56,6 +57,9 @@ def main(argv: Sequence[str]) -> None:
                 arguments.mean_response_tokens, arguments.spread, arguments.lengths, arguments.segment_tokens
             ),
         )
+    except NoRoomError as error:
+        print(f"It does not fit: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

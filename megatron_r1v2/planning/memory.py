@@ -121,7 +121,7 @@ def _count_free_blocks(architecture: R1V2Architecture, layout: Layout, work: Wor
     """Return the blocks of a cache that takes what is free on the fullest stage.
 
     Raises:
-        ValueError: a stage has no room for one sequence.
+        NoRoomError: a stage has no room for one sequence.
     """
     counts = []
     for stage in range(layout.pipeline):

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries
 from megatron_r1v2.planning.command import add_cluster_options, read_cluster, recipe_to_plan
 from megatron_r1v2.planning.known_models import find_hf_config
+from megatron_r1v2.types import NoRoomError
 
 _DESCRIPTION = """\
 Rehearse a run on a CPU before it is queued: the stage's own code as one rank of each pipeline stage, on tensors without
@@ -60,6 +61,9 @@ def main(argv: Sequence[str]) -> None:
         found = rehearse(
             recipe, hf_config, plan, hf_path=hf_path, all_ranks=arguments.all_ranks, own_data=arguments.data
         )
+    except NoRoomError as error:
+        print(f"It does not fit: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -23,7 +23,7 @@ class CountingEngine:
         self.left: dict[int, int] = {}
 
     @contextmanager
-    def phase(self, max_response_tokens: int):
+    def open_phase(self, max_response_tokens: int, features: Any):
         self.told.append(("phase", max_response_tokens))
         yield self
         self.told.append(("end",))

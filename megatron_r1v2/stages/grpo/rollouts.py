@@ -201,7 +201,7 @@ class RolloutPhase:
         preemption.wait_for_all(f"generated-{session.step}-{round_number}")
         self._waits.append(time.perf_counter() - done)
         session.recorder.note(
-            {"rollout/evictions": self.engine.num_evictions, "rollout/kv_cache_gib": self.engine.cache_bytes / 2**30}
+            {"rollout/evictions": self.engine.num_evictions, "memory_gib/kv_cache": self.engine.cache_bytes / 2**30}
         )
         rollouts = [*chain(*kept.values()), *rollouts]
         before = sum(len(rollout.token_ids) for responses in begun.values() for rollout in responses)
