@@ -84,6 +84,11 @@ class Room:
     working: int
     """The part of them that a phase takes beside its cache, at most."""
 
+    @property
+    def for_cache(self) -> int:
+        """Return the bytes that are left for a cache."""
+        return max(0, self.free - self.working)
+
 
 def working_bytes(architecture: R1V2Architecture, load: PhaseLoad) -> int:
     """Return the bytes that a phase takes beside its cache, at most: images, and an engine step."""
@@ -142,7 +147,7 @@ def agree_on_blocks(shape: CacheShape, room: Room, parallel: ParallelContext) ->
         NoRoomError: on all ranks, if one of them has no room for a sequence.
     """
     # The scheduler of each rank counts blocks: with other numbers the ranks would run other steps.
-    blocks = torch.tensor([max(0, shape.count_blocks(room.free - room.working))], device=parallel.device)
+    blocks = torch.tensor([shape.count_blocks(room.for_cache)], device=parallel.device)
     dist.all_reduce(blocks, op=dist.ReduceOp.MIN, group=parallel.groups.mp)
     if int(blocks) <= shape.sequence_blocks:
         raise no_room(shape, room)

@@ -22,7 +22,7 @@ class DrawnToken:
     """Its log-prob under the sampling distribution; see `sampling.draw`."""
     alternatives: Alternatives = ()
     is_last: bool = False
-    """Whether the response ends with this token."""
+    """True for the last token of a response."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class BlockTable(NamedTuple):
     block_ids: torch.Tensor
     """int32 [R, blocks of a request], -1 past the last block."""
     plan: DecodePlan | None = None
-    """How decoding requests read them in place; None: they attend to a copy."""
+    """The plan by which decoding requests read them in place; None: they attend to a copy."""
 
 
 class TorchAttentionContext:

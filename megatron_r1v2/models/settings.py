@@ -25,7 +25,7 @@ class ComputeSettings:
     fp8: Fp8 = Fp8.none
     fp8_weights: bool = False
     fused: bool = False
-    """Whether the language model's SwiGLU and dropout with residual are one kernel each, which needs a GPU."""
+    """One kernel each for the language model's SwiGLU and dropout with residual, which needs a GPU."""
     language_overrides: Mapping[str, object] = field(default_factory=dict)
     """Arguments of the language model's TransformerConfig that replace ours."""
 

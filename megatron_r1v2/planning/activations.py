@@ -28,7 +28,7 @@ class MicrobatchShape:
     outputs: int | None = None
     """Tokens of all rows that get logits; None: all of them."""
     is_encoded: bool = False
-    """Whether the features of the tiles are held, so that the tower does not run."""
+    """True where the features of the tiles are held, so that the tower does not run."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _count_free_blocks(architecture: R1V2Architecture, layout: Layout, work: Wor
         working = working_bytes(architecture, _phase_load(architecture, layout, work, stage, phase))
         room = Room(_free_bytes(architecture, layout, work, stage), working)
         shape = _cache_shape(architecture, layout, work, stage)
-        counts.append(shape.count_blocks(room.free - room.working))
+        counts.append(shape.count_blocks(room.for_cache))
         if counts[-1] <= shape.sequence_blocks:
             raise no_room(shape, room)
     return min(counts)

@@ -48,7 +48,7 @@ class ScaledRecipe:
     """Of a step with as many prompts for each replica as on the recipe's own cluster."""
     layout: Layout
     is_own_layout: bool
-    """Whether the recipe has this layout; otherwise it is the best one that fits."""
+    """True for the layout of the recipe; otherwise it is the best one that fits."""
     segment_tokens: int
 
     @property

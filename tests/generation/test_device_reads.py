@@ -1,4 +1,4 @@
-"""How often the host waits for the device in a step that only decodes: by our code once, twice where responses end.
+"""The waits of the host for the device in a step that only decodes: by our code one, two where responses end.
 
 On a CPU nobody waits, but the calls that would are the same ones.
 """

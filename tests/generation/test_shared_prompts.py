@@ -42,7 +42,7 @@ class Group:
 
 
 class CacheModel:
-    """What the network would do with the cache; the greedy token of a response depends on its name and its position."""
+    """The network's work on the cache; the greedy token of a response depends on its name and its position."""
 
     def __init__(self, phase: GenerationPhase) -> None:
         self.phase, self.context = phase, phase._context

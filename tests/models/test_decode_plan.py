@@ -103,7 +103,7 @@ def test_a_lone_request_reads_runs_of_blocks():
 
 
 def test_the_cache_is_not_copied(monkeypatch):
-    """What the kernel gets are views of the cache."""
+    """Check that the kernel gets views of the cache."""
     seen: list[torch.Tensor] = []
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

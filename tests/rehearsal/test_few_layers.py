@@ -70,7 +70,7 @@ def of_grpo(layers: Layers) -> Rehearsal:
 
 @pytest.mark.slow
 def test_a_third_layer_count_lies_on_the_line() -> None:
-    """What the line says of all layers it says of these too, where it can be looked at."""
+    """Check on fewer layers, where it can be looked at, what the line says of all."""
     few, more, third = (of_grpo(layers).ranks[0] for layers in (LINE.few, LINE.more, Layers(7, 7)))
     line = Line(LINE.few, LINE.more, Layers(7, 7))
     for (name, peak), phase in zip(line.peaks(few.phases, more.phases), third.phases, strict=True):

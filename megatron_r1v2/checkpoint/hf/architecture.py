@@ -34,7 +34,7 @@ class _Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     windowed: bool = False
-    """Whether `layer_types` may give a layer a sliding window."""
+    """True where `layer_types` may give a layer a sliding window."""
     refused: tuple[str, ...] = ()
     """Settings that must be off: biases where the language model has none."""
 
