@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 
 import pytest
 
 from megatron_r1v2.checkpoint.hf.config import sizes_config
 from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.plan import Cluster, make_plan
+from megatron_r1v2.planning.scale_page import read_cluster
 from megatron_r1v2.rehearsal.few_layers import Layers, Line
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.run import Rehearsal, rehearse
@@ -26,11 +25,10 @@ LINE = Line.through(Layers.of(KNOWN_MODELS["r1v2-38b"]))
 def rehearsed(name: str, layers: Layers) -> Rehearsal:
     """Rehearse a recipe with so many layers on the cluster of its header."""
     path = RECIPES / f"{name}.yaml"
-    nodes, gpus, memory = re.match(r"# Cluster: (\d+) nodes? x (\d+) GPUs x (\d+) GB\n", path.read_text()).groups()
-    hardware = HARDWARE["h200" if memory == "141" else "h100"]
+    gpus, hardware = read_cluster(path)
     model = "internvl3-38b" if "internvl3" in name else "r1v2-38b"
     config = sizes_config(layers.given_to(KNOWN_MODELS[model]))
-    cluster = Cluster(int(nodes) * int(gpus), int(gpus), hardware.memory_gib, RESERVE_GIB, hardware)
+    cluster = Cluster(gpus, min(gpus, 8), hardware.memory_gib, RESERVE_GIB, hardware)
     recipe = load_recipe(path)
     return rehearse(recipe, config, make_plan(recipe, config, cluster), hf_path=None, all_ranks=False, own_data=False)
 
