@@ -299,7 +299,7 @@ def compare(plan: Plan, rehearsed: Sequence[tuple[str, int]], measured: RankResu
     """Return the bytes of each phase that was measured: planned, rehearsed, measured."""
     rows = []
     for number, phase in enumerate(measured.phases):
-        planned = planned_memory(plan, measured, phase)
+        planned = planned_memory(plan.memory.ranks, measured, phase)
         # A rehearsal has the same phases in the same order, and loads its checkpoint at the end.
         known = number < len(rehearsed) and rehearsed[number][0] == phase.name
         row = {

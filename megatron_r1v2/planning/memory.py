@@ -143,11 +143,13 @@ def _free_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, 
     """Return the bytes that weights and training leave on a rank of a stage while it generates."""
     state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
     held = state.parameters + state.gradients + state.optimizer
+    held += _reward_weights(architecture, layout, work, stage) + _reward_features(architecture, layout, work, stage)
     return work.gpu_bytes - held - _held_buffers(architecture, layout, work, state, stage, "generate")
 
 
 def _phase_load(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int, phase: Phase) -> PhaseLoad:
-    prompts = {"generate": work.prompts_per_step, "evaluate": work.validated, "gate": GATE_REQUESTS}[phase]
+    validated = work.validated_prompts(layout) * layout.data if work.rehearsed else work.validated
+    prompts = {"generate": work.prompts_per_step, "evaluate": validated, "gate": GATE_REQUESTS}[phase]
     responses = {"generate": work.responses_per_prompt, "evaluate": work.validated_runs, "gate": 1}[phase]
     return PhaseLoad(
         element_bytes=work.element_bytes,
@@ -244,6 +246,7 @@ def _rank_memory(
     """
     model = ActivationModel(architecture, layout, work.parts, work.element_bytes, work.recompute)
     buffers = _held_buffers(architecture, layout, work, state, stage, phase)
+    of_reward = _reward_features(architecture, layout, work, stage)
     features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
     if phase in _GENERATES:
         vision, embeddings = _image_moment(model, work, phase) if stage == 0 else (0, 0)
@@ -260,8 +263,12 @@ def _rank_memory(
         if phase == "evaluate":
             # It begins while the features of the step before are held.
             moments.append((0, 0, _feature_bytes(architecture, layout, work, "update") if stage == 0 else 0))
+        if work.stage is StageName.pairs and work.has_reward_model:
+            moments.append((_reward_peak(model, work, stage), 0, features))
         activations, kv_cache, features = max(moments, key=sum)
         buffers += _block_table_bytes(_gate(work) if phase == "gate" else work)
+    elif phase == "reward":
+        activations = _reward_peak(model, work, stage)
     else:
         # Of a whole step the buffer brings prompts that were not generated from; in other stages nothing was.
         is_encoded = work.rehearsed is not None and work.stage is StageName.grpo and _holds_all(model, work, phase)
@@ -270,12 +277,12 @@ def _rank_memory(
     return RankMemory(
         stage=stage,
         phase=phase,
-        parameters=state.parameters,
+        parameters=state.parameters + _reward_weights(architecture, layout, work, stage),
         gradients=state.gradients,
         optimizer=state.optimizer,
         activations=activations,
         kv_cache=kv_cache,
-        image_features=features,
+        image_features=features + of_reward,
         buffers=buffers,
     )
 
@@ -317,6 +324,30 @@ def _training_phase_peak(
         # without memory one parameter after the other, with two temporaries.
         peak = max(peak, 4 * (2 * state.largest_shard if work.rehearsed else state.shard_elements))
     return peak + work.batch_bytes(layout)
+
+
+def _reward_peak(model: ActivationModel, work: Workload, stage: int) -> int:
+    """Return the peak of the passes of a reward model beside the policy over the responses of a step."""
+    scored = work.scored()
+    reward_model = replace(model, parts=scored.parts, recompute=scored.recompute)
+    peak = log_probs_peak(reward_model, scored.microbatch(model.layout.tensor), stage=stage)
+    return peak + scored.batch_bytes(model.layout)
+
+
+def _reward_features(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
+    """Return the bytes of the image features that a reward model keeps from one step to the next."""
+    if stage or not work.has_reward_model:
+        return 0
+    return _feature_bytes(architecture, layout, work.scored(), "generate")
+
+
+def _reward_weights(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:
+    """Return the bytes of the weights of a reward model beside the policy."""
+    if not work.has_reward_model:
+        return 0
+    # With the padding of its head, a few hundred bytes that only training has.
+    parts = (Part.score,)
+    return largest_state(architecture, layout, stage=stage, parts=parts, element_bytes=work.element_bytes).parameters
 
 
 def fp8_copies(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:

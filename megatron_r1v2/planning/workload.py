@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_r1v2.config.choices import Fp8, Packing, Part, Precision, Recompute, StageName
@@ -16,7 +16,7 @@ from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.training.batches import LENGTH_MULTIPLE
 from megatron_r1v2.training.weight_verification import GATE_REQUESTS, GATE_TOKENS
 
-Phase = Literal["gate", "generate", "reference", "log_probs", "update", "evaluate", "validate"]
+Phase = Literal["gate", "generate", "reward", "reference", "log_probs", "update", "evaluate", "validate"]
 """A phase as the stages name it."""
 
 _GIVEN_RESPONSES = {StageName.align: 1, StageName.mpo: 2, StageName.reward_model: 2}
@@ -68,6 +68,8 @@ class Workload:
     """0: no buffer."""
     target_effective_fraction: float
     has_reference: bool
+    has_reward_model: bool = False
+    """Whether a reward model lies beside the policy, in its layout."""
     validated: int = 0
     """Prompts of a validation; 0: there is none."""
     validated_runs: int = 1
@@ -108,6 +110,7 @@ class Workload:
         evaluation = recipe.evaluation if isinstance(recipe, TrainingRecipe) else EvaluationConfig()
         validates = bool(evaluation.every_steps) and stage is not StageName.pairs and bool(recipe.data.validation)
         sampled = generation.responses_per_prompt
+        samples = is_grpo or stage is StageName.pairs
         return cls(
             stage=stage,
             parts=() if stage is StageName.pairs else train.parts,
@@ -133,6 +136,7 @@ class Workload:
             buffer_capacity=buffer.capacity if is_grpo else 0,
             target_effective_fraction=buffer.target_effective_fraction,
             has_reference=is_grpo and algorithm.kl_coefficient > 0,
+            has_reward_model=samples and _loads_reward_model(recipe),
             # A data set of unknown size has as many as fill the engine.
             validated=(evaluation.prompts or generation.max_requests) if validates else 0,
             validated_runs=evaluation.runs,
@@ -153,9 +157,10 @@ class Workload:
             return ("reference", "update", *evaluate)
         if self.stage is StageName.reward_model:
             return ("update", "validate") if self.validated else ("update",)
+        reward: tuple[Phase, ...] = ("reward",) if self.has_reward_model else ()
         # The forward pass of an only update gives the old log-probs.
         log_probs: tuple[Phase, ...] = ("log_probs",) if self.updates_per_step > 1 else ()
-        return ("gate", "generate", *log_probs, "update", *evaluate)
+        return ("gate", "generate", *reward, *log_probs, "update", *evaluate)
 
     @property
     def responses_per_step(self) -> int:
@@ -236,6 +241,10 @@ class Workload:
         outputs = max(1, tokens - self.prompt_tokens + 1) if self.shares_prompts else None
         return MicrobatchShape(1, tokens, tiles, outputs)
 
+    def scored(self) -> Workload:
+        """Return the workload of a reward model beside the policy: a pad token stands behind each response."""
+        return replace(self, parts=(Part.score,), recompute=Recompute.none, response_tokens=self.response_tokens + 1)
+
     def microbatches(self, layout: Layout) -> int:
         """Return the microbatches of an update on a replica, all responses being the longest."""
         rows = -(-self.responses_per_step // (self.updates_per_step * layout.data))
@@ -281,3 +290,9 @@ class Workload:
         """Return the length of a row of so many tokens."""
         multiple = math.lcm(LENGTH_MULTIPLE, tensor)
         return -(-tokens // multiple) * multiple
+
+
+def _loads_reward_model(recipe: TrainingRecipe | PairsRecipe) -> bool:
+    if not isinstance(recipe, GrpoRecipe | PairsRecipe) or not recipe.reward.model_weight:
+        return False
+    return bool(recipe.reward_model.checkpoint) and not recipe.reward_model.url

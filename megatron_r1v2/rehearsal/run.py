@@ -9,12 +9,13 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from megatron_r1v2.config.choices import Part, Recompute, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, TrainingRecipe
-from megatron_r1v2.planning.memory import RankMemory, fp8_copies
+from megatron_r1v2.planning.memory import RankMemory, fp8_copies, plan_memory
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.plan import Plan
 from megatron_r1v2.planning.roofline import (
@@ -24,6 +25,7 @@ from megatron_r1v2.planning.roofline import (
     training_tokens,
     vision_flops,
 )
+from megatron_r1v2.planning.workload import RehearsedStep
 from megatron_r1v2.rehearsal.collectives import find_mismatches
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step, write_rehearsal
@@ -48,6 +50,11 @@ class Rehearsal:
     ends_by_data: bool = False
     """Whether the run would end by a row that is too long."""
 
+    @cached_property
+    def planned(self) -> tuple[RankMemory, ...]:
+        """Plan the rows that are rehearsed; the plan itself is of the fullest step."""
+        return plan_as_rehearsed(self.plan, self.step)
+
     @property
     def too_full(self) -> list[tuple[RankResult, PhaseMemory]]:
         """Return the phases whose peak the GPU does not hold, with their ranks."""
@@ -56,7 +63,7 @@ class Rehearsal:
 
     def fp8_bytes(self, rank: RankResult, phase: PhaseMemory) -> int:
         """Return the bytes that FP8 adds by the planner: TransformerEngine's copies of weights are not rehearsed."""
-        plan, computes = self.plan, phase.name == "start" or planned_memory(self.plan, rank, phase) is not None
+        plan, computes = self.plan, phase.name == "start" or planned_memory(self.planned, rank, phase) is not None
         return fp8_copies(plan.architecture, plan.layout, plan.work, rank.stage) if computes else 0
 
     def peak(self, rank: RankResult, phase: PhaseMemory) -> int:
@@ -69,9 +76,17 @@ class Rehearsal:
         return not (self.too_full or self.mismatches or self.ends_by_data or any(rank.error for rank in self.ranks))
 
 
-def planned_memory(plan: Plan, rank: RankResult, phase: PhaseMemory) -> RankMemory | None:
+def plan_as_rehearsed(plan: Plan, step: Step) -> tuple[RankMemory, ...]:
+    """Plan the part of the fullest step that a rehearsal takes."""
+    layout, work = plan.layout, plan.work
+    rows = step.trained_rows(work.responses_per_prompt) // layout.data
+    rehearsed = replace(work, rehearsed=RehearsedStep(step.long_of_replica, rows, 1))
+    return plan_memory(plan.architecture, layout, rehearsed).ranks
+
+
+def planned_memory(planned: Sequence[RankMemory], rank: RankResult, phase: PhaseMemory) -> RankMemory | None:
     """Return the planner's figures for a phase of a rank; None: it does not plan that phase."""
-    return next((each for each in plan.memory.ranks if each.stage == rank.stage and each.phase == phase.name), None)
+    return next((each for each in planned if each.stage == rank.stage and each.phase == phase.name), None)
 
 
 def planned_flops(plan: Plan, step: Step, stage: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_r1v2.config.choices import Fp8, StageName
-from megatron_r1v2.planning.memory import GIB
+from megatron_r1v2.planning.memory import GIB, RankMemory
 from megatron_r1v2.rehearsal.collectives import count_by_kind
 from megatron_r1v2.rehearsal.ledger import CATEGORIES, PhaseMemory
 from megatron_r1v2.rehearsal.rank import RankResult
@@ -93,20 +93,21 @@ def _memory_table(found: Rehearsal, rank: RankResult) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("phase", no_wrap=True)
     kinds = [_SHORT[category] for category in CATEGORIES]
-    for name in (*kinds, *["FP8"] * has_fp8, "total", "plan", "TFLOP", "plan"):
+    for name in (*kinds, *["FP8"] * has_fp8, "total", "plan", "most", "TFLOP", "plan"):
         table.add_column(name, justify="right")
     flops = planned_flops(found.plan, found.step, rank.stage)
     for phase in rank.phases:
-        plan, peak = planned_memory(found.plan, rank, phase), found.peak(rank, phase)
+        peak = found.peak(rank, phase)
         numbers = [f"{phase.at_peak.get(category, 0) / GIB:.2f}" for category in CATEGORIES]
         if has_fp8:
             numbers.append(f"{found.fp8_bytes(rank, phase) / GIB:.2f}")
-        planned = f"{plan.total / GIB:.2f}" if plan is not None else ""
+        planned = [planned_memory(ranks, rank, phase) for ranks in (found.planned, found.plan.memory.ranks)]
+        plan, most = (f"{memory.total / GIB:.2f}" if memory is not None else "" for memory in planned)
         # Of the first step: the second one has samples of the buffer too.
         of_plan = f"{flops.pop(phase.name) / 1e12:.1f}" if phase.name in flops else ""
         style = "red" if peak > found.plan.cluster.limit else ""
         table.add_row(
-            phase.name, *numbers, f"{peak / GIB:.2f}", planned, f"{phase.flops / 1e12:.1f}", of_plan, style=style
+            phase.name, *numbers, f"{peak / GIB:.2f}", plan, most, f"{phase.flops / 1e12:.1f}", of_plan, style=style
         )
     return table
 
@@ -192,14 +193,20 @@ def _notes(found: Rehearsal) -> list[str]:
     return notes
 
 
+def _memory_json(planned: RankMemory | None) -> dict[str, object] | None:
+    return None if planned is None else {**asdict(planned), "total": planned.total}
+
+
 def _rank_json(found: Rehearsal, rank: RankResult) -> dict[str, object]:
     phases = []
     flops = planned_flops(found.plan, found.step, rank.stage)
     for phase in rank.phases:
-        plan = planned_memory(found.plan, rank, phase)
+        planned = planned_memory(found.planned, rank, phase)
+        most = planned_memory(found.plan.memory.ranks, rank, phase)
         values = {
             "fp8_planned": found.fp8_bytes(rank, phase),
-            "planned": None if plan is None else {**asdict(plan), "total": plan.total},
+            "planned": _memory_json(planned),
+            "planned_most": _memory_json(most),  # of the fullest step
             "planned_flops": flops.pop(phase.name, None),  # of the first step
         }
         phases.append({**asdict(phase), **values})

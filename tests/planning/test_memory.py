@@ -18,7 +18,7 @@ from megatron_r1v2.planning.memory import (
     plan_memory,
     prompt_feature_bytes,
 )
-from megatron_r1v2.planning.parameters import Layout
+from megatron_r1v2.planning.parameters import Layout, whole_model_counts
 from megatron_r1v2.planning.passes import log_probs_peak, training_peak
 from megatron_r1v2.planning.plan import make_plan
 from megatron_r1v2.planning.state import largest_state
@@ -230,6 +230,41 @@ def test_adam_makes_a_float32_of_all_that_it_updates():
     assert update.activations == elements * 4 + uploaded
     rehearsed = replace(work, rehearsed=RehearsedStep(images=2, rows=4, validated=1))
     assert plan_memory(SMALL, Layout(), rehearsed).ranks[2].activations < update.activations
+
+
+def test_a_reward_model_beside_the_policy_has_weights_features_and_a_forward_pass():
+    work = small_work(kv_cache_gib="auto", gpu_bytes=10**7, max_requests=2000, feature_cache_gib=0.0001)
+    ranks, beside = (
+        {rank.phase: rank for rank in plan_memory(SMALL, Layout(), each).ranks}
+        for each in (work, replace(work, has_reward_model=True))
+    )
+    assert beside.keys() - ranks.keys() == {"reward"}
+    # A score of 16 channels in place of an output layer of 64 words; the score lies in a buffer of whole 128s.
+    weights = (sum(whole_model_counts(SMALL).values()) - 64 * 16 + 128) * 4
+    for phase, rank in ranks.items():
+        assert beside[phase].parameters - rank.parameters == weights
+    features = 2 * 2 * 1 * 32 * 4
+    assert [beside[phase].image_features - ranks[phase].image_features for phase in ("gate", "update")] == [
+        features
+    ] * 2
+    block = 256 * kv_bytes_per_token(SMALL, Layout(), 4, 0)
+    less = ranks["generate"].kv_cache - beside["generate"].kv_cache
+    assert abs(less - weights - features) < block, "the cache takes what is left"
+    assert beside["reward"].kv_cache == 0
+    assert beside["reward"].activations > 0
+    pairs = small_work(stage=StageName.pairs, parts=(), packed_tokens=10_000)
+    (alone,), (scored,) = (
+        plan_memory(SMALL, Layout(), each).ranks for each in (pairs, replace(pairs, has_reward_model=True))
+    )
+    assert scored.total > alone.total + weights
+
+
+def test_a_rehearsed_validation_has_the_images_of_its_prompts():
+    work = small_work(validated=100, max_requests=100)
+    whole = _phase_load(SMALL, Layout(data=2), work, 0, "evaluate")
+    rehearsed = replace(work, rehearsed=RehearsedStep(images=2, rows=4, validated=1))
+    assert whole.prompts_in_flight == 100
+    assert _phase_load(SMALL, Layout(data=2), rehearsed, 0, "evaluate").prompts_in_flight == 2, "one of each replica"
 
 
 def test_the_gate_has_a_small_cache_and_a_forward_pass_over_few_logits():

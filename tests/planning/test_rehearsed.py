@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from benchmarks.plan_vs_rehearsal import FEW_REQUESTS, RECIPES, compare
+from benchmarks.plan_vs_rehearsal import RECIPES, Case, compare, extend, recipe_cases, rehearse_case
+from megatron_r1v2.rehearsal.few_layers import Layers
 from tests.planning.plans import RECIPE
 
 WITHIN = 0.05
@@ -17,16 +18,19 @@ def check(compared):
 
 
 def test_the_cheapest_recipe_takes_what_is_planned():
-    compared = compare(FOLDER / "reward_model.yaml", ("evaluation.every_steps=0",), layers=(1, 1))
+    case = Case(FOLDER / "reward_model.yaml", ("evaluation.every_steps=0",), Layers(1, 1))
+    compared = compare(case, rehearse_case(case))
     assert {each.planned.phase for each in compared} == {"update"}
     check(compared)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [(2, 2), (2, 6)])
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_phase_of_a_recipe_takes_what_is_planned(name, layers):
-    check(compare(FOLDER / f"{name}.yaml", FEW_REQUESTS, layers=layers))
+def test_every_phase_of_a_recipe_takes_what_is_planned(name):
+    few, more = (compare(case, rehearse_case(case)) for case in recipe_cases(FOLDER, name))
+    check(few)
+    check(more)
+    check(extend(few, more))
 
 
 PARTS = {
@@ -39,7 +43,7 @@ PARTS = {
 
 
 def random_run(seed):
-    """Return a recipe, overrides, layers and GPUs."""
+    """Return a recipe with changes, few layers and other GPUs."""
     source = random.Random(seed)
     name = source.choice(["grpo", "grpo", "grpo", "align", "mpo", "reward_model", "pairs"])
     # Of MPO with several replicas a rehearsal lacks the reference log-probs of the others.
@@ -70,12 +74,13 @@ def random_run(seed):
             "train.updates_per_step": source.choice([1, 2]),
             "algorithm.kl_coefficient": source.choice([0.0, 0.1]),
         }
-    layers = source.choice([1, 2]), pipeline * source.choice([1, 2])
-    return name, [f"{key}={value}" for key, value in overrides.items()], layers, tensor * pipeline * data
+    layers = Layers(source.choice([1, 2]), pipeline * source.choice([1, 2]))
+    words = tuple(f"{key}={value}" for key, value in overrides.items())
+    return Case(FOLDER / f"{name}.yaml", words, layers, tensor * pipeline * data)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_random_layouts_and_lengths_take_what_is_planned(seed):
-    name, overrides, layers, gpus = random_run(seed)
-    check(compare(FOLDER / f"{name}.yaml", overrides, layers=layers, gpus=gpus))
+    case = random_run(seed)
+    check(compare(case, rehearse_case(case)))

@@ -19,16 +19,31 @@ WHOLE = RehearsedStep(images=2, rows=8, validated=1)
     [
         (StageName.grpo, {}, ["gate", "generate", "update"]),
         (StageName.grpo, {"updates_per_step": 2}, ["gate", "generate", "log_probs", "update"]),
+        (StageName.grpo, {"has_reward_model": True}, ["gate", "generate", "reward", "update"]),
         (StageName.grpo, {"validated": 4}, ["gate", "generate", "update", "evaluate"]),
         (StageName.align, {"validated": 4}, ["update", "evaluate"]),
         (StageName.mpo, {}, ["reference", "update"]),
         (StageName.reward_model, {}, ["update"]),
         (StageName.reward_model, {"validated": 4}, ["update", "validate"]),
-        (StageName.pairs, {}, ["generate"]),
+        (StageName.pairs, {"has_reward_model": True}, ["generate"]),
     ],
 )
 def test_each_stage_has_its_phases(stage, changes, phases):
     assert list(small_work(stage=stage, **changes).phases) == phases
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lies_beside"),
+    [
+        ((), False),
+        (("reward.model_weight=0.5", "reward_model.checkpoint=runs/reward"), True),
+        (("reward.model_weight=0.5", "reward_model.url=http://127.0.0.1:8001/pooling"), False),
+    ],
+)
+def test_a_reward_model_is_loaded_where_it_is_weighed_and_not_served(overrides, lies_beside):
+    assert workload(*overrides).has_reward_model is lies_beside
+    recipe = load_recipe(RECIPE, overrides)
+    assert not Workload.from_recipe(recipe, ARCHITECTURE, stage=StageName.mpo).has_reward_model
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,13 @@ from megatron_r1v2.planning.parameters import Layout, language_layer_weights
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
-from megatron_r1v2.rehearsal.run import planned_flops, planned_memory, ranks_to_rehearse, rehearse_ranks
+from megatron_r1v2.rehearsal.run import (
+    plan_as_rehearsed,
+    planned_flops,
+    planned_memory,
+    ranks_to_rehearse,
+    rehearse_ranks,
+)
 from tests.planning.plans import ARCHITECTURE, plan_of
 
 
@@ -30,10 +36,9 @@ def test_one_rank_of_each_stage_or_the_corners(layout, all_ranks, ranks):
 
 
 def test_phases_have_their_plan():
-    plan = plan_of()
-    of_phase = {
-        name: planned_memory(plan, RankResult(0), PhaseMemory(name, 0, 0)) for name in ("generate", "update", "save")
-    }
+    ranks = plan_of().memory.ranks
+    names = ("generate", "update", "save")
+    of_phase = {name: planned_memory(ranks, RankResult(0), PhaseMemory(name, 0, 0)) for name in names}
     assert (of_phase["generate"].phase, of_phase["update"].phase, of_phase["save"]) == ("generate", "update", None)
 
 
@@ -65,6 +70,12 @@ STEP = Step(long=2, short=14, mixed_groups=1, prompts_of_replica=64, long_of_rep
 @pytest.fixture(scope="module")
 def plan():
     return plan_of()
+
+
+def test_the_plan_of_what_was_rehearsed_has_fewer_rows_than_the_fullest_step(plan):
+    rehearsed = {each.phase: each.total for each in plan_as_rehearsed(plan, STEP)}
+    assert rehearsed.keys() == {each.phase for each in plan.memory.ranks}
+    assert all(rehearsed[each.phase] <= each.total for each in plan.memory.ranks)
 
 
 def test_generation_computes_each_long_prompt_once_for_its_responses(plan):

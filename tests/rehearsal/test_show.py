@@ -11,7 +11,7 @@ from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.rank import RankResult
-from megatron_r1v2.rehearsal.run import Rehearsal, planned_flops
+from megatron_r1v2.rehearsal.run import Rehearsal, plan_as_rehearsed, planned_flops
 from megatron_r1v2.rehearsal.show import NOT_PROVEN, as_json, print_rehearsal
 from tests.planning.plans import plan_of
 
@@ -53,10 +53,14 @@ def printed(found):
 
 def test_it_prints_peaks_beside_the_plan_with_lines_rules_and_limits(plan):
     text = printed(Rehearsal(plan, (rank(),), (), STEP))
-    planned = next(each for each in plan.memory.ranks if each.phase == "update").total / GIB
+    planned, most = (
+        next(each for each in ranks if each.phase == "update").total / GIB
+        for ranks in (plan_as_rehearsed(plan, STEP), plan.memory.ranks)
+    )
     row = next(line for line in text.splitlines() if line.startswith("update"))
     of_plan = planned_flops(plan, STEP, 0)["update"] / 1e12
-    assert row.split()[-5:] == ["1.00", "20.00", f"{planned:.2f}", "3.0", f"{of_plan:.1f}"]
+    assert row.split()[-6:] == ["1.00", "20.00", f"{planned:.2f}", f"{most:.2f}", "3.0", f"{of_plan:.1f}"]
+    assert planned < most
     assert "fullest in update: models/mlp.py:7 forward" in text
     assert "allreduce_" in text
     assert "- an unknown number: 1 (7): models/mlp.py:9 forward (6), and 1 other places" in text
@@ -86,8 +90,9 @@ def test_json_has_the_same_in_bytes(plan):
     (told,) = values["ranks"]
     update = told["phases"][1]
     assert update["peak"] == 20 * GIB
-    assert update["planned"]["phase"] == "update"
-    assert told["phases"][0]["planned"] is None
+    assert update["planned"]["phase"] == update["planned_most"]["phase"] == "update"
+    assert update["planned"]["total"] < update["planned_most"]["total"], "of the rows that are rehearsed"
+    assert told["phases"][0]["planned"] is told["phases"][0]["planned_most"] is None
     assert told["collectives"] == [{"kind": "allreduce_", "ranks": 2, "dtype": "float32", "calls": 1, "bytes": 32}]
     assert values["rules"] == {"an unknown number: 1": 7}
 
@@ -101,7 +106,7 @@ def test_fp8_is_the_planners_in_every_total_and_marked(plan):
     assert found.too_full, "75 GiB alone would fit"
     text = printed(found)
     row = next(line for line in text.splitlines() if line.startswith("update"))
-    assert row.split()[-5:-3] == [f"{added / GIB:.2f}", f"{75 + added / GIB:.2f}"]
+    assert row.split()[-6:-4] == [f"{added / GIB:.2f}", f"{75 + added / GIB:.2f}"]
     assert "FP8 and TransformerEngine: rehearsed with local layers" in text
     in_place = Rehearsal(
         plan_of("model.layers=te", "model.fp8=tensorwise", "model.fp8_weights=true"), (rank(),), (), STEP
