@@ -122,7 +122,7 @@ class DataSource(Section):
 
     path: str = Field(pattern=r"\S")
     """Folder of WebDataset shards made by `r1v2 prepare`."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e12)
     """Its share of the prompts is this over the sum of all weights."""
 
 

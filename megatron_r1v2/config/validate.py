@@ -67,7 +67,7 @@ def _source_mistakes(data: DataConfig) -> Iterator[str]:
     for place, source in enumerate(data.sources):
         if not Path(source.path).is_dir():
             yield f"data.train[{place}].path={source.path!r} is not a folder; give the path of an existing one"
-        if source.path in [other.path for other in data.sources[:place]]:
+        if Path(source.path).resolve() in [Path(other.path).resolve() for other in data.sources[:place]]:
             yield f"data.train[{place}].path={source.path!r} is in the list twice; give it once, with a larger weight"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,16 @@ _SEED_STEP = 7919
 
 
 def source_names(sources: Sequence[DataSource]) -> list[str]:
-    """Return a name for each data set: that of its folder, with a number where two have the same."""
-    folders = [Path(source.path).name for source in sources]
-    return [
-        folder if folders.count(folder) == 1 else f"{folder}-{folders[: place + 1].count(folder)}"
-        for place, folder in enumerate(folders)
-    ]
+    """Return a name of its own for each data set: that of its folder, with a number where two have the same."""
+    folders = [Path(os.path.abspath(source.path)).name for source in sources]  # a path may end in `..`
+    names: list[str] = []
+    for place, folder in enumerate(folders):
+        number = folders[: place + 1].count(folder)
+        # A folder may be called as another one is with its number.
+        while (numbered := f"{folder}-{number}") in (*folders, *names):
+            number += 1
+        names.append(folder if folders.count(folder) == 1 else numbered)
+    return names
 
 
 def num_train_samples(settings: DataConfig) -> int:
@@ -98,9 +103,11 @@ class MixtureStream:
         ]
 
     @property
-    def num_samples(self) -> int:
-        """Return the size of all data sets together."""
-        return sum(stream.num_samples for stream in self._streams)
+    def num_distinct(self) -> int:
+        """Return the largest number of distinct prompts in which the shares hold; then a data set has no more."""
+        total = sum(self.weights)
+        sizes = (stream.num_distinct for stream in self._streams)
+        return int(min(size * total / weight for size, weight in zip(sizes, self.weights, strict=True)))
 
     @property
     def samples_read(self) -> int:

@@ -35,9 +35,9 @@ class ReadAhead:
         self._ahead: _Ahead | None = None
 
     @property
-    def num_samples(self) -> int:
-        """Return the size of the data set."""
-        return self._stream.num_samples
+    def num_distinct(self) -> int:
+        """Return the number of distinct prompts, in the shares of a mixture."""
+        return self._stream.num_distinct
 
     @property
     def samples_read(self) -> int:

@@ -109,8 +109,8 @@ class PromptStream:
         self._iterator: Iterator[RawSample] | None = None
 
     @property
-    def num_samples(self) -> int:
-        """Return the size of the data set."""
+    def num_distinct(self) -> int:
+        """Return the number of distinct prompts, which is the size of the data set."""
         return sum(self._shards.values())
 
     @property

@@ -5,10 +5,12 @@ The texts and the heads of the images are read; no pixel is decoded.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import tarfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -76,6 +78,13 @@ class DataSurvey:
     """Pairs with a response that never closes its `<think>`, and that nobody asked for."""
     unanswered: tuple[str, ...] = ()
     """Samples without an answer."""
+    shards: Mapping[str, str] = field(default_factory=dict)
+    """A digest of the rows of each shard: their files by name and size, and their JSON."""
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of all rows, which does not depend on the folder they are in."""
+        return hashlib.sha256(json.dumps(self.shards, sort_keys=True).encode()).hexdigest()
 
     def __add__(self, other: DataSurvey) -> DataSurvey:
         return DataSurvey(
@@ -85,14 +94,16 @@ class DataSurvey:
             self.second_think + other.second_think,
             self.unclosed + other.unclosed,
             self.unanswered + other.unanswered,
+            {**self.shards, **other.shards},
         )
 
     def with_prefix(self, prefix: str) -> DataSurvey:
         """Return the same findings about keys with a prefix."""
         lists = (self.reduced, self.second_think, self.unclosed, self.unanswered)
-        errors = (self.too_long, self.past_positions)
-        too_long, past = ({f"{prefix}{key}": error for key, error in each.items()} for each in errors)
-        return DataSurvey(too_long, past, *(tuple(f"{prefix}{key}" for key in keys) for keys in lists))
+        mappings = (self.too_long, self.past_positions, self.shards)
+        reduced, twice, unclosed, unanswered = (tuple(f"{prefix}{key}" for key in keys) for keys in lists)
+        too_long, past, shards = ({f"{prefix}{key}": value for key, value in each.items()} for each in mappings)
+        return DataSurvey(too_long, past, reduced, twice, unclosed, unanswered, shards)
 
     def sentences(self, folder: str, settings: DataConfig, *, pairs: bool = False) -> list[str]:
         """Return what there is to say.
@@ -147,10 +158,11 @@ def survey_data(
     Raises:
         ValueError: the data set is incomplete, or a shard cannot be read.
     """
-    too_long, past, reduced, twice, unclosed, unanswered = {}, {}, [], [], [], []
+    too_long, past, reduced, twice, unclosed, unanswered, shards = {}, {}, [], [], [], [], {}
     tokenizer = builder.tokenizer
     for name in sorted(check_shards(folder))[part::parts]:
-        for sample, sizes in sample_heads(Path(folder) / name):
+        digest = hashlib.sha256()
+        for sample, sizes in sample_heads(Path(folder) / name, digest.update):
             pair = [text for text in (sample.chosen, sample.rejected) if text is not None]
             if any(tokenizer.without_second_think(text) != text for text in (*pair, sample.response or "")):
                 twice.append(sample.key)
@@ -170,7 +182,8 @@ def survey_data(
                     reduced.append(sample.key)
                 if given and (mistake := given.mistake(sample.key, length.tokens, response)):
                     past[sample.key] = mistake
-    return DataSurvey(too_long, past, tuple(reduced), tuple(twice), tuple(unclosed), tuple(unanswered))
+        shards[name] = digest.hexdigest()
+    return DataSurvey(too_long, past, tuple(reduced), tuple(twice), tuple(unclosed), tuple(unanswered), shards)
 
 
 def never_closes_think(response: str, tokenizer: ChatTokenizer) -> bool:
@@ -178,8 +191,14 @@ def never_closes_think(response: str, tokenizer: ChatTokenizer) -> bool:
     return (tokenizer.opens_think or THINK in response) and THINK_END not in response
 
 
-def sample_heads(shard: Path) -> Iterator[tuple[ShardSample, list[tuple[int, int]]]]:
-    """Yield each sample that is not corrupt, without the bytes of its images, and their sizes."""
+def sample_heads(
+    shard: Path, note: Callable[[bytes], None] = lambda _: None
+) -> Iterator[tuple[ShardSample, list[tuple[int, int]]]]:
+    """Yield each sample that is not corrupt, without the bytes of its images, and their sizes.
+
+    Args:
+        note: called with what tells a sample from another, of the corrupt ones too.
+    """
     try:
         with tarfile.open(shard) as tar:
             files: dict[str, dict[str, tarfile.TarInfo]] = defaultdict(dict)
@@ -187,10 +206,12 @@ def sample_heads(shard: Path) -> Iterator[tuple[ShardSample, list[tuple[int, int
                 key, _, name = member.name.partition(".")
                 files[key][name] = member
             for key, members in files.items():
+                note(json.dumps([key, {name: member.size for name, member in members.items()}]).encode())
                 try:
                     parts = dict.fromkeys(members, b"")
                     if "json" in members:
                         parts["json"] = _open(tar, members["json"]).read()
+                        note(parts["json"])
                     sample = parse_sample(key, parts)
                     sizes = [image_size(_open(tar, members[name]), f"{key}.{name}") for name in sample.images]
                 except SampleError:

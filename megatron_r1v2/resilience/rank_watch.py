@@ -10,7 +10,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
 import torch.distributed as dist
@@ -109,24 +109,28 @@ class RankWatch:
         ranks = dist.get_world_size()
         if ranks == 1:
             return True
+        asked, word = f"failed/{place}/asked", f"failed/{place}"
+        hands = [f"failed/{place}/{rank}" for rank in range(1, ranks)]
         try:
-            self._store.set(f"failed/{place}/{dist.get_rank()}", str(time.time()))
-            deadline = time.monotonic() + _GATHER_SECONDS
+            # No rank reads another's clock, which may be set otherwise: one that has given up raises no hand.
             if dist.get_rank() == 0:
-                arrived = [f"failed/{place}/{rank}" for rank in range(ranks)]
-                while not (all_here := self._store.has(arrived)) and time.monotonic() < deadline:
-                    time.sleep(_SECONDS_BETWEEN_LOOKS)
-                # One that came long before has given up waiting.
-                all_here = all_here and all(
-                    time.time() - float(self._store.get(key)) < _GATHER_SECONDS for key in arrived
-                )
-                self._store.set(f"failed/{place}", "all" if all_here else "some")
-            # Twice as long as the first rank looks back.
-            while not self._store.has([f"failed/{place}"]) and time.monotonic() < deadline + _GATHER_SECONDS:
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-            return self._store.has([f"failed/{place}"]) and self._store.get(f"failed/{place}") == "all"
+                self._store.set(asked, "all?")
+                self._store.set(word, "all" if self._appear(hands, _GATHER_SECONDS) else "some")
+            elif not self._appear([asked], 2 * _GATHER_SECONDS):
+                return False
+            else:
+                self._store.set(hands[dist.get_rank() - 1], "here")
+            # Longer than the first rank waits for hands.
+            return self._appear([word], 2 * _GATHER_SECONDS) and self._store.get(word) == "all"
         except (RuntimeError, ValueError):
             return False  # the first rank, which has the store, is gone
+
+    def _appear(self, keys: Sequence[str], seconds: float) -> bool:
+        """Return whether keys are in the store within some time."""
+        deadline = time.monotonic() + seconds
+        while not (here := self._store.has(keys)) and time.monotonic() < deadline:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return here
 
     def report_error(self, error: BaseException) -> None:
         """Print the report at the first error that may be this rank's alone."""

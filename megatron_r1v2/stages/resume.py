@@ -105,14 +105,29 @@ def check_settings(now: TrainingRecipe, folder: Path) -> list[SettingChange]:
             f"{told}: put it back to resume, or set model.checkpoint to this folder and run.output_dir to a new one to "
             "start another stage from its weights"
         )
+    _check_accepted(changes, now, f"these settings differ from those of {folder}")
+    return changes
+
+
+def check_contents(now: Fingerprint, saved: Fingerprint, recipe: TrainingRecipe, folder: Path) -> list[SettingChange]:
+    """Return the files that differ from those of a checkpoint though the settings name the same ones.
+
+    Raises:
+        ValueError: they may do so only with checkpoint.accept_changes.
+    """
+    changes = [SettingChange(change, OnResume.asked) for change in now.changes_since(saved)]
+    _check_accepted(changes, recipe, f"files have changed since {folder} was saved")
+    return changes
+
+
+def _check_accepted(changes: Sequence[SettingChange], recipe: TrainingRecipe, finding: str) -> None:
     asked = [str(each) for each in changes if each.rule is OnResume.asked]
-    if asked and not now.checkpoint.accept_changes:
+    if asked and not recipe.checkpoint.accept_changes:
         raise ValueError(
-            f"these settings differ from those of {folder}, and the curves would mean something else from here on: "
+            f"{finding}, and the curves would mean something else from here on: "
             f"{'; '.join(asked)}. Put them back, or set checkpoint.accept_changes=true: the changes are noted in the "
             "report then, and the buffer is emptied"
         )
-    return changes
 
 
 def choose_checkpoint(checkpoints: CheckpointStore, resume_step: int) -> Path | None:
@@ -144,6 +159,7 @@ def resume(
     recipe: TrainingRecipe,
     *,
     started_from: Mapping[str, int],
+    contents: Fingerprint,
 ) -> Restored:
     """Collective over the world: restore policy and stream.
 
@@ -151,9 +167,10 @@ def resume(
         folder: a finished checkpoint; None: nothing is done.
         policy: its weights, optimizer and schedule are overwritten.
         started_from: checksums by part of the weights before that.
+        contents: of the files that the settings name.
 
     Raises:
-        ValueError: see `check_settings`; or the run began from other weights.
+        ValueError: see `check_settings` and `check_contents`; or the run began from other weights.
     """
     if folder is None:
         return Restored()
@@ -166,6 +183,7 @@ def resume(
     policy.scheduler.load_state_dict(state["scheduler"])
     policy.skipped.in_a_row = state["skipped_in_a_row"]
     taken_out = stream.load_state_dict(state["stream"])
+    changes += _changed_contents(state, contents, recipe, folder, taken_out=taken_out is not None)
     if any(each.rule is OnResume.larger for each in changes):
         # It had done all of its steps, and has more now; a run that reached its goal before stays finished.
         state["finished"] = state["finished"] and state["step"] < _saved_steps(changes)
@@ -174,6 +192,19 @@ def resume(
         state = {name: value for name, value in state.items() if name != "buffer"}
         replay = []
     return Restored(state, replay, changes, taken_out)
+
+
+def _changed_contents(
+    state: Mapping[str, Any], contents: Fingerprint, recipe: TrainingRecipe, folder: Path, *, taken_out: bool
+) -> list[SettingChange]:
+    if "contents" not in state:
+        logger.warning("%s does not say what was in the files of its settings; they are not compared", folder)
+        return []
+    saved = state["contents"]
+    # Samples that were taken out are said by themselves; what is left cannot be told from what was there.
+    name = "rows of data.train"
+    known = {**saved, name: contents.values[name]} if taken_out else saved
+    return check_contents(contents, Fingerprint.of(**known), recipe, folder)
 
 
 def _saved_steps(changes: Sequence[SettingChange]) -> int:

@@ -11,7 +11,7 @@ from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE
 from megatron_r1v2.config.choices import OnResume, Packing, Part, StageName, TooLong
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
-from megatron_r1v2.config.schema import CheckpointConfig
+from megatron_r1v2.config.schema import CheckpointConfig, RewardConfig
 from megatron_r1v2.data.mixture import check_shares, num_train_samples, share_metrics
 from megatron_r1v2.data.read_ahead import ReadAhead
 from megatron_r1v2.data.survey import DataSurvey
@@ -23,12 +23,14 @@ from megatron_r1v2.monitoring.recorder import Recorder, RunInfo
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.resilience.rank_watch import RankWatch
 from megatron_r1v2.resilience.rollout_cache import RolloutCache
 from megatron_r1v2.resilience.run_lock import hold_folder
 from megatron_r1v2.resilience.signals import StepAbandoned, StopSignals, torchrun_patience
 from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
+from megatron_r1v2.rewards.functions import describe_functions
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
@@ -68,6 +70,8 @@ class Session:
     """Of the checkpoint that the stage goes on from, for what the stage itself must restore."""
     started_from: Mapping[str, int]
     """Checksums by part of the weights that the stage began from."""
+    contents: Fingerprint
+    """Of the files that the settings name: rows and reward functions."""
     step: int
     """Steps done."""
     saved_step: int
@@ -171,6 +175,7 @@ class Session:
                 "scheduler": self.policy.scheduler.state_dict(),
                 "stream": self.stream.state_dict(),
                 "started_from": dict(self.started_from),
+                "contents": self.contents.values,
                 **self.verifier.describe_weights(own),
                 "skipped_in_a_row": self.policy.skipped.in_a_row,
                 **state,
@@ -258,7 +263,9 @@ def open_session(
         checksums = verifier.compute_checksums()
         started_from = verifier.exact_checksums(checksums)
         newest = choose_checkpoint(checkpoints, recipe.checkpoint.resume_step)
-        restored = resume(newest, policy, stream, checkpoints, recipe, started_from=started_from)
+        survey = loaded.survey_train()
+        contents = _fingerprint_contents(recipe, survey)
+        restored = resume(newest, policy, stream, checkpoints, recipe, started_from=started_from, contents=contents)
         memory = DeviceMemory.of(loaded.context.device)
         with _open_supervision(
             recipe, loaded.context, checkpoints, stage=stage, shown=shown, first_step=restored.step, memory=memory
@@ -266,7 +273,7 @@ def open_session(
             recorder,
             preemption,
         ):
-            survey = _survey_data(loaded, recipe, recorder, pairs=stage in ("mpo", "reward_model"))
+            _check_data(survey, recipe, recorder, pairs=stage in ("mpo", "reward_model"))
             _note_resume(recorder, recipe, restored, newest, learning_rate=current_learning_rate(policy.optimizer))
             # Without a checkpoint too: replicas must agree, and the checksums of frozen parts are those to keep.
             # What a checkpoint has loaded is looked at anew; without one the weights are still those of the start.
@@ -283,6 +290,7 @@ def open_session(
                 verifier=verifier,
                 restored=restored,
                 started_from=started_from,
+                contents=contents,
                 step=restored.step,
                 saved_step=restored.step,
                 survey=survey,
@@ -297,20 +305,31 @@ def open_session(
             preemption.publish(blocking=True)
 
 
-def _survey_data(loaded: LoadedModel, recipe: TrainingRecipe, recorder: Recorder, *, pairs: bool) -> DataSurvey:
-    """Collective over the world: look at data.train before the first step, and log the findings.
+def _fingerprint_contents(recipe: TrainingRecipe, survey: DataSurvey) -> Fingerprint:
+    """Return what is in the files of data.train and reward.functions, wherever they are."""
+    reward = dict(recipe).get("reward")
+    functions = describe_functions(reward.functions) if isinstance(reward, RewardConfig) else []
+    return Fingerprint.of(
+        **{
+            "rows of data.train": survey.digest[:12],
+            "files of reward.functions": [f"{each['name']} {str(each['sha256'])[:12]}" for each in functions],
+        }
+    )
+
+
+def _check_data(survey: DataSurvey, recipe: TrainingRecipe, recorder: Recorder, *, pairs: bool) -> None:
+    """Log the findings about data.train before the first step.
 
     Raises:
         ValueError: it holds what cannot be trained on, or not enough for a step.
     """
-    survey, count = loaded.survey_train(), recipe.train.prompts_per_step
+    count = recipe.train.prompts_per_step
     for line in survey.sentences(recipe.data.train_text, recipe.data, pairs=pairs):
         recorder.log(line)
     check_shares(recipe.data, count)
     usable = num_train_samples(recipe.data) - len(survey.too_long)  # those that data.too_long=skip leaves out
     if usable < count:
         raise too_few_prompts(usable, count)
-    return survey
 
 
 def _note_resume(

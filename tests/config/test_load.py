@@ -444,6 +444,8 @@ def test_several_data_sets_are_a_list_with_weights(tmp_path):
     ("text", "told"),
     [
         ("[{path: a}, {path: b, weight: 0}]", "data.train[1].weight"),
+        ("[{path: a}, {path: b, weight: .nan}]", "data.train[1].weight"),
+        ("[{path: a}, {path: b, weight: 1.0e+300}]", "data.train[1].weight"),
         ("[{path: a, weigth: 2}]", "data.train[0].weigth"),
         ("[{weight: 2}]", "data.train[0].path"),
         ("[a, b]", "data.train="),

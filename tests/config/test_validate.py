@@ -125,5 +125,7 @@ def test_each_entry_of_a_mixture_must_be_a_folder_and_there_once(tmp_path):
         "data.train[1].path='gone' is not a folder; give the path of an existing one",
         f"data.train[2].path={here!r} is in the list twice; give it once, with a larger weight",
     ]
+    (twice,) = told(model__hf_path=here, data__train=[{"path": here}, {"path": f"{here}/../{tmp_path.name}"}])
+    assert "is in the list twice" in twice, "another spelling of the same folder"
     (empty,) = told(model__hf_path=here, data__train=[])
     assert empty.startswith("data.train is an empty list: give the path")

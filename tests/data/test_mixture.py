@@ -64,6 +64,20 @@ def test_a_name_is_that_of_the_folder_numbered_where_two_have_the_same(folders: 
     assert source_names([DataSource(path=str(folder)) for folder in folders]) == ["digits-1", "digits-2", "text"]
 
 
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        # A number must not make the name of another set, whose keys would be taken for the same prompts.
+        (("a/digits", "b/digits", "c/digits-1"), ["digits-2", "digits-3", "digits-1"]),
+        (("c/digits-2", "a/digits", "b/digits"), ["digits-2", "digits-1", "digits-3"]),
+        (("a/", "b/a/", "x/.."), ["a-1", "a-2", Path.cwd().name]),
+        ((".", "x"), [Path.cwd().name, "x"]),
+    ],
+)
+def test_no_two_sets_have_one_name_and_each_has_one(paths: tuple[str, ...], names: list[str]) -> None:
+    assert source_names([DataSource(path=path) for path in paths]) == names
+
+
 def test_every_prompt_has_the_name_of_its_set_in_its_key(folders: list[Path], tokenizer) -> None:
     prompts = stream(folders, (1, 1, 1), tokenizer).next(24)
     assert {prompt.key.partition(":")[0] for prompt in prompts} == {"digits-1", "digits-2", "text"}
@@ -135,6 +149,15 @@ def test_a_set_that_is_smaller_than_its_share_of_a_step_is_named(folders: list[P
     ):
         check_shares(mixed, 12)
     check_shares(DataConfig(train=str(folders[2])), 99)
+
+
+@pytest.mark.parametrize(("weights", "distinct"), [((1, 1), 14), ((1, 3), 9), ((12, 7), 19), ((100, 1), 12)])
+def test_the_smallest_set_for_its_weight_bounds_the_prompts_of_a_step(folders, tokenizer, weights, distinct) -> None:
+    mixed = stream(folders, weights, tokenizer)
+    assert mixed.num_distinct == distinct
+    assert len(set(keys(mixed, distinct))) == distinct, "the shares hold without a prompt that comes twice"
+    alone = DataConfig(train=str(folders[2]))
+    assert open_train(alone, builder(tokenizer, alone), seed=3).num_distinct == 5
 
 
 def test_the_shares_of_a_step() -> None:

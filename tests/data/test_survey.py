@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,21 @@ def test_what_is_found_is_what_the_reader_leaves_out(folder: Path, tmp_path: Pat
     assert read == {sample.key for sample in samples()} - set(found.too_long)
     fewer = find(folder, tmp_path, parts=parts, too_long="fewer_tiles")
     assert (sorted(fewer.too_long), fewer.reduced) == (["digits-0003", "digits-0007"], ("digits-0005",))
+
+
+def test_the_digest_is_that_of_the_rows_wherever_they_are(folder: Path, tmp_path: Path) -> None:
+    digest = find(folder, tmp_path).digest
+    assert find(folder, tmp_path, parts=3).digest == digest
+    assert find(folder.rename(tmp_path / "moved"), tmp_path).digest == digest
+    rows = samples()
+    for name, changed in {
+        "answer": replace(rows[0], answer=str(int(rows[0].answer) + 1)),
+        "image": replace(rows[0], images={"0.png": tiny_png(77, width=48, height=32)}),
+        "key": replace(rows[0], key="another"),
+    }.items():
+        write_shards([changed, *rows[1:]], tmp_path / name, 2)
+        assert find(tmp_path / name, tmp_path).digest != digest, name
+    assert find(tmp_path / "key", tmp_path).with_prefix("a:").digest != find(tmp_path / "key", tmp_path).digest
 
 
 def test_the_sentences_count_and_name(folder: Path, tmp_path: Path) -> None:

@@ -72,10 +72,12 @@ def test_waiting_costs_the_store_little_and_no_thread() -> None:
 
 
 def fail_together(late: float) -> list[bool]:
-    """Rank 1 fails late, then not at all, then together with rank 0."""
+    """Rank 1 fails late, then not at all, then together with rank 0; its clock is an hour fast."""
     store = groups.initialize(ParallelConfig(), seed=1).store
     rank_watch._GATHER_SECONDS = 0.5  # type: ignore[attr-defined]
     watch, rank = RankWatch(store, lambda: "update", limit_seconds=60), dist.get_rank()
+    clock = time.time
+    time.time = lambda: clock() + 3600 * rank
     found = []
     for place, delay in (("late", late), ("alone", None), ("together", 0.0)):
         dist.barrier()

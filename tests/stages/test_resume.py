@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from megatron_r1v2.config.choices import OnResume, Part, StageName
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import GrpoRecipe, MpoRecipe
 from megatron_r1v2.config.schema import RunConfig
+from megatron_r1v2.data.samples import parse_sample
+from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.resilience.files import partial_path
 from megatron_r1v2.resilience.fingerprint import Change
 from megatron_r1v2.stages.resume import SettingChange, check_settings, compare_settings
@@ -271,6 +276,38 @@ def test_a_run_goes_on_from_a_step_that_is_named(root: Path, tmp_path: Path, uni
     times = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
     run_stage(recipe)
     assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == times
+
+
+OWN_REWARD = "def own(response, **others):\n    return {}\n"
+
+
+@pytest.mark.parametrize("changed", ["rows", "function"])
+def test_files_that_change_behind_the_settings_are_asked_for_and_noted(
+    root: Path, tmp_path: Path, changed: str
+) -> None:
+    data, own, run = shutil.copytree(root / "data", tmp_path / "data"), tmp_path / "own.py", tmp_path / "run"
+    own.write_text(OWN_REWARD.format("0.5"))
+    settings = (
+        f"data.train={data}",
+        f"reward.functions=[{{path: {own}, name: own}}]",
+        "buffer.target_effective_fraction=0.95",
+    )
+    run_stage(recipe_for(root, run, (*settings, "train.steps=2")))
+    if changed == "rows":  # one answer, with as many rows in shards of the same names
+        rows = list(read_shards(data, parse_sample))
+        shutil.rmtree(data)
+        write_shards([replace(rows[0], answer="1"), *rows[1:]], data)
+        told = r"rows of data.train: '\w{12}' -> '\w{12}'"
+    else:
+        own.write_text(OWN_REWARD.format("0.25"))
+        told = r"files of reward.functions: \['own \w{12}'\] -> \['own \w{12}'\]"
+    with pytest.raises(ValueError, match=rf"files have changed since .*step-00000002 was saved, .*: {told}. Put them"):
+        run_stage(recipe_for(root, run, (*settings, "train.steps=3")))
+    run_stage(recipe_for(root, run, (*settings, "train.steps=3", "checkpoint.accept_changes=true")))
+    (noted,) = changed_lines(run)
+    assert any(re.fullmatch(told, line) for line in noted["settings_changed"])
+    lines = read_metrics(run)
+    assert (lines[1]["ssb/replayed"] > 0, lines[2]["ssb/replayed"]) == (True, 0)
 
 
 SETTINGS_OF_STAGES = [

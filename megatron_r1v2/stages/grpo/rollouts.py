@@ -50,7 +50,7 @@ class RolloutPhase:
         self.pool = pool
         self.reward_model = reward_model
         self.calibrator = calibrator
-        check_enough_prompts(session.stream.num_samples, recipe)
+        check_enough_prompts(session.stream.num_distinct, recipe)
         self.in_flight = GroupsInFlight(session.context, max_age=recipe.buffer.max_age, shards=session.restored.replay)
         """The groups that go on in the next step; none without generation.segment_tokens."""
         self.generated_tokens = 0
@@ -109,7 +109,7 @@ class RolloutPhase:
             scored += more_scored
             counts.update(more_counts)
             # A small data set has no prompts for another round: the step goes on with what it has.
-            exhausted = len(prompts) + wanted > session.stream.num_samples
+            exhausted = len(prompts) + wanted > session.stream.num_distinct
             effective = self.sum_effective_groups(prompts, scored) if rounds > 1 else wanted
             if done == rounds or exhausted or effective >= wanted:
                 break
@@ -127,10 +127,11 @@ class RolloutPhase:
         if self._exhaustion_logged:
             return
         self._exhaustion_logged = True
+        shares = " in the shares of" if len(self.recipe.data.sources) > 1 else " in"
         self.session.recorder.log(
             f"step {self.session.step + 1}: dynamic sampling has no prompts for a further round "
-            f"({self.session.stream.num_samples} samples in data.train): the step trains on the {effective} effective "
-            f"groups of train.prompts_per_step={self.recipe.train.prompts_per_step} that it found; said once"
+            f"({self.session.stream.num_distinct} samples{shares} data.train): the step trains on the {effective} "
+            f"effective groups of train.prompts_per_step={self.recipe.train.prompts_per_step} that it found; said once"
         )
 
     def verify_weights(self, prompts: Sequence[Prompt]) -> None:

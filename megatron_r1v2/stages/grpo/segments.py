@@ -151,15 +151,17 @@ class GroupsInFlight:
         self.steps = {key: step for key, step in self.steps.items() if key not in keys}
 
 
-def check_enough_prompts(num_samples: int, recipe: GrpoRecipe) -> None:
+def check_enough_prompts(num_prompts: int, recipe: GrpoRecipe) -> None:
     """Raise DataError where the prompts in flight may be all that there are."""
     generation, wanted = recipe.generation, recipe.train.prompts_per_step
     steps = math.ceil(generation.max_response_tokens / (generation.segment_tokens or generation.max_response_tokens))
-    if num_samples < steps * wanted:
+    if num_prompts < steps * wanted:
+        shares = " in the shares of its sets" if len(recipe.data.sources) > 1 else ""
         raise DataError(
-            f"data.train has {num_samples} prompts. With generation.segment_tokens={generation.segment_tokens} and "
-            f"generation.max_response_tokens={generation.max_response_tokens} those of {steps} steps can be in flight, "
-            f"{steps} x train.prompts_per_step={wanted}; raise the first, lower one of the others or give more data"
+            f"data.train has {num_prompts} prompts{shares}. With generation.segment_tokens="
+            f"{generation.segment_tokens} and generation.max_response_tokens={generation.max_response_tokens} "
+            f"those of {steps} steps can be in flight, {steps} x train.prompts_per_step={wanted}; "
+            "raise the first, lower one of the others or give more data"
         )
 
 

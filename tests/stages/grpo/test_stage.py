@@ -26,6 +26,7 @@ from tests.stages.runs import (
     run_stage,
     without_timings,
 )
+from tests.stages.tiny_run import write_data
 
 Run = Callable[..., Path]
 ALL_PARTS = "train.parts=[vision, adapter, language]"
@@ -172,6 +173,18 @@ def test_dynamic_sampling_ends_where_the_data_does(run: Run, capsys) -> None:
     assert len(said) == 1
     assert "(16 samples in data.train): the step trains on the" in said[0]
     assert "effective groups of train.prompts_per_step=6" in said[0]
+
+
+def test_dynamic_sampling_on_a_mixture_ends_where_a_share_does(run: Run, tmp_path: Path, capsys) -> None:
+    """Compare with 16 and 5 prompts in equal shares: 10 are one round of 6, and a second would lack the second set."""
+    write_data(tmp_path / "few", images=5, texts=0, seed=3)
+    write_data(tmp_path / "many", images=16, texts=0)
+    mixture = f"data.train=[{{path: {tmp_path / 'many'}}}, {{path: {tmp_path / 'few'}}}]"
+    settings = ("train.steps=3", "train.prompts_per_step=6", "buffer.capacity=0", "reward.claim_pattern=", mixture)
+    lines = read_metrics(run(*settings, "algorithm.dynamic_sampling_rounds=9"))
+    assert {line["rollout/rounds"] for line in lines} == {1}
+    assert {line["data/share/few"] for line in lines} == {0.5}
+    assert "(10 samples in the shares of data.train): the step trains on the" in capsys.readouterr().err
 
 
 def test_text_only_prompts_train_with_the_language_model_only(run: Run) -> None:
