@@ -263,8 +263,7 @@ def open_session(
         checksums = verifier.compute_checksums()
         started_from = verifier.exact_checksums(checksums)
         newest = choose_checkpoint(checkpoints, recipe.checkpoint.resume_step)
-        survey = loaded.survey_train()
-        contents = _fingerprint_contents(recipe, survey)
+        survey, contents = _survey_contents(loaded, recipe)
         restored = resume(newest, policy, stream, checkpoints, recipe, started_from=started_from, contents=contents)
         memory = DeviceMemory.of(loaded.context.device)
         with _open_supervision(
@@ -305,11 +304,12 @@ def open_session(
             preemption.publish(blocking=True)
 
 
-def _fingerprint_contents(recipe: TrainingRecipe, survey: DataSurvey) -> Fingerprint:
-    """Return what is in the files of data.train and reward.functions, wherever they are."""
+def _survey_contents(loaded: LoadedModel, recipe: TrainingRecipe) -> tuple[DataSurvey, Fingerprint]:
+    """Collective over the world: look at data.train, and fingerprint its rows and the files of reward.functions."""
+    survey = loaded.survey_train()
     reward = dict(recipe).get("reward")
     functions = describe_functions(reward.functions) if isinstance(reward, RewardConfig) else []
-    return Fingerprint.of(
+    return survey, Fingerprint.of(
         **{
             "rows of data.train": survey.digest[:12],
             "files of reward.functions": [f"{each['name']} {str(each['sha256'])[:12]}" for each in functions],
