@@ -21,7 +21,7 @@ from typing_extensions import override
 from megatron_r1v2.models import paged_attention
 from megatron_r1v2.models.paged_attention import BlockTable
 from megatron_r1v2.models.sdpa import attend
-from megatron_r1v2.models.shared_attention import SharedRowAttention, SharedRowParams
+from megatron_r1v2.models.shared_attention import PackedRowParams, RowParams, SharedRowAttention
 
 
 class SDPACoreAttention(MegatronModule):
@@ -73,15 +73,15 @@ class SDPACoreAttention(MegatronModule):
         assert attention_bias is None, "attention bias is not used by this model"
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params, causal)
+            assert isinstance(packed_seq_params, PackedRowParams), "bounds must not be read from the device"
+            return self._packed(query, key, value, packed_seq_params.bounds, causal)
         out_BNSD = self._attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), causal)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
     def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams, causal: bool
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: tuple[int, ...], causal: bool
     ) -> torch.Tensor:
         """Attend within each sequence of a packed row."""
-        bounds = packed.cu_seqlens_q.tolist()
         outputs = []
         # A row packs a few long sequences, so the loop costs less than the padding of a batch would.
         for start, end in itertools.pairwise(bounds):
@@ -101,7 +101,7 @@ class SharedRowSDPA(SharedRowAttention, SDPACoreAttention):
 
 
 class PagedSelfAttention(SelfAttention):
-    """megatron-core's SelfAttention with shared rows, whose paged inference attention also runs without flash-attn.
+    """megatron-core's SelfAttention with shared and packed rows, and with paged attention that needs no flash-attn.
 
     It uses flash-attn wherever that is installed, without a setting.
     """
@@ -116,7 +116,7 @@ class PagedSelfAttention(SelfAttention):
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; see the base class for the arguments."""
-        if isinstance(packed_seq_params, SharedRowParams):
+        if isinstance(packed_seq_params, RowParams):
             # GPTModel gives the frequencies of 0, 1, 2, ... and does not read position ids.
             assert rotary_pos_emb is not None
             assert packed_seq_params.positions_S is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,22 +51,39 @@ class SharedGroup:
 
 
 @dataclass
-class SharedRowParams(PackedSeqParams):
-    """The groups of a shared row, on their way through megatron-core to the attention.
+class RowParams(PackedSeqParams):
+    """The sequences in a row, on their way through megatron-core to the attention.
 
     With `qkv_format="sbhd"` megatron-core treats the row as one sequence, and never reads bounds on the host.
     """
 
-    groups: tuple[SharedGroup, ...] = ()
-    """They cover the row."""
     positions_S: torch.Tensor | None = None
     """int64 [S]: of each token in its own sequence, prompt included; megatron-core has no place for them."""
+
+
+@dataclass
+class PackedRowParams(RowParams):
+    """The sequences of a packed row, none of which sees another; TransformerEngine reads their bounds on the device."""
+
+    bounds: tuple[int, ...] = ()
+    """On the host: the first token of each sequence, and the token after the last one."""
+
+
+@dataclass
+class SharedRowParams(RowParams):
+    """The groups of a shared row."""
+
+    groups: tuple[SharedGroup, ...] = ()
+    """They cover the row."""
     responses: torch.Tensor | None = None
     """int64 [R]: the tokens of the row that predict a response token; only they get logits or scores."""
 
 
 class SharedRowAttention(torch.nn.Module):
-    """The part of a core attention that shared rows go through; the class that it is mixed into does the rest."""
+    """The part of a core attention that shared rows go through; the class that it is mixed into does the rest.
+
+    Packed rows get there in the format of packed kernels, "thd".
+    """
 
     @override
     def forward(
@@ -82,11 +99,16 @@ class SharedRowAttention(torch.nn.Module):
         """Attend; see the class that this is mixed into for other rows.
 
         Args:
-            query: [S, 1, heads, D] of a shared row; key and value may have fewer heads.
+            query: [S, 1, heads, D] of a shared or packed row; key and value may have fewer heads.
 
         Returns:
-            [S, 1, heads * D] of a shared row.
+            [S, 1, heads * D] of a shared or packed row.
         """
+        if isinstance(packed_seq_params, PackedRowParams):
+            heads = (tensor.squeeze(1) for tensor in (query, key, value))
+            thd = replace(packed_seq_params, qkv_format="thd")
+            packed: torch.Tensor = super().forward(*heads, attention_mask, *args, packed_seq_params=thd, **kwargs)
+            return packed.reshape(len(packed), 1, -1)
         if not isinstance(packed_seq_params, SharedRowParams):
             output: torch.Tensor = super().forward(
                 query, key, value, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_r1v2.models.shared_attention import SharedGroup, SharedRowParams
+from megatron_r1v2.models.shared_attention import PackedRowParams, RowParams, SharedGroup, SharedRowParams
 from megatron_r1v2.training.batches import LENGTH_MULTIPLE
 from megatron_r1v2.types import TrainingBatch
 
@@ -27,7 +26,7 @@ class PackedBatch:
     image_mask_1S: torch.Tensor
     tile_index: torch.Tensor
     """int64: of the tiles of the row, among the distinct ones."""
-    params: PackedSeqParams
+    params: RowParams
     """Bounds of the sequences, or groups of them, for attention."""
     columns: torch.Tensor
     """int64 [R]: flat index into a [B, S] tensor of each label."""
@@ -59,21 +58,24 @@ def pack(batch: TrainingBatch, *, tensor_size: int, length_multiple: int = LENGT
     device = batch.token_ids_BS.device
     # Rows are padded on the right, so a sequence is the beginning of its row.
     columns = torch.cat([row * columns_per_row + torch.arange(length) for row, length in enumerate(lengths)]).to(device)
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    params = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
+    position_S = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    bounds = tuple(itertools.accumulate(lengths, initial=0))
+    bounds_on_device = torch.tensor(bounds, dtype=torch.int32, device=device)
+    params = PackedRowParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=bounds_on_device,
+        cu_seqlens_kv=bounds_on_device,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
+        positions_S=position_S,
+        bounds=bounds,
     )
-    token_ids_1S, position_ids_1S, labels_1S, image_mask_1S = (
-        tensor.flatten()[columns][None]
-        for tensor in (batch.token_ids_BS, batch.position_ids_BS, batch.labels_BS, batch.image_mask_BS)
+    token_ids_1S, labels_1S, image_mask_1S = (
+        tensor.flatten()[columns][None] for tensor in (batch.token_ids_BS, batch.labels_BS, batch.image_mask_BS)
     )
     return PackedBatch(
         token_ids_1S,
-        position_ids_1S,
+        position_S[None],
         labels_1S,
         image_mask_1S,
         batch.tile_index,

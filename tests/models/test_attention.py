@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1v2.models.attention import SDPACoreAttention
+from megatron_r1v2.models.shared_attention import PackedRowParams
 
 HEADS, SIZE = 4, 8
 
@@ -66,8 +66,8 @@ def test_packed_sequences_equal_separate_ones(lengths, spare, kv_heads, causal, 
     total = sum(lengths) + spare
     query = torch.randn(total, HEADS, SIZE, generator=generator)
     key, value = torch.randn(2, total, kv_heads, SIZE, generator=generator)
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    bounds = tuple(itertools.accumulate(lengths, initial=0))
+    packing = PackedRowParams(qkv_format="thd", bounds=bounds)
     core = attention(AttnMaskType.causal if causal else AttnMaskType.no_mask)
     got = core(query, key, value, None, packed_seq_params=packing)
     assert got.shape == query.shape

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_r1v2.config.schema import Part
 from megatron_r1v2.models.r1v2 import build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
+from megatron_r1v2.models.shared_attention import PackedRowParams, SharedGroup, SharedRowParams
+from tests.device_reads import CountReads
 from tests.models.parity import MEAN, STD, difference, gradient_differences, model_pair, random_tiles
 
 VARIANTS = {"300m": {"family": "300m"}, "6b": {"family": "6b"}, "tied": {"tied": True}}
@@ -114,15 +115,14 @@ def test_packed_rows_are_separate_rows(ours):
     text = torch.randint(0, 250, (1, 10), generator=torch.Generator().manual_seed(3))
     pieces = [rows[:1, :44], rows[1:, :29], text]
     packed_BS = torch.cat(pieces, dim=1)
-    bounds = torch.tensor([0, 44, 73, 83], dtype=torch.int32)
-    packing = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
+    position_ids_BS = torch.cat([torch.arange(length) for length in lengths])[None]
+    packing = PackedRowParams(
+        qkv_format="sbhd",
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
+        positions_S=position_ids_BS[0],
+        bounds=(0, 44, 73, 83),
     )
-    position_ids_BS = torch.cat([torch.arange(length) for length in lengths])[None]
     with torch.no_grad():
         together = ours(packed_BS, position_ids_BS, tiles_TCHW=tiles_TCHW, packed_seq_params=packing)
         alone = [
@@ -131,6 +131,22 @@ def test_packed_rows_are_separate_rows(ours):
             ours(pieces[2], positions(pieces[2])),
         ]
     assert difference(together, torch.cat(alone, dim=1)) < 1e-5
+
+
+def test_rows_of_several_sequences_read_no_bounds(ours):
+    """On a GPU the host would wait for the device in each layer."""
+    positions_S = torch.cat([torch.arange(6), torch.arange(4)])
+    lengths = {"qkv_format": "sbhd", "max_seqlen_q": 6, "max_seqlen_kv": 6, "positions_S": positions_S}
+    rows = {
+        "packed": PackedRowParams(**lengths, bounds=(0, 6, 10)),
+        "shared": SharedRowParams(
+            **lengths, groups=(SharedGroup(0, 4, (6,)), SharedGroup(6, 10)), responses=torch.tensor([4, 5])
+        ),
+    }
+    for name, row in rows.items():
+        with CountReads() as reads:
+            ours.language(torch.zeros(1, 10).long(), positions_S[None], None, packed_seq_params=row).sum().backward()
+        assert reads.ours + reads.theirs == {}, name
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def test_a_short_row_by_hand():
     bounds = [0, 8 * math.ceil(first / 8), 8 * math.ceil(first / 8) + 8 * math.ceil(second / 8)]
     assert packed.params.cu_seqlens_q.tolist() == packed.params.cu_seqlens_kv.tolist() == bounds
     assert packed.params.max_seqlen_q == max(bounds[1], bounds[2] - bounds[1])
-    assert packed.params.qkv_format == "thd"
+    assert packed.params.bounds == tuple(bounds)
+    assert packed.params.qkv_format == "sbhd"
     assert packed.token_ids_1S.shape == (1, bounds[2])
 
 
@@ -46,6 +47,7 @@ def test_what_is_packed_comes_back_in_its_place(lengths, tensor_size, multiple):
     for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
         length = end - begin
         assert packed.position_ids_1S[0, begin:end].tolist() == list(range(length)), "each sequence begins at 0"
+        assert torch.equal(packed.params.positions_S, packed.position_ids_1S[0])
         assert torch.equal(packed.token_ids_1S[0, begin:end], batch.token_ids_BS[row, :length])
         assert torch.equal(packed.labels_1R[0, begin:end], batch.labels_BS[row, :length])
         assert torch.equal(packed.image_mask_1S[0, begin:end], batch.image_mask_BS[row, :length])
