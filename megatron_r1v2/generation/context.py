@@ -89,10 +89,11 @@ class UnpaddedContext(DynamicInferenceContext):
             # megatron-core takes the cosines again in each layer, for queries and for keys.
             own = angles[self.token_to_position_in_request[: self.padded_active_token_count]]
             cos, sin = torch.cos(own) * mscale, torch.sin(own) * mscale
-            self._rotation = cos.to(states.dtype), sin.to(states.dtype)
-        cos, sin = self._rotation
-        first, second = states.chunk(2, dim=-1)
-        return states * cos + torch.cat((-second, first), dim=-1) * sin
+            first, second = sin.chunk(2, dim=-1)
+            self._rotation = cos.to(states.dtype), torch.cat((-first, second), dim=-1).to(states.dtype)
+        cos, signed_sin = self._rotation
+        # The halves change places; the sign that the second one gets on the way is in the sines.
+        return (states * cos).add_(states.roll(states.shape[-1] // 2, dims=-1).mul_(signed_sin))
 
 
 class BlockwiseContext(DynamicInferenceContext):

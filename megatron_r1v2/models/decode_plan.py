@@ -35,6 +35,10 @@ class Run:
     """Position of the first token in the cache, counted over all blocks."""
     num_tokens: int
 
+    def of(self, cache_TKD: torch.Tensor) -> torch.Tensor:
+        """Return the run in the keys or values of a layer as [1, K, tokens, D]."""
+        return cache_TKD[self.start : self.start + self.num_tokens].transpose(0, 1).unsqueeze(0)
+
 
 @dataclass(frozen=True)
 class CopiedRuns:
@@ -70,6 +74,11 @@ class DecodePlan:
     """int64 [R, M]: which parts are those of a request, counted over all runs, copied runs, then blocks."""
     is_padding_RM: torch.Tensor
     """bool [R, M]: places past the last part of a request."""
+
+    @property
+    def is_one_run(self) -> bool:
+        """Return whether all is one request that reads one run: nothing has to be merged."""
+        return self.num_requests == len(self.runs) == 1 and not self.copied and not self.blocks
 
 
 def plan_decode(
@@ -139,10 +148,13 @@ def attend_in_place(
     # The query heads that share a key head become queries of that head, so no key has to be repeated.
     query_RKGD = query_RND.reshape(requests, k.shape[2], -1, size)
     keys_TKD, values_TKD = k.flatten(0, 1), v.flatten(0, 1)
+    if plan.is_one_run:
+        (run,) = plan.runs
+        key, value = run.of(keys_TKD), run.of(values_TKD)
+        return _attend(query_RKGD, key, value, None, scale)[0].reshape(1, heads, size)
     parts = []
     for run in plan.runs:
-        tokens = slice(run.start, run.start + run.num_tokens)
-        key, value = (each[tokens].transpose(0, 1).unsqueeze(0) for each in (keys_TKD, values_TKD))
+        key, value = run.of(keys_TKD), run.of(values_TKD)
         parts.append(_attend_together(query_RKGD[run.rows].unsqueeze(0), key, value, scale))
     for copied in plan.copied:
         blocks_UB = copied.blocks_UB
@@ -157,8 +169,6 @@ def attend_in_place(
         ids = slice(blocks.first, blocks.first + len(blocks.rows))
         key, value = (each[ids].transpose(1, 2) for each in (k, v))
         parts.append(_attend(query_RKGD[blocks.rows.clamp(min=0)], key, value, blocks.mask, scale))
-    if len(parts) == requests == 1:
-        return parts[0][0].reshape(1, heads, size)
     out_PKGD, lse_PKG = (torch.cat(each) for each in zip(*parts, strict=True))
     lse_RMKG = lse_PKG[plan.parts_RM].masked_fill(plan.is_padding_RM[:, :, None, None], -torch.inf)
     weight_RMKG1 = lse_RMKG.softmax(dim=1).unsqueeze(-1)

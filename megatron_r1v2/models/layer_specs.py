@@ -9,7 +9,6 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.models.architecture import FUSED_NORM_NAMES, LanguageArchitecture, VisionArchitecture
 from megatron_r1v2.models.attention import PagedSelfAttention, SDPACoreAttention, SharedRowSDPA
+from megatron_r1v2.models.linears import ColumnLinear, RowLinear
 from megatron_r1v2.models.norms import LayerNorm, RMSNorm
 from megatron_r1v2.models.shared_attention import SharedRowAttention
 from megatron_r1v2.models.vision_layer import ScaledTransformerLayer, VisionSelfAttention
@@ -65,9 +65,9 @@ def _local_language_layer(architecture: LanguageArchitecture) -> ModuleSpec:
                 module=PagedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ColumnLinear,
                     core_attention=SharedRowSDPA,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -97,7 +97,7 @@ def vision_block_spec(architecture: VisionArchitecture) -> TransformerBlockSubmo
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=partial(_column_linear, architecture.qkv_bias),
                     core_attention=SDPACoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -110,13 +110,11 @@ def vision_block_spec(architecture: VisionArchitecture) -> TransformerBlockSubmo
 
 
 def _mlp() -> ModuleSpec:
-    return ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear))
 
 
 def _column_linear(with_bias: bool, *args: object, **kwargs: object) -> torch.nn.Module:
     """Build the qkv projection with or without a bias, whatever the layer's other linears have."""
     # megatron-core gives qkv a bias as soon as any linear has one; the 6B InternViT has biases everywhere else.
-    build: Callable[..., torch.nn.Module] = ColumnParallelLinear
+    build: Callable[..., torch.nn.Module] = ColumnLinear
     return build(*args, **(kwargs | {"bias": with_bias}))

@@ -94,7 +94,9 @@ def flash_decode_and_prefill(
     queries, plan = q.squeeze(1), block_table.plan
     if is_decode_only and plan is not None:
         out = attend_in_place(queries[: plan.num_requests], k, v, plan, softmax_scale)
-        return F.pad(out, (0, 0, 0, 0, 0, len(queries) - plan.num_requests)).unsqueeze(1)
+        if padding := len(queries) - plan.num_requests:
+            out = F.pad(out, (0, 0, 0, 0, 0, padding))
+        return out.unsqueeze(1)
     # Only as many blocks as the longest sequence has. Missing blocks (-1) become block 0, which the mask hides.
     table = block_table.block_ids[:, : -(-max_seqlen_k // k.shape[1])].clamp(min=0).long()
     out = torch.zeros_like(queries)

@@ -8,9 +8,10 @@ in the tokens.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,8 @@ class SharedRowAttention(torch.nn.Module):
         """
         if isinstance(packed_seq_params, PackedRowParams):
             heads = (tensor.squeeze(1) for tensor in (query, key, value))
-            thd = replace(packed_seq_params, qkv_format="thd")
+            thd = copy.copy(packed_seq_params)
+            thd.qkv_format = "thd"
             packed: torch.Tensor = super().forward(*heads, attention_mask, *args, packed_seq_params=thd, **kwargs)
             return packed.reshape(len(packed), 1, -1)
         if not isinstance(packed_seq_params, SharedRowParams):
