@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Function = Callable[..., object]
 
 OTHERS_SAY_NOTHING = frozenset(
-    {"_gather_responses", "respond", "_gather", "compute_mismatch", "combine", "_compute_digests", "settle"}
+    {"_gather_responses", "respond", "_gather", "compute_mismatch", "combine", "_compute_digests", "settle", "_forward"}
 )
 """Functions that gather what each rank has of its own: this rank stands for all, so the others have none of it."""
 

@@ -26,10 +26,12 @@ from megatron_r1v2.resilience.rank_commands import RankCommands
 from megatron_r1v2.rewards import verifiers
 from megatron_r1v2.rewards.replica import ReplicaScorer
 from megatron_r1v2.rewards.verifiers import VerifierPool
-from megatron_r1v2.stages import preemption
+from megatron_r1v2.stages import preemption, reference_log_probs
 from megatron_r1v2.stages.grpo import replay_buffer, selection, updates
 from megatron_r1v2.stages.grpo.segments import GroupsInFlight
 from megatron_r1v2.stages.pairs import PairMaker
+from megatron_r1v2.stages.session import Session
+from megatron_r1v2.stages.supervised_data import SIDES, PairSource, sample_name
 from megatron_r1v2.training import policy, weight_verification
 from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.types import Prompt, Rollout, Sample, ScoredRollout, TrainingBatch
@@ -69,6 +71,7 @@ class OtherRanks:
         self._install_scores()
         self._install_segments()
         self._install_pairs()
+        self._install_reference()
         self._install_training()
 
     def close(self) -> None:
@@ -209,6 +212,20 @@ class OtherRanks:
 
         replace(PairMaker, "make_pairs", make_pairs)
         replace(PairMaker, "_gather", gather_all)
+
+    def _install_reference(self) -> None:
+        """Complete the reference log-probs with those of the pairs that other replicas compute: unknown numbers."""
+        forward = original(reference_log_probs, "_forward")
+
+        def forward_all(session: Session, source: PairSource, prompts: Sequence[Prompt]) -> dict[str, float]:
+            mine: dict[str, float] = forward(session, source, prompts)
+            names = (sample_name(prompt.key, side) for prompt in prompts for side in SIDES)
+            return {name: mine[name] if name in mine else self._unknown() for name in names}
+
+        replace(reference_log_probs, "_forward", forward_all)
+
+    def _unknown(self) -> float:
+        return float(self.mode.constant_for(torch.float32))
 
     # -- training -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from megatron_r1v2.rehearsal.fake_tensors import FakeTensors
 from megatron_r1v2.rehearsal.other_ranks import OtherRanks
 from megatron_r1v2.rehearsal.rows import LONG, SHORT
 from megatron_r1v2.rehearsal.stand_ins import Script
+from megatron_r1v2.stages import reference_log_probs
 from megatron_r1v2.stages.grpo.segments import GroupsInFlight
 from megatron_r1v2.stages.pairs import PairMaker
 from megatron_r1v2.types import Rollout, Sample, ScoredRollout
@@ -108,3 +109,11 @@ def test_pairs_of_other_replicas_are_those_of_a_prompt_of_the_same_kind(undone, 
     maker.loaded = SimpleNamespace(context=SimpleNamespace(data_size=data_size))
     # Of the text prompt this replica has nothing, so it has nothing to say of it.
     assert maker.make_pairs([prompt("a"), prompt("b", "text"), prompt("c")]) == expected
+
+
+def test_reference_log_probs_of_pairs_of_other_replicas_are_unknown_numbers(undone, others):
+    undone.setattr(reference_log_probs, "_forward", lambda *_: {"b/chosen": -3.0, "b/rejected": -4.0})
+    others._install_reference()
+    sums = reference_log_probs._forward(None, None, [prompt("a"), prompt("b")])
+    assert sums == {"a/chosen": 1.0, "a/rejected": 1.0, "b/chosen": -3.0, "b/rejected": -4.0}
+    assert "an unknown number: 1" in {rule for rule, _ in others.mode.questions}
