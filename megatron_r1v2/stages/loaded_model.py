@@ -27,7 +27,7 @@ from megatron_r1v2.evaluation.evaluator import Evaluator
 from megatron_r1v2.generation.engine import RolloutEngine
 from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
+from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import groups, objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -222,6 +222,8 @@ def load_model(
 ) -> LoadedModel:
     """Collective over the world: build the model, fill it from `model.hf_path`, then from `model.checkpoint`.
 
+    All of it is frozen: a stage that trains calls `freeze_all_but` with its parts.
+
     Args:
         score_head: whether it is a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
@@ -241,6 +243,8 @@ def load_model(
     settings = ComputeSettings.from_recipe(recipe.model, recipe.parallel, recompute, device=context.device)
     score_seed = recipe.run.seed if score_head else None
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device, score_seed=score_seed)
+    # For a weight that may train, megatron-core gathers the sequence in a buffer that it keeps, also without a graph.
+    freeze_all_but(model, ())
     # model.precision decides the dtype, whatever the folder's is.
     load_hf_weights(model, hf_path, context, layout=layout, cast=True)
     # A checkpoint holds only the parts that some stage has trained: the others come from the HF folder.

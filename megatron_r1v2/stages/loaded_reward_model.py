@@ -84,7 +84,7 @@ def load_reward_model(policy: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
             "stage"
         )
     _check_same_inputs(policy, loaded)
-    loaded.model.requires_grad_(False).eval()
+    loaded.model.eval()
     return LoadedRewardModel(
         forward=Forward(
             model=loaded.model,

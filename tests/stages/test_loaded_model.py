@@ -15,6 +15,7 @@ from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.loaded_model import open_model
+from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.types import Rollout
 from tests.checkpoint.chat_reference import image_embeddings, write_chat_folder
 from tests.ranks import run_ranks
@@ -60,6 +61,17 @@ def test_a_checkpoint_brings_its_parts_and_its_version(root: Path, tmp_path: Pat
         assert (loaded.changed_parts, loaded.version) == ([], 0)
     with open_model(recipe_for(root, tmp_path / "run", (f"model.checkpoint={run}",))) as loaded:
         assert ([part.value for part in loaded.changed_parts], loaded.version) == (["adapter"], 2)
+
+
+def test_a_model_is_frozen_until_a_stage_trains_parts_of_it(root: Path, tmp_path: Path) -> None:
+    """Pairs, evaluate and serve take it as it is; a session unfreezes what its recipe names."""
+    run = run_stage(recipe_for(root, tmp_path / "align", ("train.steps=1",), stage="align"))
+    for start in ("", str(run)):
+        with open_model(recipe_for(root, tmp_path / "run", (f"model.checkpoint={start}",))) as loaded:
+            assert not [name for name, weight in loaded.model.named_parameters() if weight.requires_grad]
+    with open_session(recipe_for(root, tmp_path / "run", stage="align"), stage="align", shown=()) as session:
+        trained = {name for name, weight in session.loaded.model.named_parameters() if weight.requires_grad}
+        assert {name.split(".")[0] for name in trained} == {"adapter"}
 
 
 def test_the_leader_of_a_replica_has_verifiers_and_the_engine_answers(root: Path, tmp_path: Path) -> None:
