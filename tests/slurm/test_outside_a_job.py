@@ -1,0 +1,128 @@
+"""The sbatch scripts outside of a job: `bash slurm/X.sh` rehearses what `sbatch slurm/X.sh` would run, and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.planning.hardware import HARDWARE
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
+from megatron_r1v2.planning.scale_page import read_cluster
+from tests.examples.test_r1v2_38b import JOBS
+from tests.rehearsal.test_few_layers import LINE
+
+ROOT = Path(__file__).parents[2]
+OVERRIDES = ("run.seed=7", "train.prompts_per_step=64")
+RECORDER = """#!/usr/bin/env bash
+printf '%q ' "$@" > "$RECORDS/${0##*/}"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $2 == hostnames ]]; then echo node-1; fi
+"""
+
+
+def run_script(script: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of slurm/ with python, srun and scontrol that only write into a folder how they were called."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in (("python", RECORDER), ("srun", RECORDER), ("scontrol", SCONTROL)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    around = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1V2_"))}
+    around |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "RECORDS": str(folder)}
+    return subprocess.run(
+        ["bash", str(ROOT / "slurm" / script), *arguments],
+        env=around | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def called(folder: Path, name: str) -> list[str]:
+    """Return the arguments that a command was called with."""
+    return shlex.split((folder / name).read_text())
+
+
+def options(arguments: list[str]) -> dict[str, str]:
+    """Return the values of options, given as `--name=value` or `--name value`."""
+    joined = " ".join(arguments).replace("=", " ").split()
+    return {name: value for name, value in pairwise(joined) if name.startswith("--")}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_it_rehearses_the_recipe_settings_and_gpus_of_the_job(job: Path, tmp_path: Path) -> None:
+    outside = run_script(job.name, tmp_path, *OVERRIDES)
+    assert outside.returncode == 0, outside.stderr
+    assert "not in a job, so this rehearses" in outside.stderr
+    assert not (tmp_path / "srun").exists(), "nothing is started but the rehearsal"
+    module, command, recipe, *rest = called(tmp_path, "python")[1:]
+    assert (module, command, rest[-len(OVERRIDES) :]) == ("megatron_r1v2", "rehearse", list(OVERRIDES))
+
+    asked = dict(re.findall(r"^#SBATCH (--nodes|--gpus-per-node)=(\d+)$", job.read_text(), re.MULTILINE))
+    inside = run_script(
+        job.name,
+        tmp_path,
+        *OVERRIDES,
+        SLURM_JOB_ID="5",
+        SLURM_JOB_NODELIST="node-[1-9]",
+        SLURM_JOB_NUM_NODES=asked["--nodes"],
+        SLURM_GPUS_ON_NODE=asked["--gpus-per-node"],
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
+    assert inside.returncode == 0, inside.stderr
+    started = called(tmp_path, "srun")
+    stage, *run = started[started.index("megatron_r1v2") + 1 :]
+    assert run == [recipe, *OVERRIDES], "the same recipe and the same settings"
+    assert load_recipe(ROOT / recipe).stage == stage.replace("-", "_")
+    torchrun, rehearsed = options(started), options(rest)
+    gpus = int(torchrun["--nnodes"]) * int(torchrun["--nproc-per-node"])
+    assert (rehearsed["--gpus"], rehearsed["--gpus-per-node"]) == (str(gpus), torchrun["--nproc-per-node"])
+    assert (gpus, HARDWARE[rehearsed["--gpu"]]) == read_cluster(ROOT / recipe), "the cluster of the recipe's header"
+
+
+def test_another_recipe_and_another_gpu_are_those_of_the_environment(tmp_path: Path) -> None:
+    assert run_script("grpo_38b.sh", tmp_path, R1V2_RECIPE="own.yaml", R1V2_GPU="h200").returncode == 0
+    command = called(tmp_path, "python")
+    assert command[:4] == ["-m", "megatron_r1v2", "rehearse", "own.yaml"]
+    assert options(command)["--gpu"] == "h200"
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "message"),
+    [
+        ("evaluate_38b.sh", 2, "slurm/evaluate_38b.sh: an evaluation is not rehearsed; submit it with sbatch"),
+        ("convert_38b.sh", 1, "SLURM_SUBMIT_DIR: submit this with sbatch"),
+    ],
+)
+def test_what_no_rehearsal_is_for_says_so_and_ends(tmp_path: Path, script: str, status: int, message: str) -> None:
+    ended = run_script(script, tmp_path)
+    assert ended.returncode == status
+    assert message in ended.stderr
+    assert not {"python", "srun"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_few_layers_runs_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LINE.few.given_to(KNOWN_MODELS["r1v2-38b"])))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "align_38b.sh"), "--hf-config", str(tmp_path / "config.json")],
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "rehearsed as TP8 PP1 DP1 on 8 x 79.6 GiB" in ended.stdout
+    assert "It runs and fits" in ended.stdout
