@@ -6,6 +6,7 @@ import pytest
 
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.rehearsal.command import main
 from tests.rehearsal.test_own_rows import png
 from tests.rehearsal.tiny_rehearsal import RECIPES, TINY, tiny_model
@@ -33,6 +34,24 @@ def test_data_that_is_not_there_is_an_error_before_anything_runs(tmp_path, capsy
         main([str(RECIPES / "grpo.yaml"), *TINY, *layout, "data.train=nowhere", "--gpus", "1", "--data"])
     assert stopped.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "all_ranks", "own_data"), [([], False, False), (["--all-ranks", "--data"], True, True)]
+)
+def test_options_are_those_of_the_rehearsal(monkeypatch, options, all_ranks, own_data):
+    asked = {}
+
+    def rehearse(recipe, _, plan, **kwargs):
+        asked.update(kwargs, seed=recipe.run.seed, layout=plan.layout)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("megatron_r1v2.rehearsal.run.rehearse", rehearse)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(RECIPES / "grpo.yaml"), "--gpus", "16", *options, "run.seed=5", "--hf-config", "r1v2-38b"])
+    assert stopped.value.code == 2
+    layout = Layout(8, 1, 2, 0, True)
+    assert asked == {"hf_path": None, "all_ranks": all_ranks, "own_data": own_data, "seed": 5, "layout": layout}
 
 
 @pytest.mark.slow

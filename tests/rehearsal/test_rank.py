@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.recipes import STAGES
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.rehearsal.collectives import find_mismatches
 from megatron_r1v2.rehearsal.preparation import Step
@@ -15,7 +17,7 @@ from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
 from megatron_r1v2.rehearsal.run import Rehearsal, ranks_to_rehearse, rehearse_ranks
 from tests.planning.plans import plan_of
 from tests.ranks import run_ranks
-from tests.rehearsal.tiny_rehearsal import ROOT, error_of, real_rank, tiny_model, tiny_specs
+from tests.rehearsal.tiny_rehearsal import RECIPES, ROOT, error_of, real_rank, tiny_model, tiny_specs
 
 ALONE = Layout(1, 1, 1, 0, False)
 TENSOR = Layout(2, 1, 1, 0, True)
@@ -34,6 +36,13 @@ def results_of(specs, folder):
     return results
 
 
+def few_rows_of(recipe):
+    """Return those of FEW that are settings of a recipe."""
+    settings = STAGES[load_recipe(RECIPES / recipe).stage].settings()
+    names = {each: each.partition("=")[0].split(".") for each in FEW}
+    return [each for each, (section, name) in names.items() if name in settings.get(section, ())]
+
+
 def peaks(result):
     return {f"{number} {phase.name}": phase.peak for number, phase in enumerate(result.phases)}
 
@@ -50,6 +59,7 @@ FEW = (
 """A step that 8 processes do on two processors."""
 SEGMENTS = ("generation.segment_tokens=16", "buffer.max_age=9")
 """Responses that go on in the next step."""
+RECOMPUTED = "train.recompute=full"
 STEP_OF_FEW = Step(long=2, short=0, mixed_groups=2, prompts_of_replica=4, long_of_replica=2)
 
 
@@ -119,11 +129,33 @@ def test_a_reward_model_beside_the_policy_runs_on_every_corner(model, tmp_path):
     assert find_mismatches({result.rank: result.collectives for result in results}) == []
 
 
+BETWEEN_STAGES = {"send", "recv_", "broadcast_"}
+OF_GRPO = (
+    BETWEEN_STAGES | {"allreduce_", "object:exchange", "object:checkpoint_save"},
+    {"generate", "update", "evaluate", "save", "load checkpoint"},
+)
+"""Kinds of collectives, and phases in which the first rank calls some."""
+OF_GIVEN = BETWEEN_STAGES | {"allreduce_", "object:checkpoint_save"}, {"update", "save", "load checkpoint"}
+OF_PAIRS = BETWEEN_STAGES | {"object:all_gather_object"}, {"generate", "continue"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), SEGMENTS], ids=["whole", "segments"])
-def test_collectives_are_those_of_real_processes(model, tmp_path, overrides):
-    specs = tiny_specs(tmp_path / "fake", model, CUBE, [0, 3, 4, 7], *FEW, *overrides)
-    (other,) = tiny_specs(tmp_path / "real", model, CUBE, [0], *FEW, *overrides)
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "found"),
+    [
+        pytest.param("grpo.yaml", (), OF_GRPO, id="grpo"),
+        pytest.param("grpo.yaml", SEGMENTS, OF_GRPO, id="segments"),
+        pytest.param("grpo.yaml", REWARD_MODEL_BESIDE, OF_GRPO, id="reward-model-beside"),
+        pytest.param("align.yaml", ("train.parts=[adapter, vision]", RECOMPUTED), OF_GIVEN, id="align"),
+        pytest.param("mpo.yaml", ("train.parts=[adapter, language]",), OF_GIVEN, id="mpo"),
+        pytest.param("pairs.yaml", (), OF_PAIRS, id="pairs"),
+        pytest.param(REWARD_MODEL, (RECOMPUTED,), OF_GIVEN, id="reward_model"),
+    ],
+)
+def test_collectives_are_those_of_real_processes(model, tmp_path, recipe, overrides, found):
+    few = few_rows_of(recipe)
+    specs = tiny_specs(tmp_path / "fake", model, CUBE, [0, 3, 4, 7], *few, *overrides, recipe=recipe)
+    (other,) = tiny_specs(tmp_path / "real", model, CUBE, [0], *few, *overrides, recipe=recipe)
     fakes = results_of([replace(spec, device="cpu") for spec in specs], tmp_path / "out")
     reals = run_ranks(8, real_rank, other)
     assert not any(map(error_of, reals)), "\n".join(map(error_of, reals))
@@ -132,9 +164,9 @@ def test_collectives_are_those_of_real_processes(model, tmp_path, overrides):
         # Kind, group, dtype, count, bytes, peer and phase of each, in order.
         assert fake.collectives == reals[fake.rank].collectives
     first, last = fakes[0].collectives, fakes[3].collectives
-    kinds = {call.kind for call in first + last}
-    assert {"send", "recv_", "allreduce_", "broadcast_", "object:exchange", "object:checkpoint_save"} <= kinds
-    assert {call.phase for call in first} >= {"generate", "update", "evaluate", "save", "load checkpoint"}
+    kinds, phases = found
+    assert {call.kind for call in first + last} >= kinds
+    assert {call.phase for call in first} >= phases
 
 
 @pytest.mark.slow
@@ -175,6 +207,19 @@ def test_every_stage_runs(model, tmp_path, recipe, phases, overrides):
 LAYOUTS = {"TP2": TENSOR, "PP2": Layout(1, 2, 1, 0, False), "DP2": Layout(1, 1, 2, 0, False), "TP2 PP2 DP2": CUBE}
 
 
+def check_ranks_fit_together(model, folder, layout, recipe, *overrides):
+    """Rehearse all ranks that differ, compare their collectives, and return the phases of the first one."""
+    shape = LAYOUTS[layout]
+    ranks = ranks_to_rehearse(shape, all_ranks=True)
+    few = few_rows_of(recipe)
+    results = results_of(
+        tiny_specs(folder / "inputs", model, shape, ranks, *few, *overrides, recipe=recipe), folder / "out"
+    )
+    assert find_mismatches({result.rank: result.collectives for result in results}) == []
+    (phases,) = {tuple(phase.name for phase in result.phases) for result in results}
+    return phases
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "parts", "recompute", "coefficient"),
@@ -189,18 +234,49 @@ LAYOUTS = {"TP2": TENSOR, "PP2": Layout(1, 2, 1, 0, False), "DP2": Layout(1, 1, 
 def test_all_ranks_of_layouts_parts_and_recomputations_fit_together(
     model, tmp_path, layout, parts, recompute, coefficient
 ):
-    shape = LAYOUTS[layout]
-    overrides = (
+    phases = check_ranks_fit_together(
+        model,
+        tmp_path,
+        layout,
+        "grpo.yaml",
         f"train.parts=[{parts}]",
         f"train.recompute={recompute}",
         f"algorithm.kl_coefficient={coefficient}",
         "train.updates_per_step=2",
     )
-    ranks = ranks_to_rehearse(shape, all_ranks=True)
-    results = results_of(tiny_specs(tmp_path / "inputs", model, shape, ranks, *FEW, *overrides), tmp_path / "out")
-    assert find_mismatches({result.rank: result.collectives for result in results}) == []
-    for result in results:
-        assert [phase.name for phase in result.phases][-3:] == list(END)
+    assert phases[-3:] == END
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "layout", "parts", "recompute"),
+    [
+        ("align.yaml", "TP2", "vision, adapter, language", "selective"),
+        ("align.yaml", "PP2", "adapter, vision", "full"),
+        ("align.yaml", "DP2", "adapter, language", "none"),
+        ("align.yaml", "TP2 PP2 DP2", "adapter", "full"),
+        ("mpo.yaml", "TP2", "adapter, language", "full"),
+        ("mpo.yaml", "PP2", "adapter", "none"),
+        ("mpo.yaml", "DP2", "vision, adapter, language", "selective"),
+        ("mpo.yaml", "TP2 PP2 DP2", "adapter, vision", "selective"),
+        (REWARD_MODEL, "TP2", "adapter, vision, score", "none"),
+        (REWARD_MODEL, "PP2", "vision, adapter, language, score", "selective"),
+        (REWARD_MODEL, "DP2", "adapter, score", "full"),
+        (REWARD_MODEL, "TP2 PP2 DP2", "adapter, language, score", "full"),
+    ],
+)
+def test_all_ranks_of_stages_with_given_responses_fit_together(model, tmp_path, recipe, layout, parts, recompute):
+    overrides = (f"train.parts=[{parts}]", f"train.recompute={recompute}")
+    phases = check_ranks_fit_together(model, tmp_path, layout, recipe, *overrides)
+    assert phases[-2:] == END[-2:]
+    assert phases.count("update") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_that_make_pairs_fit_together(model, tmp_path, layout):
+    phases = check_ranks_fit_together(model, tmp_path, layout, "pairs.yaml")
+    assert phases[-4:] == ("generate", "continue", "generate", "continue")
 
 
 def rehearse_with_fault(name, spec, folder):
