@@ -246,9 +246,6 @@ class FakeTensors(Watch):
         except (RuntimeError, NotImplementedError, TypeError):
             self.unsupported[str(func)] += 1
             return
-        if "empty" in name:
-            with torch._C._DisableTorchDispatch():
-                cast(torch.Tensor, values).zero_()
         if not func._schema.is_mutable:
             for fake, value in zip(tree_leaves(result), tree_leaves(values), strict=True):
                 if isinstance(fake, FakeTensor):
@@ -275,7 +272,11 @@ class FakeTensors(Watch):
         if plain_kwargs.get("device") is not None:
             plain_kwargs["device"] = torch.device("cpu")
         with torch._C._DisableTorchDispatch():
-            return func(*plain_args, **plain_kwargs)
+            values = func(*plain_args, **plain_kwargs)
+            if "empty" in func._schema.name:
+                # Whatever lay in the memory would pass for a known number.
+                cast(torch.Tensor, values).zero_()
+        return values
 
     def _indices_of_masks(self, indices: Sequence[object]) -> list[object]:
         """Replace masks among the indices of a tensor by the places that they select."""

@@ -23,6 +23,16 @@ def test_small_values_are_computed_and_large_ones_are_not(mode):
     assert not mode.questions
 
 
+def test_memory_that_nobody_has_written_is_zero(mode):
+    known = torch.ones(3)
+    torch.use_deterministic_algorithms(True)  # where torch fills it with NaN, and with the largest integers
+    try:
+        made = [torch.empty(3), torch.empty_like(known), known.new_empty(3), torch.empty(3, dtype=torch.int64)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [values_of(each).tolist() for each in made] == 4 * [[0, 0, 0]]
+
+
 def test_bytes_are_counted_that_nobody_has(mode):
     huge = torch.empty(2**40)
     assert mode.ledger.held == 2**42
