@@ -300,16 +300,11 @@ def _held_buffers(
         # Microbatches of a run have many lengths, near to that of the largest; those of a rehearsal have one.
         tokens = work.microbatch(layout.tensor).tokens
         buffers += (_ROTARY_LENGTHS - 1) * tokens * architecture.language.head_size * 4
-    if layout.sequence:
-        buffers += _gathered_tokens(work, layout) * architecture.language.hidden_size * work.element_bytes
+    if layout.sequence and Part.language in work.parts:
+        # megatron-core gathers the sequence for weights that train into a buffer that it keeps.
+        tokens = work.microbatch(layout.tensor).tokens
+        buffers += tokens * architecture.language.hidden_size * work.element_bytes
     return buffers
-
-
-def _gathered_tokens(work: Workload, layout: Layout) -> int:
-    """Return the tokens of the buffer that sequence parallelism gathers into, where weights may have gradients."""
-    if work.stage is StageName.pairs:  # nothing trains, and nothing is frozen
-        return min(work.max_tokens_per_step, work.prefilled_tokens(layout, "generate"))
-    return work.microbatch(layout.tensor).tokens if Part.language in work.parts else 0
 
 
 def _training_phase_peak(
