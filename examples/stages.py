@@ -56,6 +56,7 @@ class StageError(RuntimeError):
 @dataclass
 class _Running:
     stage: Stage
+    fingerprint: Fingerprint
     process: subprocess.Popen[bytes]
     log: Path
     start: float
@@ -84,7 +85,7 @@ class StageRunner:
         """Run stages side by side until all are done; the first that fails ends the others.
 
         Raises:
-            StageError: a stage failed, its program is missing, or it was done before with another command.
+            StageError: a stage failed, its program or recipe is missing, or it was done before with another command.
         """
         self.run_chains([[stage] for stage in stages], at_once=len(stages))
 
@@ -96,7 +97,7 @@ class StageRunner:
             at_once: how many chains at a time; they share the threads.
 
         Raises:
-            StageError: a stage failed, its program is missing, or it was done before with another command.
+            StageError: a stage failed, its program or recipe is missing, or it was done before with another command.
         """
         waiting = deque(deque(stage for stage in chain if not self._is_done(stage)) for chain in chains)
         threads = max(1, self._threads // max(1, min(at_once, sum(bool(chain) for chain in waiting))))
@@ -149,6 +150,7 @@ class StageRunner:
                 f"stage {stage.name} needs {program!r}, which is not on PATH; install what the repository needs and "
                 "activate its environment: make install && source .venv/bin/activate"
             )
+        fingerprint = _fingerprint(stage)  # before it runs: a recipe that is edited meanwhile is another one
         self._print(f"{stage.name:<18} $ {stage}")
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -158,7 +160,7 @@ class StageRunner:
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
-        return _Running(stage, process, log, time.perf_counter())
+        return _Running(stage, fingerprint, process, log, time.perf_counter())
 
     def _finish(self, item: _Running) -> bool:
         """Record a process that has ended; False while it runs."""
@@ -174,7 +176,7 @@ class StageRunner:
             )
         self.seconds[item.stage.name] = seconds
         record = self._records / f"{item.stage.name}.json"
-        done = {**_fingerprint(item.stage).values, "seconds": round(seconds, 1)}
+        done = {**item.fingerprint.values, "seconds": round(seconds, 1)}
         write_file(record, json.dumps(done) + "\n")
         self._print(f"{item.stage.name:<18} done in {seconds:.0f} s")
         return True
@@ -189,11 +191,14 @@ def _fingerprint(stage: Stage) -> Fingerprint:
 
 def _recipes(stage: Stage) -> dict[str, str]:
     """Return the checksum of every recipe that a stage's command names: an edited one makes another result."""
-    return {
-        argument: hashlib.sha256(Path(argument).read_bytes()).hexdigest()
-        for argument in stage.command
-        if argument.endswith(".yaml")
-    }
+    recipes = [argument for argument in stage.command if argument.endswith(".yaml")]
+    for recipe in recipes:
+        if not Path(recipe).is_file():
+            raise StageError(
+                f"stage {stage.name} is made by the recipe {recipe}, which does not exist; put the file back (those of "
+                "the repository: git checkout -- FILE) and run the same command again"
+            )
+    return {recipe: hashlib.sha256(Path(recipe).read_bytes()).hexdigest() for recipe in recipes}
 
 
 def _environment(threads: int) -> Mapping[str, str]:

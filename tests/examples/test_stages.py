@@ -74,6 +74,33 @@ def test_another_command_for_a_finished_stage_is_an_error(tmp_path, runner):
         runner.run(Stage("one", ("python", "-m", "json.tool", "--sort-keys", str(tmp_path / "one.json"))))
 
 
+def test_a_recipe_that_is_gone_is_named_before_and_after_its_stage(tmp_path, runner):
+    recipe = tmp_path / "recipe.yaml"
+    stage = Stage("one", ("cat", str(recipe)))
+    message = r"stage one is made by the recipe .*recipe\.yaml, which does not exist; put the file back"
+    with pytest.raises(StageError, match=message):
+        runner.run(stage)
+    recipe.write_text("steps: 1")
+    runner.run(stage)
+    recipe.unlink()
+    with pytest.raises(StageError, match=message):
+        runner.run(stage)
+    recipe.write_text("steps: 1")
+    runner.run(stage)
+
+
+def test_a_recipe_that_is_edited_or_removed_while_its_stage_runs_is_the_one_it_began_with(tmp_path, runner):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: 1")
+    stage = Stage("one", ("bash", "-c", 'rm "$0"', str(recipe)))
+    runner.run(stage)
+    recipe.write_text("steps: 1")
+    runner.run(stage)
+    recipe.write_text("steps: 2")
+    with pytest.raises(StageError, match="another version of its recipe"):
+        runner.run(stage)
+
+
 def test_stages_side_by_side_share_the_threads(tmp_path, runner):
     command = ("bash", "-c", 'echo "threads $OMP_NUM_THREADS"')
     runner.run(Stage("left", command), Stage("right", command))
