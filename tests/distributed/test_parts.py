@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,7 +87,6 @@ class Outcome:
 
 
 def run_cases(folder: str, material: Material, cases: dict[str, Case], root: str) -> dict[str, Outcome]:
-    gc.freeze()  # megatron-core collects garbage in each save, a second for all that is imported
     return {name: run_case(folder, material, case, Path(root) / name) for name, case in cases.items()}
 
 

@@ -126,8 +126,8 @@ SCRIPT = """\
 set -euo pipefail
 OUT={out}
 source {steps}
-beside left bash -c 'sleep 0.2; echo left >> {out}/order'
-beside right bash -c 'sleep 0.1; echo "right $1" >> {out}/order' right "$1"
+beside left bash -c 'until grep -qs right {out}/order; do sleep 0.05; done; echo left >> {out}/order'
+beside right bash -c 'echo "right $1" >> {out}/order' right "$1"
 join
 step last bash -c 'echo last >> {out}/order'
 """
@@ -164,7 +164,11 @@ def test_a_script_runs_its_steps_in_order_and_those_beside_each_other_together(s
 
 
 def test_a_step_that_fails_ends_the_script_and_the_steps_beside_it(script):
-    text = script.read_text().replace("sleep 0.2; echo left", "sleep 30; echo left").replace("sleep 0.1", "exit 3")
+    text = (
+        script.read_text()
+        .replace("until grep", "sleep 30; until grep")
+        .replace("'echo \"right", "'exit 3; echo \"right")
+    )
     script.write_text(text)
     start = time.perf_counter()
     done = run_script(script, "given")

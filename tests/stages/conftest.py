@@ -1,6 +1,5 @@
 """One model and one data set for all whole runs, and a port of its own for each in-process world."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,6 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def _one_process() -> Iterator[None]:
     torch.set_num_threads(1)
-    gc.freeze()  # megatron-core collects garbage in each save, a second for all that is imported
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_PORT", str(free_port()))
         yield

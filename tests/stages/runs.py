@@ -266,7 +266,6 @@ class Ranks:
 def _rank_main(rank: int, world_size: int, port: int, file: str, log: str) -> None:
     os.setpgid(0, 0)
     enter_rank(rank, world_size, port)
-    gc.freeze()  # megatron-core collects garbage in each save, a second for all that is imported
     with Path(log).open("a", buffering=1) as stderr, contextlib.redirect_stderr(stderr):
         try:
             run_stage(load_recipe(file))
