@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy
+from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
@@ -48,20 +49,28 @@ def majority_at_k(votes: Sequence[str | None], right: frozenset[str], k: int) ->
     """
     if not 1 <= k <= len(votes):
         raise ValueError(f"maj@{k} of {len(votes)} responses: needs 1 <= k <= n")
+    answers = sorted({vote for vote in votes if vote is not None})
+    voted_for_VA = numpy.array([[vote == answer for answer in answers] for vote in votes], dtype=numpy.int64)
+    counts_SA = _subsets_SV(len(votes), k) @ voted_for_VA
+    most_S1 = counts_SA.max(axis=1, keepdims=True, initial=0)
+    winners_SA = (counts_SA == most_S1) & (most_S1 > 0)
+    won_S = winners_SA[:, [answer in right for answer in answers]].sum(axis=1)
+    return statistics.fmean((won_S / numpy.maximum(winners_SA.sum(axis=1), 1)).tolist())
+
+
+@functools.lru_cache(maxsize=16)
+def _subsets_SV(num_votes: int, k: int) -> NDArray[numpy.int64]:
+    """Return the subsets of k votes, a row of zeros and ones each; an even sample where there are too many."""
     subsets: Sequence[Sequence[int]]
-    if math.comb(len(votes), k) <= _MAX_SUBSETS:
-        subsets = list(itertools.combinations(range(len(votes)), k))
+    if math.comb(num_votes, k) <= _MAX_SUBSETS:
+        subsets = list(itertools.combinations(range(num_votes), k))
     else:
         generator = numpy.random.default_rng(0)
-        subsets = [generator.permutation(len(votes))[:k].tolist() for _ in range(_MAX_SUBSETS)]
-    return statistics.fmean(_majority([votes[index] for index in subset], right) for subset in subsets)
-
-
-def _majority(votes: Sequence[str | None], right: frozenset[str]) -> float:
-    counts = Counter(vote for vote in votes if vote is not None)
-    most = max(counts.values(), default=0)
-    winners = [vote for vote, count in counts.items() if count == most]
-    return sum(vote in right for vote in winners) / len(winners) if winners else 0.0
+        subsets = [generator.permutation(num_votes)[:k].tolist() for _ in range(_MAX_SUBSETS)]
+    members_SV = numpy.zeros((len(subsets), num_votes), dtype=numpy.int64)
+    numpy.put_along_axis(members_SV, numpy.array(subsets), 1, axis=1)
+    members_SV.flags.writeable = False  # kept for the next prompt
+    return members_SV
 
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
