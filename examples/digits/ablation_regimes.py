@@ -26,7 +26,7 @@ REGIMES: Mapping[str, float] = {"easy": 0.5, "middle": 0.25, "hard": 0.1}
 """The wanted fraction of effective responses in the first steps, by name: the fewer, the harder it is to learn."""
 GROUP = 8
 """Responses to a prompt in GRPO."""
-PROMPTS = 384
+PROMPTS = 360
 """Of each set: alike, so that no arm sees a prompt more often than another."""
 
 
