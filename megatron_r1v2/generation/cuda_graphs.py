@@ -48,7 +48,8 @@ def decide_cuda_graphs(wanted: bool | Literal["auto"], config: TransformerConfig
         return "blockwise FP8 needs more padding than megatron-core's graphs have"
     if not is_flash_attention_usable(config.params_dtype):
         return "without flash-attn a graph attends over the longest sequence there may be"
-    return f"{_SEGMENTS} without NCCL_GRAPH_REGISTER=0" if _has_moving_segments() else ""
+    segments = _moving_segments()
+    return f"{segments} without NCCL_GRAPH_REGISTER=0" if segments else ""
 
 
 def check_cuda_graphs(parallel: ParallelContext) -> None:
@@ -68,21 +69,25 @@ def check_cuda_graphs(parallel: ParallelContext) -> None:
             f"can be captured, but the ranks talk over {backend}; give each rank a GPU, or set "
             "generation.cuda_graphs=false"
         )
-    if _has_moving_segments():
+    if segments := _moving_segments():
         raise ValueError(
-            f"generation.cuda_graphs=true with {_SEGMENTS}: set NCCL_GRAPH_REGISTER=0 too, without which replays read "
+            f"generation.cuda_graphs=true with {segments}: set NCCL_GRAPH_REGISTER=0 too, without which replays read "
             "memory that has moved, or set generation.cuda_graphs=false"
         )
 
 
-_SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+# torch 2.9 renamed the second to the first. Both count, and megatron-core's manager looks at the second only.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_SEGMENTS = "expandable_segments:True"
 
 
-def _has_moving_segments() -> bool:
-    """Return whether megatron-core's manager refuses the allocator's settings; it does so on GPUs before Blackwell."""
-    variable, _, value = _SEGMENTS.partition("=")
-    is_moving = value in os.environ.get(variable, "") and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
-    return is_moving and torch.cuda.get_device_capability()[0] < 10
+def _moving_segments() -> str:
+    """Return the allocator's setting with which graphs would read memory that has moved; empty: it does not."""
+    names = [name for name in _ALLOCATOR_VARIABLES if _SEGMENTS in os.environ.get(name, "")]
+    # megatron-core's manager lets it pass on GPUs from Blackwell on.
+    if not names or os.environ.get("NCCL_GRAPH_REGISTER") == "0" or torch.cuda.get_device_capability()[0] >= 10:
+        return ""
+    return f"{names[0]}={_SEGMENTS}"
 
 
 @contextmanager

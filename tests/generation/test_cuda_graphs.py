@@ -42,7 +42,8 @@ def test_auto_takes_graphs_where_they_hold_and_says_why_not(one_rank, monkeypatc
     bf16 = SimpleNamespace(fp8=None, fp8_recipe=None, params_dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(cuda_graphs, "is_flash_attention_usable", lambda dtype: dtype is torch.bfloat16)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER"):
+        monkeypatch.delenv(name, raising=False)
     assert decide_cuda_graphs("auto", bf16, on_gpu) == ""
     assert decide_cuda_graphs(False, bf16, on_gpu) == "generation.cuda_graphs=false"
     assert "no CUDA device" in decide_cuda_graphs("auto", model.config, context)
@@ -53,10 +54,16 @@ def test_auto_takes_graphs_where_they_hold_and_says_why_not(one_rank, monkeypatc
     for recipe, holds in (("tensorwise", True), ("blockwise", False)):
         fp8 = SimpleNamespace(**vars(bf16) | {"fp8": "hybrid", "fp8_recipe": recipe})
         assert (decide_cuda_graphs("auto", fp8, on_gpu) == "") is holds
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "max_split_size_mb:512,expandable_segments:True")
+            reason = f"{name}=expandable_segments:True without NCCL_GRAPH_REGISTER=0"
+            assert decide_cuda_graphs("auto", bf16, on_gpu) == reason
+            with pytest.raises(ValueError, match=f"{name}=expandable_segments:True: set NCCL_GRAPH_REGISTER=0 too"):
+                decide_cuda_graphs(True, bf16, on_gpu)
+            environment.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+            assert decide_cuda_graphs("auto", bf16, on_gpu) == ""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    assert "NCCL_GRAPH_REGISTER" in decide_cuda_graphs("auto", bf16, on_gpu)
-    with pytest.raises(ValueError, match="set NCCL_GRAPH_REGISTER=0 too"):
-        decide_cuda_graphs(True, bf16, on_gpu)
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
     assert decide_cuda_graphs("auto", bf16, on_gpu) == decide_cuda_graphs(True, bf16, on_gpu) == ""
 
