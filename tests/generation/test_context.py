@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,8 +80,12 @@ def test_a_cache_without_room_for_one_sequence_says_how_much_it_needs(one_rank):
     assert torch.isfinite(make(one_rank, tokens=300, kv_cache_gib=enough * 1.01).memory_buffer).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("flash", [False, True])
-def test_the_cache_begins_with_zeros_whatever_reads_it(one_rank, monkeypatch, flash):
+def test_the_cache_begins_with_zeros_whatever_reads_it(one_rank, monkeypatch, flash, device):
+    """On a GPU too, whose memory is this machine's here: flash-attn reads what stale rows hold."""
+    model, parallel = one_rank
+    one_rank = model, replace(parallel, device=torch.device(device))
     monkeypatch.setattr("megatron_r1v2.generation.context.is_flash_attention_usable", lambda _: flash)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills fresh memory with NaN
     try:

@@ -137,6 +137,15 @@ def test_rows_keep_their_tokens_log_probs_and_tiles(rows, tensor_size):
     assert batch.has_image_B.tolist() == [which > 0 for which, _, _ in rows]
 
 
+def test_tiles_wait_on_the_host_for_their_microbatch():
+    """All of a step's would fill gigabytes of a GPU, where features in the cache need none of them."""
+    prompt = make_prompt("p", tiles=2)
+    on_device = RowFormat(PAD, IMAGE_TOKEN, tensor_size=1, device=torch.device("meta"))
+    batch = collate([make_sample(prompt)], {"p": prompt}, on_device)
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert [name for name, value in tensors.items() if value.device.type == "cpu"] == ["tiles_TCHW"]
+
+
 def test_the_filler_has_the_shape_of_a_sample_and_no_weight():
     for tiles in (0, 2):
         prompt = make_prompt("p", tiles=tiles)
