@@ -45,6 +45,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 def forked_context() -> Any:
     """Return a multiprocessing context whose processes start with megatron-core imported, and nothing else done."""
+    # megatron-core asks for a GPU while it is imported. torch would ask CUDA, which no fork of the server could use any
+    # more; with this it asks the driver's management library.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     return context
