@@ -30,7 +30,7 @@ aten = torch.ops.aten
 _MOVING = ("aten::copy_", "aten::_to_copy")
 # CUDA takes indices of the host for tensors of the device, and copies them.
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-_OBJECTS = ("broadcast_object_list", "all_gather_object", "gather_object", "barrier")
+_OBJECTS = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "barrier")
 _FROM_HOST = ("from_numpy", "frombuffer")
 
 

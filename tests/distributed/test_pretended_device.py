@@ -48,6 +48,8 @@ OVERRIDES = {
     ),
     "evaluate": ("evaluation.runs=1", "evaluation.prompts=4"),
 }
+# Replicas that train nothing share prompts through the store, and results as objects.
+SEND_NO_TENSORS = {("evaluate", "DP2"), ("pairs", "DP2")}
 FAST = {("grpo", "one rank"), ("grpo", "TP2 + SP"), ("mpo", "PP2"), ("align", "DP2"), ("evaluate", "TP2 + SP")}
 
 
@@ -99,7 +101,7 @@ def test_a_stage_does_nothing_that_a_gpu_refuses(
         overrides += (f"data.validation={root / 'data'}",)
     for rank in run_ranks(world_size, run_pretended, stage, root, tmp_path / "run", overrides):
         assert rank["operators"] > 1000, "they ran on the device"
-        assert rank["collectives"] > 10 or world_size == 1
+        assert rank["collectives"] > 10 or world_size == 1 or (stage, layout) in SEND_NO_TENSORS
 
 
 def run_with_a_fault(root: Path, output: Path) -> str:
