@@ -17,7 +17,9 @@ import importlib.util
 import json
 import re
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -137,12 +139,13 @@ def fp8_product(rows: int, inner: int, columns: int, device: torch.device) -> Ca
     return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
-def measure_torch_fp8(architecture: R1V2Architecture, sizes: Sizes, device: torch.device) -> dict[str, Any]:
+def measure_torch_fp8(
+    figures: dict[str, Any], architecture: R1V2Architecture, sizes: Sizes, device: torch.device
+) -> None:
     """Measure the four products of a language layer in bf16 and by torch's 8-bit matmul."""
     language = architecture.language
     heads = language.num_heads * language.head_size
     qkv = heads + 2 * language.num_kv_heads * language.head_size
-    figures = {}
     for name, inner, columns in (
         ("qkv", language.hidden_size, qkv),
         ("proj", heads, language.hidden_size),
@@ -156,7 +159,6 @@ def measure_torch_fp8(architecture: R1V2Architecture, sizes: Sizes, device: torc
             "bf16 FLOP/s": operations / seconds_of(partial(torch.matmul, a, b), device, sizes.repeats),
             "FP8 FLOP/s": operations / seconds_of(fp8_product(sizes.tokens, inner, columns, device), device, 10),
         }
-    return figures
 
 
 def layers_that_fit(architecture: R1V2Architecture, sizes: Sizes, device: torch.device) -> tuple[int, int]:
@@ -199,12 +201,16 @@ def measure_passes(
 
 
 def measure_language(
-    architecture: R1V2Architecture, sizes: Sizes, context: ParallelContext, ceilings: dict[str, Any], **compute: Any
-) -> dict[str, Any]:
-    """Measure the language model's layers and output matrix: passes over a row, and decode."""
+    figures: dict[str, Any],
+    architecture: R1V2Architecture,
+    sizes: Sizes,
+    context: ParallelContext,
+    ceilings: dict[str, Any],
+    **compute: Any,
+) -> None:
+    """Measure the language model's layers and output matrix: passes over a row, and decode; add each as it is known."""
     settings = ComputeSettings(dtype=torch.bfloat16, **compute)
     sliced = replace(architecture, vision=replace(architecture.vision, num_layers=1))
-    _free(context.device)
     model = build_r1v2(sliced, settings, groups=context.groups, device=context.device)
     ids = torch.randint(0, architecture.language.vocab_size, (1, sizes.tokens), device=context.device)
     positions = torch.arange(sizes.tokens, device=context.device)[None]
@@ -216,13 +222,12 @@ def measure_language(
 
     # Most products are in 8 bits, so they are compared with the device's 8-bit ceiling.
     ceiling = ceilings["bf16 FLOP/s"] if settings.fp8 is Fp8.none else ceilings["FP8 FLOP/s"]
-    figures: dict[str, Any] = measure_passes(run, flops, ceiling, context.device, sizes.repeats)
+    figures |= measure_passes(run, flops, ceiling, context.device, sizes.repeats)
     model.zero_grad(set_to_none=True)
     graphs = (False, True) if context.device.type == "cuda" else (False,)
     for cuda_graphs in graphs:
         name = "decode with graphs" if cuda_graphs else "decode"
         figures[name] = measure_decode(model, sizes, context, ceilings["bytes/s"], cuda_graphs=cuda_graphs)
-    return figures
 
 
 def measure_decode(
@@ -300,8 +305,12 @@ def _kv_bytes(architecture: R1V2Architecture) -> int:
 
 
 def measure_vision(
-    architecture: R1V2Architecture, sizes: Sizes, context: ParallelContext, ceilings: dict[str, Any]
-) -> dict[str, Any]:
+    figures: dict[str, Any],
+    architecture: R1V2Architecture,
+    sizes: Sizes,
+    context: ParallelContext,
+    ceilings: dict[str, Any],
+) -> None:
     """Measure the vision tower's layers, which stay in bf16 where the language model is in FP8."""
     config = vision_transformer_config(architecture.vision, ComputeSettings(dtype=torch.bfloat16))
     tower = VisionTower(config, architecture.vision, groups=context.groups)
@@ -309,7 +318,7 @@ def measure_vision(
     side = architecture.vision.image_size
     tiles = torch.randint(0, 256, (sizes.tiles, 3, side, side), dtype=torch.uint8, device=context.device)
     flops = sizes.tiles * vision_flops(architecture.vision)
-    return measure_passes(lambda: tower(tiles), flops, ceilings["bf16 FLOP/s"], context.device, sizes.repeats)
+    figures |= measure_passes(lambda: tower(tiles), flops, ceilings["bf16 FLOP/s"], context.device, sizes.repeats)
 
 
 def measure(
@@ -323,7 +332,8 @@ def measure(
         on_slice: called with all that is known after each slice.
 
     Returns:
-        Numbers by slice, with the ceilings of the same run; a text in the place of numbers that cannot be measured.
+        Numbers by slice, with the ceilings of the same run; a text in the place of numbers that cannot be measured, and
+        the errors of slices that failed.
     """
     context = groups.initialize(ParallelConfig(), seed=1)
     device = context.device
@@ -347,23 +357,28 @@ def measure(
         "flash attention": is_flash_attention_usable(torch.bfloat16),
         "sizes": asdict(sizes),
         "ceilings": ceilings,
+        "errors": {},
     }
-    te = {"layers": Layers.te}
-    slices: dict[str, Callable[[], object]] = {
-        "language": lambda: measure_language(sliced, sizes, context, ceilings),
-        "vision": lambda: measure_vision(sliced, sizes, context, ceilings),
-    }
+    language = partial(measure_language, architecture=sliced, sizes=sizes, context=context, ceilings=ceilings)
+    vision = partial(measure_vision, architecture=sliced, sizes=sizes, context=context, ceilings=ceilings)
+    slices: dict[str, Callable[[dict[str, Any]], None]] = {"language": language, "vision": vision}
     if not has_fp8(device):
-        slices["language in FP8"] = lambda: "not measured: the device has no 8-bit products"
+        figures["language in FP8"] = "not measured: the device has no 8-bit products"
     elif HAS_TE:
-        slices["language, TransformerEngine"] = lambda: measure_language(sliced, sizes, context, ceilings, **te)
-        slices["language in FP8"] = lambda: measure_language(sliced, sizes, context, ceilings, fp8=Fp8.tensorwise, **te)
+        slices["language, TransformerEngine"] = partial(language, layers=Layers.te)
+        slices["language in FP8"] = partial(language, layers=Layers.te, fp8=Fp8.tensorwise)
     else:
-        slices["language in FP8"] = lambda: "whole layers not measured: TransformerEngine is not installed"
-        slices["products of a layer"] = lambda: measure_torch_fp8(sliced, sizes, device)
+        figures["language in FP8"] = "whole layers not measured: TransformerEngine is not installed"
+        slices["products of a layer"] = partial(measure_torch_fp8, architecture=sliced, sizes=sizes, device=device)
     for name, call in slices.items():
+        _free(device)
         on_slice(figures)
-        figures[name] = call()
+        try:
+            call(figures.setdefault(name, {}))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            # Out of memory, or a kernel that is not there. A lent device goes on with the others.
+            traceback.print_exc()
+            figures["errors"][name] = f"{type(error).__name__}: {error}"
     on_slice(figures)
     groups.shut_down()
     return figures
@@ -377,8 +392,8 @@ def save(figures: dict[str, Any]) -> Path:
     return output
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print; write a file only when asked to."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print, write a file only when asked to; return 1 where a slice failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_slices", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--layers", type=int, default=0, help="language layers; default: as many as fit")
@@ -408,7 +423,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(figures, indent=1))
     if arguments.save:
         print(f"written to {save(figures)}")
+    return 1 if figures["errors"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

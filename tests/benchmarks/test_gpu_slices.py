@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import gpu_slices
 from benchmarks.gpu_slices import TINY, main, measure, tiny_architecture
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
@@ -24,6 +27,7 @@ def found() -> dict[str, Any]:
 
 
 def test_every_slice_has_numbers_against_the_ceilings_of_its_run(found):
+    assert found["errors"] == {}
     ceilings = found["ceilings"]
     assert ceilings["bf16 FLOP/s"] > 0
     assert ceilings["bytes/s"] > 0
@@ -35,6 +39,23 @@ def test_every_slice_has_numbers_against_the_ceilings_of_its_run(found):
     decode = found["language"]["decode"]
     assert decode["tokens/s"] == pytest.approx(TINY.requests / decode["step seconds"])
     assert decode["of the copy ceiling"] == pytest.approx(decode["bytes/s"] / ceilings["bytes/s"])
+
+
+def measure_with_a_fault(output: Path) -> int:
+    def fail(*_: Any, **__: Any) -> dict[str, float]:
+        raise torch.OutOfMemoryError("no room for a cache")
+
+    gpu_slices.measure_decode = fail
+    return main(["--tiny", f"--output={output}"])
+
+
+def test_a_slice_that_fails_keeps_what_it_measured_and_the_others(tmp_path):
+    output = tmp_path / "found.json"
+    assert run_ranks(1, measure_with_a_fault, output) == [1]
+    found = json.loads(output.read_text())
+    assert found["errors"] == {"language": "OutOfMemoryError: no room for a cache"}
+    assert found["language"]["forward and backward FLOP/s"] > 0
+    assert found["vision"]["forward and backward FLOP/s"] > 0
 
 
 def test_operations_are_those_of_the_slice(found):
