@@ -11,7 +11,8 @@
 # make gpu-test      what needs a CUDA device, with the Python of the container (nothing is installed)
 # make gpu-report    all that a lent or rented GPU is asked, in 8 minutes, into benchmarks/results/gpu-DEVICE.json; on a
 #                    bare machine without a network it needs Python 3.12, torch, transformers and the folder .gpu
-# make gpu-38b       one step of examples/r1v2_38b/grpo_one_gpu.yaml, all weights drawn on the device (141 GB)
+# make gpu-38b       one step of examples/r1v2_38b/grpo_one_gpu.yaml, all weights drawn on the device (141 GB); with
+#                    GPU_ARGS=--on-cpu two layers of true width each, on a CPU
 # make gpu-carry     .gpu: wheels, the demo's data (from make demo) and rehearsals (half an hour)
 #
 # All but gpu-test, gpu-report and gpu-38b install the versions of requirements.lock into .venv first, once: they need Python 3.11 or newer.

@@ -31,12 +31,20 @@ def read_steps(metrics: Path) -> list[dict[str, Any]]:
     ]
 
 
+def demo_settings(run: Path, steps: int) -> tuple[str, ...]:
+    """Return what a report changes of the recipe.
+
+    Args:
+        run: the folder of the run.
+    """
+    return (f"run.output_dir={run}", f"train.steps={steps}", "train.warmup_steps=1", "checkpoint.every_steps=0")
+
+
 def run_demo(folder: Path, output: Path, steps: int) -> int:
     """Run the stage, and return its exit status."""
     with tempfile.TemporaryDirectory(prefix="r1v2-demo-") as name:
         run = Path(name) / "run"
-        settings = (f"run.output_dir={run}", f"train.steps={steps}", "train.warmup_steps=1", "checkpoint.every_steps=0")
-        command = [sys.executable, "-m", "megatron_r1v2", "grpo", str(folder / RECIPE), *settings]
+        command = [sys.executable, "-m", "megatron_r1v2", "grpo", str(folder / RECIPE), *demo_settings(run, steps)]
         start = time.monotonic()
         process = subprocess.Popen(command)
         count = 0

@@ -60,10 +60,6 @@ class Place:
     carried: Path
     on_cpu: bool
 
-    def rehearsal(self, case: str) -> str:
-        """Return the file with the rehearsal of a case."""
-        return str(self.carried / (f"{case}-tiny.json" if self.on_cpu else f"{case}.json"))
-
 
 @dataclass(frozen=True)
 class Part:
@@ -76,6 +72,8 @@ class Part:
     """Returns the arguments of Python."""
     needs: str = ""
     """A path in the folder of carried things without which it does not start."""
+    needs_gib: int = 0
+    """Memory of a GPU without which it does not start."""
 
 
 def _tests(place: Place) -> list[str]:
@@ -94,35 +92,50 @@ def _slices(place: Place) -> list[str]:
     return ["-m", "benchmarks.gpu_slices", "--output", str(place.output), *(["--tiny"] if place.on_cpu else [])]
 
 
-def _step(case: str) -> Callable[[Place], list[str]]:
+def _step(case: str, *, on_cpu: str, tiny: bool) -> Callable[[Place], list[str]]:
+    """Return the command that measures a case.
+
+    Args:
+        on_cpu: the case in its place on a CPU.
+        tiny: whether that has small widths.
+    """
+
     def command(place: Place) -> list[str]:
-        arguments = ["measure", case, place.rehearsal(case), "--output", str(place.output)]
-        return ["-m", "benchmarks.gpu_step", *arguments, *(["--tiny"] if place.on_cpu else [])]
+        name, options = (on_cpu, ["--tiny"] if tiny else []) if place.on_cpu else (case, [])
+        rehearsal = place.carried / f"{name}{'-tiny' if options else ''}.json"
+        return ["-m", "benchmarks.gpu_step", "measure", name, str(rehearsal), f"--output={place.output}", *options]
 
     return command
 
 
 ENVIRONMENT = Part("environment", 40, lambda place: ["-m", "benchmarks.gpu_report", "--environment", str(place.output)])
+UNPACKING_SECONDS = 15
+"""Of the wheels, before the first part."""
 PARTS = (
-    Part("tests", 170, _tests),
+    Part("tests", 155, _tests),
     Part("demo", 70, _demo, needs="demo"),
     Part("slices", 110, _slices),
-    Part("memory", 90, _step("thin")),
+    Part("memory", 90, _step("thin", on_cpu="thin", tiny=True)),
 )
-WHOLE_MODEL = Part("38b", 540, _step("38b"))
+# The planner: 101 GiB for the recipe, of which 72 are weights.
+WHOLE_MODEL = Part("38b", 525, _step("38b", on_cpu="38b-few", tiny=False), needs_gib=110)
 
 
-def run_part(part: Part, place: Place, found: Callable[[object], None]) -> dict[str, Any]:
+def run_part(part: Part, place: Place, found: Callable[[object], None], *, memory: int | None = None) -> dict[str, Any]:
     """Run a part to its end or its limit.
 
     Args:
         found: called with what it has written whenever there is more.
+        memory: bytes of the GPU; None: a CPU.
 
     Returns:
         How it ended, and the end of its log where it did not end well.
     """
     if part.needs and not (place.carried / part.needs).exists():
         return {"status": f"not run: {place.carried / part.needs} is not there, make gpu-carry brings it"}
+    if memory is not None and memory < part.needs_gib * 2**30:
+        has = f"this device has {memory / 2**30:.0f}"
+        return {"status": f"not run: it needs a GPU with {part.needs_gib} GiB of memory, {has}"}
     log = place.output.with_suffix(".log")
     start = time.monotonic()
     with log.open("w") as file:
@@ -189,9 +202,9 @@ def report(parts: Sequence[Part], results: Path, carried: Path, *, on_cpu: bool)
     """
     with tempfile.TemporaryDirectory(prefix="r1v2-gpu-report-") as work:
 
-        def run(part: Part, found: Callable[[object], None]) -> dict[str, Any]:
+        def run(part: Part, found: Callable[[object], None], memory: int | None = None) -> dict[str, Any]:
             print(f"{part.name}: at most {part.seconds} s", flush=True)
-            ended = run_part(part, Place(Path(work) / f"{part.name}.json", carried, on_cpu), found)
+            ended = run_part(part, Place(Path(work) / f"{part.name}.json", carried, on_cpu), found, memory=memory)
             print(f"{part.name}: {ended['status']}", *ended.get("log", []), sep="\n    ", flush=True)
             return ended
 
@@ -209,7 +222,11 @@ def report(parts: Sequence[Part], results: Path, carried: Path, *, on_cpu: bool)
             file.content.pop(part.name, None)  # of an earlier report
         file.note("environment", {**environment, **ended})
         for part in parts:
-            file.note(part.name, run(part, lambda content, name=part.name: file.note(name, {"found": content})))
+
+            def note(content: object, name: str = part.name) -> None:
+                file.note(name, {"found": content})
+
+            file.note(part.name, run(part, note, environment["memory"]))
     return file.file
 
 
@@ -265,7 +282,7 @@ def install_wheels(wheels: Path, site: Path) -> None:
         return
     if not site.is_dir():
         partial = site.with_name(".site.partial")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*pip, "--target", str(partial), *map(str, sorted(wheels.glob("*.whl")))], check=True)
         partial.rename(site)
     _prepend_path(site)

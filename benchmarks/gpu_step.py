@@ -3,10 +3,11 @@
     python -m benchmarks.gpu_step rehearse thin .gpu/thin.json      # on any machine: nothing is allocated
     python -m benchmarks.gpu_step measure thin .gpu/thin.json       # on the device
 
-thin is a model of true width with few layers, whose vision tower and adapter train; 38b is one step of
-examples/r1v2_38b/grpo_one_gpu.yaml with the whole model, few prompts and short responses. Weights are drawn on the
-device: nothing is fetched or read. Responses are scripted, so that some are right and there is something to train on,
-and in 38b each of their tokens is decoded. --tiny gives either a model for a CPU.
+thin is a model of true width with few layers, whose vision tower and adapter train; 38b is a step of
+examples/r1v2_38b/grpo_one_gpu.yaml with the whole model, few prompts and short responses; 38b-few is that with two
+layers of true width each, for a CPU. Weights are drawn on the device: nothing is fetched or read. Responses are
+scripted, so that some are right and there is something to train on, and in 38b each of their tokens is decoded. --tiny
+gives any of them widths for a CPU. What is measured is in the output as soon as its phase has ended.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +60,8 @@ class Case:
     """0: all."""
     decodes_all: bool = False
     """Every token of a response is decoded; else four, and the rest is filled in."""
+    for_cpu: bool = False
+    """It is rehearsed and measured on a CPU, whose branches are others."""
 
 
 CASES = {
@@ -85,6 +89,19 @@ CASES = {
             "train.prompts_per_step=2",
         ),
         decodes_all=True,
+    ),
+    "38b-few": Case(
+        "grpo_one_gpu.yaml",
+        (
+            "data.max_prompt_tokens=400",
+            "generation.max_response_tokens=32",
+            "generation.responses_per_prompt=2",
+            "train.prompts_per_step=2",
+        ),
+        language_layers=2,
+        vision_layers=2,
+        decodes_all=True,
+        for_cpu=True,
     ),
 }
 _TINY = (
@@ -194,8 +211,8 @@ def _identity(name: str, tiny: bool) -> list[object]:
 class AllocatorWatch(Watch):
     """The peaks of phases as torch's allocator counts them; the operators run unwatched."""
 
-    def __init__(self) -> None:
-        super().__init__("cuda")
+    def __init__(self, on_phase: Callable[[str], object] = lambda _: None) -> None:
+        super().__init__("cuda", on_phase=on_phase)
         self._measured: list[PhaseMemory] = []
 
     def __enter__(self) -> AllocatorWatch:
@@ -252,11 +269,14 @@ def install_random_weights(device: torch.device) -> None:
     put(SafetensorsFolder, "tensor", tensor)
 
 
-def measure(name: str, rehearsed: Path, *, tiny: bool) -> dict[str, Any]:
+def measure(
+    name: str, rehearsed: Path, *, tiny: bool, on_figures: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Take the step of a case on this process's device.
 
     Args:
         rehearsed: what `rehearse` wrote; nothing there: measured beside the plan alone.
+        on_figures: called with what is known so far whenever a phase begins.
 
     Returns:
         Bytes by phase, and the times of the step; an error where it did not come to its end.
@@ -266,21 +286,30 @@ def measure(name: str, rehearsed: Path, *, tiny: bool) -> dict[str, Any]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = _rehearsed_peaks(name, rehearsed, tiny=tiny)
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="r1v2-step-") as folder:
         spec, plan = prepare(CASES[name], Path(folder), tiny=tiny, device=device.type)
         install_random_weights(device)
-        watch = AllocatorWatch() if device.type == "cuda" else None
-        result = rehearse_rank(replace(spec, is_fake=False), watch)
         metrics = Path(spec.recipe).parent / "run" / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.is_file() else ["{}"]
-    figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "seconds": result.seconds,
-        "phases": compare(plan, peaks, result),
-        "metrics": json.loads(lines[-1]),
-        "error": f"{result.error_phase}: {result.error}" if result.error else "",
-    }
+
+        def figures_of(result: RankResult, phase: str) -> dict[str, Any]:
+            lines = metrics.read_text().splitlines() if metrics.is_file() else ["{}"]
+            return {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+                "torch": torch.__version__,
+                "seconds": result.seconds,
+                "phase": phase,
+                "phases": compare(plan, peaks, result),
+                "metrics": json.loads(lines[-1]),
+                "error": f"{result.error_phase}: {result.error}" if result.error else "",
+            }
+
+        def tell(phase: str) -> None:
+            seconds = time.perf_counter() - begin
+            on_figures(figures_of(RankResult(0, phases=watch.ledger.phases, seconds=seconds), phase))
+
+        watch = AllocatorWatch(tell) if device.type == "cuda" else Watch("cpu", on_phase=tell)
+        figures = figures_of(rehearse_rank(replace(spec, is_fake=False), watch), "")
     if device.type == "cuda":
         figures["reserved by the allocator"] = torch.cuda.max_memory_reserved()
     return figures
@@ -325,17 +354,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the measured figures there")
     arguments = parser.parse_args(argv)
     if arguments.action == "rehearse":
-        # A model for a CPU is measured on one, whose branches are others.
-        result = rehearse(
-            arguments.case, arguments.rehearsal, tiny=arguments.tiny, device="cpu" if arguments.tiny else "cuda"
-        )
+        is_for_cpu = arguments.tiny or CASES[arguments.case].for_cpu
+        device = "cpu" if is_for_cpu else "cuda"
+        result = rehearse(arguments.case, arguments.rehearsal, tiny=arguments.tiny, device=device)
         print(f"{arguments.rehearsal}: {result.seconds:.0f} s, {result.own_peak / 2**30:.2f} GiB of memory")
         return 0
-    figures = measure(arguments.case, arguments.rehearsal, tiny=arguments.tiny)
-    text = json.dumps(figures, indent=1) + "\n"
-    print(text, end="")
-    if arguments.output is not None:
-        write_file(arguments.output, text)
+
+    def write(figures: dict[str, Any]) -> None:
+        if arguments.output is not None:
+            write_file(arguments.output, json.dumps(figures, indent=1) + "\n")
+
+    figures = measure(arguments.case, arguments.rehearsal, tiny=arguments.tiny, on_figures=write)
+    write(figures)
+    print(json.dumps(figures, indent=1))
     return 1 if figures["error"] else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from benchmarks import gpu_carry
 from benchmarks.gpu_carry import PACKAGES, copy_demo, download_wheels, locked, main, tree_bytes
-from benchmarks.gpu_demo import run_demo
+from benchmarks.gpu_demo import demo_settings, read_steps, run_demo
 from megatron_r1v2.config.load import load_recipe
 from tests.stages.runs import recipe_for, run_stage
 from tests.stages.tiny_run import tiny_recipe
@@ -39,13 +40,34 @@ def test_a_made_demo_is_copied_and_runs_where_it_lies(tmp_path: Path) -> None:
     file = tmp_path / "demo" / "recipe.yaml"
     # As many prompts as the tiny data set has.
     file.write_text(re.sub(r"prompts_per_step: \d+", "prompts_per_step: 6", file.read_text()))
-    recipe = load_recipe(file)
+    recipe = load_recipe(file, demo_settings(tmp_path / "run", 1))
     for path in (recipe.model.hf_path, recipe.model.checkpoint, recipe.data.train):
         assert Path(path).is_dir()
         assert Path(path).is_relative_to(tmp_path / "demo")
-    assert run_demo(tmp_path / "demo", tmp_path / "found.json", 1) == 0
+    run_stage(recipe)
+    assert [line["step"] for line in read_steps(tmp_path / "run" / "metrics.jsonl")] == [1]
     with pytest.raises(ValueError, match="holds no demo with a finished mpo stage; make demo makes it"):
         copy_demo(tmp_path / "nowhere", tmp_path / "other")
+
+
+RUN = """#!/bin/sh
+test "$1 $2 $3 $4" = "-m megatron_r1v2 grpo FOLDER/recipe.yaml" || exit 1
+folder=${5#run.output_dir=}
+mkdir -p "$folder"
+echo '{"step": 1, "actor/loss": 0.5}' > "$folder/metrics.jsonl"
+until grep -q actor OUTPUT; do sleep 0.01; done  # told as soon as it is known
+printf '{"step": 2}\\n{"step": 3' >> "$folder/metrics.jsonl"
+exit 7
+"""
+
+
+def test_the_steps_of_the_demo_are_told_as_they_come_and_how_it_ended(tmp_path: Path, monkeypatch) -> None:
+    output, program = tmp_path / "found.json", tmp_path / "python"
+    program.write_text(RUN.replace("FOLDER", str(tmp_path / "demo")).replace("OUTPUT", str(output)))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert run_demo(tmp_path / "demo", output, 12) == 7
+    assert json.loads(output.read_text())["steps"] == [{"step": 1, "actor/loss": 0.5}, {"step": 2}], "whole lines"
 
 
 def test_a_tree_that_is_too_large_to_travel_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -20,12 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_a_tiny_step_takes_what_its_rehearsal_says(tmp_path: Path, case: str) -> None:
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("case", "tiny"), [("thin", True), ("38b", True), ("38b-few", False)])
+def test_a_step_on_a_cpu_takes_what_its_rehearsal_says(tmp_path: Path, case: str, tiny: bool) -> None:
     rehearsal, output = tmp_path / "rehearsal.json", tmp_path / "found.json"
-    rehearse(case, rehearsal, tiny=True, device="cpu")
-    command = [sys.executable, "-m", "benchmarks.gpu_step", "measure", case, str(rehearsal), "--tiny"]
-    done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True)
+    rehearse(case, rehearsal, tiny=tiny, device="cpu")
+    command = [sys.executable, "-m", "benchmarks.gpu_step", "measure", case, str(rehearsal), "--output", str(output)]
+    done = subprocess.run([*command, *(["--tiny"] if tiny else [])], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(output.read_text())
     assert found["error"] == ""
@@ -39,6 +40,26 @@ def test_a_tiny_step_takes_what_its_rehearsal_says(tmp_path: Path, case: str) ->
     if CASES[case].decodes_all:
         lengths = found["metrics"]["response_length/mean"]
         assert lengths > 4
+
+
+def test_what_is_known_is_told_as_phases_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit may end a step before its end; what it has measured counts."""
+
+    def fail_in_update(spec, watch) -> RankResult:
+        for name, size in (("load", 2**20), ("update", 2**22)):
+            with watch.phase(name), watch:
+                torch.zeros(size, dtype=torch.uint8)
+        return RankResult(0, phases=watch.ledger.phases, error="out of memory", error_phase="update")
+
+    monkeypatch.setattr(gpu_step, "rehearse_rank", fail_in_update)
+    monkeypatch.setattr(gpu_step, "install_random_weights", lambda _: None)
+    told = []
+    figures = gpu_step.measure("thin", tmp_path / "none.json", tiny=True, on_figures=told.append)
+    seen = [(known["phase"], [(row["phase"], row["measured"]) for row in known["phases"]]) for known in told]
+    load, update = ("load", 2**20), ("update", 2**22)
+    assert seen == [("load", []), ("start", [load]), ("update", [load]), ("start", [load, update])]
+    assert figures["error"] == "update: out of memory"
+    assert [row["measured"] for row in figures["phases"]] == [2**20, 2**22]
 
 
 def test_a_thin_model_has_the_true_widths() -> None:
