@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -55,6 +56,8 @@ def pretended_device(gpus: int = 8) -> Iterator[Operators]:
 
 def is_on_device(tensor: torch.Tensor) -> bool | None:
     """Return whether a tensor is marked as the device's; None: it has no mark, as what C++ makes for itself."""
+    if isinstance(tensor, ShardedTensor):  # of a checkpoint; it has no storage of its own
+        tensor = tensor.local_shards()[0].tensor
     return getattr(tensor.untyped_storage(), "is_on_device", None)
 
 
