@@ -1,13 +1,11 @@
 """The launcher of the distributed tests: results by rank, and no test hangs on a failed rank."""
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.ranks import forked_context, run_ranks
+from tests.ranks import run_ranks
 
 
 def describe(what: str) -> tuple:
@@ -36,21 +34,10 @@ def test_ranks_that_hang_are_ended():
         run_ranks(2, fail_on_one, "none", timeout=4)
 
 
-# A torch with CUDA, which keeps a device from the forks of a process that has asked CUDA how many there are.
-WITH_A_GPU = """
-import torch
-
-asked = []
-torch._C._cuda_getDeviceCount = lambda: asked.append("CUDA") or 1
-torch.cuda._device_count_nvml = lambda: 1
-torch.cuda._lazy_init = lambda: asked.append("a device")
-import tests.preloaded
-
-print(torch.cuda.is_available(), asked)
-"""
+def how_torch_looks_for_a_gpu() -> str | None:
+    return os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
 
 
-def test_ranks_that_are_forked_can_use_a_gpu():
-    forked_context()
-    done = subprocess.run([sys.executable, "-c", WITH_A_GPU], capture_output=True, text=True)
-    assert done.stdout == "True []\n", done.stderr
+def test_ranks_are_forked_from_a_server_that_has_not_asked_cuda():
+    """Once CUDA itself has been asked how many devices there are, torch refuses them to every fork."""
+    assert run_ranks(1, how_torch_looks_for_a_gpu) == ["1"], "the server had it before its imports"
