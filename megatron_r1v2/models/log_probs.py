@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-_CHUNK = 1024
+POSITIONS_AT_ONCE = 1024
 """Positions whose probabilities exist at once: those of a long row would be as large as its logits."""
 
 
@@ -52,7 +52,7 @@ def token_entropy(
         float32 [B, S] in nats, without a graph.
     """
     parts = []
-    for chunk_BSV in torch.split(logits_BSV, _CHUNK, dim=1):
+    for chunk_BSV in torch.split(logits_BSV, POSITIONS_AT_ONCE, dim=1):
         scaled_BSV = _scale(chunk_BSV, temperature, vocab_size, groups)
         largest_BS = scaled_BSV.amax(dim=-1)
         dist.all_reduce(largest_BS, op=dist.ReduceOp.MAX, group=groups.tp)

@@ -88,7 +88,7 @@ class R1V2Model(MegatronModule):
         weight: torch.Tensor | None = self.language.shared_embedding_or_output_weight()
         return weight
 
-    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor] | list[None]) -> None:
         """Take the hidden states of the previous stage; megatron-core's schedules call this."""
         self.language.set_input_tensor(input_tensor)
 

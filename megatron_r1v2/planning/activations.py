@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.models.architecture import R1V2Architecture
+from megatron_r1v2.models.log_probs import POSITIONS_AT_ONCE
 from megatron_r1v2.planning.parameters import Layout, padded_vision_heads, padded_vocabulary
 
 
@@ -53,6 +54,8 @@ class ActivationModel:
     element_bytes: int
     """w: 2 for bf16, 4 for fp32."""
     recompute: Recompute
+    measures_entropy: bool = False
+    """Whether an update measures the entropy of its tokens."""
 
     @property
     def trains_language(self) -> bool:
@@ -129,7 +132,10 @@ class ActivationModel:
         wide = 8 if w == 2 else 4
         norm_forward = m * vision.hidden_size * (3 * w + wide) if vision.norm == "rms_norm" else 3 * hidden
         # The layer's input, what attention made of it, the norm's output and fc2's; bias, scale and residual added.
-        forward = max(norm_forward, 3 * hidden + 3 * ffn, 7 * hidden)
+        forward = max(norm_forward, 3 * hidden + 2 * ffn, 7 * hidden)
+        if vision.qk_norm:
+            # Queries, keys, values; the normalised queries; of the keys a copy, two in float32, a product (fp32: two).
+            forward = max(forward, 2 * hidden + (9 if w == 2 else 7) * heads)
         norm_backward = m * vision.hidden_size * (16 if w == 2 else 12) if vision.norm == "rms_norm" else 3 * hidden
         backward = max(norm_backward, 2 * ffn + 2 * hidden) + hidden
         return Block(saved, forward, backward)
@@ -170,9 +176,13 @@ class ActivationModel:
         # gradients.
         transient = logits * (w + 4 if w == 2 else 4)
         backward = transient
+        if self.measures_entropy:
+            # Beside the logits four in float32 of some positions: scaled, shifted, their exponentials, a product.
+            at_once = POSITIONS_AT_ONCE * padded_vocabulary(language, tensor) // tensor
+            backward = max(backward, logits * w + min(logits, at_once) * 4 * 4)
         if self.trains_language:
             weight = padded_vocabulary(language, tensor) // tensor * language.hidden_size * w
-            backward = max(transient, logits * (w - 4) + weight + gathered) + (gathered if tensor > 1 else 0)
+            backward = max(backward, logits * (w - 4) + weight + gathered) + (gathered if tensor > 1 else 0)
         return Block(norm + 4 * logits, logits * 4 + transient, backward)
 
     def _rms_norm(self, hidden: int, *, trained: bool) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megatron_r1v2.checkpoint.megatron.tensor_checksum import ELEMENTS_AT_ONCE
 from megatron_r1v2.config.choices import Fp8, Part, StageName
 from megatron_r1v2.generation.cache_size import DRAW_BYTES, CacheShape, PhaseLoad, Room, no_room, working_bytes
 from megatron_r1v2.models.architecture import R1V2Architecture
@@ -22,6 +23,8 @@ _GENERATES: tuple[Phase, ...] = ("gate", "generate", "evaluate")
 _CACHE_BLOCK_TOKENS = 256
 # megatron-core keeps the rotary embeddings of the last lengths: an lru_cache of so many, of which a pass reads one.
 _ROTARY_LENGTHS = 32
+# Of an element, while a checksum mixes it: three numbers in int64.
+_CHECKSUM_BYTES = 3 * 8
 # CPython: a slot in a tuple and a number object behind it.
 _PYTHON_INT = 8 + 28
 _PYTHON_FLOAT = 8 + 24
@@ -244,7 +247,14 @@ def _rank_memory(
     Args:
         kv_cache: bytes that the phase allocates for keys and values.
     """
-    model = ActivationModel(architecture, layout, work.parts, work.element_bytes, work.recompute)
+    model = ActivationModel(
+        architecture,
+        layout,
+        work.parts,
+        work.element_bytes,
+        work.recompute,
+        measures_entropy=work.stage is StageName.grpo,
+    )
     buffers = _held_buffers(architecture, layout, work, state, stage, phase)
     of_reward = _reward_features(architecture, layout, work, stage)
     features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
@@ -260,6 +270,8 @@ def _rank_memory(
             # The training forward that it compares the engine with runs when the cache is gone.
             shape = replace(work.gate_shape(layout.tensor), is_encoded=features > 0)
             moments.append((log_probs_peak(model, shape, stage=stage), 0, features))
+            # Before it, the weights of all replicas are compared.
+            moments.append((min(state.largest_parameter, ELEMENTS_AT_ONCE) * _CHECKSUM_BYTES, 0, 0))
         if phase == "evaluate":
             # It begins while the features of the step before are held.
             moments.append((0, 0, _feature_bytes(architecture, layout, work, "update") if stage == 0 else 0))
@@ -273,7 +285,13 @@ def _rank_memory(
         # Of a whole step the buffer brings prompts that were not generated from; in other stages nothing was.
         is_encoded = work.rehearsed is not None and work.stage is StageName.grpo and _holds_all(model, work, phase)
         batch = replace(work.microbatch(layout.tensor), is_encoded=is_encoded)
-        activations = _training_phase_peak(model, work, state, batch, stage, phase)
+        peaks = [(_training_phase_peak(model, work, state, batch, stage, phase), 0)]
+        if work.has_reference and phase == "update":
+            # The trained weights lie aside while those of the reference are in the model.
+            passes = log_probs_peak(model, batch, stage=stage) + work.batch_bytes(layout)
+            peaks.append((passes, _trained_weights(work, state)))
+        activations, aside = max(peaks, key=sum)
+        buffers += aside
     return RankMemory(
         stage=stage,
         phase=phase,
@@ -293,18 +311,23 @@ def _held_buffers(
     """Return the bytes beside weights, gradients and optimizer that a rank holds in every phase."""
     buffers = fp8_copies(architecture, layout, work, stage)
     if work.has_reference:
-        # A copy of the reference's weights, and one of the trained weights while the reference is in the model.
-        trained = state.gradients // 4 * work.element_bytes
-        buffers += trained * (2 if phase == "update" else 1)
+        buffers += _trained_weights(work, state)  # those of the reference
     if not work.rehearsed:
         # Microbatches of a run have many lengths, near to that of the largest; those of a rehearsal have one.
         tokens = work.microbatch(layout.tensor).tokens
         buffers += (_ROTARY_LENGTHS - 1) * tokens * architecture.language.head_size * 4
-    if layout.sequence and Part.language in work.parts:
+    # A rehearsal gates in its first step, before an update has made the buffer, and rarely in its second.
+    has_gathered = phase != "gate" or work.rehearsed is None or work.gate_every == 1
+    if layout.sequence and Part.language in work.parts and has_gathered:
         # megatron-core gathers the sequence for weights that train into a buffer that it keeps.
         tokens = work.microbatch(layout.tensor).tokens
         buffers += tokens * architecture.language.hidden_size * work.element_bytes
     return buffers
+
+
+def _trained_weights(work: Workload, state: ModelState) -> int:
+    """Return the bytes of a copy of the weights that train."""
+    return state.gradients // 4 * work.element_bytes
 
 
 def _training_phase_peak(

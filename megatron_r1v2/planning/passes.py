@@ -44,6 +44,8 @@ def log_probs_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int
     """Compute the peak of a forward pass without a graph, in bytes on top of the model state."""
     rotary = batch.tokens * model.architecture.language.head_size * 4
     moments = [model.language_layer(batch).forward + rotary]
+    if model.layout.pipeline > 1:
+        moments[0] += model.hidden(batch)  # the stage's input, or the output of the microbatch before
     if stage == model.layout.pipeline - 1:
         moments.append(model.head(batch).forward + model.hidden(batch))
     if stage == 0 and batch.tiles:

@@ -33,6 +33,8 @@ class ModelState:
     """Trained elements whose optimizer state is on this rank."""
     largest_shard: int = 0
     """Those of the parameter with the most of them."""
+    largest_parameter: int = 0
+    """The elements of the largest parameter, trained or not."""
 
     @property
     def total(self) -> int:
@@ -73,6 +75,7 @@ def model_state(
         optimizer=owned * copies * _FLOAT32 + len(shards) * _STEP_BYTES,
         shard_elements=owned,
         largest_shard=max(shards, default=0),
+        largest_parameter=max(parameter.numel for parameter in parameters),
     )
 
 

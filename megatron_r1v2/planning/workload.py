@@ -74,6 +74,8 @@ class Workload:
     """Prompts of a validation; 0: there is none."""
     validated_runs: int = 1
     """Responses to each of them."""
+    gate_every: int = 1
+    """Steps from one gate to the next."""
     segments: int = 1
     """Steps in which the longest response is generated."""
     gpu_bytes: int = 0
@@ -140,6 +142,7 @@ class Workload:
             # A data set of unknown size has as many as fill the engine.
             validated=(evaluation.prompts or generation.max_requests) if validates else 0,
             validated_runs=evaluation.runs,
+            gate_every=algorithm.gate_every,
             segments=-(-generation.max_response_tokens // generation.segment_tokens)
             if generation.segment_tokens
             else 1,
@@ -190,10 +193,7 @@ class Workload:
     def images_of_pass(self, layout: Layout, phase: Phase) -> int:
         """Return the prompts whose images the engine encodes together."""
         at_once = max(1, TILES_PER_PASS // max(1, self.tiles))
-        in_flight = self.images_in_flight(layout, phase)
-        # A rehearsal's gate has seen the image of one of its prompts.
-        is_seen = self.rehearsed is not None and self.stage is StageName.grpo
-        return min(at_once, max(1, in_flight - 1 if is_seen else in_flight))
+        return min(at_once, max(1, self.images_in_flight(layout, phase)))
 
     def validated_prompts(self, layout: Layout) -> int:
         """Return the prompts that a replica validates on."""

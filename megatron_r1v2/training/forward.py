@@ -101,6 +101,8 @@ class Forward:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        # A later stage would hold the last microbatch's input, and its gradient, until its next pass.
+        self.model.set_input_tensor([None])
         return results
 
     def count_tokens(self, phase: str, batches: Sequence[TrainingBatch]) -> dict[str, float]:

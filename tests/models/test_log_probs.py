@@ -91,7 +91,7 @@ def entropies_on_two_ranks() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("tensor_size", [1, 2])
 def test_the_entropy_is_that_of_the_true_vocabulary(tensor_size, context, monkeypatch):
-    monkeypatch.setattr(log_probs, "_CHUNK", 2)  # of 5 positions
+    monkeypatch.setattr(log_probs, "POSITIONS_AT_ONCE", 2)  # of 5 positions
     ranks = [entropies(context)] if tensor_size == 1 else run_ranks(2, entropies_on_two_ranks)
     for index, (temperature, vocab_size) in enumerate(SETTINGS):
         scores_BSV = inputs(vocab_size)[0][..., :vocab_size] / temperature

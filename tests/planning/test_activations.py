@@ -93,12 +93,16 @@ def test_a_layer_of_the_vision_tower():
     block = model(VISION).vision_layer(1)
     plain = 2 * 160 + 2 * 160 + 2 * 320 + (3 + 1) * 160 + 5 * 2 * 4
     assert block.saved == 2 * (160 + 160) + plain + 2 * (160 + 160 + 160) == 3_560
-    assert block.forward == 3 * 160 + 3 * 320
+    # The layer's input and the norm's output; three projections, normed queries, and of the keys three while they are.
+    assert block.forward == 2 * 160 + 7 * 160
+    assert model(VISION, element_bytes=2).vision_layer(1).forward == 2 * 80 + 9 * 80, "two of the keys in float32"
     # Float32 pixels of 4 x 4, four patches, and twice those with the class token.
     assert model(VISION).vision_front(1) == 3 * 16 * 4 + (4 + 5 + 5) * 8 * 4
     assert block.backward == 2 * 320 + 2 * 160 + 160
     family_300m = replace(SMALL, vision=replace(SMALL.vision, norm="layer_norm", qk_norm=False))
     assert model(VISION, architecture=family_300m).vision_layer(1).saved == 2 * 160 + plain
+    broad = replace(family_300m, vision=replace(family_300m.vision, ffn_size=32))
+    assert model(VISION, architecture=broad).vision_layer(1).forward == 3 * 160 + 2 * 640, "before and after GELU"
     assert model(VISION).vision_layer(3).saved == 3 * 3_560
 
 
@@ -125,6 +129,10 @@ def test_the_head_keeps_a_float32_softmax():
     frozen = model().head(BATCH)
     assert frozen.saved == 1024 + 4 * logits
     assert (frozen.forward, frozen.backward) == (4 * logits + 4 * logits, 4 * logits)
+    measured = replace(model(), measures_entropy=True).head(BATCH)
+    assert (measured.saved, measured.backward) == (frozen.saved, 4 * logits + 4 * 4 * logits), (
+        "of all positions at once"
+    )
     trained = model(LANGUAGE).head(BATCH)
     assert trained.saved == 1024 + 1024 + 1024 + 4 * logits
     assert trained.backward == 64 * 16 * 4 + 1024, "the weight's gradient and the gathered input"

@@ -180,7 +180,8 @@ def test_each_phase_has_its_own_peak():
     # A microbatch on the GPU: three rows of 16 tokens. Four responses make two, or one of each of two updates.
     uploaded = 3 * 16 * 37
     assert log_probs.activations == log_probs_peak(model, batch, stage=0) + uploaded
-    assert training.activations == training_peak(model, batch, stage=0, microbatches=2) + 2 * uploaded
+    measured = replace(model, measures_entropy=True)
+    assert training.activations == training_peak(measured, batch, stage=0, microbatches=2) + 2 * uploaded
     # Two requests draw from 64 words each: a 4-byte logit and 20 bytes beside it; prefill of 32 tokens takes more.
     assert generation.activations > 2 * 64 * 24
     crowded = plan_memory(SMALL, Layout(), small_work(max_requests=1000, prompts_per_step=500)).ranks[1]
@@ -195,12 +196,35 @@ def test_each_phase_has_its_own_peak():
     assert plan.peak.total == max(rank.total for rank in plan.ranks)
 
 
-def test_a_reference_costs_a_copy_of_what_trains_and_twice_that_in_training():
-    plain = plan_memory(SMALL, Layout(), small_work()).ranks
-    more = plan_memory(SMALL, Layout(), small_work(has_reference=True)).ranks
+@pytest.mark.parametrize(("parts", "copies"), [((Part.adapter,), 1), ((Part.vision, Part.language), 2)])
+def test_a_reference_costs_a_copy_of_what_trains_and_a_second_one_while_it_computes(parts, copies):
+    work = small_work(parts=parts, packed_tokens=8, recompute=Recompute.full)
+    plain = plan_memory(SMALL, Layout(), work).ranks
+    more = plan_memory(SMALL, Layout(), replace(work, has_reference=True)).ranks
     trained = plain[2].gradients // 4 * 4
     added = [after.buffers - before.buffers for before, after in zip(plain, more, strict=True)]
-    assert added == [trained, trained, 2 * trained]
+    assert added == [trained, trained, copies * trained], "two where they outweigh the activations of an update"
+
+
+def test_the_gate_compares_the_weights_of_replicas_in_pieces():
+    work = small_work(tiles=0, max_tokens_per_step=1, prompt_tokens=1, response_tokens=1, max_requests=1)
+    many_words = replace(SMALL, language=replace(SMALL.language, vocab_size=4096))
+    gate = plan_memory(many_words, Layout(), work).ranks[0]
+    assert (gate.activations, gate.kv_cache) == (4096 * 16 * 24, 0), "three numbers in int64 of each word's channel"
+
+
+def test_a_rehearsal_gates_before_the_first_update_makes_the_buffer_of_gathered_tokens():
+    work = small_work(parts=(Part.language,), gate_every=10)
+    layout = Layout(tensor=2, sequence=True)
+    rehearsed = replace(work, rehearsed=RehearsedStep(images=2, rows=4, validated=1))
+    gathered = rehearsed.microbatch(2).tokens * 16 * 4
+    (gate, generate, _), (again, *_) = (
+        plan_memory(SMALL, layout, each).ranks for each in (rehearsed, replace(rehearsed, gate_every=1))
+    )
+    assert generate.buffers - gate.buffers == gathered
+    assert again.buffers - gate.buffers == gathered
+    whole = plan_memory(SMALL, layout, work).ranks
+    assert whole[0].buffers == whole[1].buffers
 
 
 def test_fp8_keeps_two_copies_of_all_layers_but_the_first_and_the_last():

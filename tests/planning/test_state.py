@@ -133,7 +133,7 @@ def test_bytes_are_those_of_the_real_objects(family, tied, language, parallel, d
 def test_a_stage_that_trains_nothing_has_no_gradients_and_no_optimizer():
     layout = Layout(pipeline=3)
     state = model_state(make_architecture(), layout, stage=1, parts=[Part.adapter], element_bytes=2)
-    assert state == ModelState(state.parameters, 0, 0, 0)
+    assert state == ModelState(state.parameters, 0, 0, 0, largest_parameter=state.largest_parameter)
     assert state.parameters > 0
 
 

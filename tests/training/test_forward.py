@@ -12,6 +12,7 @@ import torch
 from megatron_r1v2.config.schema import Packing
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
+from megatron_r1v2.training import forward as forward_module
 from megatron_r1v2.training.forward import Forward
 from megatron_r1v2.types import Sample
 from tests.stages.runs import recipe_for
@@ -62,6 +63,19 @@ def test_values_do_not_depend_on_how_they_are_computed(loaded: LoadedModel, chan
         torch.testing.assert_close(other[name], values, rtol=1e-4, atol=1e-5)
     if features is not None:
         assert features.prompts_computed == len(features) > 0
+
+
+def test_no_input_of_a_stage_outlives_its_pass(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_schedule(**_: object) -> list[str]:
+        loaded.model.set_input_tensor([torch.ones(3, 1, 2)])  # as megatron-core's does on a later stage
+        return ["a result"]
+
+    monkeypatch.setattr(forward_module, "get_forward_backward_func", lambda: run_schedule)
+    prompt = next(loaded.read_prompts(loaded.recipe.data.train))
+    batch = loaded.microbatcher(loaded.recipe.train).filler(prompt, rows=1)
+    forward = Forward(model=loaded.model, context=loaded.context)
+    assert forward.run([batch], lambda values_BS, _: (values_BS.sum(), ""), forward_only=True) == ["a result"]
+    assert loaded.model.language.decoder.input_tensor is None
 
 
 def test_what_the_schedule_returns_is_what_finish_gave(loaded: LoadedModel) -> None:
