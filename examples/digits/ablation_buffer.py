@@ -34,7 +34,7 @@ from examples.stages import Stage, StageError, StageRunner
 
 STEPS = 60
 PROMPTS_PER_STEP = 24
-VALIDATE_EVERY = 4
+VALIDATE_EVERY = 6
 VALIDATION_RUNS = 2
 """Responses to each of 256 prompts: one leaves more noise than the arms differ by."""
 POOL_RUNS = 48
