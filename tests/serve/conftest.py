@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.types import Prompt
+from tests.generation.conftest import model_folder, one_rank
 from tests.ranks import run_ranks
 from tests.serve.running import Served, served, train_and_generate
+
+__all__ = ["model_folder", "one_rank"]
 
 
 @dataclass(frozen=True)
