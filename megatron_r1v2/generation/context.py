@@ -58,6 +58,18 @@ class UnpaddedContext(DynamicInferenceContext):
         return plan_decode(tables, lengths, self.block_size_tokens, self.params_dtype)
 
     @override
+    def append_key_value_cache(self, layer_number: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the keys and values of a step, [tokens, 1, heads, D]."""
+        if self.memory_buffer.device.type != "cpu":
+            super().append_key_value_cache(layer_number, key, value)
+            return
+        # megatron-core takes its Triton kernel wherever Triton is installed, which comes with torch from PyPI.
+        count = self.padded_active_token_count
+        places = self.token_to_block_idx[:count], self.token_to_local_position_within_kv_block[:count]
+        for cache, states in zip(self.memory_buffer, (key, value), strict=True):
+            cache[self.layer_map[layer_number - 1]][places] = states.squeeze(1)[:count]
+
+    @override
     def apply_rotary_emb_query(
         self,
         query: torch.Tensor,

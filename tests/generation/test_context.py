@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.context import BlockwiseContext, UnpaddedContext, context_kind, make_context
-from tests.generation.worlds import phase_load
+from megatron_r1v2.generation.features import FeatureCache
+from tests.generation.worlds import assert_same_rollouts, generate, make_engine, make_prompts, phase_load
 
 GIB = 1024**3
 # 2 layers x 64 tokens x 2 key heads x 24 channels x 4 bytes, for keys and for values.
@@ -94,3 +96,21 @@ def test_the_cache_begins_with_zeros_whatever_reads_it(one_rank, monkeypatch, fl
         torch.use_deterministic_algorithms(False)
     assert context.block_size_tokens == (256 if flash else 64)
     assert not context.memory_buffer.any()
+
+
+def test_a_cpu_fills_its_cache_without_triton(one_rank, monkeypatch):
+    """As megatron-core does without it; torch from PyPI brings it, and its kernels refuse tensors of a CPU."""
+    model, parallel = one_rank
+
+    def refuse(**_) -> None:
+        raise AssertionError("All tensors must be on CUDA devices.")
+
+    def rollouts():
+        return generate(make_engine(model, parallel), make_prompts(model, 3), FeatureCache(0))
+
+    with monkeypatch.context() as without:
+        without.setattr(dynamic_context, "triton_append_key_value_cache", None)
+        without.delattr(UnpaddedContext, "append_key_value_cache")
+        expected = rollouts()
+    monkeypatch.setattr(dynamic_context, "triton_append_key_value_cache", refuse)
+    assert_same_rollouts(rollouts(), expected)
