@@ -108,12 +108,12 @@ def _step(case: str, *, on_cpu: str, tiny: bool) -> Callable[[Place], list[str]]
     return command
 
 
-ENVIRONMENT = Part("environment", 40, lambda place: ["-m", "benchmarks.gpu_report", "--environment", str(place.output)])
+ENVIRONMENT = Part("environment", 60, lambda place: ["-m", "benchmarks.gpu_report", "--environment", str(place.output)])
 UNPACKING_SECONDS = 15
 """Of the wheels, before the first part."""
 PARTS = (
-    Part("tests", 155, _tests),
-    Part("demo", 70, _demo, needs="demo"),
+    Part("tests", 140, _tests),
+    Part("demo", 65, _demo, needs="demo"),
     Part("slices", 110, _slices),
     Part("memory", 90, _step("thin", on_cpu="thin", tiny=True)),
 )

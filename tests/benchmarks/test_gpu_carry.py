@@ -51,8 +51,8 @@ def test_a_made_demo_is_copied_and_runs_where_it_lies(tmp_path: Path) -> None:
 
 
 RUN = """#!/bin/sh
-test "$1 $2 $3 $4" = "-m megatron_r1v2 grpo FOLDER/recipe.yaml" || exit 1
-folder=${5#run.output_dir=}
+test "$1 $3" = "-c FOLDER/recipe.yaml" || exit 1
+folder=${4#run.output_dir=}
 mkdir -p "$folder"
 echo '{"step": 1, "actor/loss": 0.5}' > "$folder/metrics.jsonl"
 until grep -q actor OUTPUT; do sleep 0.01; done  # told as soon as it is known
