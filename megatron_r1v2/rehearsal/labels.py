@@ -34,7 +34,7 @@ from megatron_r1v2.training.store import CheckpointStore
 
 Result = TypeVar("Result")
 LOAD, SET_UP, LOAD_CHECKPOINT = "load", "set-up", "load checkpoint"
-GENERATE, CONTINUE = "generate", "continue"
+GENERATE, CONTINUE, EVALUATE = "generate", "continue", "evaluate"
 _CONTINUING = "_continue_without_images"
 
 

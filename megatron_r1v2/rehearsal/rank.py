@@ -199,7 +199,11 @@ def _install(watch: Watch, spec: RankSpec, recipe: TrainingRecipe | PairsRecipe)
     engine_steps = stand_ins.install_full_cache(lambda: watch.ledger.current_phase == labels.GENERATE)
     labels.install(watch)
     # After the labels, which the stand-ins get too.
-    stand_ins.install_stand_in_features(rehearsed=spec.rehearsed_prompts, prompts_of_step=spec.prompts_of_step)
+    stand_ins.install_stand_in_features(
+        rehearsed=spec.rehearsed_prompts,
+        prompts_of_step=spec.prompts_of_step,
+        is_step=lambda: watch.ledger.current_phase != labels.EVALUATE,
+    )
 
     def finish(result: RankResult) -> None:
         add_answers(result)

@@ -232,10 +232,11 @@ def install_reward_model() -> None:
     replace(loaded_reward_model, "load_model", load)
 
 
-def install_stand_in_features(*, rehearsed: int, prompts_of_step: int) -> None:
+def install_stand_in_features(*, rehearsed: int, prompts_of_step: int, is_step: Callable[[], bool]) -> None:
     """Fill the cache of image features as far as the prompts of a whole step would.
 
     Args:
+        is_step: whether prompts of a step are encoded now, and not those of a validation.
         rehearsed: prompts with the most tiles that a replica generates from.
         prompts_of_step: those of the recipe.
     """
@@ -246,6 +247,7 @@ def install_stand_in_features(*, rehearsed: int, prompts_of_step: int) -> None:
         # The last prompts of a step are encoded when the features of the others are there.
         if (
             missing
+            and is_step()
             and known + len(missing) >= rehearsed
             and not any(key.startswith(_STAND_IN) for key in self._features)
         ):

@@ -204,7 +204,8 @@ def test_files_are_read_and_written_unseen(undone, tmp_path):
 
 
 def test_features_of_the_prompts_of_a_whole_step_fill_the_cache_before_the_last_one_is_encoded(undone):
-    stand_ins.install_stand_in_features(rehearsed=2, prompts_of_step=5)
+    is_step = iter((True, True, True, False))
+    stand_ins.install_stand_in_features(rehearsed=2, prompts_of_step=5, is_step=lambda: next(is_step))
     cache, held = FeatureCache(2**20), []
     model = SimpleNamespace(
         architecture=SimpleNamespace(tokens_per_tile=2, adapter_input_size=3), parameters=lambda: iter([torch.ones(1)])
@@ -220,6 +221,11 @@ def test_features_of_the_prompts_of_a_whole_step_fill_the_cache_before_the_last_
     assert held[:2] == [0, 1 + 3]
     assert len(cache._features) == 5
     assert {tuple(features.shape) for features in cache._features.values()} == {(1, 2, 3)}
+    of_validation = FeatureCache(2**20)
+    of_validation._compute = compute
+    for number in (2, 3):
+        of_validation.fill([SimpleNamespace(key=f"{LONG}-0-{number}", tiles_TCHW=torch.ones(1, 3, 2, 2))], model)
+    assert len(of_validation) == 2, "a validation is as long as it is"
 
 
 @dataclass(frozen=True)
