@@ -49,6 +49,10 @@ def log_probs_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int
     if stage == model.layout.pipeline - 1:
         moments.append(model.head(batch).forward + model.hidden(batch))
     if stage == 0 and batch.tiles:
+        # Features and embeddings of the images lie beside the layers, until the model returns.
+        sizes = model.architecture
+        of_token = (sizes.adapter_input_size + sizes.language.hidden_size) * model.element_bytes
+        moments[0] += batch.tiles * sizes.tokens_per_tile * of_token
         moments.append(model.adapter(batch.tiles).forward)
         if not batch.is_encoded:
             moments.append(vision_peak(model, batch.tiles))

@@ -119,14 +119,16 @@ def hand_model(*, recompute=Recompute.none, vocabulary=64, **layout):
 
 
 def test_a_pass_without_a_graph_peaks_in_a_layer_or_in_the_head():
-    assert log_probs_peak(hand_model(), BATCH, stage=0) == LAYER_FORWARD + ROTARY
+    of_image = 1 * (32 + 16) * 4  # a token of features, and its embedding
+    assert log_probs_peak(hand_model(), BATCH, stage=0) == LAYER_FORWARD + ROTARY + of_image
     logits = 16 * 4096
     many_words = hand_model(vocabulary=4096)
     # The float32 softmax and what it is made of, beside the stage's input: the gathered hidden states are gone by then.
     assert log_probs_peak(many_words, BATCH, stage=0) == 2 * 4 * logits + HIDDEN
     first = hand_model(vocabulary=4096, pipeline=2)
     beside = HIDDEN  # the output of the microbatch before
-    assert log_probs_peak(first, BATCH, stage=0) == LAYER_FORWARD + ROTARY + beside, "the last stage has the head"
+    assert log_probs_peak(first, BATCH, stage=0) == LAYER_FORWARD + ROTARY + of_image + beside, "no head here"
+    assert log_probs_peak(hand_model(), replace(BATCH, tiles=0), stage=0) == LAYER_FORWARD + ROTARY
     tiles = replace(BATCH, rows=1, tokens=8, tiles=32)
     assert log_probs_peak(hand_model(), tiles, stage=0) == vision_peak(hand_model(), 32) == 32 * (48 + 640 + 1_440)
 
