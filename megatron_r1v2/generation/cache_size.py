@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_r1v2.config.schema import GenerationConfig
 from megatron_r1v2.generation.features import TILES_PER_PASS
 from megatron_r1v2.models.architecture import R1V2Architecture
-from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.parallel.groups import ParallelContext, ranks_per_device
 from megatron_r1v2.types import NoRoomError
 
 GIB = 1024**3
@@ -176,5 +176,6 @@ def measure_room(architecture: R1V2Architecture, load: PhaseLoad, device: torch.
     # What the allocator holds without need, it would hold beside the cache.
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    usable = (free - total * GAPS) * (1 if flash else _PART_WITHOUT_FLASH)
+    # Ranks that share a GPU make their caches at the same time.
+    usable = (free - total * GAPS) / ranks_per_device() * (1 if flash else _PART_WITHOUT_FLASH)
     return Room(int(usable), working_bytes(architecture, load))

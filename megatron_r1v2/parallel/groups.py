@@ -175,6 +175,11 @@ def make_control_group(settings: ParallelConfig) -> dist.ProcessGroup | None:
     return group
 
 
+def ranks_per_device() -> int:
+    """Return how many ranks of this machine share a GPU, at most."""
+    return -(-int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // max(1, torch.cuda.device_count()))
+
+
 def shut_down() -> None:
     """Destroy the process groups."""
     # megatron-core's cache of rotary embeddings holds their groups, whose threads would outlive every run of a process.
@@ -197,7 +202,7 @@ def _device() -> torch.device:
 def _backend() -> str:
     if not torch.cuda.is_available():
         return "gloo"
-    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    if ranks_per_device() == 1:
         return "nccl"
     host_staged.register()
     return host_staged.NAME

@@ -51,6 +51,11 @@ def test_what_is_free_is_asked_after_the_allocator_has_given_back_its_own(one_ra
     assert calls == ["empty", "cuda"]
     copies = measure_room(model.architecture, load, torch.device("cuda"), flash=False)
     assert copies.free == 23_500, "attention copies the cache"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for gpus, free in ((1, 11_750), (2, 23_500), (3, 23_500), (4, 47_000), (8, 47_000)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        shared = measure_room(model.architecture, load, torch.device("cuda"), flash=True)
+        assert shared.free == free, "ranks that share a GPU share what is free"
 
 
 def test_auto_takes_what_is_free_less_what_the_phase_takes(one_rank):
