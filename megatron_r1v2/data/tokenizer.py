@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,12 @@ class ChatTokenizer:
         """Return the ids of those texts that are special tokens."""
         added = self._tokenizer.added_tokens_decoder
         return frozenset(number for number in self.special_ids if str(added[number]) in texts)
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of what makes ids of texts: the vocabulary, the chat template, the ends of responses."""
+        parts = [self._tokenizer.get_vocab(), self._tokenizer.chat_template, self.end_ids]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import subprocess
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -59,6 +59,8 @@ class RunInfo:
     num_processes: int = 1
     device: str = ""
     """The name of the main rank's processor or GPU."""
+    goes_back: bool = False
+    """Whether it goes on from a step that was named, so that later ones are done again in another way."""
 
 
 class PhaseMemory(Protocol):
@@ -107,9 +109,12 @@ class Recorder:
         # From here on only what the one rank that writes needs.
         run_dir.mkdir(parents=True, exist_ok=True)
         for file in (METRICS_FILE, ROLLOUTS_FILE):
-            _cut_after(run_dir / file, info.first_step)
-        append_json_lines(run_dir / STARTS_FILE, [_start_record(info)])
-        self._open_services(info, settings)
+            # What a killed run has done beyond its checkpoint comes again as it was; what came of others does not.
+            for line in _cut_after(run_dir / file, info.first_step, keep=info.goes_back or not info.first_step):
+                self.log(line)
+        is_another = info.goes_back or _is_copy(run_dir)
+        append_json_lines(run_dir / STARTS_FILE, [_start_record(info, run_dir)])
+        self._open_services(info, settings, is_another=is_another)
         self._progress = Progress(
             TextColumn(f"[bold]{info.stage}"),
             BarColumn(),
@@ -243,7 +248,7 @@ class Recorder:
         else:
             self.log(f"step {step}  {numbers}  {values['timing_s/step']:.2f} s")
 
-    def _open_services(self, info: RunInfo, settings: LoggingConfig) -> None:
+    def _open_services(self, info: RunInfo, settings: LoggingConfig, *, is_another: bool) -> None:
         # Both take seconds to import and are seldom on.
         if {Tracker.wandb, Tracker.wandb_offline} & set(settings.trackers):
             import wandb
@@ -257,7 +262,7 @@ class Recorder:
                 name=info.name,
                 config=dict(info.recipe),
                 job_type=info.stage,
-                id=_stable_id(self.run_dir),
+                id=_stable_id(self.run_dir, is_another=is_another),
                 resume="allow",
                 mode="online" if Tracker.wandb in settings.trackers else "offline",
                 dir=str(self.run_dir),
@@ -289,7 +294,7 @@ def _parts(record: Mapping[str, object]) -> Mapping[str, float]:
     return parts if isinstance(parts, dict) else {}
 
 
-def _start_record(info: RunInfo) -> dict[str, object]:
+def _start_record(info: RunInfo, run_dir: Path) -> dict[str, object]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "stage": info.stage,
@@ -299,7 +304,23 @@ def _start_record(info: RunInfo) -> dict[str, object]:
         "host": platform.node(),
         "processes": info.num_processes,
         "device": info.device,
+        **_place(run_dir),
     }
+
+
+def _place(run_dir: Path) -> dict[str, object]:
+    """Return what tells a folder from its copy: moved it keeps its inode, mounted anew its path."""
+    return {"folder": str(run_dir.absolute()), "inode": run_dir.stat().st_ino}
+
+
+def _is_copy(run_dir: Path) -> bool:
+    """Return whether the newest start of the run was in another folder, of which this is a copy."""
+    before: dict[str, object] = {}
+    for _, line in recover_json_lines(run_dir / STARTS_FILE):
+        with suppress(json.JSONDecodeError):
+            before = json.loads(line)
+    here = _place(run_dir)
+    return before.keys() >= here.keys() and all(before[name] != value for name, value in here.items())
 
 
 def _version() -> str:
@@ -320,27 +341,54 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drop lines of later steps (and a line cut in the middle): a resumed run writes them again."""
-    if not path.is_file():
-        return
+def _cut_after(path: Path, step: int, *, keep: bool) -> list[str]:
+    """Drop lines of later steps (and a line cut in the middle): a resumed run writes them again.
+
+    Args:
+        keep: whether to keep these lines beside the file.
+
+    Returns:
+        Sentences on what was dropped that is not written again.
+    """
     # Read as JSON, not cut by size: a killed run may have written half a line after the last whole step.
-    kept = []
+    kept, later, damaged = [], [], 0
     for _, line in recover_json_lines(path):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+        place = _place_of(line)
+        if place is None:
+            damaged += 1
         # The changes of a resume from this very step, which left no checkpoint, are noted again.
-        if record["step"] < step or (record["step"] == step and "settings_changed" not in record):
+        elif place <= (step, False):
             kept.append(line + b"\n")
-    write_file(path, b"".join(kept))
+        else:
+            later.append(line + b"\n")
+    told = [f"{path}: {damaged} lines cannot be read and are left out"] if damaged else []
+    if later and keep:
+        aside = path.with_name(f"{path.name}.left")
+        write_file(aside, b"".join(later))
+        told.append(f"{path} had {len(later)} lines of steps after {step}, done before in another way; now in {aside}")
+    if later or damaged:
+        write_file(path, b"".join(kept))
+    return told
 
 
-def _stable_id(run_dir: Path) -> str:
-    """Return the id of this run for wandb, the same after a resume."""
+def _place_of(line: bytes) -> tuple[int, bool] | None:
+    """Return the step of a line, and whether it notes changed settings; None where it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no text
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return (step, "settings_changed" in record) if isinstance(step, int) else None
+
+
+def _stable_id(run_dir: Path, *, is_another: bool) -> str:
+    """Return the id of this run for wandb, the same after a resume.
+
+    Args:
+        is_another: whether the curves of the id in the folder are not those of this run.
+    """
     file = run_dir / "wandb_id"
-    if not file.is_file():
+    if is_another or not file.is_file():
         # The time, since runs in different places can have the same name.
         write_file(file, f"{run_dir.name}-{time.time_ns():x}")
     return file.read_text()

@@ -23,9 +23,19 @@ def partial_path(path: Path | str) -> Path:
 
 
 @contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Name the file in an error of its writing: the system says that a disk is full, not which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file under its own name for writing; its content is on the disk when the block ends well."""
-    with path.open("wb") as file:
+    with named_errors(path), path.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from megatron_r1v2.resilience.files import named_errors
+
 
 def append_json_lines(path: Path, rows: Iterable[Mapping[str, object]], *, allow_nan: bool = True) -> None:
     """Append rows, which are on the disk when this returns.
@@ -19,7 +21,7 @@ def append_json_lines(path: Path, rows: Iterable[Mapping[str, object]], *, allow
     """
     content = "".join(json.dumps(row, allow_nan=allow_nan) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with named_errors(path), path.open("ab") as file:
         file.write(content.encode())
         file.flush()
         # The rows must outlive the machine, not only the process: a response can take minutes.

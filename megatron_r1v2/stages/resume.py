@@ -20,6 +20,9 @@ from megatron_r1v2.training.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
+ROWS = "rows of data.train"
+"""Among the contents that a checkpoint notes."""
+
 
 @dataclass(frozen=True)
 class SettingChange:
@@ -200,11 +203,11 @@ def _changed_contents(
     if "contents" not in state:
         logger.warning("%s does not say what was in the files of its settings; they are not compared", folder)
         return []
-    saved = state["contents"]
-    # Samples that were taken out are said by themselves; what is left cannot be told from what was there.
-    name = "rows of data.train"
-    known = {**saved, name: contents.values[name]} if taken_out else saved
-    return check_contents(contents, Fingerprint.of(**known), recipe, folder)
+    # What an earlier version has not noted is not compared.
+    saved = {**contents.values, **state["contents"]}
+    if taken_out:  # it is said by itself, and what is left cannot be told from what was there
+        saved[ROWS] = contents.values[ROWS]
+    return check_contents(contents, Fingerprint.of(**saved), recipe, folder)
 
 
 def _saved_steps(changes: Sequence[SettingChange]) -> int:

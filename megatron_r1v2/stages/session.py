@@ -33,7 +33,7 @@ from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.rewards.functions import describe_functions
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
-from megatron_r1v2.stages.resume import Restored, choose_checkpoint, resume
+from megatron_r1v2.stages.resume import ROWS, Restored, choose_checkpoint, resume
 from megatron_r1v2.stages.step_prompts import next_distinct, too_few_prompts
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
@@ -71,7 +71,7 @@ class Session:
     started_from: Mapping[str, int]
     """Checksums by part of the weights that the stage began from."""
     contents: Fingerprint
-    """Of the files that the settings name: rows and reward functions."""
+    """Of the files that the settings name: rows, tokenizer, reward functions."""
     step: int
     """Steps done."""
     saved_step: int
@@ -305,13 +305,14 @@ def open_session(
 
 
 def _survey_contents(loaded: LoadedModel, recipe: TrainingRecipe) -> tuple[DataSurvey, Fingerprint]:
-    """Collective over the world: look at data.train, and fingerprint its rows and the files of reward.functions."""
+    """Collective over the world: look at data.train, and fingerprint what is in the files that the settings name."""
     survey = loaded.survey_train()
     reward = dict(recipe).get("reward")
     functions = describe_functions(reward.functions) if isinstance(reward, RewardConfig) else []
     return survey, Fingerprint.of(
         **{
-            "rows of data.train": survey.digest[:12],
+            ROWS: survey.digest[:12],
+            "tokenizer and chat template of model.hf_path": loaded.tokenizer.digest[:12],
             "files of reward.functions": [f"{each['name']} {str(each['sha256'])[:12]}" for each in functions],
         }
     )
@@ -388,6 +389,7 @@ def _open_supervision(
                 recipe.model_dump(mode="json"),
                 num_processes=context.num_processes,
                 device=context.device_name,
+                goes_back=0 < recipe.checkpoint.resume_step == first_step,
             ),
             settings=recipe.logging,
             is_main=context.is_main,

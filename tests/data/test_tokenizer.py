@@ -180,6 +180,23 @@ def test_the_folder_says_which_tokens_end_a_response(tmp_path: Path, stated: dic
     )
 
 
+def test_the_digest_changes_with_vocabulary_template_and_ends(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path / "first")
+    digest = ChatTokenizer(folder).digest
+    assert ChatTokenizer(shutil.copytree(folder, tmp_path / "moved")).digest == digest
+    for change in ("template", "ends", "vocabulary"):
+        changed = shutil.copytree(folder, tmp_path / change)
+        if change == "template":
+            (changed / "chat_template.jinja").write_text((folder / "chat_template.jinja").read_text() + " ")
+        elif change == "ends":
+            (changed / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(changed)
+            tokenizer.add_tokens(["<|another|>"])
+            tokenizer.save_pretrained(changed)
+        assert ChatTokenizer(changed).digest != digest, change
+
+
 @pytest.mark.parametrize(
     "content", ['{"eos_token_id": "x"}', '{"eos_token_id": [true]}', "{", "[]", '{"eos_token_id": -1}', "7"]
 )

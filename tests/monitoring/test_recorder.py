@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from base64 import b64encode
 from datetime import datetime
@@ -100,6 +101,31 @@ def test_lines_that_will_be_written_again_are_cut_off(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl", "starts.jsonl"]
 
 
+def test_what_was_done_in_another_way_is_kept_beside(tmp_path: Path, capsys) -> None:
+    write(tmp_path, range(1, 5))
+    info = RunInfo("tiny", "grpo", 5, first_step=2, shown=SHOWN, goes_back=True)
+    with Recorder(tmp_path, info, settings=LoggingConfig(), is_main=True):
+        pass
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl.left").read_text().splitlines()]
+    assert [line["actor/loss"] for line in kept] == [3.0, 4.0]
+    assert "metrics.jsonl had 2 lines of steps after 2, done before in another way; now in" in capsys.readouterr().err
+    # A run that starts from nothing in a folder with curves: its checkpoints may have been moved away.
+    write(tmp_path, range(1, 2), value=10.0)
+    assert [line["actor/loss"] for line in read_metrics(tmp_path)] == [10.0]
+    assert len((tmp_path / "rollouts.jsonl.left").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("damaged", [b"\0" * 40, b'{"step": 2, "actor/lo', b'{"actor/loss": 2.0}', b"7", b"\xff"])
+def test_a_line_that_cannot_be_read_is_said(tmp_path: Path, capsys, damaged: bytes) -> None:
+    write(tmp_path, range(1, 4))
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([lines[0], damaged, lines[2]]) + b"\n")
+    capsys.readouterr()
+    write(tmp_path, range(4, 5), first_step=3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4]
+    assert "metrics.jsonl: 1 lines cannot be read and are left out" in capsys.readouterr().err
+
+
 def test_changes_of_a_resume_that_left_no_checkpoint_are_those_of_the_last_one(tmp_path: Path) -> None:
     write(tmp_path, range(1, 3))
     for change in ("generation.temperature: 1.0 -> 0.7", "generation.temperature: 1.0 -> 0.8"):
@@ -178,6 +204,29 @@ def test_wandb_keeps_its_id_over_a_resume(tmp_path: Path, monkeypatch) -> None:
         ids.append((run / "wandb_id").read_text())
     assert ids[0] == ids[1]
     assert len(list((run / "wandb").glob(f"offline-run-*-{ids[0]}"))) >= 1
+
+
+def test_wandb_has_another_run_for_a_copy_of_the_folder_and_for_steps_that_are_done_anew(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Two folders with one id would draw one curve, and wandb takes no step that it has had."""
+    started: list[str] = []
+    service = SimpleNamespace(finish=lambda **_: None)
+    monkeypatch.setattr("wandb.init", lambda **options: (started.append(options["id"]), service)[1])
+
+    def start(folder: Path, *, goes_back: bool = False) -> str:
+        info = RunInfo("tiny", "grpo", 5, 2, SHOWN, goes_back=goes_back)
+        with Recorder(folder, info, settings=LoggingConfig(trackers=(Tracker.wandb,)), is_main=True):
+            return started[-1]
+
+    first = start(tmp_path / "run")
+    assert start((tmp_path / "run").rename(tmp_path / "moved")) == first
+    shutil.copytree(tmp_path / "moved", tmp_path / "copy")
+    of_copy = start(tmp_path / "copy")
+    assert of_copy not in (first, start(tmp_path / "moved"))
+    assert start(tmp_path / "copy") == of_copy
+    assert start(tmp_path / "moved") == first
+    assert start(tmp_path / "moved", goes_back=True) not in (first, of_copy)
 
 
 def test_wandb_gets_the_settings_and_the_stage(tmp_path: Path, monkeypatch) -> None:

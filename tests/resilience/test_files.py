@@ -24,6 +24,7 @@ from megatron_r1v2.resilience.files import (
     synced_file,
     write_file,
 )
+from megatron_r1v2.resilience.json_lines import append_json_lines
 
 
 class Killed(BaseException):
@@ -118,6 +119,16 @@ def test_a_disk_that_fails_to_sync_loses_nothing(tmp_path, monkeypatch):
         write_file(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_named(tmp_path):
+    full = tmp_path / "metrics.jsonl"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        append_json_lines(full, [{"step": 1}])
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"), synced_file(full) as file:
+        file.write(b"content")
 
 
 def test_what_a_killed_process_left_is_taken_over(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from megatron_r1v2.checkpoint.megatron.run_folder import finished_checkpoints
 from megatron_r1v2.config.choices import OnResume, Part, StageName
 from megatron_r1v2.config.load import recipe_yaml
-from megatron_r1v2.config.recipes import GrpoRecipe, MpoRecipe
+from megatron_r1v2.config.recipes import AlignRecipe, GrpoRecipe, MpoRecipe, RewardModelRecipe
 from megatron_r1v2.config.schema import RunConfig
 from megatron_r1v2.data.samples import parse_sample
 from megatron_r1v2.data.shards import write_shards
@@ -281,14 +281,16 @@ def test_a_run_goes_on_from_a_step_that_is_named(root: Path, tmp_path: Path, uni
 OWN_REWARD = "def own(response, **others):\n    return {}\n"
 
 
-@pytest.mark.parametrize("changed", ["rows", "function"])
+@pytest.mark.parametrize("changed", ["rows", "function", "template"])
 def test_files_that_change_behind_the_settings_are_asked_for_and_noted(
     root: Path, tmp_path: Path, changed: str
 ) -> None:
-    data, own, run = shutil.copytree(root / "data", tmp_path / "data"), tmp_path / "own.py", tmp_path / "run"
+    data, model = (shutil.copytree(root / name, tmp_path / name) for name in ("data", "model"))
+    own, run = tmp_path / "own.py", tmp_path / "run"
     own.write_text(OWN_REWARD.format("0.5"))
     settings = (
         f"data.train={data}",
+        f"model.hf_path={model}",
         f"reward.functions=[{{path: {own}, name: own}}]",
         "buffer.target_effective_fraction=0.95",
     )
@@ -298,6 +300,10 @@ def test_files_that_change_behind_the_settings_are_asked_for_and_noted(
         shutil.rmtree(data)
         write_shards([replace(rows[0], answer="1"), *rows[1:]], data)
         told = r"rows of data.train: '\w{12}' -> '\w{12}'"
+    elif changed == "template":
+        with (model / "chat_template.jinja").open("a") as file:
+            file.write(" ")
+        told = r"tokenizer and chat template of model.hf_path: '\w{12}' -> '\w{12}'"
     else:
         own.write_text(OWN_REWARD.format("0.25"))
         told = r"files of reward.functions: \['own \w{12}'\] -> \['own \w{12}'\]"
@@ -312,7 +318,7 @@ def test_files_that_change_behind_the_settings_are_asked_for_and_noted(
 
 SETTINGS_OF_STAGES = [
     pytest.param(kind, section, setting, id=f"{kind.title()}-{section}.{setting}")
-    for kind in (GrpoRecipe, MpoRecipe)
+    for kind in (AlignRecipe, GrpoRecipe, MpoRecipe, RewardModelRecipe)
     for section, fields in kind.sections().items()
     for setting in fields.model_fields
 ]
