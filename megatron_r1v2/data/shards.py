@@ -89,7 +89,7 @@ def check_shards(folder: str | Path) -> dict[str, int]:
         The number of samples by shard name, in reading order.
 
     Raises:
-        ValueError: the folder or its index is missing, or a shard is missing or shorter than when it was indexed.
+        ValueError: the folder or its index is missing or empty, or a shard is missing or shorter than its index says.
     """
     root = Path(folder)
     info = root / _META / ".info.json"
@@ -99,9 +99,12 @@ def check_shards(folder: str | Path) -> dict[str, int]:
             "make one with python -m megatron_r1v2 prepare, or run energon prepare on existing shards"
         )
     try:
-        shard_counts = json.loads(info.read_text())["shard_counts"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        listed = json.loads(info.read_text())["shard_counts"]
+        shard_counts = {str(name): int(count) for name, count in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{info} is damaged ({error!r}); run energon prepare on {root} again") from error
+    if not any(shard_counts.values()):
+        raise ValueError(f"{root} has no samples ({info} lists none); make it again, or run energon prepare on it")
     for name in shard_counts:
         tar, index = root / name, root / f"{name}.idx"
         for path in (tar, index):
@@ -111,7 +114,7 @@ def check_shards(folder: str | Path) -> dict[str, int]:
         expected, size = _indexed_size(index), tar.stat().st_size
         if size < expected:
             raise ValueError(f"{tar} is truncated: {size} bytes of at least {expected}; copy or make it again")
-    return {str(name): int(count) for name, count in shard_counts.items()}
+    return shard_counts
 
 
 def _indexed_size(index: Path) -> int:

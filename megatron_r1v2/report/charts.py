@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import RcKeyType
 
 from megatron_r1v2.monitoring.metric import Chart, Metric
@@ -287,7 +287,7 @@ def _fit_percent(axes: Axes) -> None:
     top = min(1.0, high) if high > 0 else 1.0
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin, top + margin)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top - bottom > 0.08 else 1))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g}%")
 
 
 def _svg(axes: Axes) -> str:

@@ -306,12 +306,13 @@ def open_session(
 
 def _survey_contents(loaded: LoadedModel, recipe: TrainingRecipe) -> tuple[DataSurvey, Fingerprint]:
     """Collective over the world: look at data.train, and fingerprint what is in the files that the settings name."""
-    survey = loaded.survey_train()
+    survey, validation = loaded.survey_train(), recipe.data.validation
     reward = dict(recipe).get("reward")
     functions = describe_functions(reward.functions) if isinstance(reward, RewardConfig) else []
     return survey, Fingerprint.of(
         **{
             ROWS: survey.digest[:12],
+            "rows of data.validation": loaded.survey_data(validation).digest[:12] if validation else "",
             "tokenizer and chat template of model.hf_path": loaded.tokenizer.digest[:12],
             "files of reward.functions": [f"{each['name']} {str(each['sha256'])[:12]}" for each in functions],
         }

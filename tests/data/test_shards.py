@@ -103,6 +103,13 @@ def test_incomplete_data_sets_are_named(tmp_path: Path) -> None:
     (folder / "shard-000001.tar.idx").write_bytes(b"123")
     with pytest.raises(ValueError, match="is damaged: 3 bytes"):
         check_shards(folder)
+    for counts in ("{}", '{"shard-000000.tar": 0}'):
+        (folder / ".nv-meta" / ".info.json").write_text(f'{{"shard_counts": {counts}}}')
+        with pytest.raises(ValueError, match=r"data has no samples \(.*info.json lists none\)"):
+            check_shards(folder)
+    (folder / ".nv-meta" / ".info.json").write_text('{"shard_counts": [1]}')
+    with pytest.raises(ValueError, match="is damaged"):
+        check_shards(folder)
     (folder / ".nv-meta" / ".info.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         check_shards(folder)

@@ -77,6 +77,15 @@ def test_the_axis_of_fractions_fits_the_curve(kept_axes, values, low, high):
     assert (bottom, top) == pytest.approx((low - margin, high + margin), abs=1e-9)
 
 
+@pytest.mark.parametrize("values", [[0.998, 1.0], [0.0, 1.0], [0.04, 0.12], [0.0, 0.0003]])
+def test_no_two_marks_of_an_axis_have_one_label(kept_axes, values):
+    axes = drawn_axes(kept_axes, chart_of("Rate", "a/rate", unit=FRACTION), make_run(a__rate=values))
+    axes.figure.canvas.draw()
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(labels)) == len(labels) >= 4
+    assert all(label.endswith("%") for label in labels)
+
+
 def test_what_is_close_to_a_number_is_drawn_as_the_difference(kept_axes):
     run = make_run(train__error=[1.0, 1.0 + 2e-7, 1.0 + 4e-7])
     axes = drawn_axes(kept_axes, chart_of("Mismatch", "train/error", minus=1.0), run)

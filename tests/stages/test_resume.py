@@ -281,25 +281,28 @@ def test_a_run_goes_on_from_a_step_that_is_named(root: Path, tmp_path: Path, uni
 OWN_REWARD = "def own(response, **others):\n    return {}\n"
 
 
-@pytest.mark.parametrize("changed", ["rows", "function", "template"])
+@pytest.mark.parametrize("changed", ["rows", "validation", "function", "template"])
 def test_files_that_change_behind_the_settings_are_asked_for_and_noted(
     root: Path, tmp_path: Path, changed: str
 ) -> None:
     data, model = (shutil.copytree(root / name, tmp_path / name) for name in ("data", "model"))
+    validation = shutil.copytree(data, tmp_path / "validation")
     own, run = tmp_path / "own.py", tmp_path / "run"
     own.write_text(OWN_REWARD.format("0.5"))
     settings = (
         f"data.train={data}",
+        f"data.validation={validation}",
         f"model.hf_path={model}",
         f"reward.functions=[{{path: {own}, name: own}}]",
         "buffer.target_effective_fraction=0.95",
     )
     run_stage(recipe_for(root, run, (*settings, "train.steps=2")))
-    if changed == "rows":  # one answer, with as many rows in shards of the same names
-        rows = list(read_shards(data, parse_sample))
-        shutil.rmtree(data)
-        write_shards([replace(rows[0], answer="1"), *rows[1:]], data)
-        told = r"rows of data.train: '\w{12}' -> '\w{12}'"
+    if changed in ("rows", "validation"):  # one answer, with as many rows in shards of the same names
+        folder = data if changed == "rows" else validation
+        rows = list(read_shards(folder, parse_sample))
+        shutil.rmtree(folder)
+        write_shards([replace(rows[0], answer="1"), *rows[1:]], folder)
+        told = rf"rows of data.{'train' if changed == 'rows' else changed}: '\w{{12}}' -> '\w{{12}}'"
     elif changed == "template":
         with (model / "chat_template.jinja").open("a") as file:
             file.write(" ")
