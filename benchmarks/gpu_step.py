@@ -5,9 +5,9 @@
 
 thin is a model of true width with few layers, whose vision tower and adapter train; 38b is a step of
 examples/r1v2_38b/grpo_one_gpu.yaml with the whole model, few prompts and short responses; 38b-few is that with two
-layers of true width each, for a CPU. Weights are drawn on the device: nothing is fetched or read. Responses are
-scripted, so that some are right and there is something to train on, and in 38b each of their tokens is decoded. --tiny
-gives any of them widths for a CPU. What is measured is in the output as soon as its phase has ended.
+layers of true width each and a small vocabulary, for a CPU. Weights are drawn on the device: nothing is fetched or
+read. Responses are scripted, so that some are right and there is something to train on, and in 38b each of their tokens
+is decoded. --tiny gives any of them widths for a CPU. What is measured is in the output as soon as its phase has ended.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Case:
     """0: all."""
     vision_layers: int = 0
     """0: all."""
+    vocabulary: int = 0
+    """0: all."""
     decodes_all: bool = False
     """Every token of a response is decoded; else four, and the rest is filled in."""
     for_cpu: bool = False
@@ -100,6 +102,7 @@ CASES = {
         ),
         language_layers=2,
         vision_layers=2,
+        vocabulary=8192,
         decodes_all=True,
         for_cpu=True,
     ),
@@ -140,6 +143,9 @@ def hf_config(case: Case, *, tiny: bool) -> dict[str, Any]:
     for part, layers in (("text_config", case.language_layers), ("vision_config", case.vision_layers)):
         if layers:
             config[part]["num_hidden_layers"] = layers
+    if case.vocabulary:
+        config["text_config"]["vocab_size"] = case.vocabulary
+        config["image_token_id"] = case.vocabulary - 20
     if tiny:
         config["vision_config"].update(_TINY_VISION)
         config["text_config"].update(_TINY_TEXT)
@@ -288,7 +294,7 @@ def measure(
         on_figures: called with what is known so far whenever a phase begins.
 
     Returns:
-        Bytes by phase, and the times of the step; an error where it did not come to its end.
+        Bytes by phase, when the phases began, and the times of the step; an error where it did not come to its end.
 
     Raises:
         ValueError: the rehearsal is of another case.
@@ -300,6 +306,7 @@ def measure(
         spec, plan = prepare(CASES[name], Path(folder), tiny=tiny, device=device.type)
         install_random_weights(device)
         metrics = Path(spec.recipe).parent / "run" / "metrics.jsonl"
+        began: list[tuple[str, float]] = []
 
         def figures_of(result: RankResult, phase: str) -> dict[str, Any]:
             lines = metrics.read_text().splitlines() if metrics.is_file() else ["{}"]
@@ -308,6 +315,7 @@ def measure(
                 "torch": torch.__version__,
                 "seconds": result.seconds,
                 "phase": phase,
+                "began": began,
                 "phases": compare(plan, peaks, result),
                 "metrics": json.loads(lines[-1]),
                 "error": f"{result.error_phase}: {result.error}" if result.error else "",
@@ -315,6 +323,7 @@ def measure(
 
         def tell(phase: str) -> None:
             seconds = time.perf_counter() - begin
+            began.append((phase, round(seconds, 1)))
             on_figures(figures_of(RankResult(0, phases=watch.ledger.phases, seconds=seconds), phase))
 
         watch = AllocatorWatch(tell) if device.type == "cuda" else Watch("cpu", on_phase=tell)

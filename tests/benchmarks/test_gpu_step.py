@@ -72,6 +72,16 @@ def test_a_thin_model_has_the_true_widths() -> None:
     assert thin == whole
 
 
+def test_a_model_for_a_cpu_has_the_true_widths_but_few_words() -> None:
+    whole, few = (hf_config(CASES[case], tiny=False) for case in ("38b", "38b-few"))
+    for config, words, layers in ((whole, 152_064, 64), (few, 8192, 2)):
+        assert config["text_config"].pop("vocab_size") == words
+        assert config["text_config"].pop("num_hidden_layers") == layers
+        assert config.pop("image_token_id") < words
+    assert whole["vision_config"].pop("num_hidden_layers") > few["vision_config"].pop("num_hidden_layers") == 2
+    assert few == whole
+
+
 def test_the_rehearsal_of_another_step_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rehearsal.json"
     file.write_text(json.dumps({"case": gpu_step._identity("thin", True), "phases": [["load", 7]]}))
