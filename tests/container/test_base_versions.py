@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import subprocess
 import sys
 import venv
@@ -66,6 +67,15 @@ def test_the_image_has_the_extras_and_the_versions_of_the_lock() -> None:
     assert "PIP_CONSTRAINT=/etc/r1v2-constraints.txt" in text
     assert "constrain /etc/base-versions.txt requirements.lock > /etc/r1v2-constraints.txt" in text
     assert "driver 580" in text
+
+
+def test_the_image_has_nothing_that_git_ignores() -> None:
+    """Among it wheels and data for a GPU without a network, runs, environments."""
+    root = SCRIPT.parents[1]
+    left_out = [line.removeprefix("**/") for line in (root / ".dockerignore").read_text().splitlines()]
+    names = [line.rstrip("/").replace("*", "any") for line in (root / ".gitignore").read_text().splitlines()]
+    assert ".gpu" in names
+    assert [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in left_out)] == []
 
 
 @pytest.mark.slow
