@@ -46,7 +46,7 @@ def test_the_first_ctrl_c_finishes_the_step_and_saves_it(root: Path, tmp_path: P
 
 def test_the_second_ctrl_c_gives_the_step_up_and_saves_those_before(root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    long = ("generation.responses_per_prompt=96", "generation.max_requests=1")
+    long = ("generation.responses_per_prompt=48", "generation.max_requests=1")
     ranks = Ranks(recipe_for(root, run, (*SETTINGS, "train.prompts_per_step=1", *long)))
     ranks.wait_until(lambda: has_line(run, "metrics.jsonl", 1), 240)
     os.killpg(ranks.processes[0].pid, signal.SIGINT)

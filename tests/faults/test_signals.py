@@ -51,8 +51,8 @@ def test_sigterm_gives_a_step_up_and_its_finished_rollouts_are_used(root: Path, 
 
 
 def test_a_replica_that_waits_for_another_publishes_and_stops_with_it(root: Path, tmp_path: Path) -> None:
-    # One prompt: the replica that gets none waits while the other generates 96 responses, one after the other.
-    alone = ("train.prompts_per_step=1", "generation.responses_per_prompt=96", "generation.max_requests=1")
+    # One prompt: the replica that gets none waits while the other generates 48 responses, one after the other.
+    alone = ("train.prompts_per_step=1", "generation.responses_per_prompt=48", "generation.max_requests=1")
     ranks = Ranks(recipe_for(root, tmp_path / "run", (*SETTINGS, *alone)), 2)
     saved, generated = tmp_path / "run" / "checkpoints", tmp_path / "run" / "unfinished" / "step-00000002"
     ranks.wait_until((saved / "step-00000002").is_dir, 240)

@@ -150,6 +150,18 @@ def test_without_one_replacement_something_breaks(context, tmp_path, name):
     everything(context, None)  # so it was the removal, and not what an earlier failure left behind
 
 
+def has_a_torch_beside_it_after_a_save(folder: Path) -> bool:
+    """Save, and return whether the process that passes the results of the writers on has loaded torch."""
+    train_and_save(groups.initialize(ParallelConfig(), seed=1), folder)
+    (server,) = multiprocessing.active_children()
+    return "libtorch" in Path(f"/proc/{server.pid}/maps").read_text()
+
+
+def test_the_first_save_imports_torch_in_no_other_process(tmp_path):
+    assert run_ranks(1, has_a_torch_beside_it_after_a_save, tmp_path) == [False]
+    assert list(tmp_path.glob("*.distcp"))
+
+
 def build_tied_stages(without: str) -> None:
     context = groups.initialize(ParallelConfig(pipeline=2), seed=1)
     BY_NAME[without].remove()
