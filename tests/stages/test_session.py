@@ -340,3 +340,24 @@ def test_grpo_shows_what_each_set_of_a_mixture_teaches(root: Path, tmp_path: Pat
     fractions = [line[f"data/effective_fraction/{name}"] for name in ("charts", "plans")]
     assert (fractions[0] + 2 * fractions[1]) / 3 == pytest.approx(line["ssb/fresh_effective_fraction"])
     assert line["data/share/plans"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("setting", ["generation.segment_tokens=3", "algorithm.dynamic_sampling_rounds=2"])
+def test_grpo_on_a_mixture_goes_on_with_what_each_set_teaches(root: Path, tmp_path: Path, setting: str) -> None:
+    settings = (*mixture_settings(tmp_path), setting, "train.steps=4", "buffer.target_effective_fraction=0.95")
+    whole = run_stage(recipe_for(root, tmp_path / "whole", settings))
+    shutil.copytree(whole, tmp_path / "run")
+    for step in (3, 4):  # killed after the second step
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    resumed = run_stage(recipe_for(root, tmp_path / "run", settings))
+    assert differences(*(checkpoint_contents(last_checkpoint(run)) for run in (resumed, whole))) == []
+    lines = read_metrics(whole)
+    assert without_timings(read_metrics(resumed)) == without_timings(lines)
+    if setting.startswith("generation"):  # groups of an earlier step: the restored prompts know their set
+        assert any(line["rollout/groups_in_flight"] for line in lines)
+    else:
+        assert any(line["rollout/rounds"] == 2 for line in lines)
+    for line in lines:
+        shown = {name for name in line if name.startswith("data/share/")}
+        taught = {name for name in line if name.startswith("data/effective_fraction/")}
+        assert {name.rpartition("/")[2] for name in shown} == {name.rpartition("/")[2] for name in taught}
