@@ -9,7 +9,7 @@ from megatron_r1v2.planning.command import main
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import step_time
 from megatron_r1v2.planning.scale_page import scale_recipe, scale_table
-from megatron_r1v2.planning.tails import Tail
+from megatron_r1v2.planning.tails import Replica, Tail, simulate_tail
 from tests.planning.plans import ARCHITECTURE, RECIPE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
@@ -67,3 +67,16 @@ def test_segments_prefill_what_goes_on_and_compute_its_log_probs():
     alone, again = scaled.seconds(tail), scaled.seconds(replace(tail, continued=prompts))
     assert again["prefill"] == pytest.approx(2 * alone["prefill"])
     assert alone["log-probs"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["grpo_64k", "grpo_language_64k"])
+@pytest.mark.parametrize("gpus", [64, 512])
+def test_segments_of_the_64k_recipes_lose_at_most_a_tenth_of_decode(recipe, gpus):
+    scaled = scale_recipe(RECIPE.parent / f"{recipe}.yaml", gpus)
+    replica = Replica.planned(ARCHITECTURE, scaled.layout, scaled.work, scaled.hardware)
+    whole, parts = (
+        simulate_tail(replica, scaled.lengths, replicas=gpus // 8, segment_tokens=tokens)
+        for tokens in (0, scaled.segment_tokens)
+    )
+    assert whole.lost > 0.5
+    assert parts.lost <= 0.1

@@ -40,10 +40,10 @@ def test_more_replicas_have_more_rows():
 
 def test_with_segments_a_group_of_each_replica_goes_on():
     recipe, step = step_of("grpo_64k.yaml", Layout(8, 1, 4, 0, True))
-    assert segments_of_response(recipe) == 8
+    assert segments_of_response(recipe) == 16
     assert (step.long, step.mixed_groups, step.whole_groups) == (8, 4, 4)
-    assert step.prompts_of_replica == 8 * 8, "those of eight steps may be in flight"
-    assert rehearsed_recipe(recipe, step, Path("folder"), Path("model")).generation.segment_tokens == 8192
+    assert step.prompts_of_replica == 16 * 8, "those of sixteen steps may be in flight"
+    assert rehearsed_recipe(recipe, step, Path("folder"), Path("model")).generation.segment_tokens == 4096
     _, whole = step_of("grpo_64k.yaml", Layout(8, 1, 4, 0, True), "generation.segment_tokens=0")
     assert (whole.whole_groups, whole.prompts_of_replica) == (None, 8)
 
