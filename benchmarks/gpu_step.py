@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -391,5 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
+    # megatron-core's checkpoint writer keeps a process, which would hold the output open for whoever reads it.
+    for child in multiprocessing.active_children():
+        child.kill()
     # Not through Python's exit: threads and process groups of the step would wait for others.
     os._exit(status)
