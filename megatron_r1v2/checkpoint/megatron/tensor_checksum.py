@@ -9,7 +9,9 @@ import torch
 MODULUS = 2**63
 _FIRST_FACTOR = 0x1B873593CC9E2D51
 ELEMENTS_AT_ONCE = 2**24
-"""Elements that are mixed at once, in int64."""
+"""Elements that are mixed at once, in int64, on a GPU."""
+_AT_ONCE_ON_CPU = 2**19
+"""Fewer, whose intermediate results stay in a cache: ten times as fast."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,7 +31,7 @@ def tensor_checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
     bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     factor = (zlib.crc32(name.encode()) << 1) | 1
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in torch.split(bits, ELEMENTS_AT_ONCE):
+    for part in torch.split(bits, _AT_ONCE_ON_CPU if bits.device.type == "cpu" else ELEMENTS_AT_ONCE):
         mixed = part.long() * _FIRST_FACTOR
         mixed = (mixed ^ (mixed >> 29)) * factor
         total += (mixed ^ (mixed >> 32)).sum()
