@@ -79,7 +79,8 @@ class Part:
 def _tests(place: Place) -> list[str]:
     # On a CPU the bodies of two, to try the report.
     on_cpu = ["--gpu-tests-on-cpu", "-k", "shared_rows_in_fp32 or (same_before_and_after and fp32)"]
-    command = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--outcomes={place.output}"]
+    command = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    command.append(f"--outcomes={place.output}")
     return command + (on_cpu if place.on_cpu else [])
 
 
@@ -309,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     carried = arguments.carried.absolute()
     os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.on_cpu else "4")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Those of the machine are made for its own pytest, not for the one that is carried.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     _prepend_path(ROOT)
     if not arguments.on_cpu:
         install_wheels(carried / "wheels", carried / "site")
