@@ -94,9 +94,14 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_cluster(arguments: argparse.Namespace) -> Cluster:
-    """Return the GPUs that the options of `add_cluster_options` name."""
+    """Return the GPUs that the options of `add_cluster_options` name.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
     from megatron_r1v2.planning.plan import Cluster
 
+    _check_ranges(arguments)
     hardware = HARDWARE[arguments.gpu]
     if arguments.matmul_efficiency:
         hardware = replace(hardware, matmul_efficiency=arguments.matmul_efficiency)
@@ -109,6 +114,17 @@ def read_cluster(arguments: argparse.Namespace) -> Cluster:
         reserve_gib=arguments.reserve,
         hardware=hardware,
     )
+
+
+def _check_ranges(arguments: argparse.Namespace) -> None:
+    if arguments.gpus_per_node < 1:
+        raise ValueError(f"--gpus-per-node={arguments.gpus_per_node} is less than 1; give the GPUs of one node")
+    if not arguments.reserve >= 0:
+        raise ValueError(f"--reserve={arguments.reserve:g} is negative; give the GiB to keep free, 0 or more")
+    for part in ("matmul", "bandwidth"):
+        efficiency = getattr(arguments, f"{part}_efficiency")
+        if not 0 <= efficiency <= 1:
+            raise ValueError(f"--{part}-efficiency={efficiency:g} is not a part of the whole; accepted: from 0 to 1")
 
 
 def recipe_to_plan(given: Sequence[str], stage: StageName | None, hf_config: str) -> TrainingRecipe | PairsRecipe:

@@ -41,6 +41,10 @@ def test_the_command_prints_tables_and_json(capsys):
         (["parallel.tensor=3", "--gpus", "3", "--hf-config", "r1v2-38b"], "parallel.tensor=3 does not divide", 2),
         (["--gpus", "8", "--hf-config", "r1v2-38b", "--mean-response-tokens", "9000"], "is more than generation", 2),
         (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpu-memory", "3"], "leaves nothing of --gpu-memory=3", 2),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpus-per-node", "0"], "--gpus-per-node=0 is less than 1", 2),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--reserve", "-1"], "--reserve=-1 is negative", 2),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--matmul-efficiency", "45"], "--matmul-efficiency=45 is not", 2),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--bandwidth-efficiency", "-1"], "accepted: from 0 to 1", 2),
         (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpu-memory", "40"], "", 1),
     ],
 )
