@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     quiet_libraries()
     try:
+        _check_files(arguments)
         recipe = recipe_to_plan([arguments.recipe, *arguments.overrides], None, arguments.hf_config)
         # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
         from megatron_r1v2.checkpoint.hf.config import sizes_config
@@ -67,14 +69,29 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    if arguments.json:
+        print(json.dumps(as_json(found), indent=1))
+    else:
+        print_rehearsal(found)
     if arguments.svg is not None:
         from megatron_r1v2.rehearsal.chart import memory_chart
 
         fullest = max(found.ranks, key=lambda rank: max((phase.peak for phase in rank.phases), default=0))
         arguments.svg.write_text(memory_chart(f"{plan.name}, {fullest.place}", fullest.samples, plan.cluster.limit))
-    if arguments.json:
-        print(json.dumps(as_json(found), indent=1))
-    else:
-        print_rehearsal(found)
     if not found.passed:
         raise SystemExit(1)
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuse what would be noticed only after minutes, or not at all.
+
+    Raises:
+        ValueError: the recipe is an override, or the chart has no place.
+    """
+    if "=" in arguments.recipe:
+        raise ValueError(
+            f"recipe {arguments.recipe!r} is an override; give the path of a YAML recipe before it, see examples/"
+        )
+    svg = arguments.svg
+    if svg is not None and (svg.is_dir() or not svg.parent.is_dir()):
+        raise ValueError(f"--svg={str(svg)!r} cannot be written; give a file in a folder that exists")

@@ -18,6 +18,7 @@ from tests.rehearsal.tiny_rehearsal import RECIPES, TINY, tiny_model
         (["--gpus", "12", "--hf-config", "r1v2-38b"], "--gpus=12 is not a multiple of parallel.tensor=8"),
         (["--gpus", "8", "--hf-config", "nowhere"], "there is no config.json at --hf-config='nowhere'"),
         (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpu-memory", "3"], "leaves nothing of --gpu-memory=3"),
+        (["--gpus", "8", "--hf-config", "r1v2-38b", "--gpus-per-node", "0"], "--gpus-per-node=0 is less than 1"),
     ],
 )
 def test_bad_input_is_that_of_plan(capsys, arguments, message):
@@ -25,6 +26,21 @@ def test_bad_input_is_that_of_plan(capsys, arguments, message):
         main([str(RECIPES / "grpo.yaml"), *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["missing/a.svg", "."])
+def test_a_chart_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path, capsys, place):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(RECIPES / "grpo.yaml"), "--gpus", "8", "--hf-config", "r1v2-38b", "--svg", str(tmp_path / place)])
+    assert stopped.value.code == 2
+    assert f"--svg='{tmp_path}" in capsys.readouterr().err
+
+
+def test_an_override_in_the_place_of_the_recipe_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train.steps=3", "--gpus", "8", "parallel.tensor=8", "--hf-config", "r1v2-38b"])
+    assert stopped.value.code == 2
+    assert "recipe 'train.steps=3' is an override; give the path of a YAML recipe before it" in capsys.readouterr().err
 
 
 def test_data_that_is_not_there_is_an_error_before_anything_runs(tmp_path, capsys):
