@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
@@ -121,15 +121,20 @@ class OwnRows:
             response = in_rows.longest(sample, self.builder.tokenizer)
         return RowLength(prompt + response, prompt, shard, sample.key)
 
-    def write(self, lengths: DataLengths, folder: Path, *, rows: int, steps: int = 1) -> None:
+    def write(self, measured: Sequence[DataLengths], folder: Path, *, rows: int, steps: int = 1) -> None:
         """Write a data set of the longest rows, one step after the other; where there are too few, they come again.
+
+        Args:
+            measured: the data sets of a mixture, or one.
 
         Raises:
             ValueError: no row fits.
         """
-        if not lengths.longest:
-            raise ValueError("; ".join(lengths.sentences(self.settings)))
-        samples = [read_sample(Path(lengths.folder) / row.shard, row.key) for row in lengths.longest]
+        found = [(row, Path(lengths.folder)) for lengths in measured for row in lengths.longest]
+        if not found:
+            raise ValueError("; ".join(each for lengths in measured for each in lengths.sentences(self.settings)))
+        longest = sorted(found, reverse=True)[: rows * steps]
+        samples = [read_sample(source / row.shard, row.key) for row, source in longest]
         write_shards(self._renamed(samples, rows, steps), folder)
 
     def _renamed(self, samples: list[ShardSample], rows: int, steps: int) -> Iterator[ShardSample]:

@@ -27,7 +27,6 @@ STEPS = 2
 MADE = "made"
 """In the place of a checkpoint that is not here: weights of the base, with a head that is drawn."""
 _NO_BOUND = 1e9
-_PATHS = ("output_dir", "train", "validation", "hf_path")
 _LONG_PROMPTS = 2
 """Of a replica: the second one finds the cache of features as the first one left it."""
 
@@ -159,11 +158,20 @@ def segments_of_response(recipe: AnyTraining) -> int:
     return -(-generation.max_response_tokens // generation.segment_tokens)
 
 
-def changed_settings(recipe: AnyTraining, rehearsed: AnyTraining) -> list[str]:
-    """Return the settings that a rehearsal changes, in words."""
+def changed_settings(recipe: AnyTraining, rehearsed: AnyTraining, folder: Path) -> list[str]:
+    """Return the settings that a rehearsal changes, in words.
+
+    Args:
+        folder: of what was made for it.
+    """
     before, after = recipe.model_dump(mode="json"), rehearsed.model_dump(mode="json")
+
+    def told(value: object) -> str:
+        is_made = isinstance(value, str) and Path(value).is_relative_to(folder)
+        return "made" if is_made else repr(value)
+
     return [
-        f"{section}.{name}: {before[section][name]!r} -> {'made' if name in _PATHS else repr(after[section][name])}"
+        f"{section}.{name}: {before[section][name]!r} -> {told(after[section][name])}"
         for section, names in recipe.settings().items()
         for name in names
         if before[section][name] != after[section][name]
@@ -219,9 +227,9 @@ def write_rehearsal(
     segments = segments_of_response(recipe)
     step = plan_step(Workload.from_recipe(recipe, architecture), layout, segments=segments)
     tokenizer = ChatTokenizer(hf_path)
-    sets = {"train": recipe.data.train_text} | (
-        {"validation": recipe.data.validation} if recipe.data.validation else {}
-    )
+    sets = {"train": tuple(source.path for source in recipe.data.sources)}
+    if recipe.data.validation:
+        sets["validation"] = (recipe.data.validation,)
     # A run with segments wants as many prompts as there can be in flight.
     sizes = {"train": (step.long, step.short, max(STEPS, segments)), "validation": (layout.data, 0, 1)}
     said: list[str] = []
@@ -229,17 +237,14 @@ def write_rehearsal(
     if own_data:
         rows = _own_rows(recipe, architecture, tokenizer)
         step = changed(step, long=step.long + step.short, short=0)
-        if not isinstance(recipe.data.train, str):
-            raise ValueError(
-                f"data.train={recipe.data.train_text!r} is a mixture, and a rehearsal reads one data set: give "
-                "data.train the one with the longest rows"
-            )
-        for name, source in sets.items():
+        for name, sources in sets.items():
             long, short, steps = sizes[name]
-            lengths = rows.measure(source, (long + short) * steps, given=name == "train")
-            said += lengths.sentences(recipe.data)
-            ends |= lengths.is_error
-            rows.write(lengths, folder / name, rows=long + short, steps=steps)
+            wanted = (long + short) * steps
+            measured = [rows.measure(source, wanted, given=name == "train") for source in sources]
+            for lengths in measured:
+                said += lengths.sentences(recipe.data)
+                ends |= lengths.is_error
+            rows.write(measured, folder / name, rows=long + short, steps=steps)
     else:
         writer = _row_writer(recipe, architecture, tokenizer)
         for name in sets:
@@ -248,7 +253,7 @@ def write_rehearsal(
     path = folder / "recipe.yaml"
     rehearsed = rehearsed_recipe(recipe, step, folder, hf_path)
     path.write_text(recipe_yaml(rehearsed))
-    return Inputs(path, step, tuple(changed_settings(recipe, rehearsed)), tuple(said), ends)
+    return Inputs(path, step, tuple(changed_settings(recipe, rehearsed, folder)), tuple(said), ends)
 
 
 def _row_writer(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: ChatTokenizer) -> RowWriter:

@@ -102,7 +102,7 @@ def test_a_row_longer_than_the_model_is_an_error(tokenizer, tmp_path):
 def test_the_longest_rows_make_a_data_set_of_long_ones(tokenizer, folder, tmp_path, stage):
     rows = own_rows(tokenizer, stage)
     lengths = rows.measure(folder, 3)
-    rows.write(lengths, tmp_path / "made", rows=2, steps=2)
+    rows.write([lengths], tmp_path / "made", rows=2, steps=2)
     made = list(read_shards(tmp_path / "made", rows.builder.build))
     assert [prompt.key for prompt in made] == [f"{LONG}-{step}-{index}" for step in range(2) for index in range(2)]
     assert len(made[0].token_ids) == lengths.longest[0].prompt
@@ -110,12 +110,21 @@ def test_the_longest_rows_make_a_data_set_of_long_ones(tokenizer, folder, tmp_pa
     assert (made[0].answer, made[0].answer_type) == ("8", "numeric")
 
 
+def test_the_longest_rows_of_a_mixture_are_those_of_all_its_sets(tokenizer, folder, tmp_path):
+    write_shards([sample("other", 20, response=80), sample("tiny", 1)], tmp_path / "more")
+    rows = own_rows(tokenizer)
+    measured = [rows.measure(each, 2) for each in (folder, str(tmp_path / "more"))]
+    rows.write(measured, tmp_path / "made", rows=2)
+    made = list(read_shards(tmp_path / "made", rows.builder.build))
+    assert [len(prompt.preference.chosen) for prompt in made] == [100, 80], "one of each set"
+
+
 def test_nothing_that_fits_is_an_error(tokenizer, tmp_path):
     write_shards([sample("huge", 300)], tmp_path / "data")
     rows = own_rows(tokenizer)
     lengths = rows.measure(str(tmp_path / "data"), 2)
     with pytest.raises(ValueError, match="none of 1 rows can be trained on"):
-        rows.write(lengths, tmp_path / "made", rows=1)
+        rows.write([lengths], tmp_path / "made", rows=1)
 
 
 def test_a_sample_is_read_with_its_images(folder):

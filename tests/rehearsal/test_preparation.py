@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.hf.config import read_hf_architecture, read_hf_config
 from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.workload import Workload
 from megatron_r1v2.rehearsal.preparation import (
@@ -13,9 +15,11 @@ from megatron_r1v2.rehearsal.preparation import (
     plan_step,
     rehearsed_recipe,
     segments_of_response,
+    write_rehearsal,
 )
 from tests.planning.plans import ARCHITECTURE
-from tests.rehearsal.tiny_rehearsal import RECIPES
+from tests.rehearsal.test_own_rows import sample
+from tests.rehearsal.tiny_rehearsal import RECIPES, tiny_model
 
 
 def step_of(name, layout, *overrides):
@@ -77,11 +81,19 @@ def test_lengths_layout_and_parts_stay_as_they_are():
 
 def test_every_changed_setting_is_told():
     recipe, step = step_of("grpo_fp8.yaml", Layout(8, 1, 1, 0, True))
-    told = changed_settings(recipe, rehearsed_recipe(recipe, step, Path("folder"), Path("model")))
+    folder = Path("folder")
+    told = changed_settings(recipe, rehearsed_recipe(recipe, step, folder, folder / "hf"), folder)
     assert f"train.prompts_per_step: 64 -> {step.prompts}" in told
     assert "model.layers: 'te' -> 'local'" in told
     assert "data.train: 'data/multimodal-math/train' -> made" in told
+    assert "model.hf_path: 'checkpoints/r1v2-38b-hf' -> made" in told
     assert not any(each.startswith(("parallel.", "algorithm.clip")) for each in told)
+
+
+def test_a_folder_that_was_given_is_not_called_made():
+    recipe, step = step_of("grpo.yaml", Layout(8, 1, 1, 0, True))
+    told = changed_settings(recipe, rehearsed_recipe(recipe, step, Path("folder"), Path("/mine")), Path("folder"))
+    assert "model.hf_path: 'checkpoints/r1v2-38b-hf' -> '/mine'" in told
 
 
 def test_all_image_prompts_of_pairs_are_continued_where_some_are():
@@ -112,3 +124,24 @@ def test_a_reward_model_is_rehearsed_where_it_lies_beside_the_policy(monkeypatch
     recipe, step = step_of(name, Layout(8, 1, 1, 0, True), "reward.model_weight=0.5", source)
     rehearsed = rehearsed_recipe(recipe, step, Path("folder"), Path("model"))
     assert (rehearsed.reward.model_weight, rehearsed.reward_model.checkpoint) == (weight, checkpoint)
+
+
+def test_every_data_set_of_a_mixture_is_measured(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    write_shards([sample("short", 5), sample("long", 40)], tmp_path / "one")
+    write_shards([sample("endless", 400)], tmp_path / "two")
+    mixture = f"data.train=[{{path: {tmp_path / 'one'}}}, {{path: {tmp_path / 'two'}, weight: 2}}]"
+    limits = ["data.max_prompt_tokens=120", "data.max_tiles=1", "generation.max_response_tokens=96"]
+    no_validation = ["data.validation=", "evaluation.every_steps=0"]
+    recipe = load_recipe(RECIPES / "mpo.yaml", [mixture, *limits, *no_validation])
+    config, _ = read_hf_config(model)
+    architecture, _ = read_hf_architecture(model)
+    layout = Layout(1, 1, 1, 0, False)
+    inputs = write_rehearsal(
+        recipe, config, architecture, layout, folder=tmp_path / "made", hf_path=model, own_data=True
+    )
+    first, second, error = inputs.data
+    assert f"{tmp_path / 'one'}: 2 rows; the longest prompt" in first
+    assert f"{tmp_path / 'two'}: none of 1 rows can be trained on" in second
+    assert "sample 'endless': the prompt has" in error
+    assert inputs.ends_by_data
