@@ -17,8 +17,9 @@ def check(compared):
     assert not wrong, f"more than {WITHIN:.0%} apart, MiB rehearsed/planned:\n" + "\n".join(wrong)
 
 
-def test_every_phase_of_grpo_with_one_layer_takes_what_is_planned():
-    case = Case(RECIPE, ("generation.max_requests=8",), Layers(1, 1))
+def test_every_phase_of_grpo_with_few_layers_takes_what_is_planned():
+    # The input of the first layer of the tower is a view: a second layer has one of its own.
+    case = Case(RECIPE, ("generation.max_requests=8",), Layers(2, 1))
     compared = compare(case, rehearse_case(case))
     assert [each.planned.phase for each in compared] == ["gate", "generate", "update", "evaluate"]
     check(compared)
