@@ -182,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         "--lengths", type=Path, metavar="METRICS.jsonl", help="of a grpo run: mean and spread of its responses"
     )
     parser.add_argument(
-        "--segment-tokens", type=int, default=0, help="for the tails in segments; default: half of the mean response"
+        "--segment-tokens",
+        type=int,
+        default=0,
+        help="for the tails in segments; default: the recipe's generation.segment_tokens, or half of the mean response",
     )
     return parser

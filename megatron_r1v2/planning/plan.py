@@ -47,7 +47,7 @@ class AssumedLengths:
     metrics: Path | None = None
     """A run's metrics.jsonl, or its folder, which decides both."""
     segment_tokens: int = 0
-    """Tokens of a response in a phase, where it is generated in segments; 0: half of the mean."""
+    """Tokens of a response in a phase, where it is generated in segments; 0: the recipe's, or half of the mean."""
 
     def resolve(self, longest: int) -> Lengths:
         """Return the lengths.
@@ -159,7 +159,7 @@ def make_plan(
         layout=layout,
         work=work,
         lengths=found,
-        segment_tokens=lengths.segment_tokens or max(1, round(found.mean / 2)),
+        segment_tokens=lengths.segment_tokens or recipe.generation.segment_tokens or max(1, round(found.mean / 2)),
         counts=whole_model_counts(architecture),
         memory=plan_memory(architecture, layout, work),
         limits=largest_that_fits(architecture, layout, work, cluster.limit),

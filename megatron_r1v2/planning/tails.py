@@ -1,8 +1,10 @@
 """The decode time that is lost to waiting for the longest responses, by simulation of the engine's scheduling.
 
-The lengths of responses are taken for log-normal, cut at the longest allowed. A replica begins as many responses as its
-cache holds; a step of decode takes what the roofline says. A phase ends when the last response of the last replica has.
-In segments, a response generates so many tokens a phase and goes on in the next one, beside new responses.
+The lengths of responses are taken for log-normal, cut at the longest allowed; a step of decode takes what the roofline
+says. Replicas take prompts from a shared queue, each with all of its responses, as they have room. The responses to a
+prompt share its tokens in the cache. A phase ends when the last response of the last replica has. In segments, a
+response generates so many tokens a phase and goes on in the next one, on its replica and before new prompts, of which
+each phase has as many.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import heapq
 import json
 import math
 import random
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist, fmean
 
@@ -24,10 +27,13 @@ from megatron_r1v2.planning.workload import Workload
 
 REPLICAS = (1, 8, 64)
 _SEED = 1
-_WARM_UP_PHASES, _PHASES = 6, 6
+_WARM_UP_PHASES, _PHASES = 16, 2
 # A replica that has finished so much of its responses still has others to keep it full.
 _FULL_PART = 0.8
 _NORMAL = NormalDist()
+
+_Group = list[tuple[int, int]]
+"""The responses to a prompt that have not ended: the tokens that each has, and its length."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class Replica:
     prompt_tokens: int
     responses: int
     """Of a step, on this replica."""
+    responses_per_prompt: int = 1
 
     @classmethod
     def planned(cls, architecture: R1V2Architecture, layout: Layout, work: Workload, hardware: Hardware) -> Replica:
@@ -124,6 +131,7 @@ class Replica:
             cache_tokens=cache_tokens(architecture, layout, work),
             prompt_tokens=work.prompt_tokens,
             responses=max(1, work.responses_per_step // layout.data),
+            responses_per_prompt=work.responses_per_prompt,
         )
 
 
@@ -141,7 +149,7 @@ class Tail:
     lost: float
     """The part of the time that a phase takes longer than if all replicas were full to its end."""
     continued: float = 0.0
-    """Tokens of earlier phases in front of its segments: they are computed again, over all replicas."""
+    """Tokens of earlier phases that are computed again, prompts included, over all replicas."""
 
 
 def simulate_tails(replica: Replica, lengths: Lengths, *, segment_tokens: int) -> list[Tail]:
@@ -154,62 +162,178 @@ def simulate_tails(replica: Replica, lengths: Lengths, *, segment_tokens: int) -
 
 
 def simulate_tail(replica: Replica, lengths: Lengths, *, replicas: int, segment_tokens: int = 0) -> Tail:
-    """Simulate a phase, in segments one of many.
+    """Simulate a phase, in segments the average of many.
 
     Args:
         segment_tokens: a response generates so many a phase; 0: all of them.
     """
     source = random.Random(_SEED)
-    drawn = [lengths.draw(replica.responses, source) for _ in range(replicas)]
-    whole = [_run(replica, [(0, length) for length in each]) for each in drawn]
-    full_rate = sum(tokens / seconds for _, _, tokens, seconds in whole)
-    if not segment_tokens:
-        seconds, tokens = max(each[0] for each in whole), float(sum(each[1] for each in whole))
-        return Tail(replicas, 0, seconds, tokens, max(0.0, 1 - tokens / full_rate / seconds))
-    carried = [[(0, length) for length in each] for each in drawn]
-    total = [0.0, 0.0, 0.0]
-    for phase in range(_WARM_UP_PHASES + _PHASES):
-        parts = [[(start, min(length, start + segment_tokens)) for start, length in each] for each in carried]
-        ran = [_run(replica, each) for each in parts]
-        if phase >= _WARM_UP_PHASES:
-            total[0] += max(each[0] for each in ran)
-            total[1] += sum(each[1] for each in ran)
-            total[2] += sum(start for each in parts for start, _ in each)
-        for index, each in enumerate(carried):
-            going_on = [(start + segment_tokens, length) for start, length in each if length > start + segment_tokens]
-            new = lengths.draw(replica.responses - len(going_on), source)
-            carried[index] = going_on + [(0, length) for length in new]
-    seconds, tokens, continued = (each / _PHASES for each in total)
-    return Tail(replicas, segment_tokens, seconds, tokens, max(0.0, 1 - tokens / full_rate / seconds), continued)
+    going_on: list[list[_Group]] = [[] for _ in range(replicas)]
+    segment = segment_tokens or lengths.cut
+    # After as many phases as the longest response has segments, each phase has as many responses as the next.
+    warm_up, phases = (min(_WARM_UP_PHASES, lengths.cut // segment), _PHASES) if segment_tokens else (0, 1)
+    seconds = tokens = full = again = 0.0
+    for phase in range(warm_up + phases):
+        drawn = [(0, length) for _ in range(replicas) for length in lengths.draw(replica.responses, source)]
+        size = replica.responses_per_prompt
+        new = [drawn[first : first + size] for first in range(0, len(drawn), size)]
+        if phase < warm_up:
+            # Who goes on depends on lengths alone, so the clock need not run yet.
+            dealt = [[*own, *new[index::replicas]] for index, own in enumerate(going_on)]
+            going_on = [[rest for group in groups if (rest := _rest(group, segment))] for groups in dealt]
+            continue
+        engines = _run_phase(replica, going_on, new, segment)
+        last = max(engine.seconds for engine in engines)
+        seconds, full = seconds + last, full + last * sum(engine.full_rate for engine in engines)
+        tokens += sum(engine.tokens for engine in engines)
+        again += sum(engine.continued for engine in engines)
+        going_on = [engine.going_on for engine in engines]
+    lost = max(0.0, 1 - tokens / full)
+    return Tail(replicas, segment_tokens, seconds / phases, tokens / phases, lost, again / phases)
 
 
-def _run(replica: Replica, responses: Sequence[tuple[int, int]]) -> tuple[float, int, int, float]:
-    """Decode responses on a replica, in order of arrival, each from its first to its last token.
+def _rest(group: _Group, segment_tokens: int) -> _Group:
+    """Return the responses of a group that go on in the next phase."""
+    return [(start + segment_tokens, length) for start, length in group if length > start + segment_tokens]
 
-    Returns:
-        Seconds and tokens; and tokens and seconds of the part in which it was full.
+
+def _run_phase(
+    replica: Replica, going_on: Sequence[Sequence[_Group]], new: Sequence[_Group], segment_tokens: int
+) -> list[_Engine]:
+    """Run a phase on all replicas: each first its own groups, then the next one of a queue when it has room."""
+    queue, fair_share = deque(new), -(-len(new) // len(going_on))
+    engines = []
+    for own in going_on:
+        limit = min(replica.max_requests, (fair_share + len(own)) * replica.responses_per_prompt)
+        engines.append(_Engine(replica, limit, segment_tokens, deque(own)))
+    # By time; at the same time each takes one group in turn.
+    turns = [(0.0, 0, index) for index in range(len(engines))]
+    while turns:
+        seconds, turn, index = heapq.heappop(turns)
+        engine = engines[index]
+        if engine.has_room and (engine.own or queue):
+            engine.begin((engine.own or queue).popleft())
+            heapq.heappush(turns, (seconds, turn + 1, index))
+        elif engine.waiting or engine.running:
+            engine.advance()
+            heapq.heappush(turns, (engine.seconds, 0, index))
+    return engines
+
+
+@dataclass(eq=False, slots=True)
+class _Response:
+    """A response in a phase."""
+
+    number: int
+    """In the order of arrival."""
+    group: int
+    start: int
+    """The tokens that it has when it begins to run."""
+    end: int
+    """The tokens that it has after the phase."""
+
+
+@dataclass(eq=False, slots=True)
+class _Engine:
+    """A replica in a phase, with the rules of generation/engine.py and of megatron-core's scheduler.
+
+    A response begins where there is room for what it has; in a full cache the newest one is evicted.
     """
-    queue, active = list(reversed(responses)), list[tuple[int, int]]()
-    seconds, now, tokens, reserved, cached, ended = 0.0, 0, 0, 0, 0, 0
-    full = (0, 0.0)
-    while queue or active:
-        while queue and len(active) < replica.max_requests:
-            start, end = queue[-1]
-            if active and reserved + replica.prompt_tokens + end > replica.cache_tokens:
-                break
-            queue.pop()
-            heapq.heappush(active, (now + end - start, end))
-            reserved += replica.prompt_tokens + end
-            cached += replica.prompt_tokens + start
-        steps = active[0][0] - now
-        average = cached + len(active) * steps / 2
-        seconds += steps * replica.cost.step_seconds(len(active), average)
-        tokens, cached, now = tokens + steps * len(active), cached + steps * len(active), now + steps
-        while active and active[0][0] == now:
-            end = heapq.heappop(active)[1]
-            reserved -= replica.prompt_tokens + end
-            cached -= replica.prompt_tokens + end
-            ended += 1
-        if not full[0] and ended >= _FULL_PART * len(responses):
-            full = (tokens, seconds)
-    return seconds, tokens, *full
+
+    replica: Replica
+    limit: int
+    """Responses in flight, at most."""
+    segment_tokens: int
+    own: deque[_Group]
+    """Groups that this replica began in an earlier phase, and has not taken yet."""
+    going_on: list[_Group] = field(default_factory=list)
+    """Those that go on in the next phase."""
+    waiting: deque[_Response] = field(default_factory=deque)
+    running: list[tuple[int, int, _Response]] = field(default_factory=list)
+    """A heap: the step with the last token of the phase, and the number, of each."""
+    present: Counter[int] = field(default_factory=Counter)
+    """Running responses by group: the first brings the prompt, the last takes it away."""
+    groups: int = 0
+    begun: int = 0
+    now: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    tokens: int = 0
+    cached: int = 0
+    """Tokens in the cache."""
+    ended: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens and seconds so far when each response ended."""
+    continued: int = 0
+    evicted: bool = False
+    """A response was evicted, and none has ended since: there is no room."""
+
+    @property
+    def has_room(self) -> bool:
+        """Return whether a group may begin."""
+        in_flight = len(self.running) + len(self.waiting)
+        return not in_flight or in_flight + self.replica.responses_per_prompt <= self.limit
+
+    @property
+    def full_rate(self) -> float:
+        """Return the tokens a second until most of the responses have ended."""
+        if not self.ended:
+            return 0.0
+        tokens, seconds = self.ended[math.ceil(_FULL_PART * len(self.ended)) - 1]
+        return tokens / seconds
+
+    def begin(self, group: _Group) -> None:
+        """Take a group, whose responses wait for their place."""
+        for start, length in group:
+            end = min(length, start + self.segment_tokens)
+            self.waiting.append(_Response(self.begun, self.groups, start, end))
+            self.begun += 1
+            self.continued += start
+        if any(start for start, _ in group):
+            self.continued += self.replica.prompt_tokens
+        if rest := _rest(group, self.segment_tokens):
+            self.going_on.append(rest)
+        self.groups += 1
+
+    def advance(self) -> None:
+        """Decode until a response ends or the cache is full."""
+        self._fill()
+        count = len(self.running)
+        steps, room = self.running[0][0] - self.now, int((self.replica.cache_tokens - self.cached) // count)
+        self.evicted = count > 1 and room < steps
+        if self.evicted:
+            steps = max(0, room)
+        average = self.cached + count * steps / 2
+        self.seconds += steps * self.replica.cost.step_seconds(count, average)
+        self.tokens += steps * count
+        self.cached += steps * count
+        self.now += steps
+        if self.evicted:
+            entry = max(self.running, key=lambda each: each[1])
+            self.running.remove(entry)
+            heapq.heapify(self.running)
+            last, _, newest = entry
+            newest.start = newest.end - (last - self.now)
+            self._release(newest, newest.start)
+            self.waiting.appendleft(newest)
+        while self.running and self.running[0][0] == self.now:
+            ended = heapq.heappop(self.running)[2]
+            self._release(ended, ended.end)
+            self.ended.append((self.tokens, self.seconds))
+
+    def _fill(self) -> None:
+        """Let responses begin, in order, as far as there is room."""
+        while self.waiting and len(self.running) < self.replica.max_requests:
+            response = self.waiting[0]
+            needed = response.start + (0 if self.present[response.group] else self.replica.prompt_tokens)
+            if self.running and (self.evicted or self.cached + needed >= self.replica.cache_tokens):
+                return
+            self.waiting.popleft()
+            last = self.now + response.end - response.start
+            heapq.heappush(self.running, (last, response.number, response))
+            self.present[response.group] += 1
+            self.cached += needed
+
+    def _release(self, response: _Response, tokens: int) -> None:
+        """Take a response out of the cache, and its prompt with the last one."""
+        self.present[response.group] -= 1
+        self.cached -= tokens + (0 if self.present[response.group] else self.replica.prompt_tokens)

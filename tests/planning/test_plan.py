@@ -109,6 +109,8 @@ def test_tails_are_those_of_the_lengths_that_are_assumed_or_found_in_a_run(tmp_p
     assert all(0 <= tail.lost < 1 for tail in given.tails)
     wide = make_plan(recipe, HF_CONFIG, cluster(), lengths=AssumedLengths(mean=1000, spread=1.2))
     assert wide.segment_tokens == 500
+    moving = recipe.changed(generation=recipe.generation.changed(segment_tokens=700))
+    assert make_plan(moving, HF_CONFIG, cluster()).segment_tokens == 700, "the recipe's own"
     assert wide.tails[0].seconds > given.tails[0].seconds
     (tmp_path / "metrics.jsonl").write_text('{"response_length/mean": 700.0, "response_length/max": 1500}')
     run = make_plan(recipe, HF_CONFIG, cluster(), lengths=AssumedLengths(metrics=tmp_path))

@@ -45,9 +45,36 @@ def test_a_phase_lasts_as_long_as_its_longest_response():
 def test_what_does_not_fit_waits_for_its_place():
     one = simulate_tail(replica(responses=4, max_requests=1), ROUND, replicas=1)
     assert (one.seconds, one.lost) == (100.0, 0.0), "one after the other"
-    # 80 tokens hold two responses with their prompts: the third joins when the first ends, the last when all have.
+    # 80 tokens hold the four prompts and ten tokens of each, and after the first response six more of each: then the
+    # newest has to go. It has a place again when the second response has ended, and 24 tokens to go.
     cache = simulate_tail(replica(responses=4, cache_tokens=80), ROUND, replicas=1)
-    assert cache.seconds == 10 + 30 + 40
+    assert (cache.seconds, cache.tokens) == (10 + 6 + 4 + 24, 100)
+
+
+def test_responses_share_their_prompt_in_the_cache():
+    # With one prompt at most 70 tokens are in the cache, at the end of the second and of the third response.
+    shared, own = (
+        simulate_tail(replica(responses=4, cache_tokens=75, responses_per_prompt=count), ROUND, replicas=1)
+        for count in (4, 1)
+    )
+    assert shared.seconds == 40
+    assert own.seconds > 40
+
+
+def test_a_replica_that_is_done_takes_the_next_prompt():
+    class Uneven(Lengths):
+        def draw(self, count, source):
+            return [40, 10, 10, 10][:count]
+
+    lengths = Uneven(mean=20.0, cut=40, spread=1.0)
+    # 40, 10, 40 and 10 tokens: the second replica has room first, takes the third, and the first one the last.
+    assert simulate_tail(replica(responses=2, max_requests=1), lengths, replicas=2).seconds == 50
+    # The responses to a prompt begin together: a place for one is no room for two.
+    two, three = (
+        simulate_tail(replica(responses=4, max_requests=slots, responses_per_prompt=2), lengths, replicas=1)
+        for slots in (2, 3)
+    )
+    assert (two.seconds, three.seconds) == (40 + 10, 40)
 
 
 def test_the_part_that_is_lost_by_hand():
@@ -64,7 +91,7 @@ def test_the_part_that_is_lost_by_hand():
 def test_segments_end_a_phase_and_lose_less():
     lengths = Lengths(mean=400, cut=4000, spread=1.0)
     whole, parts = (
-        simulate_tail(replica(responses=128, max_requests=128), lengths, replicas=8, segment_tokens=tokens)
+        simulate_tail(replica(responses=128, max_requests=1024), lengths, replicas=8, segment_tokens=tokens)
         for tokens in (0, 200)
     )
     assert parts.seconds <= 200
@@ -124,7 +151,22 @@ def test_what_goes_on_is_computed_again():
             return [20] * count
 
     tail = simulate_tail(replica(responses=2), Twice(mean=20.0, cut=20, spread=1.0), replicas=1, segment_tokens=10)
-    assert tail.continued == 10.0, "two responses go on with ten tokens each in every other phase"
+    assert tail.continued == 2 * (10 + 10), "in each phase two responses go on, with ten tokens and their prompts"
+    assert (tail.seconds, tail.tokens) == (10.0, 2 * 10 + 2 * 10)
+
+
+def test_a_group_goes_on_where_it_began():
+    # Each replica has one response of 10 tokens and one of 40 a phase, and two slots: those of 40 go on before others.
+    class Mixed(Lengths):
+        def draw(self, count, source):
+            return [10, 40]
+
+    tail = simulate_tail(
+        replica(responses=2, max_requests=8), Mixed(mean=25.0, cut=40, spread=1.0), replicas=2, segment_tokens=20
+    )
+    assert tail.tokens == 2 * (10 + 40)
+    assert tail.seconds == 20.0
+    assert tail.continued == 2 * (20 + 10)
 
 
 def test_a_replica_has_its_share_of_a_step():
