@@ -1,6 +1,5 @@
 """The model folder, and one rank in the test process itself."""
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from tests.generation.worlds import start
+from tests.ranks import free_port
 from tests.tiny_hf import tiny_hf_model
 
 
@@ -25,9 +25,7 @@ def model_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def one_rank(model_folder) -> Iterator[tuple[R1V2Model, ParallelContext]]:
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-        probe.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_PORT", str(free_port()))
         yield start(model_folder, ParallelConfig())
     groups.shut_down()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import multiprocessing
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel import cpu, groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 from tests.tiny_hf import tiny_hf_model
 
 VISION = VisionArchitecture(32, 1, 4, 64, 32, 4, "layer_norm", 1e-6, True, False)
@@ -124,10 +123,8 @@ def everything(context: ParallelContext, folder: Path | None) -> None:
 @pytest.fixture(scope="module")
 def context() -> Iterator[ParallelContext]:
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-        probe.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_PORT", str(free_port()))
         yield groups.initialize(ParallelConfig(), seed=1)
     groups.shut_down()
 
