@@ -1,4 +1,4 @@
-"""What all tests share: the order of their files, and a heap that is quick to collect."""
+"""The order of the test files, and a heap that is quick to collect."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class RunInfo:
     device: str = ""
     """The name of the main rank's processor or GPU."""
     goes_back: bool = False
-    """Whether it goes on from a step that was named, so that later ones are done again in another way."""
+    """True where it goes on from a step that was named, so that later ones are done again in another way."""
 
 
 class PhaseMemory(Protocol):

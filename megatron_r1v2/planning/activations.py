@@ -55,7 +55,7 @@ class ActivationModel:
     """w: 2 for bf16, 4 for fp32."""
     recompute: Recompute
     measures_entropy: bool = False
-    """Whether an update measures the entropy of its tokens."""
+    """True where an update measures the entropy of its tokens."""
 
     @property
     def trains_language(self) -> bool:

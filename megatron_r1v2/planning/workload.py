@@ -69,7 +69,7 @@ class Workload:
     target_effective_fraction: float
     has_reference: bool
     has_reward_model: bool = False
-    """Whether a reward model lies beside the policy, in its layout."""
+    """True where a reward model lies beside the policy, in its layout."""
     validated: int = 0
     """Prompts of a validation; 0: there is none."""
     validated_runs: int = 1
