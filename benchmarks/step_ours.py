@@ -68,6 +68,7 @@ def settings_of(work: Path, case: Case, output: Path) -> dict[str, dict[str, obj
             "prompts_per_step": case.prompts,
             "steps": 10_000,
             "learning_rate": 1e-6,
+            "min_learning_rate": 0.0,
             "tokens_per_microbatch": 4096,
         },
         "checkpoint": {"every_steps": 0, "asynchronous": False},

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from benchmarks import decode
-from benchmarks.step_cases import CASES, Clock, Turn, pseudo
+from benchmarks.step_cases import CASES, Case, Clock, Turn, pseudo
+from benchmarks.step_ours import settings_of
 from benchmarks.step_vs_trl import ROOT, expected_seconds, report, run_turns
+from megatron_r1v2.config.load import load_recipe
 
 CASE = CASES["33m-image64-response48-adapter"]
 
@@ -111,3 +114,9 @@ def test_cases_have_names_of_their_own_and_the_peers_need_none_of_our_packages()
     assert pseudo("a") != pseudo("b")
     assert 0 <= pseudo("a") <= 1
     assert not any(name in Path(sys.modules[Turn.__module__].__file__ or "").read_text() for name in ("megatron_r1v2",))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_the_settings_of_each_case_are_a_recipe(tmp_path: Path, case: Case) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings_of(tmp_path, case, tmp_path / "run")))
+    assert load_recipe(tmp_path / "recipe.yaml").train.steps == 10_000
