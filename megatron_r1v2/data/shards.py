@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import struct
@@ -71,6 +72,9 @@ def _write_tars(samples: Iterable[ShardSample], folder: Path, samples_per_shard:
 
 def _prepare_for_energon(folder: Path) -> None:
     names = sorted(path.name for path in folder.glob("*.tar"))
+    # Energon forks. A forked process that collected a process group of ours as garbage would wait for that group's
+    # threads, which only this process has, for ever.
+    gc.collect()
     # Energon prints each step to the standard output, where the command's own result belongs.
     with contextlib.redirect_stdout(io.StringIO()):
         BaseWebdatasetFactory.prepare_dataset(

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
+import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,33 @@ def test_energon_itself_reads_the_folder(tmp_path: Path) -> None:
     )
     keys = sorted(sample.__key__ for sample in get_loader(dataset, watchdog_timeout_seconds=None))
     assert keys == [f"digits-{index:04d}" for index in range(12)]
+
+
+class HeldByThreads:
+    """Like a process group of gloo: only the process that made it can delete it."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.itself = self
+
+    def __del__(self) -> None:
+        while os.getpid() != self.process:
+            time.sleep(1)
+
+
+@pytest.mark.timeout(60)
+def test_the_process_that_energon_forks_meets_no_garbage_of_ours(tmp_path: Path) -> None:
+    HeldByThreads()
+    collections = iter([(1, 1, 1)])
+    # A hook cannot be taken back: this one acts on one fork only.
+    os.register_at_fork(after_in_child=lambda: gc.set_threshold(*next(collections, gc.get_threshold())))
+    threshold = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        assert check_shards(tiny_shards(tmp_path / "data", 3)) == {"shard-000000.tar": 3}
+    finally:
+        gc.set_threshold(*threshold)
+        next(collections, None)
 
 
 def test_nothing_is_left_after_a_bad_sample(tmp_path: Path) -> None:
