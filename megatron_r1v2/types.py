@@ -226,3 +226,7 @@ class TrainingBatch:
 
 class NoRoomError(ValueError):
     """A key-value cache of what is free has no room for one sequence."""
+
+
+class RowsTooLongError(ValueError):
+    """Rows of the data are longer than the recipe or the model allows."""

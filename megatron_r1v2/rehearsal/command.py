@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries
 from megatron_r1v2.planning.command import add_cluster_options, read_cluster, recipe_to_plan
 from megatron_r1v2.planning.known_models import find_hf_config
-from megatron_r1v2.types import NoRoomError
+from megatron_r1v2.types import NoRoomError, RowsTooLongError
 
 _DESCRIPTION = """\
 Rehearse a run on a CPU before it is queued: the stage's own code as one rank of each pipeline stage, on tensors without
@@ -65,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
         )
     except NoRoomError as error:
         print(f"It does not fit: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except RowsTooLongError as error:
+        print(f"It would end before its first step, so nothing was rehearsed.\n{error}", file=sys.stderr)
         raise SystemExit(1) from error
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

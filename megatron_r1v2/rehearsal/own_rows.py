@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
@@ -16,6 +16,10 @@ from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
 from megatron_r1v2.data.shards import check_shards, write_shards
 from megatron_r1v2.data.survey import GIVEN_FIELDS, GivenResponses, sample_heads
 from megatron_r1v2.rehearsal.rows import ANSWER, LONG, MARGIN
+from megatron_r1v2.types import RowsTooLongError
+
+_NAMED = 5
+"""Of the rows of a data set that are too long."""
 
 
 @dataclass(frozen=True, order=True)
@@ -43,24 +47,39 @@ class DataLengths:
     longest_prompt: RowLength | None = None
     longest: list[RowLength] = field(default_factory=list)
     """The longest rows, the longest first."""
-    too_long: list[str] = field(default_factory=list)
-    """An error for each prompt above the limit, and each row that is longer than the model has positions."""
-    is_error: bool = False
-    """Whether the stage would end by them."""
+    left_out: list[str] = field(default_factory=list)
+    """A sentence for each prompt above the limit that data.too_long=skip leaves out."""
+    mistakes: list[str] = field(default_factory=list)
+    """An error for each row that would end the run: its prompt is above the limit, or the row past the positions."""
 
     def sentences(self, settings: DataConfig) -> list[str]:
         """Return the findings in words."""
         if self.longest_prompt is None or not self.longest:
-            return [f"{self.folder}: none of {self.rows} rows can be trained on", *self.too_long[:1]]
+            return [f"{self.folder}: none of {self.rows} rows can be trained on", *self.left_out[:1]]
         prompt, row = self.longest_prompt, self.longest[0]
         found = [
             f"{self.folder}: {self.rows} rows; the longest prompt has {prompt.prompt} of "
             f"{settings.max_prompt_tokens} tokens ({prompt.place}), the longest row {row.tokens} ({row.place})"
         ]
-        if self.too_long:
-            verb = "end the run" if self.is_error else "are left out"
-            found.append(f"{self.folder}: {len(self.too_long)} rows are too long and {verb}: {self.too_long[0]}")
+        if self.left_out:
+            found.append(f"{self.folder}: {len(self.left_out)} rows are too long and are left out: {self.left_out[0]}")
         return found
+
+
+def check_lengths(measured: Iterable[DataLengths]) -> None:
+    """Refuse data sets with rows that would end the run.
+
+    Raises:
+        RowsTooLongError: the first such rows of each data set, and how many there are.
+    """
+    told: list[str] = []
+    for lengths in measured:
+        if count := len(lengths.mistakes):
+            told.append(f"{lengths.folder}: {count} of {lengths.rows} rows are too long and would end the run")
+            told += [f"  {mistake}" for mistake in lengths.mistakes[:_NAMED]]
+            told += [f"  ... and {count - _NAMED} more"] * (count > _NAMED)
+    if told:
+        raise RowsTooLongError("\n".join(told))
 
 
 @dataclass(frozen=True)
@@ -94,14 +113,13 @@ class OwnRows:
                 try:
                     length = self._measure(shard, sample, sizes, given=given)
                 except PromptTooLong as error:
-                    found.too_long.append(f"{shard}: {error}")
-                    found.is_error |= self.settings.too_long is not TooLong.skip
+                    skips = self.settings.too_long is TooLong.skip
+                    (found.left_out if skips else found.mistakes).append(f"{shard}: {error}")
                     continue
                 except SampleError:
                     continue  # counted where it is read for training
                 if length.tokens > self.max_positions:
-                    found.is_error = True
-                    found.too_long.append(
+                    found.mistakes.append(
                         f"{length.place}: prompt and response have {length.tokens} tokens, the model has "
                         f"{self.max_positions} positions; take the row out, or shorten its response"
                     )

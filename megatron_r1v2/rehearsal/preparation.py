@@ -196,6 +196,20 @@ class Inputs:
     """Whether the run would end by a row that is too long."""
 
 
+@dataclass(frozen=True)
+class _Size:
+    """The rows of a data set."""
+
+    long: int
+    """Of full length, in a step."""
+    short: int
+    steps: int
+
+    @property
+    def rows(self) -> int:
+        return self.long + self.short
+
+
 def write_rehearsal(
     recipe: AnyTraining,
     config: Mapping[str, object],
@@ -215,45 +229,51 @@ def write_rehearsal(
         own_data: whether to take the longest rows of the recipe's data sets instead of made ones.
 
     Raises:
+        RowsTooLongError: rows of the recipe's data sets would end the run.
         ValueError: among others, a data set of the recipe is missing, or no row of it fits.
     """
     from megatron_r1v2.data.tokenizer import ChatTokenizer
     from megatron_r1v2.rehearsal.rows import write_model_folder
 
     folder.mkdir(parents=True, exist_ok=True)
+    segments = segments_of_response(recipe)
+    step = plan_step(Workload.from_recipe(recipe, architecture), layout, segments=segments)
+    # A run with segments wants as many prompts as there can be in flight.
+    sizes = {"train": _Size(step.long, step.short, max(STEPS, segments))}
+    if recipe.data.validation:
+        sizes["validation"] = _Size(layout.data, 0, 1)
+    said: list[str] = []
+    if own_data:
+        # Before anything else is made: rows that would end the run are told in seconds.
+        said = _write_own_rows(_own_rows(recipe, architecture, hf_path), recipe, sizes, folder)
+        step = changed(step, long=step.long + step.short, short=0)
     if hf_path is None or not any(hf_path.glob("*.safetensors")):
         write_model_folder(folder / "hf", config, hf_path)
         hf_path = folder / "hf"
-    segments = segments_of_response(recipe)
-    step = plan_step(Workload.from_recipe(recipe, architecture), layout, segments=segments)
-    tokenizer = ChatTokenizer(hf_path)
-    sets = {"train": tuple(source.path for source in recipe.data.sources)}
-    if recipe.data.validation:
-        sets["validation"] = (recipe.data.validation,)
-    # A run with segments wants as many prompts as there can be in flight.
-    sizes = {"train": (step.long, step.short, max(STEPS, segments)), "validation": (layout.data, 0, 1)}
-    said: list[str] = []
-    ends = False
-    if own_data:
-        rows = _own_rows(recipe, architecture, tokenizer)
-        step = changed(step, long=step.long + step.short, short=0)
-        for name, sources in sets.items():
-            long, short, steps = sizes[name]
-            wanted = (long + short) * steps
-            measured = [rows.measure(source, wanted, given=name == "train") for source in sources]
-            for lengths in measured:
-                said += lengths.sentences(recipe.data)
-                ends |= lengths.is_error
-            rows.write(measured, folder / name, rows=long + short, steps=steps)
-    else:
-        writer = _row_writer(recipe, architecture, tokenizer)
-        for name in sets:
-            long, short, steps = sizes[name]
-            writer.write(folder / name, long=long, short=short, steps=steps)
+    if not own_data:
+        writer = _row_writer(recipe, architecture, ChatTokenizer(hf_path))
+        for name, size in sizes.items():
+            writer.write(folder / name, long=size.long, short=size.short, steps=size.steps)
     path = folder / "recipe.yaml"
     rehearsed = rehearsed_recipe(recipe, step, folder, hf_path)
     path.write_text(recipe_yaml(rehearsed))
-    return Inputs(path, step, tuple(changed_settings(recipe, rehearsed, folder)), tuple(said), ends)
+    return Inputs(path, step, tuple(changed_settings(recipe, rehearsed, folder)), tuple(said))
+
+
+def _write_own_rows(rows: OwnRows, recipe: AnyTraining, sizes: Mapping[str, _Size], folder: Path) -> list[str]:
+    """Measure the recipe's data sets, write the longest rows of each, and return what there is to say."""
+    from megatron_r1v2.rehearsal.own_rows import check_lengths
+
+    sets = {"train": [source.path for source in recipe.data.sources], "validation": [recipe.data.validation]}
+    measured = {
+        name: [rows.measure(path, size.rows * size.steps, given=name == "train") for path in sets[name]]
+        for name, size in sizes.items()
+    }
+    found = [lengths for each in measured.values() for lengths in each]
+    check_lengths(found)
+    for name, size in sizes.items():
+        rows.write(measured[name], folder / name, rows=size.rows, steps=size.steps)
+    return [sentence for lengths in found for sentence in lengths.sentences(recipe.data)]
 
 
 def _row_writer(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: ChatTokenizer) -> RowWriter:
@@ -273,11 +293,19 @@ def _row_writer(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: 
     )
 
 
-def _own_rows(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: ChatTokenizer) -> OwnRows:
+def _own_rows(recipe: AnyTraining, architecture: R1V2Architecture, hf_path: Path | None) -> OwnRows:
     from megatron_r1v2.data.prompts import PromptBuilder
+    from megatron_r1v2.data.tokenizer import ChatTokenizer
     from megatron_r1v2.rehearsal.own_rows import OwnRows
 
     assert recipe.stage is not None
+    if hf_path is None or not any(hf_path.glob("tokenizer*")):
+        missing = "there is no folder of the model" if hf_path is None else f"{hf_path} has none"
+        raise ValueError(
+            f"--data measures rows with the model's own tokenizer, but {missing}; give --hf-config a folder with its "
+            "config.json and tokenizer (weights are not needed), or leave --data out"
+        )
+    tokenizer = ChatTokenizer(hf_path)
     builder = PromptBuilder(
         settings=recipe.data,
         tokenizer=tokenizer,

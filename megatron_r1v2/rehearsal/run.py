@@ -47,8 +47,6 @@ class Rehearsal:
     """Settings that the rehearsal has changed."""
     data: tuple[str, ...] = ()
     """The lengths of the recipe's own rows, where these were read."""
-    ends_by_data: bool = False
-    """Whether the run would end by a row that is too long."""
 
     @cached_property
     def planned(self) -> tuple[RankMemory, ...]:
@@ -73,7 +71,7 @@ class Rehearsal:
     @property
     def passed(self) -> bool:
         """Return whether nothing was found."""
-        return not (self.too_full or self.mismatches or self.ends_by_data or any(rank.error for rank in self.ranks))
+        return not (self.too_full or self.mismatches or any(rank.error for rank in self.ranks))
 
 
 def plan_as_rehearsed(plan: Plan, step: Step) -> tuple[RankMemory, ...]:
@@ -157,6 +155,7 @@ def rehearse(
         own_data: whether to rehearse on the longest rows of the recipe's data sets instead of made ones.
 
     Raises:
+        RowsTooLongError: with `own_data`, rows would end the run; nothing is rehearsed.
         ValueError: among others, a data set of the recipe is missing.
     """
     layout = plan.layout
@@ -200,7 +199,6 @@ def rehearse(
         step,
         changes=inputs.changes,
         data=inputs.data,
-        ends_by_data=inputs.ends_by_data,
     )
 
 

@@ -162,8 +162,6 @@ def _verdict(found: Rehearsal) -> str:
     failed = [f"{rank.place}, {rank.error_phase}" for rank in found.ranks if rank.error]
     if failed:
         return f"[red]It does not run[/red]: {'; '.join(failed)}"
-    if found.ends_by_data:
-        return "[red]It ends before its first step[/red]: rows of its data are too long, see above"
     if found.mismatches:
         return f"[red]It would hang[/red]: {len(found.mismatches)} groups whose ranks call different collectives"
     if found.too_full:

@@ -8,7 +8,7 @@ from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.rehearsal.command import main
-from tests.rehearsal.test_own_rows import png
+from tests.rehearsal.test_own_rows import png, sample
 from tests.rehearsal.tiny_rehearsal import RECIPES, TINY, tiny_model
 
 
@@ -50,6 +50,26 @@ def test_data_that_is_not_there_is_an_error_before_anything_runs(tmp_path, capsy
         main([str(RECIPES / "grpo.yaml"), *TINY, *layout, "data.train=nowhere", "--gpus", "1", "--data"])
     assert stopped.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_rows_that_are_too_long_are_told_before_anything_is_rehearsed(tmp_path, monkeypatch, capsys):
+    model = tiny_model(tmp_path / "model")
+    write_shards([sample("long", 60), *(sample(f"huge-{number}", 400) for number in range(7))], tmp_path / "data")
+    monkeypatch.setattr("megatron_r1v2.rehearsal.run.rehearse_ranks", lambda *_: pytest.fail("a rank was rehearsed"))
+    data = [f"data.train={tmp_path / 'data'}", "data.validation=", "evaluation.every_steps=0"]
+    layout = ["parallel.tensor=1", "parallel.sequence=false", f"model.hf_path={model}"]
+    capsys.readouterr()  # of making the model
+    with pytest.raises(SystemExit) as stopped:
+        main([str(RECIPES / "align.yaml"), *TINY, *layout, *data, "--gpus", "1", "--data", "--json"])
+    assert stopped.value.code == 1
+    first, count, *rows, rest = capsys.readouterr().err.splitlines()
+    assert first == "It would end before its first step, so nothing was rehearsed."
+    assert count == f"{tmp_path / 'data'}: 7 of 8 rows are too long and would end the run"
+    assert [row.partition(": the prompt has ")[0] for row in rows] == [
+        f"  shard-000000.tar: sample 'huge-{number}'" for number in range(5)
+    ]
+    assert all("data.max_prompt_tokens is 256; raise it" in row for row in rows)
+    assert rest == "  ... and 2 more"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
-from megatron_r1v2.rehearsal.own_rows import OwnRows, read_sample
+from megatron_r1v2.rehearsal.own_rows import DataLengths, OwnRows, check_lengths, read_sample
 from megatron_r1v2.rehearsal.rows import LONG
+from megatron_r1v2.types import RowsTooLongError
 from tests.rehearsal.tiny_rehearsal import tiny_model
 
 
@@ -71,7 +72,8 @@ def test_the_longest_prompt_and_row_are_named_with_their_place(tokenizer, folder
     assert f"4 rows; the longest prompt has {lengths.longest_prompt.prompt} of 120 tokens" in sentence
     assert "(shard-000000.tar: prompt)" in sentence
     assert f"the longest row {lengths.longest[0].tokens} (shard-000001.tar: response)" in sentence
-    assert not lengths.is_error
+    assert not lengths.mistakes
+    check_lengths([lengths])
 
 
 def test_sampled_responses_are_as_long_as_the_limit(tokenizer, folder):
@@ -81,21 +83,51 @@ def test_sampled_responses_are_as_long_as_the_limit(tokenizer, folder):
     assert row.tokens == row.prompt + 50, "a validation samples too"
 
 
-@pytest.mark.parametrize(("policy", "is_error"), [(TooLong.error, True), (TooLong.skip, False)])
-def test_prompts_above_the_limit_are_named(tokenizer, tmp_path, policy, is_error):
+@pytest.mark.parametrize("policy", [TooLong.error, TooLong.fewer_tiles])
+def test_prompts_above_the_limit_are_refused_by_name(tokenizer, tmp_path, policy):
     write_shards([*SAMPLES, sample("huge", 300)], tmp_path / "data")
     rows = own_rows(tokenizer, too_long=policy)
     lengths = rows.measure(str(tmp_path / "data"), 2)
-    assert lengths.is_error is is_error
-    assert "shard-000000.tar: sample 'huge': the prompt has" in lengths.sentences(rows.settings)[1]
+    assert lengths.left_out == []
+    assert len(rows.measure(str(tmp_path / "data"), 2).sentences(rows.settings)) == 1, "nothing is left out"
+    with pytest.raises(RowsTooLongError) as refused:
+        check_lengths([lengths])
+    count, mistake = str(refused.value).splitlines()
+    assert count == f"{tmp_path / 'data'}: 1 of 5 rows are too long and would end the run"
+    assert mistake.startswith("  shard-000000.tar: sample 'huge': the prompt has 3")
+    assert "data.max_prompt_tokens is 120; raise it" in mistake
+
+
+def test_prompts_above_the_limit_that_are_skipped_are_told(tokenizer, tmp_path):
+    write_shards([*SAMPLES, sample("huge", 300)], tmp_path / "data")
+    rows = own_rows(tokenizer, too_long=TooLong.skip)
+    lengths = rows.measure(str(tmp_path / "data"), 2)
+    assert lengths.mistakes == []
+    assert (
+        "1 rows are too long and are left out: shard-000000.tar: sample 'huge': the prompt has"
+        in (lengths.sentences(rows.settings)[1])
+    )
 
 
 def test_a_row_longer_than_the_model_is_an_error(tokenizer, tmp_path):
-    write_shards([*SAMPLES, sample("endless", 10, response=500)], tmp_path / "data")
+    write_shards([*SAMPLES, sample("huge", 300), sample("endless", 10, response=500)], tmp_path / "data")
     lengths = own_rows(tokenizer, too_long=TooLong.skip).measure(str(tmp_path / "data"), 2)
-    assert lengths.is_error
-    assert "endless: prompt and response have" in lengths.too_long[0]
-    assert "the model has 400 positions" in lengths.too_long[0]
+    (mistake,) = lengths.mistakes
+    assert "endless: prompt and response have" in mistake
+    assert "the model has 400 positions" in mistake
+    assert len(lengths.left_out) == 1, "which is no error"
+
+
+def test_the_first_rows_of_each_data_set_are_listed_and_the_rest_counted():
+    many = DataLengths("many", rows=9, mistakes=[f"row {number}" for number in range(7)])
+    five = DataLengths("five", rows=9, mistakes=[f"row {number}" for number in range(5)])
+    with pytest.raises(RowsTooLongError) as refused:
+        check_lengths([many, DataLengths("sound", rows=9), five])
+    rows = [f"  row {number}" for number in range(5)]
+    assert str(refused.value).splitlines() == [
+        *("many: 7 of 9 rows are too long and would end the run", *rows, "  ... and 2 more"),
+        *("five: 5 of 9 rows are too long and would end the run", *rows),
+    ]
 
 
 @pytest.mark.parametrize("stage", [StageName.mpo, StageName.grpo])
@@ -121,7 +153,7 @@ def test_the_longest_rows_of_a_mixture_are_those_of_all_its_sets(tokenizer, fold
 
 def test_nothing_that_fits_is_an_error(tokenizer, tmp_path):
     write_shards([sample("huge", 300)], tmp_path / "data")
-    rows = own_rows(tokenizer)
+    rows = own_rows(tokenizer, too_long=TooLong.skip)
     lengths = rows.measure(str(tmp_path / "data"), 2)
     with pytest.raises(ValueError, match="none of 1 rows can be trained on"):
         rows.write([lengths], tmp_path / "made", rows=1)

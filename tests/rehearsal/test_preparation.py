@@ -17,6 +17,7 @@ from megatron_r1v2.rehearsal.preparation import (
     segments_of_response,
     write_rehearsal,
 )
+from megatron_r1v2.types import RowsTooLongError
 from tests.planning.plans import ARCHITECTURE
 from tests.rehearsal.test_own_rows import sample
 from tests.rehearsal.tiny_rehearsal import RECIPES, tiny_model
@@ -126,22 +127,48 @@ def test_a_reward_model_is_rehearsed_where_it_lies_beside_the_policy(monkeypatch
     assert (rehearsed.reward.model_weight, rehearsed.reward_model.checkpoint) == (weight, checkpoint)
 
 
+LIMITS = ("data.max_prompt_tokens=120", "data.max_tiles=1", "generation.max_response_tokens=96")
+NO_VALIDATION = ("data.validation=", "evaluation.every_steps=0")
+
+
+def own_rehearsal(folder, model, *overrides):
+    config, _ = read_hf_config(model)
+    architecture, _ = read_hf_architecture(model)
+    recipe = load_recipe(RECIPES / "mpo.yaml", [*LIMITS, *overrides])
+    layout = Layout(1, 1, 1, 0, False)
+    return write_rehearsal(recipe, config, architecture, layout, folder=folder, hf_path=model, own_data=True)
+
+
 def test_every_data_set_of_a_mixture_is_measured(tmp_path):
     model = tiny_model(tmp_path / "model")
     write_shards([sample("short", 5), sample("long", 40)], tmp_path / "one")
     write_shards([sample("endless", 400)], tmp_path / "two")
     mixture = f"data.train=[{{path: {tmp_path / 'one'}}}, {{path: {tmp_path / 'two'}, weight: 2}}]"
-    limits = ["data.max_prompt_tokens=120", "data.max_tiles=1", "generation.max_response_tokens=96"]
-    no_validation = ["data.validation=", "evaluation.every_steps=0"]
-    recipe = load_recipe(RECIPES / "mpo.yaml", [mixture, *limits, *no_validation])
-    config, _ = read_hf_config(model)
-    architecture, _ = read_hf_architecture(model)
-    layout = Layout(1, 1, 1, 0, False)
-    inputs = write_rehearsal(
-        recipe, config, architecture, layout, folder=tmp_path / "made", hf_path=model, own_data=True
-    )
-    first, second, error = inputs.data
+    inputs = own_rehearsal(tmp_path / "made", model, mixture, *NO_VALIDATION, "data.too_long=skip")
+    first, second, left_out = inputs.data
     assert f"{tmp_path / 'one'}: 2 rows; the longest prompt" in first
     assert f"{tmp_path / 'two'}: none of 1 rows can be trained on" in second
-    assert "sample 'endless': the prompt has" in error
-    assert inputs.ends_by_data
+    assert "sample 'endless': the prompt has" in left_out
+
+
+def test_rows_that_would_end_the_run_are_refused_before_anything_is_made(tmp_path):
+    """Of all data sets at once."""
+    model = tiny_model(tmp_path / "model")
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()  # they would be made
+    write_shards([sample("short", 5), sample("endless", 400)], tmp_path / "one")
+    write_shards([sample("held-out", 300)], tmp_path / "two")
+    with pytest.raises(RowsTooLongError) as refused:
+        own_rehearsal(tmp_path / "made", model, f"data.train={tmp_path / 'one'}", f"data.validation={tmp_path / 'two'}")
+    assert [line.partition(": ")[0] for line in str(refused.value).splitlines()] == [
+        *(f"{tmp_path / 'one'}", "  shard-000000.tar", f"{tmp_path / 'two'}", "  shard-000000.tar")
+    ]
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_rows_are_measured_with_the_models_own_tokenizer_or_not_at_all(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"own tokenizer, but {model} has none; give --hf-config a folder with its"):
+        own_rehearsal(tmp_path / "made", model)
