@@ -35,12 +35,13 @@ from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
+from megatron_r1v2.planning.memory import RankMemory
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.planning.plan import Cluster, Plan, make_plan
+from megatron_r1v2.planning.plan import Cluster, make_plan
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
 from megatron_r1v2.rehearsal.preparation import write_rehearsal
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec, rehearse_rank
-from megatron_r1v2.rehearsal.run import planned_memory, rehearse_ranks
+from megatron_r1v2.rehearsal.run import plan_as_rehearsed, planned_memory, rehearse_ranks
 from megatron_r1v2.rehearsal.watch import Watch, original
 from megatron_r1v2.rehearsal.watch import replace as put
 from megatron_r1v2.resilience.files import write_file
@@ -154,8 +155,8 @@ def hf_config(case: Case, *, tiny: bool) -> dict[str, Any]:
     return config
 
 
-def prepare(case: Case, folder: Path, *, tiny: bool, device: str) -> tuple[RankSpec, Plan]:
-    """Write the inputs of a step and return what runs it, with the plan.
+def prepare(case: Case, folder: Path, *, tiny: bool, device: str) -> tuple[RankSpec, tuple[RankMemory, ...]]:
+    """Write the inputs of a step and return what runs it, with the plan of its rows.
 
     Args:
         folder: a new one.
@@ -197,7 +198,7 @@ def prepare(case: Case, folder: Path, *, tiny: bool, device: str) -> tuple[RankS
         whole_groups=step.whole_groups,
         decoded_tokens=recipe.generation.max_response_tokens if case.decodes_all else 4,
     )
-    return spec, plan
+    return spec, plan_as_rehearsed(plan, step)
 
 
 def rehearse(name: str, output: Path, *, tiny: bool, device: str = "cuda") -> RankResult:
@@ -304,7 +305,7 @@ def measure(
     peaks = _rehearsed_peaks(name, rehearsed, tiny=tiny)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="r1v2-step-") as folder:
-        spec, plan = prepare(CASES[name], Path(folder), tiny=tiny, device=device.type)
+        spec, planned = prepare(CASES[name], Path(folder), tiny=tiny, device=device.type)
         install_random_weights(device)
         metrics = Path(spec.recipe).parent / "run" / "metrics.jsonl"
         began: list[tuple[str, float]] = []
@@ -317,7 +318,7 @@ def measure(
                 "seconds": result.seconds,
                 "phase": phase,
                 "began": began,
-                "phases": compare(plan, peaks, result),
+                "phases": compare(planned, peaks, result),
                 "metrics": json.loads(lines[-1]),
                 "error": f"{result.error_phase}: {result.error}" if result.error else "",
             }
@@ -343,16 +344,18 @@ def _rehearsed_peaks(name: str, file: Path, *, tiny: bool) -> list[tuple[str, in
     return [(phase, peak) for phase, peak in content["phases"]]
 
 
-def compare(plan: Plan, rehearsed: Sequence[tuple[str, int]], measured: RankResult) -> list[dict[str, Any]]:
+def compare(
+    planned: Sequence[RankMemory], rehearsed: Sequence[tuple[str, int]], measured: RankResult
+) -> list[dict[str, Any]]:
     """Return the bytes of each phase that was measured: planned, rehearsed, measured."""
     rows = []
     for number, phase in enumerate(measured.phases):
-        planned = planned_memory(plan.memory.ranks, measured, phase)
+        memory = planned_memory(planned, measured, phase)
         # A rehearsal has the same phases in the same order, and loads its checkpoint at the end.
         known = number < len(rehearsed) and rehearsed[number][0] == phase.name
         row = {
             "phase": phase.name,
-            "planned": planned.total if planned is not None else None,
+            "planned": memory.total if memory is not None else None,
             "rehearsed": rehearsed[number][1] if known else None,
             "measured": phase.peak,
         }

@@ -13,8 +13,11 @@ import torch
 
 from benchmarks import gpu_step
 from benchmarks.gpu_step import CASES, AllocatorWatch, compare, hf_config, prepare, rehearse
+from megatron_r1v2.planning.plan import Plan, make_plan
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
+from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.rank import RankResult
+from megatron_r1v2.rehearsal.run import plan_as_rehearsed
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,10 +124,36 @@ def test_phases_get_the_peaks_of_the_allocator(monkeypatch: pytest.MonkeyPatch) 
     assert found == {"step": (0, 60), "generate": (10, 60), "update": (10, 30), "load": (25, 125)}
 
 
+def test_the_plan_is_of_the_rows_that_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the fullest step of the recipe, which has more of them."""
+    plans: list[Plan] = []
+
+    def make(*arguments) -> Plan:
+        plans.append(make_plan(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(gpu_step, "make_plan", make)
+    spec, planned = prepare(CASES["thin"], tmp_path, tiny=True, device="cpu")
+    (plan,) = plans
+    step = Step(
+        long=spec.rehearsed_prompts,
+        short=0,
+        mixed_groups=spec.mixed_groups,
+        prompts_of_replica=spec.prompts_of_step,
+        long_of_replica=spec.rehearsed_prompts,
+    )
+    assert planned == plan_as_rehearsed(plan, step)
+    fullest = {each.phase: each.total for each in plan.memory.ranks}
+    taken = {each.phase: each.total for each in planned}
+    assert taken.keys() == fullest.keys()
+    assert all(taken[phase] <= fullest[phase] for phase in taken)
+    assert taken["update"] < fullest["update"]
+
+
 def test_rows_are_compared_by_phase_and_order(tmp_path: Path) -> None:
-    _, plan = prepare(CASES["thin"], tmp_path, tiny=True, device="cpu")
+    _, planned = prepare(CASES["thin"], tmp_path, tiny=True, device="cpu")
     measured = RankResult(0, phases=[PhaseMemory("load", 0, 100), PhaseMemory("update", 0, 200)])
-    rows = compare(plan, [("load", 110), ("update", 190), ("load checkpoint", 5)], measured)
+    rows = compare(planned, [("load", 110), ("update", 190), ("load checkpoint", 5)], measured)
     assert rows[0] == {
         "phase": "load",
         "planned": None,
@@ -134,4 +163,4 @@ def test_rows_are_compared_by_phase_and_order(tmp_path: Path) -> None:
     }
     assert (rows[1]["rehearsed"], rows[1]["rehearsed / measured"]) == (190, 0.95)
     assert rows[1]["planned / measured"] == round(rows[1]["planned"] / 200, 4)
-    assert compare(plan, [("update", 190)], measured)[0]["rehearsed"] is None
+    assert compare(planned, [("update", 190)], measured)[0]["rehearsed"] is None
