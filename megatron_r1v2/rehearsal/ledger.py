@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections import Counter
@@ -126,6 +127,9 @@ class MemoryLedger:
             alone: its peak is none of the phases around it.
         """
         around, self._open = self._open, [] if alone else self._open
+        # An engine of megatron-core that is no longer used lives until Python collects it, which happens at no fixed
+        # moment: a phase begins without such engines, rehearsed and real alike.
+        gc.collect()
         phase = PhaseMemory(name, self.held, self.held, at_peak=dict(self.by_category), storages_at_peak=self._made)
         self.phases.append(phase)
         self._open.append(phase)

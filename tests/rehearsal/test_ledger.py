@@ -57,6 +57,21 @@ def test_phases_lie_in_each_other():
     del tensor
 
 
+def test_a_phase_begins_without_garbage():
+    ledger = MemoryLedger()
+    held = [made(ledger, 10)]
+    held.append(held)
+    gc.disable()
+    try:
+        del held
+        assert ledger.held == 40, "the list holds itself"
+        with ledger.phase("step") as phase:
+            assert ledger.held == 0
+        assert phase.held_before == 0
+    finally:
+        gc.enable()
+
+
 def test_a_phase_alone_is_no_part_of_the_one_around_it():
     ledger = MemoryLedger()
     with ledger.phase("save") as outer:
