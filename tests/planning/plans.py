@@ -99,3 +99,9 @@ BEFORE = ("generation.kv_cache_gib=20.0", "generation.cuda_graphs=false")
 
 def workload(*overrides):
     return Workload.from_recipe(load_recipe(RECIPE, (*BEFORE, *overrides)), ARCHITECTURE, gpu_bytes=cluster().limit)
+
+
+def check_planned(compared):
+    """Check that the planner says of every phase what its rehearsal takes, within 5 %."""
+    wrong = [each.terms for each in compared if abs(each.deviation) > 0.05]
+    assert not wrong, "more than 5 % apart, MiB rehearsed/planned:\n" + "\n".join(wrong)

@@ -1,20 +1,17 @@
-"""The planner's memory beside that of a rehearsal, phase by phase: all recipes of the 38B model, and random layouts."""
+"""The planner's memory beside that of a rehearsal, phase by phase, in random layouts.
+
+tests/rehearsal/test_few_layers.py compares the recipes of the 38B model.
+"""
 
 import random
 
 import pytest
 
-from benchmarks.plan_vs_rehearsal import RECIPES, Case, compare, extend, recipe_cases, rehearse_case
+from benchmarks.plan_vs_rehearsal import Case, compare, rehearse_case
 from megatron_r1v2.rehearsal.few_layers import Layers
-from tests.planning.plans import RECIPE
+from tests.planning.plans import RECIPE, check_planned
 
-WITHIN = 0.05
 FOLDER = RECIPE.parent
-
-
-def check(compared):
-    wrong = [each.terms for each in compared if abs(each.deviation) > WITHIN]
-    assert not wrong, f"more than {WITHIN:.0%} apart, MiB rehearsed/planned:\n" + "\n".join(wrong)
 
 
 def test_every_phase_of_grpo_with_few_layers_takes_what_is_planned():
@@ -22,16 +19,7 @@ def test_every_phase_of_grpo_with_few_layers_takes_what_is_planned():
     case = Case(RECIPE, ("generation.max_requests=8",), Layers(2, 1))
     compared = compare(case, rehearse_case(case))
     assert [each.planned.phase for each in compared] == ["gate", "generate", "update", "evaluate"]
-    check(compared)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_phase_of_a_recipe_takes_what_is_planned(name):
-    few, more = (compare(case, rehearse_case(case)) for case in recipe_cases(FOLDER, name))
-    check(few)
-    check(more)
-    check(extend(few, more))
+    check_planned(compared)
 
 
 PARTS = {
@@ -81,4 +69,4 @@ def random_run(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_random_layouts_and_lengths_take_what_is_planned(seed):
     case = random_run(seed)
-    check(compare(case, rehearse_case(case)))
+    check_planned(compare(case, rehearse_case(case)))

@@ -6,45 +6,38 @@ from functools import cache
 
 import pytest
 
-from megatron_r1v2.checkpoint.hf.config import sizes_config
-from megatron_r1v2.config.load import load_recipe
-from megatron_r1v2.planning.known_models import KNOWN_MODELS
-from megatron_r1v2.planning.plan import Cluster, make_plan
-from megatron_r1v2.planning.scale_page import read_cluster
+from benchmarks.plan_vs_rehearsal import (
+    LINE,
+    RECIPES,
+    Case,
+    compare,
+    extend,
+    fullest_phases,
+    recipe_cases,
+    rehearse_all,
+)
 from megatron_r1v2.rehearsal.few_layers import Layers, Line
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
-from megatron_r1v2.rehearsal.run import Rehearsal, rehearse
-from tests.rehearsal.tiny_rehearsal import RECIPES
-
-RESERVE_GIB = 4.0
-"""Of each GPU, for what is no tensor: the default of `r1v2 rehearse`."""
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-LINE = Line.through(Layers.of(KNOWN_MODELS["r1v2-38b"]))
+from megatron_r1v2.rehearsal.run import Rehearsal
+from tests.planning.plans import check_planned
+from tests.rehearsal.tiny_rehearsal import RECIPES as FOLDER
 
 
-def rehearsed(name: str, layers: Layers) -> Rehearsal:
-    """Rehearse a recipe with so many layers on the cluster of its header."""
-    path = RECIPES / f"{name}.yaml"
-    gpus, hardware = read_cluster(path)
-    model = "internvl3-38b" if "internvl3" in name else "r1v2-38b"
-    config = sizes_config(layers.given_to(KNOWN_MODELS[model]))
-    cluster = Cluster(gpus, min(gpus, 8), hardware.memory_gib, RESERVE_GIB, hardware)
-    recipe = load_recipe(path)
-    return rehearse(recipe, config, make_plan(recipe, config, cluster), hf_path=None, all_ranks=False, own_data=False)
+def test_no_recipe_is_forgotten() -> None:
+    assert sorted(RECIPES) == sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def check_runs(found: Rehearsal) -> None:
-    """Check that all ranks ran to their end, fit together and fit."""
-    errors = [f"{rank.place}, {rank.error_phase}: {rank.error}" for rank in found.ranks if rank.error]
-    assert not errors, "\n".join(errors)
+    """Check that all ranks fit together and fit."""
     assert not found.mismatches
     assert not found.too_full
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_runs_and_the_line_through_two_layer_counts_fits(name: str) -> None:
-    few, more = (rehearsed(name, layers) for layers in (LINE.few, LINE.more))
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_with_few_layers_and_fits_on_the_line_to_all_as_planned(name: str) -> None:
+    cases = recipe_cases(FOLDER, name)
+    few, more = (rehearse_all(case) for case in cases)
     for found in (few, more):
         check_runs(found)
     for low, high in zip(few.ranks, more.ranks, strict=True):
@@ -52,18 +45,20 @@ def test_every_recipe_runs_and_the_line_through_two_layer_counts_fits(name: str)
         assert max(peak for _, peak in peaks) <= few.plan.cluster.limit, peaks
         layout = few.plan.layout
         assert max(peak for _, peak in peaks) > 2 * 38e9 / layout.tensor / layout.pipeline, "less than its weights"
+    low, high = (compare(case, fullest_phases(found)) for case, found in zip(cases, (few, more), strict=True))
+    check_planned([*low, *high, *extend(low, high)])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_and_fits_with_all_layers(name: str) -> None:
-    check_runs(rehearsed(name, LINE.whole))
+    check_runs(rehearse_all(Case(FOLDER / f"{name}.yaml", (), LINE.whole)))
 
 
 @cache
 def of_grpo(layers: Layers) -> Rehearsal:
-    return rehearsed("grpo", layers)
+    return rehearse_all(Case(FOLDER / "grpo.yaml", (), layers))
 
 
 @pytest.mark.slow
