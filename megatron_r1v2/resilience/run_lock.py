@@ -32,16 +32,25 @@ def hold_folder(folder: Path, context: ParallelContext) -> Iterator[None]:
         holder = ""
         if context.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((folder / LOCK_FILE).open("a+", encoding="utf-8"))
-            holder = _lock(file)
-            if not holder:
-                held.callback((folder / LOCK_FILE).unlink, missing_ok=True)
+            holder = _hold(folder / LOCK_FILE, held)
         if holder := objects.all_gather(holder)[0]:
             raise ValueError(
                 f"run.output_dir={str(folder)!r} is in use by {holder}; wait until that run has ended, or choose "
                 "another folder"
             )
         yield
+
+
+def _hold(path: Path, held: ExitStack) -> str:
+    """Lock a file until a stack is closed, which deletes it; return the other process that holds it, or ""."""
+    while True:
+        file = held.enter_context(path.open("a+", encoding="utf-8"))
+        if holder := _lock(file):
+            return holder
+        # A run that ended between the two calls has deleted it: the next run would find a new file, which nobody holds.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            held.callback(path.unlink, missing_ok=True)
+            return ""
 
 
 def _lock(file: TextIO) -> str:

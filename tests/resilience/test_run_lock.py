@@ -51,6 +51,23 @@ def test_the_folder_of_a_run_is_refused_to_another_until_it_ends_or_is_killed(tm
         os.killpg(holder.pid, signal.SIGKILL)
 
 
+def test_a_file_that_the_run_before_deletes_meanwhile_is_not_held(tmp_path: Path, context, monkeypatch) -> None:
+    path, lock = tmp_path / LOCK_FILE, run_lock._lock
+    files = []
+
+    def end_the_run_before(file):
+        files.append(file)
+        if len(files) == 1:
+            path.unlink()
+        return lock(file)
+
+    monkeypatch.setattr(run_lock, "_lock", end_the_run_before)
+    with hold_folder(tmp_path, context):
+        assert len(files) == 2
+        assert path.stat().st_ino == os.fstat(files[1].fileno()).st_ino
+    assert not path.exists()
+
+
 def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, context, monkeypatch) -> None:
     def refuse(code: int):
         def lockf(file, operation):
