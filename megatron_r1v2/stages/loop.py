@@ -42,4 +42,5 @@ def run_steps(
             with session.recorder.timed("save"):
                 # Called now, not before: the validation may have moved the calibrator, whose state belongs to it.
                 session.save({"finished": finished, **state()}, replay(), pass_at_1=pass_at_1)
-        session.end_step()
+        with session.save_on_error(state, replay):
+            session.end_step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 from contextlib import redirect_stderr, suppress
@@ -15,6 +16,7 @@ from megatron_r1v2.config.schema import Part
 from megatron_r1v2.data.samples import DataError, parse_sample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import PromptStream, read_shards
+from megatron_r1v2.monitoring.recorder import Recorder
 from megatron_r1v2.resilience import rank_watch
 from megatron_r1v2.resilience.signals import StepAbandoned
 from megatron_r1v2.rewards.replica import ScoringError
@@ -105,6 +107,19 @@ def test_a_run_that_ends_by_an_error_is_saved_before_and_goes_on_when_it_is_mend
         checkpoint_contents(last_checkpoint(run))["tensors"] for run in (tmp_path / "run", align("whole-run", data))
     )
     assert differences(ours, theirs) == []
+
+
+def test_a_step_whose_numbers_cannot_be_written_is_saved(root: Path, tmp_path: Path, monkeypatch) -> None:
+    def end_step(recorder: Recorder, step: int) -> None:
+        if step == 2:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", "metrics.jsonl")
+
+    monkeypatch.setattr(Recorder, "end_step", end_step)
+    settings = ("train.steps=3", "checkpoint.every_steps=0")
+    with pytest.raises(OSError, match="quota"):
+        run_stage(recipe_for(root, tmp_path / "run", settings, stage="align"))
+    (saved,) = finished_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-00000002"
 
 
 def _align_until_the_error(root: str, folder: str) -> str:
