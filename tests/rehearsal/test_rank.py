@@ -136,6 +136,8 @@ OF_GRPO = (
 )
 """Kinds of collectives, and phases in which the first rank calls some."""
 OF_GIVEN = BETWEEN_STAGES | {"allreduce_", "object:checkpoint_save"}, {"update", "save", "load checkpoint"}
+OF_SCORES = OF_GIVEN[0] - {"broadcast_"}, OF_GIVEN[1]
+"""A reward model has no log-probs, which the last pipeline stage broadcasts elsewhere."""
 OF_PAIRS = BETWEEN_STAGES | {"object:all_gather_object"}, {"generate", "continue"}
 
 
@@ -149,7 +151,7 @@ OF_PAIRS = BETWEEN_STAGES | {"object:all_gather_object"}, {"generate", "continue
         pytest.param("align.yaml", ("train.parts=[adapter, vision]", RECOMPUTED), OF_GIVEN, id="align"),
         pytest.param("mpo.yaml", ("train.parts=[adapter, language]",), OF_GIVEN, id="mpo"),
         pytest.param("pairs.yaml", (), OF_PAIRS, id="pairs"),
-        pytest.param(REWARD_MODEL, (RECOMPUTED,), OF_GIVEN, id="reward_model"),
+        pytest.param(REWARD_MODEL, (RECOMPUTED,), OF_SCORES, id="reward_model"),
     ],
 )
 def test_collectives_are_those_of_real_processes(model, tmp_path, recipe, overrides, found):
