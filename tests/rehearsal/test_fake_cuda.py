@@ -48,6 +48,14 @@ weight = torch.empty(4, 4, device=cuda, requires_grad=True)
 (weight @ weight).sum().backward()
 assert weight.grad.device == cuda
 """,
+    "the gradient of SiLU is one kernel": """
+inputs = torch.empty(1000, 1000, device=cuda, requires_grad=True)
+outputs, gradient = F.silu(inputs), torch.empty(1000, 1000, device=cuda)
+with mode.phase("backward"):
+    outputs.backward(gradient)
+backward = mode.ledger.phases[-1]
+assert backward.peak - backward.held_before == inputs.nbytes == inputs.grad.nbytes, backward
+""",
     "mixing devices": """
 try:
     torch.ones(2).cuda() + torch.ones(2)
