@@ -285,6 +285,12 @@ class RewardModelConfig(Section):
     centring_weight: float = Field(0.0, ge=0)
     """In training: weight of (chosen score + rejected score)^2, which holds scores near zero."""
 
+    @property
+    def lies_beside_policy(self) -> bool:
+        """Return whether the model is loaded into the process of the policy."""
+        # A valid recipe names one source where scores count, and none where they do not.
+        return bool(self.checkpoint)
+
 
 class LossConfig(Section):
     """The way from token losses to one number."""

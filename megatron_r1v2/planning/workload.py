@@ -138,7 +138,9 @@ class Workload:
             buffer_capacity=buffer.capacity if is_grpo else 0,
             target_effective_fraction=buffer.target_effective_fraction,
             has_reference=is_grpo and algorithm.kl_coefficient > 0,
-            has_reward_model=samples and _loads_reward_model(recipe),
+            has_reward_model=samples
+            and isinstance(recipe, GrpoRecipe | PairsRecipe)
+            and recipe.reward_model.lies_beside_policy,
             # A data set of unknown size has as many as fill the engine.
             validated=(evaluation.prompts or generation.max_requests) if validates else 0,
             validated_runs=evaluation.runs,
@@ -290,9 +292,3 @@ class Workload:
         """Return the length of a row of so many tokens."""
         multiple = math.lcm(LENGTH_MULTIPLE, tensor)
         return -(-tokens // multiple) * multiple
-
-
-def _loads_reward_model(recipe: TrainingRecipe | PairsRecipe) -> bool:
-    if not isinstance(recipe, GrpoRecipe | PairsRecipe) or not recipe.reward.model_weight:
-        return False
-    return bool(recipe.reward_model.checkpoint) and not recipe.reward_model.url

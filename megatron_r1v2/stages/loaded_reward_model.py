@@ -23,12 +23,10 @@ from megatron_r1v2.types import Prompt
 
 
 def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> RewardModel | None:
-    """Open the model that the `reward_model` section names; None when `reward.model_weight` is 0."""
-    if recipe.reward.model_weight == 0:
-        return None
-    if recipe.reward_model.url:
-        return ServedRewardModel(recipe.reward_model, loaded.context)
-    return load_reward_model(loaded, recipe)
+    """Open the model that the `reward_model` section names; None when it names none."""
+    if recipe.reward_model.lies_beside_policy:
+        return load_reward_model(loaded, recipe)
+    return ServedRewardModel(recipe.reward_model, loaded.context) if recipe.reward_model.url else None
 
 
 @dataclass

@@ -7,7 +7,14 @@ from pydantic import ValidationError
 
 from megatron_r1v2.config.choices import Part, Recompute
 from megatron_r1v2.config.recipes import every_section
-from megatron_r1v2.config.schema import GenerationConfig, ModelConfig, RewardConfig, RunConfig, TrainConfig
+from megatron_r1v2.config.schema import (
+    GenerationConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 MOST_SETTINGS = 120
 SETTINGS = [
@@ -81,3 +88,9 @@ def test_own_functions_have_weights_by_their_names():
     for wrong in ({"path": "a.py"}, {"path": "a.py", "name": "f", "weight": -1}, {"path": 1, "name": "f"}, "a.py"):
         with pytest.raises(ValidationError):
             RewardConfig(functions=[wrong])
+
+
+def test_a_reward_model_lies_beside_the_policy_where_it_has_a_checkpoint_and_no_server():
+    assert RewardModelConfig(checkpoint="runs/reward").lies_beside_policy
+    assert not RewardModelConfig(url="http://127.0.0.1:8001").lies_beside_policy
+    assert not RewardModelConfig().lies_beside_policy
