@@ -177,13 +177,22 @@ class ActivationModel:
         transient = logits * (w + 4 if w == 2 else 4)
         backward = transient
         if self.measures_entropy:
-            # Beside the logits four in float32 of some positions: scaled, shifted, their exponentials, a product.
-            at_once = POSITIONS_AT_ONCE * padded_vocabulary(language, tensor) // tensor
-            backward = max(backward, logits * w + min(logits, at_once) * 4 * 4)
+            # The softmax is made after the entropy.
+            backward = max(backward, self._entropy(logits) - 4 * logits)
         if self.trains_language:
             weight = padded_vocabulary(language, tensor) // tensor * language.hidden_size * w
             backward = max(backward, logits * (w - 4) + weight + gathered) + (gathered if tensor > 1 else 0)
         return Block(norm + 4 * logits, logits * 4 + transient, backward)
+
+    def _entropy(self, logits: int) -> int:
+        """Return the bytes of logits and, in float32, of the positions whose entropy is measured at once."""
+        language, tensor, w = self.architecture.language, self.layout.tensor, self.element_bytes
+        first = min(logits, POSITIONS_AT_ONCE * padded_vocabulary(language, tensor) // tensor)
+        second = min(first, logits - first)
+        # Scaled, shifted, their exponentials, a product. The first three stay until those of the next positions are
+        # made: of these a float32 copy and the quotient, or (fp32 has no copy) the scaled, and shifted in two steps.
+        next_positions = 3 * first + 2 * second if w == 2 else 2 * first + 3 * second
+        return logits * w + 4 * max(4 * first, next_positions)
 
     def _rms_norm(self, hidden: int, *, trained: bool) -> int:
         """Return the bytes that our RMSNorm keeps: its input in float32, and its result where the weight trains."""

@@ -147,7 +147,8 @@ def _free_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload, 
     state = largest_state(architecture, layout, stage=stage, parts=work.parts, element_bytes=work.element_bytes)
     held = state.parameters + state.gradients + state.optimizer
     held += _reward_weights(architecture, layout, work, stage) + _reward_features(architecture, layout, work, stage)
-    return work.gpu_bytes - held - _held_buffers(architecture, layout, work, state, stage, "generate")
+    held += _held_buffers(architecture, layout, work, state, stage) + _gathered_bytes(architecture, layout, work)
+    return work.gpu_bytes - held
 
 
 def _phase_load(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int, phase: Phase) -> PhaseLoad:
@@ -255,32 +256,17 @@ def _rank_memory(
         work.recompute,
         measures_entropy=work.stage is StageName.grpo,
     )
-    buffers = _held_buffers(architecture, layout, work, state, stage, phase)
+    buffers = _held_buffers(architecture, layout, work, state, stage)
+    gathered = _gathered_bytes(architecture, layout, work)
     of_reward = _reward_features(architecture, layout, work, stage)
     features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
     if phase in _GENERATES:
-        vision, embeddings = _image_moment(model, work, phase) if stage == 0 else (0, 0)
-        # Images are embedded before their requests begin, those of the last pass beside the features of the others.
-        of_others = max(0, features - work.images_of_pass(layout, phase) * prompt_feature_bytes(architecture, work))
-        moments = [
-            (_decode_peak(model, work, stage, phase), kv_cache, features + embeddings),
-            (vision, kv_cache, of_others + embeddings),
-        ]
-        if phase == "gate":
-            # The training forward that it compares the engine with runs when the cache is gone.
-            shape = replace(work.gate_shape(layout.tensor), is_encoded=features > 0)
-            moments.append((log_probs_peak(model, shape, stage=stage), 0, features))
-            # Before it, the weights of all replicas are compared.
-            moments.append((min(state.largest_parameter, ELEMENTS_AT_ONCE) * _CHECKSUM_BYTES, 0, 0))
-        if phase == "evaluate":
-            # It begins while the features of the step before are held.
-            moments.append((0, 0, _feature_bytes(architecture, layout, work, "update") if stage == 0 else 0))
-        if work.stage is StageName.pairs and work.has_reward_model:
-            moments.append((_reward_peak(model, work, stage), 0, features))
-        activations, kv_cache, features = max(moments, key=sum)
-        buffers += _block_table_bytes(_gate(work) if phase == "gate" else work)
+        moments = _engine_moments(model, work, state, stage, phase, kv_cache)
+        activations, kv_cache, features, kept = max(moments, key=sum)
+        buffers += kept + _block_table_bytes(_gate(work) if phase == "gate" else work)
     elif phase == "reward":
         activations = _reward_peak(model, work, stage)
+        buffers += gathered
     else:
         # Of a whole step the buffer brings prompts that were not generated from; in other stages nothing was.
         is_encoded = work.rehearsed is not None and work.stage is StageName.grpo and _holds_all(model, work, phase)
@@ -291,7 +277,7 @@ def _rank_memory(
             passes = log_probs_peak(model, batch, stage=stage) + work.batch_bytes(layout)
             peaks.append((passes, _trained_weights(work, state)))
         activations, aside = max(peaks, key=sum)
-        buffers += aside
+        buffers += aside + gathered
     return RankMemory(
         stage=stage,
         phase=phase,
@@ -305,24 +291,57 @@ def _rank_memory(
     )
 
 
-def _held_buffers(
-    architecture: R1V2Architecture, layout: Layout, work: Workload, state: ModelState, stage: int, phase: Phase
-) -> int:
+def _engine_moments(
+    model: ActivationModel, work: Workload, state: ModelState, stage: int, phase: Phase, kv_cache: int
+) -> list[tuple[int, int, int, int]]:
+    """Return the bytes of activations, cache, features and gather buffer at the fullest moments of an engine phase."""
+    architecture, layout = model.architecture, model.layout
+    features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
+    gathered = _gathered_bytes(architecture, layout, work)
+    vision, embeddings = _image_moment(model, work, phase) if stage == 0 else (0, 0)
+    # Images are embedded before their requests begin, those of the last pass beside the features of the others.
+    of_others = max(0, features - work.images_of_pass(layout, phase) * prompt_feature_bytes(architecture, work))
+    # A rehearsal compares the engine in its first step, before an update has made the buffer.
+    kept = 0 if phase == "gate" and work.rehearsed and work.gate_every > 1 else gathered
+    moments = [
+        (_decode_peak(model, work, stage, phase), kv_cache, features + embeddings, kept),
+        (vision, kv_cache, of_others + embeddings, kept),
+    ]
+    if phase == "gate":
+        # The training forward that it compares the engine with runs when the cache is gone.
+        shape = replace(work.gate_shape(layout.tensor), is_encoded=features > 0)
+        moments.append((log_probs_peak(model, shape, stage=stage), 0, features, kept))
+        # In every step the weights of all replicas are compared before it.
+        moments.append((min(state.largest_parameter, ELEMENTS_AT_ONCE) * _CHECKSUM_BYTES, 0, 0, gathered))
+    if phase == "evaluate":
+        # It begins while the features of the step before are held.
+        held = _feature_bytes(architecture, layout, work, "update") if stage == 0 else 0
+        moments.append((0, 0, held, gathered))
+    if work.stage is StageName.pairs and work.has_reward_model:
+        moments.append((_reward_peak(model, work, stage), 0, features, gathered))
+    return moments
+
+
+def _held_buffers(architecture: R1V2Architecture, layout: Layout, work: Workload, state: ModelState, stage: int) -> int:
     """Return the bytes beside weights, gradients and optimizer that a rank holds in every phase."""
     buffers = fp8_copies(architecture, layout, work, stage)
     if work.has_reference:
         buffers += _trained_weights(work, state)  # those of the reference
-    if not work.rehearsed:
-        # Microbatches of a run have many lengths, near to that of the largest; those of a rehearsal have one.
-        tokens = work.microbatch(layout.tensor).tokens
-        buffers += (_ROTARY_LENGTHS - 1) * tokens * architecture.language.head_size * 4
-    # A rehearsal gates in its first step, before an update has made the buffer, and rarely in its second.
-    has_gathered = phase != "gate" or work.rehearsed is None or work.gate_every == 1
-    if layout.sequence and Part.language in work.parts and has_gathered:
-        # megatron-core gathers the sequence for weights that train into a buffer that it keeps.
-        tokens = work.microbatch(layout.tensor).tokens
-        buffers += tokens * architecture.language.hidden_size * work.element_bytes
-    return buffers
+    if work.rehearsed:
+        # Its microbatches have one length, which a pass counts; the engine another one.
+        tokens = work.prompt_tokens + work.response_tokens if "generate" in work.phases else 0
+    else:
+        # Microbatches of a run have many lengths, near to that of the largest.
+        tokens = (_ROTARY_LENGTHS - 1) * work.microbatch(layout.tensor).tokens
+    return buffers + tokens * architecture.language.head_size * 4
+
+
+def _gathered_bytes(architecture: R1V2Architecture, layout: Layout, work: Workload) -> int:
+    """Return the bytes of the buffer into which megatron-core gathers the sequence for weights that train."""
+    if not layout.sequence or Part.language not in work.parts:
+        return 0
+    # The first update makes it, and it is kept.
+    return work.microbatch(layout.tensor).tokens * architecture.language.hidden_size * work.element_bytes
 
 
 def _trained_weights(work: Workload, state: ModelState) -> int:

@@ -130,9 +130,15 @@ def test_the_head_keeps_a_float32_softmax():
     assert frozen.saved == 1024 + 4 * logits
     assert (frozen.forward, frozen.backward) == (4 * logits + 4 * logits, 4 * logits)
     measured = replace(model(), measures_entropy=True).head(BATCH)
-    assert (measured.saved, measured.backward) == (frozen.saved, 4 * logits + 4 * 4 * logits), (
-        "of all positions at once"
+    assert (measured.saved, measured.backward) == (frozen.saved, 4 * 4 * logits), (
+        "logits and four of all positions, in place of the softmax"
     )
+    long = replace(BATCH, rows=1, tokens=1024 + 768)  # positions in two parts
+    measured = replace(model(), measures_entropy=True).head(long)
+    first, second = 1024 * 64 * 4, 768 * 64 * 4
+    assert measured.backward == 2 * first + 3 * second, "of the first part shifted and exponentials"
+    half = replace(model(element_bytes=2), measures_entropy=True).head(long)
+    assert half.backward == (first + second) // 2 + 3 * first + 2 * second - (first + second)
     trained = model(LANGUAGE).head(BATCH)
     assert trained.saved == 1024 + 1024 + 1024 + 4 * logits
     assert trained.backward == 64 * 16 * 4 + 1024, "the weight's gradient and the gathered input"

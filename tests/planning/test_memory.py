@@ -300,6 +300,22 @@ def test_the_gate_has_a_small_cache_and_a_forward_pass_over_few_logits():
     assert replace(work, shares_prompts=True, packed_tokens=16).gate_shape(1).tokens == 16
 
 
+def test_a_rehearsal_compares_weights_but_not_the_engine_beside_the_buffer_of_an_update():
+    def gate(packed_tokens, **changes):
+        step = RehearsedStep(images=1, rows=2, validated=1)
+        work = small_work(parts=(Part.language,), packed_tokens=packed_tokens, rehearsed=step, **changes)
+        return plan_memory(SMALL, Layout(tensor=2, sequence=True), work).ranks[0]
+
+    # Into the buffer go 16 channels of each token, of all ranks.
+    engine, weights, both = gate(48, gate_every=2), gate(4000, gate_every=2), gate(48, gate_every=1)
+    assert engine.kv_cache > 0
+    assert both.kv_cache == engine.kv_cache
+    assert both.buffers - engine.buffers == 48 * 16 * 4
+    assert weights.kv_cache == 0
+    assert weights.buffers - engine.buffers == 4000 * 16 * 4
+    assert weights.activations == 64 // 2 * 16 * 24, "three numbers of 8 bytes for each element of the embedding"
+
+
 def test_a_validation_begins_beside_the_features_of_the_step():
     work = small_work(validated=1, feature_cache_gib=1.0, kv_cache_gib=1.0)
     many = replace(work, prompts_per_step=100_000)
