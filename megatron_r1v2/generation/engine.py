@@ -46,7 +46,7 @@ class Sampling:
     segment_tokens: int = 0
     """A response that has drawn so many tokens in the phase ends with finish reason "segment"; 0: no bound."""
     step: int = 0
-    """The steps of the run that are done."""
+    """The steps of the run that are done: a part of the name of a response, by which its tokens are drawn."""
     top_p: float = 1.0
     """Below 1 for evaluation only: log-probs stay those of the full distribution."""
     seed: int | None = None
@@ -246,7 +246,7 @@ class RolloutEngine:
             for sample, rollout in enumerate(rollouts):
                 if rollout.finish_reason != "segment":
                     continue
-                key = response_key(seed, rollout.policy_version, prompt.key, sample)
+                key = response_key(seed, rollout.step, prompt.key, sample)
                 left = sampling.max_response_tokens - len(rollout.token_ids)
                 requests.append(
                     Request(

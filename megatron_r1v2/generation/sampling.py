@@ -1,7 +1,7 @@
 """Sampling of tokens, so that a response depends only on the weights and its own name.
 
-The uniform number of each token is a hash of (seed, policy version, prompt key, sample index, position). A response is
-therefore the same in every batch, on every rank and after a restart.
+The uniform number of each token is a hash of (seed, step, prompt key, sample index, position). A response is therefore
+the same in every batch, on every rank and after a restart.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class Draw:
     """The number of most probable tokens to return beside the drawn one."""
 
 
-def response_key(seed: int, policy_version: int, prompt_key: str, sample_index: int) -> int:
+def response_key(seed: int, step: int, prompt_key: str, sample_index: int) -> int:
     """Return 64 bits (signed) that name one response.
 
     Args:
-        policy_version: the number of optimizer steps behind the weights.
+        step: the number of steps that are done. Not of updates: where a step has none, as no response of it teaches,
+            its prompts would get the same responses again, and the run would never leave that state.
     """
-    name = f"{seed}|{policy_version}|{sample_index}|{prompt_key}".encode()
+    name = f"{seed}|{step}|{sample_index}|{prompt_key}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 

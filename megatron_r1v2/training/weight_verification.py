@@ -138,6 +138,7 @@ def check_engine(
         Sampling(
             num_responses=1,
             policy_version=policy.version,
+            step=policy.version,
             # The engine's own setting, not the policy's: a training forward with another one must be noticed.
             temperature=generation.temperature,
             max_response_tokens=min(GATE_TOKENS, generation.max_response_tokens),

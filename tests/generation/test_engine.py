@@ -23,13 +23,13 @@ def expected(one_rank):
     return generate(make_engine(model, context), make_prompts(model, 6), FeatureCache(10**9))
 
 
-def test_samples_policies_and_seeds_draw_their_own_numbers(one_rank, expected):
+def test_samples_steps_and_seeds_draw_their_own_numbers(one_rank, expected):
     model, context = one_rank
     prompts, features = make_prompts(model, 6), FeatureCache(10**9)
     engine = make_engine(model, context)
     assert expected[0].token_ids != expected[1].token_ids
     assert generate(engine, prompts, features) == expected
-    for changes in ({"policy_version": 1}, {"seed": 12}):
+    for changes in ({"step": 1}, {"seed": 12}):
         others = generate(engine, prompts, features, **changes)
         assert all(one.token_ids != other.token_ids for one, other in zip(others, expected, strict=True))
 
@@ -84,7 +84,8 @@ def test_a_segment_ends_at_its_bound_and_says_so(one_rank, expected):
     engine = make_engine(model, context)
     results = generate(engine, make_prompts(model, 6), FeatureCache(10**9), segment_tokens=5, step=3)
     assert {rollout.step for rollout in results} == {3}
-    for rollout, whole in zip(results, expected, strict=True):
+    in_one_piece = generate(engine, make_prompts(model, 6), FeatureCache(10**9), step=3)
+    for rollout, whole in zip(results, in_one_piece, strict=True):
         goes_on = len(whole.token_ids) > 5
         assert rollout.finish_reason == ("segment" if goes_on else whole.finish_reason)
         assert rollout.token_ids == whole.token_ids[:5]

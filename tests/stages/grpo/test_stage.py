@@ -76,6 +76,23 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return float((difference / size).sqrt())
 
 
+def test_prompts_that_taught_nothing_get_other_responses_in_the_next_step(
+    run: Run, tmp_path: Path, all_rollouts: None
+) -> None:
+    write_data(tmp_path / "data", images=2, texts=0)
+    # All rewards are equal, so no step has an update, and the weights stay.
+    own = tmp_path / "reward.py"
+    own.write_text("def always_the_same(**_):\n    return 1\n")
+    rewards = ("reward.answer_weight=0", "reward.format_weight=0", "buffer.effective_by=reward")
+    rewards = (*rewards, f"reward.functions=[{{path: {own}, name: always_the_same}}]")
+    found = run("train.steps=3", "train.prompts_per_step=2", f"data.train={tmp_path / 'data'}", *rewards)
+    assert [step["actor/updates"] for step in read_metrics(found)] == [0, 0, 0]
+    rows = read_rollouts(found)
+    responses = [tuple(row["text"] for row in rows if row["step"] == step) for step in (1, 2, 3)]
+    assert [len(texts) for texts in responses] == [8, 8, 8]
+    assert len(set(responses)) == 3
+
+
 def test_every_metric_is_there_and_rollouts_are_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "ROLLOUTS_KEPT", 4)
     folder = run("train.steps=3", "buffer.target_effective_fraction=0.9", "train.learning_rate=0.01")
