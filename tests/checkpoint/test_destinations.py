@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors.torch import load_file
 
@@ -21,10 +20,10 @@ from megatron_r1v2.checkpoint.sources import CheckpointSpec, HfSpec, exported_ro
 from megatron_r1v2.config.schema import ParallelConfig, Part
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
-from megatron_r1v2.parallel import groups
 from megatron_r1v2.training.part_state import part_state
 from megatron_r1v2.training.store import load_weights
 from tests.checkpoint.hf.test_mapping import VARIANTS
+from tests.parallel_layouts import start_layout
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model
 from tests.whole_weights import gather_hf_weights, save_weights
@@ -34,8 +33,7 @@ CHOSEN = ("6b-odd", "300m-tied")
 
 
 def build(folder: str, *, tensor: int, pipeline: int):
-    parallel_state.destroy_model_parallel()
-    context = groups.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=1)
+    context = start_layout(ParallelConfig(tensor=tensor, pipeline=pipeline))
     architecture, _ = read_hf_architecture(folder)
     settings = ComputeSettings(tensor=tensor, pipeline=pipeline, dtype=torch.bfloat16)
     model = build_r1v2(architecture, settings, groups=context.groups, device=context.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,13 +15,11 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch.nn.functional import log_softmax
 
-from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import AlgorithmConfig, Packing, ParallelConfig, Part, Recompute, TrainConfig
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2, freeze_all_but
 from megatron_r1v2.models.settings import ComputeSettings
-from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.stages.grpo.updates import batch_loss
@@ -30,6 +27,7 @@ from megatron_r1v2.training.batches import RowFormat, collate, filler_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy, UpdateResult
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
+from tests.parallel_layouts import read_architecture, start_layout
 from tests.whole_weights import gather_hf_weights
 
 TEMPERATURE = 0.7
@@ -184,8 +182,7 @@ def run_step(
     compute: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Set up a layout, after another one if need be, and take one step there; `compute` changes ComputeSettings."""
-    parallel_state.destroy_model_parallel()
-    context = groups.initialize(parallel, seed=1)
+    context = start_layout(parallel)
     policy = make_policy(folder, parallel, context, parts, recompute, **(compute or {}))
     policy.packing = packing
     batches = [
@@ -236,7 +233,7 @@ def make_policy(
 
     With `score_seed` it is a reward model, whose head is drawn from it.
     """
-    architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
+    architecture = read_architecture(folder)
     settings = ComputeSettings(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,

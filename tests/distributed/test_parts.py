@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.config.schema import AlgorithmConfig, ParallelConfig, Part, Recompute, TrainConfig
-from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.stages.grpo.updates import batch_loss
 from megatron_r1v2.training.optimizer import build_optimizer
 from megatron_r1v2.training.policy import Policy
 from megatron_r1v2.training.store import CheckpointStore, Snapshot, load_weights
 from tests.distributed.steps import ALL_PARTS, CLIP, Material, collate_microbatch, make_material, make_policy
+from tests.parallel_layouts import start_layout
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
@@ -123,9 +122,8 @@ def run_case(folder: str, material: Material, case: Case, output: Path) -> Outco
 
 
 def start(folder: str, layout: dict[str, Any], parts: tuple[str, ...]) -> tuple[Policy, ParallelContext]:
-    parallel_state.destroy_model_parallel()  # several layouts in one process save its start
     parallel = ParallelConfig(**layout)
-    context = groups.initialize(parallel, seed=1)
+    context = start_layout(parallel)
     policy = make_policy(folder, parallel, context, parts, Recompute.none)
     # Its own rate is 0 after two steps: nothing would move, whatever state was loaded.
     settings = TrainConfig(clip_grad=0.0, learning_rate=1e-3, steps=100)

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch.nn.functional import logsigmoid
 
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.config.schema import Packing, ParallelConfig, Recompute
-from megatron_r1v2.parallel import groups, objects
+from megatron_r1v2.parallel import objects
 from megatron_r1v2.stages.reward_model import pair_loss
 from megatron_r1v2.training.batches import RowFormat, collate, filler_sample, response_sample
 from megatron_r1v2.training.score_positions import append_pad_token, last_scores
 from megatron_r1v2.types import Prompt, Sample
 from tests.distributed.steps import gather_gradients, make_policy, make_prompts, parameters_out_of_step
 from tests.distributed.test_step import check_gradients
+from tests.parallel_layouts import start_layout
 from tests.ranks import run_ranks
 from tests.tiny_hf import tiny_hf_model, tiny_text_config, tiny_vision_config
 
@@ -139,9 +139,8 @@ def expect(model: Any) -> Expected:
 
 
 def run_step(folder: str, case: Case) -> Outcome:
-    parallel_state.destroy_model_parallel()
     parallel = ParallelConfig(**case.parallel)
-    context = groups.initialize(parallel, seed=1)
+    context = start_layout(parallel)
     policy = make_policy(folder, parallel, context, case.parts, Recompute.none, score_seed=SEED)
     policy.packing = case.packing
     model, architecture = policy.model, policy.model.architecture
@@ -175,7 +174,8 @@ def run_step(folder: str, case: Case) -> Outcome:
 
 
 def run_cases(folders: dict[str, str], cases: dict[str, Case]) -> dict[str, Outcome]:
-    return {name: run_step(folders[case.variant], case) for name, case in cases.items()}
+    by_layout = sorted(cases.items(), key=lambda item: str(item[1].parallel))  # their groups start once
+    return {name: run_step(folders[case.variant], case) for name, case in by_layout}
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from megatron.core import parallel_state
 
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.config.schema import ParallelConfig, Part, RewardConfig, RewardModelConfig
-from megatron_r1v2.parallel import groups
 from megatron_r1v2.stages.loaded_model import load_model
 from megatron_r1v2.stages.loaded_reward_model import load_reward_model
 from megatron_r1v2.stages.reward_model import run_reward_model
+from tests.parallel_layouts import start_layout
 from tests.ranks import run_ranks
 from tests.stages.tiny_run import tiny_recipe
 
@@ -26,8 +25,7 @@ LAYOUTS = {
 
 def scores_in(recipe: GrpoRecipe, parallel: ParallelConfig) -> list[float]:
     """Score some responses with a policy beside; under DP each replica takes another number of them."""
-    parallel_state.destroy_model_parallel()
-    context = groups.initialize(parallel, seed=1)
+    context = start_layout(parallel)
     policy = load_model(recipe.changed(parallel=parallel), context)
     model = load_reward_model(policy, recipe.changed(parallel=parallel))
     prompts = list(policy.read_prompts(recipe.data.train))[: 5 + context.data_rank]

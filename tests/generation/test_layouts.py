@@ -59,10 +59,9 @@ def two_ranks(folder: str) -> dict[str, dict]:
         results[name] = rollouts_of(name, model, context)
         if parallel.sequence:
             results["step after rollout"] = train(model)
+        for fp8 in (fp8 for layout, fp8 in FP8_STEPS if layout == name):
+            results[f"{name}, {fp8.value}"] = padded_rollouts(*start(folder, parallel, fp8=fp8))
     results["stale weights"] = weights_after_overlapped_step(model, context)
-    for name, fp8 in FP8_STEPS:
-        model, context = start(folder, LAYOUTS[name], fp8=fp8)
-        results[f"{name}, {fp8.value}"] = padded_rollouts(model, context)
     return results
 
 

@@ -293,8 +293,13 @@ def check_results(results: dict) -> None:
         assert own_evictions > 0 or own_tokens[0] == own_tokens[1], f"{name}: the reference shares nothing"
 
 
-def test_tokens_are_those_without_sharing(one_rank):
-    check_results(results_of(*one_rank))
+@pytest.fixture(scope="module")
+def results_of_one_rank(one_rank) -> dict:
+    return results_of(*one_rank)
+
+
+def test_tokens_are_those_without_sharing(results_of_one_rank):
+    check_results(results_of_one_rank)
 
 
 ON_TWO_RANKS = ("roomy", "chunks and little memory")
@@ -305,13 +310,11 @@ def two_ranks(folder: str) -> dict:
     return {name: results_of(*start(folder, parallel), ON_TWO_RANKS) for name, parallel in layouts.items()}
 
 
-def test_tokens_are_those_without_sharing_on_two_ranks(model_folder, one_rank):
-    one = results_of(*one_rank, ON_TWO_RANKS)
-    ranks = run_ranks(2, two_ranks, model_folder)
-    for rank in ranks:
+def test_tokens_are_those_without_sharing_on_two_ranks(model_folder, results_of_one_rank):
+    for rank in run_ranks(2, two_ranks, model_folder):
         for results in rank.values():
             check_results(results)
-            assert_same(results["roomy"][0], one["roomy"][0])
+            assert_same(results["roomy"][0], results_of_one_rank["roomy"][0])
 
 
 def test_groups_of_a_rollout_count_what_they_save(one_rank):

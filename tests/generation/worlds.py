@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
-from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
 from megatron_r1v2.generation.cache_size import PhaseLoad
@@ -18,9 +14,9 @@ from megatron_r1v2.generation.features import FeatureCache
 from megatron_r1v2.generation.sampling import Draw
 from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
-from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt
+from tests.parallel_layouts import read_architecture, start_layout
 
 SAMPLING = [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8), (1.0, 1e-6)]
 """(temperature, top-p) of `make_requests`, in turn."""
@@ -34,13 +30,11 @@ MAX_RESPONSE_TOKENS = 24
 
 def start(folder: str, parallel: ParallelConfig, **settings) -> tuple[R1V2Model, ParallelContext]:
     """Set up a layout, after another one if need be, and load the model into it."""
-    parallel_state.destroy_model_parallel()
-    context = groups.initialize(parallel, seed=1)
-    architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
+    context = start_layout(parallel)
     compute = ComputeSettings(
         tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence, **settings
     )
-    model = build_r1v2(architecture, compute, groups=context.groups, device=context.device)
+    model = build_r1v2(read_architecture(folder), compute, groups=context.groups, device=context.device)
     load_hf_weights(model, folder, context)
     return model, context
 

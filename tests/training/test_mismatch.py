@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.training.batches import RowFormat, collate
 from megatron_r1v2.training.mismatch import compute_mismatch
+from tests.parallel_layouts import start_layout
 from tests.ranks import run_ranks
 from tests.stages.scripted import IMAGE_TOKEN, make_prompt, make_sample
 
@@ -62,8 +62,7 @@ def test_what_is_replayed_does_not_count(context):
 def measure_on_two_ranks() -> dict[str, dict[str, float]]:
     results = {}
     for name, (parallel, by_rank) in LAYOUTS.items():
-        parallel_state.destroy_model_parallel()
-        context = groups.initialize(parallel, seed=1)
+        context = start_layout(parallel)
         rank = torch.distributed.get_rank()
         results[name] = measure(by_rank[rank], context)
     return results

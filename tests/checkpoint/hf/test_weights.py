@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
@@ -15,8 +14,8 @@ from megatron_r1v2.checkpoint.hf.weights import check_hf_tensors, load_hf_weight
 from megatron_r1v2.config.schema import ParallelConfig
 from megatron_r1v2.models.r1v2 import build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
-from megatron_r1v2.parallel import groups
 from tests.checkpoint.hf.test_mapping import VARIANTS
+from tests.parallel_layouts import start_layout
 from tests.ranks import run_ranks
 from tests.tiny_hf import InternVLForConditionalGeneration, tiny_hf_model
 from tests.whole_weights import gather_hf_weights
@@ -32,8 +31,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def start(folder: str, *, tensor: int, pipeline: int, dtype: torch.dtype | None = None):
-    parallel_state.destroy_model_parallel()  # several layouts in one process save its start
-    context = groups.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=1)
+    context = start_layout(ParallelConfig(tensor=tensor, pipeline=pipeline))
     config = json.loads((Path(folder) / "config.json").read_text())
     dtype = dtype or getattr(torch, config["dtype"])
     settings = ComputeSettings(tensor=tensor, pipeline=pipeline, dtype=dtype)
