@@ -34,6 +34,10 @@ MODELS = {"grpo_from_internvl3": "internvl3-38b"}
 """The known model of a recipe, where it is not r1v2-38b."""
 LINE = Line.through(Layers.of(KNOWN_MODELS["r1v2-38b"]))
 """Two layer counts, and all layers."""
+FEW_REQUESTS = ("generation.max_requests=16",)
+"""A cache that takes what is free would take much more with few layers than with all, which is no line; and every
+request takes time in a rehearsal. The plan has as many."""
+_WITHOUT_ENGINE = ("reward_model",)
 _MIB = 2**20
 _HEAD = "| recipe | stage | phase | rehearsed | planned | | all layers: rehearsed | planned | |"
 
@@ -188,7 +192,8 @@ def _side_by_side(planned: Sequence[RankMemory], phases: Mapping[Place, PhaseMem
 
 def recipe_cases(folder: Path, name: str, line: Line = LINE) -> tuple[Case, Case]:
     """Return a recipe with few layers and with more."""
-    few, more = (Case(folder / f"{name}.yaml", (), layers) for layers in (line.few, line.more))
+    overrides = () if name in _WITHOUT_ENGINE else FEW_REQUESTS
+    few, more = (Case(folder / f"{name}.yaml", overrides, layers) for layers in (line.few, line.more))
     return few, more
 
 
