@@ -180,6 +180,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def end_parts_at_sigterm() -> None:
+    """Let a limit from outside end the part that runs too: in a session of its own, it would keep the device."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 class Report:
     """The file of a report, whole at every moment."""
 
@@ -307,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.environment is not None:
         write_file(arguments.environment, json.dumps(describe_environment()))
         return 0
+    end_parts_at_sigterm()
     carried = arguments.carried.absolute()
     os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.on_cpu else "4")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -164,6 +167,35 @@ def test_a_part_ends_in_time_and_what_it_has_written_counts(tmp_path: Path, how:
     assert how != "fail" or ended["log"] == ["the last line"]
     needy = Part("needy", 4, part.command, needs="demo")
     assert run_part(needy, Place(tmp_path / "n.json", tmp_path, True), found.append)["status"].startswith("not run")
+
+
+ENDED_FROM_OUTSIDE = """
+import sys
+from pathlib import Path
+from benchmarks.gpu_report import Part, Place, end_parts_at_sigterm, run_part
+
+end_parts_at_sigterm()
+folder = Path(sys.argv[1])
+program = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w')); time.sleep(60)"
+part = Part("slow", 50, lambda place: ["-c", program, str(folder / "pid")])
+run_part(part, Place(folder / "found.json", folder, True), lambda _: None)
+"""
+
+
+def test_a_report_that_is_ended_leaves_no_part_behind(tmp_path: Path) -> None:
+    report = subprocess.Popen([sys.executable, "-c", ENDED_FROM_OUTSIDE, str(tmp_path)], cwd=ROOT)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.is_file() and pid.read_text().endswith("\n"))
+    report.terminate()
+    assert report.wait(timeout=20) == 128 + signal.SIGTERM
+    wait_until(lambda: not Path("/proc", pid.read_text().strip()).exists())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_model_that_the_device_cannot_hold_is_not_begun(tmp_path: Path) -> None:
