@@ -1,4 +1,4 @@
-"""Deliberate faults in the product, in a process that rehearses a rank: `-m tests.rehearsal.faults NAME SPEC OUT`."""
+"""Deliberate faults in the product, in a process that rehearses a rank: `-m tests.rehearsal.faults NAMES SPEC OUT`."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ FAULTS = {each.__name__: each for each in (cpu_index, raises_on_cuda, skips_coll
 
 
 def main() -> None:
-    """Apply a fault when the product has been imported, and rehearse."""
-    name, *paths = sys.argv[1:]
+    """Apply faults when the product has been imported, and rehearse."""
+    names, *paths = sys.argv[1:]
     find = rank._stage_function
 
     def with_fault(stage):
         run = find(stage)
-        FAULTS[name]()
+        for name in names.split(","):
+            FAULTS[name]()
         return run
 
     rank._stage_function = with_fault

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -281,10 +282,11 @@ def test_all_ranks_that_make_pairs_fit_together(model, tmp_path, layout):
     assert phases[-4:] == ("generate", "continue", "generate", "continue")
 
 
-def rehearse_with_fault(name, spec, folder):
+def rehearse_with_fault(names, spec, folder):
+    """Rehearse a rank with a fault, or several with commas between them."""
     folder.mkdir()
     spec.write(folder / "spec.json")
-    command = [sys.executable, "-m", "tests.rehearsal.faults", name, folder / "spec.json", folder / "result.json"]
+    command = [sys.executable, "-m", "tests.rehearsal.faults", names, folder / "spec.json", folder / "result.json"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     return RankResult.read(folder / "result.json")
 
@@ -325,6 +327,44 @@ def test_a_cache_that_is_too_large_does_not_fit(model, tmp_path):
     assert {phase.name for _, phase in found.too_full} == {"start", "gate", "generate", "evaluate"}
     _, phase = max(found.too_full, key=lambda each: each[1].at_peak["kv_cache"])
     assert phase.at_peak["kv_cache"] > 10 * 2**30
+
+
+FIRST_FAULTS, SECOND_FAULTS = "large_cache,raises_on_cuda", "skips_collective,cpu_index"
+"""Of two ranks, up to the gate; each fault alone is in the slow tests above."""
+
+
+@pytest.fixture(scope="module")
+def two_broken_ranks(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    specs = tiny_specs(folder / "inputs", model, TENSOR, [0, 1], *FEW)
+    with ThreadPoolExecutor() as pool:
+        faults, outputs = (FIRST_FAULTS, SECOND_FAULTS), (folder / "first", folder / "second")
+        first, second = pool.map(rehearse_with_fault, faults, specs, outputs)
+    assert (first.error_phase, second.error_phase) == ("gate", "gate")
+    return first, second
+
+
+def test_a_branch_for_gpus_and_an_index_of_the_host_are_found_at_the_gate(two_broken_ranks):
+    first, second = two_broken_ranks
+    assert "RuntimeError: a branch for GPUs alone (at " in first.error
+    assert "same device" in second.error
+    assert "megatron_r1v2/generation/engine.py" in second.error, "with the line of the product"
+
+
+def test_a_collective_that_one_rank_of_two_skips_is_found_by_the_gate(two_broken_ranks):
+    first, second = two_broken_ranks
+    (found, *_) = find_mismatches({0: first.collectives, 1: second.collectives})
+    assert "in the group of 2 ranks (0, 1): rank 0: allreduce_" in found
+
+
+def test_ten_gib_too_many_of_a_cache_do_not_fit_at_the_gate(two_broken_ranks):
+    plan = plan_of()
+    cluster = replace(plan.cluster, gpu_memory_gib=8, reserve_gib=0)
+    too_full = [
+        {phase.name for _, phase in Rehearsal(replace(plan, cluster=cluster), (rank,), (), STEP_OF_FEW).too_full}
+        for rank in two_broken_ranks
+    ]
+    assert too_full == [{"start", "gate"}, set()], "of the first rank alone"
 
 
 def test_a_weight_of_another_shape_is_found_while_loading(tmp_path):
