@@ -258,14 +258,13 @@ def _rank_memory(
     )
     buffers = _held_buffers(architecture, layout, work, state, stage)
     gathered = _gathered_bytes(architecture, layout, work)
-    of_reward = _reward_features(architecture, layout, work, stage)
-    features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
     if phase in _GENERATES:
         moments = _engine_moments(model, work, state, stage, phase, kv_cache)
         activations, kv_cache, features, kept = max(moments, key=sum)
         buffers += kept + _block_table_bytes(_gate(work) if phase == "gate" else work)
     elif phase == "reward":
         activations = _reward_peak(model, work, stage)
+        features = _features_held(architecture, layout, work, stage, phase)
         buffers += gathered
     else:
         # Of a whole step the buffer brings prompts that were not generated from; in other stages nothing was.
@@ -277,6 +276,7 @@ def _rank_memory(
             passes = log_probs_peak(model, batch, stage=stage) + work.batch_bytes(layout)
             peaks.append((passes, _trained_weights(work, state)))
         activations, aside = max(peaks, key=sum)
+        features = _features_held(architecture, layout, work, stage, phase)
         buffers += aside + gathered
     return RankMemory(
         stage=stage,
@@ -286,7 +286,7 @@ def _rank_memory(
         optimizer=state.optimizer,
         activations=activations,
         kv_cache=kv_cache,
-        image_features=features + of_reward,
+        image_features=features,
         buffers=buffers,
     )
 
@@ -298,27 +298,28 @@ def _engine_moments(
     architecture, layout = model.architecture, model.layout
     features = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
     gathered = _gathered_bytes(architecture, layout, work)
+    of_reward = _reward_features(architecture, layout, work, stage)
     vision, embeddings = _image_moment(model, work, phase) if stage == 0 else (0, 0)
     # Images are embedded before their requests begin, those of the last pass beside the features of the others.
     of_others = max(0, features - work.images_of_pass(layout, phase) * prompt_feature_bytes(architecture, work))
-    # A rehearsal compares the engine in its first step, before an update has made the buffer.
-    kept = 0 if phase == "gate" and work.rehearsed and work.gate_every > 1 else gathered
+    # A rehearsal compares the engine in its first step, before a reward model and an update leave anything.
+    is_first = phase == "gate" and work.rehearsed is not None and work.gate_every > 1
+    scored, kept = (0, 0) if is_first else (of_reward, gathered)
     moments = [
-        (_decode_peak(model, work, stage, phase), kv_cache, features + embeddings, kept),
-        (vision, kv_cache, of_others + embeddings, kept),
+        (_decode_peak(model, work, stage, phase), kv_cache, features + embeddings + scored, kept),
+        (vision, kv_cache, of_others + embeddings + scored, kept),
     ]
     if phase == "gate":
         # The training forward that it compares the engine with runs when the cache is gone.
         shape = replace(work.gate_shape(layout.tensor), is_encoded=features > 0)
-        moments.append((log_probs_peak(model, shape, stage=stage), 0, features, kept))
+        moments.append((log_probs_peak(model, shape, stage=stage), 0, features + scored, kept))
         # In every step the weights of all replicas are compared before it.
-        moments.append((min(state.largest_parameter, ELEMENTS_AT_ONCE) * _CHECKSUM_BYTES, 0, 0, gathered))
+        moments.append((min(state.largest_parameter, ELEMENTS_AT_ONCE) * _CHECKSUM_BYTES, 0, of_reward, gathered))
     if phase == "evaluate":
         # It begins while the features of the step before are held.
-        held = _feature_bytes(architecture, layout, work, "update") if stage == 0 else 0
-        moments.append((0, 0, held, gathered))
+        moments.append((0, 0, _features_held(architecture, layout, work, stage, "update"), gathered))
     if work.stage is StageName.pairs and work.has_reward_model:
-        moments.append((_reward_peak(model, work, stage), 0, features, gathered))
+        moments.append((_reward_peak(model, work, stage), 0, features + of_reward, gathered))
     return moments
 
 
@@ -369,6 +370,12 @@ def _reward_peak(model: ActivationModel, work: Workload, stage: int) -> int:
     reward_model = replace(model, parts=scored.parts, recompute=scored.recompute)
     peak = log_probs_peak(reward_model, scored.microbatch(model.layout.tensor), stage=stage)
     return peak + scored.batch_bytes(model.layout)
+
+
+def _features_held(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int, phase: Phase) -> int:
+    """Return the bytes of image features on a rank of a stage, those of a reward model included."""
+    own = _feature_bytes(architecture, layout, work, phase) if stage == 0 else 0
+    return own + _reward_features(architecture, layout, work, stage)
 
 
 def _reward_features(architecture: R1V2Architecture, layout: Layout, work: Workload, stage: int) -> int:

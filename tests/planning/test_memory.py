@@ -301,8 +301,9 @@ def test_the_gate_has_a_small_cache_and_a_forward_pass_over_few_logits():
 
 
 def test_a_rehearsal_compares_weights_but_not_the_engine_beside_the_buffer_of_an_update():
+    step = RehearsedStep(images=1, rows=2, validated=1)
+
     def gate(packed_tokens, **changes):
-        step = RehearsedStep(images=1, rows=2, validated=1)
         work = small_work(parts=(Part.language,), packed_tokens=packed_tokens, rehearsed=step, **changes)
         return plan_memory(SMALL, Layout(tensor=2, sequence=True), work).ranks[0]
 
@@ -314,6 +315,10 @@ def test_a_rehearsal_compares_weights_but_not_the_engine_beside_the_buffer_of_an
     assert weights.kv_cache == 0
     assert weights.buffers - engine.buffers == 4000 * 16 * 4
     assert weights.activations == 64 // 2 * 16 * 24, "three numbers of 8 bytes for each element of the embedding"
+    # And the features of a prompt of two tiles that a reward model keeps.
+    scoring = small_work(feature_cache_gib=1.0, has_reward_model=True, rehearsed=step)
+    first, every = (plan_memory(SMALL, Layout(), replace(scoring, gate_every=each)).ranks[0] for each in (2, 1))
+    assert every.image_features - first.image_features == 2 * 2 * 32 * 4
 
 
 def test_a_validation_begins_beside_the_features_of_the_step():

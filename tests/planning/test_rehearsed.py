@@ -22,6 +22,15 @@ def test_every_phase_of_grpo_with_few_layers_takes_what_is_planned():
     check_planned(compared)
 
 
+@pytest.mark.slow
+def test_a_reward_model_beside_the_policy_takes_what_is_planned():
+    beside = ("reward.model_weight=0.5", "reward_model.checkpoint=nowhere")
+    case = Case(RECIPE, ("generation.max_requests=8", *beside), Layers(2, 1))
+    compared = compare(case, rehearse_case(case))
+    assert [each.planned.phase for each in compared] == ["gate", "generate", "reward", "update", "evaluate"]
+    check_planned(compared)
+
+
 PARTS = {
     "grpo": ("adapter", "adapter, language", "vision, adapter, language"),
     "align": ("adapter", "adapter, language", "vision, adapter"),
