@@ -108,11 +108,19 @@ class ActivationModel:
         gathered = n * language.hidden_size * w
         # fc1's output (2), both halves and their product (3); residual, layer input, norm output; the gathered input.
         forward = 5 * ffn + 3 * hidden + gathered
-        backward = 3 * ffn + 2 * gathered
+        # The product's gradient beside fc2's of all tokens, then beside those of both halves, when fc2's input is gone.
+        backward = max(3 * ffn, ffn + gathered)
         if self.trains_language:
             weight = language.ffn_size // tensor * language.hidden_size * w
-            backward = max(2 * ffn, ffn + weight) + 2 * gathered
+            backward = max(2 * ffn, ffn + weight + gathered)
         return Block(saved, forward, backward)
+
+    def language_layer_end(self, batch: MicrobatchShape) -> int:
+        """Return the bytes on top of what a decoder layer keeps when its forward pass ends."""
+        # fc2's output of all tokens, a rank's own, the sum with the residual; fc2's input, where it is not kept.
+        gathered = batch.rows * batch.tokens * self.architecture.language.hidden_size * self.element_bytes
+        ffn = gathered * self.architecture.language.ffn_size // self.architecture.language.hidden_size
+        return gathered + 2 * self.hidden(batch) + (0 if self.trains_language else ffn // self.layout.tensor)
 
     def vision_layer(self, tiles: int) -> Block:
         """Return the bytes of one layer of the vision tower without recomputation."""

@@ -27,8 +27,15 @@ def training_peak(model: ActivationModel, batch: MicrobatchShape, *, stage: int,
     layer = model.language_layer(batch)
     full = model.recompute is Recompute.full
     gradient = model.hidden(batch)
-    # A recomputed layer has its input already.
-    one_layer = (layer.saved - (gradient if model.element_bytes == 4 else 0) if full else 0) + layer.backward + gradient
+    end = model.language_layer_end(batch)
+    if full:
+        # A recomputed layer has its input already.
+        again = layer.saved - (gradient if model.element_bytes == 4 else 0)
+        one_layer = again + max(layer.backward, end) + gradient
+    else:
+        # The embeddings of all tokens lie beside the forward pass.
+        tokens = model.layout.tensor if model.layout.sequence else 1
+        one_layer = max(layer.backward + gradient, end + (tokens * model.hidden(batch) if stage == 0 else 0))
     moments = [kept + one_layer if layers else kept]
     if stage == model.layout.pipeline - 1:
         head = model.head(batch)

@@ -44,14 +44,16 @@ def test_a_frozen_decoder_layer_in_fp32():
     mlp = 4 * (16 * 4 * 32)
     assert block.saved == norms + rotary + qkv + rotated + attention + mlp == 15_616
     assert block.forward == 5 * 2048 + 3 * 1024 + 1024
-    assert block.backward == 3 * 2048 + 2 * 1024
+    assert block.backward == 3 * 2048
+    assert model().language_layer_end(BATCH) == 1024 + 2 * 1024 + 2048, "fc2's output twice, the sum, fc2's input"
 
 
 def test_a_trained_decoder_layer_keeps_the_inputs_of_its_matrices():
     block = model(LANGUAGE).language_layer(BATCH)
     # Both norms keep their results too, the MLP the input of fc2, and qkv and fc1 theirs.
     assert block.saved == 15_616 + 2 * 1024 + 2048 + 2 * 1024
-    assert block.backward == (2048 + 32 * 16 * 4) + 2 * 1024  # a gradient of fc2's weight beside the halves
+    assert block.backward == 2048 + 32 * 16 * 4 + 1024  # a gradient of fc2's weight beside its input's and its output's
+    assert model(LANGUAGE).language_layer_end(BATCH) == 3 * 1024
 
 
 def test_selective_recomputation_drops_the_output_of_attention():
