@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import json
-from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.config.schema import ParallelConfig
-from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.parallel.groups import ParallelContext
 
@@ -44,9 +39,3 @@ def _end_groups() -> None:
             dist.destroy_process_group(group)
     del group
     gc.collect()
-
-
-@functools.cache
-def read_architecture(folder: str) -> R1V2Architecture:
-    """Return the architecture of a model folder, which transformers takes a tenth of a second to read."""
-    return r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))

@@ -1,6 +1,7 @@
 """The shape of the tree: imports go one way, files stay short, the README tells the truth about what is where."""
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -49,10 +50,22 @@ def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py") if path.is_relative_to(PACKAGE) else ""
 
 
+@functools.cache
+def tree_of(path):
+    """Return the parsed code of a file; most rules look at every file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_trees():
+    yield
+    tree_of.cache_clear()
+
+
 def imports_of(path):
     """Return (line, dotted module) of everything that a file imports, at any depth, under its absolute name."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -116,29 +129,29 @@ def test_no_folder_or_file_is_named_after_nothing():
     assert not named
 
 
-def code_lines(source):
+def code_lines(path):
     """Return the numbers of the lines of code: none that is blank, a comment, a docstring or the text below a field."""
     texts = {
         line
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         for line in range(node.lineno, node.end_lineno + 1)
     }
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
         if token.type not in layout:
             lines.update(range(token.start[0], token.end[0] + 1))
     return lines - texts
 
 
 def functions_of(path):
-    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, FUNCTIONS)]
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, FUNCTIONS)]
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_files_and_functions_stay_short(path):
-    lines = code_lines(path.read_text(encoding="utf-8"))
+    lines = code_lines(path)
     assert len(lines) <= 400, f"{name_of(path)} has {len(lines)} lines of code; split it"
     for node in functions_of(path):
         length = len([line for line in lines if node.lineno <= line <= node.end_lineno])
@@ -169,7 +182,7 @@ def test_any_is_rare():
     """Four in a thousand lines: what JSON and megatron-core's untyped calls need."""
     sources = [path.read_text(encoding="utf-8") for path in SOURCES]
     lines = sum(source.count("\n") for source in sources)
-    names = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    names = [node for path in SOURCES for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name)]
     count = sum(node.id == "Any" for node in names)
     assert count <= 0.004 * lines, f"{count} in {lines} lines"
 
@@ -232,7 +245,7 @@ def test_nine_of_ten_modules_have_a_test_file_of_their_name():
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_docstrings_are_noun_phrases_and_imperatives(path):
     questions = re.compile(r"(What|Which|Where|Who|Whether|How|Hold|Tell|Say|Prepare\.)\b")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     documented = [tree, *(node for node in ast.walk(tree) if isinstance(node, FUNCTIONS))]
     wrong = [text for node in documented if (text := ast.get_docstring(node) or "") and questions.match(text)]
     assert not wrong, f"{name_of(path)}: {wrong}"

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1v2.config.schema import ParallelConfig
-from tests.parallel_layouts import read_architecture, start_layout
+from tests.parallel_layouts import start_layout
 from tests.ranks import run_ranks
-from tests.tiny_hf import tiny_hf_model
 
 TP2, SP2, PP2 = ParallelConfig(tensor=2), ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2)
 
@@ -46,8 +45,3 @@ def test_each_layout_has_groups_of_its_own_sizes_and_ends_those_before():
         assert fourth[3] != first[3]
         assert first[2] == second[2] == fourth[2] > 10, "no thread outlives its group"
         assert first[4] == second[4] == fourth[4], "each starts from the seed"
-
-
-def test_an_architecture_is_read_once(tmp_path):
-    tiny_hf_model(tmp_path)
-    assert read_architecture(str(tmp_path)) is read_architecture(str(tmp_path))

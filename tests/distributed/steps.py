@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch.nn.functional import log_softmax
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.mapping import canonical_hf_name
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import AlgorithmConfig, Packing, ParallelConfig, Part, Recompute, TrainConfig
@@ -27,7 +29,7 @@ from megatron_r1v2.training.batches import RowFormat, collate, filler_sample
 from megatron_r1v2.training.optimizer import build_optimizer, wrap_with_ddp
 from megatron_r1v2.training.policy import Policy, UpdateResult
 from megatron_r1v2.types import Prompt, RLTargets, Sample, TrainingBatch
-from tests.parallel_layouts import read_architecture, start_layout
+from tests.parallel_layouts import start_layout
 from tests.whole_weights import gather_hf_weights
 
 TEMPERATURE = 0.7
@@ -233,7 +235,7 @@ def make_policy(
 
     With `score_seed` it is a reward model, whose head is drawn from it.
     """
-    architecture = read_architecture(folder)
+    architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
     settings = ComputeSettings(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,

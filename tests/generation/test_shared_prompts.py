@@ -244,12 +244,14 @@ def siblings(model, *, responses: int = 4, tokens: int = 40):
     ]
 
 
+LONGEST = 60
+"""Tokens of a response: enough that little memory is too little."""
 ENGINES = {
     "roomy": {},
     "few at a time": {"max_requests": 3},
     "chunks": {"max_requests": 8, "max_tokens_per_step": 24},
-    "little memory": {"kv_cache_gib": 0.0006},
-    "chunks and little memory": {"kv_cache_gib": 0.0006, "max_requests": 6, "max_tokens_per_step": 30},
+    "little memory": {"kv_cache_gib": 0.0004},
+    "chunks and little memory": {"kv_cache_gib": 0.00034, "max_requests": 6, "max_tokens_per_step": 30},
 }
 
 
@@ -266,7 +268,7 @@ def results_of(model, context, names=tuple(ENGINES)) -> dict:
     results = {}
     for name in names:
         engine_settings = ENGINES[name]
-        requests = siblings(model, tokens=100)
+        requests = siblings(model, tokens=LONGEST)
         arrivals = {0: requests[:5], 2: requests[5:]}
         cancel = {1: [requests[1].request_id], 6: [requests[8].request_id]}
         engine = make_engine(model, context, **engine_settings)
@@ -274,9 +276,9 @@ def results_of(model, context, names=tuple(ENGINES)) -> dict:
         gib = engine.settings.kv_cache_gib / (context.tensor_size * context.pipeline_size)
         engine.settings = engine.settings.changed(kv_cache_gib=gib)
         engine.stop_ids = frozenset({100})
-        shared = run(engine, arrivals, cancel=cancel, longest=100)
+        shared = run(engine, arrivals, cancel=cancel, longest=LONGEST)
         counts = engine.prefill_tokens, engine.num_evictions
-        own = run(engine, {step: unshared(each) for step, each in arrivals.items()}, cancel=cancel, longest=100)
+        own = run(engine, {step: unshared(each) for step, each in arrivals.items()}, cancel=cancel, longest=LONGEST)
         results[name] = (shared, own, *counts, engine.prefill_tokens, engine.num_evictions)
     return results
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
 from megatron_r1v2.checkpoint.hf.weights import load_hf_weights
 from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
 from megatron_r1v2.generation.cache_size import PhaseLoad
@@ -16,7 +19,7 @@ from megatron_r1v2.models.r1v2 import R1V2Model, build_r1v2
 from megatron_r1v2.models.settings import ComputeSettings
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.types import Prompt
-from tests.parallel_layouts import read_architecture, start_layout
+from tests.parallel_layouts import start_layout
 
 SAMPLING = [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8), (1.0, 1e-6)]
 """(temperature, top-p) of `make_requests`, in turn."""
@@ -31,10 +34,11 @@ MAX_RESPONSE_TOKENS = 24
 def start(folder: str, parallel: ParallelConfig, **settings) -> tuple[R1V2Model, ParallelContext]:
     """Set up a layout, after another one if need be, and load the model into it."""
     context = start_layout(parallel)
+    architecture = r1v2_architecture(json.loads((Path(folder) / "config.json").read_text()))
     compute = ComputeSettings(
         tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence, **settings
     )
-    model = build_r1v2(read_architecture(folder), compute, groups=context.groups, device=context.device)
+    model = build_r1v2(architecture, compute, groups=context.groups, device=context.device)
     load_hf_weights(model, folder, context)
     return model, context
 
