@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ from PIL import Image
 from checkpoint_tools import megatron_to_hf
 from megatron_r1v2.checkpoint.model_card import CARD, model_card
 from tests.checkpoint.damage import fresh, run
+from tests.ranks import run_ranks
 
 STATE = {"step": 7, "version": 6, "parts": ["adapter"], "trained": ["adapter"]}
 
@@ -61,12 +64,19 @@ def test_what_is_not_known_is_left_out(checkpoint):
     assert "AutoModelForImageTextToText" not in card
 
 
+def run_code(code: str, folder: Path) -> str:
+    """Run code in a folder, with no names but its own, and return what it prints."""
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {"__name__": "__main__"})
+    return printed.getvalue()
+
+
 def test_the_snippet_of_an_export_runs(made, tmp_path):
     run(megatron_to_hf, "--checkpoint", made / "run", "--output", tmp_path / "out", "--quiet")
     card = (tmp_path / "out" / CARD).read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     Image.linear_gradient("L").resize((64, 32)).convert("RGB").save(tmp_path / "image.png")
     code = code.replace("FOLDER", str(tmp_path / "out"))  # nothing else: it must run as it is written
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip()
+    (printed,) = run_ranks(1, run_code, code, tmp_path)
+    assert printed.strip()

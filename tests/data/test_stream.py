@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from megatron_r1v2.data.samples import DataError, encode_record, parse_sample
 from megatron_r1v2.data.stream import PromptStream, read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.types import Prompt
+from tests.ranks import run_ranks
 from tests.tiny import tiny_png, tiny_sample, tiny_shards, tiny_tokenizer
 
 TILE, TOKENS = 32, 4
@@ -131,15 +130,10 @@ def test_resume_continues_exactly(
     assert keys(second, after) == expected
 
 
-RESUME = """
-import sys, torch
-from pathlib import Path
-from megatron_r1v2.data.tokenizer import ChatTokenizer
-from tests.data.test_stream import keys, stream
-source = stream(Path(sys.argv[1]), ChatTokenizer(sys.argv[2]), seed=3)
-source.load_state_dict(torch.load(sys.argv[3], weights_only=True))
-print(*keys(source, 60), source.samples_read, source.corrupt)
-"""
+def resume(folder: Path, tokenizer_folder: Path, state: Path) -> tuple[list[str], int, int]:
+    source = stream(folder, ChatTokenizer(tokenizer_folder), seed=3, max_corrupt_fraction=0.2)
+    source.load_state_dict(torch.load(state, weights_only=True))
+    return keys(source, 60), source.samples_read, source.corrupt
 
 
 def test_resume_in_another_process(tmp_path: Path, tokenizer_folder: Path, tokenizer: ChatTokenizer) -> None:
@@ -151,17 +145,8 @@ def test_resume_in_another_process(tmp_path: Path, tokenizer_folder: Path, token
     for _ in range(5):
         source.next(7)
     torch.save(source.state_dict(), tmp_path / "state.pt")
-    expected = [*keys(source, 60), str(source.samples_read), str(source.corrupt)]
-    script = RESUME.replace("seed=3", "seed=3, max_corrupt_fraction=0.2")
-    arguments = [str(folder), str(tokenizer_folder), str(tmp_path / "state.pt")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.stdout.split() == expected
+    expected = (keys(source, 60), source.samples_read, source.corrupt)
+    assert run_ranks(1, resume, folder, tokenizer_folder, tmp_path / "state.pt") == [expected]
 
 
 def test_a_position_in_other_data_is_refused(tmp_path: Path, folder: Path, tokenizer: ChatTokenizer) -> None:
