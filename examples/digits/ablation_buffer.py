@@ -42,7 +42,7 @@ POOL_RUNS = 48
 
 Of the prompts that sixteen sorted as settled, 24 % taught in the next eight: too many for the hard regime.
 """
-LEARNING_RATES = (8e-5, 1.6e-4, 3.2e-4)
+LEARNING_RATES = (1.6e-4, 3.2e-4, 6.4e-4)
 TUNING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 DEFAULT = "middle"

@@ -102,11 +102,11 @@ def test_rates_are_tuned_before_the_seeds_and_comparisons_come_whole(tmp_path):
     runs = [name for name in runner.ran if name.startswith("buffer-middle")]
     assert len(runs) == len(set(runs)) == 2 * (len(LEARNING_RATES) + len(SEEDS))
     assert all(name.endswith("seed-0") for name in runs[:6])
-    assert runs[6:8] == ["buffer-middle-plain-0.00016-seed-1", "buffer-middle-0.00016-seed-1"]
-    assert all("-0.00016-" in name for name in runs[6:])
+    assert runs[6:8] == ["buffer-middle-plain-0.00032-seed-1", "buffer-middle-0.00032-seed-1"]
+    assert all("-0.00032-" in name for name in runs[6:])
     assert max(runner.at_once) == 2
     text = (tmp_path / "table-buffer.md").read_text()
-    assert "| middle: buffer | 0.00016 | 5 |" in text
+    assert "| middle: buffer | 0.00032 | 5 |" in text
 
 
 def test_the_budget_counts_all_calls_and_a_larger_one_goes_on(tmp_path):
@@ -130,12 +130,12 @@ def test_the_budget_counts_all_calls_and_a_larger_one_goes_on(tmp_path):
 
 def test_a_failed_run_keeps_the_finished_ones(tmp_path):
     study = Study(tmp_path)
-    runner = Recorder(tmp_path, fail="buffer-middle-0.00016-seed-3")
+    runner = Recorder(tmp_path, fail="buffer-middle-0.00032-seed-3")
     with pytest.raises(study_module.StageError):
         study_module.run_study(study, runner, arms=ARMS[:2], jobs=2, budget_hours=0)
     again = Recorder(tmp_path)
     study_module.run_study(study, again, arms=ARMS[:2], jobs=2, budget_hours=0)
-    assert again.ran[0] == "buffer-middle-0.00016-seed-3"
+    assert again.ran[0] == "buffer-middle-0.00032-seed-3"
     assert not set(runner.ran) & set(again.ran)
 
 
@@ -145,11 +145,11 @@ def test_finished_runs_of_other_settings_are_refused(tmp_path):
     other = Study(tmp_path, steps=7)
     for stage in [*other.before_stages(), *(other.stage(arm, rate, 0) for arm in ARMS[:2] for rate in LEARNING_RATES)]:
         # As the runner itself writes it: the sizes of the runs alone have changed.
-        made = Study(tmp_path).stage(ARMS[0], 8e-5, 0) if stage.name == "buffer-middle-plain-8e-05-seed-0" else stage
+        made = Study(tmp_path).stage(ARMS[0], 1.6e-4, 0) if stage.name == "buffer-middle-plain-0.00016-seed-0" else stage
         record = {"command": made.command, "recipes": recipe_checksums(made), "seconds": 1.0}
         (tmp_path / "stages" / f"{stage.name}.json").write_text(json.dumps(record))
     with pytest.raises(
-        study_module.StageError, match=r"buffer-middle-plain-8e-05-seed-0 was done with another command"
+        study_module.StageError, match=r"buffer-middle-plain-0.00016-seed-0 was done with another command"
     ):
         study_module.run_study(other, runner, arms=ARMS[:2], jobs=2, budget_hours=0)
 

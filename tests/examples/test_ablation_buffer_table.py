@@ -41,11 +41,11 @@ def test_a_curve_is_the_mean_of_three_validations():
 
 
 def test_a_target_that_is_not_reached_costs_all_responses(tmp_path):
-    reached = table.outcome(write_run(tmp_path / "a", [0.8, 0.8, 0.8, 0.9, 0.95, 0.95]))
+    reached = table.outcome(write_run(tmp_path / "a", [0.8, 0.8, 0.8, 0.9, 1.0, 1.0]))
     assert reached.reached
-    # The means are 0.8, 0.8333, 0.8833, 0.9333: the target is between those at 500 and 600 responses.
-    assert reached.to_target == pytest.approx(500 + 100 * (table.TARGET - 0.8 - 0.25 / 3) / 0.05)
-    assert reached.late == pytest.approx((0.9 + 0.95 + 0.95) / 3)
+    # The means are 0.8, 0.8333, 0.9, 0.9667: the target is between those at 500 and 600 responses.
+    assert reached.to_target == pytest.approx(500 + 100 * (table.TARGET - 0.9) / (0.2 / 3))
+    assert reached.late == pytest.approx((0.9 + 1.0 + 1.0) / 3)
     missed = table.outcome(write_run(tmp_path / "b", [0.8] * 6))
     assert (missed.reached, missed.to_target, missed.responses) == (False, 600.0, 600.0)
     with pytest.raises(FileNotFoundError):
