@@ -145,7 +145,8 @@ def test_finished_runs_of_other_settings_are_refused(tmp_path):
     other = Study(tmp_path, steps=7)
     for stage in [*other.before_stages(), *(other.stage(arm, rate, 0) for arm in ARMS[:2] for rate in LEARNING_RATES)]:
         # As the runner itself writes it: the sizes of the runs alone have changed.
-        made = Study(tmp_path).stage(ARMS[0], 1.6e-4, 0) if stage.name == "buffer-middle-plain-0.00016-seed-0" else stage
+        longer = stage.name == "buffer-middle-plain-0.00016-seed-0"
+        made = Study(tmp_path).stage(ARMS[0], 1.6e-4, 0) if longer else stage
         record = {"command": made.command, "recipes": recipe_checksums(made), "seconds": 1.0}
         (tmp_path / "stages" / f"{stage.name}.json").write_text(json.dumps(record))
     with pytest.raises(
