@@ -23,6 +23,10 @@ class ColumnLinear(ColumnParallelLinear):
         if torch.is_grad_enabled() or self.sequence_parallel or self.gather_output or runtime_gather_output:
             output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(input_, weight, runtime_gather_output)
             return output
+        if input_.dim() == 3 and input_.size(1) == 1 and input_.stride(0) != input_.stride(1):
+            # The embeddings of one sequence are a transposed view, of which matmul would multiply each token by the
+            # weight anew (bmm): slow, and so large at true width that torch gives up oneDNN for the whole process.
+            input_ = input_.squeeze(1).unsqueeze(1)
         product = torch.matmul(input_, (self.weight if weight is None else weight).t())
         if self.skip_bias_add:
             return product, self.bias

@@ -4,6 +4,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_r1v2.models.linears import ColumnLinear, RowLinear
 
@@ -37,6 +38,30 @@ def test_bits_are_those_with_gradients(kind, tokens, bias, skip_bias_add, contex
     assert left is bias_left
     assert (left is not None) == (bias and skip_bias_add)
     # Otherwise each layer of megatron-core would make it a tensor of its own, by one more autograd function.
+    assert output._base is None
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_tokens_of_one_sequence_are_multiplied_together(context):
+    """Also where they are a transposed view, as megatron-core's embedding makes them, and the weight is frozen."""
+    layer = linear(ColumnLinear, context, bias=False, skip_bias_add=False).requires_grad_(False)
+    hidden = torch.randn(1, 7, 24)
+    with torch.no_grad(), Operators() as operators:
+        output, _ = layer(hidden.transpose(0, 1))
+    assert "mm" in operators.names
+    assert "bmm" not in operators.names
+    assert torch.equal(output, layer(hidden.transpose(0, 1).clone(memory_format=torch.contiguous_format))[0])
     assert output._base is None
 
 
