@@ -34,9 +34,11 @@ MODELS = {"grpo_from_internvl3": "internvl3-38b"}
 """The known model of a recipe, where it is not r1v2-38b."""
 LINE = Line.through(Layers.of(KNOWN_MODELS["r1v2-38b"]))
 """Two layer counts, and all layers."""
-FEW_REQUESTS = ("generation.max_requests=16",)
+FEW_REQUESTS = 16
 """A cache that takes what is free would take much more with few layers than with all, which is no line; and every
 request takes time in a rehearsal. The plan has as many."""
+FEW_LONG_REQUESTS = 8
+"""The same of the 64k recipes: the cache of 16 such requests does not fit into a GPU with all layers."""
 _WITHOUT_ENGINE = ("reward_model",)
 _MIB = 2**20
 _HEAD = "| recipe | stage | phase | rehearsed | planned | | all layers: rehearsed | planned | |"
@@ -192,7 +194,8 @@ def _side_by_side(planned: Sequence[RankMemory], phases: Mapping[Place, PhaseMem
 
 def recipe_cases(folder: Path, name: str, line: Line = LINE) -> tuple[Case, Case]:
     """Return a recipe with few layers and with more."""
-    overrides = () if name in _WITHOUT_ENGINE else FEW_REQUESTS
+    requests = FEW_LONG_REQUESTS if name.endswith("64k") else FEW_REQUESTS
+    overrides = () if name in _WITHOUT_ENGINE else (f"generation.max_requests={requests}",)
     few, more = (Case(folder / f"{name}.yaml", overrides, layers) for layers in (line.few, line.more))
     return few, more
 
