@@ -162,6 +162,7 @@ class PairMaker:
             Sampling(
                 num_responses=generation.responses_per_prompt,
                 policy_version=self.loaded.version,
+                # Another checkpoint gets other draws.
                 step=self.loaded.version,
                 temperature=generation.temperature,
                 max_response_tokens=generation.max_response_tokens,
