@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -58,7 +59,8 @@ def test_every_recipe_runs_and_fits_with_all_layers(name: str) -> None:
 
 @cache
 def of_grpo(layers: Layers) -> Rehearsal:
-    return rehearse_all(Case(FOLDER / "grpo.yaml", (), layers))
+    few, _ = recipe_cases(FOLDER, "grpo")
+    return rehearse_all(replace(few, layers=layers))
 
 
 @pytest.mark.slow
