@@ -1,4 +1,4 @@
-"""A whole GRPO run, buffer and all, at several layouts: the same rewards, buffer and weights as on one rank."""
+"""A whole GRPO run on two data sets, buffer and all, at several layouts: rewards, buffer and weights of one rank."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_r1v2.config.recipes import Recipe
 from tests.stages.runs import (
     Ranks,
     checkpoint_contents,
@@ -15,7 +16,7 @@ from tests.stages.runs import (
     recipe_for,
     without_timings,
 )
-from tests.stages.tiny_run import tiny_recipe
+from tests.stages.tiny_run import tiny_recipe, write_data
 
 STEPS = 4
 SETTINGS = (
@@ -40,14 +41,22 @@ SLOW = ("tp2-dp2", "tp2-pp2", "dp3")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny_recipe(folder)
+    write_data(folder / "more", images=9, texts=3, seed=3)
     return folder
+
+
+def recipe_of_two_sets(root: Path, run: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    mixture = f"data.train=[{{path: {root / 'data'}, weight: 2}}, {{path: {root / 'more'}}}]"
+    return recipe_for(root, run, (*SETTINGS, mixture, *overrides))
 
 
 @pytest.fixture(scope="module")
 def one_rank(root: Path, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one-rank") / "run"
-    Ranks(recipe_for(root, run, SETTINGS)).wait()
-    assert sum(line["ssb/replayed"] for line in read_metrics(run)) > 0
+    Ranks(recipe_of_two_sets(root, run)).wait()
+    lines = read_metrics(run)
+    assert sum(line["ssb/replayed"] for line in lines) > 0
+    assert [line["data/share/more"] for line in lines] == pytest.approx([1 / 3] * STEPS)
     return run
 
 
@@ -61,7 +70,7 @@ def contents(run: Path) -> dict:
 def test_a_run_does_not_depend_on_the_layout(root: Path, tmp_path: Path, one_rank: Path, name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     run = tmp_path / "run"
-    Ranks(recipe_for(root, run, (*SETTINGS, *overrides)), world_size).wait()
+    Ranks(recipe_of_two_sets(root, run, overrides), world_size).wait()
     lines, expected = without_timings(read_metrics(run)), without_timings(read_metrics(one_rank))
     for line, expected_line in zip(lines, expected, strict=True):
         assert line == pytest.approx(expected_line, rel=1e-3, abs=2e-5)
