@@ -279,14 +279,17 @@ class Workload:
         """Return tokens, prompts and rows of a microbatch of the longest rows, packed as data/packing.py packs them."""
         multiple, units = math.lcm(LENGTH_MULTIPLE, tensor), self.responses_per_prompt // self.rows_together
         unit = self.unit_tokens(tensor)
+        # The few rows of a rehearsed step may be fewer than a microbatch has room for.
+        most = self.rehearsed.rows // self.rows_together if self.rehearsed else self.packed_tokens
         if not self.shares_prompts:
-            count = max(1, self.packed_tokens // unit)
+            count = max(1, min(self.packed_tokens // unit, most))
             return count * unit, -(-count // units), count * self.rows_together
         capacity = max(self.packed_tokens // multiple * multiple, unit)
         prompt, responses = self.prompt_tokens - 1, self.rows_together * self.response_columns
-        of_prompt = max(1, min(units, (capacity - prompt) // responses))
-        prompts = max(1, capacity // (prompt + of_prompt * responses))
-        return prompts * (prompt + of_prompt * responses), prompts, prompts * of_prompt * self.rows_together
+        of_prompt = max(1, min(units, (capacity - prompt) // responses, most))
+        prompts = max(1, min(capacity // (prompt + of_prompt * responses), -(-most // of_prompt)))
+        count = min(prompts * of_prompt, max(1, most))
+        return prompts * prompt + count * responses, prompts, count * self.rows_together
 
     def padded(self, tokens: int, tensor: int) -> int:
         """Return the length of a row of so many tokens."""

@@ -301,7 +301,7 @@ def test_the_gate_has_a_small_cache_and_a_forward_pass_over_few_logits():
 
 
 def test_a_rehearsal_compares_weights_but_not_the_engine_beside_the_buffer_of_an_update():
-    step = RehearsedStep(images=1, rows=2, validated=1)
+    step = RehearsedStep(images=1, rows=250, validated=1)
 
     def gate(packed_tokens, **changes):
         work = small_work(parts=(Part.language,), packed_tokens=packed_tokens, rehearsed=step, **changes)

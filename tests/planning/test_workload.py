@@ -57,7 +57,7 @@ def test_the_longest_rows_are_packed_as_the_stages_pack_them(prompt, response, r
         response_tokens=response,
         responses_per_prompt=responses,
         packed_tokens=packed,
-        rehearsed=WHOLE,
+        rehearsed=replace(WHOLE, rows=12 * responses),
     )
     groups = [PromptLengths(prompt - 1, {f"{key}/{n}": response for n in range(responses)}) for key in range(12)]
     rows = share_prompts(groups, packed // 8 * 8)
@@ -68,6 +68,26 @@ def test_the_longest_rows_are_packed_as_the_stages_pack_them(prompt, response, r
     assert shape.tokens == -(-tokens[fullest] // 8) * 8
     assert shape.tiles == 2 * len(prompts[fullest])
     assert work.rows_of_microbatch(1) == len(rows[fullest])
+
+
+@pytest.mark.parametrize(
+    ("shares", "rows", "tokens", "held", "tiles"),
+    [
+        # Rows of 16 tokens; shared: 9 of the prompt and 7 of each response.
+        (False, 1, 16, 1, 2),
+        (False, 3, 48, 3, 4),
+        (False, 99, 192, 12, 12),
+        (True, 1, 16, 1, 2),
+        (True, 3, 40, 3, 4),
+        (True, 99, 184, 16, 16),
+    ],
+)
+def test_a_microbatch_holds_no_more_than_the_rows_of_a_rehearsed_step(shares, rows, tokens, held, tiles):
+    step = RehearsedStep(images=8, rows=rows, validated=1)
+    work = small_work(shares_prompts=shares, responses_per_prompt=2, packed_tokens=200, rehearsed=step)
+    shape = work.microbatch(1)
+    assert (shape.tokens, work.rows_of_microbatch(1), shape.tiles) == (tokens, held, tiles)
+    assert work.microbatches(Layout()) == 1
 
 
 def test_the_bytes_of_microbatches_by_hand():
