@@ -231,6 +231,8 @@ class _Response:
     """The tokens that it has when it begins to run."""
     end: int
     """The tokens that it has after the phase."""
+    last: int = 0
+    """The step with the last of them, while it runs."""
 
 
 @dataclass(eq=False, slots=True)
@@ -249,8 +251,10 @@ class _Engine:
     going_on: list[_Group] = field(default_factory=list)
     """Those that go on in the next phase."""
     waiting: deque[_Response] = field(default_factory=deque)
-    running: list[tuple[int, int, _Response]] = field(default_factory=list)
-    """A heap: the step with the last token of the phase, and the number, of each."""
+    running: dict[int, _Response] = field(default_factory=dict)
+    """By number, the newest last: an evicted response begins again before any newer one."""
+    ends: list[tuple[int, int]] = field(default_factory=list)
+    """A heap: the step with the last token of the phase, and the number, of each that runs; and of some evicted."""
     present: Counter[int] = field(default_factory=Counter)
     """Running responses by group: the first brings the prompt, the last takes it away."""
     groups: int = 0
@@ -298,7 +302,7 @@ class _Engine:
         """Decode until a response ends or the cache is full."""
         self._fill()
         count = len(self.running)
-        steps, room = self.running[0][0] - self.now, int((self.replica.cache_tokens - self.cached) // count)
+        steps, room = self._next_end() - self.now, int((self.replica.cache_tokens - self.cached) // count)
         self.evicted = count > 1 and room < steps
         if self.evicted:
             steps = max(0, room)
@@ -308,17 +312,24 @@ class _Engine:
         self.cached += steps * count
         self.now += steps
         if self.evicted:
-            entry = max(self.running, key=lambda each: each[1])
-            self.running.remove(entry)
-            heapq.heapify(self.running)
-            last, _, newest = entry
-            newest.start = newest.end - (last - self.now)
+            _, newest = self.running.popitem()
+            newest.start = newest.end - (newest.last - self.now)
             self._release(newest, newest.start)
             self.waiting.appendleft(newest)
-        while self.running and self.running[0][0] == self.now:
-            ended = heapq.heappop(self.running)[2]
+        while self.running and self._next_end() == self.now:
+            _, number = heapq.heappop(self.ends)
+            ended = self.running.pop(number)
             self._release(ended, ended.end)
             self.ended.append((self.tokens, self.seconds))
+
+    def _next_end(self) -> int:
+        """Return the step in which a response that runs ends first."""
+        while True:
+            last, number = self.ends[0]
+            response = self.running.get(number)
+            if response is not None and response.last == last:
+                return last
+            heapq.heappop(self.ends)
 
     def _fill(self) -> None:
         """Let responses begin, in order, as far as there is room."""
@@ -328,8 +339,9 @@ class _Engine:
             if self.running and (self.evicted or self.cached + needed >= self.replica.cache_tokens):
                 return
             self.waiting.popleft()
-            last = self.now + response.end - response.start
-            heapq.heappush(self.running, (last, response.number, response))
+            response.last = self.now + response.end - response.start
+            self.running[response.number] = response
+            heapq.heappush(self.ends, (response.last, response.number))
             self.present[response.group] += 1
             self.cached += needed
 
