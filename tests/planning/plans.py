@@ -1,5 +1,6 @@
 """The common part of tests/planning/: the 38B recipe on its cluster, and a model small enough to count by hand."""
 
+from functools import cache
 from pathlib import Path
 
 from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture
@@ -84,7 +85,13 @@ def cluster(gpus=8, memory=80.0):
     return Cluster(gpus, 8, memory, 4.0, HARDWARE["h100"])
 
 
-def plan_of(*overrides, gpus=8, memory=80.0, hf=HF_CONFIG):
+@cache
+def plan_of(*overrides, gpus=8, memory=80.0):
+    """Plan the recipe for the 38B model, for all tests that want this plan at once."""
+    return plan_for(HF_CONFIG, *overrides, gpus=gpus, memory=memory)
+
+
+def plan_for(hf, *overrides, gpus=8, memory=80.0):
     """Plan the recipe for a model that it fits; its mistakes are told as the command tells them."""
 
     def check(recipe):

@@ -14,6 +14,7 @@ from tests.planning.plans import RECIPE, check_planned
 FOLDER = RECIPE.parent
 
 
+@pytest.mark.slow
 def test_every_phase_of_grpo_with_few_layers_takes_what_is_planned():
     # The input of the first layer of the tower is a view: a second layer has one of its own.
     case = Case(RECIPE, ("generation.max_requests=8",), Layers(2, 1))

@@ -11,7 +11,7 @@ from megatron_r1v2.planning.memory import GIB, plan_memory
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.roofline import step_time
 from megatron_r1v2.planning.search import LayoutCandidate, propose_layout
-from tests.planning.plans import ARCHITECTURE, HF_CONFIG, SMALL, plan_of, small_work, workload
+from tests.planning.plans import ARCHITECTURE, HF_CONFIG, SMALL, plan_for, plan_of, small_work, workload
 
 NARROW = {**HF_CONFIG, "text_config": {**HF_CONFIG["text_config"], "intermediate_size": 4 * 1600}}
 
@@ -120,7 +120,7 @@ def test_fp8_is_proposed_where_the_gpu_has_it_and_the_price_is_said():
         step_time(ARCHITECTURE, Layout(8), replace(workload(), fp8=Fp8.tensorwise), HARDWARE["a100"], mean_response=9)
     # 1,600 feed-forward channels a rank are a multiple of 16 but not of 128.
     with pytest.raises(ValueError, match="blockwise needs a multiple of 128"):
-        plan_of("model.layers=te", "model.fp8=blockwise", "parallel.tensor=4", "parallel.sequence=true", hf=NARROW)
+        plan_for(NARROW, "model.layers=te", "model.fp8=blockwise", "parallel.tensor=4", "parallel.sequence=true")
 
 
 def test_less_memory_makes_the_proposal_split_or_recompute_more():
