@@ -53,8 +53,11 @@ def test_every_recipe_runs_with_few_layers_and_fits_on_the_line_to_all_as_planne
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs_and_fits_with_all_layers(name: str) -> None:
-    check_runs(rehearse_all(Case(FOLDER / f"{name}.yaml", (), LINE.whole)))
+def test_every_recipe_runs_and_fits_with_all_layers_as_planned(name: str) -> None:
+    case = Case(FOLDER / f"{name}.yaml", (), LINE.whole)
+    found = rehearse_all(case)
+    check_runs(found)
+    check_planned(compare(case, fullest_phases(found)))
 
 
 @cache
