@@ -36,12 +36,13 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("benchmarks", _DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("name", metavar="NAME", help="the benchmark, one of those above")
     parser.add_argument("--input", type=Path, required=True, help="data file, or folder of data files")
-    parser.add_argument("--only", default="*", help="read files of this name only, such as 'validation-*'")
+    parser.add_argument("--only", help="read files of this name only, such as 'validation-*'")
     parser.add_argument("--images", type=Path, help="folder of images beside the data; that of --input if not given")
     parser.add_argument("--output", type=Path, required=True, help="folder of shards to make; must not exist yet")
     arguments = parser.parse_args(argv)
     # Imported after the arguments are checked: energon and torch take seconds.
     from megatron_r1v2.data.shards import write_shards
+    from megatron_r1v2.evaluation.benchmarks.files import check_one_split, find_files
     from megatron_r1v2.evaluation.benchmarks.readers import READERS
     from megatron_r1v2.evaluation.benchmarks.samples import benchmark_samples
 
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"NAME is {arguments.name!r}; accepted: {', '.join(READERS)}")
     beside = arguments.input if arguments.input.is_dir() else arguments.input.parent
     try:
-        samples = benchmark_samples(arguments.name, arguments.input, arguments.images or beside, arguments.only)
+        if arguments.only is None:
+            check_one_split(find_files(arguments.input))
+        samples = benchmark_samples(arguments.name, arguments.input, arguments.images or beside, arguments.only or "*")
         count = write_shards(samples, arguments.output)
     except ValueError as error:
         print(f"error: {error}\nNothing was written.", file=sys.stderr)

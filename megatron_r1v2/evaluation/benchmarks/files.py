@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_r1v2.data.row_files import parquet_rows
@@ -12,6 +13,9 @@ from megatron_r1v2.data.samples import SampleError
 
 RowOfFile = Mapping[str, object]
 _SUFFIXES = (".parquet", ".jsonl", ".json")
+# As `datasets` names the files of a split on the hub; the one to be scored first.
+_SPLITS = ("validation", "testmini", "test", "train", "dev")
+_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLITS)})-\d+-of-\d+")
 
 
 def find_files(path: Path) -> list[Path]:
@@ -31,6 +35,21 @@ def find_files(path: Path) -> list[Path]:
             f"--input {path}: there is no {', '.join(_SUFFIXES)} file; give the file or folder as downloaded"
         )
     return files
+
+
+def check_one_split(files: Sequence[Path]) -> None:
+    """Refuse the files of several splits, whose score would be that of none.
+
+    Raises:
+        ValueError: it names the splits.
+    """
+    names = {match[1] for file in files if (match := _SPLIT_FILE.match(file.name))}
+    if len(names) > 1:
+        splits = sorted(names, key=_SPLITS.index)
+        raise ValueError(
+            f"the files are of several splits ({', '.join(splits)}), and a score is of one; "
+            f"give --only '{splits[0]}-*' or another, or --only '*' for all"
+        )
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, RowOfFile]]:

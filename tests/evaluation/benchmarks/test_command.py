@@ -62,3 +62,15 @@ def test_images_are_looked_for_beside_the_data_unless_told_where(tmp_path, capsy
     assert main(arguments) == 1
     assert "--images" in capsys.readouterr().err
     assert main([*arguments, "--images", str(tmp_path)]) == 0
+
+
+def test_the_files_of_several_splits_are_no_benchmark(tmp_path, capsys):
+    """A published folder has them side by side, and a score is of one."""
+    published.write_mmmu(tmp_path / "in")
+    arguments = ["mmmu", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "of several splits (validation, dev)" in (error := capsys.readouterr().err)
+    assert "give --only 'validation-*' or another, or --only '*' for all" in error
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--only", "*"]) == 0
+    assert "3 questions" in capsys.readouterr().out

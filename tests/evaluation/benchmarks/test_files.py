@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("pyarrow")
 
 from megatron_r1v2.data.samples import SampleError
-from megatron_r1v2.evaluation.benchmarks.files import find_files, image_bytes, read_rows, text_list
+from megatron_r1v2.evaluation.benchmarks.files import check_one_split, find_files, image_bytes, read_rows, text_list
 from megatron_r1v2.evaluation.benchmarks.samples import benchmark_samples
 from tests.evaluation import published
 
@@ -93,3 +93,10 @@ def test_lists_may_be_the_text_of_a_list():
         text_list("a, b", "options")
     with pytest.raises(SampleError, match="options must be a list, got 7"):
         text_list("7", "options")
+
+
+def test_a_split_is_told_by_the_name_that_the_hub_gives_its_files(tmp_path):
+    parts = [tmp_path / f"{name}.parquet" for name in ("train-00000-of-00002", "train-00001-of-00002")]
+    check_one_split([*parts, tmp_path / "test_en-00000-of-00001.parquet", tmp_path / "testmini.json"])
+    with pytest.raises(ValueError, match=r"several splits \(test, train\)"):
+        check_one_split([*parts, tmp_path / "deep" / "test-00000-of-00001.parquet"])
