@@ -57,7 +57,7 @@ def load_image(value: object, folder: Path) -> tuple[str, bytes]:
         raise SampleError(f"image {value:.100} is on the network, and nothing is downloaded; give a file")
     path = folder / value.removeprefix("file://")
     if not _is_file(path):
-        raise SampleError(f"image {path!s:.300} does not exist")
+        raise SampleError(f"image {path!s:.300} does not exist; paths are relative to --images FOLDER")
     try:
         data = path.read_bytes()
     except OSError as error:

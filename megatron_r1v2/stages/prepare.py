@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_r1v2.data.samples import ShardSample
 
 _ERRORS_SHOWN = 20
+"""On a terminal."""
 _BAR = 40
 _DESCRIPTION = """\
 Turn rows and their images into WebDataset shards that training reads. docs/data.md says all that is understood.
@@ -52,7 +53,7 @@ _GSM8K = re.compile(r"\n####(.*)\Z")
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("prepare", _DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("input", type=Path, nargs="+", help="file of rows, or folder of one split; several are joined")
-    parser.add_argument("--images", type=Path, default=Path(), help="folder that image paths are relative to")
+    parser.add_argument("--images", type=Path, default=Path(), help="folder that image paths are relative to (.)")
     parser.add_argument("--output", type=Path, help="folder to make; must not exist yet")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples in one tar file (1000)")
     parser.add_argument(
@@ -273,13 +274,13 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.check_only:
             print("Nothing was written. --check-only lists all bad rows at once.", file=sys.stderr)
         return 1
-    shown = _ERRORS_SHOWN if arguments.check_only else len(problems)
+    shown = _ERRORS_SHOWN if arguments.check_only and sys.stderr.isatty() else len(problems)
     for problem in problems[:shown]:
         print(f"{'error' if arguments.check_only else 'left out'}: {problem}", file=sys.stderr)
     if len(problems) > shown:
-        print(f"... and {len(problems) - shown} more", file=sys.stderr)
+        print(f"... and {len(problems) - shown} more; with 2> FILE the file has them all", file=sys.stderr)
     print(f"{count} samples are fine" + (f", {len(problems)} are not" if problems else ""))
     if arguments.check_only:
         return 1 if problems else 0
-    print(f"written to {arguments.output}; set data.train to it")
+    print(f"written to {arguments.output}; set data.train or data.validation to it")
     return 0

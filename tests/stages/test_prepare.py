@@ -54,6 +54,31 @@ def test_check_only_lists_every_bad_row(tmp_path: Path, images: Path, capsys: py
     assert main([str(write_rows(tmp_path, OWN)), "--images", str(images), "--check-only"]) == 0
 
 
+def test_a_terminal_shows_the_first_bad_rows_and_a_file_takes_all(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(write_rows(tmp_path, *["{"] * 23)), "--images", str(images), "--check-only"]
+    assert main(command) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 23
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(command) == 1
+    printed = capsys.readouterr().err
+    assert "line 20: " in printed
+    assert "line 21: " not in printed
+    assert "... and 3 more; with 2> FILE the file has them all" in printed
+
+
+def test_an_image_that_is_missing_names_the_option_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "away").mkdir()
+    assert main([str(write_rows(tmp_path, OWN)), "--images", str(tmp_path / "away"), "--check-only"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'away'}/" in line
+    assert line.endswith("does not exist; paths are relative to --images FOLDER")
+
+
 @pytest.mark.parametrize(("name", "message"), [("rows.parquet", "does not exist"), ("no.jsonl", "does not exist")])
 def test_inputs_that_cannot_be_read(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
