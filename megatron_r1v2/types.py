@@ -228,5 +228,5 @@ class NoRoomError(ValueError):
     """A key-value cache of what is free has no room for one sequence."""
 
 
-class RowsTooLongError(ValueError):
-    """Rows of the data are longer than the recipe or the model allows."""
+class DataEndsRunError(ValueError):
+    """The data would end a run: rows longer than the recipe or the model allows, or too few of them."""

@@ -38,6 +38,12 @@ def num_train_samples(settings: DataConfig) -> int:
     return sum(sum(check_shards(source.path).values()) for source in settings.sources)
 
 
+def num_in_shares(sizes: Sequence[int], weights: Sequence[float]) -> int:
+    """Return the largest number of distinct prompts in which the shares of data sets of these sizes hold."""
+    total = sum(weights)
+    return int(min(size * total / weight for size, weight in zip(sizes, weights, strict=True)))
+
+
 def check_shares(settings: DataConfig, count: int) -> None:
     """Refuse a mixture of which a data set has fewer samples than its share of a step, which has each prompt once.
 
@@ -105,9 +111,7 @@ class MixtureStream:
     @property
     def num_distinct(self) -> int:
         """Return the largest number of distinct prompts in which the shares hold; then a data set has no more."""
-        total = sum(self.weights)
-        sizes = (stream.num_distinct for stream in self._streams)
-        return int(min(size * total / weight for size, weight in zip(sizes, self.weights, strict=True)))
+        return num_in_shares([stream.num_distinct for stream in self._streams], self.weights)
 
     @property
     def samples_read(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries
 from megatron_r1v2.planning.command import add_cluster_options, read_cluster, recipe_to_plan
 from megatron_r1v2.planning.known_models import find_hf_config
-from megatron_r1v2.types import NoRoomError, RowsTooLongError
+from megatron_r1v2.types import DataEndsRunError, NoRoomError
 
 _DESCRIPTION = """\
 Rehearse a run on a CPU before it is queued: the stage's own code as one rank of each pipeline stage, on tensors without
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     except NoRoomError as error:
         print(f"It does not fit: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-    except RowsTooLongError as error:
+    except DataEndsRunError as error:
         print(f"It would end before its first step, so nothing was rehearsed.\n{error}", file=sys.stderr)
         raise SystemExit(1) from error
     except ValueError as error:
@@ -80,7 +80,10 @@ def main(argv: Sequence[str]) -> None:
         from megatron_r1v2.rehearsal.chart import memory_chart
 
         fullest = max(found.ranks, key=lambda rank: max((phase.peak for phase in rank.phases), default=0))
-        arguments.svg.write_text(memory_chart(f"{plan.name}, {fullest.place}", fullest.samples, plan.cluster.limit))
+        if fullest.samples:
+            arguments.svg.write_text(memory_chart(f"{plan.name}, {fullest.place}", fullest.samples, plan.cluster.limit))
+        else:
+            print(f"{arguments.svg} is not written: the rehearsal has seen no tensor", file=sys.stderr)
     if not found.passed:
         raise SystemExit(1)
 

@@ -16,7 +16,7 @@ from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
 from megatron_r1v2.data.shards import check_shards, write_shards
 from megatron_r1v2.data.survey import GIVEN_FIELDS, GivenResponses, sample_heads
 from megatron_r1v2.rehearsal.rows import ANSWER, LONG, MARGIN
-from megatron_r1v2.types import RowsTooLongError
+from megatron_r1v2.types import DataEndsRunError
 
 _NAMED = 5
 """Of the rows of a data set that are too long."""
@@ -70,7 +70,7 @@ def check_lengths(measured: Iterable[DataLengths]) -> None:
     """Refuse data sets with rows that would end the run.
 
     Raises:
-        RowsTooLongError: the first such rows of each data set, and how many there are.
+        DataEndsRunError: the first such rows of each data set, and how many there are.
     """
     told: list[str] = []
     for lengths in measured:
@@ -79,7 +79,7 @@ def check_lengths(measured: Iterable[DataLengths]) -> None:
             told += [f"  {mistake}" for mistake in lengths.mistakes[:_NAMED]]
             told += [f"  ... and {count - _NAMED} more"] * (count > _NAMED)
     if told:
-        raise RowsTooLongError("\n".join(told))
+        raise DataEndsRunError("\n".join(told))
 
 
 @dataclass(frozen=True)

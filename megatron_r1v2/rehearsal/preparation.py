@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
@@ -14,10 +14,11 @@ from megatron_r1v2.config.recipes import GrpoRecipe, MpoRecipe, PairsRecipe, Tra
 from megatron_r1v2.models.architecture import R1V2Architecture
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.planning.workload import Workload
+from megatron_r1v2.types import DataEndsRunError
 
 if TYPE_CHECKING:
     from megatron_r1v2.data.tokenizer import ChatTokenizer
-    from megatron_r1v2.rehearsal.own_rows import OwnRows
+    from megatron_r1v2.rehearsal.own_rows import DataLengths, OwnRows
     from megatron_r1v2.rehearsal.rows import RowWriter
 
 AnyTraining = TrainingRecipe | PairsRecipe
@@ -229,7 +230,7 @@ def write_rehearsal(
         own_data: whether to take the longest rows of the recipe's data sets instead of made ones.
 
     Raises:
-        RowsTooLongError: rows of the recipe's data sets would end the run.
+        DataEndsRunError: rows of the recipe's data sets would end the run, or there are too few of them.
         ValueError: among others, a data set of the recipe is missing, or no row of it fits.
     """
     from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -271,9 +272,32 @@ def _write_own_rows(rows: OwnRows, recipe: AnyTraining, sizes: Mapping[str, _Siz
     }
     found = [lengths for each in measured.values() for lengths in each]
     check_lengths(found)
+    _check_count(recipe, measured["train"])
     for name, size in sizes.items():
         rows.write(measured[name], folder / name, rows=size.rows, steps=size.steps)
     return [sentence for lengths in found for sentence in lengths.sentences(recipe.data)]
+
+
+def _check_count(recipe: AnyTraining, measured: Sequence[DataLengths]) -> None:
+    """Refuse a data.train with fewer rows than a step takes, or than can be in flight.
+
+    Raises:
+        DataEndsRunError: as the stage would say it before its first step.
+    """
+    from megatron_r1v2.data.mixture import num_in_shares
+    from megatron_r1v2.stages.grpo.segments import check_enough_prompts
+    from megatron_r1v2.stages.step_prompts import check_enough_samples
+
+    if not isinstance(recipe, TrainingRecipe):
+        return
+    try:
+        left_out = sum(len(lengths.left_out) for lengths in measured)
+        check_enough_samples(recipe.data, recipe.train.prompts_per_step, left_out=left_out)
+        if isinstance(recipe, GrpoRecipe):
+            sizes, weights = [lengths.rows for lengths in measured], [source.weight for source in recipe.data.sources]
+            check_enough_prompts(num_in_shares(sizes, weights) if len(sizes) > 1 else sizes[0], recipe)
+    except ValueError as error:
+        raise DataEndsRunError(str(error)) from error
 
 
 def _row_writer(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: ChatTokenizer) -> RowWriter:

@@ -155,7 +155,7 @@ def rehearse(
         own_data: whether to rehearse on the longest rows of the recipe's data sets instead of made ones.
 
     Raises:
-        RowsTooLongError: with `own_data`, rows would end the run; nothing is rehearsed.
+        DataEndsRunError: with `own_data`, rows would end the run; nothing is rehearsed.
         ValueError: among others, a data set of the recipe is missing.
     """
     layout = plan.layout

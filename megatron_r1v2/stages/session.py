@@ -12,7 +12,7 @@ from megatron_r1v2.config.choices import OnResume, Packing, Part, StageName, Too
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import TrainingRecipe
 from megatron_r1v2.config.schema import CheckpointConfig, RewardConfig
-from megatron_r1v2.data.mixture import check_shares, num_train_samples, share_metrics
+from megatron_r1v2.data.mixture import share_metrics
 from megatron_r1v2.data.read_ahead import ReadAhead
 from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -34,7 +34,7 @@ from megatron_r1v2.rewards.functions import describe_functions
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
 from megatron_r1v2.stages.resume import ROWS, Restored, choose_checkpoint, resume
-from megatron_r1v2.stages.step_prompts import next_distinct, too_few_prompts
+from megatron_r1v2.stages.step_prompts import check_enough_samples, next_distinct
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
 from megatron_r1v2.training.optimizer import (
@@ -325,13 +325,9 @@ def _check_data(survey: DataSurvey, recipe: TrainingRecipe, recorder: Recorder, 
     Raises:
         ValueError: it holds what cannot be trained on, or not enough for a step.
     """
-    count = recipe.train.prompts_per_step
     for line in survey.sentences(recipe.data.train_text, recipe.data, pairs=pairs):
         recorder.log(line)
-    check_shares(recipe.data, count)
-    usable = num_train_samples(recipe.data) - len(survey.too_long)  # those that data.too_long=skip leaves out
-    if usable < count:
-        raise too_few_prompts(usable, count)
+    check_enough_samples(recipe.data, recipe.train.prompts_per_step, left_out=len(survey.too_long))
 
 
 def _note_resume(

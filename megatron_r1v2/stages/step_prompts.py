@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 
-from megatron_r1v2.data.mixture import MixtureStream
+from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.mixture import MixtureStream, check_shares, num_train_samples
 from megatron_r1v2.data.read_ahead import ReadAhead
 from megatron_r1v2.data.samples import DataError
 from megatron_r1v2.data.stream import PromptStream
@@ -45,6 +46,21 @@ def next_distinct(
         if len(found) == count:
             return list(found.values())
     raise too_few_prompts(len(found), count, besides=len(taken))
+
+
+def check_enough_samples(settings: DataConfig, count: int, *, left_out: int) -> None:
+    """Refuse a data.train with fewer samples than a step takes.
+
+    Args:
+        left_out: samples that data.too_long=skip leaves out.
+
+    Raises:
+        ValueError: it names the numbers.
+    """
+    check_shares(settings, count)
+    usable = num_train_samples(settings) - left_out
+    if usable < count:
+        raise too_few_prompts(usable, count)
 
 
 def too_few_prompts(found: int, count: int, *, besides: int = 0) -> TooFewPrompts:

@@ -15,6 +15,7 @@ from megatron_r1v2.config.schema import DataConfig, DataSource
 from megatron_r1v2.data.mixture import (
     MixtureStream,
     check_shares,
+    num_in_shares,
     num_train_samples,
     open_train,
     read_train,
@@ -139,6 +140,12 @@ def test_one_pass_has_the_keys_of_the_stream(folders: list[Path], tokenizer) -> 
     assert set(read) == set(keys(stream(folders, (1, 1), tokenizer), 40))
     alone = DataConfig(train=str(folders[2]))
     assert next(sample.key for sample in read_train(alone, parse_sample)) == "digits-0000"
+
+
+def test_the_smallest_set_for_its_weight_bounds_the_prompts() -> None:
+    assert num_in_shares([12, 7], [1, 1]) == 14
+    assert num_in_shares([12, 7], [1, 3]) == 9
+    assert num_in_shares([5], [2]) == 5
 
 
 def test_a_set_that_is_smaller_than_its_share_of_a_step_is_named(folders: list[Path]) -> None:

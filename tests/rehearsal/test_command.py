@@ -106,6 +106,7 @@ def test_own_data_is_measured_and_its_longest_rows_are_rehearsed(tmp_path, capsy
     ]
     write_shards(rows, tmp_path / "data")
     data = [f"data.train={tmp_path / 'data'}", "data.validation=", "evaluation.every_steps=0", "data.too_long=skip"]
+    data += ["train.prompts_per_step=2"]  # as many as there are
     layout = ["parallel.tensor=1", "parallel.sequence=false", f"model.hf_path={model}"]
     main([str(RECIPES / "align.yaml"), *TINY, *layout, *data, "--gpus", "1", "--data", "--json"])
     values = json.loads(capsys.readouterr().out)

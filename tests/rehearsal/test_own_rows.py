@@ -14,7 +14,7 @@ from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.rehearsal.own_rows import DataLengths, OwnRows, check_lengths, read_sample
 from megatron_r1v2.rehearsal.rows import LONG
-from megatron_r1v2.types import RowsTooLongError
+from megatron_r1v2.types import DataEndsRunError
 from tests.rehearsal.tiny_rehearsal import tiny_model
 
 
@@ -90,7 +90,7 @@ def test_prompts_above_the_limit_are_refused_by_name(tokenizer, tmp_path, policy
     lengths = rows.measure(str(tmp_path / "data"), 2)
     assert lengths.left_out == []
     assert len(rows.measure(str(tmp_path / "data"), 2).sentences(rows.settings)) == 1, "nothing is left out"
-    with pytest.raises(RowsTooLongError) as refused:
+    with pytest.raises(DataEndsRunError) as refused:
         check_lengths([lengths])
     count, mistake = str(refused.value).splitlines()
     assert count == f"{tmp_path / 'data'}: 1 of 5 rows are too long and would end the run"
@@ -121,7 +121,7 @@ def test_a_row_longer_than_the_model_is_an_error(tokenizer, tmp_path):
 def test_the_first_rows_of_each_data_set_are_listed_and_the_rest_counted():
     many = DataLengths("many", rows=9, mistakes=[f"row {number}" for number in range(7)])
     five = DataLengths("five", rows=9, mistakes=[f"row {number}" for number in range(5)])
-    with pytest.raises(RowsTooLongError) as refused:
+    with pytest.raises(DataEndsRunError) as refused:
         check_lengths([many, DataLengths("sound", rows=9), five])
     rows = [f"  row {number}" for number in range(5)]
     assert str(refused.value).splitlines() == [

@@ -17,7 +17,7 @@ from megatron_r1v2.rehearsal.preparation import (
     segments_of_response,
     write_rehearsal,
 )
-from megatron_r1v2.types import RowsTooLongError
+from megatron_r1v2.types import DataEndsRunError
 from tests.planning.plans import ARCHITECTURE
 from tests.rehearsal.test_own_rows import sample
 from tests.rehearsal.tiny_rehearsal import RECIPES, tiny_model
@@ -127,14 +127,17 @@ def test_a_reward_model_is_rehearsed_where_it_lies_beside_the_policy(monkeypatch
     assert (rehearsed.reward.model_weight, rehearsed.reward_model.checkpoint) == (weight, checkpoint)
 
 
-LIMITS = ("data.max_prompt_tokens=120", "data.max_tiles=1", "generation.max_response_tokens=96")
+LIMITS = (
+    *("data.max_prompt_tokens=120", "data.max_tiles=1", "generation.max_response_tokens=96"),
+    "train.prompts_per_step=1",
+)
 NO_VALIDATION = ("data.validation=", "evaluation.every_steps=0")
 
 
-def own_rehearsal(folder, model, *overrides):
+def own_rehearsal(folder, model, *overrides, name="mpo.yaml"):
     config, _ = read_hf_config(model)
     architecture, _ = read_hf_architecture(model)
-    recipe = load_recipe(RECIPES / "mpo.yaml", [*LIMITS, *overrides])
+    recipe = load_recipe(RECIPES / name, [*LIMITS, *overrides])
     layout = Layout(1, 1, 1, 0, False)
     return write_rehearsal(recipe, config, architecture, layout, folder=folder, hf_path=model, own_data=True)
 
@@ -158,11 +161,27 @@ def test_rows_that_would_end_the_run_are_refused_before_anything_is_made(tmp_pat
         weights.unlink()  # they would be made
     write_shards([sample("short", 5), sample("endless", 400)], tmp_path / "one")
     write_shards([sample("held-out", 300)], tmp_path / "two")
-    with pytest.raises(RowsTooLongError) as refused:
+    with pytest.raises(DataEndsRunError) as refused:
         own_rehearsal(tmp_path / "made", model, f"data.train={tmp_path / 'one'}", f"data.validation={tmp_path / 'two'}")
     assert [line.partition(": ")[0] for line in str(refused.value).splitlines()] == [
         *(f"{tmp_path / 'one'}", "  shard-000000.tar", f"{tmp_path / 'two'}", "  shard-000000.tar")
     ]
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_too_few_rows_for_a_step_are_refused_before_anything_is_made(tmp_path):
+    """As the stage refuses them before its first step: with those that are left out, and with segments in flight."""
+    model = tiny_model(tmp_path / "model")
+    write_shards([sample("a", 5), sample("b", 5), sample("c", 5), sample("endless", 400)], tmp_path / "rows")
+    data = (f"data.train={tmp_path / 'rows'}", *NO_VALIDATION, "data.too_long=skip")
+    with pytest.raises(DataEndsRunError, match=r"only 3 distinct prompts but train.prompts_per_step=4; lower"):
+        own_rehearsal(tmp_path / "made", model, *data, "train.prompts_per_step=4")
+    grpo = ("parallel.tensor=1", "parallel.sequence=false", "model.checkpoint=", "generation.segment_tokens=32")
+    with pytest.raises(DataEndsRunError, match=r"4 prompts.* those of 3 steps can be in flight, 3 x .*_per_step=2"):
+        own_rehearsal(tmp_path / "made", model, *data, *grpo, "train.prompts_per_step=2", name="grpo.yaml")
+    mixture = f"data.train=[{{path: {tmp_path / 'rows'}}}, {{path: {tmp_path / 'rows'}, weight: 3}}]"
+    with pytest.raises(DataEndsRunError, match=r"has 4 samples, but its share of train.prompts_per_step=6 is 4.5"):
+        own_rehearsal(tmp_path / "made", model, mixture, *data[1:], "train.prompts_per_step=6")
     assert list((tmp_path / "made").iterdir()) == []
 
 

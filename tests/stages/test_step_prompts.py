@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_r1v2.stages.session import open_session
-from megatron_r1v2.stages.step_prompts import in_groups, next_distinct
+from megatron_r1v2.stages.step_prompts import check_enough_samples, in_groups, next_distinct
 from tests.stages.runs import recipe_for
 from tests.stages.scripted import make_prompt
 
@@ -60,6 +60,13 @@ def test_a_data_set_that_cannot_fill_a_step_is_refused_before_the_first(root: Pa
         open_session(recipe, stage="grpo", shown=()),
     ):
         pass
+
+
+def test_samples_that_are_left_out_do_not_count(root: Path, tmp_path: Path) -> None:
+    data = recipe_for(root, tmp_path / "run").data
+    check_enough_samples(data, 14, left_out=2)
+    with pytest.raises(ValueError, match=r"only 14 distinct prompts but train.prompts_per_step=15"):
+        check_enough_samples(data, 15, left_out=2)
 
 
 def test_a_pass_in_groups_has_every_prompt_once_in_order() -> None:
