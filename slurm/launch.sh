@@ -42,9 +42,10 @@ container_options() {
   fi
 }
 
-# rehearse_here STAGE RECIPE [section.key=value ...]: outside of a job, for the resources that the script asks for.
+# rehearse_here STAGE RECIPE [--nodes=N] [section.key=value ...]: outside of a job, for the resources that the script
+# asks for, or as many nodes as sbatch would be given.
 rehearse_here() {
-  local stage=$1 recipe=$2 script nodes gpus
+  local stage=$1 recipe=$2 script nodes gpus argument given=()
   shift 2
   script=slurm/$(basename "$0")
   if [[ $stage == evaluate ]]; then
@@ -53,9 +54,19 @@ rehearse_here() {
   fi
   nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$script")
   gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$script")
-  echo "$script: not in a job, so this rehearses $stage on $nodes x $gpus GPUs; sbatch $script runs it" >&2
+  for argument; do
+    case $argument in
+      --nodes=*) nodes=${argument#*=} ;;
+      *) given+=("$argument") ;;
+    esac
+  done
+  if [[ ! $nodes =~ ^[1-9][0-9]*$ ]]; then
+    echo "$script: --nodes=$nodes; accepted: a whole number from 1" >&2
+    return 2
+  fi
+  echo "$script: not in a job, so this rehearses $stage on $nodes x $gpus GPUs; sbatch --nodes=$nodes $script runs it" >&2
   python -m megatron_r1v2 rehearse "$recipe" --gpus $((nodes * gpus)) --gpus-per-node "$gpus" \
-    --gpu "${R1V2_GPU:-h100}" "$@"
+    --gpu "${R1V2_GPU:-h100}" "${given[@]}"
 }
 
 # launch STAGE RECIPE [section.key=value ...]

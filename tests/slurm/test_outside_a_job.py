@@ -97,6 +97,23 @@ def test_another_recipe_and_another_gpu_are_those_of_the_environment(tmp_path: P
     assert options(command)["--gpu"] == "h200"
 
 
+def test_nodes_are_those_that_sbatch_would_be_given(tmp_path: Path) -> None:
+    outside = run_script("grpo_38b.sh", tmp_path, "--nodes=4", *OVERRIDES, "--data")
+    assert outside.returncode == 0, outside.stderr
+    assert "rehearses grpo on 4 x 8 GPUs; sbatch --nodes=4 slurm/grpo_38b.sh runs it" in outside.stderr
+    command = called(tmp_path, "python")
+    assert (options(command)["--gpus"], options(command)["--gpus-per-node"]) == ("32", "8")
+    assert command[-3:] == [*OVERRIDES, "--data"], "all else goes on to the rehearsal"
+    assert "--nodes=4" not in command
+
+
+@pytest.mark.parametrize("nodes", ["0", "two", "1-4", ""])
+def test_nodes_that_are_no_number_are_refused(tmp_path: Path, nodes: str) -> None:
+    refused = run_script("grpo_38b.sh", tmp_path, f"--nodes={nodes}")
+    assert refused.returncode == 2
+    assert f"slurm/grpo_38b.sh: --nodes={nodes}; accepted: a whole number from 1" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "status", "message"),
     [
