@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
 from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
@@ -89,7 +89,7 @@ def _paper_table(evaluations: Sequence[Evaluation]) -> dict[str, object] | None:
         ours = []
         for model in models:
             of_model = [e.result for e in named if _model(e) == model and e.benchmark == row.benchmark]
-            ours.append([_with_interval(result) for result in of_model])
+            ours.append([_score(result) for result in of_model])
         rows.append({"row": row, "ours": ours})
     known = {row.benchmark for row in TABLE_1}
     others = list(dict.fromkeys(e.benchmark for e in named if e.benchmark not in known))
@@ -108,7 +108,7 @@ def _result(evaluation: Evaluation) -> dict[str, object]:
         "name": result.name,
         "benchmark": evaluation.benchmark,
         "model": _model(evaluation),
-        "pass_at_1": _with_interval(result),
+        "pass_at_1": _score(result),
         "pass_at_k": {k: _percent(values[0]) for k, values in result.pass_at_k.items()},
         "maj_at_k": {k: _percent(values[0]) for k, values in result.maj_at_k.items()},
         "format": _percent(result.format_rate),
@@ -122,12 +122,18 @@ def _result(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def _with_interval(result: EvaluationResult) -> str:
-    text = _percent(result.pass_at_1)
-    if result.pass_at_1_interval is not None:
-        low, high = result.pass_at_1_interval
-        text += f" ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{text}, {result.size}"
+class _Score(NamedTuple):
+    rate: str
+    remark: str
+    """The interval and the number of prompts, which may go to lines of their own where there is no room."""
+
+
+def _score(result: EvaluationResult) -> _Score:
+    rate = _percent(result.pass_at_1)
+    if result.pass_at_1_interval is None:
+        return _Score(f"{rate},", result.size)
+    low, high = result.pass_at_1_interval
+    return _Score(rate, f"({100 * low:.1f} to {100 * high:.1f}), {result.size}")
 
 
 def _shown(evaluation: Evaluation) -> dict[str, object]:

@@ -254,6 +254,22 @@ def test_the_page_fits_a_phone(tmp_path):
 
 
 @needs_browser
+@pytest.mark.parametrize("table", ["paper", "results"])
+def test_the_score_is_in_sight_on_a_narrow_page(tmp_path, table):
+    """Its interval and the model's path go to lines of their own."""
+    write(tmp_path, rows(), model="/data/models/" + "m" * 40, available=900)
+    page = write_evaluation_page([tmp_path])
+    question = f"""
+        document.body.style.width = "390px";
+        const cell = document.querySelector("#{table} td.score span");
+        return [cell.innerText, cell.getBoundingClientRect().right, cell.getClientRects().length];
+    """
+    rate, right, lines = ask_page(page, question, tmp_path)
+    assert (rate, lines) == ("75.0 %", 1)
+    assert right < 390
+
+
+@needs_browser
 def test_what_a_model_or_judge_says_runs_no_script(tmp_path):
     hostile = rows()
     hostile[0] |= {"text": HOSTILE, "question": HOSTILE, "metadata": {"benchmark": HOSTILE, HOSTILE: HOSTILE}}
