@@ -86,6 +86,8 @@ class Plan:
     """The largest value of a setting that fits, the others as they are."""
     time: StepTime
     proposal: Proposal
+    steps: int
+    """Of the whole run; 0: the stage has none."""
     notes: tuple[str, ...]
 
     @property
@@ -173,6 +175,7 @@ def make_plan(
             limit=cluster.limit,
             mean_response=mean_response,
         ),
+        steps=recipe.train.steps if isinstance(recipe, TrainingRecipe) else 0,
         notes=(*_notes(recipe, work.stage), *_cache_notes(architecture, layout, work)),
     )
 

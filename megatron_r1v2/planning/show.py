@@ -44,6 +44,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     limits = ", ".join(f"{name} {value:g}" for name, value in plan.limits.items())
     console.print(f"Largest that fit, the other settings as they are: {limits}")
     console.print(_time_table(plan))
+    if plan.steps:
+        console.print(_run_time(plan), highlight=False)
     console.print(_assumptions(plan), highlight=False)
     if plan.tails:
         console.print(_tail_table(plan))
@@ -67,6 +69,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "ranks": _ranks(plan.memory),
         "host": {"buffer": plan.memory.host_buffer, "tiles": plan.memory.host_tiles},
         "largest": dict(plan.limits),
+        "steps": plan.steps,
         "seconds": _seconds(plan.time),
         "host_seconds": {
             "with_cuda_graphs": plan.host_seconds(cuda_graphs=True),
@@ -113,6 +116,11 @@ def _time_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.1f}" for value in seconds.values()))
     return table
+
+
+def _run_time(plan: Plan) -> str:
+    hours = plan.steps * plan.time.total / 3600
+    return f"A run of train.steps={plan.steps}: {hours:,.1f} hours, without starts, evaluations and saving"
 
 
 def _tail_table(plan: Plan) -> Table:

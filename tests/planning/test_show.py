@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -51,6 +52,14 @@ def test_the_seconds_of_a_step_are_those_of_the_plan():
     time = plan.time
     seconds = (time.vision, time.prefill, time.decode, time.host, time.log_probs, time.update, time.total)
     assert [f"{value:.1f}" for value in seconds] in lines[header + 1 : header + 3]
+
+
+def test_the_hours_of_a_run_are_those_of_its_steps():
+    plan = plan_of("train.steps=1200")
+    hours = f"A run of train.steps=1200: {1200 * plan.time.total / 3600:,.1f} hours, without starts, evaluations and"
+    assert hours in " ".join(printed(plan).split())
+    assert as_json(plan)["steps"] == 1200
+    assert "A run of" not in printed(replace(plan, steps=0)), "the pairs stage has no steps"
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much():
