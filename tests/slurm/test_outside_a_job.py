@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1v2.config.load import load_recipe
+from megatron_r1v2.config.load import load_recipe, load_recipe_as
+from megatron_r1v2.config.recipes import EvaluateRecipe
 from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.scale_page import read_cluster
@@ -126,6 +127,32 @@ def test_what_no_rehearsal_is_for_says_so_and_ends(tmp_path: Path, script: str, 
     assert ended.returncode == status
     assert message in ended.stderr
     assert not {"python", "srun"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_command_for_the_published_folder_evaluates_it_as_the_paper_does(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
+    ((recipe, script, rest),) = re.findall(r"R1V2_RECIPE=(\S+) sbatch slurm/(\S+) (.*)", page)
+    ended = run_script(
+        script,
+        tmp_path,
+        *shlex.split(rest),
+        R1V2_RECIPE=recipe,
+        SLURM_JOB_ID="5",
+        SLURM_JOB_NODELIST="node-1",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_GPUS_ON_NODE="8",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
+    assert ended.returncode == 0, ended.stderr
+    started = called(tmp_path, "srun")
+    stage, path, *overrides = started[started.index("megatron_r1v2") + 1 :]
+    place = overrides.index("--name")
+    assert overrides[place : place + 2] == ["--name", "mmmu"]
+    read = load_recipe_as(EvaluateRecipe, ROOT / path, overrides[:place] + overrides[place + 2 :])
+    assert (stage, read.model.hf_path, read.model.checkpoint) == ("evaluate", "checkpoints/Skywork-R1V2-38B", "")
+    assert (read.parallel.tensor, read.evaluation.data, read.run.output_dir) == (8, "data/mmmu", "runs/evaluation")
+    sampling = (read.evaluation.temperature, read.evaluation.top_p, read.generation.max_response_tokens)
+    assert sampling == (0.6, 0.95, 65536)
 
 
 @pytest.mark.slow
