@@ -82,6 +82,8 @@ def _has_cuda() -> bool:
     return cuda.is_available()
 
 
+_OWNERS = {"Skywork-": "Skywork", "InternVL": "OpenGVLab", "InternViT": "OpenGVLab", "QwQ": "Qwen", "Qwen": "Qwen"}
+"""Of the models that the recipes begin with, by how their names begin."""
 _LOCAL_FOLDERS = ("checkpoints", "models")
 """Folders in which our own recipes have models: no owner on the hub is meant."""
 
@@ -93,7 +95,8 @@ def download_hint(path: Path | str) -> str:
         return ""
     owner, local = name.split("/")
     if owner in _LOCAL_FOLDERS:
-        return f"; to download it from the Hugging Face hub run `hf download OWNER/{local} --local-dir {path}`"
+        owner = next((owner for start, owner in _OWNERS.items() if local.startswith(start)), "OWNER")
+        return f"; to download it from the Hugging Face hub run `hf download {owner}/{local} --local-dir {path}`"
     return (
         "; nothing is downloaded here: if it is a model on the Hugging Face hub, run "
         f"`hf download {name} --local-dir {local}` and give {local}"

@@ -54,6 +54,9 @@ def test_a_name_on_the_hub_gets_the_command_that_downloads_it(tmp_path, monkeypa
     for address in ("https://huggingface.co/a/b", Path("https://huggingface.co/a/b")):
         assert "`hf download a/b --local-dir b`" in download_hint(address)
     assert "`hf download OWNER/R1V2-38B --local-dir checkpoints/R1V2-38B`" in download_hint("checkpoints/R1V2-38B")
+    for name in ("Skywork/Skywork-R1V2-38B", "OpenGVLab/InternVL3-38B", "Qwen/QwQ-32B"):
+        folder = f"checkpoints/{name.split('/')[1]}"
+        assert f"`hf download {name} --local-dir {folder}`" in download_hint(folder), "whose owner is known"
 
 
 def test_a_folder_that_is_not_read_need_not_exist(tmp_path):
