@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -24,7 +25,7 @@ from typing_extensions import override
 
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.ledger import running_line
-from megatron_r1v2.rehearsal.watch import Operator, Watch, tensors_in
+from megatron_r1v2.rehearsal.watch import Operator, Watch, group_in, tensors_in
 
 aten = torch.ops.aten
 Number = bool | int | float
@@ -85,6 +86,8 @@ _INDEXING = (
     aten._index_put_impl_.default,  # what index_put_ becomes under autograd
 )
 _ASKING = (aten._local_scalar_dense.default, aten.equal.default)
+# Run here, or by torch for fakes, without a look at the devices.
+_UNCHECKED = (*_DYNAMIC, *_INDEXING, aten.equal.default)
 
 
 class UnknownValues(RuntimeError):
@@ -147,6 +150,8 @@ class FakeTensors(Watch):
             # Operators on real tensors alone would run, which those of "cuda" cannot.
             args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
             inputs = tensors_in((args, kwargs))
+        if func in _UNCHECKED:
+            _check_devices(func, inputs)
         if func in _ASKING:
             return self._ask(func, args)
         if func in _INDEXING and any(_is_mask(index) for index in cast(Sequence[object], args[1])):
@@ -330,6 +335,8 @@ class FakeTensors(Watch):
 
     def _communicate(self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         call = self.note_collective(func, args, kwargs)
+        if self.hides_device:
+            _check_backend(call, args)
         if call.kind in ("broadcast_", "recv_") and self.incoming is not None:
             self._receive(call, cast(Sequence[torch.Tensor], args[0])[0])
         work = FakeWork()
@@ -343,6 +350,39 @@ class FakeTensors(Watch):
         if sent is not None and values is not None:
             with torch._C._DisableTorchDispatch():
                 values.copy_(sent)
+
+
+def _check_devices(func: Operator, inputs: Sequence[torch.Tensor]) -> None:
+    """Refuse tensors on two devices as torch refuses those with memory.
+
+    Raises:
+        RuntimeError: a tensor is elsewhere than the first one.
+    """
+    here = inputs[0].device
+    for tensor in inputs[1:]:
+        # Indices of the host are copied to a tensor of the GPU, and numbers of the host join it.
+        joins = tensor.device.type == "cpu" and (func in _INDEXING or tensor.dim() == 0)
+        if tensor.device != here and not joins:
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, but found {here} and {tensor.device}"
+            )
+
+
+def _check_backend(call: Collective, args: Sequence[object]) -> None:
+    """Refuse tensors of the host in a group of GPUs.
+
+    Raises:
+        RuntimeError: NCCL would send a tensor of the host.
+    """
+    host = next((tensor for tensor in tensors_in(args) if tensor.device.type == "cpu"), None)
+    # That of a barrier is made by torch, on the device of the group.
+    if host is None or call.kind == "barrier":
+        return
+    if dist.get_backend(group_in(args)) == "nccl":
+        raise RuntimeError(
+            f"{call.kind} of a tensor of the host ({call.dtype} {list(host.shape)}) in a group of {len(call.ranks)} "
+            "ranks over NCCL, which sends those of GPUs alone"
+        )
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -110,7 +110,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, misc]  # torch 
         """Note a call of torch.distributed and return it."""
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        ranks = next((_ranks_of(leaf) for leaf in leaves if _is_group(leaf)), ())
+        group = group_in(leaves)
+        ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
         kind = func._schema.name.partition("::")[2]
         # The third argument of these is the other rank, by its number in the group.
         peer = ranks[int(args[2])] if kind in _PEER_KINDS and ranks else -1  # type: ignore[call-overload]
@@ -155,10 +156,7 @@ def replace(owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-def _is_group(leaf: object) -> bool:
-    return type(leaf).__name__ == "ScriptObject" and "ProcessGroup" in str(leaf._type())  # type: ignore[attr-defined]
-
-
-def _ranks_of(group: Any) -> tuple[int, ...]:
-    unboxed = dist.ProcessGroup.unbox(group)
-    return tuple(dist.get_process_group_ranks(unboxed))
+def group_in(values: object) -> dist.ProcessGroup | None:
+    """Return the process group among the arguments of a collective; None: it has none."""
+    groups = (leaf for leaf in tree_leaves(values) if type(leaf).__name__ == "ScriptObject")
+    return next((dist.ProcessGroup.unbox(each) for each in groups if "ProcessGroup" in str(each._type())), None)

@@ -64,6 +64,39 @@ except RuntimeError as error:
 else:
     raise AssertionError("nothing was said")
 """,
+    "mixing devices where torch's fakes do not look": """
+there, here = torch.ones(3, device=cuda), torch.ones(3)
+for mix in (lambda: here[there.long()], lambda: here[there > 0], lambda: here.index_put((there.long(),), here),
+            lambda: here.index_put_((there > 0,), here), lambda: torch.ones(100_000)[there.long()],
+            lambda: there.masked_select(here > 0), lambda: torch.equal(there, here),
+            lambda: there.index_put((here.long(),), here)):
+    try:
+        mix()
+    except RuntimeError as error:
+        assert "device" in str(error), error
+    else:
+        raise AssertionError("nothing was said")
+# Indices and numbers of the host are taken.
+there[here.long()], there[here > 0], there.index_put_((here.long(),), torch.tensor(2.0)), torch.equal(there, there)
+""",
+    "a tensor of the host in a collective": """
+from megatron_r1v2.rehearsal.cluster import Place, install_fake_groups
+import torch.distributed as dist
+Place(0, 8, 8).enter()
+install_fake_groups(mode)
+dist.init_process_group(rank=0, world_size=8)
+gpus, hosts = dist.new_group([0, 1]), dist.new_group([0, 1], backend="gloo")
+there, here = torch.ones(3, device=cuda), torch.ones(3)
+for send in (lambda: dist.all_reduce(here), lambda: dist.broadcast(here, 0, group=gpus),
+             lambda: dist.send(here, 1), lambda: dist.all_gather([there, here], there, group=gpus)):
+    try:
+        send()
+    except RuntimeError as error:
+        assert "of a tensor of the host (float32 [3]) in a group of" in str(error), error
+    else:
+        raise AssertionError("nothing was said")
+dist.all_reduce(there), dist.all_reduce(here, group=hosts), dist.barrier(), dist.barrier(group=hosts)
+""",
     "the flash kernel": """
 q = torch.empty(1, 4, 8, 16, device=cuda, dtype=torch.bfloat16, requires_grad=True)
 k = torch.empty(1, 2, 8, 16, device=cuda, dtype=torch.bfloat16)
