@@ -179,6 +179,12 @@ def _verdict(found: Rehearsal) -> str:
 
 def _notes(found: Rehearsal) -> list[str]:
     notes = ["two steps, on rows as long as the recipe allows; what lies beside `images` of other prompts is made"]
+    layout = found.plan.layout
+    if len(found.ranks) == layout.pipeline and layout.tensor * layout.data > 1:
+        notes.append(
+            "one rank of each pipeline stage: collectives of its tensor- and data-parallel groups are compared with "
+            "nobody's, so a rank of these that skips one is not found; --all-ranks compares them"
+        )
     if found.plan.work.fp8 is not Fp8.none:
         notes.append(
             "FP8 and TransformerEngine: rehearsed with local layers in bf16; what FP8 adds is the planner's, in every "

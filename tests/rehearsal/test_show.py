@@ -123,6 +123,16 @@ def test_changed_settings_and_rows_of_the_data_are_told(plan):
     assert as_json(found)["data"] == ["9 rows"]
 
 
+def test_groups_of_which_one_rank_was_rehearsed_are_told(plan):
+    words = "are compared with nobody's"
+    alone, together = Rehearsal(plan, (rank(),), (), STEP), Rehearsal(plan, (rank(), rank()), (), STEP)
+    assert words in " ".join(printed(alone).split())
+    assert any(words in note for note in as_json(alone)["notes"])
+    assert words not in " ".join(printed(together).split()), "--all-ranks"
+    single = replace(plan, layout=replace(plan.layout, tensor=1, sequence=False))
+    assert words not in " ".join(printed(Rehearsal(single, (rank(),), (), STEP)).split()), "it has no such groups"
+
+
 def test_steps_of_the_engine_are_told(plan):
     assert "engine steps: 2 evicted, 7 mixed" in printed(
         Rehearsal(plan, (rank(engine_steps={"mixed": 7, "evicted": 2}),), (), STEP)
