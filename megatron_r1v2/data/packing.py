@@ -75,11 +75,8 @@ def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list
     if not lengths:
         return []
     longest = max(lengths.values())
-    if longest > capacity:
-        raise ValueError(
-            f"a sequence has {longest} tokens, more than train.tokens_per_microbatch={capacity}; "
-            "raise it, or set train.packing=first_fit_decreasing, which gives such a sequence a row of its own"
-        )
+    if mistake := nemo_mistake(longest, capacity):
+        raise ValueError(mistake)
     # NeMo packs lengths without names, so the names of each length are handed out afterwards.
     names: dict[int, list[str]] = defaultdict(list)
     for name in reversed(_longest_first(lengths)):
@@ -87,6 +84,16 @@ def nemo_first_fit_decreasing(lengths: Mapping[str, int], capacity: int) -> list
     histogram = [len(names[length]) for length in range(longest + 1)]
     rows, _ = create_packing_strategy(histogram, capacity, "first_fit_decreasing")
     return [[names[length].pop() for length in row] for row in rows]
+
+
+def nemo_mistake(tokens: int, capacity: int) -> str | None:
+    """Return an error for a sequence that NeMo's strategy cannot pack, None for one that fits into a row."""
+    if tokens <= capacity:
+        return None
+    return (
+        f"a sequence has {tokens} tokens, more than train.tokens_per_microbatch={capacity}; "
+        "raise it, or set train.packing=first_fit_decreasing, which gives such a sequence a row of its own"
+    )
 
 
 def _longest_first(lengths: Mapping[str, int]) -> list[str]:

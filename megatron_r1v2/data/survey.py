@@ -41,15 +41,22 @@ class GivenResponses:
     max_positions: int
     """Of the model: prompt and response together."""
 
-    def longest(self, sample: ShardSample, tokenizer: ChatTokenizer) -> int:
-        """Return the tokens of the longest response of a row, its end token counted; 0 where there is none.
+    def lengths(self, sample: ShardSample, tokenizer: ChatTokenizer) -> list[int]:
+        """Return the tokens of each response of a row, its end token counted.
 
         Raises:
             SampleError: a response contains a control token.
         """
         texts = [text for name in self.fields if (text := getattr(sample, name)) is not None]
-        encode = tokenizer.encode_response
-        return max((len(encode(text, self.end_token, key=sample.key)) for text in texts), default=0)
+        return [len(tokenizer.encode_response(text, self.end_token, key=sample.key)) for text in texts]
+
+    def longest(self, sample: ShardSample, tokenizer: ChatTokenizer) -> int:
+        """Return the tokens of the longest response of a row; 0 where there is none.
+
+        Raises:
+            SampleError: a response contains a control token.
+        """
+        return max(self.lengths(sample, tokenizer), default=0)
 
     def mistake(self, key: str, prompt: int, response: int) -> str | None:
         """Return an error for a row with more tokens than the model has positions, None for one that fits."""
@@ -116,11 +123,7 @@ class DataSurvey:
                 that are longer than the model has positions; or unclosed pairs.
         """
         if self.unclosed and pairs:
-            raise ValueError(
-                f"{len(self.unclosed)} pairs of {folder} have a response that never closes its {THINK} by {THINK_END}: "
-                f"{_listed(self.unclosed)}; take them out, or make the shards again with r1v2 prepare --unclosed-think "
-                "to train on them"
-            )
+            raise ValueError(unclosed_mistake(self.unclosed, folder))
         if self.too_long and settings.too_long is not TooLong.skip:
             more = f". {len(self.too_long)} prompts of {folder} are too long: {_listed(self.too_long)}"
             raise ValueError(next(iter(self.too_long.values())) + more)
@@ -166,7 +169,7 @@ def survey_data(
             pair = [text for text in (sample.chosen, sample.rejected) if text is not None]
             if any(tokenizer.without_second_think(text) != text for text in (*pair, sample.response or "")):
                 twice.append(sample.key)
-            if not sample.unclosed_think and any(never_closes_think(text, tokenizer) for text in pair):
+            if has_unclosed_think(sample, tokenizer):
                 unclosed.append(sample.key)
             if not sample.answer.strip():
                 unanswered.append(sample.key)
@@ -184,6 +187,21 @@ def survey_data(
                     past[sample.key] = mistake
         shards[name] = digest.hexdigest()
     return DataSurvey(too_long, past, tuple(reduced), tuple(twice), tuple(unclosed), tuple(unanswered), shards)
+
+
+def unclosed_mistake(keys: Collection[str], folder: str) -> str:
+    """Return an error for pairs with a response that never closes its `<think>`."""
+    return (
+        f"{len(keys)} pairs of {folder} have a response that never closes its {THINK} by {THINK_END}: "
+        f"{_listed(keys)}; take them out, or make the shards again with r1v2 prepare --unclosed-think "
+        "to train on them"
+    )
+
+
+def has_unclosed_think(sample: ShardSample, tokenizer: ChatTokenizer) -> bool:
+    """Return whether a response of a pair never closes its `<think>`, and nobody asked for that."""
+    pair = [text for text in (sample.chosen, sample.rejected) if text is not None]
+    return not sample.unclosed_think and any(never_closes_think(text, tokenizer) for text in pair)
 
 
 def never_closes_think(response: str, tokenizer: ChatTokenizer) -> bool:

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"It does not fit: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except DataEndsRunError as error:
-        print(f"It would end before its first step, so nothing was rehearsed.\n{error}", file=sys.stderr)
+        print(f"Its data would end the run, so nothing was rehearsed.\n{error}", file=sys.stderr)
         raise SystemExit(1) from error
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

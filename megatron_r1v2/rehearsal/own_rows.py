@@ -11,15 +11,23 @@ from pathlib import Path
 
 from megatron_r1v2.config.choices import StageName, TooLong
 from megatron_r1v2.config.schema import DataConfig
+from megatron_r1v2.data.packing import nemo_mistake
 from megatron_r1v2.data.prompts import PromptBuilder, PromptTooLong
 from megatron_r1v2.data.samples import SampleError, ShardSample, parse_sample
 from megatron_r1v2.data.shards import check_shards, write_shards
-from megatron_r1v2.data.survey import GIVEN_FIELDS, GivenResponses, sample_heads
+from megatron_r1v2.data.survey import (
+    GIVEN_FIELDS,
+    GivenResponses,
+    has_unclosed_think,
+    sample_heads,
+    unclosed_mistake,
+)
 from megatron_r1v2.rehearsal.rows import ANSWER, LONG, MARGIN
 from megatron_r1v2.types import DataEndsRunError
 
 _NAMED = 5
 """Of the rows of a data set that are too long."""
+PAIR_STAGES = (StageName.mpo, StageName.reward_model)
 
 
 @dataclass(frozen=True, order=True)
@@ -31,6 +39,7 @@ class RowLength:
     prompt: int
     shard: str
     key: str
+    responses: tuple[int, ...] = ()
 
     @property
     def place(self) -> str:
@@ -51,6 +60,8 @@ class DataLengths:
     """A sentence for each prompt above the limit that data.too_long=skip leaves out."""
     mistakes: list[str] = field(default_factory=list)
     """An error for each row that would end the run: its prompt is above the limit, or the row past the positions."""
+    unclosed: list[str] = field(default_factory=list)
+    """The keys of pairs that would end the run, since a response never closes its `<think>`."""
 
     def sentences(self, settings: DataConfig) -> list[str]:
         """Return the findings in words."""
@@ -78,8 +89,26 @@ def check_lengths(measured: Iterable[DataLengths]) -> None:
             told.append(f"{lengths.folder}: {count} of {lengths.rows} rows are too long and would end the run")
             told += [f"  {mistake}" for mistake in lengths.mistakes[:_NAMED]]
             told += [f"  ... and {count - _NAMED} more"] * (count > _NAMED)
+        told += [unclosed_mistake(lengths.unclosed, lengths.folder)] * bool(lengths.unclosed)
     if told:
         raise DataEndsRunError("\n".join(told))
+
+
+@dataclass(frozen=True)
+class NemoRows:
+    """The rows of `train.packing=nemo`, which ends a run by a sequence that is longer than a row."""
+
+    capacity: int
+    """Tokens of a row."""
+    length_multiple: int
+    pads: int
+    """Tokens behind each response."""
+
+    def mistake(self, prompt: int, responses: Iterable[int]) -> str | None:
+        """Return an error for responses that stay together, each behind its prompt; None: they fit into a row."""
+        lengths = (prompt + response + self.pads for response in responses)
+        padded = sum(-(-length // self.length_multiple) * self.length_multiple for length in lengths)
+        return nemo_mistake(padded, self.capacity)
 
 
 @dataclass(frozen=True)
@@ -94,6 +123,8 @@ class OwnRows:
     max_response_tokens: int
     needs_image: bool
     """Whether a row without images has no gradient, so that it is in no step."""
+    nemo: NemoRows | None = None
+    """None: rows of any length are packed."""
 
     def measure(self, folder: str, count: int, *, given: bool = True) -> DataLengths:
         """Measure every row of a data set.
@@ -110,6 +141,8 @@ class OwnRows:
         for shard in sorted(check_shards(folder)):
             for sample, sizes in sample_heads(Path(folder) / shard):
                 found.rows += 1
+                if given and self.stage in PAIR_STAGES and has_unclosed_think(sample, self.builder.tokenizer):
+                    found.unclosed.append(sample.key)
                 try:
                     length = self._measure(shard, sample, sizes, given=given)
                 except PromptTooLong as error:
@@ -124,20 +157,24 @@ class OwnRows:
                         f"{self.max_positions} positions; take the row out, or shorten its response"
                     )
                     continue
+                trains = given and (sizes or not self.needs_image)
+                if trains and self.nemo and (mistake := self.nemo.mistake(length.prompt, length.responses)):
+                    found.mistakes.append(f"{length.place}: {mistake}")
+                    continue
                 if found.longest_prompt is None or length.prompt > found.longest_prompt.prompt:
                     found.longest_prompt = length
-                if sizes or not (given and self.needs_image):
+                if trains or not given:
                     (heapq.heappush if len(heap) < count else heapq.heappushpop)(heap, length)
         found.longest = sorted(heap, reverse=True)
         return found
 
     def _measure(self, shard: str, sample: ShardSample, sizes: list[tuple[int, int]], *, given: bool) -> RowLength:
         prompt = self.builder.measure(sample.key, sample.messages, sizes).tokens
-        response = self.max_response_tokens
+        responses = [self.max_response_tokens]
         if given and self.stage in GIVEN_FIELDS:
             in_rows = GivenResponses(GIVEN_FIELDS[self.stage], self.end_token, self.max_positions)
-            response = in_rows.longest(sample, self.builder.tokenizer)
-        return RowLength(prompt + response, prompt, shard, sample.key)
+            responses = in_rows.lengths(sample, self.builder.tokenizer)
+        return RowLength(prompt + max(responses, default=0), prompt, shard, sample.key, tuple(responses))
 
     def write(self, measured: Sequence[DataLengths], folder: Path, *, rows: int, steps: int = 1) -> None:
         """Write a data set of the longest rows, one step after the other; where there are too few, they come again.

@@ -8,7 +8,7 @@ from dataclasses import replace as changed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_r1v2.config.choices import Fp8, Layers, Part, StageName
+from megatron_r1v2.config.choices import Fp8, Layers, Packing, Part, StageName
 from megatron_r1v2.config.load import recipe_yaml
 from megatron_r1v2.config.recipes import GrpoRecipe, MpoRecipe, PairsRecipe, TrainingRecipe
 from megatron_r1v2.models.architecture import R1V2Architecture
@@ -18,7 +18,7 @@ from megatron_r1v2.types import DataEndsRunError
 
 if TYPE_CHECKING:
     from megatron_r1v2.data.tokenizer import ChatTokenizer
-    from megatron_r1v2.rehearsal.own_rows import DataLengths, OwnRows
+    from megatron_r1v2.rehearsal.own_rows import DataLengths, NemoRows, OwnRows
     from megatron_r1v2.rehearsal.rows import RowWriter
 
 AnyTraining = TrainingRecipe | PairsRecipe
@@ -116,7 +116,9 @@ def rehearsed_recipe(recipe: AnyTraining, step: Step, folder: Path, hf_path: Pat
     )
     if recipe.model.checkpoint and not Path(recipe.model.checkpoint).exists():
         model = model.changed(checkpoint="")
-    train = recipe.train.changed(prompts_per_step=step.prompts)
+    # NeMo, which need not be here, packs as ours does where every row fits; see `NemoRows`.
+    packing = Packing.first_fit_decreasing if recipe.train.packing is Packing.nemo else recipe.train.packing
+    train = recipe.train.changed(prompts_per_step=step.prompts, packing=packing)
     changes: dict[str, object] = {
         "run": recipe.run.changed(output_dir=str(folder / "run")),
         "data": recipe.data.changed(train=str(folder / "train"), validation=_validation(recipe, folder), shuffle=False),
@@ -253,6 +255,7 @@ def write_rehearsal(
         hf_path = folder / "hf"
     if not own_data:
         writer = _row_writer(recipe, architecture, ChatTokenizer(hf_path))
+        check_made_rows(recipe, writer.max_response_tokens)
         for name, size in sizes.items():
             writer.write(folder / name, long=size.long, short=size.short, steps=size.steps)
     path = folder / "recipe.yaml"
@@ -317,6 +320,38 @@ def _row_writer(recipe: AnyTraining, architecture: R1V2Architecture, tokenizer: 
     )
 
 
+def check_made_rows(recipe: AnyTraining, response: int) -> None:
+    """Refuse rows of full length that NeMo cannot pack.
+
+    Args:
+        response: tokens of the longest one.
+
+    Raises:
+        DataEndsRunError: a run would end by the first such row.
+    """
+    from megatron_r1v2.rehearsal.own_rows import PAIR_STAGES
+
+    nemo, prompt = _nemo_rows(recipe), recipe.data.max_prompt_tokens
+    if nemo and (mistake := nemo.mistake(prompt, [response] * (2 if recipe.stage in PAIR_STAGES else 1))):
+        raise DataEndsRunError(f"prompts of {prompt} tokens with responses of {response}: {mistake}")
+
+
+def _nemo_rows(recipe: AnyTraining) -> NemoRows | None:
+    """Return the rows that NeMo packs in this stage; None: it packs none."""
+    from megatron_r1v2.rehearsal.own_rows import NemoRows
+    from megatron_r1v2.training.batches import length_multiple
+
+    scores = isinstance(recipe, GrpoRecipe | PairsRecipe) and recipe.reward_model.lies_beside_policy
+    if recipe.train.packing is not Packing.nemo or (isinstance(recipe, PairsRecipe) and not scores):
+        return None
+    return NemoRows(
+        recipe.train.tokens_per_microbatch,
+        length_multiple(recipe.model.fp8, recipe.parallel),
+        # A score is read at the last token of a response, behind which stands one more.
+        pads=int(scores or recipe.stage is StageName.reward_model),
+    )
+
+
 def _own_rows(recipe: AnyTraining, architecture: R1V2Architecture, hf_path: Path | None) -> OwnRows:
     from megatron_r1v2.data.prompts import PromptBuilder
     from megatron_r1v2.data.tokenizer import ChatTokenizer
@@ -344,5 +379,6 @@ def _own_rows(recipe: AnyTraining, architecture: R1V2Architecture, hf_path: Path
         max_positions=architecture.language.max_positions,
         max_response_tokens=recipe.generation.max_response_tokens,
         # See Session.trains_text.
+        nemo=_nemo_rows(recipe),
         needs_image=isinstance(recipe, TrainingRecipe) and not {Part.language, Part.score} & {*recipe.train.parts},
     )

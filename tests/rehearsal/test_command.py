@@ -63,7 +63,7 @@ def test_rows_that_are_too_long_are_told_before_anything_is_rehearsed(tmp_path, 
         main([str(RECIPES / "align.yaml"), *TINY, *layout, *data, "--gpus", "1", "--data", "--json"])
     assert stopped.value.code == 1
     first, count, *rows, rest = capsys.readouterr().err.splitlines()
-    assert first == "It would end before its first step, so nothing was rehearsed."
+    assert first == "Its data would end the run, so nothing was rehearsed."
     assert count == f"{tmp_path / 'data'}: 7 of 8 rows are too long and would end the run"
     assert [row.partition(": the prompt has ")[0] for row in rows] == [
         f"  shard-000000.tar: sample 'huge-{number}'" for number in range(5)

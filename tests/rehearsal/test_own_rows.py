@@ -12,7 +12,7 @@ from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.data.stream import read_shards
 from megatron_r1v2.data.tokenizer import ChatTokenizer
-from megatron_r1v2.rehearsal.own_rows import DataLengths, OwnRows, check_lengths, read_sample
+from megatron_r1v2.rehearsal.own_rows import DataLengths, NemoRows, OwnRows, check_lengths, read_sample
 from megatron_r1v2.rehearsal.rows import LONG
 from megatron_r1v2.types import DataEndsRunError
 from tests.rehearsal.tiny_rehearsal import tiny_model
@@ -29,23 +29,24 @@ def png(width=32):
     return encoded.getvalue()
 
 
-def sample(key, words, *, response=10, image=True):
+def sample(key, words, *, response=10, image=True, **changes):
     return ShardSample(
         key=key,
         messages=({"role": "user", "content": ("<image>\n" if image else "") + "a" * words},),
         answer="no number",
         answer_type="exact",
         images={"0.png": png()} if image else {},
-        chosen="b" * response,
-        rejected="c" * (response // 2),
-        margin=0.1,
+        **{"chosen": "b" * response, "rejected": "c" * (response // 2), "margin": 0.1, "unclosed_think": True}
+        | changes,
     )
 
 
-def own_rows(tokenizer, stage=StageName.mpo, **changes):
+def own_rows(tokenizer, stage=StageName.mpo, *, nemo=None, **changes):
     settings = DataConfig(max_prompt_tokens=120, max_tiles=1, **changes)
     builder = PromptBuilder(settings=settings, tokenizer=tokenizer, tile_size=32, tokens_per_tile=16)
-    return OwnRows(stage, builder, settings, "<|im_end|>", max_positions=400, max_response_tokens=50, needs_image=True)
+    return OwnRows(
+        stage, builder, settings, "<|im_end|>", max_positions=400, max_response_tokens=50, needs_image=True, nemo=nemo
+    )
 
 
 SAMPLES = [
@@ -116,6 +117,32 @@ def test_a_row_longer_than_the_model_is_an_error(tokenizer, tmp_path):
     assert "endless: prompt and response have" in mistake
     assert "the model has 400 positions" in mistake
     assert len(lengths.left_out) == 1, "which is no error"
+
+
+def test_rows_that_nemo_cannot_pack_are_errors_and_those_of_a_pair_count_together(tokenizer, folder):
+    prompt, chosen, rejected = 90, 30, 10
+    assert NemoRows(224, 8, 0).mistake(prompt, [chosen, rejected]) is None, "120 and 104"
+    assert "a sequence has 224 tokens, more than" in NemoRows(223, 8, 0).mistake(prompt, [chosen, rejected])
+    assert "a sequence has 232 tokens, more than" in NemoRows(223, 8, 1).mistake(prompt, [chosen, rejected])
+    (longest, *_) = own_rows(tokenizer).measure(folder, 2).longest
+    together = sum(-(-(longest.prompt + each) // 8) * 8 for each in longest.responses)
+    lengths = own_rows(tokenizer, nemo=NemoRows(together - 1, 8, 0)).measure(folder, 2)
+    (mistake,) = lengths.mistakes
+    assert mistake.startswith(f"shard-000001.tar: response: a sequence has {together} tokens, more than")
+    assert "set train.packing=first_fit_decreasing" in mistake
+    assert [row.key for row in lengths.longest] == ["prompt", "short"], "text is in no step"
+    validated = own_rows(tokenizer, nemo=NemoRows(1, 8, 0)).measure(folder, 2, given=False)
+    assert validated.mistakes == [], "what is sampled in a validation is not packed"
+
+
+def test_pairs_that_never_close_their_think_would_end_the_run(tokenizer, tmp_path):
+    unclosed = {"chosen": "<think>so", "rejected": "no"}
+    rows = [sample("asked-for", 5, **unclosed), sample("open", 5, **unclosed, unclosed_think=False)]
+    write_shards(rows, tmp_path / "data")
+    lengths = own_rows(tokenizer).measure(str(tmp_path / "data"), 2)
+    with pytest.raises(DataEndsRunError, match=f"1 pairs of {tmp_path / 'data'} have a response that never .*: open;"):
+        check_lengths([lengths])
+    assert own_rows(tokenizer, StageName.align).measure(str(tmp_path / "data"), 2).unclosed == [], "it takes no pairs"
 
 
 def test_the_first_rows_of_each_data_set_are_listed_and_the_rest_counted():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1v2.checkpoint.hf.config import read_hf_architecture, read_hf_config
+from megatron_r1v2.config.choices import Packing
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.planning.parameters import Layout
@@ -12,6 +13,7 @@ from megatron_r1v2.planning.workload import Workload
 from megatron_r1v2.rehearsal.preparation import (
     MADE,
     changed_settings,
+    check_made_rows,
     plan_step,
     rehearsed_recipe,
     segments_of_response,
@@ -183,6 +185,28 @@ def test_too_few_rows_for_a_step_are_refused_before_anything_is_made(tmp_path):
     with pytest.raises(DataEndsRunError, match=r"has 4 samples, but its share of train.prompts_per_step=6 is 4.5"):
         own_rehearsal(tmp_path / "made", model, mixture, *data[1:], "train.prompts_per_step=6")
     assert list((tmp_path / "made").iterdir()) == []
+
+
+NEMO = "train.packing=nemo"
+
+
+def test_nemo_is_rehearsed_by_our_packing_and_told():
+    recipe, step = step_of("grpo.yaml", Layout(8, 1, 1, 0, True), NEMO)
+    rehearsed = rehearsed_recipe(recipe, step, Path("folder"), Path("model"))
+    assert "train.packing: 'nemo' -> 'first_fit_decreasing'" in changed_settings(recipe, rehearsed, Path("folder"))
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("grpo.yaml", 4096 + 8192), ("mpo.yaml", 2 * (4096 + 8192))])
+def test_made_rows_that_nemo_cannot_pack_would_end_the_run(name, tokens):
+    lengths = ("data.max_prompt_tokens=4096", "generation.max_response_tokens=8192")
+    fits, ends = (
+        load_recipe(RECIPES / name, [*lengths, NEMO, f"train.tokens_per_microbatch={capacity}"])
+        for capacity in (tokens, tokens - 1)
+    )
+    check_made_rows(fits, 8192)
+    with pytest.raises(DataEndsRunError, match=f"a sequence has {tokens} tokens, more than"):
+        check_made_rows(ends, 8192)
+    check_made_rows(ends.changed(train=ends.train.changed(packing=Packing.shared)), 8192)
 
 
 def test_rows_are_measured_with_the_models_own_tokenizer_or_not_at_all(tmp_path):
