@@ -1,7 +1,8 @@
-"""Files of rows: JSONL, JSON, parquet, and folders that `datasets` has saved or downloaded."""
+"""Files of rows: JSONL, JSON, CSV, parquet, and folders that `datasets` has saved or downloaded."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 from megatron_r1v2.data.samples import JsonObject, SampleError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+_TABLES = (".csv", ".tsv")
+_SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 _ROWS_AT_ONCE = 32
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 # Written by `datasets` beside the rows.
@@ -46,6 +49,8 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
 
 
 def _find(path: Path) -> list[Path]:
+    if path.suffix.lower() in _SPREADSHEETS:
+        raise ValueError(f"{path} is a spreadsheet, which is not read; save its sheet as CSV (UTF-8) and give that")
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -56,6 +61,8 @@ def _find(path: Path) -> list[Path]:
             raise ValueError(f"{path} holds the splits {', '.join(s.name for s in splits)}; give one: {path}/SPLIT")
         return _find(splits[0])
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.name not in _DESCRIPTIONS)
+    # Beside rows of another kind a table is a list of something else.
+    files = files or sorted(f for f in path.rglob("*") if f.suffix.lower() in _TABLES)
     if not files:
         raise ValueError(f"{path} holds no {', '.join(SUFFIXES)} file; give a folder with files of rows")
     if (path / "state.json").is_file():
@@ -75,6 +82,8 @@ def read_file(path: Path) -> Iterator[RawRow]:
     """
     if path.suffix in (".parquet", ".arrow"):
         yield from _numbered(path, parquet_rows(path) if path.suffix == ".parquet" else _arrow_rows(path))
+    elif path.suffix.lower() in _TABLES:
+        yield from _table_rows(path)
     elif path.suffix == ".json" and (whole := _read_json(path)) is not None:
         yield from _numbered(path, whole)
     else:
@@ -91,10 +100,54 @@ def _numbered(path: Path, rows: Iterable[object]) -> Iterator[RawRow]:
 
 def count_rows(path: Path) -> int | None:
     """Count the rows of a JSONL file, which costs little compared with reading them; None for other files."""
-    if path.suffix in (".json", ".parquet", ".arrow"):
+    if path.suffix in (".json", ".parquet", ".arrow") or path.suffix.lower() in _TABLES:
         return None
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
+
+
+def _table_rows(path: Path) -> Iterator[RawRow]:
+    """Read the rows of a CSV or TSV file as a spreadsheet or pandas writes it; every cell is a text."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            start = file.readline()
+            file.seek(0)
+            # Spreadsheets separate by semicolons where the comma is the decimal point.
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=start.count)
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            names = _column_names(path, next(lines, []))
+            first_line, number = lines.line_num + 1, 0
+            for cells in lines:
+                if cells:
+                    number += 1
+                    yield RawRow(number, f"{path}, line {first_line}", _table_row(names, cells))
+                first_line = lines.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as CSV in UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {lines.line_num}: {error}; a text with a comma, a quote or a line break stands in quotes, "
+            'a quote in it twice ("")'
+        ) from error
+
+
+def _column_names(path: Path, header: Sequence[str]) -> list[str]:
+    """Return the names in the first line; pandas leaves that of its index empty."""
+    names = [name.strip() for name in header]
+    if not any(names):
+        raise ValueError(f"{path}: the first line is empty; it must name the columns, such as question,answer,image")
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"{path}: two columns are named {twice[0]!r}; give each a name of its own")
+    return names
+
+
+def _table_row(names: Sequence[str], cells: Sequence[str]) -> object:
+    if len(cells) != len(names):
+        return SampleError(
+            f"the row has {len(cells)} cells, the first line names {len(names)} columns; a text with a comma, or "
+            "whatever separates cells, stands in quotes"
+        )
+    return {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
 
 def parquet_rows(path: Path) -> Iterator[JsonObject]:

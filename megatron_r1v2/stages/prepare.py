@@ -26,7 +26,7 @@ _BAR = 40
 _DESCRIPTION = """\
 Turn rows and their images into WebDataset shards that training reads. docs/data.md says all that is understood.
 
-Files are JSONL, JSON or parquet, or folders of them. Every row and every image is checked first; the output folder
+Files are JSONL, JSON, CSV or parquet, or folders of them. Every row and every image is checked first; the output folder
 appears only when all of it is written. The form of a row shows in its fields:
 
   our own     {"messages": [{"role": "user", "content": "<image>\\nleft + right?"}], "answer": "8",
@@ -42,7 +42,7 @@ appears only when all of it is written. The form of a row shows in its fields:
 _EXAMPLE = """\
 example:
   python -m megatron_r1v2 prepare questions.jsonl --images pictures --output data/train --check-only
-  python -m megatron_r1v2 prepare questions.jsonl --images pictures --output data/train
+  python -m megatron_r1v2 prepare table.csv --columns image=file --images pictures --output data/train
   python -m megatron_r1v2 prepare data/*.parquet --columns question=problem,answer=solution,image=img --output data/t
 then set data.train: data/train in the recipe.
 """

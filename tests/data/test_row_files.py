@@ -50,6 +50,56 @@ def test_a_list_that_is_cut_off(tmp_path: Path) -> None:
         rows_of(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "mark", "text"),
+    [
+        ("a.csv", "", 'question,answer\n"one, two",1\n"two\nlines ""so""",2\n'),
+        ("a.csv", "\ufeff", 'question;answer\r\n"one, two";1\r\n"two\nlines ""so""";2\r\n'),
+        ("A.CSV", "", ',question , answer\n0,"one, two",1\n\n1,"two\nlines ""so""",2'),  # pandas' index has no name
+        ("a.tsv", "", 'question\tanswer\none, two\t1\n"two\nlines ""so"""\t2\n'),
+    ],
+)
+def test_tables_as_spreadsheets_and_pandas_write_them(tmp_path: Path, name: str, mark: str, text: str) -> None:
+    (tmp_path / name).write_bytes((mark + text).encode())
+    assert find_inputs([tmp_path]) == [tmp_path / name]
+    assert rows_of(tmp_path / name) == [
+        {"question": "one, two", "answer": "1"},
+        {"question": 'two\nlines "so"', "answer": "2"},
+    ]
+    one, two = read_file(tmp_path / name)
+    blank = "\n\n" in text
+    assert (one.number, one.place) == (1, f"{tmp_path / name}, line 2")
+    assert (two.number, two.place) == (2, f"{tmp_path / name}, line {3 + blank}")
+    assert count_rows(tmp_path / name) is None
+
+
+def test_tables_that_are_broken(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text("question,answer\nHow many, all told?,1\nHow many?,2\nWhich?\n")
+    long, good, short = rows_of(table)
+    assert good == {"question": "How many?", "answer": "2"}
+    for bad, count in ((long, 3), (short, 1)):
+        assert isinstance(bad, SampleError)
+        assert f"the row has {count} cells, the first line names 2 columns" in str(bad)
+    for content, message in {
+        b"": r"a\.csv: the first line is empty; it must name the columns",
+        b"a,b,a\n1,2,3\n": r"a\.csv: two columns are named 'a'",
+        b'a,b\n"1,2\n': r"a\.csv, line 2: unexpected end of data; a text with a comma",
+        b"a,b\n\xe4,2\n": r"a\.csv is not UTF-8 .*; save it as CSV in UTF-8",
+    }.items():
+        table.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            rows_of(table)
+    with pytest.raises(ValueError, match=r"a\.xlsx is a spreadsheet, which is not read; save its sheet as CSV"):
+        find_inputs([tmp_path / "a.xlsx"])
+
+
+def test_a_table_beside_rows_is_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "sources.csv").write_text("name\nme\n")
+    assert find_inputs([tmp_path]) == [tmp_path / "a.jsonl"]
+
+
 def test_parquet_and_saved_data_sets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{**row, "images": [{"bytes": b"\x89PNG", "path": None}]} for row in ROWS] * 40
