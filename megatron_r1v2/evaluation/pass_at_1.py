@@ -45,6 +45,8 @@ class Outcome:
     """The judge was asked."""
     unclear: bool = False
     """The judge was asked and its answer has no verdict; counted as wrong."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """The further parts of its reward, such as functions of one's own; those that do not apply are left out."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class EvaluationResult:
     """Folder of the data set; older files have none."""
     available: int = 0
     """Prompts of the whole data set, or of the whole benchmark that it is a part of; older files have 0."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """By further part of the reward, such as functions of one's own: the mean over the responses that have it."""
 
     @property
     def size(self) -> str:
@@ -160,7 +164,17 @@ def evaluate_outcomes(
         maj_at_k={str(k): _estimate([_majority(responses, k) for responses in prompts]) for k in ks},
         judged=sum(outcome.judged for outcome in outcomes),
         judge_unclear=sum(outcome.unclear for outcome in outcomes),
+        rewards=_mean_rewards(outcomes),
     )
+
+
+def _mean_rewards(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        for part, value in outcome.rewards.items():
+            values.setdefault(part, []).append(value)
+    # fsum of fmean: the order of the responses must not change a bit.
+    return {part: statistics.fmean(of_part) for part, of_part in values.items()}
 
 
 def _estimate(values: Sequence[float]) -> tuple[float, float, float]:
@@ -310,6 +324,7 @@ def comparison_table(results: Sequence[EvaluationResult]) -> Table:
         **{f"Pass@{k}": [_percent(r.pass_at_k[k][0]) for r in results] for k in _shared(results, "pass_at_k")},
         **{f"maj@{k}": [_percent(r.maj_at_k[k][0]) for r in results] for k in _shared(results, "maj_at_k")},
         "well-formed": [_percent(r.format_rate) for r in results],
+        **{f"reward: {part}": [_percent(r.rewards.get(part)) for r in results] for part in reward_parts(results)},
         "hallucination rate": [_percent(r.hallucination_rate) for r in results],
         "claim coverage": [_percent(r.claim_coverage) for r in results],
         "response tokens": [
@@ -323,6 +338,11 @@ def comparison_table(results: Sequence[EvaluationResult]) -> Table:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     return table
+
+
+def reward_parts(results: Sequence[EvaluationResult]) -> list[str]:
+    """Return the further parts of the reward that any of some results has."""
+    return list(dict.fromkeys(part for result in results for part in result.rewards))
 
 
 def _interval(ends: tuple[float, float] | None) -> str:

@@ -29,6 +29,8 @@ from megatron_r1v2.rewards.functions import describe_functions
 from megatron_r1v2.types import Prompt, ScoredRollout
 
 JUDGE_CACHE = "judge.jsonl"
+# Pass@1 and the format have figures of their own.
+_SHOWN_OTHERWISE = ("answer", "format")
 
 
 @dataclass(frozen=True)
@@ -165,4 +167,5 @@ def outcome_of(row: ResponseRow) -> Outcome:
         facts=row["facts"],
         judged=judge is not None,
         unclear=judge is not None and judge["verdict"] is None,
+        rewards={part: value for part, value in row["rewards"].items() if part not in _SHOWN_OTHERWISE},
     )

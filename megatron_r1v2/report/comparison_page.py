@@ -11,7 +11,7 @@ from megatron_r1v2.monitoring.metric import Chart
 from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.charts import draw_overlay, run_color, target_of
 from megatron_r1v2.report.html import template, write_page
-from megatron_r1v2.report.page import MEASURES, measure_cell, run_facts
+from megatron_r1v2.report.page import measure_cell, measures_of, run_facts
 from megatron_r1v2.report.read import Run, read_run
 
 PAGE = "comparison.html"
@@ -116,7 +116,7 @@ def _summary(runs: Sequence[Run]) -> list[dict[str, object]]:
         ("last evaluation", [row.get("name", _ABSENT) for row in last]),
     ]
     rows: list[dict[str, object]] = [{"title": title, "cells": cells, "kind": "text-cell"} for title, cells in words]
-    for measure in MEASURES:
+    for measure in measures_of(last):
         cells = [measure_cell(row, measure) for row in last]
         rows.append({"title": measure.title, "cells": cells, "kind": "figure-cell"})
     return rows

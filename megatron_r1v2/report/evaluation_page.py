@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult
+from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, reward_parts
 from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
 from megatron_r1v2.report.html import template, write_page
 from megatron_r1v2.report.page import shown_response
@@ -71,6 +71,7 @@ def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | No
         folders=[str(folder) for folder in folders],
         paper=_paper_table(evaluations),
         results=[_result(evaluation) for evaluation in evaluations],
+        rewards=reward_parts([evaluation.result for evaluation in evaluations]),
         evaluations=[_shown(evaluation) for evaluation in evaluations],
         kinds=KINDS,
         notes=notes,
@@ -112,6 +113,7 @@ def _result(evaluation: Evaluation) -> dict[str, object]:
         "pass_at_k": {k: _percent(values[0]) for k, values in result.pass_at_k.items()},
         "maj_at_k": {k: _percent(values[0]) for k, values in result.maj_at_k.items()},
         "format": _percent(result.format_rate),
+        "rewards": {part: _percent(value) for part, value in result.rewards.items()},
         "hallucination": _percent(result.hallucination_rate),
         "coverage": _percent(result.claim_coverage),
         "tokens": "-" if result.mean_response_tokens is None else f"{result.mean_response_tokens:.0f}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
         notes: gets a line for each file that cannot be read.
 
     Returns:
-        The evaluations, by folder and name. Those of the same prompts show the same ones of them.
+        The evaluations, by folder and date. Those of the same prompts show the same ones of them.
 
     Raises:
         ValueError: a folder does not exist, or there is no evaluation in any of them.
@@ -89,15 +89,11 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"run folder {str(folder)!r} does not exist; give a folder that evaluate has written to")
-        for path in sorted(folder.glob("evaluation-*.json")):
-            try:
-                found.append(Evaluation(folder, read_evaluation(path)))
-            except ValueError as error:
-                notes.append(str(error))
-                continue
+        for path, evaluation in _read_results(folder, notes):
+            found.append(evaluation)
             lines = path.with_suffix(".rollouts.jsonl")
             if lines.is_file():
-                with_rows.append((found[-1], _index(found[-1], lines, notes)))
+                with_rows.append((evaluation, _index(evaluation, lines, notes)))
     if not found:
         raise ValueError(
             f"there is no evaluation-NAME.json in {', '.join(map(str, folders))}; run python -m "
@@ -113,6 +109,17 @@ def read_evaluations(folders: Sequence[Path | str], notes: list[str]) -> list[Ev
                 if key in chosen
             }
     return found
+
+
+def _read_results(folder: Path, notes: list[str]) -> list[tuple[Path, Evaluation]]:
+    """Return the results in a folder with their files: those of older versions, which have no date, then by date."""
+    found: list[tuple[Path, Evaluation]] = []
+    for path in sorted(folder.glob("evaluation-*.json")):
+        try:
+            found.append((path, Evaluation(folder, read_evaluation(path))))
+        except ValueError as error:
+            notes.append(str(error))
+    return sorted(found, key=lambda item: item[1].result.finished)
 
 
 def kinds_of(row: Json) -> list[str]:
@@ -145,8 +152,15 @@ def _index(evaluation: Evaluation, path: Path, notes: list[str]) -> _Rows:
             group.correct += bool(row.get("correct"))
             group.responses += 1
             group.prompts.add(key)
-    evaluation.groups = {name: found for name, found in evaluation.groups.items() if len(found) <= _MOST_GROUPS}
+    evaluation.groups = {name: found for name, found in evaluation.groups.items() if _breaks_down(name, found)}
     return rows
+
+
+def _breaks_down(name: str, found: Mapping[str, Group]) -> bool:
+    """Return whether a field of the metadata puts several prompts together; a benchmark may have one prompt."""
+    if len(found) > _MOST_GROUPS:
+        return False
+    return name == BENCHMARK or any(len(group.prompts) > 1 for group in found.values())
 
 
 def _of_same_prompts(every: Sequence[tuple[Evaluation, _Rows]]) -> list[list[tuple[Evaluation, _Rows]]]:

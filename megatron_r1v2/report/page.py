@@ -14,7 +14,7 @@ from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.charts import draw, is_zero
 from megatron_r1v2.report.html import data_uri, template, write_page
 from megatron_r1v2.report.preference_read import PreferencePairs, read_preferences
-from megatron_r1v2.report.read import Json, Run, mean_of, read_run
+from megatron_r1v2.report.read import REWARD, Json, Run, mean_of, read_run
 
 MAX_TEXT = 20_000
 MAX_QUESTION = 600
@@ -40,6 +40,13 @@ MEASURES = (
     Measure("claim_coverage", "Responses that make a claim"),
     Measure("mean_response_tokens", "Tokens a response", percent=False, better=0),
 )
+
+
+def measures_of(evaluations: Sequence[Json]) -> list[Measure]:
+    """Return the rows of the table of some evaluations; parts of the reward, such as functions of one's own, last."""
+    parts = dict.fromkeys(key for row in evaluations for key in row if key.startswith(REWARD))
+    return [*MEASURES, *(Measure(part, f"Reward: {part.removeprefix(REWARD)}") for part in parts)]
+
 
 CONDITIONS = ("num_prompts", "temperature", "top_p", "seed")
 
@@ -170,7 +177,7 @@ def _table(run: Run) -> dict[str, object] | None:
         return None
     compared = _compared(run)
     rows = []
-    for measure in MEASURES:
+    for measure in measures_of(run.evaluations):
         if any(_finite(row.get(measure.key)) for row in run.evaluations):
             cells = [measure_cell(row, measure) for row in run.evaluations]
             rows.append({"title": measure.title, "cells": cells, "change": _change(compared, measure)})

@@ -18,6 +18,8 @@ from megatron_r1v2.monitoring.recorder import STARTS_FILE
 STEPS_SHOWN = 6
 ROLLOUTS_PER_STEP = 4
 PAIRS_SHOWN = 10
+REWARD = "reward/"
+"""Begins the key of a part of the reward in an evaluation."""
 
 Json = dict[str, object]
 
@@ -188,7 +190,9 @@ def _read_evaluations(run: Run) -> None:
             run.notes.append(f"{path.name} is not readable and was left out.")
             continue
         if isinstance(loaded, dict):
-            run.evaluations.append({"name": path.stem.removeprefix("evaluation-"), **loaded})
+            rewards = loaded.pop("rewards", None)
+            parts = {f"{REWARD}{part}": value for part, value in rewards.items()} if isinstance(rewards, dict) else {}
+            run.evaluations.append({"name": path.stem.removeprefix("evaluation-"), **loaded, **parts})
     run.evaluations.sort(key=lambda row: (_finished(run, row), _number(row.get("step"), 0.0), str(row["name"])))
 
 

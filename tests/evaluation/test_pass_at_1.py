@@ -16,6 +16,7 @@ from megatron_r1v2.evaluation.pass_at_1 import (
     evaluate_outcomes,
     evaluation_path,
     read_evaluation,
+    reward_parts,
     write_evaluation,
 )
 
@@ -110,6 +111,7 @@ def test_the_record_has_the_agreed_fields_and_reads_back(tmp_path):
         "name", "pass_at_1", "pass_at_1_std", "runs", "format_rate", "hallucination_rate", "claim_coverage",
         "mean_response_tokens", "num_prompts", "temperature", "top_p", "seed", "step", "pass_at_1_interval",
         "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished", "data", "available",
+        "rewards",
     }  # fmt: skip
 
 
@@ -117,7 +119,7 @@ def test_a_file_from_before_the_intervals_reads(tmp_path):
     path = write_evaluation(tmp_path, _evaluate(*_example()))
     fields = json.loads(path.read_text())
     newer = ("pass_at_1_interval", "pass_at_k", "maj_at_k", "model", "judged", "judge_unclear", "finished", "data")
-    for name in (*newer, "available"):
+    for name in (*newer, "available", "rewards"):
         del fields[name]
     path.write_text(json.dumps(fields))
     old = read_evaluation(path)
@@ -126,6 +128,19 @@ def test_a_file_from_before_the_intervals_reads(tmp_path):
     table = Console(width=100, record=True, file=io.StringIO())
     table.print(comparison_table([old, dataclasses.replace(_evaluate(*_example()), name="after")]))
     assert "Pass@2" not in table.export_text()
+
+
+def test_further_parts_of_the_reward_have_means_over_the_responses_that_have_them():
+    parts = [{"near": 0.5}, {"near": 1.0, "steps": 0.2}, {}]
+    scored = [dataclasses.replace(_scored("a", run, True), rewards=part) for run, part in enumerate(parts)]
+    result = _evaluate("a", scored)
+    assert result.rewards == {"near": 0.75, "steps": 0.2}
+    assert reward_parts([_evaluate(*_example()), result]) == ["near", "steps"]
+    table = Console(width=100, record=True, file=io.StringIO())
+    without = dataclasses.replace(result, name="old", rewards={})
+    table.print(comparison_table([without, result]))
+    (line,) = [line for line in table.export_text().splitlines() if "reward: near" in line]
+    assert [cell.strip() for cell in line.split("\u2502")[2:4]] == ["-", "75.0 %"]
 
 
 def _outcomes(answers, correct):

@@ -52,7 +52,9 @@ def test_an_outcome_is_what_counts_of_a_row():
     assert (outcome.prompt_key, outcome.sample_index, outcome.correct, outcome.answer) == ("q-1", 0, False, "9")
     assert (outcome.well_formed, outcome.tokens) == (1.0, 2)
     assert (outcome.claims, outcome.facts) == ((("left", "4"),), {"left": "3"})
-    assert (outcome.judged, outcome.unclear) == (False, False)
+    assert (outcome.judged, outcome.unclear, outcome.rewards) == (False, False, {})
+    own = outcome_of({**row, "rewards": {**row["rewards"], "near": 0.5, "near/boxed": 1.0}})
+    assert own.rewards == {"near": 0.5, "near/boxed": 1.0}
     for verdict, unclear in ((True, False), (None, True)):
         judged = outcome_of({**row, "judge": {"verdict": verdict, "text": "", "model": "j"}})
         assert (judged.judged, judged.unclear) == (True, unclear)

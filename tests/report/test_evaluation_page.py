@@ -81,6 +81,7 @@ def test_the_page_says_what_the_evaluation_found(tmp_path):
     assert squeezed("), n = 4") in text
     assert "partial" not in text
     assert squeezed("AIME 2024 78.9 % -") in text
+    assert squeezed("Well-formed Claims") in text
     assert squeezed("Art 100.0 %") in text
     assert squeezed("History 50.0 %") in text
     assert squeezed("1 hallucinated, 1 judged, 0 cut, 2 wrong, 6 right") in text
@@ -88,6 +89,18 @@ def test_the_page_says_what_the_evaluation_found(tmp_path):
     # One picture for both runs of a prompt.
     assert page.elements.count("img") == 4
     assert page.elements.count("script") == 1
+
+
+def test_parts_of_the_reward_and_the_order_in_which_evaluations_were_made(tmp_path):
+    own = {"rewards": {"answer": 1.0, "format": 1.0, "near": 0.25, "near/boxed": 0.5}}
+    before = [row(number, run, correct=True, **own) for number in (1, 2) for run in range(2)]
+    write(tmp_path, before, "before")
+    (tmp_path / "evaluation-before.json").write_text(
+        (tmp_path / "evaluation-before.json").read_text().replace('"finished": "2', '"finished": "1')
+    )
+    text = squeezed(Page(write(tmp_path, before[:2], "after").read_text()).text)
+    assert text.count(squeezed("100.0 % near: 25.0 % near/boxed: 50.0 %")) == 2
+    assert text.index("beforetemperature") < text.index("aftertemperature")
 
 
 def test_a_part_of_a_benchmark_is_said_beside_every_figure(tmp_path):

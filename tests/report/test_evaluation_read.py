@@ -70,6 +70,15 @@ def test_a_column_that_names_single_rows_is_no_breakdown(tmp_path):
     assert evaluation.groups.keys() == {"level"}
 
 
+def test_a_field_with_a_value_for_each_prompt_is_no_breakdown(tmp_path):
+    rows = [row(number, metadata={"id": f"shape-{number}", "benchmark": f"of {number}"}) for number in (1, 1, 2)]
+    keys = [line["prompt_key"] for line in rows]
+    assert keys == ["q-1", "q-1", "q-2"]
+    write(tmp_path, "e", [*rows, row(2, metadata={"id": "shape-2", "benchmark": "of 2"})])
+    (evaluation,) = read_evaluations([tmp_path], [])
+    assert evaluation.groups.keys() == {"benchmark"}
+
+
 def test_two_benchmarks_are_none(tmp_path):
     write(tmp_path, "both", [row(1, metadata={"benchmark": "MMMU"}), row(2, metadata={"benchmark": "AIME 2024"})])
     (evaluation,) = read_evaluations([tmp_path], [])

@@ -86,6 +86,15 @@ def write_evaluations(tmp_path):
         write_lines(tmp_path / f"evaluation-{name}.rollouts.jsonl", lines)
 
 
+def test_parts_of_the_reward_in_the_table_of_evaluations(tmp_path):
+    write_evaluations(tmp_path)
+    path = tmp_path / "evaluation-after.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rewards": {"near": 0.625, "<near>/boxed": 0.5}}))
+    text = "".join(read_page(tmp_path).text.split())
+    assert "Reward:near-62.5%" in text
+    assert "Reward:<near>/boxed-50.0%" in text
+
+
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
