@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_r1v2.config.choices import EffectiveBy
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.evaluation.rollout_records import rollout_record
 from megatron_r1v2.rewards.model import RewardModel
@@ -32,6 +33,15 @@ SHOWN = ("critic/rewards/mean", "reward/answer/mean", "ssb/fresh_effective_fract
 
 ROLLOUTS_KEPT = 8
 """Of each step, for the report."""
+
+_LOGGED_IN_VAIN = 3
+_IN_VAIN = {
+    EffectiveBy.answer: "all answers to a prompt are wrong, or all are right, so that the answer teaches nothing. "
+    "Look at the responses in the report; take prompts that the model answers sometimes (r1v2 filter-prompts), or set "
+    "buffer.effective_by=reward where other parts of the reward tell the responses apart",
+    EffectiveBy.reward: "all responses to a prompt earn the same reward, which teaches nothing. "
+    "Look at the responses in the report; give a reward that tells them apart, or other prompts",
+}
 
 
 def run_grpo(recipe: GrpoRecipe, *, reward_model: RewardModel | None = None) -> Path:
@@ -79,6 +89,7 @@ class GrpoStage:
         """
         check_answers(session.survey.unanswered, recipe.reward, recipe.buffer.effective_by)
         self.session, self.recipe = session, recipe
+        self._steps_in_vain = 0
         self.calibrator = Calibrator(
             recipe.hallucination,
             session.recorder,
@@ -167,7 +178,18 @@ class GrpoStage:
             context=session.context,
         )
         session.recorder.note(selection.metrics)
+        self.log_nothing_effective(selection)
         return selection
+
+    def log_nothing_effective(self, selection: Selection) -> None:
+        """Log it when no group was effective for some steps in a row, and what helps."""
+        is_effective = any(record.entry.effective for record in selection.records.values())
+        self._steps_in_vain = 0 if is_effective else self._steps_in_vain + 1
+        if self._steps_in_vain == _LOGGED_IN_VAIN:
+            self.session.recorder.log(
+                f"step {self.session.step + 1}: no group of the last {_LOGGED_IN_VAIN} steps was effective: "
+                f"{_IN_VAIN[self.recipe.buffer.effective_by]}"
+            )
 
     def log_rollouts(self, selection: Selection, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> None:
         """Write some of the main rank's rollouts for the report."""

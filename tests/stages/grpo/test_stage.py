@@ -77,7 +77,7 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 
 def test_prompts_that_taught_nothing_get_other_responses_in_the_next_step(
-    run: Run, tmp_path: Path, all_rollouts: None
+    run: Run, tmp_path: Path, all_rollouts: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_data(tmp_path / "data", images=2, texts=0)
     # All rewards are equal, so no step has an update, and the weights stay.
@@ -87,6 +87,8 @@ def test_prompts_that_taught_nothing_get_other_responses_in_the_next_step(
     rewards = (*rewards, f"reward.functions=[{{path: {own}, name: always_the_same}}]")
     found = run("train.steps=3", "train.prompts_per_step=2", f"data.train={tmp_path / 'data'}", *rewards)
     assert [step["actor/updates"] for step in read_metrics(found)] == [0, 0, 0]
+    said = " ".join(capfd.readouterr().err.split())
+    assert "step 3: no group of the last 3 steps was effective: all responses to a prompt earn the same reward" in said
     rows = read_rollouts(found)
     responses = [tuple(row["text"] for row in rows if row["step"] == step) for step in (1, 2, 3)]
     assert [len(texts) for texts in responses] == [8, 8, 8]
