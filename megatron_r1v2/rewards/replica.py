@@ -14,8 +14,8 @@ from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.types import Prompt, Rollout, ScoredRollout
 
 
-class ScoringError(RuntimeError):
-    """An error of the rules or of a reward function, raised on all ranks."""
+class ScoringError(ValueError):
+    """An error of the data under the rules, or of a reward function, raised on all ranks: bad input, no defect."""
 
 
 Outcome = tuple[tuple[list[ScoredRollout], dict[str, float]], Exception | None]

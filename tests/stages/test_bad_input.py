@@ -252,6 +252,14 @@ def test_an_export_that_fails_leaves_checkpoint_and_target_as_they_were(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_reward_function_that_always_fails_is_told_without_a_traceback(run_entry: Entry, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def f(metadata, **_):\n    return metadata['color']\n")
+    message = run_entry(f"reward.functions=[{{path: {own}, name: f}}]")
+    assert "own.py: f failed for every response, the first to sample" in message
+    assert "KeyError: 'color' (line 2); mend it" in message
+
+
 def test_a_librarys_error_keeps_its_traceback() -> None:
     with pytest.raises(ValueError, match="invalid literal"), tell_bad_input():
         json.loads("1", parse_int=lambda _: int("x"))
