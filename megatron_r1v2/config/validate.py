@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_r1v2.config.choices import Layers
 from megatron_r1v2.config.recipes import EvaluateRecipe, PairsRecipe, Recipe
 from megatron_r1v2.config.schema import DataConfig, RewardConfig
+from megatron_r1v2.config.yaml_files import read_yaml_mapping
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A Path has one slash of the two.
@@ -42,7 +43,8 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
             hint = download_hint(path) if name == "model.hf_path" else ""
             yield f"{name}={path!r} is not a folder; give the path of an existing one{hint}"
         if name in recipe.needed and not path:
-            yield f"{name} is not set; the {recipe.title()} stage needs it: give the path of an existing folder"
+            hint = _base_hint(recipe.model.checkpoint) if name == "model.hf_path" else ""
+            yield f"{name} is not set; the {recipe.title()} stage needs it: give the path of an existing folder{hint}"
     if model_is_served(recipe):
         return
     reward = dict(recipe).get("reward")
@@ -58,6 +60,18 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.generation.cuda_graphs is True and not _has_cuda():
         yield "generation.cuda_graphs=true needs a CUDA device and there is none; set generation.cuda_graphs=false"
+
+
+def _base_hint(checkpoint: str) -> str:
+    """Return what the run of a checkpoint began from; empty: there is none, or its recipe is not there."""
+    for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]) if checkpoint else ():
+        try:
+            model = read_yaml_mapping(folder / "recipe.yaml", what="recipe").get("model")
+        except (OSError, ValueError):  # the hint is an extra
+            continue
+        if isinstance(model, dict) and model.get("hf_path"):
+            return f"; the run of model.checkpoint={checkpoint!r} has model.hf_path={model['hf_path']}"
+    return ""
 
 
 def _source_mistakes(data: DataConfig) -> Iterator[str]:

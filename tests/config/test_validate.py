@@ -38,6 +38,18 @@ def test_each_stage_needs_its_files(tmp_path):
     assert told(AlignRecipe, model__hf_path=here, data__train=here) == []
 
 
+def test_the_base_of_a_checkpoint_is_told(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    checkpoints = [tmp_path / "run", tmp_path / "run/checkpoints", tmp_path / "run/checkpoints/step-00000002"]
+    told_of = [told(EvaluateRecipe, model__checkpoint=str(folder), evaluation__data=".") for folder in checkpoints]
+    assert [len(texts) for texts in told_of] == [1, 1, 1]
+    assert not any("model.hf_path=models/base" in texts[0] for texts in told_of)
+    (tmp_path / "run" / "recipe.yaml").write_text("model: {hf_path: models/base}\n")
+    for folder in checkpoints:
+        (message,) = told(EvaluateRecipe, model__checkpoint=str(folder), evaluation__data=".")
+        assert message.endswith(f"; the run of model.checkpoint={str(folder)!r} has model.hf_path=models/base")
+
+
 def test_every_folder_that_is_missing_is_told():
     gone = {"model__hf_path": "a", "model__checkpoint": "b", "data__train": "c", "data__validation": "d"}
     named = [text.partition(" is not a folder; give the path of an existing one")[0] for text in told(**gone)]
