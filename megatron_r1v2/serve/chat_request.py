@@ -126,12 +126,14 @@ class ChatRequest(WireModel):
 def served_request(name: str, settings: GenerationConfig, *, max_choices: int) -> type[ChatRequest]:
     """Return the request as a server accepts it: its limits and defaults stand at the fields, as the fixed ones do."""
     most = settings.max_response_tokens
+    # Quoted by a refusal.
+    title = "generation.max_response_tokens"
     return create_model(
         "ServedRequest",
         __base__=ChatRequest,
         model=(str, name),
-        max_tokens=(int, Field(most, ge=1, le=most, description=_INTEGER)),
-        max_completion_tokens=(int | None, Field(None, ge=1, le=most, description=_INTEGER)),
+        max_tokens=(int, Field(most, ge=1, le=most, title=title, description=_INTEGER)),
+        max_completion_tokens=(int | None, Field(None, ge=1, le=most, title=title, description=_INTEGER)),
         temperature=(float, Field(settings.temperature, ge=0, le=MAX_TEMPERATURE, description=_NUMBER)),
         top_p=(float, Field(1.0, ge=0, le=1, description=_NUMBER)),
         n=(int, Field(1, ge=1, le=max_choices, description=_INTEGER)),

@@ -22,7 +22,7 @@ examples
   torchrun --nproc-per-node 8 -m megatron_r1v2 serve models/R1V2-38B parallel.tensor=8 \\
       generation.max_response_tokens=65536 generation.kv_cache_gib=40
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{"messages": [{"role": "user", "content": "What is 3 + 5?"}], "max_tokens": 2000}'
+      -d '{"messages": [{"role": "user", "content": "What is 3 + 5?"}]}'
 
 requests
   The fields of chat completions for text and images are understood, role developer is system, and an assistant's

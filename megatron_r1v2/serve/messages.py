@@ -107,7 +107,8 @@ def _refusal(name: str, value: object, field: FieldInfo) -> str:
     low, high = (bound for bound in bounds if isinstance(bound, int))
     # Decided by the value: a whole number of hundreds of digits is of the wrong type to pydantic.
     if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
-        return f"{name}={shown} is out of range; accepted: {low} to {high}"
+        setting = f", the server's {field.title}" if field.title else ""
+        return f"{name}={shown} is out of range; accepted: {low} to {high}{setting}"
     return f"{name}={shown}; accepted: {description} from {low} to {high}"
 
 

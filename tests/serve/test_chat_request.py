@@ -79,7 +79,11 @@ def test_what_is_said_is_taken():
         ({"n": 0}, "n", "n=0 is out of range; accepted: 1 to 8"),
         ({"n": 1.0}, "n", "n=1.0; accepted: a whole number"),
         ({"max_tokens": 65537}, "max_tokens", "max_tokens=65537 is out of range; accepted: 1 to 65536"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens", "accepted: 1 to 65536"),
+        (
+            {"max_completion_tokens": 0},
+            "max_completion_tokens",
+            "accepted: 1 to 65536, the server's generation.max_response_tokens",
+        ),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "name one limit"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop": ""}, "stop", "stop=''; accepted"),
