@@ -121,6 +121,7 @@ install:
 		set -e; \
 		if [ -z "$(PYTHON)" ]; then echo "needs Python 3.11 or newer on PATH (or make PYTHON=...)" >&2; exit 1; fi; \
 		[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
+		echo "installing requirements.lock into $(VENV): gigabytes, minutes; pip is quiet until the end"; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.lock; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 		cp requirements.lock $(VENV)/installed.lock; cp setup.py $(VENV)/installed.setup; \

@@ -298,3 +298,17 @@ def run_installed(installed, folder, *arguments):
         text=True,
         check=True,
     )
+
+
+def test_make_install_says_that_it_takes_minutes_and_does_it_once(tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\n')
+    python.chmod(0o755)
+    command = ["make", "--no-print-directory", "-C", str(ROOT), "install", f"VENV={tmp_path / 'venv'}"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert first.stdout.startswith(f"installing requirements.lock into {tmp_path / 'venv'}: gigabytes, minutes")
+    calls = python.with_name("python.calls")
+    assert [line.split()[:3] for line in calls.read_text().splitlines()] == [["-m", "pip", "install"]] * 2
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
+    assert len(calls.read_text().splitlines()) == 2
