@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +36,8 @@ from megatron_r1v2.rehearsal.rank import PHASE_FILE, RankResult, RankSpec
 
 _LOG_LINES = 20
 _BEFORE = "before its start"
+TELL_SECONDS = 30.0
+"""From one line about the phases to the next."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,36 @@ def rehearse_ranks(specs: Sequence[RankSpec], folder: Path) -> list[RankResult]:
     Args:
         folder: for the files between the processes.
     """
-    with ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
+    folders = {spec.rank: folder / f"rank-{spec.rank}" for spec in specs}
+    with _told_phases(folders), ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda spec: _rehearse_in_process(spec, folder), specs))
+
+
+@contextmanager
+def _told_phases(folders: Mapping[int, Path]) -> Iterator[None]:
+    """Print from time to time on standard error in what phase each rank is."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(TELL_SECONDS):
+            phases = [f"rank {rank}: {_phase(own)}" for rank, own in folders.items() if _is_rehearsed(own)]
+            print(f"rehearsing for {time.monotonic() - began:.0f} s; {', '.join(phases)}", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+def _is_rehearsed(own: Path) -> bool:
+    return own.is_dir() and not (own / "result.json").is_file()
+
+
+def _phase(own: Path) -> str:
+    return (own / PHASE_FILE).read_text() if (own / PHASE_FILE).is_file() else _BEFORE
 
 
 def _rehearse_in_process(spec: RankSpec, folder: Path) -> RankResult:
@@ -224,8 +257,7 @@ def _rehearse_in_process(spec: RankSpec, folder: Path) -> RankResult:
         ).returncode
     if status or not (own / "result.json").is_file():
         lines = (own / "log").read_text().splitlines()[-_LOG_LINES:]
-        phase = (own / PHASE_FILE).read_text() if (own / PHASE_FILE).is_file() else _BEFORE
-        return RankResult(spec.rank, error="\n".join([_ended_with(status), *lines]), error_phase=phase)
+        return RankResult(spec.rank, error="\n".join([_ended_with(status), *lines]), error_phase=_phase(own))
     return RankResult.read(own / "result.json")
 
 

@@ -1,6 +1,9 @@
 """Which ranks are rehearsed, and processes that end badly."""
 
+import os
+import re
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +65,26 @@ def test_a_process_that_dies_in_a_phase_names_it(tmp_path, monkeypatch, status, 
     (result,) = rehearse_ranks([RankSpec("recipe.yaml", StageName.grpo, 3, 8, 8, 80.0)], tmp_path)
     assert (result.rank, result.error_phase) == (3, "update")
     assert words in result.error
+
+
+def test_the_phases_of_ranks_are_told_while_they_are_rehearsed(tmp_path, monkeypatch, capsys):
+    """A rehearsal takes minutes; a rank that has ended is told no more."""
+    told = []
+
+    def run(command, **_):
+        own = Path(command[-1]).parent
+        (own / "phase").write_text("generate" if own.name == "rank-0" else "update")
+        while own.name == "rank-0" and (not told or "rank 4" in told[-1]):
+            time.sleep(0.01)
+            told.extend(capsys.readouterr().err.splitlines())
+        RankResult(0).write(own / "result.json")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("megatron_r1v2.rehearsal.run.TELL_SECONDS", 0.05)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    rehearse_ranks([RankSpec("recipe.yaml", StageName.grpo, rank, 8, 8, 80.0) for rank in (0, 4)], tmp_path)
+    assert re.fullmatch(r"rehearsing for \d+ s; rank 0: generate", told[-1])
 
 
 STEP = Step(long=2, short=14, mixed_groups=1, prompts_of_replica=64, long_of_replica=2)
