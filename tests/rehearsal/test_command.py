@@ -8,6 +8,9 @@ from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.rehearsal.command import main
+from megatron_r1v2.rehearsal.preparation import Step
+from megatron_r1v2.rehearsal.rank import RankResult
+from megatron_r1v2.rehearsal.run import Rehearsal
 from tests.rehearsal.test_own_rows import png, sample
 from tests.rehearsal.tiny_rehearsal import RECIPES, TINY, tiny_model
 
@@ -88,6 +91,23 @@ def test_options_are_those_of_the_rehearsal(monkeypatch, options, all_ranks, own
     assert stopped.value.code == 2
     layout = Layout(8, 1, 2, 0, True)
     assert asked == {"hf_path": None, "all_ranks": all_ranks, "own_data": own_data, "seed": 5, "layout": layout}
+
+
+def test_a_rehearsal_that_saw_no_tensor_has_no_chart(monkeypatch, tmp_path, capsys):
+    """Its rank has died at once, and that is what it prints."""
+
+    def rehearse(recipe, _, plan, **kwargs):
+        dead = RankResult(0, "rank 0", error="the process ended with status 143", error_phase="before its start")
+        return Rehearsal(plan, (dead,), (), Step(2, 14, 1, 64, 2))
+
+    monkeypatch.setattr("megatron_r1v2.rehearsal.run.rehearse", rehearse)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(RECIPES / "grpo.yaml"), "--gpus", "8", "--hf-config", "r1v2-38b", "--svg", str(tmp_path / "a.svg")])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert "the process ended with status 143" in printed.out
+    assert f"{tmp_path / 'a.svg'} is not written: the rehearsal has seen no tensor" in printed.err
+    assert not (tmp_path / "a.svg").exists()
 
 
 @pytest.mark.slow
