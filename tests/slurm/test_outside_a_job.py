@@ -129,7 +129,7 @@ def test_what_no_rehearsal_is_for_says_so_and_ends(tmp_path: Path, script: str, 
     assert not {"python", "srun"} & {path.name for path in tmp_path.iterdir()}
 
 
-def test_the_command_for_the_published_folder_evaluates_it_as_the_paper_does(tmp_path: Path) -> None:
+def test_the_command_for_the_published_folder_evaluates_it_with_its_authors_sampling(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
     ((recipe, script, rest),) = re.findall(r"R1V2_RECIPE=(\S+) sbatch slurm/(\S+) (.*)", page)
     ended = run_script(
