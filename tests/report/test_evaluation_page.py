@@ -78,6 +78,8 @@ def test_the_page_says_what_the_evaluation_found(tmp_path):
     text = squeezed(page.text)
     assert "ours-38b" in text
     assert squeezed("MMMU validation 73.6 % 75.0 %") in text
+    assert squeezed("Reported: the mean of 5 runs, with responses of up to 64k tokens") in text
+    assert squeezed("mmmu temperature 0.6, top-p 0.95, seed 0") in text
     assert squeezed("), n = 4") in text
     assert "partial" not in text
     assert squeezed("AIME 2024 78.9 % -") in text
