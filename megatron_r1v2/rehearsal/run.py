@@ -264,6 +264,8 @@ def _rehearse_in_process(spec: RankSpec, folder: Path) -> RankResult:
 def _ended_with(status: int) -> str:
     if status == -signal.SIGKILL:
         return "the process was killed, as Linux does where the memory of this machine is used up"
+    if status in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return f"the process ended with status {status}: a SIGTERM from outside; rehearse again"
     return f"the process ended with status {status}"
 
 

@@ -54,7 +54,9 @@ def test_a_process_that_dies_is_a_finding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(3, "ended with status 3"), (-9, "memory of this machine is used up")], ids=["exit", "killed"]
+    ("status", "words"),
+    [(3, "ended with status 3"), (-9, "memory of this machine is used up"), (143, "143: a SIGTERM from outside")],
+    ids=["exit", "killed", "terminated"],
 )
 def test_a_process_that_dies_in_a_phase_names_it(tmp_path, monkeypatch, status, words):
     def run(command, **_):
