@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from megatron_r1v2.planning.command import add_cluster_options, read_cluster, re
 from megatron_r1v2.planning.known_models import find_hf_config
 from megatron_r1v2.types import DataEndsRunError, NoRoomError
 
+TESTED_TORCH = "2.13.0"
+"""That of requirements.lock: a rehearsal replaces private parts of torch, which other versions may have elsewhere."""
 _DESCRIPTION = """\
 Rehearse a run on a CPU before it is queued: the stage's own code as one rank of each pipeline stage, on tensors without
 memory, for two steps on rows as long as the recipe allows. Prints the memory of each phase beside the plan's, the
@@ -46,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     # Intermixed, because people write overrides before, between and after the options.
     arguments = parser.parse_intermixed_args(argv)
     quiet_libraries()
+    _warn_of_other_torch()
     try:
         _check_files(arguments)
         recipe = recipe_to_plan([arguments.recipe, *arguments.overrides], None, arguments.hf_config)
@@ -58,10 +62,13 @@ def main(argv: Sequence[str]) -> None:
         from megatron_r1v2.rehearsal.run import rehearse
         from megatron_r1v2.rehearsal.show import as_json, print_rehearsal
 
-        folder = Path(arguments.hf_config or recipe.model.hf_path)
-        hf_path = folder if folder.is_dir() else None
         found = rehearse(
-            recipe, hf_config, plan, hf_path=hf_path, all_ranks=arguments.all_ranks, own_data=arguments.data
+            recipe,
+            hf_config,
+            plan,
+            hf_path=_model_folder(arguments.hf_config or recipe.model.hf_path),
+            all_ranks=arguments.all_ranks,
+            own_data=arguments.data,
         )
     except NoRoomError as error:
         print(f"It does not fit: {error}", file=sys.stderr)
@@ -86,6 +93,22 @@ def main(argv: Sequence[str]) -> None:
             print(f"{arguments.svg} is not written: the rehearsal has seen no tensor", file=sys.stderr)
     if not found.passed:
         raise SystemExit(1)
+
+
+def _warn_of_other_torch() -> None:
+    version = importlib.metadata.version("torch").partition("+")[0]
+    if version != TESTED_TORCH:
+        print(
+            f"warning: rehearsals are tested with torch {TESTED_TORCH}, this is {version}: what is found may be the "
+            "rehearsal's own mistake; make install brings the tested one",
+            file=sys.stderr,
+        )
+
+
+def _model_folder(given: str) -> Path | None:
+    """Return the folder of a model, which a config.json lies in; None: there is none."""
+    folder = Path(given).parent if Path(given).name == "config.json" else Path(given)
+    return folder if folder.is_dir() else None
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

@@ -195,8 +195,8 @@ class Inputs:
     """Settings that the rehearsal changes, in words."""
     data: tuple[str, ...] = ()
     """Of the recipe's own data sets, where these were read."""
-    ends_by_data: bool = False
-    """Whether the run would end by a row that is too long."""
+    makes_weights: bool = False
+    """Whether names and shapes of the weights are those of the configuration, for want of a folder that has them."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ def write_rehearsal(
         # Before anything else is made: rows that would end the run are told in seconds.
         said = _write_own_rows(_own_rows(recipe, architecture, hf_path), recipe, sizes, folder)
         step = changed(step, long=step.long + step.short, short=0)
-    if hf_path is None or not any(hf_path.glob("*.safetensors")):
+    makes_weights = hf_path is None or not any(hf_path.glob("*.safetensors"))
+    if hf_path is None or makes_weights:
         write_model_folder(folder / "hf", config, hf_path)
         hf_path = folder / "hf"
     if not own_data:
@@ -261,7 +262,8 @@ def write_rehearsal(
     path = folder / "recipe.yaml"
     rehearsed = rehearsed_recipe(recipe, step, folder, hf_path)
     path.write_text(recipe_yaml(rehearsed))
-    return Inputs(path, step, tuple(changed_settings(recipe, rehearsed, folder)), tuple(said))
+    changes = changed_settings(recipe, rehearsed, folder)
+    return Inputs(path, step, tuple(changes), tuple(said), makes_weights)
 
 
 def _write_own_rows(rows: OwnRows, recipe: AnyTraining, sizes: Mapping[str, _Size], folder: Path) -> list[str]:

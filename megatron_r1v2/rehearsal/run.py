@@ -52,6 +52,8 @@ class Rehearsal:
     """Settings that the rehearsal has changed."""
     data: tuple[str, ...] = ()
     """The lengths of the recipe's own rows, where these were read."""
+    makes_weights: bool = False
+    """Whether no folder with the model's weights was looked at."""
 
     @cached_property
     def planned(self) -> tuple[RankMemory, ...]:
@@ -204,6 +206,7 @@ def rehearse(
         step,
         changes=inputs.changes,
         data=inputs.data,
+        makes_weights=inputs.makes_weights,
     )
 
 

@@ -179,6 +179,11 @@ def _verdict(found: Rehearsal) -> str:
 
 def _notes(found: Rehearsal) -> list[str]:
     notes = ["two steps, on rows as long as the recipe allows; what lies beside `images` of other prompts is made"]
+    if found.makes_weights:
+        notes.append(
+            "names and shapes of the weights are those of the configuration: no folder of the model was looked at; "
+            "without --hf-config that in model.hf_path is"
+        )
     layout = found.plan.layout
     if len(found.ranks) == layout.pipeline and layout.tensor * layout.data > 1:
         notes.append(

@@ -7,12 +7,12 @@ import pytest
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.rehearsal.command import main
+from megatron_r1v2.rehearsal.command import TESTED_TORCH, main
 from megatron_r1v2.rehearsal.preparation import Step
 from megatron_r1v2.rehearsal.rank import RankResult
 from megatron_r1v2.rehearsal.run import Rehearsal
 from tests.rehearsal.test_own_rows import png, sample
-from tests.rehearsal.tiny_rehearsal import RECIPES, TINY, tiny_model
+from tests.rehearsal.tiny_rehearsal import RECIPES, ROOT, TINY, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,33 @@ def test_rows_that_are_too_long_are_told_before_anything_is_rehearsed(tmp_path, 
     ]
     assert all("data.max_prompt_tokens is 256; raise it" in row for row in rows)
     assert rest == "  ... and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("version", "told"), [(TESTED_TORCH, False), (f"{TESTED_TORCH}+cpu", False), ("2.10.0a0+nv25.12", True)]
+)
+def test_a_torch_that_rehearsals_are_not_tested_with_is_told(monkeypatch, capsys, version, told):
+    assert f"\ntorch=={TESTED_TORCH}\n" in (ROOT / "requirements.lock").read_text()
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    with pytest.raises(SystemExit):
+        main(["train.steps=3", "--gpus", "8"])
+    assert (f"with torch {TESTED_TORCH}, this is 2.10.0a0: " in capsys.readouterr().err) is told
+
+
+@pytest.mark.parametrize("name", ["model", "model/config.json"])
+def test_the_folder_of_a_configuration_is_looked_at(tmp_path, monkeypatch, name):
+    """Its weights, its tokenizer."""
+    model, asked = tiny_model(tmp_path / "model"), {}
+
+    def rehearse(*_, **kwargs):
+        asked.update(kwargs)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("megatron_r1v2.rehearsal.run.rehearse", rehearse)
+    layout = ["parallel.tensor=1", "parallel.sequence=false"]
+    with pytest.raises(SystemExit):
+        main([str(RECIPES / "grpo.yaml"), *TINY, *layout, "--gpus", "1", "--hf-config", str(tmp_path / name)])
+    assert asked["hf_path"] == model
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,21 @@ def test_too_few_rows_for_a_step_are_refused_before_anything_is_made(tmp_path):
     assert list((tmp_path / "made").iterdir()) == []
 
 
+def test_weights_are_made_where_the_folder_has_none_and_that_is_known(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    config, _ = read_hf_config(model)
+    architecture, _ = read_hf_architecture(model)
+    recipe = load_recipe(RECIPES / "mpo.yaml", LIMITS)
+
+    def makes_weights(folder, hf_path):
+        layout = Layout(1, 1, 1, 0, False)
+        return write_rehearsal(recipe, config, architecture, layout, folder=folder, hf_path=hf_path).makes_weights
+
+    assert not makes_weights(tmp_path / "own", model)
+    (model / "model.safetensors").unlink()
+    assert makes_weights(tmp_path / "config", model)
+
+
 NEMO = "train.packing=nemo"
 
 

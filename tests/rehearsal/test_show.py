@@ -133,6 +133,13 @@ def test_groups_of_which_one_rank_was_rehearsed_are_told(plan):
     assert words not in " ".join(printed(Rehearsal(single, (rank(),), (), STEP)).split()), "it has no such groups"
 
 
+def test_weights_that_no_folder_has_shown_are_told(plan):
+    words = "no folder of the model was looked at"
+    found = Rehearsal(plan, (rank(),), (), STEP)
+    assert words not in " ".join(printed(found).split())
+    assert words in " ".join(printed(replace(found, makes_weights=True)).split())
+
+
 def test_steps_of_the_engine_are_told(plan):
     assert "engine steps: 2 evicted, 7 mixed" in printed(
         Rehearsal(plan, (rank(engine_steps={"mixed": 7, "evicted": 2}),), (), STEP)
