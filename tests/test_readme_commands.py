@@ -61,6 +61,20 @@ def test_own_data_in_three_commands(reader):
     assert (reader / "runs" / "mine" / "report.html").is_file()
 
 
+def test_the_commands_of_the_recipe_for_own_data(reader):
+    rows = [{"question": f"a b {'b ' * number}?", "answer": str(number % 2)} for number in range(12)]
+    (reader / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = (ROOT / "examples/your_data/grpo.yaml").read_text(encoding="utf-8").replace("\\\n#  ", "")
+    commands = re.findall(r"^#   r1v2 (.*)$", recipe, re.MULTILINE)
+    assert [line.split()[0] for line in commands] == ["prepare", "evaluate", "grpo", "evaluate", "report"]
+    for line in commands:
+        command, *arguments = shlex.split(line)
+        small = (*SMALL, "evaluation.runs=2") if command in ("grpo", "evaluate") else ()
+        assert run_ranks(1, run_command, reader, [command, *arguments, *small]) == [0], line
+    scored = [json.loads((reader / f"runs/mine/evaluation-{name}.json").read_text()) for name in ("before", "after")]
+    assert [result["model"] for result in scored] == ["MODEL", "runs/mine"]
+
+
 def test_the_reward_function_of_the_readme_is_right_near_and_wrong():
     code = block_below("Your reward", "python")
     assert len(code.splitlines()) <= 10

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import io
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.energon import BaseWebdatasetFactory
@@ -42,6 +44,52 @@ def write_shards(samples: Iterable[ShardSample], folder: str | Path, samples_per
     return count
 
 
+def write_split_shards(
+    samples: Iterable[ShardSample],
+    folder: str | Path,
+    held_out: str | Path,
+    share: float,
+    samples_per_shard: int = 1000,
+) -> tuple[int, int]:
+    """Write a data set in two parts, as `write_shards` does one, and return the number of samples in each.
+
+    Args:
+        held_out: the folder of what `is_held_out`; it and `folder` appear when all of both is written.
+
+    Raises:
+        ValueError: see `write_shards`; or a part is empty.
+        SampleError: see `write_shards`.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}, accepted is 1 or more")
+    targets = (Path(folder), Path(held_out))
+    counts = [0, 0]
+    with atomic_folder(targets[0]) as first, atomic_folder(targets[1]) as second:
+        with _open_tars(first, samples_per_shard) as write, _open_tars(second, samples_per_shard) as write_held_out:
+            for sample in samples:
+                part = is_held_out(sample, share)
+                (write, write_held_out)[part](sample)
+                counts[part] += 1
+        for unfinished, target, count in zip((first, second), targets, counts, strict=True):
+            if not count:
+                raise ValueError(f"no samples to write to {target}: of {sum(counts)}, {counts[1]} are held out")
+            _prepare_for_energon(unfinished)
+    return counts[0], counts[1]
+
+
+def is_held_out(sample: ShardSample, share: float) -> bool:
+    """Return whether a sample is in the held-out share of its data set.
+
+    The same samples are, whatever their order and however many are added; all questions about the same images together,
+    since a model that was trained on one of them knows the image.
+    """
+    content = [sample.images[name] for name in sorted(sample.images)]
+    if not content:
+        content = [json.dumps([dict(message) for message in sample.messages], sort_keys=True).encode()]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in content)).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
+
+
 def fill_shards(folder: Path, samples: Iterable[ShardSample], samples_per_shard: int = 1000) -> int:
     """Write shards and their index into an empty folder, and return the number of samples.
 
@@ -57,17 +105,30 @@ def fill_shards(folder: Path, samples: Iterable[ShardSample], samples_per_shard:
 
 
 def _write_tars(samples: Iterable[ShardSample], folder: Path, samples_per_shard: int) -> int:
+    count = 0
+    with _open_tars(folder, samples_per_shard) as write:
+        for sample in samples:
+            write(sample)
+            count += 1
+    return count
+
+
+@contextmanager
+def _open_tars(folder: Path, samples_per_shard: int) -> Iterator[Callable[[ShardSample], None]]:
+    """Give a function that adds a sample to the shards in a folder."""
     seen: set[str] = set()
     # ShardWriter formats the whole path, so a percent sign in a folder's name must be doubled.
     pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
     # mtime=0, so that equal samples give equal files. The record is encoded here, since webdataset does not sort keys.
     with ShardWriter(pattern, maxcount=samples_per_shard, encoder=False, mtime=0, verbose=0) as writer:
-        for sample in samples:
+
+        def write(sample: ShardSample) -> None:
             if sample.key in seen:
                 raise SampleError(f"sample key {sample.key!r} occurs twice; keys must differ")
             seen.add(sample.key)
             writer.write({"__key__": sample.key, "json": encode_record(sample), **sample.images})
-    return len(seen)
+
+        yield write
 
 
 def _prepare_for_energon(folder: Path) -> None:

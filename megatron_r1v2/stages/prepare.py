@@ -42,7 +42,8 @@ appears only when all of it is written. The form of a row shows in its fields:
 _EXAMPLE = """\
 example:
   python -m megatron_r1v2 prepare questions.jsonl --images pictures --output data/train --check-only
-  python -m megatron_r1v2 prepare table.csv --columns image=file --images pictures --output data/train
+  python -m megatron_r1v2 prepare table.csv --columns image=file --images pictures --output data/train \\
+      --held-out 0.2=data/heldout
   python -m megatron_r1v2 prepare data/*.parquet --columns question=problem,answer=solution,image=img --output data/t
 then set data.train: data/train in the recipe.
 """
@@ -55,6 +56,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("input", type=Path, nargs="+", help="file of rows, or folder of one split; several are joined")
     parser.add_argument("--images", type=Path, default=Path(), help="folder that image paths are relative to (.)")
     parser.add_argument("--output", type=Path, help="folder to make; must not exist yet")
+    parser.add_argument(
+        "--held-out", default="", metavar="SHARE=FOLDER",
+        help="write this share of the rows to another folder, for evaluation, such as 0.2=data/heldout; rows with the "
+        "same images stay together, and the same ones are chosen every time",
+    )  # fmt: skip
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples in one tar file (1000)")
     parser.add_argument(
         "--answer-type",
@@ -89,7 +95,25 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.check_only and arguments.output is None:
         parser.error("--output is needed unless --check-only is given")
+    try:
+        arguments.held_out = _held_out(arguments.held_out)
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
+
+
+def _held_out(given: str) -> tuple[float, Path] | None:
+    """Return the share and the folder of --held-out; None where it is not given."""
+    if not given:
+        return None
+    share, _, folder = given.partition("=")
+    try:
+        part = float(share)
+    except ValueError:
+        part = 0.0
+    if not 0 < part < 1 or not folder:
+        raise ValueError(f"--held-out {given!r}: give a share between 0 and 1 and a folder, such as 0.2=data/heldout")
+    return part, Path(folder)
 
 
 def _row_form(arguments: argparse.Namespace) -> RowForm:
@@ -229,7 +253,7 @@ def _prepare(arguments: argparse.Namespace, problems: list[str]) -> int:
     # Imported after the arguments are checked: energon and torch take seconds.
     from megatron_r1v2.data.rows import read_rows
     from megatron_r1v2.data.samples import SampleError
-    from megatron_r1v2.data.shards import write_shards
+    from megatron_r1v2.data.shards import write_shards, write_split_shards
 
     tokens = None
     if arguments.model is not None:
@@ -252,6 +276,11 @@ def _prepare(arguments: argparse.Namespace, problems: list[str]) -> int:
     samples = _with_progress(samples, arguments.input, "Checking" if arguments.check_only else "Writing")
     if arguments.check_only:
         count = sum(1 for _ in samples)
+    elif arguments.held_out is not None:
+        share, folder = arguments.held_out
+        trained, held_out = write_split_shards(samples, arguments.output, folder, share, arguments.samples_per_shard)
+        print(f"{held_out} of {trained + held_out} samples are held out in {folder}; set evaluation.data to it")
+        count = trained + held_out
     else:
         count = write_shards(samples, arguments.output, arguments.samples_per_shard)
     if tokens is not None:

@@ -20,7 +20,7 @@ from megatron.energon import (
 )
 
 from megatron_r1v2.data.samples import SampleError
-from megatron_r1v2.data.shards import check_shards, write_shards
+from megatron_r1v2.data.shards import check_shards, is_held_out, write_shards, write_split_shards
 from tests.tiny import tiny_sample, tiny_shards
 
 
@@ -49,6 +49,40 @@ def test_shards_hold_the_samples_in_order(tmp_path: Path) -> None:
         names = tar.getnames()
     assert names[:2] == ["digits-0020.0.png", "digits-0020.json"]
     assert len(names) == 10
+
+
+def test_a_share_is_held_out_by_its_images(tmp_path: Path) -> None:
+    # Two questions about each of 40 images, and 40 without one.
+    pictures = [tiny_sample(index, images={"0.png": tiny_sample(index % 40).images["0.png"]}) for index in range(80)]
+    texts = [
+        tiny_sample(index, images={}, messages=({"role": "user", "content": f"What is {index} + 1?"},))
+        for index in range(80, 120)
+    ]
+    samples = [*pictures, *texts]
+    trained, held_out = write_split_shards(samples, tmp_path / "train", tmp_path / "heldout", 0.25, 1000)
+    assert trained + held_out == 120
+    assert 15 < held_out < 45
+    assert sum(check_shards(tmp_path / "train").values()) == trained
+    with tarfile.open(tmp_path / "heldout/shard-000000.tar") as tar:
+        keys = {name.partition(".")[0] for name in tar.getnames()}
+    assert keys == {sample.key for sample in samples if is_held_out(sample, 0.25)}
+    assert {key for key in keys if key < "digits-0040"} == {
+        f"digits-{int(key[-4:]) - 40:04d}" for key in keys if "digits-0040" <= key < "digits-0080"
+    }
+    assert any(key >= "digits-0080" for key in keys)
+    # A larger share holds the smaller one.
+    assert all(is_held_out(sample, 0.5) for sample in samples if is_held_out(sample, 0.25))
+
+
+def test_nothing_is_left_where_a_part_is_empty_or_bad(tmp_path: Path) -> None:
+    for share, empty in ((1e-9, "heldout"), (1 - 1e-9, "train")):
+        with pytest.raises(ValueError, match=rf"no samples to write to .*{empty}: of 3, "):
+            write_split_shards(map(tiny_sample, range(3)), tmp_path / "train", tmp_path / "heldout", share)
+    with pytest.raises(SampleError, match="occurs twice"):
+        write_split_shards([tiny_sample(0)] * 2, tmp_path / "train", tmp_path / "heldout", 0.5)
+    with pytest.raises(ValueError, match="samples_per_shard is 0"):
+        write_split_shards([], tmp_path / "train", tmp_path / "heldout", 0.5, 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:

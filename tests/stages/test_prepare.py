@@ -102,6 +102,23 @@ def prepare(tmp_path: Path, images: Path, *options: str, rows: list[Any]) -> int
     return main([str(path), "--images", str(images), "--output", str(tmp_path / "out"), *options])
 
 
+def test_a_table_in_two_parts(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("question,answer,colour\n" + "".join(f"What is {n} + 1?,{n + 1},red\n" for n in range(40)))
+    command = [str(table), "--images", str(images), "--output", str(tmp_path / "train")]
+    assert main([*command, "--held-out", f"0.25={tmp_path / 'heldout'}"]) == 0
+    counts = [sum(check_shards(tmp_path / name).values()) for name in ("train", "heldout")]
+    said = capsys.readouterr().out
+    assert f"{counts[1]} of 40 samples are held out in {tmp_path / 'heldout'}; set evaluation.data to it" in said
+    assert f"{sum(counts)} samples are fine" in said
+    first = next(read_shards(tmp_path / "heldout", parse_sample))
+    assert (first.metadata, first.answer_type) == ({"colour": "red"}, "math")
+    for wrong in ("0.2", "1=x", "0=x", "a=x", "0.2="):
+        with pytest.raises(SystemExit):
+            main([*command, "--held-out", wrong])
+        assert "give a share between 0 and 1 and a folder, such as 0.2=data/heldout" in capsys.readouterr().err
+
+
 def test_bad_rows_are_left_out_and_listed_up_to_a_number(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
