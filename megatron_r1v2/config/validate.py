@@ -109,8 +109,10 @@ def download_hint(path: Path | str) -> str:
         return ""
     owner, local = name.split("/")
     if owner in _LOCAL_FOLDERS:
-        owner = next((owner for start, owner in _OWNERS.items() if local.startswith(start)), "OWNER")
-        return f"; to download it from the Hugging Face hub run `hf download {owner}/{local} --local-dir {path}`"
+        owner = next((owner for start, owner in _OWNERS.items() if local.startswith(start)), "")
+        command = f"`hf download {owner or 'OWNER'}/{local} --local-dir {path}`"
+        parts = "" if owner else ", to make it from its parts `python -m checkpoint_tools.reassemble`"
+        return f"; to download it from the Hugging Face hub run {command}{parts}"
     return (
         "; nothing is downloaded here: if it is a model on the Hugging Face hub, run "
         f"`hf download {name} --local-dir {local}` and give {local}"

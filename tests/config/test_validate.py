@@ -68,7 +68,9 @@ def test_a_name_on_the_hub_gets_the_command_that_downloads_it(tmp_path, monkeypa
     assert "`hf download OWNER/R1V2-38B --local-dir checkpoints/R1V2-38B`" in download_hint("checkpoints/R1V2-38B")
     for name in ("Skywork/Skywork-R1V2-38B", "OpenGVLab/InternVL3-38B", "Qwen/QwQ-32B"):
         folder = f"checkpoints/{name.split('/')[1]}"
-        assert f"`hf download {name} --local-dir {folder}`" in download_hint(folder), "whose owner is known"
+        assert download_hint(folder).endswith(f"`hf download {name} --local-dir {folder}`"), "whose owner is known"
+    made = "to make it from its parts `python -m checkpoint_tools.reassemble`"
+    assert made in download_hint("checkpoints/r1v2-38b-hf"), "the folder of grpo.yaml, which is on no hub"
 
 
 def test_a_folder_that_is_not_read_need_not_exist(tmp_path):
