@@ -222,10 +222,15 @@ def measure_cell(row: Json, measure: Measure) -> str:
 
 def _interval(row: Json) -> str:
     """Return the 95 % interval of Pass@1, such as "47.7 to 55.9"; "" where the evaluation has none."""
+    return " to ".join(f"{100 * end:.1f}" for end in _interval_ends(row))
+
+
+def _interval_ends(row: Json) -> list[float]:
+    """Return both ends of the 95 % interval of Pass@1; an empty list where the evaluation has none."""
     ends = row.get("pass_at_1_interval")
     if not isinstance(ends, list) or len(ends) != 2 or not all(_finite(end) for end in ends):
-        return ""
-    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+        return []
+    return ends
 
 
 def _change(compared: Sequence[Json], measure: Measure) -> tuple[str, str]:
@@ -235,8 +240,16 @@ def _change(compared: Sequence[Json], measure: Measure) -> tuple[str, str]:
         return "", ""
     difference = after - before
     text = f"{100 * difference:+.1f} points" if measure.percent else f"{difference:+.1f}"
+    if measure.key == "pass_at_1" and _intervals_overlap(compared):
+        return f"{text}, the intervals overlap", ""
     sign = (difference > 0) - (difference < 0)
     return text, {1: "good", -1: "bad", 0: ""}[sign * measure.better]
+
+
+def _intervals_overlap(compared: Sequence[Json]) -> bool:
+    """Return whether the 95 % intervals of Pass@1 overlap; False where one has none."""
+    intervals = [_interval_ends(row) for row in compared]
+    return all(intervals) and max(low for low, _ in intervals) <= min(high for _, high in intervals)
 
 
 def _condition(row: Json, key: str) -> str:

@@ -152,6 +152,14 @@ def test_a_finished_run_shows_everything(full_page):
     assert text.count("n = 10 of 12, partial") == 4
 
 
+def test_a_change_within_the_intervals_is_said_and_not_praised(tmp_path):
+    write_evaluations(tmp_path)
+    assert '<td class="good">+40.0 points</td>' in write_report(tmp_path).read_text()
+    path = tmp_path / "evaluation-after.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pass_at_1_interval": [0.539, 0.95]}))
+    assert '<td class="">+40.0 points, the intervals overlap</td>' in write_report(tmp_path).read_text()
+
+
 def test_the_page_needs_nothing_from_outside(full_run, full_page):
     assert not {"script", "link", "iframe", "object"} & set(full_page.elements)
     for name, value in full_page.attributes:
