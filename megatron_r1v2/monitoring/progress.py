@@ -50,11 +50,12 @@ class _LogLines:
         if now - self._printed < LOG_SECONDS:
             return
         self._printed = now
-        line = f"{self._title}: {done} of {self._total} after {_clock(now - self._began)}"
+        line = f"{self._title}: {done} of {self._total} after {clock(now - self._began)}"
         if fresh := done - self._before:
-            line += f", about {_clock((now - self._began) * (self._total - done) / fresh)} to go"
+            line += f", about {clock((now - self._began) * (self._total - done) / fresh)} to go"
         print(line, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds: 0:03:10."""
     return str(timedelta(seconds=round(seconds)))

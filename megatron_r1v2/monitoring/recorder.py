@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import time
 from base64 import b64decode
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_r1v2.config.choices import Tracker
 from megatron_r1v2.config.schema import LoggingConfig
 from megatron_r1v2.monitoring.metrics import console_name
+from megatron_r1v2.monitoring.progress import clock
 from megatron_r1v2.resilience.files import write_file
 from megatron_r1v2.resilience.json_lines import append_json_lines, recover_json_lines
 
@@ -38,6 +40,7 @@ STARTS_FILE = "starts.jsonl"
 
 _WANDB_PROJECT = "megatron_r1v2"
 _SECONDS_BETWEEN_LINES = 30.0
+_STEPS_AVERAGED = 20
 _STEPS_BETWEEN_TABLES = 10
 """wandb keeps every table with its pictures."""
 _TABLE_COLUMNS = ("step", "prompt_key", "question", "answer", "text", "correct", "total", "advantage", "finish_reason")
@@ -102,6 +105,8 @@ class Recorder:
         self._started = time.perf_counter()
         self._wandb: WandbRun | None = None
         self._tensorboard: SummaryWriter | None = None
+        self._total_steps = info.total_steps
+        self._step_seconds: list[float] = []
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         if not is_main:
@@ -246,7 +251,12 @@ class Recorder:
         if self._progress is not None and not self._progress.disable:
             self._progress.update(self._task, completed=step, numbers=numbers)
         else:
-            self.log(f"step {step}  {numbers}  {values['timing_s/step']:.2f} s")
+            self._step_seconds.append(values["timing_s/step"])
+            # The first step of a start holds what comes before it.
+            seconds = statistics.fmean((self._step_seconds[1:] or self._step_seconds)[-_STEPS_AVERAGED:])
+            left = self._total_steps - step
+            to_go = f", about {clock(seconds * left)} to go" if left > 0 else ""
+            self.log(f"step {step}  {numbers}  {self._step_seconds[-1]:.2f} s{to_go}")
 
     def _open_services(self, info: RunInfo, settings: LoggingConfig, *, is_another: bool) -> None:
         # Both take seconds to import and are seldom on.

@@ -65,6 +65,24 @@ def test_the_console_tells_means_apart(tmp_path: Path, capsys) -> None:
     assert "step 1  reward 1.12  answer 0.758  " in capsys.readouterr().err
 
 
+def test_a_log_says_how_long_the_rest_will_take(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By the steps after the first, which holds the time before it.
+    now = iter([0.0, 100.0, 110.0, 130.0, 145.0, 165.0])
+    monkeypatch.setattr("megatron_r1v2.monitoring.recorder.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    with recorder(tmp_path) as opened:
+        for step in range(1, 6):
+            opened.end_step(step)
+    lines = [line.partition(" s") for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    steps = [(line[0].split()[-1], line[2]) for line in lines]
+    assert steps == [
+        ("100.00", ", about 0:06:40 to go"),
+        ("10.00", ", about 0:00:30 to go"),
+        ("20.00", ", about 0:00:30 to go"),
+        ("15.00", ", about 0:00:15 to go"),
+        ("20.00", ""),
+    ]
+
+
 def test_a_task_before_the_steps_is_told_of_now_and_then(tmp_path: Path, capsys) -> None:
     with recorder(tmp_path) as opened, opened.progress("reference log-probs", 100) as show:
         for done in range(1, 101):
