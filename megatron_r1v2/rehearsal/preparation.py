@@ -25,6 +25,8 @@ AnyTraining = TrainingRecipe | PairsRecipe
 
 STEPS = 2
 """The second one finds what the first one leaves: the buffer's samples, the optimizer's state, lasting buffers."""
+VALIDATED_PROMPTS = 1
+"""Of a replica."""
 MADE = "made"
 """In the place of a checkpoint that is not here: weights of the base, with a head that is drawn."""
 _NO_BOUND = 1e9
@@ -244,7 +246,7 @@ def write_rehearsal(
     # A run with segments wants as many prompts as there can be in flight.
     sizes = {"train": _Size(step.long, step.short, max(STEPS, segments))}
     if recipe.data.validation:
-        sizes["validation"] = _Size(layout.data, 0, 1)
+        sizes["validation"] = _Size(VALIDATED_PROMPTS * layout.data, 0, 1)
     said: list[str] = []
     if own_data:
         # Before anything else is made: rows that would end the run are told in seconds.

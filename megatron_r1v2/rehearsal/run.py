@@ -31,7 +31,7 @@ from megatron_r1v2.planning.roofline import (
 from megatron_r1v2.planning.workload import RehearsedStep
 from megatron_r1v2.rehearsal.collectives import find_mismatches
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
-from megatron_r1v2.rehearsal.preparation import Step, write_rehearsal
+from megatron_r1v2.rehearsal.preparation import STEPS, VALIDATED_PROMPTS, Step, write_rehearsal
 from megatron_r1v2.rehearsal.rank import PHASE_FILE, RankResult, RankSpec
 
 _LOG_LINES = 20
@@ -97,34 +97,70 @@ def planned_memory(planned: Sequence[RankMemory], rank: RankResult, phase: Phase
 def planned_flops(plan: Plan, step: Step, stage: int) -> dict[str, float]:
     """Compute the FLOPs of a rank in the phases of the first step, by the name of the phase.
 
-    Full prompts are counted in `generate`, and full rows in `update`; short prompts and the few drawn tokens are not.
+    Full prompts are counted where the engine runs, and full rows in training; short prompts, the few drawn tokens and
+    the gate, which compares a few, are not.
 
     Args:
         stage: the rank's pipeline stage.
     """
-    work, architecture, layout = plan.work, plan.architecture, plan.layout
-    share = layout.layers_of_stage(architecture, stage) / architecture.language.num_layers / layout.tensor
-    tile = (vision_flops(architecture.vision, tensor=layout.tensor) + adapter_flops(architecture)) / layout.tensor
-    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    work, layout = plan.work, plan.layout
+    flops = {}
+    if work.stage in (StageName.grpo, StageName.pairs):
+        # The gate has computed the features of its prompts before, unless they are asked for anew.
+        flops["generate"] = _prefill_flops(plan, step.long_of_replica, stage)
+    if "evaluate" in work.phases:
+        flops["evaluate"] = _prefill_flops(plan, VALIDATED_PROMPTS, stage)
+    if work.stage is StageName.pairs:
+        return flops
     rows = step.trained_rows(work.responses_per_prompt) / layout.data
+    forward, images = _forward_flops(plan, rows, stage), _image_flops(plan, rows / work.responses_per_prompt, stage)
+    # Forward and gradients of activations always; gradients of weights where they train.
+    recomputed = work.recompute is Recompute.full
+    flops["update"] = forward * (2 + (Part.language in work.parts) + recomputed)
+    if Part.vision in work.parts:
+        flops["update"] += images * (3 + recomputed)
+    elif work.stage is not StageName.grpo:
+        flops["update"] += images  # no phase before it has left features
+    if work.stage is StageName.mpo:
+        flops["reference"] = STEPS * (forward + images)
+    if "log_probs" in work.phases and step.whole_groups is None:
+        flops["log_probs"] = forward + images * (Part.vision in work.parts)
+    if "validate" in work.phases:
+        units = VALIDATED_PROMPTS
+        flops["validate"] = _forward_flops(plan, units * work.rows_together, stage) + _image_flops(plan, units, stage)
+    return flops
+
+
+def _image_flops(plan: Plan, prompts: float, stage: int) -> float:
+    """Compute the FLOPs of the images of prompts in the vision tower and the adapter, on a rank of the first stage."""
+    architecture, tensor = plan.architecture, plan.layout.tensor
+    tile = (vision_flops(architecture.vision, tensor=tensor) + adapter_flops(architecture)) / tensor
+    return prompts * plan.work.tiles * tile if stage == 0 else 0.0
+
+
+def _prefill_flops(plan: Plan, prompts: int, stage: int) -> float:
+    """Compute the FLOPs of full prompts with their images in an engine, once for all responses."""
+    work, tokens = plan.work, prompts * plan.work.prompt_tokens
+    layers = language_layer_flops(plan.architecture, tokens, work.prompt_tokens / 2) * _share(plan, stage)
+    return layers + _image_flops(plan, prompts, stage)
+
+
+def _forward_flops(plan: Plan, rows: float, stage: int) -> float:
+    """Compute the FLOPs of a forward pass over full rows, without those of images."""
+    work, architecture, layout = plan.work, plan.architecture, plan.layout
     tokens, context = training_tokens(work, rows, work.response_tokens)
-    forward = language_layer_flops(architecture, tokens, context) * share
-    if Part.score not in work.parts:
+    forward = language_layer_flops(architecture, tokens, context) * _share(plan, stage)
+    if Part.score not in work.parts and stage == layout.pipeline - 1:
         # Of a shared row only the tokens of responses get logits.
         outputs = rows * work.response_tokens if work.shares_prompts else tokens
-        forward += is_last * head_flops(architecture, outputs) / layout.tensor
-    # Forward and gradients of activations always; gradients of weights where they train.
-    passes = 2 + (Part.language in work.parts) + (work.recompute is Recompute.full)
-    flops = {"update": forward * passes}
-    if work.stage in (StageName.grpo, StageName.pairs):
-        prompts = step.long_of_replica
-        prefill = prompts * work.prompt_tokens  # once for all responses
-        flops["generate"] = language_layer_flops(architecture, prefill, work.prompt_tokens / 2) * share
-        # The gate has computed the features of its prompts before, unless they are asked for anew.
-        flops["generate"] += is_first * prompts * work.tiles * tile
-    if work.stage is StageName.pairs:
-        del flops["update"]
-    return flops
+        forward += head_flops(architecture, outputs) / layout.tensor
+    return forward
+
+
+def _share(plan: Plan, stage: int) -> float:
+    """Return the part of the language model's layers that a rank of a stage computes."""
+    layout, architecture = plan.layout, plan.architecture
+    return layout.layers_of_stage(architecture, stage) / architecture.language.num_layers / layout.tensor
 
 
 def ranks_to_rehearse(layout: Layout, *, all_ranks: bool) -> list[int]:

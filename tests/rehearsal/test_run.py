@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1v2.config.choices import StageName
+from megatron_r1v2.config.choices import Part, StageName
 from megatron_r1v2.planning.parameters import Layout, language_layer_weights
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
-from megatron_r1v2.rehearsal.preparation import Step
+from megatron_r1v2.rehearsal.preparation import STEPS, Step
 from megatron_r1v2.rehearsal.rank import RankResult, RankSpec
 from megatron_r1v2.rehearsal.run import (
     plan_as_rehearsed,
@@ -120,6 +120,38 @@ def test_an_update_has_three_passes_where_the_language_model_trains_and_one_more
     assert language == pytest.approx(1.5 * update) == recomputed
     more = planned_flops(plan, replace(STEP, mixed_groups=2), 0)["update"]
     assert more == pytest.approx(2 * update)
+
+
+def of_stage(plan, stage, **changes):
+    return replace(plan, work=replace(plan.work, stage=stage, responses_per_prompt=2, **changes))
+
+
+def test_images_are_encoded_where_no_earlier_phase_has_left_their_features(plan):
+    pairs = of_stage(plan, StageName.mpo)
+    flops, bare = planned_flops(pairs, STEP, 0), planned_flops(of_stage(plan, StageName.mpo, tiles=0), STEP, 0)
+    images = flops["update"] - bare["update"]
+    assert images > 0
+    assert flops["evaluate"] - bare["evaluate"] == pytest.approx(images), "one prompt each"
+    assert flops["reference"] == pytest.approx(STEPS * (bare["update"] / 2 + images)), "of all prompts at once"
+    trained, frozen = (
+        planned_flops(of_stage(plan, StageName.mpo, parts=parts), STEP, 0)["update"]
+        for parts in ((Part.adapter, Part.vision), (Part.adapter,))
+    )
+    assert trained - frozen == pytest.approx(2 * images), "and two gradients"
+    scored = planned_flops(of_stage(plan, StageName.reward_model, parts=(Part.adapter, Part.score)), STEP, 0)
+    assert scored["validate"] == pytest.approx((scored["update"] - images) / 2 + images)
+    assert planned_flops(replace(pairs, layout=replace(plan.layout, pipeline=2)), STEP, 1)["update"] < bare["update"]
+
+
+def test_phases_without_gradients_have_one_pass(plan):
+    flops = planned_flops(plan, STEP, 0)
+    assert flops["evaluate"] == pytest.approx(flops["generate"] / 2), "one prompt of two"
+    assert "log_probs" not in flops, "those of the update are taken"
+    several = plan_of("train.updates_per_step=2")
+    flops = planned_flops(several, STEP, 0)
+    assert flops["log_probs"] == pytest.approx(flops["update"] / 2)
+    assert "log_probs" not in planned_flops(several, replace(STEP, whole_groups=1), 0), "of rows that go on"
+    assert planned_flops(of_stage(plan, StageName.pairs), STEP, 0).keys() == {"generate"}
 
 
 def test_a_stage_has_its_share_and_the_last_one_the_head(plan):
