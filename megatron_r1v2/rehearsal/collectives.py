@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 
-_SEND, _RECEIVE = "send", "recv_"
+_SEND, _RECEIVE, _BROADCAST = "send", "recv_", "broadcast_"
 # One rank has the tensors of all: their number differs from that of the others.
 _ROOTED = ("gather_", "scatter_")
 
@@ -26,17 +26,21 @@ class Collective:
     """Elements of all tensors of the call on this rank."""
     num_bytes: int
     peer: int = -1
-    """The other rank of a send or a receive; -1: no such."""
+    """The other rank of a send or a receive, or the root of a broadcast; -1: no such."""
     phase: str = ""
 
     @property
     def what(self) -> tuple[object, ...]:
         """Return what must be the same on all ranks of the group."""
-        return (self.kind, self.dtype) if self.kind in _ROOTED else (self.kind, self.dtype, self.count)
+        if self.kind in _ROOTED:
+            return self.kind, self.dtype
+        # Ranks that name other roots of a broadcast wait for each other too.
+        return self.kind, self.dtype, self.count, self.peer
 
     def describe(self) -> str:
         """Return the call in words."""
-        return f"{self.kind} of {self.count} {self.dtype} ({self.phase})"
+        root = f" from rank {self.peer}" if self.kind == _BROADCAST and self.peer >= 0 else ""
+        return f"{self.kind} of {self.count} {self.dtype}{root} ({self.phase})"
 
 
 class CollectiveLog:

@@ -31,6 +31,13 @@ def test_a_call_that_differs_is_named_with_its_phase(other, words):
     assert words in found
 
 
+def test_a_broadcast_from_another_rank_differs():
+    first = replace(REDUCE, kind="broadcast_", peer=0)
+    assert find_mismatches({0: [first], 1: [first]}) == []
+    (found,) = find_mismatches({0: [first], 1: [replace(first, peer=1)]})
+    assert "rank 0: broadcast_ of 8 float32 from rank 0 (update); rank 1: broadcast_ of 8 float32 from rank 1" in found
+
+
 def test_only_groups_that_two_ranks_share_are_compared():
     alone = replace(REDUCE, ranks=(0, 4))
     assert find_mismatches({0: [REDUCE, alone], 1: [REDUCE]}) == []
