@@ -71,6 +71,8 @@ def write_evaluation_page(folders: Sequence[Path | str], output: Path | str | No
         folders=[str(folder) for folder in folders],
         paper=_paper_table(evaluations),
         results=[_result(evaluation) for evaluation in evaluations],
+        any_claims=any(evaluation.result.claim_coverage is not None for evaluation in evaluations),
+        any_judged=any(evaluation.result.judged for evaluation in evaluations),
         rewards=reward_parts([evaluation.result for evaluation in evaluations]),
         evaluations=[_shown(evaluation) for evaluation in evaluations],
         kinds=KINDS,

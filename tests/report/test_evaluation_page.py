@@ -105,6 +105,16 @@ def test_parts_of_the_reward_and_the_order_in_which_evaluations_were_made(tmp_pa
     assert text.index("beforetemperature") < text.index("aftertemperature")
 
 
+def test_columns_without_a_figure_are_left_out(tmp_path):
+    bare = [row(number, run, correct=True, facts={}) for number in (1, 2) for run in range(2)]
+    text = Page(write(tmp_path, bare).read_text()).text
+    assert "Claim coverage" not in text
+    assert "By the judge" not in text
+    text = Page(write(tmp_path, rows(), "judged").read_text()).text
+    assert "Claim coverage" in text
+    assert "By the judge" in text
+
+
 def test_a_part_of_a_benchmark_is_said_beside_every_figure(tmp_path):
     text = squeezed(Page(write(tmp_path, rows(), available=900).read_text()).text)
     part = squeezed("n = 4 of 900, partial")
