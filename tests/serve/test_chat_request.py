@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +45,19 @@ def test_what_is_not_said_is_the_servers_default():
     )
     assert read(temperature=None, stop=None, seed=None, max_tokens=None) == asked
     assert read(user="me", store=False, presence_penalty=0, frequency_penalty=0.0, tools=[], top_k=-1) == asked
+
+
+def test_the_picture_of_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    command = page.partition("With a picture:\n\n")[2].partition("\n\n")[0]
+    request, pipe, curl = command.rpartition("|\n")
+    assert pipe
+    assert "curl " in curl
+    (tmp_path / "picture.png").write_bytes(tiny_png(1))
+    printed = subprocess.run(["bash", "-c", request], cwd=tmp_path, capture_output=True, check=True).stdout
+    asked = read_chat_request(json.loads(printed), SERVED)
+    assert [turn.role for turn in asked.turns] == ["user"]
+    assert [image.size for image in asked.images] == [Image.open(io.BytesIO(tiny_png(1))).size]
 
 
 def test_what_is_said_is_taken():
