@@ -198,6 +198,15 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def test_a_busy_cpu_ends_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.dumps({"device": "CPU", "memory": None})
+    environment = Part("environment", 20, lambda place: ["-c", f"open({str(place.output)!r}, 'w').write({found!r})"])
+    monkeypatch.setattr(gpu_report, "ENVIRONMENT", environment)
+    part = Part("late", 1, lambda place: ["-c", "import time; time.sleep(1.5)"])
+    file = gpu_report.report([part], tmp_path / "results", tmp_path, on_cpu=True)
+    assert json.loads(file.read_text())["late"]["status"] == "done"
+
+
 def test_a_model_that_the_device_cannot_hold_is_not_begun(tmp_path: Path) -> None:
     part = Part("large", 4, lambda place: ["-c", ""], needs_gib=110)
     for memory, status in (
