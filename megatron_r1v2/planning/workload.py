@@ -251,7 +251,7 @@ class Workload:
         """Return the microbatches of an update on a replica, all responses being the longest."""
         rows = -(-self.responses_per_step // (self.updates_per_step * layout.data))
         if self.rehearsed:
-            rows = min(self.rehearsed.rows, rows)
+            rows = min(-(-self.rehearsed.rows // self.updates_per_step), rows)
         return -(-rows // self.rows_of_microbatch(layout.tensor))
 
     def rows_of_microbatch(self, tensor: int) -> int:

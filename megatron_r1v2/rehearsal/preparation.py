@@ -67,8 +67,8 @@ class Step:
 def plan_step(work: Workload, layout: Layout, *, segments: int = 1) -> Step:
     """Choose as many rows as every way through the code needs, and no more.
 
-    An update gets one microbatch more than the pipeline has stages on each replica, so that all are in flight at once;
-    the engine gets as many requests as it has slots.
+    Each update gets one microbatch more than the pipeline has stages on each replica, so that all are in flight at
+    once; the engine gets as many requests as it has slots.
 
     Args:
         segments: steps in which the longest response is generated. Where these are several, a further group of each
@@ -76,11 +76,12 @@ def plan_step(work: Workload, layout: Layout, *, segments: int = 1) -> Step:
     """
     of_replica = -(-work.prompts_per_step // layout.data)
     microbatches = layout.pipeline + 1
-    rows = microbatches * _rows_of_microbatch(work, layout)
+    rows = work.updates_per_step * microbatches * _rows_of_microbatch(work, layout)
     if work.stage not in (StageName.grpo, StageName.pairs):
         units = min(work.prompts_per_step, -(-rows // work.responses_per_prompt) * layout.data)
         return Step(units, 0, 0, of_replica, units // layout.data)
-    groups = -(-rows // work.responses_per_prompt)
+    # Updates share no group.
+    groups = max(work.updates_per_step, -(-rows // work.responses_per_prompt))
     going_on = int(segments > 1 and of_replica > 1)
     long = min(of_replica, max(_LONG_PROMPTS, groups + going_on))
     slots = min(of_replica, -(-work.max_requests // work.responses_per_prompt))

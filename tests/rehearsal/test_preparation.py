@@ -1,5 +1,6 @@
 """The step of a rehearsal: as many rows as every way through the code needs; a recipe with little changed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_r1v2.config.choices import Packing
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.data.shards import write_shards
 from megatron_r1v2.planning.parameters import Layout
-from megatron_r1v2.planning.workload import Workload
+from megatron_r1v2.planning.workload import RehearsedStep, Workload
 from megatron_r1v2.rehearsal.preparation import (
     MADE,
     changed_settings,
@@ -37,6 +38,17 @@ def test_every_slot_of_the_engine_is_filled_and_every_stage_has_a_microbatch():
     assert step.prompts * responses == recipe.generation.max_requests
     assert step.mixed_groups == 1, "eight rows are more than two microbatches"
     assert (step.long, step.long_of_replica, step.prompts_of_replica) == (2, 2, 64)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_each_update_of_a_step_has_groups_of_its_own(updates):
+    recipe, step = step_of("grpo.yaml", Layout(8, 1, 1, 0, True), f"train.updates_per_step={updates}")
+    assert step.mixed_groups == updates, "eight rows are more than two microbatches"
+    assert step.long == max(2, updates)
+    rows = RehearsedStep(step.long_of_replica, step.trained_rows(recipe.generation.responses_per_prompt), 1)
+    work = replace(Workload.from_recipe(recipe, ARCHITECTURE), rehearsed=rows)
+    once = replace(work, updates_per_step=1, rehearsed=replace(rows, rows=rows.rows // updates))
+    assert work.microbatches(Layout()) == once.microbatches(Layout())
 
 
 def test_more_replicas_have_more_rows():
