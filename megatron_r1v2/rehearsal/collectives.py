@@ -85,8 +85,14 @@ def find_mismatches(by_rank: Mapping[int, Sequence[Collective]]) -> list[str]:
     """
     found: list[str] = []
     for (one, calls), (other, others) in combinations(sorted(by_rank.items()), 2):
-        for group in dict.fromkeys(call.ranks for call in (*calls, *others) if {one, other} <= set(call.ranks)):
-            found += _compare_group(one, other, _of_group(calls, group), _of_group(others, group), group)
+        groups = {call.ranks: None for call in (*calls, *others)}
+        shared = [group for group in groups if {one, other} <= set(group)]
+        of_groups = [
+            mismatch
+            for group in shared
+            for mismatch in _compare_group(one, other, _of_group(calls, group), _of_group(others, group), group)
+        ]
+        found += of_groups or _compare_order(one, other, calls, others, shared)
         for sender, receiver, sent, received in ((one, other, calls, others), (other, one, others, calls)):
             found += _compare_transfers(sender, receiver, sent, received)
     return found
@@ -103,6 +109,29 @@ def _compare_group(
         if mine is None or theirs is None or mine.what != theirs.what:
             told = [f"rank {rank}: {_told(call)}" for rank, call in ((one, mine), (other, theirs))]
             return [f"call {number + 1} in the group of {len(group)} ranks ({_short(group)}): {'; '.join(told)}"]
+    return []
+
+
+def _compare_order(
+    one: int,
+    other: int,
+    calls: Sequence[Collective],
+    others: Sequence[Collective],
+    groups: Sequence[tuple[int, ...]],
+) -> list[str]:
+    """Compare the order of calls in several groups: each rank may wait in a group for the other one."""
+    among = frozenset(groups)
+    mine, theirs = (
+        [call for call in each if call.ranks in among and call.kind not in (_SEND, _RECEIVE)]
+        for each in (calls, others)
+    )
+    for first, second in zip(mine, theirs, strict=True):
+        if first.ranks != second.ranks:
+            told = [
+                f"rank {rank}: {call.describe()} in the group of {len(call.ranks)} ranks ({_short(call.ranks)})"
+                for rank, call in ((one, first), (other, second))
+            ]
+            return [f"calls in two groups come in another order: {'; '.join(told)}"]
     return []
 
 

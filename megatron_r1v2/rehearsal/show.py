@@ -163,7 +163,8 @@ def _verdict(found: Rehearsal) -> str:
     if failed:
         return f"[red]It does not run[/red]: {'; '.join(failed)}"
     if found.mismatches:
-        return f"[red]It would hang[/red]: {len(found.mismatches)} groups whose ranks call different collectives"
+        count = len(found.mismatches)
+        return f"[red]It would hang[/red]: {count} times ranks call different collectives, or in another order"
     if found.too_full:
         rank, phase = max(found.too_full, key=lambda each: found.peak(*each))
         peak = found.peak(rank, phase) / GIB

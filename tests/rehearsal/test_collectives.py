@@ -38,6 +38,19 @@ def test_a_broadcast_from_another_rank_differs():
     assert "rank 0: broadcast_ of 8 float32 from rank 0 (update); rank 1: broadcast_ of 8 float32 from rank 1" in found
 
 
+def test_groups_that_come_in_another_order_would_wait_for_each_other():
+    world = replace(REDUCE, ranks=(0, 1, 2, 3), kind="barrier", phase="save")
+    assert find_mismatches({0: [REDUCE, SEND, world], 1: [REDUCE, world]}) == []
+    (found,) = find_mismatches({0: [REDUCE, world], 1: [world, REDUCE]})
+    assert found == (
+        "calls in two groups come in another order: "
+        "rank 0: allreduce_ of 8 float32 (update) in the group of 2 ranks (0, 1); "
+        "rank 1: barrier of 8 float32 (save) in the group of 4 ranks (0, 1, 2, 3)"
+    )
+    (found,) = find_mismatches({0: [REDUCE, world], 1: [world]})
+    assert found.startswith("call 1 in the group of 2 ranks"), "a call that is missing is named by itself"
+
+
 def test_only_groups_that_two_ranks_share_are_compared():
     alone = replace(REDUCE, ranks=(0, 4))
     assert find_mismatches({0: [REDUCE, alone], 1: [REDUCE]}) == []
