@@ -114,9 +114,9 @@ def planned_flops(plan: Plan, step: Step, stage: int) -> dict[str, float]:
         return flops
     rows = step.trained_rows(work.responses_per_prompt) / layout.data
     forward, images = _forward_flops(plan, rows, stage), _image_flops(plan, rows / work.responses_per_prompt, stage)
-    # Forward and gradients of activations always; gradients of weights where they train.
+    # Forward and gradients of activations always; gradients of weights where they train; a forward by the reference.
     recomputed = work.recompute is Recompute.full
-    flops["update"] = forward * (2 + (Part.language in work.parts) + recomputed)
+    flops["update"] = forward * (2 + (Part.language in work.parts) + recomputed + work.has_reference)
     if Part.vision in work.parts:
         flops["update"] += images * (3 + recomputed)
     elif work.stage is not StageName.grpo:

@@ -118,6 +118,8 @@ def test_an_update_has_three_passes_where_the_language_model_trains_and_one_more
     language = planned_flops(plan_of("train.parts=[adapter, language]"), STEP, 0)["update"]
     recomputed = planned_flops(plan_of("train.recompute=full"), STEP, 0)["update"]
     assert language == pytest.approx(1.5 * update) == recomputed
+    compared = planned_flops(plan_of("algorithm.kl_coefficient=0.1"), STEP, 0)["update"]
+    assert compared == pytest.approx(1.5 * update), "one pass by the reference"
     more = planned_flops(plan, replace(STEP, mixed_groups=2), 0)["update"]
     assert more == pytest.approx(2 * update)
 
