@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 from megatron_r1v2.config.choices import Part, Recompute, StageName
 from megatron_r1v2.config.recipes import PairsRecipe, TrainingRecipe
@@ -253,8 +254,12 @@ def rehearse_ranks(specs: Sequence[RankSpec], folder: Path) -> list[RankResult]:
         folder: for the files between the processes.
     """
     folders = {spec.rank: folder / f"rank-{spec.rank}" for spec in specs}
-    with _told_phases(folders), ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda spec: _rehearse_in_process(spec, folder), specs))
+    processes = _Processes()
+    with _told_phases(folders), ThreadPoolExecutor(min(len(specs), os.cpu_count() or 1)) as pool, _raised_sigterm():
+        try:
+            return list(pool.map(lambda spec: _rehearse_in_process(spec, folder, processes), specs))
+        finally:
+            processes.end()
 
 
 @contextmanager
@@ -284,16 +289,54 @@ def _phase(own: Path) -> str:
     return (own / PHASE_FILE).read_text() if (own / PHASE_FILE).is_file() else _BEFORE
 
 
-def _rehearse_in_process(spec: RankSpec, folder: Path) -> RankResult:
+@contextmanager
+def _raised_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise as Ctrl-C does: Python would end at once, and leave the ranks and their files behind."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Processes:
+    """The processes of a rehearsal, none of which outlives it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun: list[subprocess.Popen[bytes]] = []
+        self._given_up = False
+
+    def run(self, command: Sequence[str], log: IO[str]) -> int:
+        """Run a command to its end and return its exit status."""
+        with self._lock:
+            if self._given_up:
+                return -signal.SIGKILL
+            # One thread: nothing is computed.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            # A session of its own: the stage would take Ctrl-C as a wish to finish its step.
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self._begun.append(process)
+        return process.wait()
+
+    def end(self) -> None:
+        """Kill what still runs, and begin nothing more."""
+        with self._lock:
+            self._given_up = True
+            for process in self._begun:
+                process.kill()
+
+
+def _rehearse_in_process(spec: RankSpec, folder: Path, processes: _Processes) -> RankResult:
     own = folder / f"rank-{spec.rank}"
     own.mkdir()
     spec.write(own / "spec.json")
     command = [sys.executable, "-m", "megatron_r1v2.rehearsal.rank", str(own / "spec.json"), str(own / "result.json")]
     with (own / "log").open("w") as log:
-        # One thread: nothing is computed.
-        status = subprocess.run(
-            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-        ).returncode
+        status = processes.run(command, log)
     if status or not (own / "result.json").is_file():
         lines = (own / "log").read_text().splitlines()[-_LOG_LINES:]
         return RankResult(spec.rank, error="\n".join([_ended_with(status), *lines]), error_phase=_phase(own))

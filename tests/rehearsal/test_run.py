@@ -2,7 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -61,9 +64,9 @@ def test_a_process_that_dies_is_a_finding(tmp_path):
 def test_a_process_that_dies_in_a_phase_names_it(tmp_path, monkeypatch, status, words):
     def run(command, **_):
         Path(command[-1]).with_name("phase").write_text("update")
-        return SimpleNamespace(returncode=status)
+        return SimpleNamespace(wait=lambda: status, kill=lambda: None)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", run)
     (result,) = rehearse_ranks([RankSpec("recipe.yaml", StageName.grpo, 3, 8, 8, 80.0)], tmp_path)
     assert (result.rank, result.error_phase) == (3, "update")
     assert words in result.error
@@ -73,20 +76,48 @@ def test_the_phases_of_ranks_are_told_while_they_are_rehearsed(tmp_path, monkeyp
     """A rehearsal takes minutes; a rank that has ended is told no more."""
     told = []
 
-    def run(command, **_):
-        own = Path(command[-1]).parent
-        (own / "phase").write_text("generate" if own.name == "rank-0" else "update")
+    def finish(own):
         while own.name == "rank-0" and (not told or "rank 4" in told[-1]):
             time.sleep(0.01)
             told.extend(capsys.readouterr().err.splitlines())
         RankResult(0).write(own / "result.json")
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    def run(command, **_):
+        own = Path(command[-1]).parent
+        (own / "phase").write_text("generate" if own.name == "rank-0" else "update")
+        return SimpleNamespace(wait=lambda: finish(own), kill=lambda: None)
+
+    monkeypatch.setattr(subprocess, "Popen", run)
     monkeypatch.setattr("megatron_r1v2.rehearsal.run.TELL_SECONDS", 0.05)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     rehearse_ranks([RankSpec("recipe.yaml", StageName.grpo, rank, 8, 8, 80.0) for rank in (0, 4)], tmp_path)
     assert re.fullmatch(r"rehearsing for \d+ s; rank 0: generate", told[-1])
+
+
+def test_a_rehearsal_that_is_given_up_leaves_no_process(tmp_path, monkeypatch):
+    """A rank would take Ctrl-C and SIGTERM as a wish to finish its step, which takes minutes."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\ntrap "" TERM INT\necho $$ > "$3.pid"\nwhile :; do sleep 0.1; done\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    pid = tmp_path / "rank-0" / "spec.json.pid"
+
+    def give_up():
+        while not (pid.is_file() and pid.read_text().strip()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=give_up, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        rehearse_ranks([RankSpec("recipe.yaml", StageName.grpo, rank, 8, 8, 80.0) for rank in (0, 4)], tmp_path)
+    assert stopped.value.code == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert not (tmp_path / "rank-4").exists(), "nothing is begun after it"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 STEP = Step(long=2, short=14, mixed_groups=1, prompts_of_replica=64, long_of_replica=2)
