@@ -60,8 +60,9 @@ def case(packing: Packing, response_tokens: int) -> GrpoRecipe:
         f"generation.max_requests={2 * RESPONSES}",
         f"train.packing={packing.value}",
         f"train.tokens_per_microbatch={prompts * prompt_tokens + RESPONSES * response_tokens}",
-        # With one update its own forward gives the log-probs.
+        # With one update its own forward gives the log-probs. Each has a group.
         "train.updates_per_step=2",
+        "train.prompts_per_step=2",
         "train.recompute=full",
         "evaluation.every_steps=0",
     ]
