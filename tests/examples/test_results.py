@@ -53,7 +53,9 @@ def test_the_results_are_in_the_order_of_time_and_end_with_what_to_look_at(tmp_p
     run = tmp_path / "grpo"
     run.mkdir()
     fields = dict.fromkeys(EvaluationResult.__dataclass_fields__, 0)
-    none = EvaluationResult(**{**fields, "runs": (0.5,), "pass_at_1_interval": None, "pass_at_k": {}, "maj_at_k": {}})
+    none = EvaluationResult(
+        **{**fields, "runs": (0.5,), "pass_at_1_interval": None, "pass_at_k": {}, "maj_at_k": {}, "rewards": {}}
+    )
     for name, pass_at_1, day in (("aligned", 0.5, 1), ("grpo", 0.9, 3), ("mpo", 0.8, 2)):
         path = write_evaluation(run, dataclasses.replace(none, name=name, pass_at_1=pass_at_1))
         written = json.loads(path.read_text()) | {"finished": f"2026-01-0{day}T00:00:00+00:00"}
