@@ -21,24 +21,27 @@ SECONDS = 3.0
 
 
 def ask_one_that_is_stopped() -> tuple[list[bool], str, float]:
-    """Rank 1 stops rank 0, which has the store, and lets it go on in the end."""
+    """Rank 0, which has the store, stops itself when nobody waits for an answer; rank 1 asks, and lets it go on."""
     store = groups.initialize(ParallelConfig(), seed=1).store
+    if dist.get_rank() == 0:
+        store.set("pid", str(os.getpid()))
+        there = [store.has([name]) for name in ("pid", "nothing")]
+        store.get("ready")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return there, "", 0.0
+    process = store.get("pid")
+    store.set("ready", "yes")
+    while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
     dist.distributed_c10d._get_default_store().set_timeout(datetime.timedelta(seconds=SECONDS))
-    told, seconds = "", 0.0
-    store.set(f"pid-{dist.get_rank()}", str(os.getpid()))
-    process = store.get("pid-0")
-    there = [store.has([name]) for name in ("pid-0", "nothing")]
-    if dist.get_rank() == 1:
-        os.kill(int(process), signal.SIGSTOP)
-        while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.01)
-        start = time.monotonic()
-        try:
-            store.has(["pid-0"])
-        except RuntimeError as error:
-            told, seconds = str(error), time.monotonic() - start
-        os.kill(int(process), signal.SIGCONT)
-    return there, told, seconds
+    told, start = "", time.monotonic()
+    try:
+        store.has(["pid"])
+    except RuntimeError as error:
+        told = str(error)
+    seconds = time.monotonic() - start
+    os.kill(int(process), signal.SIGCONT)
+    return [], told, seconds
 
 
 def test_a_store_that_does_not_answer_is_told_after_the_time_limit() -> None:
