@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from megatron_r1v2.evaluation.pass_at_1 import EvaluationResult, reward_parts
-from megatron_r1v2.report.evaluation_read import BENCHMARK, KINDS, Evaluation, judge_words, kinds_of, read_evaluations
+from megatron_r1v2.report.evaluation_read import (
+    BENCHMARK,
+    KINDS,
+    Evaluation,
+    Group,
+    judge_words,
+    kinds_of,
+    read_evaluations,
+)
 from megatron_r1v2.report.html import template, write_page
 from megatron_r1v2.report.page import shown_response
 from megatron_r1v2.report.read import Json
@@ -147,12 +155,17 @@ def _shown(evaluation: Evaluation) -> dict[str, object]:
         "breakdowns": [
             (name, sorted(values.items(), key=lambda item: item[0]))
             for name, values in evaluation.groups.items()
-            if name != BENCHMARK and len(values) <= _MAX_GROUPS
+            if name != BENCHMARK and len(values) <= _MAX_GROUPS and not _is_of_all(values, evaluation)
         ],
         "counts": evaluation.counts,
         "total": evaluation.num_responses,
         "num_shown": len(evaluation.responses),
     }
+
+
+def _is_of_all(values: Mapping[str, Group], evaluation: Evaluation) -> bool:
+    """Return whether all responses have the same value: its score is that of the whole."""
+    return len(values) == 1 and next(iter(values.values())).responses == evaluation.num_responses
 
 
 class PromptView(TypedDict):

@@ -115,6 +115,16 @@ def test_columns_without_a_figure_are_left_out(tmp_path):
     assert "By the judge" in text
 
 
+def test_a_column_with_one_value_for_all_breaks_nothing_down(tmp_path):
+    half = {"metadata": {"level": "easy", "half": "one"}}
+    found = [
+        row(number, 0, correct=True, **(half if number < 3 else {"metadata": {"level": "easy"}})) for number in range(5)
+    ]
+    page = write(tmp_path, found).read_text()
+    assert ">half<" in page
+    assert ">level<" not in page
+
+
 def test_a_part_of_a_benchmark_is_said_beside_every_figure(tmp_path):
     text = squeezed(Page(write(tmp_path, rows(), available=900).read_text()).text)
     part = squeezed("n = 4 of 900, partial")
