@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries
-from megatron_r1v2.config.load import load_recipe, load_recipe_as
+from megatron_r1v2.config.load import Check, load_recipe, load_recipe_as
 from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRecipe
 from megatron_r1v2.planning.hardware import HARDWARE
 from megatron_r1v2.planning.known_models import KNOWN_MODELS, find_hf_config
@@ -127,16 +127,25 @@ def _check_ranges(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{part}-efficiency={efficiency:g} is not a part of the whole; accepted: from 0 to 1")
 
 
-def recipe_to_plan(given: Sequence[str], stage: StageName | None, hf_config: str) -> TrainingRecipe | PairsRecipe:
-    """Read the recipe that comes first, or take the defaults of a stage where there are only overrides."""
-    check = partial(_mistakes, hf_config=hf_config)
+def recipe_to_plan(
+    given: Sequence[str], stage: StageName | None, hf_config: str, *, first: Check = lambda _: ()
+) -> TrainingRecipe | PairsRecipe:
+    """Read the recipe that comes first, or take the defaults of a stage where there are only overrides.
+
+    Args:
+        first: a check that needs no library; where it finds something, the model is not looked at.
+    """
+    check = partial(_mistakes, hf_config=hf_config, first=first)
     if given and "=" not in given[0]:
         return load_recipe(given[0], given[1:], check=check)
     return load_recipe_as(STAGES[stage or StageName.grpo], None, given, check=check)
 
 
-def _mistakes(recipe: Recipe, *, hf_config: str) -> Iterator[str]:
+def _mistakes(recipe: Recipe, *, hf_config: str, first: Check) -> Iterator[str]:
     """Yield a sentence when the model's sizes cannot be found, or for each that does not fit."""
+    if told := list(first(recipe)):
+        yield from told  # before the imports below, which take seconds
+        return
     try:
         config = find_hf_config(recipe.model.hf_path, hf_config)
         from megatron_r1v2.checkpoint.hf.architecture import r1v2_architecture

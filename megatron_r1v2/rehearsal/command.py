@@ -6,10 +6,12 @@ import argparse
 import importlib.metadata
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_r1v2.config.command_line import command_parser, describe_settings, quiet_libraries
+from megatron_r1v2.config.recipes import Recipe
 from megatron_r1v2.planning.command import add_cluster_options, read_cluster, recipe_to_plan
 from megatron_r1v2.planning.known_models import find_hf_config
 from megatron_r1v2.types import DataEndsRunError, NoRoomError
@@ -52,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
     _warn_of_other_torch()
     try:
         _check_files(arguments)
-        recipe = recipe_to_plan([arguments.recipe, *arguments.overrides], None, arguments.hf_config)
+        check = partial(_tokenizer_mistakes, hf_config=arguments.hf_config) if arguments.data else lambda _: ()
+        recipe = recipe_to_plan([arguments.recipe, *arguments.overrides], None, arguments.hf_config, first=check)
         # Imported after the settings are checked: a typo should not take the seconds that megatron-core needs.
         from megatron_r1v2.checkpoint.hf.config import sizes_config
         from megatron_r1v2.planning.plan import make_plan
@@ -109,6 +112,16 @@ def _model_folder(given: str) -> Path | None:
     """Return the folder of a model, which a config.json lies in; None: there is none."""
     folder = Path(given).parent if Path(given).name == "config.json" else Path(given)
     return folder if folder.is_dir() else None
+
+
+def _tokenizer_mistakes(recipe: Recipe, *, hf_config: str) -> Iterator[str]:
+    hf_path = _model_folder(hf_config or recipe.model.hf_path)
+    if hf_path is None or not any(hf_path.glob("tokenizer*")):
+        missing = "there is no folder of the model" if hf_path is None else f"{hf_path} has none"
+        yield (
+            f"--data measures rows with the model's own tokenizer, but {missing}; give --hf-config a folder with its "
+            "config.json and tokenizer (weights are not needed), or leave --data out"
+        )
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

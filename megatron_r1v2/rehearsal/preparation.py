@@ -363,12 +363,7 @@ def _own_rows(recipe: AnyTraining, architecture: R1V2Architecture, hf_path: Path
     from megatron_r1v2.rehearsal.own_rows import OwnRows
 
     assert recipe.stage is not None
-    if hf_path is None or not any(hf_path.glob("tokenizer*")):
-        missing = "there is no folder of the model" if hf_path is None else f"{hf_path} has none"
-        raise ValueError(
-            f"--data measures rows with the model's own tokenizer, but {missing}; give --hf-config a folder with its "
-            "config.json and tokenizer (weights are not needed), or leave --data out"
-        )
+    assert hf_path is not None, "the command asks for it"
     tokenizer = ChatTokenizer(hf_path)
     builder = PromptBuilder(
         settings=recipe.data,

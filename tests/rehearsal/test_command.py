@@ -1,11 +1,14 @@
 """`r1v2 rehearse`: its print-out, exit codes and files."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from megatron_r1v2.data.samples import ShardSample
 from megatron_r1v2.data.shards import write_shards
+from megatron_r1v2.planning.known_models import KNOWN_MODELS
 from megatron_r1v2.planning.parameters import Layout
 from megatron_r1v2.rehearsal.command import TESTED_TORCH, main
 from megatron_r1v2.rehearsal.preparation import Step
@@ -53,6 +56,17 @@ def test_data_that_is_not_there_is_an_error_before_anything_runs(tmp_path, capsy
         main([str(RECIPES / "grpo.yaml"), *TINY, *layout, "data.train=nowhere", "--gpus", "1", "--data"])
     assert stopped.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_rows_without_a_tokenizer_are_refused_before_the_slow_imports(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS["r1v2-38b"]))
+    for config, missing in (("r1v2-38b", "there is no folder of the model"), (str(tmp_path), f"{tmp_path} has none")):
+        arguments = [str(RECIPES / "grpo.yaml"), "--gpus", "8", "--data", "--hf-config", config]
+        program = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'megatron'))\n"
+        program += f"from {main.__module__} import main; main({arguments})"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert f"--data measures rows with the model's own tokenizer, but {missing}" in done.stderr
 
 
 def test_rows_that_are_too_long_are_told_before_anything_is_rehearsed(tmp_path, monkeypatch, capsys):
@@ -105,8 +119,11 @@ def test_the_folder_of_a_configuration_is_looked_at(tmp_path, monkeypatch, name)
 @pytest.mark.parametrize(
     ("options", "all_ranks", "own_data"), [([], False, False), (["--all-ranks", "--data"], True, True)]
 )
-def test_options_are_those_of_the_rehearsal(monkeypatch, options, all_ranks, own_data):
+def test_options_are_those_of_the_rehearsal(monkeypatch, tmp_path, options, all_ranks, own_data):
     asked = {}
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS["r1v2-38b"]))
+    (tmp_path / "tokenizer.json").touch()
+    folder, config = (tmp_path, str(tmp_path)) if own_data else (None, "r1v2-38b")
 
     def rehearse(recipe, _, plan, **kwargs):
         asked.update(kwargs, seed=recipe.run.seed, layout=plan.layout)
@@ -114,10 +131,10 @@ def test_options_are_those_of_the_rehearsal(monkeypatch, options, all_ranks, own
 
     monkeypatch.setattr("megatron_r1v2.rehearsal.run.rehearse", rehearse)
     with pytest.raises(SystemExit) as stopped:
-        main([str(RECIPES / "grpo.yaml"), "--gpus", "16", *options, "run.seed=5", "--hf-config", "r1v2-38b"])
+        main([str(RECIPES / "grpo.yaml"), "--gpus", "16", *options, "run.seed=5", "--hf-config", config])
     assert stopped.value.code == 2
     layout = Layout(8, 1, 2, 0, True)
-    assert asked == {"hf_path": None, "all_ranks": all_ranks, "own_data": own_data, "seed": 5, "layout": layout}
+    assert asked == {"hf_path": folder, "all_ranks": all_ranks, "own_data": own_data, "seed": 5, "layout": layout}
 
 
 def test_a_rehearsal_that_saw_no_tensor_has_no_chart(monkeypatch, tmp_path, capsys):
