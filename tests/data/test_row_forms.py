@@ -112,6 +112,12 @@ FORMS = {
 }  # fmt: skip
 
 
+def test_an_id_is_metadata_unless_it_is_named_as_the_key():
+    row = {"id": 7, "image": "a.png", "question": "What?", "answer": "8"}
+    assert read(row) == {**ASKED, "metadata": {"id": "7"}}
+    assert read(row, columns={"key": "id"}) == {**ASKED, "key": "7"}
+
+
 @pytest.mark.parametrize(("row", "expected"), FORMS.values(), ids=FORMS.keys())
 def test_a_row_of_each_form(row: dict[str, Any], expected: dict[str, Any]) -> None:
     assert read(row) == expected
