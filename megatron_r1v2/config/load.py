@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from megatron_r1v2.config.choices import StageName
 from megatron_r1v2.config.recipes import STAGES, PairsRecipe, Recipe, TrainingRecipe, every_section, stages_that_read
-from megatron_r1v2.config.schema import Section
+from megatron_r1v2.config.schema import ModelConfig, Section
+from megatron_r1v2.config.validate import base_of_checkpoint
 from megatron_r1v2.config.wording import refusal, shorten, type_name
 from megatron_r1v2.config.yaml_files import is_mapping, parse_yaml, read_yaml_mapping, to_yaml
 
@@ -183,6 +184,8 @@ class _Draft:
         """
         found = min((_Findings(kinds, self) for kinds in choices), key=lambda found: len(found.mistakes))
         sections: dict[str, Any] = {name: found.section(name, self.path) for name in found.sections}
+        if "model" in sections:
+            sections["model"] = _with_base(sections["model"])
         # Without pydantic's checks: combinations are told together with the mistakes of single settings.
         recipes = [kind.model_construct(**{name: sections[name] for name in kind.sections()}) for kind in found.kinds]
         if self.is_whole:
@@ -293,6 +296,12 @@ class _Findings:
         return f"did you mean {' or '.join(map(repr, meant))}?" + (
             "" if is_read else f" It is read only by {', '.join(readers)}"
         )
+
+
+def _with_base(model: ModelConfig) -> ModelConfig:
+    """Return the section with the folder that a checkpoint's run began from, where only the checkpoint is named."""
+    base = "" if model.hf_path else base_of_checkpoint(model.checkpoint)
+    return model.changed(hf_path=base) if base and Path(base).is_dir() else model
 
 
 def own_defaults(kind: type[Recipe], section: str) -> dict[str, object]:

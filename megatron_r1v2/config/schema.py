@@ -84,7 +84,8 @@ class ModelConfig(Section):
 
     # A folder may have moved: the weights in it are compared instead (stages/resume.py).
     hf_path: Annotated[str, OnResume.free] = ""
-    """Folder of the whole model in the layout of transformers' InternVL (see checkpoint_tools/reassemble.py)."""
+    """Folder of the whole model in the layout of transformers' InternVL (see checkpoint_tools/reassemble.py); empty:
+    that of the run of `checkpoint`."""
     checkpoint: Annotated[str, OnResume.free] = ""
     """A checkpoint folder of an earlier stage to take the weights from; empty: the weights in `hf_path`."""
     allow_random_parts: Annotated[bool, OnResume.free] = False

@@ -62,16 +62,21 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
         yield "generation.cuda_graphs=true needs a CUDA device and there is none; set generation.cuda_graphs=false"
 
 
-def _base_hint(checkpoint: str) -> str:
-    """Return what the run of a checkpoint began from; empty: there is none, or its recipe is not there."""
+def base_of_checkpoint(checkpoint: str) -> str:
+    """Return the `model.hf_path` of a checkpoint's run; empty: there is none, or its recipe is not there."""
     for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]) if checkpoint else ():
         try:
             model = read_yaml_mapping(folder / "recipe.yaml", what="recipe").get("model")
-        except (OSError, ValueError):  # the hint is an extra
+        except (OSError, ValueError):  # without it the folder is asked for
             continue
         if isinstance(model, dict) and model.get("hf_path"):
-            return f"; the run of model.checkpoint={checkpoint!r} has model.hf_path={model['hf_path']}"
+            return str(model["hf_path"])
     return ""
+
+
+def _base_hint(checkpoint: str) -> str:
+    base = base_of_checkpoint(checkpoint)
+    return f"; the run of model.checkpoint={checkpoint!r} has model.hf_path={base}" if base else ""
 
 
 def _source_mistakes(data: DataConfig) -> Iterator[str]:

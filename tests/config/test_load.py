@@ -347,6 +347,22 @@ def test_what_is_saved_holds_what_the_stage_reads_and_no_more(stage):
     assert {name: tuple(settings) for name, settings in saved.items()} == STAGES[stage].settings()
 
 
+def test_a_checkpoint_alone_brings_the_folder_that_its_run_began_from(tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(f"model: {{hf_path: {base}}}\n")
+
+    def hf_path(*overrides):
+        recipe = load_recipe_as(EvaluateRecipe, None, [f"model.checkpoint={run}", *overrides])
+        return recipe.model.hf_path
+
+    assert hf_path() == "", "it is not there"
+    base.mkdir()
+    assert hf_path() == str(base)
+    assert hf_path("model.hf_path=other") == "other"
+    assert load_recipe_as(EvaluateRecipe, None, []).model.hf_path == ""
+
+
 def test_a_recipe_without_a_stage_is_judged_as_that_which_it_suits_best(tmp_path):
     text = "run: {seed: 1}\nbuffer: {capacity: -1}\nalgorithm: {clip_lo: 1}\ngeneration: {responses_per_prompt: 1}\n"
     with pytest.raises(ValueError, match="^5 mistakes\n") as caught:
