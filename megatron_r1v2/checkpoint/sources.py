@@ -340,7 +340,7 @@ class CheckpointSource(Source):
             if spec.base is None:
                 raise ValueError(f"{spec.folder} holds {', '.join(self.parts)} only; give --base for the other parts")
             self._base = self._stack.enter_context(HfSpec(spec.base).open())
-            self.random_parts = self._base.random_parts - set(self.parts)
+            self.random_parts |= self._base.random_parts - set(self.parts)
         elif others:
             self._rows = {ours: row for ours, row in self._rows.items() if ours in self._own}
         self._check_arrays(spec.folder)

@@ -57,6 +57,8 @@ class LoadedModel:
     """Optimizer steps behind `model.checkpoint`."""
     stop_ids: tuple[int, ...]
     """The tokens that end a response."""
+    random_parts: frozenset[Part] = frozenset()
+    """Parts whose weights were drawn and never trained."""
 
     @property
     def sampled_vocab_size(self) -> int:
@@ -157,15 +159,17 @@ class LoadedModel:
         end_token = self.tokenizer.turn_end(self.recipe.generation.stop_tokens)
         return GivenResponses(GIVEN_FIELDS[stage], end_token, self.architecture.language.max_positions)
 
-    def print_survey(self, folder: str) -> None:
+    def print_survey(self, folder: str) -> DataSurvey:
         """Collective over the world: survey a data set where there is no recorder; the first rank prints.
 
         Raises:
             ValueError: a prompt cannot be made to fit, and data.too_long does not skip it.
         """
-        for line in self.survey_data(folder).sentences(folder, self.recipe.data):
+        survey = self.survey_data(folder)
+        for line in survey.sentences(folder, self.recipe.data):
             if self.context.is_main:
                 print(line, file=sys.stderr)
+        return survey
 
     def survey_data(self, folder: str) -> DataSurvey:
         """Collective over the world: look at a data set before its first use, each rank at a part of the shards."""
@@ -228,7 +232,7 @@ def load_model(
         score_head: whether it is a reward model, whose head is drawn from `run.seed` where the checkpoint has none.
     """
     hf_path = Path(recipe.model.hf_path)
-    _check_trained(recipe)
+    random_parts = _check_trained(recipe)
     architecture, layout = read_hf_architecture(hf_path)
     tokenizer = ChatTokenizer(hf_path)
     # The engine and the model look for images by this id: a mismatch would leave every prompt without its image.
@@ -261,24 +265,30 @@ def load_model(
         changed_parts=changed,
         version=version,
         stop_ids=tuple(stop_ids),
+        random_parts=random_parts,
     )
 
 
-def _check_trained(recipe: Recipe) -> None:
-    """Refuse a model with a part that nobody has trained; align trains it, and what trains nothing warns."""
+def _check_trained(recipe: Recipe) -> frozenset[Part]:
+    """Refuse a model with a part that nobody has trained; align trains it, and what trains nothing warns.
+
+    Returns:
+        The parts that nobody has trained.
+    """
     parts = _random_parts(Path(recipe.model.hf_path))
     if recipe.model.checkpoint:
         checkpoint = resolve_checkpoint(recipe.model.checkpoint)
         parts = parts - set(load_state(checkpoint)["parts"]) | _random_parts(checkpoint)
+    found = frozenset(map(Part, parts))
     if recipe.model.allow_random_parts or recipe.stage is StageName.align or not parts:
-        return
+        return found
     sentence = (
         f"the {', '.join(sorted(parts))} of model.hf_path={recipe.model.hf_path!r} is random "
         "(checkpoint_tools.reassemble without --adapter)"
     )
     if recipe.stage is None:
         logger.warning("%s: the responses say nothing of the images", sentence)
-        return
+        return found
     raise ValueError(
         f"{sentence} and {recipe.title()} would train on noise: set model.checkpoint to a run of the align stage, give "
         "reassemble an adapter, or set model.allow_random_parts=true"

@@ -7,6 +7,7 @@ loading, the files are dealt out to all ranks.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,13 +20,18 @@ _EARLIER_NAME = "manifest.json"
 _OF_RANK = re.compile(r"(?:__(\d+)_\d+\.distcp|rng-(\d+)\.pt)$")
 
 
-def write_run_manifest(folder: Path) -> None:
-    """Collective over the world: write the manifest of a checkpoint whose other files are all on the disk."""
+def write_run_manifest(folder: Path, *, random_parts: Collection[str] = ()) -> None:
+    """Collective over the world: write the manifest of a checkpoint whose other files are all on the disk.
+
+    Args:
+        random_parts: those of its parts whose weights were drawn and never trained.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = [path for path in listed_files(folder) if _writer(path) % size == rank]
     entries = objects.all_gather({str(path.relative_to(folder)): file_entry(path) for path in mine})
     if rank == 0:
-        write_manifest(folder, {name: entry for part in entries for name, entry in sorted(part.items())})
+        files = {name: entry for part in entries for name, entry in sorted(part.items())}
+        write_manifest(folder, files, random_parts=random_parts)
 
 
 def check_manifest(folder: Path) -> str | None:

@@ -88,6 +88,8 @@ class Snapshot:
     """The settings of the run, as YAML."""
     pass_at_1: float | None = None
     """Of this step on the validation split; None: it was not validated."""
+    random_parts: Collection[Part] = ()
+    """Those of `parts` whose weights were drawn and never trained."""
 
 
 class CheckpointStore:
@@ -107,7 +109,7 @@ class CheckpointStore:
             remove_leftovers(folder, "step-*")  # half-written checkpoints of an interrupted run, and half-deleted ones
         # A persistent worker process hangs in megatron-core 0.16.1.
         self._queue = AsyncCallsQueue(persistent=False)
-        self._written: tuple[Path, float | None] | None = None
+        self._written: tuple[Path, float | None, list[str]] | None = None
         best = [_read_best(folder)]
         dist.broadcast_object_list(best, src=0)
         self._best_pass_at_1 = best[0][1] if best[0] is not None else None
@@ -187,7 +189,7 @@ class CheckpointStore:
         """
         # One checkpoint in flight: they get their names in order.
         self.finish_pending(blocking=True)
-        pass_at_1 = snapshot.pass_at_1
+        pass_at_1, random_parts = snapshot.pass_at_1, part_names(snapshot.random_parts)
         if self.is_best(pass_at_1):
             self._best_pass_at_1 = pass_at_1
         target = self.folder / f"step-{snapshot.step:08d}"
@@ -200,9 +202,9 @@ class CheckpointStore:
             request = dist_checkpointing.save(sharded, str(partial / TENSORS), async_sharded_save=self.asynchronous)
             dist.barrier()  # published when every rank has written, not this one alone
         if request is None:
-            self._written = (target, pass_at_1)
+            self._written = (target, pass_at_1, random_parts)
         else:
-            request.add_finalize_fn(lambda: self._publish(target, pass_at_1))
+            request.add_finalize_fn(lambda: self._publish(target, pass_at_1, random_parts))
             self._queue.schedule_async_request(request)
         return target
 
@@ -273,9 +275,9 @@ class CheckpointStore:
         shards = sorted(folder.glob("replay-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
         return state, [torch.load(path, weights_only=True) for path in shards]
 
-    def _publish(self, target: Path, pass_at_1: float | None) -> None:
+    def _publish(self, target: Path, pass_at_1: float | None, random_parts: Collection[str]) -> None:
         """Collective over the world: give a checkpoint that every rank has written its name, delete the oldest."""
-        write_run_manifest(partial_path(target))
+        write_run_manifest(partial_path(target), random_parts=random_parts)
         if not self.context.is_main:
             return
         publish_folder(target)

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.checkpoint.manifest import write_manifest
+from megatron_r1v2.checkpoint.hf.folders import read_json
+from megatron_r1v2.checkpoint.manifest import MANIFEST, Manifest, write_manifest
+from megatron_r1v2.checkpoint.sources import CheckpointSpec
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.generation.engine import Sampling
+from megatron_r1v2.resilience.files import write_json
 from megatron_r1v2.rewards.verifiers import VerifierPool
 from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.types import Rollout
 from tests.checkpoint.chat_reference import image_embeddings, write_chat_folder
 from tests.ranks import run_ranks
-from tests.stages.runs import recipe_for, run_stage
+from tests.stages.runs import last_checkpoint, recipe_for, run_stage
 
 
 def test_a_folder_whose_tokenizer_and_config_disagree_is_refused(root: Path, tmp_path: Path) -> None:
@@ -152,6 +155,27 @@ def test_a_random_adapter_is_trained_by_align_and_refused_by_others(root: Path, 
     run = run_stage(recipe_for(root, tmp_path / "align", (start, "train.steps=1"), stage="align"))
     with open_model(recipe_for(root, tmp_path / "run", (start, f"model.checkpoint={run}"))):
         pass
+
+
+def test_a_random_part_of_a_checkpoint_stays_marked_until_a_stage_trains_it(root: Path, tmp_path: Path) -> None:
+    first = run_stage(recipe_for(root, tmp_path / "first", ("train.steps=1",), stage="align"))
+    marked = last_checkpoint(first) / MANIFEST
+    write_json(marked, read_json(marked) | {"random_parts": ["adapter"]})
+
+    def align(name: str, parts: str, steps: int) -> Path:
+        settings = (f"model.checkpoint={first}", f"train.parts=[{parts}]", f"train.steps={steps}")
+        return last_checkpoint(run_stage(recipe_for(root, tmp_path / name, settings, stage="align")))
+
+    for steps in (1, 2):  # resumed too
+        assert Manifest(align("language", "language", steps)).random_parts == {"adapter"}
+    with (
+        pytest.raises(ValueError, match="is random"),
+        open_model(recipe_for(root, tmp_path / "run", (f"model.checkpoint={tmp_path / 'language'}",))),
+    ):
+        pass
+    with CheckpointSpec(last_checkpoint(tmp_path / "language"), root / "model").open() as source:
+        assert source.random_parts == {"adapter"}
+    assert Manifest(align("adapter", "adapter", 1)).random_parts == frozenset()
 
 
 def settings_of_determinism(root: Path, output: Path, deterministic: bool) -> tuple[object, ...]:
