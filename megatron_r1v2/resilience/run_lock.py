@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -15,15 +16,20 @@ from typing import TextIO
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 
+logger = logging.getLogger(__name__)
+
 LOCK_FILE = ".running"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def hold_folder(folder: Path, context: ParallelContext) -> Iterator[None]:
+def hold_folder(folder: Path, context: ParallelContext, *, output_dir: Path | None = None) -> Iterator[None]:
     """Collective over all ranks: keep other runs out of a folder while the block runs.
 
-    A killed run holds nothing. Where the file system has no locks nobody is kept out.
+    A killed run holds nothing. Where the file system has no locks nobody is kept out, which the log says.
+
+    Args:
+        output_dir: that of the recipe; None: the folder itself.
 
     Raises:
         ValueError: another run is in the folder; the message says which.
@@ -35,8 +41,8 @@ def hold_folder(folder: Path, context: ParallelContext) -> Iterator[None]:
             holder = _hold(folder / LOCK_FILE, held)
         if holder := objects.all_gather(holder)[0]:
             raise ValueError(
-                f"run.output_dir={str(folder)!r} is in use by {holder}; wait until that run has ended, or choose "
-                "another folder"
+                f"run.output_dir={str(output_dir or folder)!r} is in use by {holder}; wait until that run has ended, "
+                "or choose another folder"
             )
         yield
 
@@ -64,6 +70,7 @@ def _lock(file: TextIO) -> str:
             return file.read().strip() or "another process"
         if error.errno not in _NO_LOCKS:
             raise
+        logger.warning("%s cannot be locked (%s): see to it that no other run is in its folder", file.name, error)
     file.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")
     began = datetime.now(UTC).isoformat(timespec="seconds")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 
@@ -20,6 +20,7 @@ from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.samples import THINK_END, ShardSample, parse_sample
 from megatron_r1v2.data.shards import fill_shards
 from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.resilience.files import atomic_folder, write_json
 from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rewards.functions import describe_functions
@@ -29,10 +30,12 @@ COUNTS_FILE = "pairs.json"
 _SETTINGS_FILE = "settings.json"
 # Layout and memory may change from one attempt to the next; what decides the responses and the pairs may not.
 _FREE = {
-    "generation": {"kv_cache_gib", "max_requests", "max_tokens_per_step", "feature_cache_gib"},
+    "model": {"allow_random_parts"},
+    "generation": {"kv_cache_gib", "max_requests", "max_tokens_per_step", "feature_cache_gib", "cuda_graphs"},
     "reward_model": {"centring_weight"},
 }
 _DECIDING = ("model", "generation", "reward", "reward_model", "pairs")
+_ROWS = "data.rows"
 _MAX_KEY = 80
 
 
@@ -108,9 +111,23 @@ class UnfinishedPairs:
         self.output = Path(recipe.run.output_dir)
         self.folder = self.output.with_name(f".{self.output.name}.unfinished")
         self._fingerprint = _pairs_fingerprint(recipe)
+        self._check_kept()
+
+    def check_rows(self, survey: DataSurvey) -> None:
+        """Note which rows the rounds are of.
+
+        Raises:
+            ValueError: those of an earlier attempt are of other rows, in shards of the same folder.
+        """
+        values = self._fingerprint.values
+        data = {**cast(Mapping[str, object], values["data"]), "rows": survey.digest[:12]}
+        self._fingerprint = Fingerprint.of(**{**values, "data": data})
+        self._check_kept()
+
+    def _check_kept(self) -> None:
         kept = self.folder / _SETTINGS_FILE
         if kept.is_file():
-            _check_same(self._fingerprint, Fingerprint.of(**json.loads(kept.read_text())), self.folder)
+            _check_same(self._fingerprint, json.loads(kept.read_text()), self.folder)
 
     def rounds(self) -> list[int]:
         """Return the numbers of the finished rounds."""
@@ -213,8 +230,7 @@ def _prompt_pairs(row: Mapping[str, Any]) -> PromptPairs:
 def _pairs_fingerprint(recipe: PairsRecipe) -> Fingerprint:
     """Return the settings that decide the pairs, by their sections."""
     sections = {name: getattr(recipe, name).model_dump(mode="json") for name in _DECIDING}
-    for section, names in _FREE.items():
-        sections[section] = {key: value for key, value in sections[section].items() if key not in names}
+    sections = _without_free(sections)
     sections["run"] = {"seed": recipe.run.seed}
     sections["data"] = {"train": recipe.data.train_text, "max_tiles": recipe.data.max_tiles}
     if recipe.data.too_long is not TooLong.error:  # it decides which prompts there are, and which tiles they have
@@ -231,8 +247,17 @@ def _pairs_fingerprint(recipe: PairsRecipe) -> Fingerprint:
     return Fingerprint.of(**sections)
 
 
-def _check_same(now: Fingerprint, kept: Fingerprint, folder: Path) -> None:
-    for change in now.changes_since(kept):
+def _without_free(sections: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        section: {key: value for key, value in values.items() if key not in _FREE.get(section, ())}
+        for section, values in sections.items()
+    }
+
+
+def _check_same(now: Fingerprint, kept: Mapping[str, dict[str, Any]], folder: Path) -> None:
+    for change in now.changes_since(Fingerprint.of(**_without_free(kept))):
+        if change.setting == _ROWS and None in (change.old, change.new):
+            continue  # noted by an earlier version, or not looked at yet
         raise ValueError(
             f"{change.setting} is {change.new!r} but {folder} holds rounds made with {change.old!r}; put it back to go "
             "on from there, delete that folder to start again, or choose another run.output_dir"

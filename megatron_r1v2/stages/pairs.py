@@ -17,6 +17,7 @@ from megatron_r1v2.generation.engine import Sampling
 from megatron_r1v2.generation.queue import SharedPromptQueue
 from megatron_r1v2.monitoring.progress import progress_bar
 from megatron_r1v2.parallel import objects
+from megatron_r1v2.resilience.run_lock import hold_folder
 from megatron_r1v2.rewards.format import format_score
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.replica import ReplicaScorer
@@ -54,7 +55,8 @@ def run_pairs(recipe: PairsRecipe, *, reward_model: RewardModel | None = None) -
     unfinished = UnfinishedPairs(recipe)
     with open_model(recipe) as loaded, loaded.verifiers() as pool:
         is_main, version = loaded.context.is_main, loaded.version
-        _generate(PairMaker(loaded, recipe, pool, reward_model), unfinished)
+        with hold_folder(unfinished.folder, loaded.context, output_dir=unfinished.output):
+            _generate(PairMaker(loaded, recipe, pool, reward_model), unfinished)
     # The process groups are gone: other ranks need not wait for the files.
     if is_main:
         remark = {"model": recipe.model.checkpoint or recipe.model.hf_path, "policy_version": version}
@@ -68,11 +70,11 @@ def _generate(maker: PairMaker, unfinished: UnfinishedPairs) -> None:
     is_main = loaded.context.is_main
     num_responses = recipe.generation.responses_per_prompt
     per_round = recipe.train.prompts_per_step
-    # The main rank's word counts: another one may see the file system later.
-    finished = set(objects.all_gather(unfinished.rounds())[0])
     available = sum(check_shards(recipe.data.train_text).values())
     total = available * num_responses
-    loaded.print_survey(recipe.data.train_text)
+    unfinished.check_rows(loaded.print_survey(recipe.data.train_text))
+    # The main rank's word counts: another one may see the file system later.
+    finished = set(objects.all_gather(unfinished.rounds())[0])
     prompts = loaded.read_prompts(recipe.data.train_text)
     with progress_bar("pairs", total, shown=is_main) as show:
         for number, of_round in enumerate(in_groups(prompts, per_round)):

@@ -68,7 +68,7 @@ def test_a_file_that_the_run_before_deletes_meanwhile_is_not_held(tmp_path: Path
     assert not path.exists()
 
 
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, context, monkeypatch) -> None:
+def test_a_file_system_without_locks_keeps_nobody_out_and_says_so(tmp_path: Path, context, monkeypatch, caplog) -> None:
     def refuse(code: int):
         def lockf(file, operation):
             raise OSError(code, os.strerror(code))
@@ -77,7 +77,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path: Path, context, m
 
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse(errno.ENOLCK))
     with hold_folder(tmp_path, context):
-        pass
+        assert f"{tmp_path / LOCK_FILE} cannot be locked (" in caplog.text
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output"), hold_folder(tmp_path, context):
         pass

@@ -11,6 +11,7 @@ import pytest
 from megatron_r1v2.config.recipes import PairsRecipe
 from megatron_r1v2.data.samples import ShardSample, parse_sample
 from megatron_r1v2.data.stream import read_shards
+from megatron_r1v2.data.survey import DataSurvey
 from megatron_r1v2.stages.pair_shards import (
     PairCounts,
     PromptPairs,
@@ -60,6 +61,23 @@ def test_rounds_of_other_settings_are_refused(root: Path, tmp_path: Path) -> Non
     UnfinishedPairs(recipe(root, tmp_path, "generation.max_requests=2", "generation.kv_cache_gib=0.1"))
     with pytest.raises(ValueError, match=r"pairs.max_pairs_per_prompt is 3 but .*unfinished holds rounds made with 4"):
         UnfinishedPairs(recipe(root, tmp_path, "pairs.max_pairs_per_prompt=3"))
+
+
+def test_rounds_of_other_rows_are_refused(root: Path, tmp_path: Path) -> None:
+    settings, rows = recipe(root, tmp_path), DataSurvey(shards={"shard-000000.tar": "1"})
+    kept = UnfinishedPairs(settings)
+    kept.check_rows(rows)
+    kept.write_round(0, [], PairCounts())
+    UnfinishedPairs(recipe(root, tmp_path, "generation.cuda_graphs=false")).check_rows(rows)
+    with pytest.raises(ValueError, match=r"data.rows is '\w{12}' but .*unfinished holds rounds made with '\w{12}'"):
+        UnfinishedPairs(settings).check_rows(DataSurvey(shards={"shard-000000.tar": "2"}))
+    # Of an earlier version.
+    file = kept.folder / "settings.json"
+    values = json.loads(file.read_text())
+    del values["data"]["rows"]
+    values["generation"]["cuda_graphs"] = "auto"
+    file.write_text(json.dumps(values))
+    UnfinishedPairs(settings).check_rows(rows)
 
 
 def test_rounds_of_another_reward_function_are_refused(root: Path, tmp_path: Path) -> None:
