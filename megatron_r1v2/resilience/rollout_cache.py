@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_r1v2.config.schema import GenerationConfig
+from megatron_r1v2.config.choices import OnResume
+from megatron_r1v2.config.schema import GenerationConfig, ModelConfig
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
 from megatron_r1v2.resilience.files import write_file
@@ -37,7 +38,12 @@ _CHECKSUM_BYTES = 4
 
 
 def rollout_fingerprint(
-    seed: int, version: int, generation: GenerationConfig, stop_ids: Sequence[int], weights: Mapping[str, int]
+    seed: int,
+    version: int,
+    generation: GenerationConfig,
+    stop_ids: Sequence[int],
+    weights: Mapping[str, int],
+    model: ModelConfig,
 ) -> Fingerprint:
     """Return the fingerprint of everything that decides which tokens are drawn for a prompt.
 
@@ -45,9 +51,15 @@ def rollout_fingerprint(
         generation: settings of the sampling; those of memory and speed decide nothing.
         stop_ids: of the settings and of the model's folder.
         weights: checksums by part.
+        model: the way to compute with them; those of its settings that a resumed run may change decide nothing.
     """
+    computed = {
+        name: value
+        for name, value in model.model_dump(mode="json").items()
+        if model.resume_rule(name) is not OnResume.free
+    }
     return Fingerprint.of(
-        model={"version": version, "weights": dict(weights)},
+        model={"version": version, "weights": dict(weights), **computed},
         run={"seed": seed},
         generation={
             "responses_per_prompt": generation.responses_per_prompt,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1v2.config.schema import GenerationConfig, ParallelConfig
+from megatron_r1v2.config.schema import GenerationConfig, ModelConfig, ParallelConfig
 from megatron_r1v2.parallel import groups
 from megatron_r1v2.resilience import rollout_cache
 from megatron_r1v2.resilience.rollout_cache import RolloutCache, rollout_fingerprint
@@ -109,8 +109,16 @@ def rollouts(number: int) -> list[Rollout]:
     return [Rollout(f"digits-{number}", index, (5, 6), (-0.5, -0.25), 0, "stop") for index in range(2)]
 
 
-def fingerprint(*, version: int = 3, weights: int = 7, stop_ids: tuple[int, ...] = (9, 8), **settings):
-    return rollout_fingerprint(1, version, GenerationConfig(**settings), stop_ids, {"adapter": weights})
+def fingerprint(
+    *,
+    version: int = 3,
+    weights: int = 7,
+    stop_ids: tuple[int, ...] = (9, 8),
+    model: ModelConfig | None = None,
+    **settings: object,
+):
+    generation = GenerationConfig(**settings)
+    return rollout_fingerprint(1, version, generation, stop_ids, {"adapter": weights}, model or ModelConfig())
 
 
 def save_and_load(run: str) -> tuple[dict[str, list[Rollout]], list[str], list[str]]:
@@ -203,11 +211,13 @@ def test_what_does_not_belong_to_the_step_is_generated_again(tmp_path: Path) -> 
         fingerprint(weights=8),
         fingerprint(temperature=0.5),
         fingerprint(stop_ids=(9,)),
+        fingerprint(model=ModelConfig(transformer_config={"rotary_base": 500})),
     ):
         cache.begin_step(4, other)
         assert cache.load([prompt(0)])[0] == {}
-    cache.begin_step(4, fingerprint(max_requests=3))
-    assert cache.load([prompt(0)])[1] == [], "memory and speed decide nothing"
+    for same in (fingerprint(max_requests=3), fingerprint(model=ModelConfig(hf_path="moved"))):
+        cache.begin_step(4, same)
+        assert cache.load([prompt(0)])[1] == [], "memory, speed and folders decide nothing"
     off = RolloutCache(tmp_path, context, enabled=False)
     off.begin_step(4, fingerprint())
     assert off.load([prompt(0)])[0] == {}

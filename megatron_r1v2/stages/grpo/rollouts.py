@@ -155,7 +155,12 @@ class RolloutPhase:
         session.preemption.rollouts.begin_step(
             session.step,
             rollout_fingerprint(
-                recipe.run.seed, session.policy.version, recipe.generation, session.loaded.stop_ids, weights
+                recipe.run.seed,
+                session.policy.version,
+                recipe.generation,
+                session.loaded.stop_ids,
+                weights,
+                recipe.model,
             ),
         )
 
