@@ -15,7 +15,7 @@ from megatron_r1v2.config.recipes import MpoRecipe
 from megatron_r1v2.config.schema import PreferenceConfig, RewardConfig
 from megatron_r1v2.data.mixture import num_train_samples, read_train
 from megatron_r1v2.data.samples import parse_sample
-from megatron_r1v2.resilience.fingerprint import Fingerprint
+from megatron_r1v2.resilience.fingerprint import Change, Fingerprint
 from megatron_r1v2.rl.mpo import (
     MpoInputs,
     MpoSettings,
@@ -116,13 +116,14 @@ class MpoStage:
         with self.session.recorder.timed("reference"):
             fingerprint = self.reference_fingerprint = compute_reference_fingerprint(self.session)
             saved = Fingerprint.of(**self.session.restored.state.get("reference", fingerprint.values))
-            changed = [change.setting for change in fingerprint.changes_since(saved)]
-            if changed == ["data"] and self.session.restored.taken_out:
+            changes = fingerprint.changes_since(saved)
+            if [change.setting for change in changes] == ["data"] and self.session.restored.taken_out:
                 keep_for_fewer_pairs(self.session, saved, fingerprint, folder=Path(self._reference_dir))
-            elif changed:
+            elif changes:
                 raise ValueError(
                     f"what the reference log-probs of this run belong to has changed since it was saved: "
-                    f"{', '.join(changed)}; put it back, or start anew with run.output_dir set to a new folder"
+                    f"{'; '.join(map(_told, changes))}; put it back, or start anew with run.output_dir set to a new "
+                    "folder"
                 )
             found = load_or_compute_log_probs(self.session, self.source, fingerprint, folder=Path(self._reference_dir))
         self.reference = found or {}
@@ -212,6 +213,12 @@ class MpoStage:
                 "raises it up to hallucination.max_margin), or they have no image and train.parts lacks language; "
                 "lower the one or add the other"
             )
+
+
+def _told(change: Change) -> str:
+    """Return a change for people, who have no use for the whole of a digest."""
+    old, new = (value[:12] if isinstance(value, str) else value for value in (change.old, change.new))
+    return str(Change(change.setting, old, new))
 
 
 def batch_loss(
