@@ -92,12 +92,13 @@ class ModelConfig(Section):
     """Start although a part of the model was drawn and never trained, which only the align stage does unasked."""
     layers: Annotated[Layers, OnResume.free] = Field(Layers.local, strict=False)
     """local: torch and megatron-core only; te: TransformerEngine for the language model (GPU)."""
-    precision: Precision = Field(Precision.bf16, strict=False)
+    # The weights that a run began from have other bits in another precision, and so has its reference.
+    precision: Annotated[Precision, OnResume.refused] = Field(Precision.bf16, strict=False)
     """fp32 or bf16."""
     fp8: Fp8 = Field(Fp8.none, strict=False)
     """8-bit matrix products of the language model, all layers but the first and the last; needs layers=te and a Hopper
     GPU. tensorwise: one scale a tensor; blockwise: one for each 128 values (CUDA 12.9)."""
-    fp8_weights: bool = False
+    fp8_weights: Annotated[bool, OnResume.refused] = False
     """Keep the weights of a frozen language model in 8 bits too: half the memory."""
     transformer_config: dict[str, object] = Field(default_factory=dict)
     """Passed to megatron-core's TransformerConfig of the language model as it stands."""
@@ -149,7 +150,7 @@ class DataConfig(Section):
     """The same, for evaluation during training; empty: none."""
     max_prompt_tokens: int = Field(4096, ge=1)
     """The longest prompt, image tokens included."""
-    too_long: Annotated[TooLong, OnResume.free] = Field(TooLong.error, strict=False)
+    too_long: TooLong = Field(TooLong.error, strict=False)
     """A longer prompt, found before the first step: error names it and ends the run; skip leaves it out; fewer_tiles
     cuts its images into fewer tiles until it fits, and is an error where one tile each does not."""
     max_tiles: int = Field(12, ge=1)
@@ -409,13 +410,13 @@ class EvaluationConfig(Section):
     """Folder of shards for the evaluate command; during training `data.validation` is used."""
     every_steps: int = Field(0, ge=0)
     """During training, by the rules alone: no judge is asked; 0: never."""
-    prompts: int = Field(0, ge=0)
+    prompts: Annotated[int, OnResume.asked] = Field(0, ge=0)
     """So many prompts, from the start of the shards; 0: all."""
     runs: int = Field(5, ge=1)
     """Sampled responses per prompt."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: Annotated[float, OnResume.asked] = Field(1.0, ge=0)
     """Divides the logits; 0: greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Annotated[float, OnResume.asked] = Field(1.0, gt=0, le=1)
     """Nucleus; 1 samples from the whole distribution."""
     stop_at_pass_at_1: float = Field(0.0, ge=0, le=1)
     """A stage ends when validation Pass@1 reaches this; 0: never."""

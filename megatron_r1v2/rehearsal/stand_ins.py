@@ -34,7 +34,7 @@ from megatron_r1v2.rehearsal.rows import LONG
 from megatron_r1v2.rehearsal.watch import original, replace, unwatched
 from megatron_r1v2.resilience.rollout_cache import RolloutCache
 from megatron_r1v2.rewards import verifiers
-from megatron_r1v2.stages import loaded_reward_model
+from megatron_r1v2.stages import loaded_reward_model, session
 from megatron_r1v2.stages.grpo.stage import GrpoStage
 from megatron_r1v2.stages.loaded_model import LoadedModel
 from megatron_r1v2.stages.pair_shards import UnfinishedPairs
@@ -225,11 +225,18 @@ def install_reward_model() -> None:
         loaded: LoadedModel = original_load(recipe, *args, **kwargs)
         return loaded if recipe.model.checkpoint else changed(loaded, changed_parts=[Part.score])
 
+    def describe(recipe: Recipe) -> str:
+        if isinstance(recipe, GrpoRecipe) and recipe.reward_model.checkpoint == MADE:
+            return ""
+        return cast(str, original_describe(recipe))
+
+    original_describe = original(session, "describe_reward_model")
     original_with, original_load = (
         original(loaded_reward_model, name) for name in ("_with_reward_model", "load_model")
     )
     replace(loaded_reward_model, "_with_reward_model", with_reward_model)
     replace(loaded_reward_model, "load_model", load)
+    replace(session, "describe_reward_model", describe)
 
 
 def install_stand_in_features(*, rehearsed: int, prompts_of_step: int, is_step: Callable[[], bool]) -> None:

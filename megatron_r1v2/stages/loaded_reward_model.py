@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, resolve_checkpoint
+from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, load_state, resolve_checkpoint
 from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, Recipe
+from megatron_r1v2.config.schema import RewardModelConfig
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
+from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.rewards.model import RewardModel
 from megatron_r1v2.rewards.served_model import ServedRewardModel
 from megatron_r1v2.stages.loaded_model import LoadedModel, load_model
@@ -27,6 +29,15 @@ def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
     if recipe.reward_model.lies_beside_policy:
         return load_reward_model(loaded, recipe)
     return ServedRewardModel(recipe.reward_model, loaded.context) if recipe.reward_model.url else None
+
+
+def describe_reward_model(recipe: Recipe) -> str:
+    """Return the step and a digest of the weights in `reward_model.checkpoint`, which may name a run that goes on."""
+    settings = dict(recipe).get("reward_model")
+    if not isinstance(settings, RewardModelConfig) or not settings.checkpoint:
+        return ""
+    state = load_state(resolve_checkpoint(settings.checkpoint))
+    return f"step {state['step']}, {Fingerprint.of(**state.get('checksums', {})).digest[:12]}"
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 ROWS = "rows of data.train"
 """Among the contents that a checkpoint notes."""
+GOAL = "evaluation.stop_at_pass_at_1"
+"""The setting that ends a stage before its last step."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class SettingChange:
         if self.rule is OnResume.larger:
             return not (isinstance(old, int) and isinstance(new, int) and new > old)
         return self.rule is OnResume.refused
+
+    @property
+    def raises_goal(self) -> bool:
+        """Return whether a stage that had reached its goal has another one to reach."""
+        old, new = self.change.old, self.change.new
+        if self.change.setting != GOAL or not (isinstance(old, float) and isinstance(new, float)):
+            return False
+        return not new or 0 < old < new
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,7 @@ def resume(
     changes = check_settings(recipe, folder)
     state, replay = checkpoints.load(folder, policy.model, policy.optimizer, trained=recipe.train.parts)
     _check_start(state, started_from, recipe, folder)
+    _check_architecture(state, asdict(policy.model.architecture), recipe)
     policy.version = state["version"]
     policy.scheduler.num_steps = 0  # its load_state_dict adds to this
     policy.scheduler.load_state_dict(state["scheduler"])
@@ -190,6 +201,8 @@ def resume(
     if any(each.rule is OnResume.larger for each in changes):
         # It had done all of its steps, and has more now; a run that reached its goal before stays finished.
         state["finished"] = state["finished"] and state["step"] < _saved_steps(changes)
+    if any(each.raises_goal for each in changes):
+        state["finished"] = False  # its steps are counted besides
     if any(each.rule is OnResume.asked for each in changes):
         # Its rewards, lengths or prompts are those of the settings before.
         state = {name: value for name, value in state.items() if name != "buffer"}
@@ -231,4 +244,20 @@ def _check_start(
             f"model.hf_path={saved.hf_path!r}, model.checkpoint={saved.checkpoint!r} then, "
             f"model.hf_path={recipe.model.hf_path!r}, model.checkpoint={recipe.model.checkpoint!r} now, or the files "
             "there have changed; put them back to resume, or give run.output_dir a new folder"
+        )
+
+
+def _check_architecture(state: Mapping[str, Any], now: Mapping[str, Any], recipe: TrainingRecipe) -> None:
+    """Refuse sizes and constants of the model that are not those of the run, though the weights are the same."""
+    if "base" not in state:
+        return
+    changes = Fingerprint.of(**now).changes_since(Fingerprint.of(**state["base"]["architecture"]))
+    # What an earlier version has not noted is not compared.
+    if told := "; ".join(
+        f"{each.setting} was {each.old} and is {each.new}" for each in changes if each.old is not None
+    ):
+        raise ValueError(
+            f"the run in {recipe.run.output_dir} began from another model than that of model.hf_path="
+            f"{recipe.model.hf_path!r}: {told}; put the files of its folder back to resume, or give run.output_dir a "
+            "new folder"
         )

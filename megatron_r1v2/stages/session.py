@@ -32,8 +32,9 @@ from megatron_r1v2.resilience.skipped_updates import FOLDER as SKIPPED_FOLDER
 from megatron_r1v2.resilience.skipped_updates import SkippedUpdates
 from megatron_r1v2.rewards.functions import describe_functions
 from megatron_r1v2.stages.loaded_model import LoadedModel, open_model
+from megatron_r1v2.stages.loaded_reward_model import describe_reward_model
 from megatron_r1v2.stages.preemption import PreemptionHandler
-from megatron_r1v2.stages.resume import ROWS, Restored, choose_checkpoint, resume
+from megatron_r1v2.stages.resume import GOAL, ROWS, Restored, choose_checkpoint, resume
 from megatron_r1v2.stages.step_prompts import check_enough_samples, next_distinct
 from megatron_r1v2.stages.supervised_data import ResponseEncoder
 from megatron_r1v2.training.microbatches import Microbatcher
@@ -165,6 +166,7 @@ class Session:
         """
         # With the parts that earlier stages have trained: they are not in the HF folder either.
         own = {*self.parts, *self.loaded.changed_parts}
+        random_parts = (own & self.loaded.random_parts) - set(self.parts)
         snapshot = Snapshot(
             step=self.step,
             parts=own,
@@ -183,6 +185,7 @@ class Session:
             replay=replay,
             recipe=recipe_yaml(self.recipe),
             pass_at_1=pass_at_1,
+            random_parts=random_parts,
         )
         self.checkpoints.save(self.policy.model, self.policy.optimizer, snapshot)
         self.saved_step = self.step
@@ -314,6 +317,7 @@ def _survey_contents(loaded: LoadedModel, recipe: TrainingRecipe) -> tuple[DataS
             ROWS: survey.digest[:12],
             "rows of data.validation": loaded.survey_data(validation).digest[:12] if validation else "",
             "tokenizer and chat template of model.hf_path": loaded.tokenizer.digest[:12],
+            "weights of reward_model.checkpoint": describe_reward_model(recipe),
             "files of reward.functions": [f"{each['name']} {str(each['sha256'])[:12]}" for each in functions],
         }
     )
@@ -348,6 +352,10 @@ def _note_resume(
                     f"{learning_rate:.3g} in the next step, {recipe.train.min_learning_rate:.3g} at the end"
                 )
         recorder.note_changes([str(each) for each in restored.changes if each.rule is not OnResume.free])
+        if restored.step >= recipe.train.steps:
+            recorder.log(f"all train.steps={recipe.train.steps} steps are done: nothing is trained; it may be raised")
+        elif restored.finished:
+            recorder.log(f"the run had reached {GOAL}: nothing is trained; it may be raised")
     if restored.taken_out:
         recorder.log(restored.taken_out)
     if recorder.is_main:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1v2.checkpoint.megatron.run_folder import load_state, save_state
 from megatron_r1v2.config.recipes import GrpoRecipe
 from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.stages.loaded_reward_model import load_reward_model, open_reward_model
 from megatron_r1v2.stages.session import open_session
 from megatron_r1v2.stages.supervised_data import PairSource, pair_samples
 from megatron_r1v2.training.score_positions import append_pad_token, last_scores
-from tests.stages.runs import recipe_for, run_stage
+from tests.stages.runs import last_checkpoint, recipe_for, run_stage
 
 SETTINGS = ("train.parts=[adapter, score]", "train.steps=3", "train.learning_rate=0.01", "checkpoint.every_steps=0")
 
@@ -65,6 +66,21 @@ def test_a_model_that_reads_other_tokens_is_refused(root: Path, tmp_path: Path, 
     recipe = grpo_recipe(root, tmp_path / "grpo", trained, f"model.hf_path={other}")
     with open_model(recipe) as policy, pytest.raises(ValueError, match="differ in tokenizer or chat template: prompts"):
         load_reward_model(policy, recipe)
+
+
+def test_a_resumed_run_asks_for_the_weights_of_a_run_that_has_gone_on(
+    root: Path, tmp_path: Path, trained: Path
+) -> None:
+    scoring = shutil.copytree(trained, tmp_path / "scoring")
+    run = run_stage(grpo_recipe(root, tmp_path / "grpo", scoring, "train.steps=1"))
+    state = load_state(last_checkpoint(scoring))
+    later = scoring / "checkpoints" / "step-00000009"
+    shutil.copytree(last_checkpoint(scoring), later)
+    state["checksums"]["score"] += 1
+    save_state(later, {**state, "step": 9})
+    told = r"files have changed .*weights of reward_model.checkpoint: 'step 3, \w{12}' -> 'step 9, \w{12}'. Put them"
+    with pytest.raises(ValueError, match=told):
+        run_stage(grpo_recipe(root, run, scoring, "train.steps=2"))
 
 
 def test_nothing_is_opened_where_nothing_is_weighed(root: Path, tmp_path: Path) -> None:

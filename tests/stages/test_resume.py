@@ -211,6 +211,9 @@ def test_a_run_that_is_asked_to_stop_saves_ends_well_and_goes_on(
             "generation.temperature=0.7",
             r"mean something else .*generation.temperature: 1.0 -> 0.7. .*checkpoint.accept_changes=true",
         ),
+        ("model.precision=fp32", "model.precision was bf16 when .* was saved and is fp32 now"),
+        ("evaluation.temperature=0", r"mean something else .*evaluation.temperature: 1.0 -> 0.0. "),
+        ("data.too_long=skip", r"mean something else .*data.too_long: 'error' -> 'skip'. "),
         ("model.checkpoint={run}/checkpoints/step-00000002", r"began from other weights \(adapter\): .*hf_path="),
         ("checkpoint.resume_step=3", r"checkpoint.resume_step=3: .* has no checkpoint of that step; it has 2, 4, 6"),
     ],
@@ -226,13 +229,32 @@ def test_changes_that_a_checkpoint_cannot_follow_are_refused_and_nothing_is_lost
     assert_same_end(run, uninterrupted)
 
 
-def test_a_finished_run_does_nothing(root: Path, tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_finished_run_does_nothing(
+    root: Path, tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     times = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
     run_stage(recipe_for(root, run, ONE_RANK))
+    assert "all train.steps=6 steps are done: nothing is trained" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == times
     assert_same_end(run, uninterrupted)
+
+
+def test_a_run_at_its_goal_goes_on_to_a_higher_one(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def align(*settings: str) -> list[dict[str, float]]:
+        validation = (f"data.validation={root / 'data'}", "evaluation.every_steps=1")
+        return read_metrics(run_stage(recipe_for(root, tmp_path / "run", (*validation, *settings), stage="align")))
+
+    goal = "evaluation.stop_at_pass_at_1=0.001"
+    assert len(align("train.steps=3", goal)) < 3
+    told = "the run had reached evaluation.stop_at_pass_at_1: nothing is trained; it may be raised"
+    assert told not in capsys.readouterr().err
+    align("train.steps=3", goal)
+    assert told in capsys.readouterr().err
+    assert len(align("train.steps=3", "evaluation.stop_at_pass_at_1=0")) == 3
 
 
 def changed_lines(run: Path) -> list[dict[str, object]]:
@@ -319,6 +341,18 @@ def test_files_that_change_behind_the_settings_are_asked_for_and_noted(
     assert (lines[1]["ssb/replayed"] > 0, lines[2]["ssb/replayed"]) == (True, 0)
 
 
+def test_another_config_of_the_same_weights_is_refused(root: Path, tmp_path: Path) -> None:
+    model, run = shutil.copytree(root / "model", tmp_path / "model"), tmp_path / "run"
+    settings = (f"model.hf_path={model}", "train.steps=1")
+    run_stage(recipe_for(root, run, settings, stage="align"))
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
+    (model / "config.json").write_text(json.dumps(config))
+    told = rf"began from another model than .*{model}'?: language.rope_theta was [\d.]+ and is 123.0; put the files"
+    with pytest.raises(ValueError, match=told):
+        run_stage(recipe_for(root, run, (*settings, "train.steps=2"), stage="align"))
+
+
 SETTINGS_OF_STAGES = [
     pytest.param(kind, section, setting, id=f"{kind.title()}-{section}.{setting}")
     for kind in (AlignRecipe, GrpoRecipe, MpoRecipe, RewardModelRecipe)
@@ -345,7 +379,11 @@ def test_each_setting_that_changes_is_refused_asked_for_or_free(kind, section, s
     (change,) = compare_settings(now, saved)
     assert change.change.setting.startswith(f"{section}.{setting}")
     assert change.rule is fields.resume_rule(setting)
-    refused = {"run": {"stage", "seed"}, "train": {"parts", *SCHEDULE}}.get(section, set())
+    refused = {
+        "run": {"stage", "seed"},
+        "model": {"precision", "fp8_weights"},
+        "train": {"parts", *SCHEDULE},
+    }.get(section, set())
     assert change.is_refused == (setting in refused)
 
 
@@ -355,9 +393,12 @@ SCHEDULE = ("updates_per_step", "learning_rate", "min_learning_rate", "warmup_st
 def test_rules_by_example() -> None:
     rules = {
         OnResume.asked: "reward.answer_weight generation.temperature generation.responses_per_prompt buffer.capacity "
-        "algorithm.clip_high data.max_prompt_tokens train.prompts_per_step model.precision loss.aggregation",
+        "algorithm.clip_high data.max_prompt_tokens data.too_long train.prompts_per_step model.fp8 loss.aggregation "
+        "evaluation.prompts evaluation.temperature evaluation.top_p",
         OnResume.free: "run.output_dir model.hf_path parallel.tensor logging.trackers checkpoint.keep_last "
-        "generation.kv_cache_gib train.recompute",
+        "generation.kv_cache_gib train.recompute evaluation.runs",
+        # Its weights, and its reference, have other bits.
+        OnResume.refused: "model.precision model.fp8_weights train.learning_rate",
         OnResume.larger: "train.steps",
     }
     for rule, names in rules.items():
