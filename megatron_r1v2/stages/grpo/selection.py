@@ -165,9 +165,10 @@ def check_answers(unanswered: Sequence[str], reward: RewardConfig, effective_by:
             f"{those}, and buffer.effective_by=answer compares answers to find the groups "
             f"that can teach something; set buffer.effective_by=reward{others}"
         )
-    if not reward.functions and not reward.model_weight:
+    if not any(function.weight for function in reward.functions) and not reward.model_weight:
+        functions = "no function of reward.functions has weight" if reward.functions else "reward.functions is empty"
         raise DataError(
-            f"{those}, and nothing judges its responses: reward.functions is empty and reward.model_weight is 0; give "
+            f"{those}, and nothing judges its responses: {functions} and reward.model_weight is 0; give "
             f"it an answer, with answer_type, or set one of them{others}"
         )
 

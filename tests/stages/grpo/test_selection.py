@@ -389,6 +389,11 @@ def test_answers_are_missed_before_anything_is_generated():
             check_answers(["p0-1"], judged, EffectiveBy.answer)
     with pytest.raises(ValueError, match=r"'p0-1' has no answer, and nothing judges .*answer_type, or .* \(2 prompts"):
         check_answers(["p0-1", "p0-2"], RewardConfig(), EffectiveBy.reward)
+    shown = RewardConfig(functions=(judge.changed(weight=0.0),))
+    with pytest.raises(
+        ValueError, match="nothing judges its responses: no function of reward.functions has weight and"
+    ):
+        check_answers(["p0-1"], shown, EffectiveBy.reward)
 
 
 def test_responses_to_show_are_of_several_prompts_right_and_wrong_first():
