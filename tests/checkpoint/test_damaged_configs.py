@@ -128,7 +128,7 @@ def tracebacks(root: Path, output: Path, seeds: range) -> tuple[list[str], dict[
         text = damage(json.loads(whole), draw)
         path.write_text(text, encoding="utf-8")
         main, arguments = draw.choice(calls(root, kind, output))
-        started = time.monotonic()
+        started = time.process_time()
         try:
             main([str(argument) for argument in arguments])
             counts["done"] += 1
@@ -139,7 +139,7 @@ def tracebacks(root: Path, output: Path, seeds: range) -> tuple[list[str], dict[
             failures.append(f"seed {seed}: {main.__module__} {kind}: {type(error).__name__}: {error!s:.200} ({last})")
         finally:
             path.write_text(whole)
-        if (seconds := time.monotonic() - started) > PATIENCE_SECONDS:
+        if (seconds := time.process_time() - started) > PATIENCE_SECONDS:
             failures.append(f"seed {seed}: {main.__module__} {kind} took {seconds:.0f} s")
     return failures, counts
 

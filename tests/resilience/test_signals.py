@@ -38,7 +38,7 @@ def train(number):
         os.killpg(0, number)
         writer.join()
         assert writer.exitcode == 0, writer.exitcode
-        print(number.name, queue.get(timeout=5), number in stop_signals._received, flush=True)
+        print(number.name, queue.get(timeout=60), number in stop_signals._received, flush=True)
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
@@ -106,11 +106,11 @@ def test_ctrl_c_lets_the_step_finish_and_once_more_gives_it_up(heard: StopSignal
 def test_ctrl_c_under_a_launcher_without_patience_gives_a_long_step_up_in_time(capsys) -> None:
     """torchrun kills its workers some seconds after Ctrl-C: 1 s is kept beside the grace."""
     groups.initialize(ParallelConfig(), seed=1)
-    with StopSignals(torch.device("cpu"), grace_seconds=5.0, patience_seconds=6.5) as stop_signals:
+    with StopSignals(torch.device("cpu"), grace_seconds=5.0, patience_seconds=8.0) as stop_signals:
         send(stop_signals, signal.SIGINT)
         stop_signals.abandon_step_if_asked()
-        time.sleep(0.6)
-        with pytest.raises(StepAbandoned, match=r"SIGINT, 6.5 s before torchrun kills"):
+        time.sleep(2.1)
+        with pytest.raises(StepAbandoned, match=r"SIGINT, 8 s before torchrun kills"):
             stop_signals.abandon_step_if_asked()
     groups.shut_down()
     assert "start torchrun with --shutdown-timeout 3600" in capsys.readouterr().err

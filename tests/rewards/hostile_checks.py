@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 
 def echo(value):
@@ -60,4 +61,17 @@ def kill_itself():
 
 def sleep(seconds):
     time.sleep(seconds)
+    return os.getpid()
+
+
+def interrupt_trainer(seconds):
+    os.kill(os.getppid(), signal.SIGUSR2)
+    return sleep(seconds)
+
+
+def meet(folder, count):
+    """Return when so many workers are here."""
+    (Path(folder) / str(os.getpid())).touch()
+    while len(list(Path(folder).iterdir())) < count:
+        time.sleep(0.01)
     return os.getpid()

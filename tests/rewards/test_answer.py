@@ -62,13 +62,13 @@ def test_no_text_is_an_error(text):
 
 
 def test_megabytes_take_a_moment():
-    start = time.perf_counter()
+    start = time.process_time()
     assert last_boxed("\\boxed{" * 300_000) is None
     assert last_boxed("\\boxed{" + "{" * 1_000_000) is None
     assert last_boxed("a" * 5_000_000 + r"\boxed{8}") == "8"
     for content in ("9" * 3_000_000, r"\text{" * 300_000, "1,000" * 300_000, "$" * 1_000_000, " " * 1_000_000):
         assert not answer_is_correct("\\boxed{" + content + "}", "8", "numeric")
-    assert time.perf_counter() - start < 10.0
+    assert time.process_time() - start < 10.0
 
 
 @pytest.mark.parametrize(

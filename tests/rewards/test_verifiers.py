@@ -154,30 +154,27 @@ def test_an_interrupt_leaves_no_stale_answer(pool):
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGUSR2, interrupt)
-    timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGUSR2))
-    timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            pool.run([_hostile("sleep", 0.8), _hostile("sleep", 0.8)], failed=None)
+            pool.run([_hostile("interrupt_trainer", 0.8), _hostile("sleep", 0.8)], failed=None)
     finally:
-        timer.join()
         signal.signal(signal.SIGUSR2, previous)
     assert pool.run([_hostile("echo", 1), _hostile("echo", 2)], failed=None) == [1, 2]
 
 
-def test_the_workers_work_at_the_same_time(pool):
-    pool.run([_hostile("echo", 0)] * 2, failed=None)
-    start = time.perf_counter()
-    assert len(set(pool.run([_hostile("sleep", 0.5)] * 2, failed=None))) == 2
-    assert time.perf_counter() - start < 0.95
+def test_the_workers_work_at_the_same_time(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(HERE)
+    with VerifierPool(2, 60.0) as pool:
+        assert len(set(pool.run([_hostile("meet", str(tmp_path), 2)] * 2, failed=None))) == 2
+        assert pool.timeouts == 0, "each has waited for the other"
 
 
 def test_many_small_checks_are_quick():
     with VerifierPool(2, 5.0) as pool:
         calls = [_answer(8)] * 128
         pool.run(calls, failed=False)
-        times = []
-        for _ in range(5):
+        times, end = [], time.perf_counter() + 60
+        while len(times) < 5 or (min(times) >= 0.1 and time.perf_counter() < end):  # others may keep the cores busy
             start = time.perf_counter()
             assert all(pool.run(calls, failed=False))
             times.append(time.perf_counter() - start)
@@ -214,7 +211,7 @@ from megatron_r1v2.rewards.verifiers import Call, VerifierPool
 pool = VerifierPool(3, 1.0)
 pool.run([Call("hostile_checks", "sleep", (0.1,))] * 3, failed=0)
 if os.fork() == 0:
-    time.sleep(10)
+    time.sleep(60)
     os._exit(0)
 print(*(worker.process.pid for worker in pool._workers), flush=True)
 pool.run([Call("hostile_checks", name, ()) for name in ("busy_loop", "catastrophic_regex")], failed=0)
@@ -228,7 +225,7 @@ pool.run([Call("hostile_checks", name, ()) for name in ("busy_loop", "catastroph
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 40
     while any(_is_alive(process_id) for process_id in workers):
         assert time.monotonic() < deadline, "a worker outlived its trainer"
         time.sleep(0.05)

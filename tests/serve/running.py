@@ -47,7 +47,7 @@ class Served:
         for process in self.processes:
             os.kill(process.pid, number)
         for process in self.processes:
-            process.join(40)
+            process.join(240)
         return [process.exitcode for process in self.processes]
 
 
@@ -83,7 +83,7 @@ def _serve(rank: int, world_size: int, meeting: int, argv: Sequence[str], log: s
     sys.stdout.flush()
 
 
-def _wait_for(running: Served, seconds: float = 120) -> None:
+def _wait_for(running: Served, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not all(process.is_alive() for process in running.processes):
@@ -153,7 +153,7 @@ def metric(server: Served, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -146,10 +146,10 @@ def test_source_through_a_link_is_refused(base, tmp_path):
 
 def test_reading_is_lazy(tmp_path):
     save_file({"large": torch.zeros(64, 1024, 1024, dtype=torch.uint8)}, tmp_path / "model.safetensors")
-    start = time.perf_counter()
+    start = time.process_time()
     with SafetensorsFolder(tmp_path) as opened:
         assert opened.names() == ["large"]
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_json_errors_name_the_file(tmp_path):

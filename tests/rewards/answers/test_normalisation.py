@@ -123,7 +123,7 @@ def test_no_text_is_an_error(text):
 
 
 def test_long_and_deep_texts_take_a_moment():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         r"\text{" * 600,
         "{" * 4000,
@@ -136,7 +136,7 @@ def test_long_and_deep_texts_take_a_moment():
     ):
         normalise(text)
     assert normalise("8 " * 1_000_000) == ("8 " * 1_000_000).strip()
-    assert time.perf_counter() - start < 10.0
+    assert time.process_time() - start < 10.0
 
 
 def test_a_megabyte_keeps_all_but_its_spaces():
