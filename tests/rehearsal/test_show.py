@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -9,12 +10,13 @@ from rich.console import Console
 from megatron_r1v2.planning.memory import GIB
 from megatron_r1v2.rehearsal.collectives import Collective
 from megatron_r1v2.rehearsal.ledger import PhaseMemory
-from megatron_r1v2.rehearsal.preparation import Step
+from megatron_r1v2.rehearsal.preparation import Step, plan_step
 from megatron_r1v2.rehearsal.rank import RankResult
 from megatron_r1v2.rehearsal.run import Rehearsal, plan_as_rehearsed, planned_flops
 from megatron_r1v2.rehearsal.show import NOT_PROVEN, as_json, print_rehearsal
 from tests.planning.plans import plan_of
 
+ROOT = Path(__file__).parents[2]
 STEP = Step(long=2, short=14, mixed_groups=1, prompts_of_replica=64, long_of_replica=2)
 
 
@@ -144,3 +146,21 @@ def test_steps_of_the_engine_are_told(plan):
     assert "engine steps: 2 evicted, 7 mixed" in printed(
         Rehearsal(plan, (rank(engine_steps={"mixed": 7, "evicted": 2}),), (), STEP)
     )
+
+
+def test_the_planner_says_today_what_the_pages_show_of_it():
+    """The rehearsed figures beside them were measured once."""
+    plan = plan_of("generation.kv_cache_gib=auto", "generation.cuda_graphs=auto", memory=79.6)
+    step = plan_step(plan.work, plan.layout)
+    planned, most = (
+        {each.phase: f"{each.total / GIB:.2f}" for each in ranks if each.stage == 0}
+        for ranks in (plan_as_rehearsed(plan, step), plan.memory.ranks)
+    )
+    flops = {phase: f"{value / 1e12:.1f}" for phase, value in planned_flops(plan, step, 0).items()}
+    for page in ("README.md", "docs/rehearsal.md"):
+        table = (ROOT / page).read_text().split("phase           params")[1].split("```")[0].splitlines()
+        rows = [line.split() for line in table[1:] if line.split()[:1] and line.split()[0] in planned]
+        assert len(rows) >= 2
+        for phase, *figures in rows:
+            assert figures[8:10] == [planned[phase], most[phase]]
+            assert figures[11:] == ([flops[phase]] if phase in flops else [])
