@@ -107,8 +107,11 @@ launch() {
   ((late == 2)) || wait "$srun_pid" || status=$?
 
   # After the warning the run saves and ends well; preempted, its step is abandoned. A run that had just finished
-  # resumes at its last step and ends at once.
-  if ((late)); then
+  # resumes at its last step and ends at once. The two that do not hear the warning are finished when they end well:
+  # pairs would refuse its folder, and the jobs after it would never start.
+  if ((late < 2 && status == 0)) && [[ $stage == pairs || $stage == evaluate ]]; then
+    return 0
+  elif ((late)); then
     put_back "out of time in a step" || return 1
   elif ((warned && status == 0)) || was_preempted; then
     put_back "interrupted" || return 1

@@ -28,13 +28,21 @@ printf '%q ' "$@" > "$RECORDS/${0##*/}"
 """
 SCONTROL = """#!/usr/bin/env bash
 if [[ $2 == hostnames ]]; then echo node-1; fi
+if [[ $1 == requeue ]]; then touch "$RECORDS/requeued"; fi
+"""
+WARNED_SRUN = """#!/usr/bin/env bash
+trap '' USR1
+kill -USR1 "$PPID"
+sleep 0.5
 """
 
 
-def run_script(script: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, folder: Path, *arguments: str, srun: str = RECORDER, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script of slurm/ with python, srun and scontrol that only write into a folder how they were called."""
     (folder / "bin").mkdir(exist_ok=True)
-    for name, text in (("python", RECORDER), ("srun", RECORDER), ("scontrol", SCONTROL)):
+    for name, text in (("python", RECORDER), ("srun", srun), ("scontrol", SCONTROL)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     around = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "R1V2_"))}
@@ -58,6 +66,26 @@ def options(arguments: list[str]) -> dict[str, str]:
     """Return the values of options, given as `--name=value` or `--name value`."""
     joined = " ".join(arguments).replace("=", " ").split()
     return {name: value for name, value in pairwise(joined) if name.startswith("--")}
+
+
+@pytest.mark.parametrize(("name", "requeued"), [("grpo", True), ("mpo", True), ("pairs", False), ("evaluate", False)])
+def test_a_stage_that_does_not_hear_the_warning_is_finished_when_it_ends_well(
+    tmp_path: Path, name: str, requeued: bool
+) -> None:
+    """Put back, pairs would refuse the folder that it has written, and the jobs of the pipeline would wait for ever."""
+    ended = run_script(
+        f"{name}_38b.sh",
+        tmp_path,
+        srun=WARNED_SRUN,
+        R1V2_LOGS=str(tmp_path / "logs"),
+        SLURM_JOB_ID="5",
+        SLURM_JOB_NODELIST="node-1",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_GPUS_ON_NODE="8",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "requeued").exists() is requeued
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
