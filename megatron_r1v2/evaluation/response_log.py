@@ -16,6 +16,8 @@ from megatron_r1v2.resilience.fingerprint import Fingerprint
 from megatron_r1v2.resilience.json_lines import append_json_lines, recover_json_lines
 from megatron_r1v2.types import AnswerType
 
+_ROWS = "evaluation.rows"
+
 
 class JudgeVerdict(TypedDict):
     """The words of a judge about a response."""
@@ -105,6 +107,8 @@ def _check_settings(path: Path, header: object, now: Fingerprint) -> None:
     changed = "it does not begin with its settings"
     if isinstance(settings, dict):
         changes = now.changes_since(Fingerprint.of(**settings))
+        # Earlier versions have not noted the rows.
+        changes = [change for change in changes if change.setting != _ROWS or change.old is not None]
         if not changes:
             return
         changed = ", ".join(f"{change.setting} was {change.old!r} and is {change.new!r}" for change in changes)

@@ -49,6 +49,8 @@ class Evaluation:
     """Optimizer steps behind its weights."""
     available: int = 0
     """Prompts in the data set; 0: not known."""
+    rows: str = ""
+    """A digest of the rows of the data set; "": not known."""
 
     def open_log(self) -> ResponseLog:
         """Open the log, with the rows of an interrupted evaluation, which may have had other prompts and runs.
@@ -67,6 +69,7 @@ class Evaluation:
             evaluation={
                 "data": data,
                 "endpoint_url": settings.endpoint_url,
+                **({"rows": self.rows} if self.rows else {}),
                 **sampling,
                 "seed": EVALUATION_SEED,
             },

@@ -42,7 +42,7 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
     with open_model(recipe) as loaded:
         prompts = list(loaded.read_prompts(recipe.evaluation.data, recipe.evaluation.prompts))
         check_answered(prompts)
-        loaded.print_survey(recipe.evaluation.data)
+        survey = loaded.print_survey(recipe.evaluation.data)
         evaluation = Evaluation(
             name,
             folder,
@@ -52,6 +52,7 @@ def run_evaluation(recipe: EvaluateRecipe, name: str) -> EvaluationResult | None
             model=model,
             step=loaded.version,
             available=sum(check_shards(recipe.evaluation.data).values()),
+            rows=survey.digest[:12],
         )
         log = evaluation.open_log() if loaded.context.is_main else None
         _respond(loaded, recipe, prompts, log, name)

@@ -77,6 +77,15 @@ def test_other_settings_are_refused_with_what_changed(tmp_path):
     assert path.read_bytes().count(b"\n") == 2, "nothing is lost"
 
 
+def test_rows_are_compared_where_they_were_noted(tmp_path):
+    with_rows = [Fingerprint.of(model="m", evaluation={"seed": 1, "temperature": 0.6, "rows": rows}) for rows in "ab"]
+    ResponseLog(tmp_path / "earlier", SETTINGS)
+    ResponseLog(tmp_path / "earlier", with_rows[0])
+    ResponseLog(tmp_path / "log", with_rows[0])
+    with pytest.raises(ValueError, match="other settings: evaluation.rows was 'a' and is 'b'; put them back"):
+        ResponseLog(tmp_path / "log", with_rows[1])
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "log"
     path.write_text(json.dumps(row("a", 0)) + "\n")
