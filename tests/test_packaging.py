@@ -61,6 +61,20 @@ def test_the_lock_file_covers_what_setup_asks_for():
         assert requirement.specifier.contains(found[name]), f"{text} against {found[name]}"
 
 
+def test_the_citation_is_of_this_version_and_of_the_report():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    assert f'version="{cited["version"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert "2504.16656" in cited["references"][0]["url"]
+
+
+def test_extras_that_pages_name_exist():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = re.findall(r"pip install '(?:\.|megatron_r1v2)\[(.*?)\]'", "".join(page.read_text() for page in pages))
+    assert len(named) >= 3
+    assert {extra for names in named for extra in names.split(",")} <= set(setup_constant("EXTRAS"))
+
+
 def test_nothing_for_gpus_and_no_wrong_apex_is_installed():
     names = set(versions())
     assert not [
