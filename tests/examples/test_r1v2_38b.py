@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -132,13 +133,22 @@ echo "$((100 + $(wc -l < "$SUBMITTED")));cluster-a"
 
 
 def submitted(tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
-    """Return the command lines of sbatch that the pipeline gives."""
+    """Return the command lines of sbatch that the pipeline gives, in a folder that has what the chain begins with."""
     (tmp_path / "sbatch").write_text(FAKE_SBATCH)
     (tmp_path / "sbatch").chmod(0o755)
     log = tmp_path / "submitted"
-    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SUBMITTED": str(log)} | environment
-    subprocess.run(["bash", str(ROOT / "slurm" / "pipeline_38b.sh"), *arguments], env=variables, check=True)
+    for name in CHAIN_BEGINS_WITH:
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SUBMITTED": str(log)} | environment
+    submit(tmp_path, *arguments, **variables).check_returncode()
     return log.read_text().splitlines()
+
+
+def submit(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    for name in ("slurm", "examples/r1v2_38b"):
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
+    command = ["bash", str(folder / "slurm" / "pipeline_38b.sh"), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 def test_the_pipeline_submits_every_stage_after_the_one_before(tmp_path):
@@ -154,7 +164,34 @@ def test_the_pipeline_submits_every_stage_after_the_one_before(tmp_path):
     assert f"--checkpoint {grpo.run.output_dir} --base {grpo.model.hf_path} --output" in lines[-1]
 
 
+CHAIN_BEGINS_WITH = (
+    "checkpoints/r1v2-38b-hf",
+    *(f"data/align/{split}" for split in ("train", "validation")),
+    *(f"data/multimodal-math/{split}" for split in ("train", "validation", "test")),
+)
+
+
+def test_the_pipeline_submits_nothing_where_a_later_job_would_fail(tmp_path):
+    ended = submit(tmp_path, PATH=os.environ["PATH"])
+    assert ended.returncode == 2
+    missing = [re.fullmatch(r"\w+ reads (\S+), which is not here", line)[1] for line in ended.stderr.splitlines()]
+    assert sorted(missing) == sorted(CHAIN_BEGINS_WITH)
+    from_recipes = {recipe_of(name).data.validation for name in ("align", "mpo", "grpo")}
+    from_recipes |= {recipe_of(name).data.train for name in ("align", "pairs", "grpo")}
+    assert from_recipes | {recipe_of("grpo").model.hf_path} <= set(missing)
+    for name in (*CHAIN_BEGINS_WITH, "runs/r1v2-38b-align", "runs/r1v2-38b-pairs", "checkpoints/r1v2-38b-trained"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    assert [line.split(",")[0] for line in submit(tmp_path).stderr.splitlines()] == [
+        "pairs writes runs/r1v2-38b-pairs",
+        "export writes checkpoints/r1v2-38b-trained",
+    ]
+    told = submit(tmp_path, R1V2_FROM="evaluate").stderr.splitlines()
+    assert told[0] == "evaluate reads runs/r1v2-38b-grpo, which is not here"
+
+
 def test_the_pipeline_begins_where_it_is_told(tmp_path):
+    for name in ("align", "pairs"):
+        (tmp_path / "runs" / f"r1v2-38b-{name}").mkdir(parents=True)
     assert [line.split("/")[-1] for line in submitted(tmp_path, R1V2_FROM="mpo")][:2] == ["mpo_38b.sh", "grpo_38b.sh"]
     with pytest.raises(subprocess.CalledProcessError):
         submitted(tmp_path, R1V2_FROM="sft")
