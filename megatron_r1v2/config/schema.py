@@ -494,6 +494,8 @@ class HallucinationConfig(Section):
 class PairsConfig(Section):
     """The choice of preference pairs among the model's own responses to the prompts of `data.train`."""
 
+    on_resume: ClassVar[OnResume] = OnResume.refused
+
     max_pairs_per_prompt: int = Field(4, ge=0)
     """Pairs of the responses to one prompt, a DropoutNTP pair not counted."""
     dropout_ntp_fraction: float = Field(0.25, ge=0, le=1)

@@ -77,6 +77,10 @@ class RewardShift:
         kept = momentum if momentum else self.count / total
         return RewardShift(kept * self.value + (1.0 - kept) * mean, total)
 
+    def rescaled(self, factor: float) -> RewardShift:
+        """Return the shift of rewards of another beta, which are so many times as large."""
+        return RewardShift(factor * self.value, self.count)
+
 
 def split_by_margin(prompts: Iterable[Prompt], min_margin: float) -> tuple[list[Prompt], list[Prompt]]:
     """Split pairs into those whose margin is at least tau and those below it.

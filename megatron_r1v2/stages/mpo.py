@@ -32,6 +32,7 @@ from megatron_r1v2.stages.reference_log_probs import (
     keep_for_fewer_pairs,
     load_or_compute_log_probs,
 )
+from megatron_r1v2.stages.resume import Restored
 from megatron_r1v2.stages.session import Session, open_session
 from megatron_r1v2.stages.supervised_data import SIDES, PairSource, pair_samples, shard_samples, take_update
 from megatron_r1v2.stages.validation import Validation
@@ -93,7 +94,7 @@ class MpoStage:
             bound=recipe.hallucination.max_margin,
             restored=session.restored.state,
         )
-        self.delta = RewardShift(**session.restored.state.get("delta", {}))
+        self.delta = _restored_delta(session.restored)
         self.reference_fingerprint: Fingerprint | None = None
         self.reference: Mapping[str, float] = {}
         self._num_pairs = num_train_samples(session.recipe.data)
@@ -213,6 +214,15 @@ class MpoStage:
                 "raises it up to hallucination.max_margin), or they have no image and train.parts lacks language; "
                 "lower the one or add the other"
             )
+
+
+def _restored_delta(restored: Restored) -> RewardShift:
+    """Return the shift of a checkpoint, in the unit of a beta that has changed since."""
+    delta = RewardShift(**restored.state.get("delta", {}))
+    for change in (each.change for each in restored.changes):
+        if change.setting == "preference.beta" and isinstance(change.old, float) and isinstance(change.new, float):
+            delta = delta.rescaled(change.new / change.old)
+    return delta
 
 
 def _told(change: Change) -> str:

@@ -24,6 +24,18 @@ ROWS = "rows of data.train"
 """Among the contents that a checkpoint notes."""
 GOAL = "evaluation.stop_at_pass_at_1"
 """The setting that ends a stage before its last step."""
+_OF_VALIDATION = (
+    "data.validation",
+    "rows of data.validation",
+    "data.max_prompt_tokens",
+    "data.max_tiles",
+    "data.too_long",
+    "evaluation.",
+    "generation.max_response_tokens",
+    "generation.stop_tokens",
+    "tokenizer and chat template",
+)
+"""The asked-for settings and contents, by how they begin, that decide what a validation measures."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,11 @@ class SettingChange:
         if self.rule is OnResume.larger:
             return not (isinstance(old, int) and isinstance(new, int) and new > old)
         return self.rule is OnResume.refused
+
+    @property
+    def moves_validation(self) -> bool:
+        """Return whether a validation from here on cannot be compared with the earlier ones."""
+        return self.rule is OnResume.asked and self.change.setting.startswith(_OF_VALIDATION)
 
     @property
     def raises_goal(self) -> bool:
@@ -207,6 +224,8 @@ def resume(
         # Its rewards, lengths or prompts are those of the settings before.
         state = {name: value for name, value in state.items() if name != "buffer"}
         replay = []
+    if any(each.moves_validation for each in changes):
+        checkpoints.forget_best()
     return Restored(state, replay, changes, taken_out)
 
 

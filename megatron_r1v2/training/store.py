@@ -181,6 +181,18 @@ class CheckpointStore:
         """
         return pass_at_1 is not None and (self._best_pass_at_1 is None or pass_at_1 > self._best_pass_at_1)
 
+    def forget_best(self) -> None:
+        """Collective over the world: compare no validation to come with the earlier ones, made in another way."""
+        if self._best_pass_at_1 is None:
+            return
+        dist.barrier()  # each rank has read the file when it opened the folder
+        if self.context.is_main:
+            aside = (self.folder / BEST_FILE).rename(self.folder / f"{BEST_FILE}.left")
+            message = "the best validation so far, %s, was made in another way: its checkpoint is kept as others are"
+            logger.warning(message, aside.read_text(encoding="utf-8").strip())
+        self._best_pass_at_1 = None
+        dist.barrier()
+
     def save(self, model: R1V2Model, optimizer: MegatronOptimizer, snapshot: Snapshot) -> Path:
         """Collective over the world: save everything that a run needs to go on.
 

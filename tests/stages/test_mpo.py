@@ -133,6 +133,13 @@ def test_delta_is_that_of_the_steps_before(run: Run) -> None:
     assert lines[-1]["mpo/delta"] != 0
 
 
+def test_delta_is_in_the_unit_of_a_beta_that_changes(run: Run) -> None:
+    first = end(run("train.steps=2", "preference.beta=0.1"))["state.pt"]["delta"]["value"]
+    assert first != 0
+    lines = read_metrics(run("train.steps=3", "preference.beta=0.3", "checkpoint.accept_changes=true"))
+    assert lines[2]["mpo/delta"] == pytest.approx(3 * first, rel=1e-9)
+
+
 def test_pairs_below_the_margin_are_left_out(run: Run) -> None:
     """Margins of the 12 pairs with images are 0 to 1.1; one step reads all 16."""
     line = read_metrics(run("train.steps=1", "train.prompts_per_step=16", "preference.min_margin=0.85"))[0]

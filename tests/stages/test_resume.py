@@ -404,6 +404,17 @@ def test_rules_by_example() -> None:
     for rule, names in rules.items():
         for section, setting in (name.split(".") for name in names.split()):
             assert GrpoRecipe.sections()[section].resume_rule(setting) is rule, setting
+    moved = {
+        name: SettingChange(Change(name, 1, 2), OnResume.asked).moves_validation
+        for name in (
+            "evaluation.top_p",
+            "rows of data.validation",
+            "data.max_tiles",
+            "algorithm.clip_low",
+            "buffer.max_age",
+        )
+    }
+    assert list(moved.values()) == [True, True, True, False, False]
     grown, shrunk = (SettingChange(Change("train.steps", 6, new), OnResume.larger) for new in (7, 5))
     assert (grown.is_refused, shrunk.is_refused) == (False, True)
 

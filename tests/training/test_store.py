@@ -225,6 +225,19 @@ def test_the_best_by_validation_is_kept_beside_the_newest(session: Session) -> N
     assert again.is_best(0.1), "a best that somebody deleted must not keep a new one from being saved"
 
 
+def test_a_best_of_another_validation_is_compared_with_none(session: Session, caplog) -> None:
+    store = session.checkpoints
+    store.forget_best()  # there is none
+    session.step = 1
+    session.save({}, {}, pass_at_1=0.9)
+    store.finish_pending(blocking=True)
+    assert not store.is_best(0.2)
+    store.forget_best()
+    assert store.is_best(0.2)
+    assert not (store.folder / "best.json").exists()
+    assert '{"step": 1, "pass_at_1": 0.9}, was made in another way' in caplog.text
+
+
 def test_names_of_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
     for name in ("step-00000001", ".step-00000002.partial", "step-00000003.damaged", "step-4", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
