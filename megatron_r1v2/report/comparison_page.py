@@ -11,8 +11,8 @@ from megatron_r1v2.monitoring.metric import Chart
 from megatron_r1v2.monitoring.metrics import SECTIONS
 from megatron_r1v2.report.charts import draw_overlay, run_color, target_of
 from megatron_r1v2.report.html import template, write_page
-from megatron_r1v2.report.page import measure_cell, measures_of, run_facts
-from megatron_r1v2.report.read import Run, read_run
+from megatron_r1v2.report.page import CONDITIONS, condition_text, measure_cell, measures_of, run_facts
+from megatron_r1v2.report.read import Json, Run, read_run
 
 PAGE = "comparison.html"
 FACTS = ("stage", "model", "began", "version", "hardware")
@@ -114,12 +114,22 @@ def _summary(runs: Sequence[Run]) -> list[dict[str, object]]:
         *((name, [of_run.get(name, _ABSENT) for of_run in facts]) for name in FACTS),
         ("steps", [_steps(run) for run in runs]),
         ("last evaluation", [row.get("name", _ABSENT) for row in last]),
+        ("evaluated on", [condition_text(row, "data") for row in last]),
+        ("evaluated with", [_conditions(row) for row in last]),
     ]
     rows: list[dict[str, object]] = [{"title": title, "cells": cells, "kind": "text-cell"} for title, cells in words]
     for measure in measures_of(last):
         cells = [measure_cell(row, measure) for row in last]
         rows.append({"title": measure.title, "cells": cells, "kind": "figure-cell"})
     return rows
+
+
+def _conditions(evaluation: Json) -> str:
+    """Return the prompts and the sampling of an evaluation: figures of others are not to be compared."""
+    if not evaluation:
+        return _ABSENT
+    values = [f"{name.replace('_', ' ')} {condition_text(evaluation, name)}" for name in CONDITIONS]
+    return ", ".join(values)
 
 
 def _steps(run: Run) -> str:

@@ -48,7 +48,7 @@ def measures_of(evaluations: Sequence[Json]) -> list[Measure]:
     return [*MEASURES, *(Measure(part, f"Reward: {part.removeprefix(REWARD)}") for part in parts)]
 
 
-CONDITIONS = ("num_prompts", "temperature", "top_p", "seed")
+CONDITIONS = ("num_prompts", "runs", "temperature", "top_p", "seed")
 
 
 def write_report(run_dir: Path | str, compare: tuple[str, str] | None = None) -> Path:
@@ -181,9 +181,11 @@ def _table(run: Run) -> dict[str, object] | None:
         if any(_finite(row.get(measure.key)) for row in run.evaluations):
             cells = [measure_cell(row, measure) for row in run.evaluations]
             rows.append({"title": measure.title, "cells": cells, "change": _change(compared, measure)})
-    names = [*CONDITIONS, "runs"]
-    conditions = [{key: _condition(row, key) for key in names} for row in run.evaluations]
-    differing = [key for key in names if all(compared) and _differs(compared, key)]
+    names = [*CONDITIONS, *(["data"] if any(row.get("data") for row in run.evaluations) else [])]
+    conditions = [{key: condition_text(row, key) for key in names} for row in run.evaluations]
+    # Of prompts in both nobody asks where they were.
+    paired = run.comparison is not None and bool(run.comparison.changes)
+    differing = [key for key in names if all(compared) and _differs(compared, key) and not (paired and key == "data")]
     return {
         "names": [row["name"] for row in run.evaluations],
         "steps": [row.get("step") for row in run.evaluations],
@@ -252,13 +254,18 @@ def _intervals_overlap(compared: Sequence[Json]) -> bool:
     return all(intervals) and max(low for low, _ in intervals) <= min(high for _, high in intervals)
 
 
-def _condition(row: Json, key: str) -> str:
+def condition_text(row: Json, key: str) -> str:
+    """Return a condition of an evaluation as text: of a list its length, of a folder the end of its path."""
     value = row.get(key)
+    if key == "data":
+        return "/".join(Path(str(value or "")).parts[-2:]) or "-"
     return str(len(value)) if isinstance(value, list) else "-" if value is None else str(value)
 
 
 def _differs(compared: Sequence[Json], key: str) -> bool:
-    first, second = (_condition(row, key) for row in compared)
+    if key == "data" and not all(row.get(key) for row in compared):  # older files do not say
+        return False
+    first, second = (condition_text(row, key) for row in compared)
     return first != second
 
 

@@ -219,10 +219,19 @@ def _compare(run: Run, names: tuple[str, str] | None) -> Comparison | None:
     first, last = names or (known[0], known[-1])
     if names is None:
         alike = (name for name in known[:-1] if prompts.get(name, {}).keys() & prompts.get(last, {}).keys())
-        first = next(alike, first)
+        found = next(alike, None)
+        if found is None and _data_sets_differ(run.evaluations, first, last):
+            return None
+        first = found or first
     if first not in prompts or last not in prompts:
         return Comparison(first, last)
     return _pair_up(Comparison(first, last), responses, prompts)
+
+
+def _data_sets_differ(evaluations: Sequence[Json], *names: str) -> bool:
+    """Return whether evaluations say that they are of different data sets, such as two benchmarks."""
+    data = {str(row["data"]) for row in evaluations if row["name"] in names and row.get("data")}
+    return len(data) > 1
 
 
 def _pair_up(

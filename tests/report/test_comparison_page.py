@@ -46,6 +46,7 @@ def test_the_page_shows_runs_settings_and_curves_in_one_colour_each(tmp_path):
         "2 runs compared",
         "stagegrpogrpo",
         "last evaluation-after",
+        "evaluated with-num prompts 10, runs 5, temperature 1.0, top p 1.0, seed 0",
         "4 of 4",
         "90.0 % (85.9 to 93.9)",
         "buffer.capacity09",

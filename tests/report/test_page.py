@@ -279,6 +279,23 @@ def test_conditions_that_differ_are_called_out(tmp_path):
     assert text.count("differs") == 1
 
 
+def test_evaluations_of_two_data_sets_are_compared_only_when_asked_for(tmp_path):
+    write_evaluations(tmp_path)
+    for name in ("before", "after"):
+        path = tmp_path / f"evaluation-{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": f"/data/{name}/test"}), encoding="utf-8")
+    assert "not measured under the same conditions" not in read_page(tmp_path).text, "the prompts are the same"
+    for name in ("before", "after"):
+        (tmp_path / f"evaluation-{name}.rollouts.jsonl").unlink()
+    text = " ".join(read_page(tmp_path).text.split())
+    assert "before and after" not in text
+    assert "points" not in text
+    write_report(tmp_path, ("before", "after"))
+    text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text.split())
+    assert "Databefore/testafter/testdiffers" in text
+    assert "not measured under the same conditions" in text
+
+
 def test_the_date_of_an_evaluation_stands_above_its_figures(tmp_path):
     write_evaluations(tmp_path)
     path = tmp_path / "evaluation-after.json"
