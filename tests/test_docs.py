@@ -125,6 +125,14 @@ def texts_of(path):
             yield node.value
 
 
+def test_the_figures_of_the_demo_are_the_same_everywhere():
+    rows = re.findall(r"^\| [\w ]+ \| ([\d.]+ %) \| ([\d.]+ %) \|$", README, re.MULTILINE)
+    assert len(rows) == 3
+    picture, measured = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("demo.svg", "measured.md"))
+    assert [rate for rate, _ in rows if rate not in picture] == []
+    assert [row for row in rows if f"| {row[0]} | {row[1]} |" not in measured] == []
+
+
 def test_the_demo_of_the_readme_is_the_script():
     assert "examples/digits/run.sh" in README
     assert "run.sh" in (ROOT / "Makefile").read_text(encoding="utf-8")
