@@ -178,7 +178,7 @@ def save(number, frame):
     sys.exit(int(os.environ["STATUS"]))
 signal.signal(signal.SIGUSR1, save)
 say("ready")
-time.sleep(20)
+time.sleep(200)
 """
 
 
@@ -201,7 +201,7 @@ def test_a_warning_reaches_the_workers_and_puts_the_job_back(tmp_path, status, r
         assert job.poll() is None, "ended before the workers started"
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=30) == status
+    assert job.wait(timeout=240) == status
     lines = log.read_text(encoding="utf-8")
     assert "saved" in lines
     assert ("requeue 123456" in lines) == requeued

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from megatron_r1v2.stages.loaded_model import open_model
 from megatron_r1v2.types import Prompt
 from tests.ranks import enter_rank, forked_context, free_port
 from tests.stages.tiny_run import tiny_recipe
+
+get, post = (partial(ask, timeout=60) for ask in (httpx.get, httpx.post))
+"""With more patience than the five seconds of httpx, which pass on a busy machine."""
 
 RESPONSE_TOKENS = 40
 SETTINGS = (f"generation.max_response_tokens={RESPONSE_TOKENS}", "generation.max_requests=16")
@@ -89,7 +93,7 @@ def _wait_for(running: Served, seconds: float = 240) -> None:
         if not all(process.is_alive() for process in running.processes):
             break
         try:
-            if httpx.get(f"{running.url}/health").status_code == 200:
+            if get(f"{running.url}/health").status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.1)
@@ -148,7 +152,7 @@ def stream(client, messages=QUESTION, **arguments):
 
 def metric(server: Served, name: str) -> float:
     """Return what /metrics tells; 0 for a counter that has not begun."""
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
         found = re.search(rf"^{re.escape(name)} (\S+)$", answer.read().decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 

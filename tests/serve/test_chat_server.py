@@ -7,13 +7,12 @@ import io
 import socket
 import threading
 
-import httpx
 import openai
 import pytest
 from PIL import Image
 
 from megatron_r1v2.data.messages import data_url
-from tests.serve.running import QUESTION, RESPONSE_TOKENS, ask, messages_of, metric, stream
+from tests.serve.running import QUESTION, RESPONSE_TOKENS, ask, get, messages_of, metric, post, stream
 from tests.tiny import tiny_png
 
 
@@ -133,7 +132,7 @@ def test_limits_end_a_response(client):
 
 def test_models_health_and_metrics(server, client):
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "tiny"}
+    assert get(f"{server.url}/health").json() == {"status": "ok", "model": "tiny"}
     ask(client, max_tokens=2)
     assert metric(server, 'r1v2_requests_total{status="200"}') >= 1
     assert metric(server, "r1v2_generated_tokens_total") >= 1
@@ -144,7 +143,7 @@ def test_a_field_that_is_no_unicode_is_refused_and_counted_as_sent(server):
     counted = [metric(server, f'r1v2_requests_total{{status="{status}"}}') for status in (400, 500)]
     content = b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}'
     headers = {"Authorization": "Bearer secret"}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+    answer = post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "\\ud800")
     assert metric(server, 'r1v2_requests_total{status="400"}') == counted[0] + 1
     assert metric(server, 'r1v2_requests_total{status="500"}') == counted[1]
@@ -154,7 +153,7 @@ def test_many_silent_connections_shut_nobody_out(server, client):
     """The server's limit is 2 x 64 + 64."""
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     waiting = [socket.create_connection(address) for _ in range(400)]
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert get(f"{server.url}/health").status_code == 200
     assert ask(client, max_tokens=1).choices
     for connection in waiting:
         connection.close()
@@ -184,11 +183,11 @@ def test_refusals_reach_the_client_as_its_own_errors(server, client):
     with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings"):
         client.embeddings.create(model="tiny", input="x")
     headers = {"Authorization": "Bearer secret"}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=b"{", headers=headers)
+    answer = post(f"{server.url}/v1/chat/completions", content=b"{", headers=headers)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=b"[" * 900_000, headers=headers)
+    answer = post(f"{server.url}/v1/chat/completions", content=b"[" * 900_000, headers=headers)
     assert answer.status_code == 400
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=b" " * 1_100_000, headers=headers)
+    answer = post(f"{server.url}/v1/chat/completions", content=b" " * 1_100_000, headers=headers)
     assert (answer.status_code, "larger than 1048576 bytes" in answer.text) == (413, True)
 
 

@@ -9,11 +9,10 @@ import socket
 import threading
 import time
 
-import httpx
 import openai
 import pytest
 
-from tests.serve.running import ask, messages_of, metric, served, until
+from tests.serve.running import ask, get, messages_of, metric, served, until
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_sigterm_lets_what_is_under_way_finish_and_takes_no_more(run, tmp_path):
         worker.start()
         until(lambda: metric(running, "r1v2_open_responses") > 0)
         running.processes[0].terminate()
-        until(lambda: httpx.get(f"{running.url}/health").status_code == 503)
+        until(lambda: get(f"{running.url}/health").status_code == 503)
         with pytest.raises(openai.InternalServerError, match="about to end"):
             ask(running.client())
         running.processes[0].join(240)

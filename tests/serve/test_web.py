@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from starlette.routing import Route
 
 from megatron_r1v2.serve import web
 
+get, post = (partial(ask, timeout=60) for ask in (httpx.get, httpx.post))
 MOST = 20
 BODY_BYTES = 100_000
 POST = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
@@ -44,7 +46,7 @@ def address() -> Iterator[tuple[str, int]]:
     thread.start()
     yield listener.getsockname()
     server.should_exit = True
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive()
 
 
@@ -53,7 +55,7 @@ def url(address, path: str) -> str:
 
 
 def connect(address, sent: bytes = b"") -> socket.socket:
-    connection = socket.create_connection(address, timeout=10)
+    connection = socket.create_connection(address, timeout=60)
     connection.sendall(sent)
     return connection
 
@@ -86,16 +88,16 @@ def test_the_limits_are_those_of_uvicorn():
 def test_connections_that_wait_shut_nobody_out_up_to_the_limit(address, sent):
     waiting = [connect(address, sent) for _ in range(MOST - 2)]
     time.sleep(0.1)
-    assert httpx.get(url(address, "/health")).json() == {"status": "ok"}
+    assert get(url(address, "/health")).json() == {"status": "ok"}
     more = [connect(address, sent) for _ in range(10)]
-    deadline = time.monotonic() + 10
-    while httpx.get(url(address, "/health")).status_code != 503:
+    deadline = time.monotonic() + 60
+    while get(url(address, "/health")).status_code != 503:
         assert time.monotonic() < deadline
         more.append(connect(address, sent))  # one that met the limit was answered, and does not wait
     for connection in waiting + more:
         connection.close()
-    deadline = time.monotonic() + 10
-    while httpx.get(url(address, "/health")).status_code != 200:
+    deadline = time.monotonic() + 60
+    while get(url(address, "/health")).status_code != 200:
         assert time.monotonic() < deadline
 
 
@@ -126,13 +128,13 @@ def chunks(size: int) -> Iterator[bytes]:
 
 
 def test_a_body_larger_than_the_limit_is_refused(address):
-    answer = httpx.post(url(address, "/echo"), content=b" " * (BODY_BYTES + 1))
+    answer = post(url(address, "/echo"), content=b" " * (BODY_BYTES + 1))
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
     assert "larger than 100000 bytes" in answer.json()["error"]["message"]
     # Without a length: as soon as it is too long.
-    assert httpx.post(url(address, "/echo"), content=chunks(BODY_BYTES)).status_code == 413
-    assert httpx.post(url(address, "/echo"), content=chunks(BODY_BYTES - 2000)).json() == {}
-    assert httpx.post(url(address, "/echo"), content=b"{}" + b" " * (BODY_BYTES - 2)).json() == {}
+    assert post(url(address, "/echo"), content=chunks(BODY_BYTES)).status_code == 413
+    assert post(url(address, "/echo"), content=chunks(BODY_BYTES - 2000)).json() == {}
+    assert post(url(address, "/echo"), content=b"{}" + b" " * (BODY_BYTES - 2)).json() == {}
 
 
 def test_an_announced_body_that_is_too_large_is_refused_before_it_is_sent(address):
@@ -161,28 +163,28 @@ def test_a_body_may_come_in_parts_but_not_too_slowly(address, monkeypatch):
     ids=["nothing", "half", "brackets", "no Unicode", "a list"],
 )
 def test_what_is_no_json_object_is_refused(address, content, told):
-    answer = httpx.post(url(address, "/echo"), content=content)
+    answer = post(url(address, "/echo"), content=content)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
     assert told in answer.json()["error"]["message"]
 
 
 def test_a_key_is_asked_for(address):
     for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer guess"}, {"Authorization": "s"}):
-        answer = httpx.post(url(address, "/echo?key=secret"), content=b"{}", headers=headers)
+        answer = post(url(address, "/echo?key=secret"), content=b"{}", headers=headers)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-    answer = httpx.post(url(address, "/echo?key=secret"), content=b"{}", headers={"Authorization": "Bearer secret"})
+    answer = post(url(address, "/echo?key=secret"), content=b"{}", headers={"Authorization": "Bearer secret"})
     assert answer.status_code == 200
     # Headers are bytes of Latin-1: one beyond ASCII is compared, and no crash.
-    answer = httpx.post(url(address, "/echo?key=secret"), content=b"{}", headers=[(b"Authorization", b"Bearer \xe9")])
+    answer = post(url(address, "/echo?key=secret"), content=b"{}", headers=[(b"Authorization", b"Bearer \xe9")])
     assert answer.status_code == 401
 
 
 def test_errors_have_openais_shape(address):
     for path, status, told in (("/nowhere", 404, "GET /nowhere: Not Found"), ("/echo", 405, "GET /echo: Method Not")):
-        answer = httpx.get(url(address, path))
+        answer = get(url(address, path))
         assert answer.status_code == status
         assert answer.json()["error"]["message"].startswith(told)
-    answer = httpx.get(url(address, "/fails"))
+    answer = get(url(address, "/fails"))
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "its log says why" in answer.json()["error"]["message"]
 
