@@ -64,7 +64,10 @@ def start_mistakes(recipe: Recipe) -> Iterator[str]:
 
 def base_of_checkpoint(checkpoint: str) -> str:
     """Return the `model.hf_path` of a checkpoint's run; empty: there is none, or its recipe is not there."""
-    for folder in (Path(checkpoint), *Path(checkpoint).parents[:2]) if checkpoint else ():
+    path = Path(checkpoint)
+    # A run, its checkpoints/, or one of these: no other folder above is that of the run.
+    runs = [folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"]
+    for folder in (path, *runs) if checkpoint else ():
         try:
             model = read_yaml_mapping(folder / "recipe.yaml", what="recipe").get("model")
         except (OSError, ValueError):  # without it the folder is asked for

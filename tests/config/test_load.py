@@ -360,6 +360,8 @@ def test_a_checkpoint_alone_brings_the_folder_that_its_run_began_from(tmp_path):
     base.mkdir()
     assert hf_path() == str(base)
     assert hf_path("model.hf_path=other") == "other"
+    (run / "data").mkdir()
+    assert hf_path(f"model.checkpoint={run / 'data'}") == "", "a folder of the run that is no checkpoint"
     assert load_recipe_as(EvaluateRecipe, None, []).model.hf_path == ""
 
 
