@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import yaml
 
 from examples.stages import read_steps
 from megatron_r1v2.__main__ import COMMANDS
+from megatron_r1v2.config.recipes import every_section
+from megatron_r1v2.monitoring.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,6 +97,31 @@ def test_modules_that_pages_name_exist():
     for path in (ROOT / "CONTRIBUTING.md", *PAGES):
         for name in re.findall(rf"`((?:{rooms})/[\w/]*(?:\.py|/))`", path.read_text(encoding="utf-8")):
             assert (ROOT / "megatron_r1v2" / name).exists(), f"{path.name}: {name}"
+
+
+def test_settings_that_are_named_exist():
+    sections = every_section()
+    known = {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
+    # A column of verl's rows; files; and places for a name.
+    others = re.compile(
+        r"reward_model\.ground_truth|run\.sh|\w+\.(md|py|yaml|json|html|jsonl|parquet|safetensors)|section\.key"
+    )
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *(ROOT / "examples").glob("*/README.md")):
+        for name in re.findall(r"(?<![\w./-])([a-z_]+\.[a-z_0-9]+)(?![\w/*]|\.\w)", path.read_text(encoding="utf-8")):
+            if name.split(".")[0] in sections and not others.fullmatch(name):
+                assert name in known, f"{path.name}: {name}"
+
+
+def test_metrics_that_are_named_exist():
+    names = [metric.name for metric in METRICS]
+    rooms = "|".join({name.split("/")[0] for name in names} - {"data"})
+    for path in (ROOT / "README.md", *PAGES):
+        for name in re.findall(
+            rf"`((?:{rooms}|data/share|data/effective_fraction)/[\w/*]+)`", path.read_text(encoding="utf-8")
+        ):
+            # A capital stands for a name: reward/NAME/mean; a star for all.
+            pattern = re.sub(r"[A-Z]{2,}", "x", name)
+            assert any(fnmatch(pattern, each) or fnmatch(each, name) for each in names), f"{path.name}: {name}"
 
 
 def test_functions_of_the_method_are_where_it_says():
