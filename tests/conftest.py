@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+with suppress(ModuleNotFoundError):  # a machine that is lent runs tests/gpu alone, and may be without it
+    from hypothesis import settings
+
+    # An example may take as long as a busy machine needs. `--hypothesis-profile` comes later, and wins.
+    settings.register_profile("any speed", deadline=None)
+    settings.load_profile("any speed")
 
 SLOWEST = (
     "stages/test_resume.py",

@@ -4,6 +4,8 @@ import gc
 from pathlib import Path
 from types import SimpleNamespace
 
+from hypothesis import settings
+
 from tests.conftest import SLOWEST, pytest_collection_finish, pytest_collection_modifyitems
 from tests.ranks import run_ranks
 
@@ -23,3 +25,7 @@ def test_imports_are_left_out_of_garbage_collection_here_and_in_ranks() -> None:
     pytest_collection_finish()  # again: energon thaws the heap when it has read
     assert gc.get_freeze_count() > 100_000
     assert run_ranks(1, gc.get_freeze_count)[0] > 100_000
+
+
+def test_an_example_of_hypothesis_may_take_as_long_as_a_busy_machine_needs():
+    assert settings().deadline is None
