@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 
 from examples.stages import read_steps
-from megatron_r1v2.__main__ import COMMANDS
+from megatron_r1v2.__main__ import COMMANDS, main
 from megatron_r1v2.config.recipes import every_section
 from megatron_r1v2.monitoring.metrics import METRICS
 
@@ -81,6 +82,27 @@ def test_commands_that_are_shown_exist():
         for module in re.findall(r"python -m ((?:checkpoint_tools|examples|benchmarks)[\w.]*)", text):
             place = ROOT / module.replace(".", "/")
             assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"{path.name}: {module}"
+
+
+SHOWN = re.compile(r"(?:\br1v2|-m megatron_r1v2|-m (checkpoint_tools\.\w+)) ?([a-z][a-z-]*)?([^`\n|#;]*)")
+
+
+def test_options_of_commands_that_are_shown_exist(capsys):
+    options: dict[str, set[str]] = {}
+    for path in (ROOT / "README.md", *PAGES):
+        text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
+        for tool, command, arguments in SHOWN.findall(text):
+            found = set(re.findall(r"(?<!\S)--[a-z][\w-]*", f"{command} {arguments}"))
+            if found - {"--help"} and (tool or command in COMMANDS):
+                options.setdefault(tool or command, set()).update(found)
+    assert {"prepare", "plan", "rehearse", "evaluate", "serve", "checkpoint_tools.megatron_to_hf"} <= set(options)
+    for name, found in options.items():
+        run = import_module(name).main if "." in name else main
+        first = ["export"] if name.endswith(".parts") else [] if "." in name else [name]
+        with pytest.raises(SystemExit):
+            run([*first, "--help"])
+        told = capsys.readouterr().out
+        assert {option for option in found if not re.search(rf"{option}\b", told)} == set(), name
 
 
 def test_files_that_are_shown_exist():
