@@ -67,7 +67,7 @@ class SettingChange:
         old, new = self.change.old, self.change.new
         if self.change.setting != GOAL or not (isinstance(old, float) and isinstance(new, float)):
             return False
-        return not new or 0 < old < new
+        return 0 < old < new
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def test_a_run_at_its_goal_goes_on_to_a_higher_one(
     assert told not in capsys.readouterr().err
     align("train.steps=3", goal)
     assert told in capsys.readouterr().err
-    assert len(align("train.steps=3", "evaluation.stop_at_pass_at_1=0")) == 3
+    assert len(align("train.steps=3", "evaluation.stop_at_pass_at_1=1")) == 3
 
 
 def changed_lines(run: Path) -> list[dict[str, object]]:
