@@ -46,7 +46,11 @@ def test_the_readme_has_a_picture_a_status_and_links():
     assert len(pages & {path.name for path in PAGES}) >= 10
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *sorted((ROOT / "examples").glob("*/README.md"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_links_lead_to_files_and_headings_that_exist(path):
     for link in LINK.findall(CODE.sub("", path.read_text(encoding="utf-8"))):
         if link.startswith("http"):
