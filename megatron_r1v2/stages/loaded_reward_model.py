@@ -9,7 +9,6 @@ from megatron_r1v2.checkpoint.megatron.run_folder import RECIPE_FILE, load_state
 from megatron_r1v2.config.choices import Part
 from megatron_r1v2.config.load import load_recipe
 from megatron_r1v2.config.recipes import GrpoRecipe, PairsRecipe, Recipe
-from megatron_r1v2.config.schema import RewardModelConfig
 from megatron_r1v2.data.tokenizer import ChatTokenizer
 from megatron_r1v2.parallel import objects
 from megatron_r1v2.parallel.groups import ParallelContext
@@ -33,10 +32,10 @@ def open_reward_model(loaded: LoadedModel, recipe: GrpoRecipe | PairsRecipe) -> 
 
 def describe_reward_model(recipe: Recipe) -> str:
     """Return the step and a digest of the weights in `reward_model.checkpoint`, which may name a run that goes on."""
-    settings = dict(recipe).get("reward_model")
-    if not isinstance(settings, RewardModelConfig) or not settings.checkpoint:
+    # The stage that trains one has no other beside it.
+    if not isinstance(recipe, GrpoRecipe | PairsRecipe) or not recipe.reward_model.checkpoint:
         return ""
-    state = load_state(resolve_checkpoint(settings.checkpoint))
+    state = load_state(resolve_checkpoint(recipe.reward_model.checkpoint))
     return f"step {state['step']}, {Fingerprint.of(**state.get('checksums', {})).digest[:12]}"
 
 
