@@ -234,11 +234,3 @@ def test_made_rows_that_nemo_cannot_pack_would_end_the_run(name, tokens):
     with pytest.raises(DataEndsRunError, match=f"a sequence has {tokens} tokens, more than"):
         check_made_rows(ends, 8192)
     check_made_rows(ends.changed(train=ends.train.changed(packing=Packing.shared)), 8192)
-
-
-def test_rows_are_measured_with_the_models_own_tokenizer_or_not_at_all(tmp_path):
-    model = tiny_model(tmp_path / "model")
-    for file in model.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ValueError, match=f"own tokenizer, but {model} has none; give --hf-config a folder with its"):
-        own_rehearsal(tmp_path / "made", model)
