@@ -57,6 +57,17 @@ def run_script(
     )
 
 
+def in_a_job(nodes: str = "1", gpus: str = "8") -> dict[str, str]:
+    """Return the variables of a job, whose nodes the scontrol of `run_script` names."""
+    return {
+        "SLURM_JOB_ID": "5",
+        "SLURM_JOB_NODELIST": "node-[1-9]",
+        "SLURM_JOB_NUM_NODES": nodes,
+        "SLURM_GPUS_ON_NODE": gpus,
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+
+
 def called(folder: Path, name: str) -> list[str]:
     """Return the arguments that a command was called with."""
     return shlex.split((folder / name).read_text())
@@ -78,11 +89,7 @@ def test_a_stage_that_does_not_hear_the_warning_is_finished_when_it_ends_well(
         tmp_path,
         srun=WARNED_SRUN,
         R1V2_LOGS=str(tmp_path / "logs"),
-        SLURM_JOB_ID="5",
-        SLURM_JOB_NODELIST="node-1",
-        SLURM_JOB_NUM_NODES="1",
-        SLURM_GPUS_ON_NODE="8",
-        SLURM_SUBMIT_DIR=str(ROOT),
+        **in_a_job(),
     )
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "requeued").exists() is requeued
@@ -102,11 +109,7 @@ def test_it_rehearses_the_recipe_settings_and_gpus_of_the_job(job: Path, tmp_pat
         job.name,
         tmp_path,
         *OVERRIDES,
-        SLURM_JOB_ID="5",
-        SLURM_JOB_NODELIST="node-[1-9]",
-        SLURM_JOB_NUM_NODES=asked["--nodes"],
-        SLURM_GPUS_ON_NODE=asked["--gpus-per-node"],
-        SLURM_SUBMIT_DIR=str(ROOT),
+        **in_a_job(nodes=asked["--nodes"], gpus=asked["--gpus-per-node"]),
     )
     assert inside.returncode == 0, inside.stderr
     started = called(tmp_path, "srun")
@@ -165,11 +168,7 @@ def test_the_command_for_the_published_folder_evaluates_it_with_its_authors_samp
         tmp_path,
         *shlex.split(rest),
         R1V2_RECIPE=recipe,
-        SLURM_JOB_ID="5",
-        SLURM_JOB_NODELIST="node-1",
-        SLURM_JOB_NUM_NODES="1",
-        SLURM_GPUS_ON_NODE="8",
-        SLURM_SUBMIT_DIR=str(ROOT),
+        **in_a_job(),
     )
     assert ended.returncode == 0, ended.stderr
     started = called(tmp_path, "srun")
