@@ -8,9 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 
-import httpx
 import pytest
 import uvicorn
 from starlette.requests import Request
@@ -18,8 +16,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from megatron_r1v2.serve import web
+from tests.serve.running import get, post
 
-get, post = (partial(ask, timeout=60) for ask in (httpx.get, httpx.post))
 MOST = 20
 BODY_BYTES = 100_000
 POST = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
